@@ -1,0 +1,1 @@
+"""Losses of language-model training that never hold ``tokens × vocabulary`` logits."""

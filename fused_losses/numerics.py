@@ -1,0 +1,16 @@
+"""Which precision a loss is computed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for 16- and 32-bit inputs, float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def upcast(x: Tensor) -> Tensor:
+    """``x`` in the precision statistics are computed in; no copy where it already is."""
+    return x.to(statistics_dtype(x.dtype))

@@ -1,0 +1,119 @@
+"""Choices that hold for many calls: each is an argument of the functions it concerns, and a setting here.
+
+A setting takes effect when it is constructed and is restored when a ``with`` block around it ends: ``workspace("256MiB")``
+alone lasts for the process, ``with workspace("256MiB"):`` for the block. An argument beats the setting.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+Backend = Literal["triton", "torch"]
+Route = Literal["gradients_in_forward", "recompute"]
+
+
+class _Setting:
+    value: ClassVar[Any] = None
+
+    def __init__(self, value: Any) -> None:
+        self._previous = type(self).value
+        type(self).value = self.parse(value)
+
+    @staticmethod
+    def parse(value: Any) -> Any:
+        return value
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exc: object) -> None:
+        type(self).value = self._previous
+
+
+def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)} or None (chosen for you), got {value!r}")
+    return value
+
+
+class backend(_Setting):
+    """``"triton"`` (CUDA, ROCm) or ``"torch"`` (chunked PyTorch, any device); ``None``: Triton where it can run."""
+
+    @staticmethod
+    def parse(value: Backend | None) -> Backend | None:
+        return _one_of("backend", value, ("triton", "torch"))
+
+
+class route(_Setting):
+    """How a head's gradients are made: ``"gradients_in_forward"``, ``"recompute"``, or ``None``: as planned."""
+
+    @staticmethod
+    def parse(value: Route | None) -> Route | None:
+        return _one_of("route", value, ("gradients_in_forward", "recompute"))
+
+
+class workspace(_Setting):
+    """Bytes a call may use beside its inputs and results: an int, ``"256MiB"``, ``"1.5GiB"``, or ``None``: as planned.
+
+    Example:
+        >>> with workspace("256MiB"):
+        ...     workspace.value
+        268435456
+    """
+
+    @staticmethod
+    def parse(value: int | str | None) -> int | None:
+        if not isinstance(value, str):
+            return value
+        units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+        match = re.fullmatch(r"\s*([\d.]+)\s*(\w+)\s*", value)
+        if not match or match[2] not in units:
+            raise ValueError(f"workspace takes bytes or a string such as '256MiB', got {value!r}")
+        return int(float(match[1]) * units[match[2]])
+
+
+class drop_ignored(_Setting):
+    """Whether ignored tokens are taken out before a head's products.
+
+    That needs their count on the host: the package's one host synchronisation. ``False`` keeps them in, zeroed.
+    """
+
+    value: ClassVar[bool] = True
+
+
+class strict(_Setting):
+    """Make it an error, not a warning, when an operation would materialise a :class:`LinearLogits`."""
+
+    value: ClassVar[bool] = False
+
+    def __init__(self, value: bool = True) -> None:
+        super().__init__(value)
+
+
+def triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def resolve_backend(tensor: Tensor, choice: Backend | None = None) -> Backend:
+    """The backend for ``tensor``: the argument, else the setting, else Triton on a GPU and chunked PyTorch elsewhere.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the named backend cannot run here; says why.
+    """
+    choice = backend.parse(choice or backend.value)
+    installed = importlib.util.find_spec("triton") is not None
+    if choice == "triton":
+        if not installed:
+            raise RuntimeError("backend='triton' needs the package triton, which is not installed")
+        if not tensor.is_cuda and not triton_interpreted():
+            raise RuntimeError(
+                f"backend='triton' needs tensors on a CUDA or ROCm device, got {tensor.device}; move them there, "
+                "use backend='torch', or set TRITON_INTERPRET=1 before the first import to run Triton's interpreter"
+            )
+    return choice or ("triton" if tensor.is_cuda and installed else "torch")
