@@ -1,7 +1,8 @@
 """Choices that hold for many calls: each is an argument of the functions it concerns, and a setting here.
 
-A setting takes effect when it is constructed and is restored when a ``with`` block around it ends: ``workspace("256MiB")``
-alone lasts for the process, ``with workspace("256MiB"):`` for the block. An argument beats the setting.
+A setting takes effect when it is constructed and is restored when a ``with`` block around it ends:
+``workspace("256MiB")`` alone lasts for the process, ``with workspace("256MiB"):`` for the block. An argument beats the
+setting.
 """
 
 from __future__ import annotations
