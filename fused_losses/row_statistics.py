@@ -1,0 +1,73 @@
+"""What one pass over a row of logits yields, and how gradients of those numbers become a gradient of the row.
+
+For a row ``z`` of ``V`` logits, ``logp = z − logsumexp(z)``, ``p = exp(logp)``. Every loss with hard labels is a function of a
+few numbers of the row, and its gradient has one form:
+
+    dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d u_j
+
+with one number per row for each of ``a, b, e, d`` and one per id for ``c``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class RowStatistics(NamedTuple):
+    """Statistics of ``N`` rows; ``None`` where not asked for. fp32 (float64 for float64 logits) unless said otherwise."""
+
+    log_probs: Tensor | None = None  # (N, K) logp at each id, never positive
+    # (N,) float64 always: rounded to fp32 it would cost |logsumexp|·6e-8 of relative error in every probability of the row.
+    logsumexp: Tensor | None = None
+    entropy: Tensor | None = None  # (N,) −Σ p logp
+    log_sum_sq_probs: Tensor | None = None  # (N,) log Σ p²
+    sum_log_probs: Tensor | None = None  # (N,) Σ u logp, u the column weights or 1
+    max_logit: Tensor | None = None  # (N,)
+    is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
+
+
+class Coefficients(NamedTuple):
+    """The per-row numbers of the gradient's form, ``(N,)`` each and ``c`` ``(N, K)``; ``None`` is zero."""
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+    e: Tensor | None = None
+    c: Tensor | None = None
+    d: Tensor | None = None
+
+
+def coefficients(
+    upstream: RowStatistics, statistics: RowStatistics, vocab: int, column_weight: Tensor | None
+) -> Coefficients:
+    """Turn gradients of the statistics into the coefficients of the rows' gradient.
+
+    Args:
+        upstream: a gradient per statistic, shaped like it; ``None`` where the loss does not use it.
+        statistics: the statistics themselves; ``entropy`` and ``log_sum_sq_probs`` are read where they have a gradient.
+        vocab: ``V``.
+        column_weight: ``u`` ``(V,)``, or None for ones.
+    """
+    a: Tensor | None = None
+    b = c = d = e = None
+
+    def plus(total: Tensor | None, term: Tensor) -> Tensor:
+        return term if total is None else total + term
+
+    if (g := upstream.log_probs) is not None:
+        c, a = g, plus(a, -g.sum(-1))
+    if (g := upstream.logsumexp) is not None:
+        dtype = next(t.dtype for t in (statistics.log_probs, statistics.entropy, statistics.sum_log_probs, g) if t is not None)
+        a = plus(a, g.to(torch.float64 if dtype == torch.float64 else torch.float32))
+    if (g := upstream.entropy) is not None:
+        assert statistics.entropy is not None
+        a, b = plus(a, -g * statistics.entropy), -g
+    if (g := upstream.log_sum_sq_probs) is not None:
+        assert statistics.log_sum_sq_probs is not None
+        a, e = plus(a, -2 * g), 2 * g * torch.exp(-statistics.log_sum_sq_probs)
+    if (g := upstream.sum_log_probs) is not None:
+        total = vocab if column_weight is None else column_weight.sum()
+        a, d = plus(a, -g * total), g
+    return Coefficients(a, b, e, c, d)
