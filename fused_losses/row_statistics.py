@@ -40,7 +40,7 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
-    upstream: RowStatistics, statistics: RowStatistics, vocab: int, column_weight: Tensor | None
+    upstream: RowStatistics, statistics: RowStatistics, vocab: int, column_weight: Tensor | None, dtype: torch.dtype
 ) -> Coefficients:
     """Turn gradients of the statistics into the coefficients of the rows' gradient.
 
@@ -49,6 +49,7 @@ def coefficients(
         statistics: the statistics themselves; ``entropy`` and ``log_sum_sq_probs`` are read where they have a gradient.
         vocab: ``V``.
         column_weight: ``u`` ``(V,)``, or None for ones.
+        dtype: of the coefficients, fp32 or float64.
     """
     a: Tensor | None = None
     b = c = d = e = None
@@ -59,8 +60,7 @@ def coefficients(
     if (g := upstream.log_probs) is not None:
         c, a = g, plus(a, -g.sum(-1))
     if (g := upstream.logsumexp) is not None:
-        dtype = next(t.dtype for t in (statistics.log_probs, statistics.entropy, statistics.sum_log_probs, g) if t is not None)
-        a = plus(a, g.to(torch.float64 if dtype == torch.float64 else torch.float32))
+        a = plus(a, g.to(dtype))
     if (g := upstream.entropy) is not None:
         assert statistics.entropy is not None
         a, b = plus(a, -g * statistics.entropy), -g

@@ -1,0 +1,170 @@
+"""Statistics of rows of logits, and their gradient, a chunk of rows at a time. See ``kernels/softmax_rows.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from ..numerics import statistics_dtype
+from ..row_statistics import RowStatistics
+
+CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32: 2 MiB, which stays in a core's cache
+FLOOR = -1e30  # the running maximum of nothing; finite, so that −inf logits never meet −inf − −inf
+
+
+def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield ``(rows, chunk)``: a slice of the ``N = B·S`` rows and the view ``(…, V)`` of ``logits`` ``(B, V, S)`` it covers."""
+    B, V, S = logits.shape
+    n = max(1, CHUNK_ELEMENTS // max(V, 1))
+    if n >= S:
+        step = n // max(S, 1)
+        for b in range(0, B, step):
+            chunk = logits[b : b + step]
+            yield slice(b * S, b * S + chunk.shape[0] * S), chunk.transpose(1, 2)
+    else:
+        for b in range(B):
+            for s in range(0, S, n):
+                chunk = logits[b, :, s : s + n]
+                yield slice(b * S + s, b * S + s + chunk.shape[1]), chunk.transpose(0, 1)
+
+
+def transform(
+    x: Tensor, temperature: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor | float]:
+    """``z = softcap·tanh(scale·x/softcap)/temperature`` of rows ``(n, V)``, and ``dz/dx``."""
+    slope: Tensor | float = scale
+    z = x * scale if scale != 1.0 else x
+    if softcap is not None:
+        t = torch.tanh(z / softcap)
+        z, slope = softcap * t, slope * (1 - t * t)
+    if temperature is not None:
+        z, slope = z / temperature[:, None], slope / temperature[:, None]
+    return z, slope
+
+
+def skipped(ids: Tensor | None) -> Tensor | None:
+    """Rows ``(N,)`` whose ids are all −100."""
+    return None if ids is None else (ids == -100).all(-1)
+
+
+def softmax_rows_fwd(
+    logits: Tensor,  # (B, V, S), any strides
+    ids: Tensor | None,  # (N, K) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Collection[str],
+) -> RowStatistics:
+    B, V, S = logits.shape
+    N, dtype = B * S, statistics_dtype(logits.dtype)
+
+    def empty(name: str, dtype: torch.dtype = dtype) -> Tensor | None:
+        return logits.new_empty(N, dtype=dtype) if name in outputs else None
+
+    out = RowStatistics(
+        log_probs=logits.new_empty(ids.shape, dtype=dtype) if ids is not None else None,
+        logsumexp=logits.new_empty(N, dtype=torch.float64),
+        entropy=empty("entropy"),
+        log_sum_sq_probs=empty("log_sum_sq_probs"),
+        sum_log_probs=empty("sum_log_probs"),
+        max_logit=empty("max_logit"),
+        is_top1=empty("is_top1", torch.bool),
+    )
+    for rows, chunk in row_chunks(logits):
+        x = chunk.reshape(-1, V).to(dtype)
+        z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+        values = row_statistics(z, None if ids is None else ids[rows], column_weight, outputs)
+        for total, value in zip(out, values, strict=True):
+            if total is not None:
+                total[rows] = value
+    return out
+
+
+def row_statistics(
+    z: Tensor, ids: Tensor | None, column_weight: Tensor | None, outputs: Collection[str]
+) -> RowStatistics:
+    """The statistics of logits ``(n, V)`` that are already in their final form and precision."""
+    V = z.shape[1]
+    largest = z.amax(-1, keepdim=True).clamp(min=FLOOR)
+    shifted = z - largest
+    e = shifted.exp()
+    total = e.sum(-1)
+    log_total = total.log()
+    skip = skipped(ids)
+
+    def unless_skipped(value: Tensor) -> Tensor:
+        return value if skip is None else value.masked_fill(skip if value.ndim == 1 else skip[:, None], 0)
+
+    log_probs = entropy = log_sum_sq_probs = sum_log_probs = max_logit = is_top1 = None
+    if ids is not None:
+        inside = (ids >= 0) & (ids < V)
+        log_probs = shifted.gather(-1, ids.clamp(0, V - 1)) - log_total[:, None]
+        log_probs = unless_skipped(log_probs.masked_fill(~inside, 0))
+    if "max_logit" in outputs:
+        max_logit = unless_skipped(z.amax(-1))
+    if "is_top1" in outputs and ids is not None:
+        is_top1 = z.argmax(-1) == ids[:, 0]
+    if "sum_log_probs" in outputs:
+        if column_weight is None:
+            sum_log_probs = unless_skipped(shifted.sum(-1) - V * log_total)
+        else:
+            u = column_weight.to(z.dtype)
+            sum_log_probs = unless_skipped((shifted * u).sum(-1) - u.sum() * log_total)
+    if "log_sum_sq_probs" in outputs:
+        log_sum_sq_probs = unless_skipped((e * e).sum(-1).log() - 2 * log_total)
+    if "entropy" in outputs:
+        entropy = unless_skipped(log_total - e.mul_(shifted.masked_fill_(e == 0, 0)).sum(-1) / total)
+    logsumexp = unless_skipped(largest.squeeze(-1).double() + log_total.double())
+    return RowStatistics(log_probs, logsumexp, entropy, log_sum_sq_probs, sum_log_probs, max_logit, is_top1)
+
+
+def softmax_rows_bwd(
+    logits: Tensor,  # (B, V, S), any strides
+    ids: Tensor | None,  # (N, K) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor | None,  # (N,)
+    b: Tensor | None,  # (N,)
+    e: Tensor | None,  # (N,)
+    c: Tensor | None,  # (N, K)
+    d: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_start: int = 0,
+    out: Tensor | None = None,  # (B, V, S); may be logits itself
+) -> Tensor:
+    _, V, _ = logits.shape
+    dtype = statistics_dtype(logits.dtype)
+    out = torch.empty_like(logits) if out is None else out
+    skip = skipped(ids)
+    for (rows, chunk), (_, grad) in zip(row_chunks(logits), row_chunks(out), strict=True):
+        x = chunk.reshape(-1, V).to(dtype)
+        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+        # The difference is taken in float64 only once a row: hi + lo is logsumexp.
+        hi = logsumexp[rows, None].to(dtype)
+        lo = (logsumexp[rows, None] - hi.double()).to(dtype)
+        logp = (z - hi) - lo
+        p = logp.exp()
+        factor: Tensor | float = 0.0 if a is None else a[rows, None]
+        if b is not None:
+            factor = factor + b[rows, None] * logp.masked_fill(p == 0, 0)
+        if e is not None:
+            factor = factor + e[rows, None] * p
+        dz = p.mul_(factor)
+        if d is not None:
+            dz += d[rows, None] if column_weight is None else d[rows, None] * column_weight.to(dtype)
+        if ids is not None and c is not None:
+            local = ids[rows] - vocab_start
+            inside = (local >= 0) & (local < V)
+            dz.scatter_add_(-1, local.clamp(0, V - 1), c[rows].masked_fill(~inside, 0))
+        dz *= slope
+        if skip is not None:
+            dz.masked_fill_(skip[rows, None], 0)
+        grad.copy_(dz.view(grad.shape))
+    return out
