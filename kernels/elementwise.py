@@ -1,0 +1,34 @@
+"""From what a head yields to final logits, element by element: scale first, then softcap, then temperature."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # libdevice has no tanh in the interpreter. Near 0 Lambert's continued fraction x/(1 + x²/(3 + x²/(5 + …))) keeps the
+    # relative accuracy that (1 − q)/(1 + q) loses to cancellation.
+    square = x * x
+    near = x / (1 + square / (3 + square / (5 + square / (7 + square / 9))))
+    q = tl.exp(-2 * tl.abs(x))
+    far = (1 - q) / (1 + q)
+    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def final_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """``softcap·tanh(scale·x/softcap)``, or ``scale·x`` without softcap; temperature is the caller's, one number per row."""
+    z = x * scale
+    if HAS_SOFTCAP:
+        z = softcap * tanh(z / softcap)
+    return z
+
+
+@triton.jit
+def final_logits_slope(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """``dz/dx`` from ``z`` as :func:`final_logits` returned it."""
+    slope = scale
+    if HAS_SOFTCAP:
+        t = z / softcap
+        slope = scale * (1 - t * t)
+    return slope
