@@ -12,6 +12,7 @@ import os
 import re
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["triton", "torch"]
@@ -103,11 +104,17 @@ def triton_interpreted() -> bool:
 def resolve_backend(tensor: Tensor, choice: Backend | None = None) -> Backend:
     """The backend for ``tensor``: the argument, else the setting, else Triton on a GPU and chunked PyTorch elsewhere.
 
+    float64 is for checking, not for speed: it always runs in PyTorch.
+
     Raises:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot run here; says why.
     """
     choice = backend.parse(choice or backend.value)
+    if tensor.dtype == torch.float64:
+        if choice == "triton":
+            raise RuntimeError("backend='triton' computes in fp32; float64 runs on backend='torch', also on a GPU")
+        return "torch"
     installed = importlib.util.find_spec("triton") is not None
     if choice == "triton":
         if not installed:

@@ -1,0 +1,374 @@
+"""Statistics of rows of logits that exist, and the gradient of any function of them.
+
+Forward, one read of the logits: with ``m = max_j z_j`` and ``s = Σ_j exp(z_j − m)``,
+
+    logsumexp = m + log s        logp_y = (z_y − m) − log s        entropy = log s − Σ_j exp(z_j − m)(z_j − m)/s
+    Σ_j u_j logp_j = Σ_j u_j (z_j − m) − log s·Σ_j u_j             log Σ_j p_j² = log Σ_j exp(2(z_j − m)) − 2 log s
+
+Everything is kept relative to the running maximum, so ``logp ≤ 0`` holds by construction and a constant added to a row costs
+no accuracy. Each lane runs its own maximum over every ``VEC``-th part of the row and the lanes meet once, at the end: no
+barrier and 1 + 1/VEC exponentials per logit in the loop. The finite ``FLOOR`` stands for the maximum of nothing, so that −inf
+logits never make −inf − −inf.
+
+Backward, one read and one write (in place if asked): see ``fused_losses/row_statistics.py`` for the one form
+
+    dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d u_j
+
+Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward; everything else is O(K).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..row_statistics import RowStatistics
+from .configurations import softmax_rows_bwd_config, softmax_rows_fwd_config
+from .elementwise import final_logits, final_logits_slope
+
+FLOOR = tl.constexpr(-1e30)
+SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
+
+
+@triton.jit
+def _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N: tl.constexpr):
+    skipped = row_inside
+    for k in range(K):
+        skipped = skipped & (tl.load(ids_ptr + row * K + k, mask=row_inside, other=0) == SKIP)
+    return skipped
+
+
+@triton.jit
+def _softmax_rows_fwd_kernel(
+    logits_ptr,  # (B, V, S)
+    ids_ptr,  # (N, K) int64
+    column_weight_ptr,  # (V,)
+    temperature_ptr,  # (N,)
+    log_probs_ptr,  # (N, K)
+    logsumexp_ptr,  # (N,) float64
+    entropy_ptr,  # (N,)
+    log_sum_sq_probs_ptr,  # (N,)
+    sum_log_probs_ptr,  # (N,)
+    max_logit_ptr,  # (N,)
+    is_top1_ptr,  # (N,) bool
+    N,
+    V,
+    S,
+    K,
+    logits_stride_b,
+    logits_stride_v,
+    logits_stride_s,
+    scale,
+    softcap,
+    HAS_IDS: tl.constexpr,
+    HAS_COLUMN_WEIGHT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LOG_SUM_SQ_PROBS: tl.constexpr,
+    SUM_LOG_PROBS: tl.constexpr,
+    MAX_LOGIT: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    LANES: tl.constexpr = BLOCK_V // VEC
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_inside = row < N
+    skipped = row < 0
+    if HAS_IDS:
+        skipped = _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N)
+    active = row_inside & ~skipped
+    row_ptr = logits_ptr + (row // S) * logits_stride_b + (row % S) * logits_stride_s  # (BLOCK_N,)
+    temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
+
+    largest = tl.full((BLOCK_N, LANES), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_N, LANES), tl.float32)
+    total_shifted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ exp(z − largest)·(z − largest)
+    total_sq = tl.zeros((BLOCK_N, LANES), tl.float32)
+    weighted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ u·(z − largest)
+    weight_seen = tl.zeros((BLOCK_N, LANES), tl.float32)
+    top = tl.zeros((BLOCK_N, LANES), tl.int32)
+    nans = tl.zeros((BLOCK_N, LANES), tl.int32)
+    v_end = V * tl.max(active.to(tl.int32), 0)  # a block of skipped rows reads nothing
+    for v_start in range(0, v_end, BLOCK_V):
+        v = v_start + tl.arange(0, BLOCK_V)
+        inside = active[:, None] & (v < V)[None, :]
+        x = tl.load(row_ptr[:, None] + v.to(tl.int64)[None, :] * logits_stride_v, mask=inside, other=float("-inf")).to(
+            tl.float32
+        )
+        z = final_logits(x, scale, softcap, HAS_SOFTCAP)
+        if HAS_TEMPERATURE:
+            z = z / temperature[:, None]
+        if HAS_SOFTCAP:
+            z = tl.where(inside, z, float("-inf"))  # the cap has made the padding finite
+        z = tl.reshape(z, (BLOCK_N, LANES, VEC))
+        tile_largest = tl.max(z, 2)
+        now_largest = tl.maximum(largest, tile_largest)
+        moved = largest - now_largest
+        shifted = z - now_largest[:, :, None]
+        e = tl.exp(shifted)
+        rescale = tl.exp(moved)
+        if ENTROPY:
+            total_shifted = rescale * (total_shifted + moved * total) + tl.sum(tl.where(e == 0, 0.0, e * shifted), 2)
+        total = total * rescale + tl.sum(e, 2)
+        if LOG_SUM_SQ_PROBS:
+            total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
+        if SUM_LOG_PROBS:
+            u = tl.where(inside, 1.0, 0.0).to(tl.float32)
+            if HAS_COLUMN_WEIGHT:
+                u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+            inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
+            u = tl.reshape(u, (BLOCK_N, LANES, VEC))
+            weighted += moved * weight_seen + tl.sum(tl.where(inside3, u * shifted, 0.0), 2)
+            weight_seen += tl.sum(u, 2)
+        if IS_TOP1:
+            column = tl.reshape(tl.broadcast_to(v[None, :], (BLOCK_N, BLOCK_V)), (BLOCK_N, LANES, VEC))
+            first = tl.min(tl.where(z == tile_largest[:, :, None], column, V), 2)
+            top = tl.where(tile_largest > largest, first, top)
+        if MAX_LOGIT:
+            nans += tl.sum((z != z).to(tl.int32), 2)
+        largest = now_largest
+
+    row_largest = tl.max(largest, 1)
+    moved = largest - row_largest[:, None]
+    rescale = tl.exp(moved)
+    row_total = tl.sum(total * rescale, 1)
+    log_total = tl.log(row_total)
+    logsumexp = row_largest.to(tl.float64) + log_total.to(tl.float64)
+    tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
+    if ENTROPY:
+        entropy = log_total - tl.sum(rescale * (total_shifted + moved * total), 1) / row_total
+        tl.store(entropy_ptr + row, tl.where(skipped, 0.0, entropy), mask=row_inside)
+    if LOG_SUM_SQ_PROBS:
+        log_sum_sq = tl.log(tl.sum(total_sq * (rescale * rescale), 1)) - 2 * log_total
+        tl.store(log_sum_sq_probs_ptr + row, tl.where(skipped, 0.0, log_sum_sq), mask=row_inside)
+    if SUM_LOG_PROBS:
+        row_weighted = tl.sum(weighted + moved * weight_seen, 1) - log_total * tl.sum(weight_seen, 1)
+        tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, row_weighted), mask=row_inside)
+    if MAX_LOGIT:
+        max_logit = tl.where(tl.sum(nans, 1) > 0, float("nan"), row_largest)
+        max_logit = tl.where(max_logit == FLOOR, float("-inf"), max_logit)
+        tl.store(max_logit_ptr + row, tl.where(skipped, 0.0, max_logit), mask=row_inside)
+    if IS_TOP1:
+        row_top = tl.min(tl.where(largest == row_largest[:, None], top, V), 1)
+        first_id = tl.load(ids_ptr + row * K, mask=row_inside, other=-1)
+        tl.store(is_top1_ptr + row, (row_top == first_id) & ~skipped, mask=row_inside)
+    if HAS_IDS:
+        for k in range(K):
+            y = tl.load(ids_ptr + row * K + k, mask=active, other=-1)
+            found = (y >= 0) & (y < V)
+            x_y = tl.load(row_ptr + y * logits_stride_v, mask=found, other=0.0).to(tl.float32)
+            z_y = final_logits(x_y, scale, softcap, HAS_SOFTCAP) / temperature
+            log_prob = tl.where(found, (z_y - row_largest) - log_total, 0.0)
+            tl.store(log_probs_ptr + row * K + k, log_prob, mask=row_inside)
+
+
+def softmax_rows_fwd(
+    logits,  # (B, V, S), any strides
+    ids,  # (N, K) int64 or None
+    column_weight,  # (V,) or None
+    temperature,  # (N,) or None
+    *,
+    scale=1.0,
+    softcap=None,
+    outputs,
+):
+    B, V, S = logits.shape
+    N = B * S
+
+    def empty(name, dtype=torch.float32):
+        return logits.new_empty(N, dtype=dtype) if name in outputs else None
+
+    out = RowStatistics(
+        log_probs=None if ids is None else logits.new_empty(ids.shape, dtype=torch.float32),
+        logsumexp=logits.new_empty(N, dtype=torch.float64),
+        entropy=empty("entropy"),
+        log_sum_sq_probs=empty("log_sum_sq_probs"),
+        sum_log_probs=empty("sum_log_probs"),
+        max_logit=empty("max_logit"),
+        is_top1=empty("is_top1", torch.bool),
+    )
+    if N == 0:
+        return out
+    BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, logits.stride(1) == 1)
+    _softmax_rows_fwd_kernel[(triton.cdiv(N, BLOCK_N),)](
+        logits,
+        ids,
+        column_weight,
+        temperature,
+        *out,
+        N,
+        V,
+        S,
+        0 if ids is None else ids.shape[1],
+        *logits.stride(),
+        scale,
+        softcap or 1.0,
+        HAS_IDS=ids is not None,
+        HAS_COLUMN_WEIGHT=column_weight is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        HAS_SOFTCAP=softcap is not None,
+        ENTROPY="entropy" in outputs,
+        LOG_SUM_SQ_PROBS="log_sum_sq_probs" in outputs,
+        SUM_LOG_PROBS="sum_log_probs" in outputs,
+        MAX_LOGIT="max_logit" in outputs,
+        IS_TOP1="is_top1" in outputs,
+        BLOCK_N=BLOCK_N,
+        BLOCK_V=BLOCK_V,
+        VEC=VEC,
+        num_warps=num_warps,
+    )
+    return out
+
+
+@triton.jit
+def _softmax_rows_bwd_kernel(
+    logits_ptr,  # (B, V, S)
+    ids_ptr,  # (N, K) int64
+    column_weight_ptr,  # (V,)
+    temperature_ptr,  # (N,)
+    logsumexp_ptr,  # (N,) float64
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    e_ptr,  # (N,)
+    c_ptr,  # (N, K)
+    d_ptr,  # (N,)
+    out_ptr,  # (B, V, S), may be logits_ptr: each element is read by the lane that writes it
+    N,
+    V,
+    S,
+    K,
+    logits_stride_b,
+    logits_stride_v,
+    logits_stride_s,
+    out_stride_b,
+    out_stride_v,
+    out_stride_s,
+    vocab_start,
+    scale,
+    softcap,
+    HAS_IDS: tl.constexpr,
+    HAS_COLUMN_WEIGHT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_E: tl.constexpr,
+    HAS_C: tl.constexpr,
+    HAS_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    v_blocks = tl.cdiv(V, BLOCK_V)
+    row = (tl.program_id(0) // v_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    v = (tl.program_id(0) % v_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
+    row_inside = row < N
+    inside = row_inside[:, None] & (v < V)[None, :]
+    active = row_inside
+    if HAS_IDS:
+        active = row_inside & ~_rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N)
+    v64 = v.to(tl.int64)[None, :]
+    x = tl.load(
+        logits_ptr + ((row // S) * logits_stride_b + (row % S) * logits_stride_s)[:, None] + v64 * logits_stride_v,
+        mask=inside & active[:, None],
+        other=0.0,
+    ).to(tl.float32)
+    z = final_logits(x, scale, softcap, HAS_SOFTCAP)
+    slope = final_logits_slope(z, scale, softcap, HAS_SOFTCAP)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)[:, None]
+        z = z / temperature
+        slope = slope / temperature
+    # float64 once per row, not per logit: hi + lo is logsumexp.
+    logsumexp = tl.load(logsumexp_ptr + row, mask=row_inside, other=0.0)
+    hi = logsumexp.to(tl.float32)
+    lo = (logsumexp - hi.to(tl.float64)).to(tl.float32)
+    logp = (z - hi[:, None]) - lo[:, None]
+    p = tl.exp(logp)
+    factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    if HAS_A:
+        factor += tl.load(a_ptr + row, mask=row_inside, other=0.0)[:, None]
+    if HAS_B:
+        factor += tl.load(b_ptr + row, mask=row_inside, other=0.0)[:, None] * tl.where(p == 0, 0.0, logp)
+    if HAS_E:
+        factor += tl.load(e_ptr + row, mask=row_inside, other=0.0)[:, None] * p
+    dz = p * factor
+    if HAS_D:
+        d = tl.load(d_ptr + row, mask=row_inside, other=0.0)[:, None]
+        if HAS_COLUMN_WEIGHT:
+            d = d * tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+        dz += d
+    if HAS_C:
+        for k in range(K):
+            y = tl.load(ids_ptr + row * K + k, mask=row_inside, other=-1) - vocab_start
+            c = tl.load(c_ptr + row * K + k, mask=row_inside, other=0.0)
+            dz += tl.where(v[None, :] == y[:, None], c[:, None], 0.0)
+    dx = tl.where(active[:, None], dz * slope, 0.0)
+    tl.store(
+        out_ptr + ((row // S) * out_stride_b + (row % S) * out_stride_s)[:, None] + v64 * out_stride_v,
+        dx.to(out_ptr.dtype.element_ty),
+        mask=inside,
+    )
+
+
+def softmax_rows_bwd(
+    logits,  # (B, V, S), any strides
+    ids,  # (N, K) int64 or None
+    column_weight,  # (V,) or None
+    temperature,  # (N,) or None
+    logsumexp,  # (N,) float64
+    a,  # (N,) or None
+    b,  # (N,) or None
+    e,  # (N,) or None
+    c,  # (N, K) or None
+    d,  # (N,) or None
+    *,
+    scale=1.0,
+    softcap=None,
+    vocab_start=0,
+    out=None,  # (B, V, S); may be logits itself
+):
+    B, V, S = logits.shape
+    N = B * S
+    out = torch.empty_like(logits) if out is None else out
+    if N == 0:
+        return out
+    BLOCK_N, BLOCK_V, num_warps = softmax_rows_bwd_config(logits.dtype, logits.stride(1) == 1)
+    _softmax_rows_bwd_kernel[(triton.cdiv(N, BLOCK_N) * triton.cdiv(V, BLOCK_V),)](
+        logits,
+        ids,
+        column_weight,
+        temperature,
+        logsumexp,
+        a,
+        b,
+        e,
+        c,
+        d,
+        out,
+        N,
+        V,
+        S,
+        0 if ids is None else ids.shape[1],
+        *logits.stride(),
+        *out.stride(),
+        vocab_start,
+        scale,
+        softcap or 1.0,
+        HAS_IDS=ids is not None,
+        HAS_COLUMN_WEIGHT=column_weight is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_A=a is not None,
+        HAS_B=b is not None,
+        HAS_E=e is not None,
+        HAS_C=c is not None,
+        HAS_D=d is not None,
+        BLOCK_N=BLOCK_N,
+        BLOCK_V=BLOCK_V,
+        num_warps=num_warps,
+    )
+    return out
