@@ -1,7 +1,7 @@
 """What one pass over a row of logits yields, and how gradients of those numbers become a gradient of the row.
 
-For a row ``z`` of ``V`` logits, ``logp = z − logsumexp(z)``, ``p = exp(logp)``. Every loss with hard labels is a function of a
-few numbers of the row, and its gradient has one form:
+For a row ``z`` of ``V`` logits, ``logp = z − logsumexp(z)``, ``p = exp(logp)``. Every loss with hard labels is a
+function of a few numbers of the row, and its gradient has one form:
 
     dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d u_j
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of ``N`` rows; ``None`` where not asked for. fp32 (float64 for float64 logits) unless said otherwise."""
+    """Statistics of ``N`` rows, ``None`` where not asked for; fp32 (float64 for float64 logits) unless said otherwise."""
 
     log_probs: Tensor | None = None  # (N, K) logp at each id, never positive
-    # (N,) float64 always: rounded to fp32 it would cost |logsumexp|·6e-8 of relative error in every probability of the row.
+    # (N,) float64 always: rounding it to fp32 costs |logsumexp|·6e-8 of relative error in every probability of the row.
     logsumexp: Tensor | None = None
     entropy: Tensor | None = None  # (N,) −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) log Σ p²

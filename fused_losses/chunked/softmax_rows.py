@@ -15,7 +15,7 @@ FLOOR = -1e30  # the running maximum of nothing; finite, so that −inf logits n
 
 
 def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(rows, chunk)``: a slice of the ``N = B·S`` rows and the view ``(…, V)`` of ``logits`` ``(B, V, S)`` it covers."""
+    """Yield ``(rows, chunk)``: a slice of the ``N = B·S`` rows and the view ``(…, V)`` of ``(B, V, S)`` it covers."""
     B, V, S = logits.shape
     n = max(1, CHUNK_ELEMENTS // max(V, 1))
     if n >= S:
@@ -79,7 +79,7 @@ def softmax_rows_fwd(
         z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
         values = row_statistics(z, None if ids is None else ids[rows], column_weight, outputs)
         for total, value in zip(out, values, strict=True):
-            if total is not None:
+            if total is not None and value is not None:
                 total[rows] = value
     return out
 
@@ -87,9 +87,9 @@ def softmax_rows_fwd(
 def row_statistics(
     z: Tensor, ids: Tensor | None, column_weight: Tensor | None, outputs: Collection[str]
 ) -> RowStatistics:
-    """The statistics of logits ``(n, V)`` that are already in their final form and precision."""
+    """The statistics of logits ``(n, V)`` that are already in their final form and precision. Differentiable."""
     V = z.shape[1]
-    largest = z.amax(-1, keepdim=True).clamp(min=FLOOR)
+    largest = z.detach().amax(-1, keepdim=True).clamp(min=FLOOR)  # cancels out of every statistic but logsumexp
     shifted = z - largest
     e = shifted.exp()
     total = e.sum(-1)
@@ -117,7 +117,7 @@ def row_statistics(
     if "log_sum_sq_probs" in outputs:
         log_sum_sq_probs = unless_skipped((e * e).sum(-1).log() - 2 * log_total)
     if "entropy" in outputs:
-        entropy = unless_skipped(log_total - e.mul_(shifted.masked_fill_(e == 0, 0)).sum(-1) / total)
+        entropy = unless_skipped(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1) / total)
     logsumexp = unless_skipped(largest.squeeze(-1).double() + log_total.double())
     return RowStatistics(log_probs, logsumexp, entropy, log_sum_sq_probs, sum_log_probs, max_logit, is_top1)
 
@@ -162,7 +162,9 @@ def softmax_rows_bwd(
         if ids is not None and c is not None:
             local = ids[rows] - vocab_start
             inside = (local >= 0) & (local < V)
-            dz.scatter_add_(-1, local.clamp(0, V - 1), c[rows].masked_fill(~inside, 0))
+            local, values = local.clamp(0, V - 1), c[rows].masked_fill(~inside, 0)
+            for k in range(ids.shape[1]):  # one id at a time: repeated ids add in order
+                dz.scatter_add_(-1, local[:, k : k + 1], values[:, k : k + 1])
         dz *= slope
         if skip is not None:
             dz.masked_fill_(skip[rows, None], 0)

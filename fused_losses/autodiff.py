@@ -1,0 +1,46 @@
+"""When a fused operator must give way to plain differentiable PyTorch.
+
+The operators know their first derivative in reverse mode. Second derivatives, forward-mode AD and functorch transforms
+go through plain PyTorch on whole logits: right for float64 and small inputs, which is where they are used, and refused
+for inputs whose logits the caller meant never to hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+SMALL = 2**22  # logits
+
+
+def transforms_active() -> bool:
+    """Forward-mode AD or a functorch transform is running; a custom operator would drop its tangents without a word."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
+    """Raise unless logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
+    if dtype != torch.float64 and tokens * vocab > SMALL:
+        raise RuntimeError(
+            f"double backward, forward-mode AD and functorch transforms would hold the whole ({tokens}, {vocab}) logits "
+            f"in plain PyTorch, and do so only in float64 or up to {SMALL} logits; got {dtype}. Use fewer tokens."
+        )
+
+
+def differentiable_gradients(
+    fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of plain-PyTorch ``fn(*inputs)`` that can be differentiated again: one per input, None where unneeded."""
+    outputs = fn(*inputs)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = {i: x for i, x in enumerate(inputs) if x is not None and x.requires_grad}
+    found = torch.autograd.grad(
+        [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], create_graph=True, allow_unused=True
+    )
+    gradients = dict(zip(wanted, found, strict=True))
+    return [gradients.get(i) for i in range(len(inputs))]

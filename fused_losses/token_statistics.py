@@ -1,0 +1,240 @@
+"""Numbers per token of logits: log-probabilities of given ids, entropy and more, differentiable.
+
+The primitive most losses stand on. Over logits that exist it is one read of them forward and one read and one write
+backward; over a :class:`LinearLogits` no logits exist at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autodiff import check_differentiable, differentiable_gradients, transforms_active
+from .chunked import softmax_rows as chunked_softmax_rows
+from .numerics import statistics_dtype
+from .row_statistics import RowStatistics, coefficients
+from .sequences import masked_mean, masked_sum
+from .settings import Backend, resolve_backend
+
+
+class TokenStatistics(NamedTuple):
+    """One number per token each (``log_probs`` one per id), ``None`` where not asked for."""
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    logsumexp: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    max_logit: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def rows_module(backend: str) -> ModuleType:
+    """Where ``softmax_rows_fwd`` and ``softmax_rows_bwd`` come from."""
+    if backend == "torch":
+        return chunked_softmax_rows
+    from .kernels import softmax_rows  # Triton is imported only where it runs
+
+    return softmax_rows
+
+
+@torch.library.custom_op("fused_losses::target_ids", mutates_args=())
+def target_ids(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    """``target`` as int64 ids with −100 where it is ``ignore_index``.
+
+    An id outside ``[0, vocab)`` raises ``IndexError`` on a CPU; elsewhere it fails the device's next synchronisation.
+    """
+    ids = target.to(torch.int64)
+    ignored = ids == ignore_index
+    outside = ((ids < 0) | (ids >= vocab)) & ~ignored
+    if target.device.type != "cpu":
+        torch._assert_async(~outside.any())
+    elif outside.any():
+        raise IndexError(f"Target {ids[outside][0].item()} is out of bounds for {vocab} classes.")
+    return torch.where(ignored, -100, ids)
+
+
+@target_ids.register_fake
+def _(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
+    return torch.empty_like(target, dtype=torch.int64)
+
+
+@torch.library.custom_op("fused_losses::softmax_rows", mutates_args=())
+def softmax_rows(
+    logits: Tensor,  # (B, V, S), any strides
+    ids: Tensor | None,  # (N, K) int64, N = B·S
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    scale: float,
+    softcap: float | None,
+    outputs: str,  # names of RowStatistics, separated by commas
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`RowStatistics`; an empty tensor stands for what was not asked for."""
+    statistics = rows_module(backend).softmax_rows_fwd(
+        logits, ids, column_weight, temperature, scale=scale, softcap=softcap, outputs=outputs.split(",")
+    )
+    return tuple(logits.new_empty(0) if s is None else s for s in statistics)  # type: ignore[return-value]
+
+
+@softmax_rows.register_fake
+def _(
+    logits: Tensor,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    outputs: str,
+    inplace_backward: bool,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    rows, dtype = logits.shape[0] * logits.shape[2], statistics_dtype(logits.dtype)
+    dtypes = {"logsumexp": torch.float64, "is_top1": torch.bool}
+    asked = {"logsumexp", *outputs.split(",")}
+    return tuple(
+        (logits.new_empty(0) if ids is None else logits.new_empty(ids.shape, dtype=dtype))
+        if name == "log_probs"
+        else logits.new_empty(rows, dtype=dtypes.get(name, dtype))
+        if name in asked
+        else logits.new_empty(0)
+        for name in RowStatistics._fields
+    )
+
+
+@torch.library.custom_op("fused_losses::softmax_rows_grad", mutates_args=())
+def softmax_rows_grad(
+    logits: Tensor,  # (B, V, S), any strides
+    ids: Tensor | None,  # (N, K)
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor | None,  # (N,)
+    b: Tensor | None,  # (N,)
+    e: Tensor | None,  # (N,)
+    c: Tensor | None,  # (N, K)
+    d: Tensor | None,  # (N,)
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> Tensor:
+    return rows_module(backend).softmax_rows_bwd(
+        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, scale=scale, softcap=softcap
+    )
+
+
+@softmax_rows_grad.register_fake
+def _(logits: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("fused_losses::softmax_rows_grad_", mutates_args={"logits"})
+def softmax_rows_grad_(
+    logits: Tensor,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    logsumexp: Tensor,
+    a: Tensor | None,
+    b: Tensor | None,
+    e: Tensor | None,
+    c: Tensor | None,
+    d: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    backend: str,
+) -> None:
+    """:func:`softmax_rows_grad` over the logits themselves, whose version it moves."""
+    rows_module(backend).softmax_rows_bwd(
+        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, scale=scale, softcap=softcap, out=logits
+    )
+
+
+def differentiable_softmax_rows(
+    logits: Tensor,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    outputs: Collection[str],
+) -> RowStatistics:
+    """:func:`softmax_rows` as plain differentiable PyTorch on whole logits."""
+    B, V, S = logits.shape
+    check_differentiable(B * S, V, logits.dtype)
+    x = logits.transpose(1, 2).reshape(-1, V).to(statistics_dtype(logits.dtype))
+    z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
+    return chunked_softmax_rows.row_statistics(z, ids, column_weight, outputs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, ids, column_weight, temperature, ctx.scale, ctx.softcap, outputs, ctx.inplace_backward, ctx.backend = inputs
+    ctx.outputs = outputs.split(",")
+    statistics = RowStatistics(*output)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(statistics.max_logit, statistics.is_top1)
+    # Copies of what backward reads: the caller may write into what it was given.
+    own = [statistics.logsumexp.clone(), statistics.entropy.clone(), statistics.log_sum_sq_probs.clone()]
+    ctx.save_for_backward(logits, ids, column_weight, temperature, *own)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, ids, column_weight, temperature, logsumexp, entropy, log_sum_sq_probs = ctx.saved_tensors
+    rest = (None,) * 8
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+        def statistics(x: Tensor) -> list[Tensor]:
+            found = differentiable_softmax_rows(x, ids, column_weight, temperature, ctx.scale, ctx.softcap, ctx.outputs)
+            return [logits.new_empty(0) if s is None else s for s in found]
+
+        return differentiable_gradients(statistics, [logits], grads)[0], *rest
+    upstream = RowStatistics(*grads)
+    found = RowStatistics(logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs)
+    terms = coefficients(upstream, found, logits.shape[1], column_weight, statistics_dtype(logits.dtype))
+    a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+    arguments = (logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, ctx.scale, ctx.softcap, ctx.backend)
+    if ctx.inplace_backward:
+        softmax_rows_grad_(*arguments)
+        return logits.detach(), *rest
+    return softmax_rows_grad(*arguments), *rest
+
+
+softmax_rows.register_autograd(_backward, setup_context=_setup_context)
+
+
+def rows_statistics(
+    logits: Tensor,
+    ids: Tensor | None,
+    column_weight: Tensor | None = None,
+    temperature: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Sequence[str],
+    inplace_backward: bool = False,
+    backend: Backend | None = None,
+) -> RowStatistics:
+    """Differentiable :class:`RowStatistics` of logits ``(B, V, S)``; rows are ``n = b·S + s``, ids ``(N, K)``."""
+    for name, constant in (("column_weight", column_weight), ("temperature", temperature)):
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
+    if transforms_active():
+        return differentiable_softmax_rows(logits, ids, column_weight, temperature, scale, softcap, outputs)
+    found = softmax_rows(
+        logits,
+        None if ids is None else ids.contiguous(),
+        None if column_weight is None else column_weight.detach().contiguous(),
+        None if temperature is None else temperature.detach().to(statistics_dtype(logits.dtype)).contiguous(),
+        scale,
+        softcap,
+        ",".join(outputs),
+        inplace_backward and not torch.compiler.is_compiling(),
+        resolve_backend(logits, backend),
+    )
+    asked = {"logsumexp", "log_probs" if ids is not None else "", *outputs}
+    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
