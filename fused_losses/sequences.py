@@ -1,12 +1,23 @@
-"""Sums and means over the tokens a mask selects.
+"""From tokens to sequences: which tokens count, where a document ends, and what a sequence sums to.
 
 What a mask hides is replaced before it is summed, never multiplied by zero: a nan or inf there reaches neither the
 value nor the gradient.
+
+Two layouts hold a batch. Padded: ``(B, S)`` and a mask. Packed: ``(1, total)``, documents end to end, where either
+``cu_seqlens`` ``(n + 1,)`` holds the documents' borders ``0 … total``, or ``position_ids`` starts again at 0 with each.
+Packed rows are never unpacked here. Nothing waits for the device, except where ``position_ids`` come without
+``num_sequences``: the number of documents is then a number on the device, and shapes are needed on the host.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .numerics import upcast
 
 
 def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
@@ -32,3 +43,228 @@ def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tenso
         return x.mean() if dim is None else x.mean(dim)
     count = (mask != 0).sum() if dim is None else (mask != 0).sum(dim)
     return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def document_borders(position_ids: Tensor, num_sequences: int | None = None) -> Tensor:
+    """``cu_seqlens`` of rows packed with ``position_ids``: where each document starts, and where the last one ends.
+
+    A document starts at every position 0, and at the start of every row.
+
+    Args:
+        position_ids: ``(1, total)``, or ``(B, S)``, rows that each hold whole documents and count as one long row.
+        num_sequences: how many documents there are. What follows them (padding, each token of which has position 0) is
+            left out; documents that are missing count as empty. ``None`` counts them, which waits for the device.
+
+    Returns:
+        ``(num_sequences + 1,)`` int64, on the device of ``position_ids``.
+
+    Example:
+        >>> document_borders(torch.tensor([[0, 1, 2, 0, 1]]))
+        tensor([0, 3, 5])
+    """
+    starts = position_ids == 0
+    starts[..., 0] = True
+    document = starts.flatten().cumsum(0) - 1
+    if num_sequences is None:
+        num_sequences = int(document[-1]) + 1
+    return torch.searchsorted(document, torch.arange(num_sequences + 1, device=document.device))
+
+
+def _borders(cu_seqlens: Tensor | None, position_ids: Tensor | None, num_sequences: int | None) -> Tensor:
+    if (cu_seqlens is None) == (position_ids is None):
+        raise ValueError("packed rows need either cu_seqlens or position_ids, and not both")
+    if position_ids is not None:
+        return document_borders(position_ids, num_sequences)
+    assert cu_seqlens is not None
+    return cu_seqlens.long()
+
+
+def _sums_and_counts(x: Tensor, mask: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
+    shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    x = upcast(x).masked_fill(~shown, 0)
+    if borders is None:
+        return x.sum(-1), shown.sum(-1)
+
+    def per_document(values: Tensor) -> Tensor:
+        # float64 and one order of addition. `unsafe` leaves the borders unchecked, which would wait for the device.
+        values = values.flatten().double()
+        return torch.segment_reduce(values, "sum", offsets=borders, initial=0, unsafe=True).to(x.dtype)
+
+    return per_document(x), per_document(shown)
+
+
+def packed_sum(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor:
+    """Sum of ``x`` over each document of a packed row, where ``mask`` is nonzero; 0 for an empty document.
+
+    The row is not unpacked. Added up in float64 and in one order, so the same bits come out of every run.
+
+    Args:
+        x: ``(1, total)``, one number per token (any shape with ``total`` elements).
+        mask: as ``x``, nonzero for the tokens that count; ``None``: all.
+        cu_seqlens: ``(n + 1,)`` integers, the borders of the documents, rising from 0. Tokens behind the last border
+            belong to no document.
+        position_ids: instead of ``cu_seqlens``; see :func:`document_borders`, as for ``num_sequences``.
+
+    Returns:
+        ``(n,)`` fp32 (float64 for float64), differentiable in ``x``.
+
+    Raises:
+        ValueError: neither or both of ``cu_seqlens`` and ``position_ids`` are given.
+
+    Example:
+        >>> packed_sum(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), cu_seqlens=torch.tensor([0, 3, 4]))
+        tensor([6., 4.])
+    """
+    return _sums_and_counts(x, mask, _borders(cu_seqlens, position_ids, num_sequences))[0]
+
+
+def packed_mean(
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor:
+    """Mean of ``x`` over each document of a packed row, where ``mask`` is nonzero; 0 where nothing is selected.
+
+    Arguments as for :func:`packed_sum`.
+
+    Example:
+        >>> x, borders = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([0, 3, 4])
+        >>> packed_mean(x, torch.tensor([[0, 1, 1, 0]]), cu_seqlens=borders)
+        tensor([2.5000, 0.0000])
+    """
+    total, count = _sums_and_counts(x, mask, _borders(cu_seqlens, position_ids, num_sequences))
+    return total / count.clamp(min=1)
+
+
+def sequence_log_probs(
+    token_logps: Tensor,
+    mask: Tensor | None = None,
+    average: bool = False,
+    *,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor:
+    r"""Log-probability of each sequence: the sum of its tokens', or with ``average`` their mean.
+
+    .. math:: \log\pi(y) = \sum_t m_t \log\pi(y_t \mid y_{<t}) \quad (\,/ \sum_t m_t\,)
+
+    Nothing is shifted: ``token_logps[b, t]`` is hidden or shown by ``mask[b, t]``.
+
+    Source: TRL 1.16's and OpenRLHF's ``average_log_prob``. As there, the average over no token is 0/0, nan; the sum is
+    0.
+
+    Args:
+        token_logps: ``(B, S)`` log-probabilities in nats; packed: ``(1, total)``.
+        mask: as ``token_logps``, nonzero for the tokens that count; ``None``: all.
+        average: the mean over a sequence's tokens instead of the sum.
+        cu_seqlens, position_ids, num_sequences: for packed rows, as for :func:`packed_sum`.
+
+    Returns:
+        ``(B,)``, packed ``(n,)``; fp32 (float64 for float64), differentiable in ``token_logps``.
+
+    Example:
+        >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]]))
+        tensor([-3.])
+        >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), average=True, cu_seqlens=torch.tensor([0, 2, 3]))
+        tensor([-1.5000, -9.0000])
+    """
+    packed = cu_seqlens is not None or position_ids is not None
+    borders = _borders(cu_seqlens, position_ids, num_sequences) if packed else None
+    total, count = _sums_and_counts(token_logps, mask, borders)
+    return total / count if average else total
+
+
+def shift_labels(
+    labels: Tensor, ignore_index: int = -100, *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
+) -> Tensor:
+    """Labels moved one place to the left: at each position the token that follows it in the same document.
+
+    Logits then stay whole. To slice the last position off them would cost a logits-sized copy in backward.
+
+    Args:
+        labels: ``(B, S)`` or packed ``(1, total)`` token ids.
+        ignore_index: what stands where no token follows: at the end of each row and of each document.
+        cu_seqlens: borders of a packed row's documents, as for :func:`packed_sum`.
+        position_ids: as ``labels``, instead of ``cu_seqlens``: a document starts at every 0.
+
+    Returns:
+        The shape and dtype of ``labels``.
+
+    Example:
+        >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
+        tensor([[   2,    3, -100,    5, -100]])
+    """
+    next_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    if position_ids is not None:
+        last = F.pad(position_ids[..., 1:] == 0, (0, 1), value=True)
+    elif cu_seqlens is not None:
+        document = torch.searchsorted(cu_seqlens, torch.arange(labels.shape[-1], device=labels.device), right=True)
+        last = F.pad(document[1:] != document[:-1], (0, 1), value=True)
+    else:
+        return next_labels
+    return next_labels.masked_fill(last, ignore_index)
+
+
+def concatenate_pairs(
+    chosen: Tensor, rejected: Tensor, pad_value: float = 0, *, padding_side: Literal["right", "left"] = "right"
+) -> Tensor:
+    """Chosen over rejected in one batch, the shorter side padded, so that one forward serves both.
+
+    Used for ids (``pad_value`` the pad id), masks (0) and labels (-100) alike. :func:`split_pairs` takes the two halves
+    of whatever comes out of the model apart again; reference log-probs computed beforehand are such halves already.
+
+    Args:
+        chosen: ``(B, S_w)``.
+        rejected: ``(B, S_l)``.
+        pad_value: what fills the shorter side.
+        padding_side: where it is filled.
+
+    Returns:
+        ``(2B, max(S_w, S_l))``.
+
+    Raises:
+        ValueError: the sides differ in more than their length.
+
+    Example:
+        >>> concatenate_pairs(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4]]))
+        tensor([[1, 2, 3],
+                [1, 4, 0]])
+    """
+    if chosen.dim() != 2 or rejected.dim() != 2 or len(chosen) != len(rejected):
+        raise ValueError(
+            f"chosen and rejected must be (B, S) with the same B, got {tuple(chosen.shape)} and {tuple(rejected.shape)}"
+        )
+    length = max(chosen.shape[1], rejected.shape[1])
+
+    def padded(x: Tensor) -> Tensor:
+        missing = length - x.shape[1]
+        return F.pad(x, (0, missing) if padding_side == "right" else (missing, 0), value=pad_value)
+
+    return torch.cat([padded(chosen), padded(rejected)])
+
+
+def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen and the rejected half, views of ``(2B, …)`` made by :func:`concatenate_pairs`; lazy for lazy logits.
+
+    Raises:
+        ValueError: the first dimension is odd.
+
+    Example:
+        >>> split_pairs(torch.tensor([-1.0, -2.0, -3.0, -4.0]))
+        (tensor([-1., -2.]), tensor([-3., -4.]))
+    """
+    if x.shape[0] % 2:
+        raise ValueError(f"pairs are (2B, …), chosen over rejected; got {tuple(x.shape)}")
+    half = x.shape[0] // 2
+    return x[:half], x[half:]

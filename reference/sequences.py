@@ -1,0 +1,52 @@
+"""Sums and means over the tokens of a sequence, one document and one token at a time."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+
+def borders_of(position_ids: list[int]) -> list[int]:
+    """Where a packed row's documents start, and its length: a document starts at index 0 and at every position 0."""
+    starts = [t for t, position in enumerate(position_ids) if t == 0 or position == 0]
+    return [*starts, len(position_ids)]
+
+
+def packed_sum(x: Tensor, borders: list[int], mask: Tensor | None = None) -> Tensor:
+    r"""For each document ``i``: :math:`\sum_{t=b_i}^{b_{i+1}-1} m_t x_t`, ``x`` and ``mask`` of shape ``(total,)``."""
+    sums = []
+    for start, end in pairwise(borders):
+        shown = [x[t] for t in range(start, end) if mask is None or mask[t]]
+        sums.append(sum(shown, torch.zeros((), dtype=x.dtype)))
+    return torch.stack(sums)
+
+
+def packed_mean(x: Tensor, borders: list[int], mask: Tensor | None = None) -> Tensor:
+    """The same, over the number of tokens summed; 0 where there is none."""
+    means = []
+    for start, end in pairwise(borders):
+        shown = [x[t] for t in range(start, end) if mask is None or mask[t]]
+        means.append(torch.stack(shown).mean() if shown else torch.zeros((), dtype=x.dtype))
+    return torch.stack(means)
+
+
+def sequence_log_probs(token_logps: Tensor, mask: Tensor | None = None, average: bool = False) -> Tensor:
+    r""":math:`\sum_t m_t \log p_{b,t}` for each row ``b`` of ``(B, S)``; with ``average`` over :math:`\sum_t m_t`."""
+    rows = []
+    for b in range(token_logps.shape[0]):
+        shown = [token_logps[b, t] for t in range(token_logps.shape[1]) if mask is None or mask[b, t]]
+        total = sum(shown, torch.zeros((), dtype=token_logps.dtype))
+        rows.append(total * float("nan") if average and not shown else total / len(shown) if average else total)
+    return torch.stack(rows)
+
+
+def shift_labels(labels: Tensor, ignore_index: int = -100, borders: list[int] | None = None) -> Tensor:
+    """``labels[b, t + 1]`` at ``[b, t]``; ``ignore_index`` at a row's last token and at a document's."""
+    shifted = torch.full_like(labels, ignore_index)
+    for b in range(labels.shape[0]):
+        for t in range(labels.shape[1] - 1):
+            if borders is None or t + 1 not in borders:
+                shifted[b, t] = labels[b, t + 1]
+    return shifted

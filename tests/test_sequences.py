@@ -1,0 +1,234 @@
+"""Sums and means of sequences, padded and packed, against one token at a time."""
+
+import functools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_losses import sequences
+from fused_losses.reference import sequences as reference
+from fused_losses.reference.tolerance import assert_accurate
+
+NAN, INF = float("nan"), float("inf")
+
+
+def positions(lengths):
+    return torch.tensor([[t for n in lengths for t in range(n)]])
+
+
+def borders(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0)
+
+
+def value_and_grad(f, x, weights):
+    x = x.clone().requires_grad_()
+    out = f(x)
+    # The second term ties x to a result that took nothing of it.
+    (grad,) = torch.autograd.grad((out * weights).sum() + 0 * x.sum(), x)
+    return out.detach(), grad
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    seed=st.integers(0, 99),
+    masked=st.booleans(),
+    how=st.sampled_from(["sum", "mean"]),
+)
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_packed_equals_one_document_at_a_time(lengths, seed, masked, how):
+    generator = torch.Generator().manual_seed(seed)
+    total, n = sum(lengths), len(lengths)
+    x = torch.randn(1, total, dtype=torch.float64, generator=generator)
+    mask = torch.rand(1, total, generator=generator) < 0.6 if masked else None
+    weights = torch.randn(n, dtype=torch.float64, generator=generator)
+    packed, loop = getattr(sequences, f"packed_{how}"), getattr(reference, f"packed_{how}")
+    row_mask = None if mask is None else mask[0]
+    expected = value_and_grad(lambda x: loop(x[0], borders(lengths).tolist(), row_mask), x, weights)
+    for layout in (
+        {"cu_seqlens": borders(lengths).int()},
+        {"position_ids": positions(lengths)},
+        {"position_ids": positions(lengths), "num_sequences": n},
+    ):
+        torch.testing.assert_close(value_and_grad(functools.partial(packed, mask=mask, **layout), x, weights), expected)
+
+
+def test_borders_of_position_ids():
+    lengths = [3, 1, 4]
+    assert sequences.document_borders(positions(lengths)).tolist() == reference.borders_of(
+        positions(lengths)[0].tolist()
+    )
+    # Padding behind the documents has position 0 throughout; rows start anew even where a position is not 0.
+    padded = torch.cat([row, torch.zeros(1, 5, dtype=torch.long)], -1)
+    assert sequences.document_borders(padded, 3).tolist() == [0, 3, 4, 8]
+    assert sequences.document_borders(row, 5).tolist() == [0, 3, 4, 8, 8, 8]
+    assert sequences.document_borders(torch.tensor([[0, 1, 2], [7, 8, 0]])).tolist() == [0, 3, 5, 6]
+
+
+def test_packed_empty_documents_and_the_tail_behind_the_last_border():
+    x = torch.tensor([[1.0, 2.0, 3.0, NAN]], requires_grad=True)
+    total = sequences.packed_sum(x, cu_seqlens=torch.tensor([0, 0, 2, 2, 3]))
+    assert total.tolist() == [0.0, 3.0, 0.0, 3.0]
+    total.sum().backward()
+    assert x.grad.tolist() == [[1.0, 1.0, 1.0, 0.0]]
+    assert sequences.packed_mean(x, cu_seqlens=torch.tensor([0, 0, 2, 2, 3])).tolist() == [0.0, 1.5, 0.0, 3.0]
+    assert sequences.packed_sum(torch.empty(1, 0), cu_seqlens=torch.tensor([0])).shape == (0,)
+
+
+def test_what_one_document_holds_reaches_no_other():
+    x = torch.tensor([[1.0, -INF, NAN, 2.0, NAN, 5.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 1, 0, 1]])
+    total = sequences.packed_sum(x, mask, cu_seqlens=torch.tensor([0, 2, 4, 6]))
+    assert total.tolist() == [-INF, 2.0, 5.0]
+    total.sum().backward()
+    assert x.grad.tolist() == mask.float().tolist()
+    assert sequences.packed_mean(x, mask * 0, cu_seqlens=torch.tensor([0, 2, 4, 6])).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("how", ["sum", "mean"])
+def test_packed_long_rows_are_accurate(dtype, how):
+    lengths = [4000, 1, 97, 1902]
+    x = (torch.randn(1, sum(lengths)) - 2).to(dtype)
+    mask = torch.rand(1, sum(lengths)) < 0.7
+    ours = getattr(sequences, f"packed_{how}")(x, mask, cu_seqlens=borders(lengths))
+
+    def by_document(x):
+        pairs = zip(x.split(lengths, -1), mask.split(lengths, -1), strict=True)
+        return torch.stack([getattr(row[shown], how)() if shown.any() else row.new_zeros(()) for row, shown in pairs])
+
+    assert_accurate(ours, by_document(x.float()), by_document(x.double()))
+    assert torch.equal(ours, getattr(sequences, f"packed_{how}")(x, mask, cu_seqlens=borders(lengths)))
+
+
+def test_packed_needs_one_layout():
+    x = torch.randn(1, 4)
+    for layout in ({}, {"cu_seqlens": torch.tensor([0, 4]), "position_ids": torch.arange(4)[None]}):
+        with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
+            sequences.packed_sum(x, **layout)
+
+
+@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_sequence_log_probs(average, masked):
+    logps = -torch.rand(3, 5, dtype=torch.float64)
+    mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 1], [0, 0, 0, 0, 1]]) if masked else None
+    weights = torch.randn(3, dtype=torch.float64)
+    ours = value_and_grad(lambda x: sequences.sequence_log_probs(x, mask, average), logps, weights)
+    expected = value_and_grad(lambda x: reference.sequence_log_probs(x, mask, average), logps, weights)
+    torch.testing.assert_close(ours, expected)
+
+    def packed(x):
+        row_mask = None if mask is None else mask.reshape(1, -1)
+        return sequences.sequence_log_probs(x.reshape(1, -1), row_mask, average, cu_seqlens=borders([5, 5, 5]))
+
+    torch.testing.assert_close(value_and_grad(packed, logps, weights), expected)
+
+
+def test_sequence_log_probs_options_change_the_number():
+    logps, mask = torch.tensor([[-1.0, -2.0, -7.5]]), torch.tensor([[1, 1, 0]])
+    first_two = {"position_ids": torch.tensor([[0, 1, 0]]), "num_sequences": 1}
+    assert sequences.sequence_log_probs(logps).tolist() == [-10.5]
+    assert sequences.sequence_log_probs(logps, average=True).tolist() == [-3.5]
+    assert sequences.sequence_log_probs(logps, mask).tolist() == [-3.0]
+    assert sequences.sequence_log_probs(logps, mask, average=True).tolist() == [-1.5]
+    assert sequences.sequence_log_probs(logps, average=True, **first_two).tolist() == [-1.5]
+
+
+@pytest.mark.parametrize("layout", [{}, {"cu_seqlens": torch.tensor([0, 3, 6])}])
+def test_sequence_log_probs_of_nothing(layout):
+    logps = torch.tensor([[-1.0, NAN, -3.0], [-INF, NAN, -1.0]], requires_grad=True)
+    mask = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    shape = (1, 6) if layout else (2, 3)
+    total = sequences.sequence_log_probs(logps.view(shape), mask.view(shape), **layout)
+    assert total.tolist() == [-4.0, 0.0]
+    total.sum().backward()
+    assert logps.grad.tolist() == [[1, 0, 1], [0, 0, 0]]
+    mean = sequences.sequence_log_probs(logps.view(shape), mask.view(shape), True, **layout)
+    assert mean[0] == -2
+    assert mean[1].isnan()
+
+
+def test_bf16_log_probs_are_summed_in_fp32():
+    logps = (-torch.rand(4, 300)).bfloat16()
+    mask = torch.rand(4, 300) < 0.5
+    for average in (False, True):
+        ours = sequences.sequence_log_probs(logps, mask, average)
+        eager, exact = (
+            logps.to(t).masked_fill(~mask, 0).sum(-1) / (mask.sum(-1) if average else 1)
+            for t in (torch.float32, torch.float64)
+        )
+        assert_accurate(ours, eager, exact)
+
+
+@pytest.mark.parametrize("lengths", [[6], [2, 4], [1, 1, 4], [3, 2, 1], [1] * 6])
+def test_shift_labels_never_crosses_a_document(lengths):
+    labels = torch.arange(10, 16)[None]
+    expected = reference.shift_labels(labels, borders=borders(lengths).tolist())
+    assert (expected == -100).sum() == len(lengths)
+    assert torch.equal(sequences.shift_labels(labels, cu_seqlens=borders(lengths).int()), expected)
+    assert torch.equal(sequences.shift_labels(labels, position_ids=positions(lengths)), expected)
+
+
+def test_shift_labels_of_rows():
+    labels = torch.randint(0, 50, (3, 7))
+    assert torch.equal(sequences.shift_labels(labels, -1), reference.shift_labels(labels, -1))
+    rows = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 0, 1, 2, 0]])
+    expected = torch.cat(
+        [reference.shift_labels(labels[b : b + 1], -1, reference.borders_of(rows[b].tolist())) for b in range(3)]
+    )
+    assert torch.equal(sequences.shift_labels(labels, -1, position_ids=rows), expected)
+    # Empty documents in front, in the middle and at the end move nothing; a tail behind the last border stands alone.
+    assert sequences.shift_labels(labels[:1, :5], cu_seqlens=torch.tensor([0, 0, 2, 2, 4])).tolist() == [
+        [labels[0, 1].item(), -100, labels[0, 3].item(), -100, -100]
+    ]
+
+
+@pytest.mark.parametrize("padding_side", ["right", "left"])
+def test_pairs_go_through_one_forward(padding_side):
+    chosen, rejected = torch.randint(1, 9, (2, 3)), torch.randint(1, 9, (2, 5))
+    both = sequences.concatenate_pairs(chosen, rejected, 7, padding_side=padding_side)
+    first, second = sequences.split_pairs(both)
+    where = slice(0, 3) if padding_side == "right" else slice(2, 5)
+    assert torch.equal(first[:, where], chosen)
+    assert torch.equal(second, rejected)
+    assert (first == 7).sum() - (chosen == 7).sum() == 4
+    assert first.data_ptr() == both.data_ptr()  # a view
+    again = sequences.concatenate_pairs(rejected, chosen, 7, padding_side=padding_side)
+    assert torch.equal(again, torch.cat([second, first]))
+
+
+def test_pairs_packed_or_padded_give_the_same_sequences():
+    logps = -torch.rand(4, 6, dtype=torch.float64)
+    lengths = [6, 2, 4, 3]
+    mask = torch.arange(6) < torch.tensor(lengths)[:, None]
+    padded = sequences.split_pairs(sequences.sequence_log_probs(logps, mask))
+    packed = sequences.split_pairs(sequences.sequence_log_probs(logps[mask][None], cu_seqlens=borders(lengths)))
+    torch.testing.assert_close(packed, padded)
+
+
+def test_pairs_that_do_not_match():
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 3\)"):
+        sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"\(3, 2\)"):
+        sequences.split_pairs(torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("layout", ["padded", "cu_seqlens", "position_ids"])
+def test_fullgraph(layout):
+    logps, mask = -torch.rand(1, 6), torch.tensor([[1, 1, 0, 1, 1, 1]])
+    labels = torch.arange(6)[None]
+    how = {
+        "padded": {},
+        "cu_seqlens": {"cu_seqlens": borders([4, 2])},
+        "position_ids": {"position_ids": positions([4, 2])},
+    }[layout]
+    count = {"num_sequences": 2} if layout == "position_ids" else {}
+
+    def f(logps):
+        total = sequences.sequence_log_probs(logps, mask, average=True, **how, **count)
+        return total, sequences.shift_labels(labels, **how), sequences.concatenate_pairs(logps, labels)
+
+    ours = torch.compile(f, fullgraph=True, backend="aot_eager")(logps)
+    torch.testing.assert_close(ours, f(logps))
