@@ -27,15 +27,15 @@ def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
     """Raise unless logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
     if dtype != torch.float64 and tokens * vocab > SMALL:
         raise RuntimeError(
-            f"double backward, forward-mode AD and functorch transforms would hold the whole ({tokens}, {vocab}) logits "
-            f"in plain PyTorch, and do so only in float64 or up to {SMALL} logits; got {dtype}. Use fewer tokens."
+            f"double backward, forward-mode AD and functorch transforms would hold the ({tokens}, {vocab}) logits in "
+            f"plain PyTorch, and do so only in float64 or up to {SMALL} logits; got {dtype}. Use fewer tokens."
         )
 
 
 def differentiable_gradients(
     fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of plain-PyTorch ``fn(*inputs)`` that can be differentiated again: one per input, None where unneeded."""
+    """Gradients of plain-PyTorch ``fn(*inputs)`` that can be differentiated again: one per input, or None."""
     outputs = fn(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = {i: x for i, x in enumerate(inputs) if x is not None and x.requires_grad}

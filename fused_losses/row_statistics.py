@@ -10,14 +10,17 @@ with one number per row for each of ``a, b, e, d`` and one per id for ``c``.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .numerics import statistics_dtype
+
 
 class RowStatistics(NamedTuple):
-    """Statistics of ``N`` rows, ``None`` where not asked for; fp32 (float64 for float64 logits) unless said otherwise."""
+    """Statistics of ``N`` rows, ``None`` where not asked for; fp32 (float64 for float64 logits) unless noted."""
 
     log_probs: Tensor | None = None  # (N, K) logp at each id, never positive
     # (N,) float64 always: rounding it to fp32 costs |logsumexp|·6e-8 of relative error in every probability of the row.
@@ -27,6 +30,20 @@ class RowStatistics(NamedTuple):
     sum_log_probs: Tensor | None = None  # (N,) Σ u logp, u the column weights or 1
     max_logit: Tensor | None = None  # (N,)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
+
+
+def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
+    """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
+    dtype = statistics_dtype(like.dtype)
+    dtypes = {"logsumexp": torch.float64, "is_top1": torch.bool}
+    room: dict[str, Tensor] = {
+        name: like.new_empty(rows, dtype=dtypes.get(name, dtype))
+        for name in RowStatistics._fields
+        if name == "logsumexp" or (name in outputs and name != "log_probs")
+    }
+    if ids is not None:
+        room["log_probs"] = like.new_empty(ids.shape, dtype=dtype)
+    return RowStatistics(**room)
 
 
 class Coefficients(NamedTuple):

@@ -16,8 +16,7 @@ from torch import Tensor
 from .autodiff import check_differentiable, differentiable_gradients, transforms_active
 from .chunked import softmax_rows as chunked_softmax_rows
 from .numerics import statistics_dtype
-from .row_statistics import RowStatistics, coefficients
-from .sequences import masked_mean, masked_sum
+from .row_statistics import RowStatistics, coefficients, empty_statistics
 from .settings import Backend, resolve_backend
 
 
@@ -94,17 +93,8 @@ def _(
     inplace_backward: bool,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    rows, dtype = logits.shape[0] * logits.shape[2], statistics_dtype(logits.dtype)
-    dtypes = {"logsumexp": torch.float64, "is_top1": torch.bool}
-    asked = {"logsumexp", *outputs.split(",")}
-    return tuple(
-        (logits.new_empty(0) if ids is None else logits.new_empty(ids.shape, dtype=dtype))
-        if name == "log_probs"
-        else logits.new_empty(rows, dtype=dtypes.get(name, dtype))
-        if name in asked
-        else logits.new_empty(0)
-        for name in RowStatistics._fields
-    )
+    room = empty_statistics(logits, logits.shape[0] * logits.shape[2], ids, outputs.split(","))
+    return tuple(logits.new_empty(0) if s is None else s for s in room)
 
 
 @torch.library.custom_op("fused_losses::softmax_rows_grad", mutates_args=())
@@ -175,11 +165,10 @@ def differentiable_softmax_rows(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, ids, column_weight, temperature, ctx.scale, ctx.softcap, outputs, ctx.inplace_backward, ctx.backend = inputs
     ctx.outputs = outputs.split(",")
-    statistics = RowStatistics(*output)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(statistics.max_logit, statistics.is_top1)
+    ctx.mark_non_differentiable(output[5], output[6])  # max_logit, is_top1
     # Copies of what backward reads: the caller may write into what it was given.
-    own = [statistics.logsumexp.clone(), statistics.entropy.clone(), statistics.log_sum_sq_probs.clone()]
+    own = (s.clone() for s in (output[1], output[2], output[3]))  # logsumexp, entropy, log_sum_sq_probs
     ctx.save_for_backward(logits, ids, column_weight, temperature, *own)
 
 

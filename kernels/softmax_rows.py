@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..row_statistics import RowStatistics
+from ..row_statistics import empty_statistics
 from .configurations import softmax_rows_bwd_config, softmax_rows_fwd_config
 from .elementwise import final_logits, final_logits_slope
 
@@ -178,19 +178,7 @@ def softmax_rows_fwd(
 ):
     B, V, S = logits.shape
     N = B * S
-
-    def empty(name, dtype=torch.float32):
-        return logits.new_empty(N, dtype=dtype) if name in outputs else None
-
-    out = RowStatistics(
-        log_probs=None if ids is None else logits.new_empty(ids.shape, dtype=torch.float32),
-        logsumexp=logits.new_empty(N, dtype=torch.float64),
-        entropy=empty("entropy"),
-        log_sum_sq_probs=empty("log_sum_sq_probs"),
-        sum_log_probs=empty("sum_log_probs"),
-        max_logit=empty("max_logit"),
-        is_top1=empty("is_top1", torch.bool),
-    )
+    out = empty_statistics(logits, N, ids, outputs)
     if N == 0:
         return out
     BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, logits.stride(1) == 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype
-from ..row_statistics import RowStatistics
+from ..row_statistics import RowStatistics, empty_statistics
 
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32: 2 MiB, which stays in a core's cache
 FLOOR = -1e30  # the running maximum of nothing; finite, so that −inf logits never meet −inf − −inf
@@ -60,22 +60,9 @@ def softmax_rows_fwd(
     outputs: Collection[str],
 ) -> RowStatistics:
     B, V, S = logits.shape
-    N, dtype = B * S, statistics_dtype(logits.dtype)
-
-    def empty(name: str, dtype: torch.dtype = dtype) -> Tensor | None:
-        return logits.new_empty(N, dtype=dtype) if name in outputs else None
-
-    out = RowStatistics(
-        log_probs=logits.new_empty(ids.shape, dtype=dtype) if ids is not None else None,
-        logsumexp=logits.new_empty(N, dtype=torch.float64),
-        entropy=empty("entropy"),
-        log_sum_sq_probs=empty("log_sum_sq_probs"),
-        sum_log_probs=empty("sum_log_probs"),
-        max_logit=empty("max_logit"),
-        is_top1=empty("is_top1", torch.bool),
-    )
+    out = empty_statistics(logits, B * S, ids, outputs)
     for rows, chunk in row_chunks(logits):
-        x = chunk.reshape(-1, V).to(dtype)
+        x = chunk.reshape(-1, V).to(statistics_dtype(logits.dtype))
         z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
         values = row_statistics(z, None if ids is None else ids[rows], column_weight, outputs)
         for total, value in zip(out, values, strict=True):
