@@ -56,9 +56,8 @@ def test_packed_equals_one_document_at_a_time(lengths, seed, masked, how):
 
 def test_borders_of_position_ids():
     lengths = [3, 1, 4]
-    assert sequences.document_borders(positions(lengths)).tolist() == reference.borders_of(
-        positions(lengths)[0].tolist()
-    )
+    row = positions(lengths)
+    assert sequences.document_borders(row).tolist() == reference.borders_of(row[0].tolist()) == [0, 3, 4, 8]
     # Padding behind the documents has position 0 throughout; rows start anew even where a position is not 0.
     padded = torch.cat([row, torch.zeros(1, 5, dtype=torch.long)], -1)
     assert sequences.document_borders(padded, 3).tolist() == [0, 3, 4, 8]
