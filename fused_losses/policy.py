@@ -1,0 +1,837 @@
+r"""Policy-gradient losses on the log-probabilities of sampled tokens: PPO, GRPO and what grew out of them.
+
+A policy that sampled a sequence is told how much better than expected it was, the advantage :math:`A`, and moves
+probability towards it or away. All that differs is how far one batch may move it. With
+:math:`w = \log\pi - \log\pi_{old}` of a token and :math:`r = e^w`, each loss per token is one row:
+
+==============================  =============================================================  =========================
+``loss_type``                   loss of a token                                                aggregation by default
+==============================  =============================================================  =========================
+``grpo``                        :math:`-\min(rA,\ \mathrm{clip}(r, 1-\epsilon_l,               ``seq_mean_token_mean``
+                                1+\epsilon_h)A)`
+``bnpo``, ``ppo``, ``dapo``     the same                                                       ``token_mean``
+``dr_grpo``                     the same                                                       ``seq_mean_token_sum_norm``
+``luspo``                       the same                                                       ``seq_mean_token_sum``
+``gspo``                        the same, :math:`r = e^{\mathrm{mean}_t w}`                    ``seq_mean_token_mean``
+``gspo-token``                  the same, :math:`r = sg(e^{\mathrm{mean}_t w})\,\pi/sg(\pi)`   ``seq_mean_token_mean``
+``rloo``                        the same, :math:`r = e^{\sum_t w}`                             ``seq_mean_token_mean``
+``gmpo``                        :math:`-A\,e^{\mathrm{mean}_t c}`, c = :math:`w` clipped to    ``seq_mean_token_mean``
+                                :math:`[-\epsilon_l, \epsilon_h]` where that lowers :math:`cA`
+``cispo``                       :math:`-sg(\min(r, r_{max}))\,A\log\pi`                        ``token_mean``
+``sapo``                        :math:`-\frac{4}{\tau}\sigma(\tau(r-1))\,A`                    ``seq_mean_token_mean``
+``vespo``                       :math:`-sg(e^{\lambda + k l - \lambda e^l})\,A\log\pi`,        ``token_mean``
+                                :math:`l = \sum_t w`
+``reinforce``                   :math:`-A\log\pi`                                              ``seq_mean_token_sum``
+``gpg``                         the same                                                       ``token_mean``
+==============================  =============================================================  =========================
+
+The rows that share an equation differ in their aggregation alone, which is an argument of its own.
+
+==================================================  ============================================================
+elsewhere                                           here
+==================================================  ============================================================
+TRL ``grpo bnpo dr_grpo dapo luspo cispo sapo       the same names; ``epsilon`` is ``eps_low``, ``epsilon_high``
+vespo``                                             is ``eps_high``, in cispo ``cispo_max``; exactly TRL's
+                                                    numbers beyond ``|w| = 20`` with ``log_ratio_clamp=None``
+TRL RLOO, GMPO trainers                             ``rloo``, ``gmpo``
+OpenRLHF ``ppo``, ``gspo``                          the same, ``count_empty=False``
+verl ``vanilla``                                    ``ppo`` with ``dual_clip=3.0, count_empty=False``
+verl ``cispo``, ``sapo``, ``gpg``                   the same; ``cispo_max=None``
+verl ``gspo``                                       ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
+verl ``geo_mean``                                   ``gmpo`` with ``log_ratio_clamp=None``
+DeepSpeed-Chat ``actor_loss_fn``                    ``ppo`` with ``log_ratio_clamp=None``
+==================================================  ============================================================
+
+Shapes: token tensors are ``(B, S)`` with a mask, or packed ``(1, total)`` with ``cu_seqlens``
+(``document_borders(position_ids)`` makes them); advantages are one per sequence or one per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import inf, log
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kl import kl_estimate
+from .numerics import upcast
+from .sequences import masked_mean, masked_sum, packed_mean, packed_sum
+
+Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+
+
+class LossType(NamedTuple):
+    surrogate: str
+    level: Level
+    aggregation: str
+
+
+LOSS_TYPES = {
+    "grpo": LossType("clip", "token", "seq_mean_token_mean"),
+    "bnpo": LossType("clip", "token", "token_mean"),
+    "ppo": LossType("clip", "token", "token_mean"),
+    "dapo": LossType("clip", "token", "token_mean"),
+    "dr_grpo": LossType("clip", "token", "seq_mean_token_sum_norm"),
+    "luspo": LossType("clip", "token", "seq_mean_token_sum"),
+    "gspo": LossType("clip", "sequence", "seq_mean_token_mean"),
+    "gspo-token": LossType("clip", "sequence_token", "seq_mean_token_mean"),
+    "rloo": LossType("clip", "sequence_sum", "seq_mean_token_mean"),
+    "gmpo": LossType("gmpo", "token", "seq_mean_token_mean"),
+    "cispo": LossType("cispo", "token", "token_mean"),
+    "sapo": LossType("sapo", "token", "seq_mean_token_mean"),
+    "vespo": LossType("vespo", "token", "token_mean"),
+    "reinforce": LossType("reinforce", "token", "seq_mean_token_sum"),
+    "gpg": LossType("reinforce", "token", "token_mean"),
+}
+
+
+class _Sequences:
+    """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
+
+    def __init__(self, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
+            raise ValueError(f"tokens must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
+        if mask is not None and mask.shape != tokens.shape:
+            raise ValueError(f"mask must have the tokens' shape {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+        self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+        self.cu_seqlens = cu_seqlens
+        self.number = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
+        if cu_seqlens is not None:
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            self.mask = self.mask & (place < cu_seqlens[-1])
+            self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
+
+    def hide(self, x: Tensor) -> Tensor:
+        """fp32 or float64, 0 at every token that does not count."""
+        if x.shape != self.mask.shape:
+            raise ValueError(f"expected a token tensor of shape {tuple(self.mask.shape)}, got {tuple(x.shape)}")
+        return upcast(x).masked_fill(~self.mask, 0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """(B,)"""
+        if self.cu_seqlens is None:
+            return masked_sum(x, self.mask, -1)
+        return packed_sum(x, self.mask, cu_seqlens=self.cu_seqlens)
+
+    def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B,)"""
+        mask = self.mask if mask is None else mask
+        if self.cu_seqlens is None:
+            return masked_mean(x, mask, -1)
+        return packed_mean(x, mask, cu_seqlens=self.cu_seqlens)
+
+    def constant(self, x: Tensor) -> Tensor:
+        """Detached and fp32 or float64: ``(B,)`` if it came with one number per sequence, else per token."""
+        x = upcast(x.detach())
+        if self.cu_seqlens is None and x.shape == (self.number, 1):
+            x = x.squeeze(1)
+        return x if x.shape == (self.number,) else self.hide(x)
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
+        if x.dim() == 2:
+            return x
+        return x.unsqueeze(1) if self.cu_seqlens is None else x[self.document].unsqueeze(0)
+
+    def nonempty(self) -> Tensor:
+        """(B,) bool"""
+        return self.sum(self.mask.float()) > 0
+
+    def average(self, x: Tensor, per_sequence: bool = False) -> Tensor:
+        """Mean over the tokens that count, or over the sequences that have any."""
+        x = upcast(x).expand_as(self.mask)
+        return masked_mean(self.mean(x), self.nonempty()) if per_sequence else masked_mean(x, self.mask)
+
+
+def aggregate(
+    loss: Tensor,
+    mask: Tensor | None = None,
+    aggregation: str = "token_mean",
+    *,
+    cu_seqlens: Tensor | None = None,
+    batch_num_tokens: Tensor | float | None = None,
+    global_batch_size: Tensor | float | None = None,
+    dp_size: int = 1,
+    loss_scale_factor: float | None = None,
+    count_empty: bool = True,
+) -> Tensor:
+    r"""One number from one loss per token: how much a long sequence weighs is decided here.
+
+    ============================  ===================================================  ==============================
+    ``aggregation``               with :math:`n` unmasked tokens in a sequence         elsewhere
+    ============================  ===================================================  ==============================
+    ``token_mean``                :math:`\sum l / \sum n`                              TRL bnpo, dapo; verl
+                                                                                       ``token-mean``; OpenRLHF
+                                                                                       ``token_level_loss=True``
+    ``token_sum``                 :math:`\sum l / c`                                   verl ``token-sum``
+    ``seq_mean_token_mean``       :math:`\mathrm{mean}_B(\sum_t l / n)`                TRL grpo, sapo; verl
+                                                                                       ``seq-mean-token-mean``
+    ``seq_mean_token_sum``        :math:`\mathrm{mean}_B(\sum_t l)`                    TRL luspo; verl
+                                                                                       ``seq-mean-token-sum``
+    ``seq_mean_token_sum_norm``   :math:`\mathrm{mean}_B(\sum_t l) / c`                TRL dr_grpo, c its
+                                                                                       ``max_completion_length``; verl
+                                                                                       ``seq-mean-token-sum-norm``
+    ============================  ===================================================  ==============================
+
+    verl's hyphenated names are understood too. Under data parallelism, where gradients are averaged over ``dp_size``
+    ranks, the global counts make the gradient that of one process with the whole batch. TRL's gradient accumulation:
+    divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch ·
+    accumulation / steps_per_generation`` and ``dp_size = num_processes``.
+
+    Source: TRL 1.16 ``GRPOTrainer``; verl 0.9 ``agg_loss``; OpenRLHF 0.11 ``aggregate_loss``.
+
+    Args:
+        loss: ``(B, S)``, or packed ``(1, total)``.
+        mask: as ``loss``, nonzero for the tokens that count; ``None``: all.
+        aggregation: a row of the table.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+        batch_num_tokens: for ``token_mean``, unmasked tokens of the global batch; ``None``: of this one.
+        global_batch_size: for ``seq_mean_*``, sequences of the global batch; ``None``: of this one.
+        dp_size: number of ranks the gradient will be averaged over; only with a global count, or ``token_sum``.
+        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``.
+        count_empty: whether a fully masked sequence counts, as 0, in :math:`\mathrm{mean}_B` (default, TRL) or is left
+            out of it (verl, OpenRLHF 0.11).
+
+    Returns:
+        Scalar, fp32 (float64 for float64); 0 where nothing is unmasked.
+
+    Raises:
+        ValueError: an unknown ``aggregation``, shapes that do not match, or ``dp_size`` without the global count.
+
+    Example:
+        >>> loss, mask = torch.tensor([[1.0, 2.0, 3.0], [9.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+        >>> [round(aggregate(loss, mask, a).item(), 2) for a in ("token_mean", "seq_mean_token_mean", "token_sum")]
+        [3.75, 5.5, 15.0]
+    """
+    kind = aggregation.replace("-", "_")
+    if kind not in ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
+        raise ValueError(f"unknown aggregation {aggregation!r}; see the table of fused_losses.aggregate")
+    sequences = _Sequences(loss, mask, cu_seqlens)
+    loss = upcast(loss)
+    global_count = batch_num_tokens if kind == "token_mean" else global_batch_size
+    if dp_size > 1 and global_count is None and kind != "token_sum":
+        needed = "batch_num_tokens" if kind == "token_mean" else "global_batch_size"
+        raise ValueError(f"{aggregation} with dp_size={dp_size} needs {needed}, the count over all ranks")
+
+    count: Tensor | float
+    if kind == "token_sum":
+        total, count = masked_sum(loss, sequences.mask), 1 if loss_scale_factor is None else loss_scale_factor
+    elif kind == "token_mean":
+        total, count = masked_sum(loss, sequences.mask), sequences.mask.sum()
+    else:
+        total = (sequences.mean(loss) if kind == "seq_mean_token_mean" else sequences.sum(loss)).sum()
+        count = sequences.number if count_empty else sequences.nonempty().sum()
+        if kind == "seq_mean_token_sum_norm":
+            if loss_scale_factor is None and cu_seqlens is not None:
+                raise ValueError("seq_mean_token_sum_norm of a packed row needs loss_scale_factor: it has no S")
+            total = total / (loss.shape[1] if loss_scale_factor is None else loss_scale_factor)
+    if global_count is not None and kind != "token_sum":
+        count = global_count
+    return total / (count + (count == 0)) * dp_size
+
+
+def _nanstd(x: Tensor, dim: int) -> Tensor:
+    """Unbiased, over what is not nan; of a single number 0."""
+    deviation = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    return (deviation / ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
+
+
+def group_advantages(
+    rewards: Tensor,
+    num_generations: int,
+    *,
+    scale: Literal["group", "batch", "none", "normalize_then_sum"] = "group",
+    weights: Sequence[float] | Tensor | None = None,
+    leave_one_out: bool = False,
+    eps: float = 1e-4,
+) -> Tensor:
+    r"""Advantages of sequences sampled from the same prompt: how much better than its siblings each one was.
+
+    .. math:: A = \frac{R - \mathrm{mean}_{group} R}{\mathrm{std} R + \epsilon}
+
+    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) scales every reward
+    function by its own group before they are summed, and the sum by the batch, mean and std. nan rewards (a function
+    that does not apply) are left out of sums, means and stds; a sequence without any reward gets 0, as does a group of
+    one.
+
+    Source: GRPO (2402.03300), Dr. GRPO (2503.20783) ``scale="none"``, RLOO (2402.14740) ``leave_one_out``, GDPO
+    (2601.05242); TRL 1.16's ``scale_rewards`` (True is ``group``, False is ``none``) and ``multi_objective_aggregation``.
+
+    Args:
+        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings stand together.
+        num_generations: sequences per prompt; divides B.
+        scale: ``"group"`` (default), ``"batch"``, ``"none"`` or ``"normalize_then_sum"``.
+        weights: ``(K,)`` of the reward functions; ``None``: all 1.
+        leave_one_out: the mean of the *other* siblings instead of all of them, i.e. :math:`R - \mathrm{mean}` times
+            :math:`G/(G-1)`. RLOO has ``scale="none"``.
+        eps: added to the std. Default 1e-4, TRL's; verl has 1e-6, OpenRLHF 1e-9.
+
+    Returns:
+        ``(B,)``, fp32 (float64 for float64).
+
+    Raises:
+        ValueError: B is no multiple of ``num_generations``, or an unknown ``scale``.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
+        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    if scale not in ("group", "batch", "none", "normalize_then_sum"):
+        raise ValueError(f"scale must be 'group', 'batch', 'none' or 'normalize_then_sum', got {scale!r}")
+    if rewards.dim() not in (1, 2) or len(rewards) % num_generations:
+        raise ValueError(f"rewards must be (B,) or (B, K) in groups of {num_generations}, got {tuple(rewards.shape)}")
+    rewards = upcast(rewards if rewards.dim() == 2 else rewards.unsqueeze(1))
+    rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
+    unscored = rewards.isnan().all(-1)
+    if scale == "normalize_then_sum":
+        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
+    if weights is not None:
+        rewards = rewards * torch.as_tensor(weights).to(rewards)
+    total = rewards.nansum(-1).masked_fill(unscored, float("nan"))  # (groups, G)
+    batch_std = _nanstd(total.view(1, -1), 1)
+    if scale == "normalize_then_sum":
+        advantages = (total - total.nanmean()) / (batch_std + eps)
+    else:
+        advantages = total - total.nanmean(1, keepdim=True)
+        if leave_one_out:
+            siblings = (~total.isnan()).sum(1, keepdim=True)
+            advantages = advantages * siblings / (siblings - 1).clamp(min=1)
+        if scale != "none":
+            advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
+    return advantages.masked_fill(advantages.isnan(), 0).flatten()
+
+
+def off_policy_mask(
+    log_probs: Tensor,
+    sampling_log_probs: Tensor,
+    advantages: Tensor,
+    threshold: float,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Keep a sequence that was worth sampling, or that the policy has not moved far from since.
+
+    .. math:: A \ge 0 \;\lor\; \mathrm{mean}_t(\log\pi_{sampling} - \log\pi) \le threshold
+
+    Source: DeepSeek-V3.2 (2512.02556); TRL 1.16 ``off_policy_mask_threshold``.
+
+    Args:
+        log_probs: ``(B, S)`` of the policy, or packed ``(1, total)``.
+        sampling_log_probs: the same under the policy that sampled the tokens: the inference engine's where it is known,
+            else the old policy's. nan (a token that was not scored) counts as no difference.
+        advantages: ``(B,)`` or ``(B, S)``.
+        threshold: in nats per token.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+
+    Returns:
+        bool, ``(B, 1)``, or a tensor per token for advantages per token or packed rows.
+
+    Example:
+        >>> old, new = torch.tensor([[-1.0], [-1.0], [-1.0]]), torch.tensor([[-3.0], [-3.0], [-1.1]])
+        >>> off_policy_mask(new, old, torch.tensor([1.0, -1.0, -1.0]), threshold=0.5).squeeze(1)
+        tensor([ True, False,  True])
+    """
+    sequences = _Sequences(log_probs, mask, cu_seqlens)
+    drift = sequences.hide(upcast(sampling_log_probs.detach()) - upcast(log_probs.detach()))
+    drift = sequences.mean(drift.masked_fill(drift.isnan(), 0))
+    return (sequences.spread(advantages) >= 0) | sequences.spread(drift <= threshold)
+
+
+def entropy_mask(
+    entropy: Tensor,
+    top_entropy_quantile: float,
+    mask: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Keep the tokens where the policy was least certain: the given share of them, over all ranks.
+
+    Source: "Beyond the 80/20 rule" (2506.01939); TRL 1.16 ``top_entropy_quantile``.
+
+    Args:
+        entropy: ``(B, S)`` per token, nats.
+        top_entropy_quantile: the share to keep: 0.2 keeps the fifth with the highest entropy.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        group: the ranks among whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
+            Several ranks tell each other their numbers of tokens, which waits for the device.
+
+    Returns:
+        bool ``(B, S)``, False where masked.
+
+    Example:
+        >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.5, 1.0]]), 0.5)
+        tensor([[False,  True, False,  True]])
+    """
+    shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
+    entropy = upcast(entropy.detach())
+    values = entropy.masked_fill(~shown, float("nan")).flatten()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        lengths: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(lengths, len(values), group)
+        values = F.pad(values, (0, max(lengths) - len(values)), value=float("nan"))
+        everyone = [torch.empty_like(values) for _ in lengths]
+        dist.all_gather(everyone, values, group)
+        values = torch.cat(everyone)
+    return (entropy >= values.nanquantile(1 - top_entropy_quantile)) & shown
+
+
+def mismatch_weight(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    level: Literal["token", "sequence_sum", "sequence_mean"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+    gate: Literal["ratio", "binary_kl", "tv"] = "ratio",
+    low: float | None = None,
+    high: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Importance weight :math:`e^\rho` that makes up for an inference engine whose probabilities differ.
+
+    .. math:: \rho = \log\pi_{old} - \log\pi_{rollout}
+
+    A statistic is kept within ``[low, high]``: by truncating the weight itself, or by giving 0 to whatever is outside.
+
+    ====================================================  ==============================================================
+    elsewhere                                             here
+    ====================================================  ==============================================================
+    TRL ``token_truncate``, ``token_mask``                ``level="token"``, ``mode="truncate"`` or ``"mask"``
+    TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
+    verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
+                                                          ``"low_high"`` thresholds are ``mode="mask"``
+    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``
+    OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
+    OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
+    OpenRLHF ``is_correction_gating``                     ``gate``
+    OpenRLHF ``gspo`` with a correction                   no weight: pass the rollout as ``old_log_probs``
+    ====================================================  ==============================================================
+
+    Source: TRL 1.16 ``vllm_importance_sampling_mode``; verl 0.9 ``rollout_is``; OpenRLHF 0.11 ``is_correction_*``.
+
+    Args:
+        old_log_probs: ``(B, S)`` under the old policy, computed by the trainer; or packed ``(1, total)``.
+        rollout_log_probs: the same as the inference engine reported them. nan (not scored) counts as equal to the old.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        level: what the statistic is of: a ``"token"``, the whole sequence (``"sequence_sum"``: the product of its token
+            ratios, which is then also the weight), or its tokens' average (``"sequence_mean"``: the geometric mean
+            decides, the weights stay per token).
+        mode: ``"truncate"`` or ``"mask"``.
+        gate: which statistic: the ``"ratio"`` :math:`e^\rho`, or with ``mode="mask"`` the divergence between the two
+            probabilities of the sampled token, as a coin's (``"binary_kl"``) or as ``"tv"`` their distance.
+        low, high: the bounds; ``None``: no bound. Exponents are kept within ±20 in any case.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+
+    Returns:
+        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); to be passed as
+        ``mismatch_weight``; and metrics: ``mismatch_kl``, the token mean of :math:`-\rho`,
+        and ``filter_fraction``, the share of tokens, or of sequences, outside the bounds.
+
+    Raises:
+        ValueError: a combination without meaning.
+
+    Example:
+        >>> old, rollout = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
+        >>> mismatch_weight(old, rollout, high=2.0)[0]
+        tensor([[1., 2.]])
+        >>> mismatch_weight(old, rollout, mode="mask", high=2.0)[0]
+        tensor([[1., 0.]])
+    """
+    if (
+        level not in ("token", "sequence_sum", "sequence_mean")
+        or mode not in ("truncate", "mask")
+        or gate not in ("ratio", "binary_kl", "tv")
+        or (mode == "truncate" and (gate != "ratio" or level == "sequence_mean"))
+        or (gate != "ratio" and level == "sequence_sum")
+    ):
+        raise ValueError(
+            f"level={level!r}, mode={mode!r}, gate={gate!r} do not go together: only a ratio that is itself the weight "
+            "can be truncated, and a divergence is a token's or a sequence_mean"
+        )
+    sequences = _Sequences(old_log_probs, mask, cu_seqlens)
+    old = sequences.hide(old_log_probs.detach())
+    rollout = sequences.hide(rollout_log_probs.detach())
+    rollout = torch.where(rollout.isnan(), old, rollout)
+    rho = old - rollout
+    if level == "sequence_sum":
+        rho = sequences.sum(rho)
+    weight = rho.clamp(-20, 20).exp()
+    if gate == "ratio":
+        statistic = sequences.spread(sequences.mean(rho)).exp() if level == "sequence_mean" else weight
+    else:
+        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+        statistic = (p - q).abs() if gate == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        if level == "sequence_mean":
+            statistic = sequences.spread(sequences.mean(statistic))
+    low, high = (-inf if low is None else low), (inf if high is None else high)
+    outside = (statistic < low) | (statistic > high)
+    weight = weight.clamp(low, high) if mode == "truncate" else weight.masked_fill(outside, 0)
+    if level == "sequence_sum":
+        outside = sequences.spread(outside)
+    metrics = {
+        "mismatch_kl": sequences.average(rollout - old),
+        "filter_fraction": sequences.average(outside, per_sequence=level != "token"),
+    }
+    return weight, metrics
+
+
+def _clamp(x: Tensor, bounds: tuple[float | None, float | None] | None) -> Tensor:
+    return x if bounds is None else x.clamp(*bounds)
+
+
+def _log_ratio(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    sequences: _Sequences,
+    level: Level,
+    bounds: tuple[float | None, float | None] | None,
+) -> Tensor:
+    """log r: one per token, or one per sequence that broadcasts with the tokens."""
+    w = log_probs - old_log_probs
+    if level == "sequence_token":
+        return _clamp(sequences.spread(sequences.mean(w).detach()) + log_probs - log_probs.detach(), bounds)
+    w = _clamp(w, bounds)
+    if level == "sequence":
+        return sequences.spread(sequences.mean(w))
+    if level == "sequence_sum":
+        return _clamp(sequences.spread(sequences.sum(w)), bounds)
+    if level != "token":
+        raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {level!r}")
+    return w
+
+
+def _clip(r: Tensor, clipped: Tensor, advantages: Tensor, dual_clip: float | None) -> Tensor:
+    """PPO (1707.06347): the worse of both, so that nothing is gained by moving beyond the clip.
+
+    A token with negative advantage would then cost ever more; TRL's ``delta`` has bounded its ``r`` before,
+    ``dual_clip`` (1912.09729) bounds it here.
+    """
+    surrogate = torch.min(r * advantages, clipped * advantages)
+    if dual_clip is not None:
+        surrogate = torch.where(advantages < 0, torch.max(surrogate, dual_clip * advantages), surrogate)
+    return -surrogate
+
+
+def _sapo(r: Tensor, advantages: Tensor, positive: float, negative: float) -> Tensor:
+    """SAPO (2511.20347): a soft gate instead of a clip, sharper for bad tokens; its slope at r = 1 is 1."""
+    tau = torch.where(advantages > 0, positive, negative)
+    return -4 / tau * torch.sigmoid(tau * (r - 1)) * advantages
+
+
+def _vespo_weight(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    sequences: _Sequences,
+    weight: Tensor | None,
+    positive: tuple[float, float],
+    negative: tuple[float, float],
+) -> Tensor:
+    """VESPO (2602.10693): per sequence, 1 where nothing moved, falling smoothly on both sides."""
+    floor = log(1e-8)
+    log_w = sequences.sum((log_probs - old_log_probs).detach().clamp(-20, 20))
+    if weight is not None:
+        log_weight = weight.log().clamp(floor, 20)
+        log_w = log_w + (log_weight if weight.dim() == 1 else sequences.sum(log_weight))
+    log_w = sequences.spread(log_w.clamp(floor, 20))
+    k, lam = (torch.where(advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True))
+    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _gmpo(w: Tensor, clipped: Tensor, advantages: Tensor, sequences: _Sequences, kept: Tensor) -> Tensor:
+    """GMPO (2507.20673): PPO's clip in log space, then the geometric mean, which an outlier moves less."""
+    c = torch.where(advantages > 0, torch.min(w, clipped), torch.max(w, clipped))
+    return -advantages * sequences.spread(sequences.mean(c, kept)).exp()
+
+
+def grpo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    loss_type: str = "grpo",
+    importance_sampling_level: Level | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    delta: float | None = None,
+    dual_clip: float | None = None,
+    log_ratio_clamp: tuple[float | None, float | None] | None = (-20.0, 20.0),
+    cispo_max: float | None = 5.0,
+    sapo_temperature_pos: float = 1.0,
+    sapo_temperature_neg: float = 1.05,
+    vespo_pos: tuple[float, float] = (2.0, 3.0),
+    vespo_neg: tuple[float, float] = (3.0, 2.0),
+    rollout_log_probs: Tensor | None = None,
+    off_policy_mask_threshold: float | None = None,
+    mismatch_weight: Tensor | None = None,
+    ref_log_probs: Tensor | None = None,
+    beta: float = 0.0,
+    kl_estimator: Callable[[Tensor, Tensor], Tensor] = kl_estimate,
+    use_bias_correction_kl: bool = True,
+    kl_aggregation: str | None = None,
+    entropy: Tensor | None = None,
+    top_entropy_quantile: float = 1.0,
+    entropy_coef: float = 0.0,
+    entropy_aggregation: str | None = None,
+    group: dist.ProcessGroup | None = None,
+    aggregation: str | None = None,
+    cu_seqlens: Tensor | None = None,
+    **counts: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""The policy loss of every trainer: a loss type per token, masks and weights, KL, an aggregation, entropy.
+
+    .. math:: \mathrm{aggregate}\big(l \cdot weights + \beta\,k_3\,(r)\big) - c_H \cdot \mathrm{mean}\,H
+
+    The module's docstring has the table of loss types and what the trainers call them. In this order:
+
+    1. the loss per token, times the detached masks and weights: ``off_policy_mask_threshold``,
+       ``top_entropy_quantile``, ``mismatch_weight``. Denominators stay what they were. Two types look inside: vespo
+       takes the mismatch weight into :math:`l`; gmpo takes its geometric mean, and that of the ratios over the tokens
+       the entropy mask keeps;
+    2. ``+ beta · KL``, with ``use_bias_correction_kl`` times :math:`r`, its gradient included and before any clip
+       (not in gmpo);
+    3. :func:`aggregate`;
+    4. ``− entropy_coef ·`` the mean entropy, of the tokens the entropy mask keeps.
+
+    Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
+    ``PolicyLoss``. Papers: PPO 1707.06347, GRPO 2402.03300, RLOO 2402.14740, DAPO 2503.14476, Dr. GRPO 2503.20783,
+    GPG 2504.02546, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347, VESPO 2602.10693.
+
+    Args:
+        log_probs: ``(B, S)``, or packed ``(1, total)``: of the sampled tokens under the policy, nats.
+        old_log_probs: the same under the policy that sampled them; ``None``: the policy itself, :math:`sg(\log\pi)`.
+        advantages: one per sequence ``(B,)`` or ``(B, 1)``, or one per token ``(B, S)``.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all. What it hides may be nan or inf.
+        loss_type: a row of the module's table.
+        importance_sampling_level: ``"token"`` or ``"sequence"`` (the ratio of the geometric means, one per sequence);
+            ``None``: the loss type's own. LUSPO's authors want ``"sequence"``; TRL's default is ``"token"``.
+        eps_low, eps_high: the clip, ``1 − eps_low … 1 + eps_high``; gmpo's in log space, where 0.4 is usual.
+        delta: bound on the ratio itself before the clip's minimum is taken (TRL); default none.
+        dual_clip: bound on the ratio of a token with negative advantage; default none, verl 3.0. Must be above 1.
+        log_ratio_clamp: each token's :math:`w` is kept within it, before any mean, sums also after (``gspo-token``:
+            only the sum of its two exponents). Default ±20, OpenRLHF 0.11 and verl; ``None``: TRL.
+        cispo_max: cispo's bound on the ratio itself: TRL's ``epsilon_high`` there; default 5.0. ``None``: the ratio is
+            clipped to ``1 − eps_low … 1 + eps_high``, as verl.
+        sapo_temperature_pos, sapo_temperature_neg: SAPO's :math:`\tau` for ``A > 0``, and otherwise.
+        vespo_pos, vespo_neg: VESPO's :math:`(k, \lambda)` for ``A ≥ 0``, and for negative advantages.
+        rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
+        off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
+        mismatch_weight: per sequence or per token; see :func:`mismatch_weight`.
+        ref_log_probs: as ``log_probs`` under the reference; needed where ``beta`` is not 0.
+        beta: weight of the KL term.
+        kl_estimator: from ``(log_probs, ref_log_probs)`` to KL per token. Default k3, TRL; verl and OpenRLHF clamp it:
+            ``functools.partial(kl_estimate, clamp=10)``.
+        use_bias_correction_kl: weight the KL by the ratio, so that its gradient is unbiased off the policy. Default
+            True, TRL 1.16; False for TRL up to 1.9, verl and OpenRLHF.
+        kl_aggregation: how the KL is aggregated; ``None``: with the loss (TRL, verl). OpenRLHF: ``"token_mean"``.
+        entropy: ``(B, S)`` per token, nats, with its gradient where ``entropy_coef`` is to act.
+        top_entropy_quantile: share of tokens that train, those with the highest entropy; see :func:`entropy_mask`.
+        entropy_coef: weight of the entropy bonus.
+        entropy_aggregation: how the entropy is aggregated; ``None``: the mean over this batch's tokens (TRL). OpenRLHF:
+            ``"token_mean"`` with its global count; verl: the loss's own aggregation.
+        group: the ranks of the entropy mask's quantile, see :func:`entropy_mask`.
+        aggregation: a row of the table at :func:`aggregate`; ``None``: the loss type's own.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+        counts: ``batch_num_tokens, global_batch_size, dp_size, loss_scale_factor, count_empty`` of :func:`aggregate`.
+
+    Returns:
+        The loss, a scalar in fp32 (float64 for float64), differentiable in ``log_probs`` and ``entropy``; and metrics
+        of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`), ``kl`` (as it was weighted),
+        ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is one ratio
+        for each, that the clip holds below, above, either), ``clip_ratio/low_min``, ``clip_ratio/high_max`` (extremes
+        among the sequences) and ``clip_ratio/dual_mean``.
+
+    Raises:
+        ValueError: an unknown name, shapes that do not match, or an input that an option needs is missing.
+
+    Example:
+        >>> new, old = torch.tensor([[-1.0, -1.0], [-0.5, -2.0]]), torch.tensor([[-1.0, -2.0], [-1.0, -1.0]])
+        >>> loss, metrics = grpo_loss(new, old, torch.tensor([1.0, -1.0]), loss_type="grpo")
+        >>> loss, metrics["clip_ratio/high_mean"], metrics["clip_ratio/low_mean"]
+        (tensor(0.0622), tensor(0.2500), tensor(0.2500))
+    """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip bounds the ratio from above and must be more than 1, got {dual_clip}")
+    if beta != 0 and ref_log_probs is None:
+        raise ValueError("beta needs ref_log_probs")
+    if entropy is None and (entropy_coef != 0 or top_entropy_quantile < 1):
+        raise ValueError("entropy_coef and top_entropy_quantile need entropy")
+    surrogate, level, own_aggregation = LOSS_TYPES[loss_type]
+    level = importance_sampling_level or level
+    sequences = _Sequences(log_probs, mask, cu_seqlens)
+    mask = sequences.mask
+    log_probs = sequences.hide(log_probs)
+    old_log_probs = log_probs.detach() if old_log_probs is None else sequences.hide(old_log_probs.detach())
+    A = sequences.spread(sequences.constant(advantages))
+    log_ratio = _log_ratio(log_probs, old_log_probs, sequences, level, log_ratio_clamp)
+    r = log_ratio.exp()
+    weight = None if mismatch_weight is None else sequences.constant(mismatch_weight)
+    kept = mask
+    if entropy is not None and top_entropy_quantile < 1:
+        kept = entropy_mask(entropy, top_entropy_quantile, mask, group=group)
+
+    held, low, high = r, 1 - eps_low, 1 + eps_high
+    if surrogate == "clip":
+        held = r if delta is None else r.clamp(max=delta)
+        loss = _clip(held, r.clamp(low, high), A, dual_clip)
+    elif surrogate == "cispo":
+        low, high = (low, high) if cispo_max is None else (-inf, cispo_max)
+        loss = -r.detach().clamp(low, high) * A * log_probs
+    elif surrogate == "sapo":
+        loss = _sapo(r, A, sapo_temperature_pos, sapo_temperature_neg)
+    elif surrogate == "vespo":
+        loss = -_vespo_weight(log_probs, old_log_probs, A, sequences, weight, vespo_pos, vespo_neg) * A * log_probs
+        weight = None
+    elif surrogate == "gmpo":
+        held, low, high = _clamp(log_probs - old_log_probs, log_ratio_clamp), -eps_low, eps_high
+        loss = _gmpo(held, held.clamp(low, high), A, sequences, kept)
+        if weight is not None and weight.dim() == 2:
+            weight = sequences.mean((weight + 1e-10).log()).exp()
+    else:
+        loss = -A * log_probs
+
+    if off_policy_mask_threshold is not None:
+        sampling = old_log_probs if rollout_log_probs is None else rollout_log_probs
+        loss = loss.where(
+            off_policy_mask(log_probs, sampling, A, off_policy_mask_threshold, mask, cu_seqlens=cu_seqlens), 0
+        )
+    if surrogate != "gmpo":
+        loss = loss.where(kept, 0)
+    if weight is not None:
+        loss = loss * sequences.spread(weight)
+
+    metrics = {"ratio_mean": sequences.average(r, level in ("sequence", "sequence_sum"))}
+    metrics["ppo_kl"] = sequences.average(old_log_probs - log_probs)
+    counts["cu_seqlens"] = cu_seqlens
+    penalty: Tensor | float = 0.0
+    if beta != 0 and ref_log_probs is not None:
+        kl = kl_estimator(log_probs, sequences.hide(ref_log_probs.detach()))
+        if use_bias_correction_kl and surrogate != "gmpo":
+            kl = kl * r
+        if kl_aggregation is None:
+            loss = loss + beta * kl
+        else:
+            penalty = beta * aggregate(kl, mask, kl_aggregation, **counts)
+        metrics["kl"] = sequences.average(kl)
+    total = aggregate(loss.expand_as(mask), mask, aggregation or own_aggregation, **counts) + penalty
+    if entropy is not None:
+        entropy = sequences.hide(entropy)
+        metrics["entropy"] = sequences.average(entropy)
+        if entropy_coef != 0:
+            if entropy_aggregation is None:
+                bonus = masked_mean(entropy, kept)
+            else:
+                bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
+            total = total - entropy_coef * bonus
+    if surrogate in ("clip", "cispo", "gmpo"):
+        metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences)
+    if surrogate == "clip" and dual_clip is not None:
+        metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0))
+    return total, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def _clip_ratios(low: Tensor, high: Tensor, sequences: _Sequences) -> dict[str, Tensor]:
+    per_sequence = low.shape != sequences.mask.shape
+    empty = ~sequences.nonempty()
+    low_of_each, high_of_each = (sequences.mean(upcast(x).expand_as(sequences.mask)) for x in (low, high))
+    return {
+        "clip_ratio/low_mean": sequences.average(low, per_sequence),
+        "clip_ratio/high_mean": sequences.average(high, per_sequence),
+        "clip_ratio/region_mean": sequences.average(low | high, per_sequence),
+        # Padded with one number, so that a batch of no sequences has an extreme.
+        "clip_ratio/low_min": F.pad(low_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin(),
+        "clip_ratio/high_max": F.pad(high_of_each.masked_fill(empty, 0), (0, 1)).amax(),
+    }
+
+
+def ppo_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""The actor's loss in PPO: :func:`grpo_loss` with ``loss_type="ppo"``, whose ``options`` it takes.
+
+    .. math:: \frac{\sum m\,\max(-rA,\ -\mathrm{clip}(r, 1-\epsilon_l, 1+\epsilon_h)A)}{\sum m}
+
+    Source: PPO (1707.06347); DeepSpeed-Chat ``actor_loss_fn``; OpenRLHF 0.11 ``PolicyLoss``; verl ``vanilla``
+    (``dual_clip=3.0``).
+
+    Args:
+        log_probs: ``(B, S)`` of the sampled tokens under the policy, nats.
+        old_log_probs: the same under the policy that sampled them.
+        advantages: ``(B, S)`` or ``(B,)``.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        options: of :func:`grpo_loss`.
+
+    Returns:
+        The loss and metrics, as :func:`grpo_loss`.
+
+    Example:
+        >>> ppo_loss(torch.tensor([[-1.0]]), torch.tensor([[-2.0]]), torch.tensor([[1.0]]))[0]
+        tensor(-1.2000)
+    """
+    return grpo_loss(log_probs, old_log_probs, advantages, mask, loss_type="ppo", **options)
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor | None,
+    returns: Tensor,
+    mask: Tensor | None = None,
+    *,
+    clip_eps: float | None = None,
+    aggregation: str = "token_mean",
+    **counts: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""The critic's loss in PPO: half the squared error, the worse of plain and clipped.
+
+    .. math:: \tfrac12 \max\big((v_c - R)^2, (v - R)^2\big), \qquad v_c = v_{old} + \mathrm{clamp}(v - v_{old}, \pm\epsilon)
+
+    Source: OpenRLHF 0.11 ``ValueLoss``; verl 0.9 ``compute_value_loss``; DeepSpeed-Chat ``critic_loss_fn``. OpenRLHF's
+    first version has ``aggregation="seq_mean_token_mean"``.
+
+    Args:
+        values: ``(B, S)`` of the critic, or packed ``(1, total)``.
+        old_values: the same when the tokens were sampled; only ``clip_eps`` needs them.
+        returns: ``(B, S)``.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        clip_eps: how far a value may move before the clip; ``None`` (default): no clip.
+        aggregation: a row of the table at :func:`aggregate`.
+        counts: ``cu_seqlens, batch_num_tokens, global_batch_size, dp_size, loss_scale_factor, count_empty`` of
+            :func:`aggregate`.
+
+    Returns:
+        The loss, a scalar in fp32 (float64 for float64), differentiable in ``values``; and ``{"clip_ratio"}``, the
+        share of tokens that the clip holds, detached.
+
+    Raises:
+        ValueError: ``clip_eps`` without ``old_values``, or shapes that do not match.
+
+    Example:
+        >>> value_loss(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), clip_eps=0.2)[0]
+        tensor(0.5000)
+    """
+    sequences = _Sequences(values, mask, counts.get("cu_seqlens"))
+    values, returns = sequences.hide(values), sequences.hide(returns.detach())
+    error = (values - returns).square()
+    held = torch.zeros_like(error, dtype=torch.bool)
+    if clip_eps is not None:
+        if old_values is None:
+            raise ValueError("clip_eps needs old_values")
+        old_values = sequences.hide(old_values.detach())
+        clipped = (old_values + (values - old_values).clamp(-clip_eps, clip_eps) - returns).square()
+        held = clipped > error
+        error = torch.max(clipped, error)
+    loss = 0.5 * aggregate(error, sequences.mask, aggregation, **counts)
+    return loss, {"clip_ratio": sequences.average(held)}
