@@ -1,0 +1,155 @@
+"""Statistics of rows of logits that a linear head would make, and their gradient, tile by tile. See ``kernels/linear_softmax.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import Tensor
+
+from ..numerics import statistics_dtype
+from ..row_statistics import RowStatistics
+from .softmax_rows import FLOOR, skipped, softmax_rows_bwd, transform
+
+LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
+TILE = 1024  # tokens and vocabulary entries of a tile: 4 MiB in fp32
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weightᵀ`` with an accumulator that is never rounded to 16 bits."""
+    dtype = statistics_dtype(x.dtype)
+    if dtype == x.dtype:
+        return x @ weight.t()
+    if x.is_cuda:
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    return x.to(dtype) @ weight.to(dtype).t()
+
+
+def logits_tile(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, rows: slice, columns: slice
+) -> Tensor:
+    tile = product(hidden[rows], weight[columns])
+    if low_rank is not None:
+        tile += product(low_rank[0][rows], low_rank[1][columns])
+    if bias is not None:
+        tile += bias[columns]
+    return tile
+
+
+def linear_softmax_fwd(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,
+    ids: Tensor | None,  # (N, K) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Collection[str],
+) -> RowStatistics:
+    N, V, dtype = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
+    largest = hidden.new_full((N,), FLOOR, dtype=dtype)
+    total, weighted, squares, column_sum = hidden.new_zeros((4, N), dtype=torch.float64)
+    max_logit = hidden.new_full((N,), -torch.inf, dtype=dtype)
+    top1 = torch.zeros(N, dtype=torch.int64, device=hidden.device)
+    at_ids = None if ids is None else hidden.new_zeros(ids.shape, dtype=dtype)
+    for columns in slices(V, TILE):
+        u = None if column_weight is None else column_weight[columns].to(dtype)
+        for rows in slices(N, TILE):
+            x = logits_tile(hidden, weight, bias, low_rank, rows, columns)
+            z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+            if at_ids is not None and ids is not None:
+                local = ids[rows] - columns.start
+                inside = (local >= 0) & (local < z.shape[1])
+                at_ids[rows] = torch.where(inside, z.gather(-1, local.clamp(0, z.shape[1] - 1)), at_ids[rows])
+            if "max_logit" in outputs or "is_top1" in outputs:
+                value, index = z.max(-1)
+                top1[rows] = torch.where(value > max_logit[rows], index + columns.start, top1[rows])
+                max_logit[rows] = torch.maximum(max_logit[rows], value)
+            if "sum_log_probs" in outputs:
+                column_sum[rows] += (z.sum(-1) if u is None else z @ u).double()
+            before = largest[rows]
+            after = torch.maximum(before, z.amax(-1))
+            shifted = z - after[:, None]
+            e = shifted.exp()
+            decay = (before - after).double().exp()
+            if "entropy" in outputs:
+                moved = weighted[rows] + (before - after).double().masked_fill(total[rows] == 0, 0) * total[rows]
+                weighted[rows] = decay * moved + (e * shifted.masked_fill_(e == 0, 0)).sum(-1).double()
+            total[rows] = decay * total[rows] + e.sum(-1).double()
+            if "log_sum_sq_probs" in outputs:
+                squares[rows] = decay * decay * squares[rows] + e.square_().sum(-1).double()
+            largest[rows] = after
+    log_total = total.log()
+    skip = skipped(ids)
+
+    def finished(value: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+        if skip is not None:
+            value = value.masked_fill(skip if value.ndim == 1 else skip[:, None], 0)
+        return value.to(dtype)
+
+    logsumexp = largest.double() + log_total
+    log_probs = None
+    if at_ids is not None and ids is not None:
+        log_probs = (at_ids - largest[:, None]) - log_total[:, None].to(dtype)
+        log_probs = finished(log_probs.masked_fill((ids < 0) | (ids >= V), 0))
+    weight_sum = V if column_weight is None else column_weight.double().sum()
+    return RowStatistics(
+        log_probs=log_probs,
+        logsumexp=finished(logsumexp, torch.float64),
+        entropy=finished(log_total - weighted / total) if "entropy" in outputs else None,
+        log_sum_sq_probs=finished(squares.log() - 2 * log_total) if "log_sum_sq_probs" in outputs else None,
+        sum_log_probs=finished(column_sum - weight_sum * logsumexp) if "sum_log_probs" in outputs else None,
+        max_logit=finished(max_logit) if "max_logit" in outputs else None,
+        is_top1=finished(top1 == ids[:, 0], torch.bool) if "is_top1" in outputs and ids is not None else None,
+    )
+
+
+def linear_softmax_d_logits(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H): a slice of the head, as bias, low_rank's B and column_weight are
+    bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,
+    ids: Tensor | None,  # (N, K) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor | None,  # (N,)
+    b: Tensor | None,  # (N,)
+    e: Tensor | None,  # (N,)
+    c: Tensor | None,  # (N, K)
+    d: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_start: int = 0,
+    out: Tensor | None = None,  # (N, V)
+) -> Tensor:
+    N, V = hidden.shape[0], weight.shape[0]
+    out = hidden.new_empty(N, V) if out is None else out
+
+    def of(t: Tensor | None, part: slice) -> Tensor | None:
+        return None if t is None else t[part]
+
+    for columns in slices(V, TILE):
+        for rows in slices(N, TILE):
+            tile = logits_tile(hidden, weight, bias, low_rank, rows, columns)
+            softmax_rows_bwd(
+                tile.unsqueeze(-1),
+                of(ids, rows),
+                of(column_weight, columns),
+                of(temperature, rows),
+                logsumexp[rows],
+                *(of(coefficient, rows) for coefficient in (a, b, e, c, d)),
+                scale=scale,
+                softcap=softcap,
+                vocab_start=vocab_start + columns.start,
+                out=out[rows, columns].unsqueeze(-1),
+            )
+    return out

@@ -1,0 +1,265 @@
+"""Which route a head's gradients take, in chunks of what size, and what that costs in memory.
+
+With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logits is ``2NVH`` floating point operations.
+
+- ``gradients_in_forward`` (``6NVH``): a chunk of tokens at a time, logits, loss and gradients in one go. It needs to know the
+  loss of each token up to one common factor, so it serves sums and means.
+- ``recompute`` (``8NVH``): forward keeps a few numbers per token; backward makes the logits again, a slice of the vocabulary
+  at a time. It serves any upstream gradient per token, and it needs the least memory.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+
+from .chunked.softmax_rows import CHUNK_ELEMENTS
+from .numerics import statistics_dtype
+from .settings import Backend, Route
+from .settings import route as route_setting
+from .settings import workspace as workspace_setting
+
+MiB = 2**20
+DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
+RECOMPUTE_BUDGET = 256 * MiB  # a larger slice of the vocabulary no longer makes recompute faster
+ROW_TEMPORARIES = 5  # copies of a chunk of rows that the PyTorch row primitive holds at once
+TILE_ELEMENTS = 2**20  # of fp32 logits that the PyTorch head works on at once, on route "recompute"
+MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
+ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
+FEWEST_TOKENS, FEWEST_COLUMNS = 32, 128  # in a chunk, in a slice
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Route, chunk and predicted memory of one head; ``print`` it for a table."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype
+    route: Route
+    chunk: int  # tokens at a time on "gradients_in_forward", vocabulary entries at a time on "recompute"
+    chunks: int
+    accumulate: torch.dtype | None  # of the sum of d_weight over chunks; None: written once
+    budget: int  # bytes
+    parts: dict[str, int] = field(repr=False)  # bytes held at the peak, by what holds them
+    why: tuple[str, ...] = field(repr=False)
+
+    @property
+    def peak(self) -> int:
+        """Predicted peak in bytes above the inputs, with outputs and gradients, over forward and backward."""
+        return sum(self.parts.values())
+
+    @property
+    def flops(self) -> int:
+        return (6 if self.route == "gradients_in_forward" else 8) * self.tokens * self.vocab * self.hidden
+
+    def __str__(self) -> str:
+        unit = "tokens" if self.route == "gradients_in_forward" else "vocabulary entries"
+        name = str(self.dtype).removeprefix("torch.")
+        rows = [
+            ("head", f"{self.tokens} tokens x {self.vocab} vocabulary x {self.hidden} hidden, {name}"),
+            ("route", f"{self.route}, {self.flops / 1e12:.3g} TFLOP"),
+            ("chunks", f"{self.chunks} of {self.chunk} {unit}"),
+            ("d_weight", "written once" if self.accumulate is None else f"summed over chunks in {self.accumulate}"),
+            ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
+            *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
+            ("peak", f"{self.peak / MiB:.1f} MiB above the inputs"),
+            *(("why", reason) for reason in self.why),
+        ]
+        return "\n".join(f"{key:<22}{value}" for key, value in rows)
+
+
+def plan(
+    tokens: int,
+    vocab: int,
+    hidden: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    per_token: bool = False,
+    route: Route | None = None,
+    workspace: int | str | None = None,
+    accumulate: str | None = None,
+    backend: Backend = "triton",
+) -> Plan:
+    r"""Choose the fastest way to a head's gradients within a budget of workspace, and predict its peak memory.
+
+    .. math:: \text{workspace} \le \max(\text{bytes of } d\_hidden + d\_weight,\ 512\,\text{MiB}) \quad\text{by default}
+
+    On route ``gradients_in_forward`` ``d_weight`` is written once where one chunk fits; else summed over chunks, in its own
+    16-bit dtype for up to 8 of them and in fp32 beyond.
+
+    Args:
+        tokens: ``N``, those that are not ignored.
+        vocab: ``V``.
+        hidden: ``H``.
+        dtype: of hidden and weight.
+        per_token: each token has an upstream gradient of its own (log-probabilities, ``reduction="none"``).
+        route: ``"gradients_in_forward"`` or ``"recompute"``; None is the fastest that fits.
+        workspace: bytes, or a string such as ``"256MiB"``, beside inputs, outputs and gradients; None is the setting's.
+        accumulate: ``"fp32"`` sums ``d_weight`` over chunks in fp32 however few they are.
+        backend: ``"torch"`` also holds a few chunks of rows of a fixed size.
+
+    Returns:
+        A :class:`Plan`.
+
+    Raises:
+        ValueError: ``per_token`` with route ``"gradients_in_forward"``, or an unknown choice.
+
+    Example:
+        >>> print(plan(8192, 128256, 4096))
+        head                  8192 tokens x 128256 vocabulary x 4096 hidden, bfloat16
+        route                 gradients_in_forward, 25.8 TFLOP
+        chunks                2 of 4096 tokens
+        d_weight              summed over chunks in torch.bfloat16
+        budget                1066.0 MiB of workspace
+          gradients           1066.0 MiB
+          logits of a chunk   1002.0 MiB
+        peak                  2068.0 MiB above the inputs
+        why                   6NVH against the 8NVH of recompute, and its chunks fit the budget
+        why                   2 chunks: few enough to sum in torch.bfloat16
+    """
+    route = route_setting.parse(route or route_setting.value)
+    if accumulate not in (None, "fp32"):
+        raise ValueError(f"accumulate must be 'fp32' or None, got {accumulate!r}")
+    if per_token and route == "gradients_in_forward":
+        raise ValueError(
+            "route='gradients_in_forward' needs a loss that is summed or averaged over tokens; per-token outputs take "
+            "route='recompute' (or None)"
+        )
+    gradients = (tokens + vocab) * hidden * dtype.itemsize
+    budget = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
+    if budget is None:
+        budget = max(gradients, DEFAULT_BUDGET)
+    sizes = _Sizes(tokens, vocab, hidden, dtype, budget, backend)
+    if per_token:
+        return _recompute(sizes, "recompute: the upstream gradient of a token is known in backward only")
+    if route == "recompute":
+        return _recompute(sizes, "recompute: asked for")
+    forward, objection = _gradients_in_forward(sizes, accumulate, asked=route is not None)
+    return forward if forward is not None else _recompute(sizes, f"recompute: {objection}")
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype
+    budget: int
+    backend: Backend
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        return statistics_dtype(self.dtype)
+
+    def gradients(self, dtype: torch.dtype) -> tuple[int, int]:
+        return self.tokens * self.hidden * dtype.itemsize, self.vocab * self.hidden * dtype.itemsize
+
+    def row_temporaries(self, elements: int) -> int:
+        """What the row primitive holds beside ``elements`` logits."""
+        if self.backend == "triton":
+            return 0
+        return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
+
+
+def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) -> tuple[Plan | None, str]:
+    N, V, dtype = sizes.tokens, sizes.vocab, sizes.dtype
+    wide = sizes.statistics_dtype
+    final = sum(sizes.gradients(dtype))
+
+    def most_tokens(held: int) -> int:
+        free = sizes.budget - held - sizes.row_temporaries(N * V)
+        return max(0, min(N, free // max(V * dtype.itemsize, 1)))
+
+    if accumulate == "fp32" or dtype == torch.float16:
+        sums = wide
+        note = "asked for" if accumulate else "gradients before their scale is known overflow float16"
+    elif most_tokens(0) * (MANY_CHUNKS if wide != dtype else N) >= N:
+        sums = dtype
+        note = f"few enough to sum in {dtype}" if wide != dtype else ""
+    else:
+        sums, note = wide, f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
+    d_hidden, d_weight = sizes.gradients(dtype)
+    if sums != dtype:
+        d_weight = sizes.gradients(sums)[1]
+        if dtype == torch.float16:
+            d_hidden = sizes.gradients(sums)[0]
+    n = most_tokens(d_hidden + d_weight - final)
+    if not asked:
+        if n < min(N, FEWEST_TOKENS):
+            return None, f"a chunk of {FEWEST_TOKENS} tokens does not fit the budget"
+        if sums != dtype and n < min(N, ACCUMULATION_PAYS) and not accumulate:
+            return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
+    n = _even(N, max(n, min(N, FEWEST_TOKENS)), 128)
+    chunks = max(1, -(-N // max(n, 1)))
+    forward = {
+        "gradients": d_hidden + d_weight,
+        "logits of a chunk": n * V * dtype.itemsize,
+        "rows at a time": sizes.row_temporaries(n * V),
+    }
+    backward = {"gradients": final, "fp32 sums": d_hidden + d_weight if sums != dtype else 0}
+    if dtype != torch.float16 and sums != dtype:
+        backward = {"gradients": final, "fp32 sums": d_weight}
+    why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
+    if chunks > 1 and note:
+        why.append(f"{chunks} chunks: {note}")
+    parts = max(forward, backward, key=lambda parts: sum(parts.values()))
+    written_once = chunks == 1 and sums == dtype
+    return _plan(sizes, "gradients_in_forward", n, chunks, None if written_once else sums, parts, why), ""
+
+
+def _recompute(sizes: _Sizes, why: str) -> Plan:
+    N, V, H, dtype = sizes.tokens, sizes.vocab, sizes.hidden, sizes.dtype
+    wide = sizes.statistics_dtype
+    d_hidden, d_weight = sizes.gradients(dtype)
+    d_hidden_sum = sizes.gradients(wide)[0] if wide != dtype else 0
+    temporaries = 0
+    if sizes.backend == "torch":
+        temporaries = (ROW_TEMPORARIES + (wide != dtype)) * TILE_ELEMENTS * wide.itemsize
+    free = min(sizes.budget, RECOMPUTE_BUDGET) - d_hidden_sum - temporaries
+    v = _even(V, max(free // max(N * dtype.itemsize, 1), FEWEST_COLUMNS), 128)
+    parts = {
+        "d_weight": d_weight,
+        "d_hidden": d_hidden_sum or d_hidden,
+        "d_logits of a slice": N * v * dtype.itemsize,
+        "tile": temporaries,
+    }
+    end = {"gradients": d_hidden + d_weight, "d_hidden in fp32": d_hidden_sum}
+    parts = max(parts, end, key=lambda parts: sum(parts.values()))
+    return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, [why])
+
+
+def _even(total: int, most: int, multiple: int) -> int:
+    """The size of equal pieces of ``total`` no larger than ``most``, a multiple of ``multiple`` where that fits."""
+    if most >= total:
+        return total
+    size = math.ceil(total / math.ceil(total / most))
+    rounded = math.ceil(size / multiple) * multiple
+    return rounded if rounded <= most else size
+
+
+def _plan(
+    sizes: _Sizes,
+    route: Route,
+    chunk: int,
+    chunks: int,
+    accumulate: torch.dtype | None,
+    parts: dict[str, int],
+    why: list[str],
+) -> Plan:
+    return Plan(
+        sizes.tokens,
+        sizes.vocab,
+        sizes.hidden,
+        sizes.dtype,
+        route,
+        chunk,
+        chunks,
+        accumulate,
+        sizes.budget,
+        {part: size for part, size in parts.items() if size},
+        tuple(why),
+    )

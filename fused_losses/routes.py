@@ -1,0 +1,766 @@
+"""The two routes from hidden states and a head's weight to a loss and its gradients, without the logits.
+
+With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logits is ``2NVH`` floating point operations.
+
+- ``gradients_in_forward`` (:func:`loss_and_gradients`, ``6NVH``): for a loss that is a sum over tokens. A chunk of tokens at a
+  time: logits, statistics, loss, gradient of the logits over the logits, and its products with weight and hidden. Backward
+  multiplies by the upstream gradient. Recomputing the forward (activation checkpointing) doubles its cost.
+- ``recompute`` (:func:`linear_statistics`, ``8NVH``): for per-token results. Forward keeps a few numbers per token; backward makes
+  the logits' gradient again, a slice of the vocabulary at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autodiff import SMALL, check_differentiable, differentiable_gradients, transforms_active
+from .chunked import linear_softmax as chunked_linear_softmax
+from .chunked.softmax_rows import row_statistics, skipped, transform
+from .numerics import statistics_dtype
+from .planning import plan
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
+from .settings import Backend, resolve_backend
+from .settings import drop_ignored as drop_ignored_setting
+from .settings import workspace as workspace_setting
+from .token_statistics import rows_module
+
+BLOCK = 1024  # of a 16-bit matrix that is upcast at a time on a CPU
+HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smallest numbers, far below its largest
+
+
+class Head(NamedTuple):
+    """Tokens and the head that would turn them into logits ``softcap·tanh(scale·(h Wᵀ + u Bᵀ + bias)/softcap)/temperature``."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    u: Tensor | None = None  # (N, R)
+    B: Tensor | None = None  # (V, R)
+    temperature: Tensor | None = None  # (N,)
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self[:5]
+
+    def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
+        """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
+
+        def of(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        hidden, u = self.hidden[rows], of(self.u)
+        if ignored is not None:
+            hidden = hidden.masked_fill(ignored[:, None], 0)
+            u = None if u is None else u.masked_fill(ignored[:, None], 0)
+        return self._replace(hidden=hidden, u=u, temperature=of(self.temperature))
+
+    def columns(self, part: slice) -> Head:
+        """The vocabulary entries at ``part``."""
+        bias, B = (None if t is None else t[part] for t in (self.bias, self.B))
+        return self._replace(weight=self.weight[part], bias=bias, B=B)
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.u is None or self.B is None else (self.u, self.B)
+
+
+def check_head(head: Head) -> None:
+    hidden, weight = head.hidden, head.weight
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    for name, other in (("linear_weight", weight), ("linear_bias", head.bias), ("u", head.u), ("B", head.B)):
+        if other is None:
+            continue
+        if other.device != hidden.device:
+            raise RuntimeError(f"input is on {hidden.device} and {name} {tuple(other.shape)} on {other.device}: move one")
+        if other.dtype != hidden.dtype:
+            raise RuntimeError(
+                f"input {tuple(hidden.shape)} is {hidden.dtype} and {name} {tuple(other.shape)} is {other.dtype}: "
+                "cast one, or use autocast"
+            )
+    if not hidden.dtype.is_floating_point:
+        raise RuntimeError(f"expected floating point input, got {hidden.dtype} {tuple(hidden.shape)}")
+
+
+def linear_module(backend: str) -> ModuleType:
+    """Where ``linear_softmax_fwd`` and ``linear_softmax_d_logits`` come from."""
+    if backend == "torch":
+        return chunked_linear_softmax
+    from .kernels import linear_softmax  # Triton is imported only where it runs
+
+    return linear_softmax
+
+
+def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:
+    """Which tokens to project, and whether ignored ones among them must be zeroed.
+
+    Counting them is a host synchronisation; where that cannot be (``torch.compile``, graph capture) or must not
+    (``drop_ignored=False``) every token is projected.
+    """
+    if ids is None:
+        return None, False
+    if drop_ignored is None:
+        drop_ignored = drop_ignored_setting.value
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode((ids,)) is not None or ids.is_meta:
+        drop_ignored = False
+    if not drop_ignored or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None, True
+    keep = (ids != -100).any(-1).nonzero().squeeze(1)
+    return (None if keep.numel() == ids.shape[0] else keep), False
+
+
+def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Backend) -> int:
+    """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
+    (N, H), V = head.hidden.shape, head.weight.shape[0]
+    return plan(N, V, H, head.hidden.dtype, workspace=workspace, per_token=per_token, backend=backend).budget
+
+
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Inside an operator autocast has nothing to decide."""
+    with torch.autocast(device.type, enabled=False):
+        yield
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """``out = a b`` if ``first``, else ``out += a b``; an fp32 ``out`` of 16-bit factors sees no rounded product."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out) if first else out.addmm_(a, b)
+    elif out.is_cuda and first:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif out.is_cuda:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        if first:
+            out.zero_()
+        for i in range(0, a.shape[0], BLOCK):
+            for k in range(0, a.shape[1], BLOCK):
+                out[i : i + BLOCK].addmm_(a[i : i + BLOCK, k : k + BLOCK].to(out.dtype), b[k : k + BLOCK].to(out.dtype))
+
+
+def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.is_cuda or x.dtype == dtype:
+        return x.sum(0, dtype=dtype)
+    return torch.cat([x[:, i : i + BLOCK].sum(0, dtype=dtype) for i in range(0, x.shape[1], BLOCK)])
+
+
+def loss_and_gradients(
+    head: Head,
+    ids: Tensor | None,  # (N, K)
+    column_weight: Tensor | None,  # (V,)
+    keep: Tensor | None,  # (M,) tokens to project; None: all
+    zero_ignored: bool,
+    outputs: Sequence[str],
+    of_chunk: Callable[[RowStatistics, slice | Tensor], Coefficients],
+    wanted: Sequence[bool],  # gradients of head.inputs
+    workspace: int,
+    accumulate: str | None,
+    backend: Backend,
+    main_grad: Tensor | None = None,  # (V, H) fp32, the gradient of the weight is added here
+) -> list[Tensor | None]:
+    """Route ``gradients_in_forward``: the gradient of each of ``head.inputs``, or None, in its own dtype or a wider one.
+
+    ``of_chunk(statistics, rows)`` sees each chunk once, in order, and says how its loss depends on its statistics.
+    """
+    hidden, weight, dtype = head.hidden, head.weight, head.hidden.dtype
+    (N, H), V, wide = hidden.shape, weight.shape[0], statistics_dtype(hidden.dtype)
+    M = N if keep is None else keep.shape[0]
+    chosen = plan(
+        M, V, H, dtype, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend
+    )
+    sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
+    rows_of, per_token = rows_module(backend), wide if dtype == torch.float16 else dtype
+
+    def room(i: int, dtype: torch.dtype) -> Tensor | None:
+        like = head.inputs[i]
+        if not wanted[i] or like is None:
+            return None
+        whole = M == N and N > 0
+        return like.new_empty(like.shape, dtype=dtype) if whole else like.new_zeros(like.shape, dtype=dtype)
+
+    d_hidden, d_u, d_B = room(0, per_token), room(3, per_token), room(4, sums)
+    d_weight = main_grad if main_grad is not None else room(1, sums)
+    d_bias = room(2, wide)
+    logits_room = hidden.new_empty(min(chosen.chunk, M), V)
+    factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
+    for start in range(0, M, max(chosen.chunk, 1)):
+        part = slice(start, min(start + chosen.chunk, M))
+        rows: slice | Tensor = part if keep is None else keep[part]
+        of_ids = None if ids is None else ids[rows]
+        chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
+        logits = logits_room[: part.stop - part.start]
+        if head.bias is None:
+            torch.mm(chunk.hidden, weight.t(), out=logits)
+        else:
+            torch.addmm(head.bias, chunk.hidden, weight.t(), out=logits)
+        if chunk.low_rank is not None:
+            logits.addmm_(chunk.low_rank[0], chunk.low_rank[1].t())
+        seen = (logits.unsqueeze(-1), of_ids, column_weight, chunk.temperature)
+        scaling: dict[str, Any] = {"scale": head.scale, "softcap": head.softcap}
+        statistics = rows_of.softmax_rows_fwd(*seen, **scaling, outputs=outputs)
+        terms = of_chunk(statistics, rows)
+        if dtype == torch.float16 and main_grad is None:
+            terms, factor = _away_from_zero(terms, factor, [d_weight, d_bias, d_B])
+        a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+        rows_of.softmax_rows_bwd(
+            *seen, statistics.logsumexp, a, b, e, c, d, **scaling, out=logits.unsqueeze(-1)
+        )
+        first = start == 0
+        for total, matrix in ((d_hidden, weight), (d_u, head.B)):
+            if total is not None and matrix is not None:
+                found = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
+                add_product(found, logits, matrix, first=True)
+                if factor is not None:
+                    found /= factor
+                if keep is not None:
+                    total.index_copy_(0, keep[part], found)
+        for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
+            if total is not None and matrix is not None:
+                add_product(total, logits.t(), matrix, first=first and total is not main_grad)
+        if d_bias is not None:
+            partial = column_sums(logits, wide)
+            d_bias = partial if first else d_bias.add_(partial)
+    if factor is not None:
+        for total in (d_weight, d_bias, d_B):
+            if total is not None:
+                total /= factor
+    return [d_hidden, None if main_grad is not None else d_weight, d_bias, d_u, d_B]
+
+
+def _away_from_zero(
+    terms: Coefficients, factor: Tensor | None, totals: Sequence[Tensor | None]
+) -> tuple[Coefficients, Tensor]:
+    """Scale the coefficients by a power of two at which float16 gradients neither vanish nor overflow.
+
+    Where a chunk's coefficients are larger than all before it, what was summed so far is brought to its factor.
+    """
+    present = [t for t in terms if t is not None]
+    largest = torch.stack([t.abs().amax() for t in present]).amax().clamp(2.0**-60, 2.0**60)
+    mine = HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
+    if factor is not None:
+        mine = torch.minimum(mine, factor)
+        for total in totals:
+            if total is not None:
+                total *= mine / factor
+    return Coefficients(*(None if t is None else t * mine for t in terms)), mine
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """``gradient·scale`` in ``dtype``, multiplied in fp32 or wider and rounded once; over ``gradient`` if ``in_place``."""
+    if gradient.dtype != dtype:
+        out = torch.empty_like(gradient, dtype=dtype)
+        for i in range(0, max(len(gradient), 1), BLOCK):
+            out[i : i + BLOCK] = gradient[i : i + BLOCK] * scale
+        return out
+    if not in_place:
+        gradient = gradient.clone()
+    if dtype.itemsize > 2:
+        return gradient.mul_(scale)
+    # A 0-dim factor of mul would be rounded to 16 bits first; this multiplies in fp32, in place, without a copy.
+    torch._amp_foreach_non_finite_check_and_unscale_([gradient], scale.new_zeros(1), scale.reshape(()).float())
+    return gradient
+
+
+@torch.library.custom_op("fused_losses::scaled_gradient", mutates_args=())
+def scaled_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return scaled(gradient, scale, dtype, in_place=False)
+
+
+@scaled_gradient.register_fake
+def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], upstream: Tensor
+) -> list[Tensor | None]:
+    """Gradients that a forward made, times the upstream gradient, in their dtypes; None where the dtype is None.
+
+    In place where the graph is about to be freed: they are read this once, and memory is not doubled.
+    """
+    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode((upstream,)) is not None:
+        pairs = zip(gradients, dtypes, strict=True)
+        return [None if dtype is None else scaled_gradient(g, upstream, dtype) for g, dtype in pairs]
+    in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+    pairs = zip(gradients, dtypes, strict=True)
+    return [None if dtype is None else scaled(g, upstream, dtype, in_place) for g, dtype in pairs]
+
+
+def differentiable_statistics(
+    head: Head, ids: Tensor | None, column_weight: Tensor | None, outputs: Sequence[str]
+) -> RowStatistics:
+    """The statistics as plain differentiable PyTorch on whole logits."""
+    N, V, dtype = head.hidden.shape[0], head.weight.shape[0], statistics_dtype(head.hidden.dtype)
+    check_differentiable(N, V, head.hidden.dtype)
+    skip = skipped(ids)
+    hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
+    assert hidden is not None and weight is not None
+    if skip is not None:
+        hidden = hidden.masked_fill(skip[:, None], 0)
+        u = None if u is None else u.masked_fill(skip[:, None], 0)
+    x = hidden @ weight.t()
+    if u is not None and B is not None:
+        x = x + u @ B.t()
+    if bias is not None:
+        x = x + bias
+    z, _ = transform(x, head.temperature, head.scale, head.softcap)
+    return row_statistics(z, ids, column_weight, outputs)
+
+
+def where_ids_stand(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
+    """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
+    if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:
+        return upstream
+    return upstream._replace(log_probs=upstream.log_probs.masked_fill(ids == -100, 0))
+
+
+def _absent(like: Tensor) -> Tensor:
+    return like.new_empty(())
+
+
+def _present(t: Tensor | None, like: Tensor) -> Tensor:
+    return _absent(like) if t is None else t
+
+
+# Route gradients_in_forward, for the losses that are linear in the log-probabilities and quadratic in logsumexp.
+
+
+@torch.library.custom_op("fused_losses::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    u: Tensor | None,  # (N, R)
+    B: Tensor | None,  # (V, R)
+    ids: Tensor,  # (N, 1)
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    of_log_probs: Tensor,  # (N,)
+    of_sum_log_probs: Tensor | None,  # (N,)
+    of_square: Tensor | None,  # (N,)
+    keep: Tensor | None,  # (M,)
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    wanted: list[bool],
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``, and its gradients.
+
+    Returns:
+        the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``sum_log_probs (N,)``, and the gradient of each of the
+        first five arguments; 0-dim where absent or not ``wanted``.
+    """
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
+    outputs = ["log_probs"] + ["sum_log_probs"] * (of_sum_log_probs is not None)
+    dtype = statistics_dtype(hidden.dtype)
+    found = empty_statistics(hidden, hidden.shape[0], ids, outputs)
+    loss = of_log_probs.new_zeros(hidden.shape[0])
+    for t in found:
+        if t is not None:
+            t.zero_()
+
+    def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
+        for total, part in zip(found, statistics, strict=True):
+            if total is not None and part is not None:
+                total[rows] = part
+        assert statistics.log_probs is not None and statistics.logsumexp is not None
+        value = of_log_probs[rows] * statistics.log_probs[:, 0]
+        upstream = RowStatistics(log_probs=of_log_probs[rows, None])
+        if of_sum_log_probs is not None:
+            assert statistics.sum_log_probs is not None
+            value += of_sum_log_probs[rows] * statistics.sum_log_probs
+            upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
+        if of_square is not None:
+            lse = statistics.logsumexp.to(dtype)
+            value += of_square[rows] * lse.square()
+            upstream = upstream._replace(logsumexp=2 * of_square[rows] * lse)
+        loss[rows] = value
+        return coefficients(upstream, statistics, weight.shape[0], column_weight, dtype)
+
+    with full_precision(hidden.device):
+        gradients = loss_and_gradients(
+            head, ids, column_weight, keep, zero_ignored, outputs, of_chunk, wanted, workspace, accumulate, backend  # type: ignore[arg-type]
+        )
+    assert found.log_probs is not None and found.logsumexp is not None
+    return (
+        loss.sum(),
+        found.log_probs,
+        found.logsumexp,
+        _present(found.sum_log_probs, loss),
+        *(_present(g, loss) for g in gradients),
+    )  # type: ignore[return-value]
+
+
+@linear_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    ids: Tensor,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    of_log_probs: Tensor,
+    of_sum_log_probs: Tensor | None,
+    of_square: Tensor | None,
+    keep: Tensor | None,
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    wanted: list[bool],
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    dtype = hidden.dtype
+    wide = statistics_dtype(dtype)
+    N, V = hidden.shape[0], weight.shape[0]
+    M = N if keep is None else keep.shape[0]
+    sums = wide
+    if dtype != torch.float16:
+        chosen = plan(
+            M, V, hidden.shape[1], dtype, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend  # type: ignore[arg-type]
+        )
+        sums = chosen.accumulate or dtype
+    per_token = wide if dtype == torch.float16 else dtype
+    dtypes = (per_token, sums, wide, per_token, sums)
+    return (
+        of_log_probs.new_empty(()),
+        of_log_probs.new_empty(N, 1),
+        of_log_probs.new_empty(N, dtype=torch.float64),
+        _absent(of_log_probs) if of_sum_log_probs is None else of_log_probs.new_empty(N),
+        *(
+            t.new_empty(t.shape, dtype=d) if t is not None and want else _absent(of_log_probs)
+            for t, d, want in zip((hidden, weight, bias, u, B), dtypes, wanted, strict=True)
+        ),
+    )
+
+
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    hidden, weight = inputs[:2]
+    ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[15], strict=True)]
+    N, V = hidden.shape[0], weight.shape[0]
+    # A second derivative starts again from the inputs, so they are kept where it is offered.
+    saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
+    ctx.rest = (N, V, hidden.dtype, inputs[13], inputs[14])
+    ctx.save_for_backward(*output[4:], *saved)
+
+
+def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 14
+    if g is None:
+        return (None,) * 19
+    gradients, inputs = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+    N, V, dtype, scale, softcap = ctx.rest
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        check_differentiable(N, V, dtype)
+        ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[5:]
+
+        def fn(*of: Tensor) -> list[Tensor]:
+            head = Head(*of, temperature, scale, softcap)  # type: ignore[misc]
+            outputs = ["log_probs", "sum_log_probs"]
+            s = differentiable_statistics(head, ids, column_weight, outputs)
+            total = (of_log_probs * s.log_probs[:, 0]).sum()  # type: ignore[index]
+            if of_sum_log_probs is not None:
+                total = total + (of_sum_log_probs * s.sum_log_probs).sum()
+            if of_square is not None:
+                total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()  # type: ignore[union-attr]
+            return [total]
+
+        return *differentiable_gradients(fn, inputs[:5], [g]), *rest
+    return *scale_gradients(gradients, ctx.head_inputs, g), *rest
+
+
+linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
+
+
+# Route recompute.
+
+
+@torch.library.custom_op("fused_losses::linear_rows", mutates_args=())
+def linear_rows(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    u: Tensor | None,  # (N, R)
+    B: Tensor | None,  # (V, R)
+    ids: Tensor | None,  # (N, K)
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    keep: Tensor | None,  # (M,)
+    main_grad: Tensor | None,  # (V, H) fp32, backward adds the gradient of the weight to it
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    outputs: str,  # names of RowStatistics, separated by commas
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`RowStatistics`; 0-dim where not asked for."""
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
+    head, ids_kept = _projected(head, ids, keep, zero_ignored)
+    with full_precision(hidden.device):
+        found = linear_module(backend).linear_softmax_fwd(
+            head.hidden,
+            weight,
+            bias,
+            head.low_rank,
+            ids_kept,
+            column_weight,
+            head.temperature,
+            scale=scale,
+            softcap=softcap,
+            outputs=outputs.split(","),
+        )
+    if keep is not None:
+        N = hidden.shape[0]
+        found = RowStatistics(
+            *(None if s is None else s.new_zeros(N, *s.shape[1:]).index_copy_(0, keep, s) for s in found)
+        )
+    return tuple(_present(s, hidden) for s in found)  # type: ignore[return-value]
+
+
+def _projected(
+    head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool
+) -> tuple[Head, Tensor | None]:
+    if keep is not None:
+        return head.tokens(keep), None if ids is None else ids[keep]
+    return (head.tokens(slice(None), skipped(ids)) if zero_ignored else head), ids
+
+
+@linear_rows.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    keep: Tensor | None,
+    main_grad: Tensor | None,
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    outputs: str,
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
+    return tuple(_present(s, hidden) for s in room)
+
+
+@torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad"})
+def linear_rows_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    keep: Tensor | None,
+    main_grad: Tensor | None,
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor | None,  # (N,)
+    b: Tensor | None,  # (N,)
+    e: Tensor | None,  # (N,)
+    c: Tensor | None,  # (N, K)
+    d: Tensor | None,  # (N,)
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    wanted: list[bool],
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
+    (N, H), V, dtype = hidden.shape, weight.shape[0], hidden.dtype
+    wide = statistics_dtype(dtype)
+    whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
+    head, ids = _projected(whole, ids, keep, zero_ignored)
+    M = head.hidden.shape[0]
+
+    def of(t: Tensor | None) -> Tensor | None:
+        return t if t is None or keep is None else t[keep]
+
+    logsumexp, terms = logsumexp if keep is None else logsumexp[keep], [of(t) for t in (a, b, e, c, d)]
+
+    def room(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
+        like = head.inputs[i]
+        return None if like is None or not wanted[i] else like.new_zeros(rows, *like.shape[1:], dtype=dtype)
+
+    d_hidden, d_u = room(0, M, wide), room(3, M, wide)
+    d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
+    chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)  # type: ignore[arg-type]
+    slice_room = hidden.new_empty(M * chosen.chunk)
+    with full_precision(hidden.device):
+        for start in range(0, V if M else 0, chosen.chunk):
+            part = slice(start, min(start + chosen.chunk, V))
+            piece = head.columns(part)
+            d_logits = slice_room[: M * (part.stop - start)].view(M, -1)
+            linear_module(backend).linear_softmax_d_logits(
+                piece.hidden,
+                piece.weight,
+                piece.bias,
+                piece.low_rank,
+                ids,
+                None if column_weight is None else column_weight[part],
+                piece.temperature,
+                logsumexp,
+                *terms,
+                scale=scale,
+                softcap=softcap,
+                vocab_start=start,
+                out=d_logits,
+            )
+            for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
+                if total is not None and matrix is not None:
+                    add_product(total, d_logits, matrix, first=start == 0)
+            for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
+                if total is not None and matrix is not None:
+                    add_product(total[part], d_logits.t(), matrix, first=True)
+            if main_grad is not None:
+                add_product(main_grad[part], d_logits.t(), piece.hidden, first=False)
+            if d_bias is not None:
+                d_bias[part] = column_sums(d_logits, wide)
+    del slice_room
+
+    def returned(t: Tensor | None) -> Tensor:
+        if t is None:
+            return _absent(hidden)
+        t = t.to(dtype)
+        return t if keep is None else t.new_zeros(N, *t.shape[1:]).index_copy_(0, keep, t)
+
+    d_hidden_out, d_u_out = returned(d_hidden), returned(d_u)
+    return d_hidden_out, _present(d_weight, hidden), _present(d_bias, hidden), d_u_out, _present(d_B, hidden)
+
+
+@linear_rows_grad.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    main_grad, wanted = rest[4], rest[-3]
+    inputs = (hidden, weight, bias, u, B)
+    return tuple(
+        _absent(hidden) if t is None or not want or (i == 1 and main_grad is not None) else torch.empty_like(t)
+        for i, (t, want) in enumerate(zip(inputs, wanted, strict=True))
+    )
+
+
+def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    found = RowStatistics(*output)
+    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1)
+    # Not a saved tensor: other backwards add to it in between.
+    ctx.main_grad = inputs[9]
+    ctx.rest, ctx.outputs, ctx.workspace, ctx.backend = inputs[10:13], inputs[13], inputs[14], inputs[15]
+    # Copies of what backward reads: the caller may write into what it was given.
+    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs)
+    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None))
+
+
+def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 11
+    if all(g is None for g in grads):
+        return (None,) * 16
+    saved, (logsumexp, entropy, log_sum_sq_probs) = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
+    inputs, (ids, column_weight, temperature, keep) = saved[:5], saved[5:]
+    zero_ignored, scale, softcap = ctx.rest
+    dtype = statistics_dtype(inputs[0].dtype)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+        def fn(*of: Tensor) -> list[Tensor]:
+            head = Head(*of, temperature, scale, softcap)  # type: ignore[misc]
+            found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
+            return [_present(s, logsumexp) for s in found]
+
+        return *differentiable_gradients(fn, inputs, grads), *nothing
+    found = RowStatistics(logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs)
+    terms = coefficients(where_ids_stand(RowStatistics(*grads), ids), found, inputs[1].shape[0], column_weight, dtype)
+    a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+    gradients = linear_rows_grad(
+        *saved,
+        ctx.main_grad,
+        logsumexp,
+        a,
+        b,
+        e,
+        c,
+        d,
+        *ctx.rest,
+        list(ctx.needs_input_grad[:5]),
+        ctx.workspace,
+        ctx.backend,
+    )
+    return *(None if g.ndim == 0 else g for g in gradients), *nothing
+
+
+linear_rows.register_autograd(_linear_rows_backward, setup_context=_linear_rows_setup)
+
+
+def linear_statistics(
+    head: Head,
+    ids: Tensor | None,
+    column_weight: Tensor | None = None,
+    *,
+    outputs: Sequence[str],
+    drop_ignored: bool | None = None,
+    workspace: int | str | None = None,
+    backend: Backend | None = None,
+    main_grad: Tensor | None = None,
+) -> RowStatistics:
+    """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``."""
+    if transforms_active():
+        return differentiable_statistics(head, ids, column_weight, outputs)
+    head, column_weight = _ready(head, column_weight)
+    keep, zero_ignored = kept_tokens(ids, drop_ignored)
+    chosen = resolve_backend(head.hidden, backend)
+    found = linear_rows(
+        *head.inputs,
+        None if ids is None else ids.contiguous(),
+        column_weight,
+        head.temperature,
+        keep,
+        main_grad,
+        zero_ignored,
+        head.scale,
+        head.softcap,
+        ",".join(outputs),
+        budget(head, workspace, True, chosen),
+        chosen,
+    )
+    asked = {"logsumexp", "log_probs" if ids is not None else "", *outputs}
+    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
+
+
+def _ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
+    """The head and the column weights as the operators read them."""
+    for name, constant in (("weight", column_weight), ("temperature", head.temperature)):
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
+    dtype = statistics_dtype(head.hidden.dtype)
+    temperature = None if head.temperature is None else head.temperature.detach().to(dtype).contiguous()
+    column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
+    inputs = (None if t is None else t.contiguous() for t in head.inputs)
+    return Head(*inputs, temperature, head.scale, head.softcap), column_weight  # type: ignore[arg-type]
