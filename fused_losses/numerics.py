@@ -11,6 +11,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """float64, in which what is left of a row after its pass is put together; fp32 on a device that has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def upcast(x: Tensor) -> Tensor:
     """``x`` in the precision statistics are computed in; no copy where it already is."""
     return x.to(statistics_dtype(x.dtype))

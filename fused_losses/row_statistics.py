@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .numerics import statistics_dtype
+from .numerics import statistics_dtype, wide_dtype
 
 
 class RowStatistics(NamedTuple):
@@ -27,15 +27,26 @@ class RowStatistics(NamedTuple):
     logsumexp: Tensor | None = None
     entropy: Tensor | None = None  # (N,) −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) log Σ p²
-    sum_log_probs: Tensor | None = None  # (N,) Σ u logp, u the column weights or 1
+    sum_log_probs: Tensor | None = None  # (N,) Σ u logp, u the column weights or 1; see probabilities
+    weight_sum: Tensor | None = None  # (N,) Σ u, with probabilities only
     max_logit: Tensor | None = None  # (N,)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
+
+
+def label_weights(
+    column_weight: Tensor | None, probabilities: Tensor | None, label_smoothing: float, vocab: int
+) -> Tensor | None:
+    """``u``: column weights ``(V,)``; with class probabilities ``t`` ``(n, V)`` times ``(1 − ε) t + ε/V``; None for ones."""
+    if probabilities is None:
+        return column_weight
+    u = (1 - label_smoothing) * probabilities + label_smoothing / vocab
+    return u if column_weight is None else u * column_weight
 
 
 def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
     """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
     dtype = statistics_dtype(like.dtype)
-    dtypes = {"logsumexp": torch.float64, "is_top1": torch.bool}
+    dtypes = {"logsumexp": wide_dtype(like.device), "is_top1": torch.bool}
     room: dict[str, Tensor] = {
         name: like.new_empty(rows, dtype=dtypes.get(name, dtype))
         for name in RowStatistics._fields
@@ -63,7 +74,7 @@ def coefficients(
 
     Args:
         upstream: a gradient per statistic, shaped like it; ``None`` where the loss does not use it.
-        statistics: the statistics themselves; ``entropy`` and ``log_sum_sq_probs`` are read where they have a gradient.
+        statistics: the statistics themselves; ``entropy``, ``log_sum_sq_probs`` and ``weight_sum`` are read.
         vocab: ``V``.
         column_weight: ``u`` ``(V,)``, or None for ones.
         dtype: of the coefficients, fp32 or float64.
@@ -85,6 +96,8 @@ def coefficients(
         assert statistics.log_sum_sq_probs is not None
         a, e = plus(a, -2 * g), 2 * g * torch.exp(-statistics.log_sum_sq_probs)
     if (g := upstream.sum_log_probs) is not None:
-        total = vocab if column_weight is None else column_weight.sum()
+        total: Tensor | int | None = statistics.weight_sum
+        if total is None:
+            total = vocab if column_weight is None else column_weight.sum()
         a, d = plus(a, -g * total), g
     return Coefficients(a, b, e, c, d)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .autodiff import check_differentiable, differentiable_gradients, transforms_active
 from .chunked import softmax_rows as chunked_softmax_rows
 from .numerics import statistics_dtype
-from .row_statistics import RowStatistics, coefficients, empty_statistics
+from .row_statistics import RowStatistics, coefficients, empty_statistics, label_weights
 from .settings import Backend, resolve_backend
 
 
@@ -68,15 +68,25 @@ def softmax_rows(
     ids: Tensor | None,  # (N, K) int64, N = B·S
     column_weight: Tensor | None,  # (V,)
     temperature: Tensor | None,  # (N,)
+    probabilities: Tensor | None,  # (B, V, S), any strides
+    label_smoothing: float,
     scale: float,
     softcap: float | None,
     outputs: str,  # names of RowStatistics, separated by commas
     inplace_backward: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`; an empty tensor stands for what was not asked for."""
     statistics = rows_module(backend).softmax_rows_fwd(
-        logits, ids, column_weight, temperature, scale=scale, softcap=softcap, outputs=outputs.split(",")
+        logits,
+        ids,
+        column_weight,
+        temperature,
+        probabilities=probabilities,
+        label_smoothing=label_smoothing,
+        scale=scale,
+        softcap=softcap,
+        outputs=outputs.split(","),
     )
     return tuple(logits.new_empty(0) if s is None else s for s in statistics)  # type: ignore[return-value]
 
@@ -87,6 +97,8 @@ def _(
     ids: Tensor | None,
     column_weight: Tensor | None,
     temperature: Tensor | None,
+    probabilities: Tensor | None,
+    label_smoothing: float,
     scale: float,
     softcap: float | None,
     outputs: str,
@@ -97,7 +109,7 @@ def _(
     return tuple(logits.new_empty(0) if s is None else s for s in room)
 
 
-@torch.library.custom_op("fused_losses::softmax_rows_grad", mutates_args=())
+@torch.library.custom_op("fused_losses::softmax_rows_grad", mutates_args={"out"})
 def softmax_rows_grad(
     logits: Tensor,  # (B, V, S), any strides
     ids: Tensor | None,  # (N, K)
@@ -109,39 +121,29 @@ def softmax_rows_grad(
     e: Tensor | None,  # (N,)
     c: Tensor | None,  # (N, K)
     d: Tensor | None,  # (N,)
+    probabilities: Tensor | None,  # (B, V, S)
+    label_smoothing: float,
     scale: float,
     softcap: float | None,
     backend: str,
-) -> Tensor:
-    return rows_module(backend).softmax_rows_bwd(
-        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, scale=scale, softcap=softcap
-    )
-
-
-@softmax_rows_grad.register_fake
-def _(logits: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(logits)
-
-
-@torch.library.custom_op("fused_losses::softmax_rows_grad_", mutates_args={"logits"})
-def softmax_rows_grad_(
-    logits: Tensor,
-    ids: Tensor | None,
-    column_weight: Tensor | None,
-    temperature: Tensor | None,
-    logsumexp: Tensor,
-    a: Tensor | None,
-    b: Tensor | None,
-    e: Tensor | None,
-    c: Tensor | None,
-    d: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    backend: str,
+    out: Tensor,  # (B, V, S), may be logits itself
 ) -> None:
-    """:func:`softmax_rows_grad` over the logits themselves, whose version it moves."""
     rows_module(backend).softmax_rows_bwd(
-        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, scale=scale, softcap=softcap, out=logits
+        logits,
+        ids,
+        column_weight,
+        temperature,
+        logsumexp,
+        a,
+        b,
+        e,
+        c,
+        d,
+        probabilities=probabilities,
+        label_smoothing=label_smoothing,
+        scale=scale,
+        softcap=softcap,
+        out=out,
     )
 
 
@@ -150,6 +152,8 @@ def differentiable_softmax_rows(
     ids: Tensor | None,
     column_weight: Tensor | None,
     temperature: Tensor | None,
+    probabilities: Tensor | None,
+    label_smoothing: float,
     scale: float,
     softcap: float | None,
     outputs: Collection[str],
@@ -157,40 +161,66 @@ def differentiable_softmax_rows(
     """:func:`softmax_rows` as plain differentiable PyTorch on whole logits."""
     B, V, S = logits.shape
     check_differentiable(B * S, V, logits.dtype)
-    x = logits.transpose(1, 2).reshape(-1, V).to(statistics_dtype(logits.dtype))
-    z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
-    return chunked_softmax_rows.row_statistics(z, ids, column_weight, outputs)
+
+    def rows(t: Tensor) -> Tensor:
+        return t.transpose(1, 2).reshape(-1, V).to(statistics_dtype(logits.dtype))
+
+    z, _ = chunked_softmax_rows.transform(rows(logits), temperature, scale, softcap)
+    u = label_weights(column_weight, None if probabilities is None else rows(probabilities), label_smoothing, V)
+    return chunked_softmax_rows.row_statistics(z, ids, u, outputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ids, column_weight, temperature, ctx.scale, ctx.softcap, outputs, ctx.inplace_backward, ctx.backend = inputs
-    ctx.outputs = outputs.split(",")
+    logits, ids, column_weight, temperature, probabilities, *ctx.options, ctx.inplace_backward, ctx.backend = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[5], output[6])  # max_logit, is_top1
+    ctx.mark_non_differentiable(*output[5:])  # weight_sum, max_logit, is_top1
     # Copies of what backward reads: the caller may write into what it was given.
-    own = (s.clone() for s in (output[1], output[2], output[3]))  # logsumexp, entropy, log_sum_sq_probs
-    ctx.save_for_backward(logits, ids, column_weight, temperature, *own)
+    own = (output[i].clone() for i in (1, 2, 3, 5))  # logsumexp, entropy, log_sum_sq_probs, weight_sum
+    ctx.save_for_backward(logits, ids, column_weight, temperature, probabilities, *own)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, ids, column_weight, temperature, logsumexp, entropy, log_sum_sq_probs = ctx.saved_tensors
-    rest = (None,) * 8
+    logits, ids, column_weight, temperature, probabilities, *own = ctx.saved_tensors
+    label_smoothing, scale, softcap, outputs = ctx.options
+    constants = (None,) * 3
+    rest = (None,) * 6
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
-        def statistics(x: Tensor) -> list[Tensor]:
-            found = differentiable_softmax_rows(x, ids, column_weight, temperature, ctx.scale, ctx.softcap, ctx.outputs)
-            return [logits.new_empty(0) if s is None else s for s in found]
+        def statistics(x: Tensor, t: Tensor | None) -> list[Tensor]:
+            found = differentiable_softmax_rows(
+                x, ids, column_weight, temperature, t, label_smoothing, scale, softcap, outputs.split(",")
+            )
+            return [x.new_empty(0) if s is None else s for s in found]
 
-        return differentiable_gradients(statistics, [logits], grads)[0], *rest
+        d_logits, d_probabilities = differentiable_gradients(statistics, [logits, probabilities], grads)
+        return d_logits, *constants, d_probabilities, *rest
+    dtype = statistics_dtype(logits.dtype)
+    logsumexp, entropy, log_sum_sq_probs, weight_sum = own
+    found = RowStatistics(
+        logsumexp=logsumexp,
+        entropy=entropy,
+        log_sum_sq_probs=log_sum_sq_probs,
+        weight_sum=None if probabilities is None else weight_sum,
+    )
     upstream = RowStatistics(*grads)
-    found = RowStatistics(logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs)
-    terms = coefficients(upstream, found, logits.shape[1], column_weight, statistics_dtype(logits.dtype))
+    terms = coefficients(upstream, found, logits.shape[1], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
-    arguments = (logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, ctx.scale, ctx.softcap, ctx.backend)
-    if ctx.inplace_backward:
-        softmax_rows_grad_(*arguments)
-        return logits.detach(), *rest
-    return softmax_rows_grad(*arguments), *rest
+    d_probabilities = None
+    if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
+        B, V, S = logits.shape
+        x = logits.transpose(1, 2).reshape(-1, V).to(dtype)
+        z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
+        d_t = (upstream.sum_log_probs * (1 - label_smoothing))[:, None] * (z - logsumexp[:, None]).to(dtype)
+        d_t = d_t if column_weight is None else d_t * column_weight
+        d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
+    if not ctx.needs_input_grad[0]:
+        return None, *constants, d_probabilities, *rest
+    out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
+    softmax_rows_grad(
+        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, probabilities, label_smoothing, scale, softcap,
+        ctx.backend, out,
+    )  # fmt: skip
+    return out, *constants, d_probabilities, *rest
 
 
 softmax_rows.register_autograd(_backward, setup_context=_setup_context)
@@ -202,23 +232,38 @@ def rows_statistics(
     column_weight: Tensor | None = None,
     temperature: Tensor | None = None,
     *,
+    probabilities: Tensor | None = None,
+    label_smoothing: float = 0.0,
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Sequence[str],
     inplace_backward: bool = False,
     backend: Backend | None = None,
 ) -> RowStatistics:
-    """Differentiable :class:`RowStatistics` of logits ``(B, V, S)``; rows are ``n = b·S + s``, ids ``(N, K)``."""
+    """Differentiable :class:`RowStatistics` of logits ``(B, V, S)``; rows are ``n = b·S + s``, ids ``(N, K)``.
+
+    With class probabilities ``(B, V, S)``, ``u`` is ``column_weight·((1 − label_smoothing)·probabilities + label_smoothing/V)``
+    in each row, and ``weight_sum`` is returned too.
+    """
     for name, constant in (("column_weight", column_weight), ("temperature", temperature)):
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
+    if probabilities is not None:
+        outputs = (*outputs, "weight_sum")
+    dtype = statistics_dtype(logits.dtype)
+    column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
+    temperature = None if temperature is None else temperature.detach().to(dtype).contiguous()
     if transforms_active():
-        return differentiable_softmax_rows(logits, ids, column_weight, temperature, scale, softcap, outputs)
+        return differentiable_softmax_rows(
+            logits, ids, column_weight, temperature, probabilities, label_smoothing, scale, softcap, outputs
+        )
     found = softmax_rows(
         logits,
         None if ids is None else ids.contiguous(),
-        None if column_weight is None else column_weight.detach().contiguous(),
-        None if temperature is None else temperature.detach().to(statistics_dtype(logits.dtype)).contiguous(),
+        column_weight,
+        temperature,
+        probabilities,
+        label_smoothing,
         scale,
         softcap,
         ",".join(outputs),

@@ -14,6 +14,8 @@ Backward, one read and one write (in place if asked): see ``fused_losses/row_sta
 
     dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d u_j
 
+Class probabilities ``t`` enter through the weights, ``u_j = w_j ((1 − ε) t_j + ε/V)``: their cross entropy is −Σ u logp.
+
 Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward; everything else is O(K).
 """
 
@@ -43,11 +45,13 @@ def _softmax_rows_fwd_kernel(
     ids_ptr,  # (N, K) int64
     column_weight_ptr,  # (V,)
     temperature_ptr,  # (N,)
+    probabilities_ptr,  # (B, V, S)
     log_probs_ptr,  # (N, K)
     logsumexp_ptr,  # (N,) float64
     entropy_ptr,  # (N,)
     log_sum_sq_probs_ptr,  # (N,)
     sum_log_probs_ptr,  # (N,)
+    weight_sum_ptr,  # (N,)
     max_logit_ptr,  # (N,)
     is_top1_ptr,  # (N,) bool
     N,
@@ -57,11 +61,16 @@ def _softmax_rows_fwd_kernel(
     logits_stride_b,
     logits_stride_v,
     logits_stride_s,
+    probabilities_stride_b,
+    probabilities_stride_v,
+    probabilities_stride_s,
+    label_smoothing,
     scale,
     softcap,
     HAS_IDS: tl.constexpr,
     HAS_COLUMN_WEIGHT: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_PROBABILITIES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     LOG_SUM_SQ_PROBS: tl.constexpr,
@@ -80,6 +89,8 @@ def _softmax_rows_fwd_kernel(
         skipped = _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N)
     active = row_inside & ~skipped
     row_ptr = logits_ptr + (row // S) * logits_stride_b + (row % S) * logits_stride_s  # (BLOCK_N,)
+    if HAS_PROBABILITIES:
+        t_row_ptr = probabilities_ptr + (row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s
     temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
@@ -117,7 +128,12 @@ def _softmax_rows_fwd_kernel(
         if LOG_SUM_SQ_PROBS:
             total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
         if SUM_LOG_PROBS:
-            u = tl.where(inside, 1.0, 0.0).to(tl.float32)
+            u = tl.where(inside, 1.0, 0.0)
+            if HAS_PROBABILITIES:
+                t = tl.load(
+                    t_row_ptr[:, None] + v.to(tl.int64)[None, :] * probabilities_stride_v, mask=inside, other=0.0
+                ).to(tl.float32)
+                u *= (1 - label_smoothing) * t + label_smoothing / V
             if HAS_COLUMN_WEIGHT:
                 u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
             inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
@@ -132,22 +148,29 @@ def _softmax_rows_fwd_kernel(
             nans += tl.sum((z != z).to(tl.int32), 2)
         largest = now_largest
 
+    # The lanes meet. From here on there are a few numbers per row, put together in float64 and rounded once.
     row_largest = tl.max(largest, 1)
     moved = largest - row_largest[:, None]
     rescale = tl.exp(moved)
-    row_total = tl.sum(total * rescale, 1)
+    row_total = tl.sum(total * rescale, 1).to(tl.float64)
     log_total = tl.log(row_total)
-    logsumexp = row_largest.to(tl.float64) + log_total.to(tl.float64)
+    logsumexp = row_largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
     if ENTROPY:
-        entropy = log_total - tl.sum(rescale * (total_shifted + moved * total), 1) / row_total
+        row_shifted = tl.sum(rescale * (total_shifted + moved * total), 1).to(tl.float64)
+        entropy = (log_total - row_shifted / row_total).to(tl.float32)
         tl.store(entropy_ptr + row, tl.where(skipped, 0.0, entropy), mask=row_inside)
     if LOG_SUM_SQ_PROBS:
-        log_sum_sq = tl.log(tl.sum(total_sq * (rescale * rescale), 1)) - 2 * log_total
+        row_sq = tl.sum(total_sq * (rescale * rescale), 1).to(tl.float64)
+        log_sum_sq = (tl.log(row_sq) - 2 * log_total).to(tl.float32)
         tl.store(log_sum_sq_probs_ptr + row, tl.where(skipped, 0.0, log_sum_sq), mask=row_inside)
     if SUM_LOG_PROBS:
-        row_weighted = tl.sum(weighted + moved * weight_seen, 1) - log_total * tl.sum(weight_seen, 1)
-        tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, row_weighted), mask=row_inside)
+        row_weighted = tl.sum(weighted + moved * weight_seen, 1).to(tl.float64)
+        row_weight = tl.sum(weight_seen, 1)
+        sum_log_probs = (row_weighted - log_total * row_weight.to(tl.float64)).to(tl.float32)
+        tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, sum_log_probs), mask=row_inside)
+        if HAS_PROBABILITIES:
+            tl.store(weight_sum_ptr + row, row_weight, mask=row_inside)
     if MAX_LOGIT:
         max_logit = tl.where(tl.sum(nans, 1) > 0, float("nan"), row_largest)
         max_logit = tl.where(max_logit == FLOOR, float("-inf"), max_logit)
@@ -162,8 +185,8 @@ def _softmax_rows_fwd_kernel(
             found = (y >= 0) & (y < V)
             x_y = tl.load(row_ptr + y * logits_stride_v, mask=found, other=0.0).to(tl.float32)
             z_y = final_logits(x_y, scale, softcap, HAS_SOFTCAP) / temperature
-            log_prob = tl.where(found, (z_y - row_largest) - log_total, 0.0)
-            tl.store(log_probs_ptr + row * K + k, log_prob, mask=row_inside)
+            log_prob = ((z_y - row_largest).to(tl.float64) - log_total).to(tl.float32)
+            tl.store(log_probs_ptr + row * K + k, tl.where(found, log_prob, 0.0), mask=row_inside)
 
 
 def softmax_rows_fwd(
@@ -172,6 +195,8 @@ def softmax_rows_fwd(
     column_weight,  # (V,) or None
     temperature,  # (N,) or None
     *,
+    probabilities=None,  # (B, V, S), any strides
+    label_smoothing=0.0,  # of the probabilities
     scale=1.0,
     softcap=None,
     outputs,
@@ -187,17 +212,21 @@ def softmax_rows_fwd(
         ids,
         column_weight,
         temperature,
+        probabilities,
         *out,
         N,
         V,
         S,
         0 if ids is None else ids.shape[1],
         *logits.stride(),
+        *(logits if probabilities is None else probabilities).stride(),
+        label_smoothing,
         scale,
         softcap or 1.0,
         HAS_IDS=ids is not None,
         HAS_COLUMN_WEIGHT=column_weight is not None,
         HAS_TEMPERATURE=temperature is not None,
+        HAS_PROBABILITIES=probabilities is not None,
         HAS_SOFTCAP=softcap is not None,
         ENTROPY="entropy" in outputs,
         LOG_SUM_SQ_PROBS="log_sum_sq_probs" in outputs,
@@ -218,6 +247,7 @@ def _softmax_rows_bwd_kernel(
     ids_ptr,  # (N, K) int64
     column_weight_ptr,  # (V,)
     temperature_ptr,  # (N,)
+    probabilities_ptr,  # (B, V, S)
     logsumexp_ptr,  # (N,) float64
     a_ptr,  # (N,)
     b_ptr,  # (N,)
@@ -232,6 +262,10 @@ def _softmax_rows_bwd_kernel(
     logits_stride_b,
     logits_stride_v,
     logits_stride_s,
+    probabilities_stride_b,
+    probabilities_stride_v,
+    probabilities_stride_s,
+    label_smoothing,
     out_stride_b,
     out_stride_v,
     out_stride_s,
@@ -241,6 +275,7 @@ def _softmax_rows_bwd_kernel(
     HAS_IDS: tl.constexpr,
     HAS_COLUMN_WEIGHT: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    HAS_PROBABILITIES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_A: tl.constexpr,
     HAS_B: tl.constexpr,
@@ -286,6 +321,15 @@ def _softmax_rows_bwd_kernel(
     dz = p * factor
     if HAS_D:
         d = tl.load(d_ptr + row, mask=row_inside, other=0.0)[:, None]
+        if HAS_PROBABILITIES:
+            t = tl.load(
+                probabilities_ptr
+                + ((row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s)[:, None]
+                + v64 * probabilities_stride_v,
+                mask=inside,
+                other=0.0,
+            ).to(tl.float32)
+            d = d * ((1 - label_smoothing) * t + label_smoothing / V)
         if HAS_COLUMN_WEIGHT:
             d = d * tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
         dz += d
@@ -314,6 +358,8 @@ def softmax_rows_bwd(
     c,  # (N, K) or None
     d,  # (N,) or None
     *,
+    probabilities=None,  # (B, V, S), any strides
+    label_smoothing=0.0,
     scale=1.0,
     softcap=None,
     vocab_start=0,
@@ -330,6 +376,7 @@ def softmax_rows_bwd(
         ids,
         column_weight,
         temperature,
+        probabilities,
         logsumexp,
         a,
         b,
@@ -342,6 +389,8 @@ def softmax_rows_bwd(
         S,
         0 if ids is None else ids.shape[1],
         *logits.stride(),
+        *(logits if probabilities is None else probabilities).stride(),
+        label_smoothing,
         *out.stride(),
         vocab_start,
         scale,
@@ -349,6 +398,7 @@ def softmax_rows_bwd(
         HAS_IDS=ids is not None,
         HAS_COLUMN_WEIGHT=column_weight is not None,
         HAS_TEMPERATURE=temperature is not None,
+        HAS_PROBABILITIES=probabilities is not None,
         HAS_SOFTCAP=softcap is not None,
         HAS_A=a is not None,
         HAS_B=b is not None,

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..numerics import statistics_dtype
-from ..row_statistics import RowStatistics, empty_statistics
+from ..numerics import statistics_dtype, wide_dtype
+from ..row_statistics import RowStatistics, empty_statistics, label_weights
 
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32: 2 MiB, which stays in a core's cache
 FLOOR = -1e30  # the running maximum of nothing; finite, so that −inf logits never meet −inf − −inf
 
 
-def row_chunks(logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield ``(rows, chunk)``: a slice of the ``N = B·S`` rows and the view ``(…, V)`` of ``(B, V, S)`` it covers."""
+def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+    """Yield ``(rows, chunk, ...)``: a slice of the ``N = B·S`` rows, and the views ``(…, V)`` of each ``(B, V, S)`` tensor."""
     B, V, S = logits.shape
     n = max(1, CHUNK_ELEMENTS // max(V, 1))
-    if n >= S:
-        step = n // max(S, 1)
-        for b in range(0, B, step):
-            chunk = logits[b : b + step]
-            yield slice(b * S, b * S + chunk.shape[0] * S), chunk.transpose(1, 2)
-    else:
-        for b in range(B):
-            for s in range(0, S, n):
-                chunk = logits[b, :, s : s + n]
-                yield slice(b * S + s, b * S + s + chunk.shape[1]), chunk.transpose(0, 1)
+    step_b, step_s = max(1, n // max(S, 1)), min(n, max(S, 1))
+    for b in range(0, B, step_b):
+        for s in range(0, S, step_s):
+            part = (slice(b, b + step_b), slice(None), slice(s, s + step_s))
+            views = [None if t is None else t[part].transpose(1, 2) for t in (logits, *others)]
+            start = b * S + s
+            yield slice(start, start + views[0].shape[:2].numel()), *views
 
 
 def transform(
@@ -55,58 +53,59 @@ def softmax_rows_fwd(
     column_weight: Tensor | None,  # (V,)
     temperature: Tensor | None,  # (N,)
     *,
+    probabilities: Tensor | None = None,  # (B, V, S), any strides
+    label_smoothing: float = 0.0,  # of the probabilities
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Collection[str],
 ) -> RowStatistics:
     B, V, S = logits.shape
     out = empty_statistics(logits, B * S, ids, outputs)
-    for rows, chunk in row_chunks(logits):
+    for rows, chunk, t in row_chunks(logits, probabilities):
         x = chunk.reshape(-1, V).to(statistics_dtype(logits.dtype))
         z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
-        values = row_statistics(z, None if ids is None else ids[rows], column_weight, outputs)
+        u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
+        values = row_statistics(z, None if ids is None else ids[rows], u, outputs)
         for total, value in zip(out, values, strict=True):
             if total is not None and value is not None:
                 total[rows] = value
     return out
 
 
-def row_statistics(
-    z: Tensor, ids: Tensor | None, column_weight: Tensor | None, outputs: Collection[str]
-) -> RowStatistics:
+def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Collection[str]) -> RowStatistics:
     """The statistics of logits ``(n, V)`` that are already in their final form and precision. Differentiable."""
-    V = z.shape[1]
+    V, wide = z.shape[1], wide_dtype(z.device)
     largest = z.detach().amax(-1, keepdim=True).clamp(min=FLOOR)  # cancels out of every statistic but logsumexp
     shifted = z - largest
     e = shifted.exp()
-    total = e.sum(-1)
+    total = e.sum(-1, dtype=wide)
     log_total = total.log()
     skip = skipped(ids)
 
-    def unless_skipped(value: Tensor) -> Tensor:
+    def finish(value: Tensor, dtype: torch.dtype = z.dtype) -> Tensor:
+        value = value.to(dtype)
         return value if skip is None else value.masked_fill(skip if value.ndim == 1 else skip[:, None], 0)
 
-    log_probs = entropy = log_sum_sq_probs = sum_log_probs = max_logit = is_top1 = None
+    found = {"logsumexp": finish(largest.squeeze(-1).to(wide) + log_total, wide)}
     if ids is not None:
         inside = (ids >= 0) & (ids < V)
         log_probs = shifted.gather(-1, ids.clamp(0, V - 1)) - log_total[:, None]
-        log_probs = unless_skipped(log_probs.masked_fill(~inside, 0))
-    if "max_logit" in outputs:
-        max_logit = unless_skipped(z.amax(-1))
-    if "is_top1" in outputs and ids is not None:
-        is_top1 = z.argmax(-1) == ids[:, 0]
-    if "sum_log_probs" in outputs:
-        if column_weight is None:
-            sum_log_probs = unless_skipped(shifted.sum(-1) - V * log_total)
-        else:
-            u = column_weight.to(z.dtype)
-            sum_log_probs = unless_skipped((shifted * u).sum(-1) - u.sum() * log_total)
-    if "log_sum_sq_probs" in outputs:
-        log_sum_sq_probs = unless_skipped((e * e).sum(-1).log() - 2 * log_total)
+        found["log_probs"] = finish(log_probs.masked_fill(~inside, 0))
     if "entropy" in outputs:
-        entropy = unless_skipped(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1) / total)
-    logsumexp = unless_skipped(largest.squeeze(-1).double() + log_total.double())
-    return RowStatistics(log_probs, logsumexp, entropy, log_sum_sq_probs, sum_log_probs, max_logit, is_top1)
+        found["entropy"] = finish(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1, dtype=wide) / total)
+    if "log_sum_sq_probs" in outputs:
+        found["log_sum_sq_probs"] = finish((e * e).sum(-1, dtype=wide).log() - 2 * log_total)
+    if "sum_log_probs" in outputs:
+        weight_sum = z.new_full((), V) if u is None else u.sum(-1, dtype=wide)
+        weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
+        found["sum_log_probs"] = finish(weighted - weight_sum * log_total)
+        if "weight_sum" in outputs:
+            found["weight_sum"] = finish(weight_sum)
+    if "max_logit" in outputs:
+        found["max_logit"] = finish(z.amax(-1))
+    if "is_top1" in outputs and ids is not None:
+        found["is_top1"] = z.argmax(-1) == ids[:, 0]
+    return RowStatistics(**found)
 
 
 def softmax_rows_bwd(
@@ -121,6 +120,8 @@ def softmax_rows_bwd(
     c: Tensor | None,  # (N, K)
     d: Tensor | None,  # (N,)
     *,
+    probabilities: Tensor | None = None,  # (B, V, S), any strides
+    label_smoothing: float = 0.0,
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_start: int = 0,
@@ -130,12 +131,12 @@ def softmax_rows_bwd(
     dtype = statistics_dtype(logits.dtype)
     out = torch.empty_like(logits) if out is None else out
     skip = skipped(ids)
-    for (rows, chunk), (_, grad) in zip(row_chunks(logits), row_chunks(out), strict=True):
+    for rows, chunk, t, grad in row_chunks(logits, probabilities, out):
         x = chunk.reshape(-1, V).to(dtype)
         z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
-        # The difference is taken in float64 only once a row: hi + lo is logsumexp.
+        # float64 once per row, not per logit: hi + lo is logsumexp.
         hi = logsumexp[rows, None].to(dtype)
-        lo = (logsumexp[rows, None] - hi.double()).to(dtype)
+        lo = (logsumexp[rows, None] - hi.to(logsumexp.dtype)).to(dtype)
         logp = (z - hi) - lo
         p = logp.exp()
         factor: Tensor | float = 0.0 if a is None else a[rows, None]
@@ -145,7 +146,8 @@ def softmax_rows_bwd(
             factor = factor + e[rows, None] * p
         dz = p.mul_(factor)
         if d is not None:
-            dz += d[rows, None] if column_weight is None else d[rows, None] * column_weight.to(dtype)
+            u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
+            dz += d[rows, None] if u is None else d[rows, None] * u.to(dtype)
         if ids is not None and c is not None:
             local = ids[rows] - vocab_start
             inside = (local >= 0) & (local < V)

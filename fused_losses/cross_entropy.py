@@ -1,0 +1,263 @@
+"""Cross entropy with ``torch.nn.functional.cross_entropy``'s whole contract, in one pass over the logits.
+
+The loss of a row is a short function of a few of its statistics, so the row operator of :mod:`fused_losses.token_statistics`
+does the work and what stands here is PyTorch's contract.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .numerics import statistics_dtype, wide_dtype
+from .row_statistics import RowStatistics
+from .settings import Backend
+from .token_statistics import rows_statistics, target_ids
+
+
+def row_shares(ids: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """What each row ``(N,)`` counts for under ``mean``: its target's weight or 1, and 0 where its id is −100."""
+    counted = ids != -100
+    if weight is None:
+        return counted.to(dtype)
+    return torch.where(counted, weight.detach().to(dtype)[ids.clamp(min=0)], 0)
+
+
+def hard_label_statistics(label_smoothing: float) -> tuple[str, ...]:
+    """The row statistics that :func:`hard_label_loss` reads beside ``logsumexp``."""
+    return ("log_probs", "sum_log_probs") if label_smoothing else ("log_probs",)
+
+
+def hard_label_loss(
+    statistics: RowStatistics, shares: Tensor, classes: int, label_smoothing: float, z_loss: float | Tensor
+) -> Tensor:
+    r"""Loss of each row ``(N,)`` from its statistics.
+
+    .. math:: (1-ε)\,w_y·(-\log p_y) - \tfrac{ε}{C}\sum_c w_c \log p_c + z\_loss·lse^2
+    """
+    assert statistics.log_probs is not None
+    loss = -statistics.log_probs[:, 0] * shares
+    if label_smoothing:
+        assert statistics.sum_log_probs is not None
+        loss = (1 - label_smoothing) * loss - label_smoothing / classes * statistics.sum_log_probs
+    return plus_z_loss(loss, statistics, z_loss)
+
+
+def plus_z_loss(loss: Tensor, statistics: RowStatistics, z_loss: float | Tensor) -> Tensor:
+    if isinstance(z_loss, float | int) and z_loss == 0:
+        return loss
+    assert statistics.logsumexp is not None
+    return loss + z_loss * statistics.logsumexp.to(loss.dtype).square()
+
+
+class CrossEntropyStatistics(NamedTuple):
+    """For metrics, one number per position, detached; shaped like class-index targets."""
+
+    log_probs: Tensor | None  # of the target; None with class probabilities
+    logsumexp: Tensor
+    is_top1: Tensor | None  # whether the target has the largest logit; None with class probabilities
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    *,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    inplace_backward: bool = False,
+    return_statistics: bool = False,
+    backend: Backend | None = None,
+) -> Any:
+    r"""``torch.nn.functional.cross_entropy`` that keeps one number per row instead of a second tensor of logits.
+
+    .. math::
+        \ell_n = (1-ε)\,w_{y_n}\,(lse_n - z_{n,y_n}) + \frac{ε}{C} \sum_c w_c\,(lse_n - z_{n,c}) + z\_loss·lse_n^2
+
+    with class indices ``y``, or :math:`\sum_c w_c ((1-ε) t_{n,c} + ε/C)(lse_n - z_{n,c})` with class probabilities ``t``.
+    Source: PyTorch 2.13, whose values, gradients, dtypes and errors it has; z-loss as in PaLM (arXiv:2204.02311) and Liger's
+    ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118).
+
+    Where it differs: a row whose target is ``ignore_index`` gets the gradient 0 even where its logits are nan.
+
+    Args:
+        input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``, any strides, float64, float32, bfloat16 or float16; or a
+            :class:`LinearLogits` of such a shape.
+        target: class indices ``()``, ``(N)`` or ``(N, d1, …, dk)``, int64 or uint8; or class probabilities shaped like
+            ``input``.
+        weight: one weight per class, ``(C)``. Under ``mean`` the sum is divided by the summed weights of the targets; with
+            class probabilities by the number of positions.
+        size_average: deprecated, see ``reduction``.
+        ignore_index: a class index that contributes nothing; with class probabilities it must be negative.
+        reduce: deprecated, see ``reduction``.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. A mean over nothing is nan.
+        label_smoothing: ε in [0, 1].
+        z_loss: adds ``z_loss·lse²`` of each position that is not ignored, not weighted by class: under ``mean`` that part
+            is divided by their number.
+        softcap: the logits become ``softcap·tanh(input/softcap)`` first.
+        inplace_backward: write the gradient over the logits. Anything else that still needs them in backward, a second
+            backward of this loss too, then raises. Ignored under ``torch.compile``.
+        return_statistics: also return :class:`CrossEntropyStatistics`, for accuracy and perplexity without a second pass.
+        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
+
+    Returns:
+        The loss, in PyTorch's dtype for it (``input.dtype``, rounded once, at the end; fp32 under autocast), or
+        ``(loss, CrossEntropyStatistics)``.
+
+    Raises:
+        IndexError: a class index outside ``[0, C)``, on a CPU; on a GPU the device's next synchronisation fails.
+        RuntimeError, ValueError: as PyTorch does for shapes and dtypes that do not fit.
+
+    Example:
+        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
+        >>> cross_entropy(logits, torch.tensor([0, -100]))
+        tensor(0.1698, grad_fn=<DivBackward0>)
+    """
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    if not _understood(input, target, weight, ignore_index, reduction, label_smoothing):
+        # PyTorch's own error, or, where it does accept this, PyTorch's own answer.
+        loss = F.cross_entropy(
+            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+        if z_loss or softcap is not None or return_statistics:
+            raise ValueError(
+                f"z_loss, softcap and return_statistics need logits (C), (N, C) or (N, C, d1, …) and a matching target; got "
+                f"input {tuple(input.shape)} {input.dtype} and target {tuple(target.shape)} {target.dtype}"
+            )
+        return loss
+
+    C = input.shape[0 if input.ndim == 1 else 1]
+    probabilities = None
+    positions = target.shape
+    if target.shape == input.shape:
+        probabilities = as_rows(target)
+        positions = input.shape[:-1] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
+        if weight is not None and weight.requires_grad:  # PyTorch differentiates it here, and only here
+            probabilities = ((1 - label_smoothing) * probabilities + label_smoothing / C) * weight[:, None]
+            weight, label_smoothing = None, 0.0
+        ids = None
+        outputs: tuple[str, ...] = ("sum_log_probs",)
+    else:
+        ids = target_ids(target.reshape(-1, 1), C, ignore_index)
+        outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if return_statistics else ())
+    statistics = rows_statistics(
+        as_rows(input),
+        ids,
+        weight,
+        probabilities=probabilities,
+        label_smoothing=label_smoothing if ids is None else 0.0,
+        softcap=softcap,
+        outputs=outputs,
+        inplace_backward=inplace_backward,
+        backend=backend,
+    )
+    dtype = statistics_dtype(input.dtype)
+    if ids is None:
+        assert statistics.sum_log_probs is not None
+        loss = plus_z_loss(-statistics.sum_log_probs, statistics, z_loss)
+        total: Tensor | int = loss.numel()
+    else:
+        shares = row_shares(ids[:, 0], weight, dtype)
+        total = shares.sum(dtype=wide_dtype(input.device))
+        if z_loss and weight is not None and reduction == "mean":
+            z_loss = z_loss * total / (ids != -100).sum()  # the z-loss has a denominator of its own
+        loss = hard_label_loss(statistics, shares, C, label_smoothing, z_loss)
+    if reduction == "none":
+        loss = loss.view(positions)
+    else:
+        loss = loss.sum(dtype=wide_dtype(input.device))
+        loss = loss if reduction == "sum" else loss / total
+    loss = loss.to(_result_dtype(input, target, weight))
+    if not return_statistics:
+        return loss
+    assert statistics.logsumexp is not None
+    return loss, CrossEntropyStatistics(
+        None if statistics.log_probs is None else statistics.log_probs.detach().view(positions),
+        statistics.logsumexp.detach().to(dtype).view(positions),
+        None if statistics.is_top1 is None else statistics.is_top1.view(positions),
+    )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)`` as ``(B, V, S)``: a view wherever strides allow."""
+    if x.ndim == 1:
+        return x[None, :, None]
+    return x.unsqueeze(-1) if x.ndim == 2 else x.flatten(2)
+
+
+def _understood(
+    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+) -> bool:
+    """Whether the shapes and dtypes are those of the documented contract."""
+    if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
+        return False
+    if input.ndim == 0 or not input.is_floating_point() or input.device != target.device:
+        return False
+    C = input.shape[0 if input.ndim == 1 else 1]
+    if C == 0 or (weight is not None and (weight.shape != (C,) or weight.device != input.device)):
+        return False
+    if target.shape == input.shape:
+        return target.is_floating_point() and ignore_index < 0
+    positions = input.shape[:0] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
+    same_dtype = weight is None or weight.dtype == input.dtype
+    return target.shape == positions and target.dtype in (torch.int64, torch.uint8) and same_dtype
+
+
+def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    if torch.is_autocast_enabled(input.device.type):
+        return statistics_dtype(input.dtype)
+    dtype = input.dtype
+    for other in (target, weight):
+        if other is not None and other.is_floating_point():
+            dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+class CrossEntropyLoss(nn.CrossEntropyLoss):
+    """``torch.nn.CrossEntropyLoss`` on :func:`cross_entropy`, whose keyword-only extras it takes.
+
+    Example:
+        >>> CrossEntropyLoss(label_smoothing=0.1)(torch.zeros(2, 4), torch.tensor([1, 3]))
+        tensor(1.3863)
+    """
+
+    def __init__(
+        self,
+        weight: Tensor | None = None,
+        size_average: bool | None = None,
+        ignore_index: int = -100,
+        reduce: bool | None = None,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        *,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        inplace_backward: bool = False,
+        backend: Backend | None = None,
+    ) -> None:
+        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        self.z_loss, self.softcap = z_loss, softcap
+        self.inplace_backward, self.backend = inplace_backward, backend
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        return cross_entropy(
+            input,
+            target,
+            self.weight,
+            ignore_index=self.ignore_index,
+            reduction=self.reduction,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            inplace_backward=self.inplace_backward,
+            backend=self.backend,
+        )
