@@ -6,6 +6,7 @@ does the work and what stands here is PyTorch's contract.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -213,13 +214,11 @@ def _understood(
 
 
 def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
-    if torch.is_autocast_enabled(input.device.type):
-        return statistics_dtype(input.dtype)
-    dtype = input.dtype
-    for other in (target, weight):
-        if other is not None and other.is_floating_point():
-            dtype = torch.promote_types(dtype, other.dtype)
-    return dtype
+    """What PyTorch returns: the promoted dtype, where autocast lifts 16-bit tensors to fp32 first."""
+    kind = input.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtypes = [t.dtype for t in (input, target, weight) if t is not None and t.is_floating_point()]
+    return functools.reduce(torch.promote_types, (statistics_dtype(d) if autocast else d for d in dtypes))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):

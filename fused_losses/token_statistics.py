@@ -202,7 +202,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         log_sum_sq_probs=log_sum_sq_probs,
         weight_sum=None if probabilities is None else weight_sum,
     )
-    upstream = RowStatistics(*grads)
+    asked = {"log_probs", "logsumexp", *outputs.split(",")}  # a compiled graph sends zeros for the others
+    upstream = RowStatistics(*(g if n in asked else None for n, g in zip(RowStatistics._fields, grads, strict=True)))
     terms = coefficients(upstream, found, logits.shape[1], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
     d_probabilities = None

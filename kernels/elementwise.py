@@ -1,4 +1,4 @@
-"""From what a head yields to final logits, element by element: scale first, then softcap, then temperature."""
+"""From what a head yields to final logits, element by element: scale first, then softcap; temperature is the caller's."""
 
 import triton
 import triton.language as tl
@@ -7,17 +7,17 @@ import triton.language as tl
 @triton.jit
 def tanh(x):
     # libdevice has no tanh in the interpreter. Near 0 Lambert's continued fraction x/(1 + x²/(3 + x²/(5 + …))) keeps the
-    # relative accuracy that (1 − q)/(1 + q) loses to cancellation.
+    # relative accuracy that 1 − 2q/(1 + q) loses to cancellation.
     square = x * x
     near = x / (1 + square / (3 + square / (5 + square / (7 + square / 9))))
     q = tl.exp(-2 * tl.abs(x))
-    far = (1 - q) / (1 + q)
-    return tl.where(tl.abs(x) < 0.6, near, tl.where(x < 0, -far, far))
+    far = 1 - 2 * q / (1 + q)
+    return tl.where(tl.abs(x) < 0.8, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
 def final_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """``softcap·tanh(scale·x/softcap)``, or ``scale·x`` without softcap; temperature is the caller's, one number per row."""
+    """``z = softcap·tanh(scale·x/softcap)``, or ``scale·x`` without softcap."""
     z = x * scale
     if HAS_SOFTCAP:
         z = softcap * tanh(z / softcap)
@@ -25,10 +25,10 @@ def final_logits(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def final_logits_slope(z, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """``dz/dx`` from ``z`` as :func:`final_logits` returned it."""
+def final_logits_slope(x, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+    """``dz/dx``: ``scale·(1 − tanh²)``, with ``1 − tanh² = 4q/(1 + q)²``, which nears 0 without cancellation."""
     slope = scale
     if HAS_SOFTCAP:
-        t = z / softcap
-        slope = scale * (1 - t * t)
+        q = tl.exp(-2 * tl.abs(x * scale / softcap))
+        slope = scale * (4 * q / ((1 + q) * (1 + q)))
     return slope

@@ -300,7 +300,7 @@ def _softmax_rows_bwd_kernel(
         other=0.0,
     ).to(tl.float32)
     z = final_logits(x, scale, softcap, HAS_SOFTCAP)
-    slope = final_logits_slope(z, scale, softcap, HAS_SOFTCAP)
+    slope = final_logits_slope(x, scale, softcap, HAS_SOFTCAP)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)[:, None]
         z = z / temperature

@@ -69,7 +69,7 @@ def draw(shape, positions, dtype, device, soft, weight):
     x = (torch.randn(shape, device=device) * 3).to(dtype)
     C = shape[0 if len(shape) == 1 else 1]
     if soft:
-        target = torch.rand(shape, device=device).softmax(0 if len(shape) == 1 else 1).to(dtype)
+        target = (5 * torch.randn(shape, device=device)).softmax(0 if len(shape) == 1 else 1).to(dtype)
     else:
         target = torch.randint(0, C, positions, device=device)
         if target.numel() > 1:
@@ -167,11 +167,14 @@ def test_op_db_samples(dtype, backend, device):
     if backend == "triton" and dtype not in dtypes(backend, device):
         pytest.skip("runs in PyTorch" if dtype == torch.float64 else "the interpreter is wrong about bfloat16")
     for sample in OP.sample_inputs(device, dtype, requires_grad=True):
-        assert_like_pytorch(
-            lambda s=sample: cross_entropy(s.input, *s.args, **s.kwargs, backend=backend),
-            lambda s=sample: F.cross_entropy(s.input, *s.args, **s.kwargs),
-            (sample.input, *sample.args),
-        )
+        if dtype in (torch.float64, torch.float32):
+            assert_like_pytorch(
+                lambda s=sample: cross_entropy(s.input, *s.args, **s.kwargs, backend=backend),
+                lambda s=sample: F.cross_entropy(s.input, *s.args, **s.kwargs),
+                (sample.input, *sample.args),
+            )
+        else:  # PyTorch rounds in between: nearer to float64 than PyTorch is what to be
+            check(sample.input, *(a.detach() for a in sample.args), backend, **sample.kwargs)
 
 
 def test_op_db_errors(backend, device):
