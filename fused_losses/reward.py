@@ -198,8 +198,7 @@ def divergence_pairwise_loss(
     identical = ~differs.any(-1)
     start = _first(differs, S - 1)
     torch._assert_async((start > 0).all(), "a chosen and a rejected sequence differ in column 0; put the prompt first")
-    chosen_end = ends(chosen_ids)
-    rejected_end = torch.where(identical, chosen_end, ends(rejected_ids))
+    chosen_end, rejected_end = ends(chosen_ids), ends(rejected_ids)
     end = torch.where(identical, S, torch.maximum(chosen_end, rejected_end))
 
     column = torch.arange(S, device=rewards.device)

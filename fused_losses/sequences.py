@@ -11,7 +11,7 @@ Packed rows are never unpacked here. Nothing waits for the device, except where 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -70,79 +70,72 @@ def document_borders(position_ids: Tensor, num_sequences: int | None = None) -> 
     return torch.searchsorted(document, torch.arange(num_sequences + 1, device=document.device))
 
 
-def _borders(cu_seqlens: Tensor | None, position_ids: Tensor | None, num_sequences: int | None) -> Tensor:
-    if (cu_seqlens is None) == (position_ids is None):
-        raise ValueError("packed rows need either cu_seqlens or position_ids, and not both")
-    if position_ids is not None:
-        return document_borders(position_ids, num_sequences)
-    assert cu_seqlens is not None
-    return cu_seqlens.long()
-
-
-def _sums_and_counts(x: Tensor, mask: Tensor | None, borders: Tensor | None) -> tuple[Tensor, Tensor]:
-    shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
-    x = upcast(x).masked_fill(~shown, 0)
-    if borders is None:
-        return x.sum(-1), shown.sum(-1)
-
-    def per_document(values: Tensor) -> Tensor:
-        # float64 and one order of addition. `unsafe` leaves the borders unchecked, which would wait for the device.
-        values = values.flatten().double()
-        return torch.segment_reduce(values, "sum", offsets=borders, initial=0, unsafe=True).to(x.dtype)
-
-    return per_document(x), per_document(shown)
-
-
-def packed_sum(
+def sums_and_counts(
     x: Tensor,
     mask: Tensor | None = None,
     *,
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
     num_sequences: int | None = None,
-) -> Tensor:
-    """Sum of ``x`` over each document of a packed row, where ``mask`` is nonzero; 0 for an empty document.
+) -> tuple[Tensor, Tensor]:
+    """Per sequence, the sum of ``x`` where ``mask`` is nonzero, and of how many tokens.
 
-    The row is not unpacked. Added up in float64 and in one order, so the same bits come out of every run.
+    The sums of a packed row are made without unpacking it, in float64 and in one order, so that the same bits come out
+    of every run.
 
     Args:
-        x: ``(1, total)``, one number per token (any shape with ``total`` elements).
+        x: ``(B, S)``, whose rows are the sequences; packed: ``(1, total)``, one number per token.
         mask: as ``x``, nonzero for the tokens that count; ``None``: all.
-        cu_seqlens: ``(n + 1,)`` integers, the borders of the documents, rising from 0. Tokens behind the last border
-            belong to no document.
-        position_ids: instead of ``cu_seqlens``; see :func:`document_borders`, as for ``num_sequences``.
+        cu_seqlens: ``(n + 1,)`` integers, the borders of a packed row's documents, rising from 0. Tokens behind the last
+            border belong to no document.
+        position_ids: as ``x``, instead of ``cu_seqlens``; see :func:`document_borders`, as for ``num_sequences``.
 
     Returns:
-        ``(n,)`` fp32 (float64 for float64), differentiable in ``x``.
+        Two tensors ``(B,)``, packed ``(n,)``: sums in fp32 (float64 for float64), differentiable in ``x``, and int64
+        counts; 0 and 0 for an empty sequence.
 
     Raises:
-        ValueError: neither or both of ``cu_seqlens`` and ``position_ids`` are given.
+        ValueError: both ``cu_seqlens`` and ``position_ids`` are given.
+
+    Example:
+        >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 1, 1]]))
+        (tensor([6.]), tensor([2]))
+        >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), cu_seqlens=torch.tensor([0, 1, 3]))
+        (tensor([1., 6.]), tensor([1, 2]))
+    """
+    shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
+    x = upcast(x).masked_fill(~shown, 0)
+    if cu_seqlens is None and position_ids is None:
+        return x.sum(-1), shown.sum(-1)
+    if cu_seqlens is not None and position_ids is not None:
+        raise ValueError("packed rows take cu_seqlens or position_ids, got both")
+    borders = document_borders(position_ids, num_sequences) if cu_seqlens is None else cu_seqlens.long()
+
+    def per_document(values: Tensor) -> Tensor:
+        # `unsafe` leaves the borders unchecked, which would wait for the device.
+        return torch.segment_reduce(values.flatten().double(), "sum", offsets=borders, initial=0, unsafe=True)
+
+    return per_document(x).to(x.dtype), per_document(shown).long()
+
+
+def packed_sum(x: Tensor, mask: Tensor | None = None, **packing: Any) -> Tensor:
+    """The sums of :func:`sums_and_counts`, whose keywords it takes.
 
     Example:
         >>> packed_sum(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), cu_seqlens=torch.tensor([0, 3, 4]))
         tensor([6., 4.])
     """
-    return _sums_and_counts(x, mask, _borders(cu_seqlens, position_ids, num_sequences))[0]
+    return sums_and_counts(x, mask, **packing)[0]
 
 
-def packed_mean(
-    x: Tensor,
-    mask: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    num_sequences: int | None = None,
-) -> Tensor:
-    """Mean of ``x`` over each document of a packed row, where ``mask`` is nonzero; 0 where nothing is selected.
-
-    Arguments as for :func:`packed_sum`.
+def packed_mean(x: Tensor, mask: Tensor | None = None, **packing: Any) -> Tensor:
+    """Mean per sequence, from :func:`sums_and_counts`, whose keywords it takes; 0 where nothing is selected.
 
     Example:
-        >>> x, borders = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([0, 3, 4])
-        >>> packed_mean(x, torch.tensor([[0, 1, 1, 0]]), cu_seqlens=borders)
-        tensor([2.5000, 0.0000])
+        >>> packed_mean(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1, 1, 0]]), cu_seqlens=torch.tensor([0, 2, 3]))
+        tensor([1.5000, 0.0000])
     """
-    total, count = _sums_and_counts(x, mask, _borders(cu_seqlens, position_ids, num_sequences))
+    total, count = sums_and_counts(x, mask, **packing)
     return total / count.clamp(min=1)
 
 
@@ -168,7 +161,7 @@ def sequence_log_probs(
         token_logps: ``(B, S)`` log-probabilities in nats; packed: ``(1, total)``.
         mask: as ``token_logps``, nonzero for the tokens that count; ``None``: all.
         average: the mean over a sequence's tokens instead of the sum.
-        cu_seqlens, position_ids, num_sequences: for packed rows, as for :func:`packed_sum`.
+        cu_seqlens, position_ids, num_sequences: for packed rows, as for :func:`sums_and_counts`.
 
     Returns:
         ``(B,)``, packed ``(n,)``; fp32 (float64 for float64), differentiable in ``token_logps``.
@@ -179,9 +172,9 @@ def sequence_log_probs(
         >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), average=True, cu_seqlens=torch.tensor([0, 2, 3]))
         tensor([-1.5000, -9.0000])
     """
-    packed = cu_seqlens is not None or position_ids is not None
-    borders = _borders(cu_seqlens, position_ids, num_sequences) if packed else None
-    total, count = _sums_and_counts(token_logps, mask, borders)
+    total, count = sums_and_counts(
+        token_logps, mask, cu_seqlens=cu_seqlens, position_ids=position_ids, num_sequences=num_sequences
+    )
     return total / count if average else total
 
 
@@ -195,7 +188,7 @@ def shift_labels(
     Args:
         labels: ``(B, S)`` or packed ``(1, total)`` token ids.
         ignore_index: what stands where no token follows: at the end of each row and of each document.
-        cu_seqlens: borders of a packed row's documents, as for :func:`packed_sum`.
+        cu_seqlens: borders of a packed row's documents, as for :func:`sums_and_counts`.
         position_ids: as ``labels``, instead of ``cu_seqlens``: a document starts at every 0.
 
     Returns:

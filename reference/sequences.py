@@ -14,22 +14,14 @@ def borders_of(position_ids: list[int]) -> list[int]:
     return [*starts, len(position_ids)]
 
 
-def packed_sum(x: Tensor, borders: list[int], mask: Tensor | None = None) -> Tensor:
-    r"""For each document ``i``: :math:`\sum_{t=b_i}^{b_{i+1}-1} m_t x_t`, ``x`` and ``mask`` of shape ``(total,)``."""
-    sums = []
+def sums_and_counts(x: Tensor, borders: list[int], mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    r"""For each document ``i`` of ``(total,)`` tokens :math:`\sum_{t=b_i}^{b_{i+1}-1} m_t x_t` and :math:`\sum_t m_t`."""
+    sums, counts = [], []
     for start, end in pairwise(borders):
         shown = [x[t] for t in range(start, end) if mask is None or mask[t]]
         sums.append(sum(shown, torch.zeros((), dtype=x.dtype)))
-    return torch.stack(sums)
-
-
-def packed_mean(x: Tensor, borders: list[int], mask: Tensor | None = None) -> Tensor:
-    """The same, over the number of tokens summed; 0 where there is none."""
-    means = []
-    for start, end in pairwise(borders):
-        shown = [x[t] for t in range(start, end) if mask is None or mask[t]]
-        means.append(torch.stack(shown).mean() if shown else torch.zeros((), dtype=x.dtype))
-    return torch.stack(means)
+        counts.append(len(shown))
+    return torch.stack(sums), torch.tensor(counts)
 
 
 def sequence_log_probs(token_logps: Tensor, mask: Tensor | None = None, average: bool = False) -> Tensor:

@@ -30,28 +30,28 @@ def value_and_grad(f, x, weights):
     return out.detach(), grad
 
 
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6),
-    seed=st.integers(0, 99),
-    masked=st.booleans(),
-    how=st.sampled_from(["sum", "mean"]),
-)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6), seed=st.integers(0, 99), masked=st.booleans())
 @settings(deadline=None, max_examples=40, derandomize=True)
-def test_packed_equals_one_document_at_a_time(lengths, seed, masked, how):
+def test_packed_equals_one_document_at_a_time(lengths, seed, masked):
     generator = torch.Generator().manual_seed(seed)
     total, n = sum(lengths), len(lengths)
     x = torch.randn(1, total, dtype=torch.float64, generator=generator)
     mask = torch.rand(1, total, generator=generator) < 0.6 if masked else None
     weights = torch.randn(n, dtype=torch.float64, generator=generator)
-    packed, loop = getattr(sequences, f"packed_{how}"), getattr(reference, f"packed_{how}")
-    row_mask = None if mask is None else mask[0]
-    expected = value_and_grad(lambda x: loop(x[0], borders(lengths).tolist(), row_mask), x, weights)
+    counts = reference.sums_and_counts(x[0], borders(lengths).tolist(), None if mask is None else mask[0])[1]
+
+    def loop(x):
+        return reference.sums_and_counts(x[0], borders(lengths).tolist(), None if mask is None else mask[0])[0]
+
     for layout in (
         {"cu_seqlens": borders(lengths).int()},
         {"position_ids": positions(lengths)},
         {"position_ids": positions(lengths), "num_sequences": n},
     ):
-        torch.testing.assert_close(value_and_grad(functools.partial(packed, mask=mask, **layout), x, weights), expected)
+        packed = functools.partial(sequences.sums_and_counts, mask=mask, **layout)
+        assert torch.equal(packed(x)[1], counts)
+        ours = value_and_grad(lambda x, packed=packed: packed(x)[0], x, weights)
+        torch.testing.assert_close(ours, value_and_grad(loop, x, weights))
 
 
 def test_borders_of_position_ids():
@@ -67,45 +67,48 @@ def test_borders_of_position_ids():
 
 def test_packed_empty_documents_and_the_tail_behind_the_last_border():
     x = torch.tensor([[1.0, 2.0, 3.0, NAN]], requires_grad=True)
-    total = sequences.packed_sum(x, cu_seqlens=torch.tensor([0, 0, 2, 2, 3]))
+    total, count = sequences.sums_and_counts(x, cu_seqlens=torch.tensor([0, 0, 2, 2, 3]))
     assert total.tolist() == [0.0, 3.0, 0.0, 3.0]
+    assert count.tolist() == [0, 2, 0, 1]
     total.sum().backward()
     assert x.grad.tolist() == [[1.0, 1.0, 1.0, 0.0]]
-    assert sequences.packed_mean(x, cu_seqlens=torch.tensor([0, 0, 2, 2, 3])).tolist() == [0.0, 1.5, 0.0, 3.0]
-    assert sequences.packed_sum(torch.empty(1, 0), cu_seqlens=torch.tensor([0])).shape == (0,)
+    assert sequences.sums_and_counts(torch.empty(1, 0), cu_seqlens=torch.tensor([0, 0]))[0].tolist() == [0.0]
 
 
 def test_what_one_document_holds_reaches_no_other():
     x = torch.tensor([[1.0, -INF, NAN, 2.0, NAN, 5.0]], requires_grad=True)
     mask = torch.tensor([[1, 1, 0, 1, 0, 1]])
-    total = sequences.packed_sum(x, mask, cu_seqlens=torch.tensor([0, 2, 4, 6]))
+    total, count = sequences.sums_and_counts(x, mask, cu_seqlens=torch.tensor([0, 2, 4, 6]))
+    assert count.tolist() == [2, 1, 1]
     assert total.tolist() == [-INF, 2.0, 5.0]
     total.sum().backward()
     assert x.grad.tolist() == mask.float().tolist()
-    assert sequences.packed_mean(x, mask * 0, cu_seqlens=torch.tensor([0, 2, 4, 6])).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize("how", ["sum", "mean"])
-def test_packed_long_rows_are_accurate(dtype, how):
+def test_packed_long_rows_are_accurate(dtype):
     lengths = [4000, 1, 97, 1902]
     x = (torch.randn(1, sum(lengths)) - 2).to(dtype)
     mask = torch.rand(1, sum(lengths)) < 0.7
-    ours = getattr(sequences, f"packed_{how}")(x, mask, cu_seqlens=borders(lengths))
+    ours = sequences.sums_and_counts(x, mask, cu_seqlens=borders(lengths))[0]
 
     def by_document(x):
-        pairs = zip(x.split(lengths, -1), mask.split(lengths, -1), strict=True)
-        return torch.stack([getattr(row[shown], how)() if shown.any() else row.new_zeros(()) for row, shown in pairs])
+        return torch.stack([part.sum() for part in x.masked_fill(~mask, 0).split(lengths, -1)])
 
     assert_accurate(ours, by_document(x.float()), by_document(x.double()))
-    assert torch.equal(ours, getattr(sequences, f"packed_{how}")(x, mask, cu_seqlens=borders(lengths)))
+    assert torch.equal(ours, sequences.sums_and_counts(x, mask, cu_seqlens=borders(lengths))[0])
 
 
-def test_packed_needs_one_layout():
-    x = torch.randn(1, 4)
-    for layout in ({}, {"cu_seqlens": torch.tensor([0, 4]), "position_ids": torch.arange(4)[None]}):
-        with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
-            sequences.packed_sum(x, **layout)
+def test_packed_mean_of_nothing_is_zero():
+    x, packing = torch.tensor([[1.0, 2.0, 3.0, 5.0]]), {"cu_seqlens": torch.tensor([0, 3, 4])}
+    assert sequences.packed_sum(x, **packing).tolist() == [6.0, 5.0]
+    assert sequences.packed_mean(x, **packing).tolist() == [2.0, 5.0]
+    assert sequences.packed_mean(x, torch.tensor([[0, 1, 1, 0]]), **packing).tolist() == [2.5, 0.0]
+
+
+def test_packed_takes_one_layout():
+    with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
+        sequences.sums_and_counts(torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]), position_ids=torch.arange(4)[None])
 
 
 @pytest.mark.parametrize("average", [False, True])
