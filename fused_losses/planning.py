@@ -11,10 +11,12 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
+from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .numerics import statistics_dtype
 from .settings import Backend, Route
@@ -25,10 +27,9 @@ MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
 RECOMPUTE_BUDGET = 256 * MiB  # a larger slice of the vocabulary no longer makes recompute faster
 ROW_TEMPORARIES = 5  # copies of a chunk of rows that the PyTorch row primitive holds at once
-TILE_ELEMENTS = 2**20  # of fp32 logits that the PyTorch head works on at once, on route "recompute"
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
-FEWEST_TOKENS, FEWEST_COLUMNS = 32, 128  # in a chunk, in a slice
+FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,14 @@ def plan(
         why                   6NVH against the 8NVH of recompute, and its chunks fit the budget
         why                   2 chunks: few enough to sum in torch.bfloat16
     """
-    route = route_setting.parse(route or route_setting.value)
     if accumulate not in (None, "fp32"):
         raise ValueError(f"accumulate must be 'fp32' or None, got {accumulate!r}")
-    if per_token and route == "gradients_in_forward":
+    if per_token and route_setting.parse(route) == "gradients_in_forward":
         raise ValueError(
             "route='gradients_in_forward' needs a loss that is summed or averaged over tokens; per-token outputs take "
             "route='recompute' (or None)"
         )
+    route = route_setting.parse(route or route_setting.value)
     gradients = (tokens + vocab) * hidden * dtype.itemsize
     budget = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
     if budget is None:
@@ -163,6 +164,17 @@ class _Sizes:
         if self.backend == "triton":
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
+
+
+    def tile(self) -> int:
+        """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
+        if self.backend == "triton":
+            return 0
+        rows, columns = min(self.tokens, TILE), min(self.vocab, TILE)
+        factors = (rows + columns) * self.hidden if self.dtype.itemsize == 2 else 0
+        elements = rows * columns
+        rows_at_once = min(elements, max(CHUNK_ELEMENTS, columns))
+        return self.statistics_dtype.itemsize * (elements + factors + ROW_TEMPORARIES * rows_at_once)
 
 
 def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) -> tuple[Plan | None, str]:
@@ -211,25 +223,26 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     return _plan(sizes, "gradients_in_forward", n, chunks, None if written_once else sums, parts, why), ""
 
 
-def _recompute(sizes: _Sizes, why: str) -> Plan:
-    N, V, H, dtype = sizes.tokens, sizes.vocab, sizes.hidden, sizes.dtype
+def _recompute(sizes: _Sizes, *why: str) -> Plan:
+    N, V, dtype = sizes.tokens, sizes.vocab, sizes.dtype
     wide = sizes.statistics_dtype
     d_hidden, d_weight = sizes.gradients(dtype)
-    d_hidden_sum = sizes.gradients(wide)[0] if wide != dtype else 0
-    temporaries = 0
-    if sizes.backend == "torch":
-        temporaries = (ROW_TEMPORARIES + (wide != dtype)) * TILE_ELEMENTS * wide.itemsize
-    free = min(sizes.budget, RECOMPUTE_BUDGET) - d_hidden_sum - temporaries
-    v = _even(V, max(free // max(N * dtype.itemsize, 1), FEWEST_COLUMNS), 128)
-    parts = {
+    d_hidden_sum = sizes.gradients(wide)[0]
+    tile = sizes.tile()
+    free = min(sizes.budget, RECOMPUTE_BUDGET) - (d_hidden_sum - d_hidden) - tile
+    most = free // max(N * dtype.itemsize, 1)
+    if most < min(V, FEWEST_COLUMNS):
+        why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
+    v = _even(V, max(most, FEWEST_COLUMNS), 128)
+    slices = {
         "d_weight": d_weight,
-        "d_hidden": d_hidden_sum or d_hidden,
+        "d_hidden": d_hidden_sum,
         "d_logits of a slice": N * v * dtype.itemsize,
-        "tile": temporaries,
+        "tile": tile,
     }
-    end = {"gradients": d_hidden + d_weight, "d_hidden in fp32": d_hidden_sum}
-    parts = max(parts, end, key=lambda parts: sum(parts.values()))
-    return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, [why])
+    end = {"gradients": d_hidden + d_weight, "d_hidden in fp32": d_hidden_sum if wide != dtype else 0}
+    parts = max(slices, end, key=lambda parts: sum(parts.values()))
+    return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, why)
 
 
 def _even(total: int, most: int, multiple: int) -> int:

@@ -28,7 +28,7 @@ from .row_statistics import Coefficients, RowStatistics, coefficients, empty_sta
 from .settings import Backend, resolve_backend
 from .settings import drop_ignored as drop_ignored_setting
 from .settings import workspace as workspace_setting
-from .token_statistics import rows_module
+from .token_statistics import softmax_rows, softmax_rows_grad
 
 BLOCK = 1024  # of a 16-bit matrix that is upcast at a time on a CPU
 HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smallest numbers, far below its largest
@@ -50,6 +50,9 @@ class Head(NamedTuple):
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What a gradient may be asked of."""
         return self[:5]
+
+    def detached(self) -> Head:
+        return Head(*(None if t is None else t.detach() for t in self.inputs), *self[5:])  # type: ignore[arg-type]
 
     def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
         """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
@@ -167,7 +170,7 @@ def loss_and_gradients(
     wanted: Sequence[bool],  # gradients of head.inputs
     workspace: int,
     accumulate: str | None,
-    backend: Backend,
+    backend: str,
     main_grad: Tensor | None = None,  # (V, H) fp32, the gradient of the weight is added here
 ) -> list[Tensor | None]:
     """Route ``gradients_in_forward``: the gradient of each of ``head.inputs``, or None, in its own dtype or a wider one.
@@ -181,7 +184,7 @@ def loss_and_gradients(
         M, V, H, dtype, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend
     )
     sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
-    rows_of, per_token = rows_module(backend), wide if dtype == torch.float16 else dtype
+    per_token = wide if dtype == torch.float16 else dtype
 
     def room(i: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
@@ -208,24 +211,25 @@ def loss_and_gradients(
         if chunk.low_rank is not None:
             logits.addmm_(chunk.low_rank[0], chunk.low_rank[1].t())
         seen = (logits.unsqueeze(-1), of_ids, column_weight, chunk.temperature)
-        scaling: dict[str, Any] = {"scale": head.scale, "softcap": head.softcap}
-        statistics = rows_of.softmax_rows_fwd(*seen, **scaling, outputs=outputs)
+        found = softmax_rows(*seen, None, 0.0, head.scale, head.softcap, ",".join(outputs), False, backend)
+        statistics = only(found, outputs, ids is not None)
+        assert statistics.logsumexp is not None
         terms = of_chunk(statistics, rows)
         if dtype == torch.float16 and main_grad is None:
             terms, factor = _away_from_zero(terms, factor, [d_weight, d_bias, d_B])
         a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
-        rows_of.softmax_rows_bwd(
-            *seen, statistics.logsumexp, a, b, e, c, d, **scaling, out=logits.unsqueeze(-1)
+        softmax_rows_grad(
+            *seen, statistics.logsumexp, a, b, e, c, d, None, 0.0, head.scale, head.softcap, backend, logits.unsqueeze(-1)
         )
         first = start == 0
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
             if total is not None and matrix is not None:
-                found = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
-                add_product(found, logits, matrix, first=True)
+                product = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
+                add_product(product, logits, matrix, first=True)
                 if factor is not None:
-                    found /= factor
+                    product /= factor
                 if keep is not None:
-                    total.index_copy_(0, keep[part], found)
+                    total.index_copy_(0, keep[part], product)
         for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
             if total is not None and matrix is not None:
                 add_product(total, logits.t(), matrix, first=first and total is not main_grad)
@@ -319,6 +323,12 @@ def differentiable_statistics(
     return row_statistics(z, ids, column_weight, outputs)
 
 
+def only(found: Sequence[Tensor | None], outputs: Sequence[str], ids: bool) -> RowStatistics:
+    """What was asked for of a :class:`RowStatistics`, ``logsumexp`` and, with ids, ``log_probs``."""
+    asked = {"logsumexp", "log_probs" if ids else "", *outputs}
+    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
+
+
 def where_ids_stand(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
     """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
     if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:
@@ -332,6 +342,63 @@ def _absent(like: Tensor) -> Tensor:
 
 def _present(t: Tensor | None, like: Tensor) -> Tensor:
     return _absent(like) if t is None else t
+
+
+def loss_of_head(
+    head: Head,
+    ids: Tensor,
+    column_weight: Tensor | None,
+    of: tuple[Tensor, Tensor | None, Tensor | None],
+    keep: Tensor | None,
+    zero_ignored: bool,
+    top1: bool,
+    wanted: Sequence[bool],
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`linear_loss`; with ``main_grad`` ``(V, H)`` the gradient of the weight is added there."""
+    of_log_probs, of_sum_log_probs, of_square = of
+    dtype = statistics_dtype(head.hidden.dtype)
+    outputs = ["log_probs"] + ["sum_log_probs"] * (of_sum_log_probs is not None) + ["is_top1"] * top1
+    found = empty_statistics(head.hidden, head.hidden.shape[0], ids, outputs)
+    for t in found:
+        if t is not None:
+            t.zero_()
+    loss = torch.zeros_like(of_log_probs)
+
+    def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
+        for total, part in zip(found, statistics, strict=True):
+            if total is not None and part is not None:
+                total[rows] = part
+        assert statistics.log_probs is not None and statistics.logsumexp is not None
+        value = of_log_probs[rows] * statistics.log_probs[:, 0]
+        upstream = RowStatistics(log_probs=of_log_probs[rows, None])
+        if of_sum_log_probs is not None:
+            assert statistics.sum_log_probs is not None
+            value += of_sum_log_probs[rows] * statistics.sum_log_probs
+            upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
+        if of_square is not None:
+            lse = statistics.logsumexp.to(dtype)
+            value += of_square[rows] * lse.square()
+            upstream = upstream._replace(logsumexp=2 * of_square[rows] * lse)
+        loss[rows] = value
+        return coefficients(upstream, statistics, head.weight.shape[0], column_weight, dtype)
+
+    with full_precision(head.hidden.device):
+        gradients = loss_and_gradients(
+            head, ids, column_weight, keep, zero_ignored, outputs, of_chunk, wanted, workspace, accumulate, backend,
+            main_grad,
+        )  # fmt: skip
+    assert found.log_probs is not None and found.logsumexp is not None
+    return (
+        loss.sum(),
+        found.log_probs,
+        found.logsumexp,
+        _present(found.is_top1, loss),
+        *(_present(g, loss) for g in gradients),
+    )  # type: ignore[return-value]
 
 
 # Route gradients_in_forward, for the losses that are linear in the log-probabilities and quadratic in logsumexp.
@@ -354,6 +421,7 @@ def linear_loss(
     zero_ignored: bool,
     scale: float,
     softcap: float | None,
+    top1: bool,
     wanted: list[bool],
     workspace: int,
     accumulate: str | None,
@@ -362,48 +430,14 @@ def linear_loss(
     """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``, and its gradients.
 
     Returns:
-        the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``sum_log_probs (N,)``, and the gradient of each of the
-        first five arguments; 0-dim where absent or not ``wanted``.
+        the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``is_top1 (N,)``, and the gradient of each of the first
+        five arguments; 0-dim where absent or not ``wanted``.
     """
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
-    outputs = ["log_probs"] + ["sum_log_probs"] * (of_sum_log_probs is not None)
-    dtype = statistics_dtype(hidden.dtype)
-    found = empty_statistics(hidden, hidden.shape[0], ids, outputs)
-    loss = of_log_probs.new_zeros(hidden.shape[0])
-    for t in found:
-        if t is not None:
-            t.zero_()
-
-    def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
-        for total, part in zip(found, statistics, strict=True):
-            if total is not None and part is not None:
-                total[rows] = part
-        assert statistics.log_probs is not None and statistics.logsumexp is not None
-        value = of_log_probs[rows] * statistics.log_probs[:, 0]
-        upstream = RowStatistics(log_probs=of_log_probs[rows, None])
-        if of_sum_log_probs is not None:
-            assert statistics.sum_log_probs is not None
-            value += of_sum_log_probs[rows] * statistics.sum_log_probs
-            upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
-        if of_square is not None:
-            lse = statistics.logsumexp.to(dtype)
-            value += of_square[rows] * lse.square()
-            upstream = upstream._replace(logsumexp=2 * of_square[rows] * lse)
-        loss[rows] = value
-        return coefficients(upstream, statistics, weight.shape[0], column_weight, dtype)
-
-    with full_precision(hidden.device):
-        gradients = loss_and_gradients(
-            head, ids, column_weight, keep, zero_ignored, outputs, of_chunk, wanted, workspace, accumulate, backend  # type: ignore[arg-type]
-        )
-    assert found.log_probs is not None and found.logsumexp is not None
-    return (
-        loss.sum(),
-        found.log_probs,
-        found.logsumexp,
-        _present(found.sum_log_probs, loss),
-        *(_present(g, loss) for g in gradients),
-    )  # type: ignore[return-value]
+    return loss_of_head(
+        head, ids, column_weight, (of_log_probs, of_sum_log_probs, of_square), keep, zero_ignored, top1, wanted, workspace,
+        accumulate, backend,
+    )  # fmt: skip
 
 
 @linear_loss.register_fake
@@ -423,6 +457,7 @@ def _(
     zero_ignored: bool,
     scale: float,
     softcap: float | None,
+    top1: bool,
     wanted: list[bool],
     workspace: int,
     accumulate: str | None,
@@ -444,7 +479,7 @@ def _(
         of_log_probs.new_empty(()),
         of_log_probs.new_empty(N, 1),
         of_log_probs.new_empty(N, dtype=torch.float64),
-        _absent(of_log_probs) if of_sum_log_probs is None else of_log_probs.new_empty(N),
+        of_log_probs.new_empty(N, dtype=torch.bool) if top1 else _absent(of_log_probs),
         *(
             t.new_empty(t.shape, dtype=d) if t is not None and want else _absent(of_log_probs)
             for t, d, want in zip((hidden, weight, bias, u, B), dtypes, wanted, strict=True)
@@ -456,7 +491,7 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     hidden, weight = inputs[:2]
-    ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[15], strict=True)]
+    ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[16], strict=True)]
     N, V = hidden.shape[0], weight.shape[0]
     # A second derivative starts again from the inputs, so they are kept where it is offered.
     saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
@@ -465,9 +500,9 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 14
+    rest = (None,) * 15
     if g is None:
-        return (None,) * 19
+        return (None,) * 20
     gradients, inputs = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     N, V, dtype, scale, softcap = ctx.rest
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -490,6 +525,38 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
+
+
+# Gradients that something else made in forward.
+
+
+@torch.library.custom_op("fused_losses::with_gradients", mutates_args=())
+def with_gradients(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """``loss ()``, whose gradient for each of ``inputs`` is the given one times the upstream gradient."""
+    return loss.clone()
+
+
+@with_gradients.register_fake
+def _(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtypes = [t.dtype for t in inputs[2]]
+    ctx.save_for_backward(*inputs[1])
+
+
+def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "gradients made in forward cannot be differentiated again: compute the loss from token_statistics instead, "
+            f"in float64 or for small inputs; got gradients of {[tuple(t.shape) for t in ctx.saved_tensors]}"
+        )
+    gradients = scale_gradients(ctx.saved_tensors, ctx.dtypes, g)
+    return None, [None] * len(gradients), gradients
+
+
+with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_gradients_setup)
 
 
 # Route recompute.
@@ -697,7 +764,8 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
 
         return *differentiable_gradients(fn, inputs, grads), *nothing
     found = RowStatistics(logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs)
-    terms = coefficients(where_ids_stand(RowStatistics(*grads), ids), found, inputs[1].shape[0], column_weight, dtype)
+    upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
+    terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
     gradients = linear_rows_grad(
         *saved,
@@ -733,7 +801,7 @@ def linear_statistics(
     """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``."""
     if transforms_active():
         return differentiable_statistics(head, ids, column_weight, outputs)
-    head, column_weight = _ready(head, column_weight)
+    head, column_weight = ready(head, column_weight)
     keep, zero_ignored = kept_tokens(ids, drop_ignored)
     chosen = resolve_backend(head.hidden, backend)
     found = linear_rows(
@@ -750,11 +818,10 @@ def linear_statistics(
         budget(head, workspace, True, chosen),
         chosen,
     )
-    asked = {"logsumexp", "log_probs" if ids is not None else "", *outputs}
-    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
+    return only(found, outputs, ids is not None)
 
 
-def _ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
+def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
     """The head and the column weights as the operators read them."""
     for name, constant in (("weight", column_weight), ("temperature", head.temperature)):
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():

@@ -1,0 +1,580 @@
+"""Cross entropy of a linear head, without its logits: ``cross_entropy(linear(input, weight, bias), target)``.
+
+Sums and means make their gradients in forward, a chunk of tokens at a time; ``reduction="none"`` recomputes the logits in
+backward (see :mod:`fused_losses.routes`). :func:`fused_losses.plan` says what either will hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .autodiff import transforms_active
+from .cross_entropy import (
+    CrossEntropyStatistics,
+    hard_label_loss,
+    hard_label_statistics,
+    plus_z_loss,
+    row_shares,
+)
+from .linear_logits import LinearLogits
+from .numerics import statistics_dtype
+from .planning import plan
+from .routes import (
+    Head,
+    budget,
+    check_head,
+    kept_tokens,
+    linear_loss,
+    linear_statistics,
+    loss_of_head,
+    ready,
+    with_gradients,
+)
+from .settings import Backend, Route, resolve_backend
+from .token_statistics import rows_statistics, target_ids
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: Any = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float | Tensor | None = None,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    return_statistics: bool = False,
+    group: Any = None,
+    backend: Backend | None = None,
+    route: Route | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+    accumulate: str | None = None,
+    main_grad: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+) -> Any:
+    r"""``torch.nn.functional.linear_cross_entropy`` that never holds ``tokens × vocabulary`` logits.
+
+    .. math::
+        \ell_n = τ_n \Big[ (1-ε)\,w_{y_n}\,(lse_n - z_{n,y_n}) + \frac{ε}{C} \sum_c w_c\,(lse_n - z_{n,c})
+        + z\_loss·lse_n^2 \Big], \qquad z = softcap·\tanh(scale·(h W^\top + b)/softcap)/T
+
+    Source: PyTorch 2.13, whose values, gradients, dtypes and errors it has; z-loss as in PaLM (arXiv:2204.02311) and Liger's
+    ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118). What PyTorch's chunked path refuses works: smoothing, class
+    probabilities, K dimensions, double use of the graph, ``torch.compile`` without a break.
+
+    Under ``mean`` and ``sum`` the gradients are made in forward where :func:`fused_losses.plan` finds room, so that activation
+    checkpointing around this call doubles its cost, and ``no_grad`` costs one product. Ignored tokens are not projected, which
+    needs their count on the host: the one synchronisation, see ``drop_ignored``.
+
+    Args:
+        input: hidden states ``(H)``, ``(N, H)`` or ``(…, H)``, float64, float32, bfloat16 or float16.
+        linear_weight: ``(C, H)``, or ``(C, d1, …, dk, H)`` with input ``(N, H)``.
+        target: class indices, int64 or uint8, shaped ``input.shape[:-1]`` (``(N, d1, …, dk)``); or class probabilities shaped
+            like the logits, ``(…, C)`` (``(N, C, d1, …, dk)``).
+        linear_bias: ``(C)`` or ``(C, d1, …, dk)``.
+        weight: one weight per class, ``(C)``. Under ``mean`` the sum is divided by the summed weights of the targets; with class
+            probabilities by the number of positions.
+        reduction: ``"mean"``, ``"sum"`` or ``"none"``. A mean over nothing is nan.
+        ignore_index: a class index that contributes nothing; None is −100. An error with class probabilities.
+        label_smoothing: ε in [0, 1].
+        options: PyTorch's chunking options, accepted and not needed: :func:`fused_losses.plan` chunks.
+        scale: multiplies the products.
+        softcap: bound of the logits; None: no bound.
+        temperature: a number, or one per token shaped ``input.shape[:-1]``; gets no gradient.
+        z_loss: adds ``z_loss·lse²`` of each position that is not ignored, not weighted by class: under ``mean`` that part is
+            divided by their number.
+        token_weights: τ, one factor per position, shaped like class indices. ``mean`` divides by the same number as without.
+        out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
+        return_statistics: also return :class:`CrossEntropyStatistics`.
+        group: vocabulary-parallel heads, not available yet.
+        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
+        route: ``"gradients_in_forward"`` or ``"recompute"``; by default the fastest that fits.
+        workspace: bytes or ``"256MiB"`` that may be held beside inputs, outputs and gradients.
+        drop_ignored: take ignored tokens out before the products (True), or zero them, without a synchronisation (False).
+        accumulate: ``"fp32"`` sums the weight's gradient over chunks in fp32 however few they are.
+        main_grad: fp32 ``(C, H)``; the weight's gradient is added to it in backward instead of being returned. Route
+            ``recompute``, unless ``grad_scale`` is given.
+        grad_scale: the upstream gradient of the result, promised: with it route ``gradients_in_forward`` adds to ``main_grad``
+            in forward, and backward does not look at the upstream gradient for it.
+
+    Returns:
+        The loss, or ``(loss, CrossEntropyStatistics)``.
+
+    Raises:
+        IndexError: a class index outside ``[0, C)``, on a CPU; on a GPU the device's next synchronisation fails.
+        RuntimeError, ValueError: shapes, dtypes or devices that do not fit.
+
+    Example:
+        >>> hidden, head = torch.eye(2, requires_grad=True), torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+        >>> linear_cross_entropy(hidden, head, torch.tensor([0, -100]))
+        tensor(0.1698, grad_fn=<DivBackward0>)
+    """
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with dimensionality 1 or more, got {input.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    C, dims = linear_weight.shape[0], linear_weight.shape[1:-1]
+    if linear_bias is not None and linear_bias.shape != (C, *dims):
+        raise RuntimeError(f"expected linear_bias shape {(C, *dims)}, got {tuple(linear_bias.shape)}")
+    tokens = input.shape[:-1]
+    if dims and len(tokens) != 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got {'unbatched ' if not tokens else ''}input with shape {tuple(input.shape)}"
+        )
+    if group is not None:
+        raise NotImplementedError("linear_cross_entropy does not support group= yet: gather the vocabulary first")
+    result_dtype = input.dtype
+    if torch.is_autocast_enabled(input.device.type):
+        cast = torch.get_autocast_dtype(input.device.type)
+        result_dtype = statistics_dtype(cast)
+        input, linear_weight = input.to(cast), linear_weight.to(cast)
+        linear_bias = None if linear_bias is None else linear_bias.to(cast)
+    D = math.prod(dims)
+    hidden = input.reshape(-1, input.shape[-1])
+    if temperature is not None:
+        temperature = torch.as_tensor(temperature, dtype=statistics_dtype(input.dtype), device=input.device)
+        temperature = temperature.expand(tokens).reshape(-1)
+    weights: Sequence[Tensor] = linear_weight.reshape(C, D, -1).unbind(1) if dims else [linear_weight]
+    biases: Sequence[Tensor | None] = [linear_bias]
+    if dims:
+        biases = [None] * D if linear_bias is None else linear_bias.reshape(C, D).unbind(1)
+    heads = [
+        Head(hidden, w, b, temperature=temperature, scale=scale, softcap=softcap)
+        for w, b in zip(weights, biases, strict=True)
+    ]
+    probabilities = target.shape == (*tokens, C, *dims)
+    if probabilities and ignore_index is not None:
+        raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
+    if dims and probabilities:
+        target = target.movedim(1, -1)
+    loss, statistics = heads_cross_entropy(
+        heads,
+        target,
+        probabilities=probabilities,
+        positions=torch.Size((*tokens, *dims)),
+        weight=weight,
+        reduction=reduction,
+        ignore_index=-100 if ignore_index is None else ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        token_weights=token_weights,
+        return_statistics=return_statistics,
+        backend=backend,
+        route=route,
+        workspace=workspace,
+        drop_ignored=drop_ignored,
+        accumulate=accumulate,
+        main_grad=main_grad,
+        grad_scale=grad_scale,
+    )
+    for other in (target, weight):
+        if other is not None and other.is_floating_point():
+            result_dtype = torch.promote_types(result_dtype, other.dtype)
+    loss = loss.to(out_dtype or result_dtype)
+    return (loss, statistics) if return_statistics else loss
+
+
+def linear_logits_cross_entropy(
+    logits: LinearLogits,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    return_statistics: bool = False,
+    softcap: float | None = None,
+    **options: Any,
+) -> Any:
+    """:func:`fused_losses.cross_entropy` of logits that do not exist, wherever their vocabulary dimension stands."""
+    if logits.group is not None:
+        raise NotImplementedError("cross entropy of LinearLogits with group= is not supported yet")
+    if softcap is not None and logits.softcap is not None:
+        raise ValueError(f"the logits already have a softcap of {logits.softcap}; got another, {softcap}")
+    hidden, temperature, low_rank = logits.rows()
+    if softcap is not None and temperature is not None:
+        raise ValueError("a softcap after a temperature is not a LinearLogits: give the softcap to LinearLogits")
+    probabilities = target.shape == logits.shape
+    if probabilities:
+        target = target.movedim(logits.vocab_dim, -1)
+    with logits.gathered():
+        head = Head(
+            hidden,
+            logits.weight,
+            logits.bias,
+            *(low_rank or (None, None)),
+            temperature,
+            logits.scale,
+            softcap or logits.softcap,
+        )
+        loss, statistics = heads_cross_entropy(
+            [head],
+            target,
+            probabilities=probabilities,
+            positions=logits.token_shape,
+            weight=weight,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            return_statistics=return_statistics,
+            **options,
+        )
+    loss = logits.gather_in_backward(loss).to(out_dtype or logits.dtype)
+    return (loss, statistics) if return_statistics else loss
+
+
+def heads_cross_entropy(
+    heads: Sequence[Head],  # one per position of a token, D
+    target: Tensor,  # indices shaped positions, or probabilities (*positions, C)
+    *,
+    probabilities: bool,
+    positions: torch.Size,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
+    return_statistics: bool = False,
+    backend: Backend | None = None,
+    route: Route | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+    accumulate: str | None = None,
+    main_grad: Tensor | None = None,
+    grad_scale: float | Tensor | None = None,
+) -> tuple[Tensor, CrossEntropyStatistics | None]:
+    """The loss in fp32 or wider, reduced, and its statistics."""
+    hidden, C = heads[0].hidden, heads[0].weight.shape[0]
+    N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
+    for head in heads:
+        check_head(head)
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    if not probabilities and target.shape != positions:
+        raise ValueError(
+            f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "
+            f"for {N * D} positions of {C} classes"
+        )
+    if probabilities != target.is_floating_point() or target.dtype not in (
+        torch.int64,
+        torch.uint8,
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        raise RuntimeError(
+            f"Expected int64 or uint8 class indices {tuple(positions)}, or floating point class probabilities; got "
+            f"{target.dtype} {tuple(target.shape)}"
+        )
+    if target.device != hidden.device:
+        raise RuntimeError(f"input is on {hidden.device} and target on {target.device}: move one")
+    if weight is not None and (weight.shape != (C,) or weight.device != hidden.device):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {C} classes or no classes but got weight tensor of shape "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+    if token_weights is not None:
+        if token_weights.shape != positions:
+            raise ValueError(f"expected token_weights {tuple(positions)}, got {tuple(token_weights.shape)}")
+        token_weights = token_weights.to(dtype).reshape(N, D)
+    if main_grad is not None and (
+        D > 1 or probabilities or main_grad.shape != heads[0].weight.shape or main_grad.dtype != dtype
+    ):
+        raise ValueError(
+            f"main_grad takes the gradient of a (C, H) weight from class indices in {dtype}; got {main_grad.dtype} "
+            f"{tuple(main_grad.shape)} for {D} weight(s) {tuple(heads[0].weight.shape)}"
+        )
+    if grad_scale is not None and (main_grad is None or reduction == "none"):
+        raise ValueError("grad_scale promises the upstream gradient of a mean or sum for main_grad=; there is none here")
+
+    how: dict[str, Any] = {"backend": backend, "workspace": workspace}
+    if probabilities:
+        targets = target.reshape(N, D, C).unbind(1)
+        pairs = [_soft(h, t, weight, label_smoothing, z_loss, **how) for h, t in zip(heads, targets, strict=True)]
+        loss = torch.stack([p[0] for p in pairs], 1)
+        logsumexp = torch.stack([p[1] for p in pairs], 1)
+        if token_weights is not None:
+            loss = loss * token_weights
+        if reduction == "none":
+            loss = loss.view(positions)
+        else:
+            loss = loss.sum() if reduction == "sum" else loss.sum() / loss.numel()
+        statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
+        return loss, statistics if return_statistics else None
+
+    ids = target_ids(target.reshape(N, D), C, ignore_index)
+    shares = row_shares(ids.reshape(-1), weight, dtype).view(N, D)
+    counted = ids != -100
+    total = shares.sum()
+    square: float | Tensor = z_loss
+    if z_loss and weight is not None and reduction == "mean":
+        square = z_loss * total / counted.sum()  # the z-loss has a denominator of its own
+    if token_weights is not None:
+        token_weights = token_weights.masked_fill(~counted, 0)
+    values, found = [], []
+    for i, head in enumerate(heads):
+        value, statistics_of_head = _hard(
+            head,
+            ids[:, i : i + 1],
+            shares[:, i],
+            None if token_weights is None else token_weights[:, i],
+            weight,
+            label_smoothing,
+            square,
+            summed=reduction != "none",
+            top1=return_statistics,
+            route=route,
+            drop_ignored=drop_ignored,
+            accumulate=accumulate,
+            main_grad=main_grad,
+            promised=None if grad_scale is None else grad_scale / (total if reduction == "mean" else 1),
+            **how,
+        )
+        values.append(value)
+        found.append(statistics_of_head)
+    loss = torch.stack(values, -1)
+    if reduction == "none":
+        loss = loss.view(positions)
+    else:
+        loss = loss.sum() if reduction == "sum" else loss.sum() / total
+    if not return_statistics:
+        return loss, None
+    log_probs, logsumexp, is_top1 = (torch.stack(list(part), -1).view(positions) for part in zip(*found, strict=True))
+    return loss, CrossEntropyStatistics(log_probs.detach(), logsumexp.detach().to(dtype), is_top1)
+
+
+def _hard(
+    head: Head,
+    ids: Tensor,  # (N, 1)
+    shares: Tensor,  # (N,)
+    token_weights: Tensor | None,  # (N,)
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float | Tensor,
+    *,
+    summed: bool,
+    top1: bool,
+    route: Route | None,
+    backend: Backend | None,
+    workspace: int | str | None,
+    drop_ignored: bool | None,
+    accumulate: str | None,
+    main_grad: Tensor | None,
+    promised: float | Tensor | None,
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss with class indices, summed or per token, and ``(log_probs, logsumexp, is_top1)``.
+
+    ``promised``: the upstream gradient of the sum, where the caller vouches for it.
+    """
+    (N, H), C = head.hidden.shape, head.weight.shape[0]
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in head.inputs]
+    chosen_backend = resolve_backend(head.hidden, backend)
+    chosen = plan(
+        N,
+        C,
+        H,
+        head.hidden.dtype,
+        per_token=not summed,
+        route=route,
+        workspace=workspace,
+        accumulate=accumulate,
+        backend=chosen_backend,
+    )
+    known = token_weights is None or not token_weights.requires_grad
+    known = known and (main_grad is None or promised is not None) and not transforms_active()
+    if chosen.route == "gradients_in_forward" and known and any(wanted):
+        head, column_weight = ready(head, weight if label_smoothing else None)
+        keep, zero_ignored = kept_tokens(ids, drop_ignored)
+        tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
+        of = (
+            -(1 - label_smoothing) * shares * tau,
+            -label_smoothing / C * tau if label_smoothing else None,
+            z_loss * tau if isinstance(z_loss, Tensor) or z_loss else None,
+        )
+        tail = (wanted, chosen.budget, accumulate, chosen_backend)
+        if main_grad is None:
+            loss, log_probs, logsumexp, is_top1, *_ = linear_loss(
+                *head.inputs, ids.contiguous(), column_weight, head.temperature, *of, keep, zero_ignored, head.scale,
+                head.softcap, top1, *tail,
+            )  # fmt: skip
+        else:
+            assert promised is not None
+            with torch.no_grad():
+                at_scale = tuple(None if t is None else t * promised for t in of)
+                value, log_probs, logsumexp, is_top1, *gradients = loss_of_head(
+                    head.detached(), ids, column_weight, at_scale, keep, zero_ignored, top1, *tail, main_grad
+                )
+            pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g.ndim and t is not None]
+            loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs]) / promised
+        return loss, (log_probs[:, 0], logsumexp, is_top1)
+    outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if top1 else ())
+    statistics = linear_statistics(
+        head,
+        ids,
+        weight if label_smoothing else None,
+        outputs=outputs,
+        drop_ignored=drop_ignored,
+        workspace=workspace,
+        backend=backend,
+        main_grad=main_grad,
+    )
+    loss = hard_label_loss(statistics, shares, C, label_smoothing, z_loss)
+    if token_weights is not None:
+        loss = loss * token_weights
+    assert statistics.log_probs is not None
+    return loss.sum() if summed else loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1)
+
+
+def _soft(
+    head: Head,
+    probabilities: Tensor,  # (N, C)
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    *,
+    backend: Backend | None,
+    workspace: int | str | None,
+) -> tuple[Tensor, Tensor]:
+    """The loss and ``logsumexp`` ``(N,)`` with class probabilities: they are as large as the logits, so a chunk at a time."""
+    N, C = head.hidden.shape[0], head.weight.shape[0]
+    room = budget(head, workspace, False, resolve_backend(head.hidden, backend))
+    n = max(1, room // (2 * max(C, 1) * head.hidden.dtype.itemsize))  # the logits and their gradient
+
+    def chunk(
+        hidden: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        u: Tensor | None,
+        B: Tensor | None,
+        t: Tensor,
+        temperature: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        logits = torch.nn.functional.linear(hidden, w, bias)
+        if u is not None and B is not None:
+            logits = logits + u @ B.t()
+        found = rows_statistics(
+            logits.unsqueeze(-1),
+            None,
+            weight,
+            temperature,
+            probabilities=t.unsqueeze(-1),
+            label_smoothing=label_smoothing,
+            scale=head.scale,
+            softcap=head.softcap,
+            outputs=("sum_log_probs",),
+            backend=backend,
+        )
+        assert found.sum_log_probs is not None and found.logsumexp is not None
+        return plus_z_loss(-found.sum_log_probs, found, z_loss), found.logsumexp
+
+    losses, lses = [], []
+    recompute = torch.is_grad_enabled() and not transforms_active() and n < N
+    for start in range(0, max(N, 1), n):
+        rows = slice(start, start + n)
+        part = head.tokens(rows)
+        arguments = (part.hidden, part.weight, part.bias, part.u, part.B, probabilities[rows], part.temperature)
+        found = checkpoint(chunk, *arguments, use_reentrant=False) if recompute else chunk(*arguments)
+        losses.append(found[0])
+        lses.append(found[1])
+    return torch.cat(losses), torch.cat(lses)
+
+
+class LinearCrossEntropyLoss(nn.Module):
+    r"""A linear head and :func:`linear_cross_entropy` of its output, as ``torch.nn.LinearCrossEntropyLoss``.
+
+    Args:
+        in_features: ``H``.
+        num_classes: ``C``.
+        out_features: ``(d1, …, dk)`` positions per token.
+        bias: whether the head has one.
+        weight: one weight per class.
+        reduction, ignore_index, label_smoothing, options: as the function's.
+        device, dtype: of the head.
+        extras: the function's keyword-only extras.
+
+    Example:
+        >>> loss = LinearCrossEntropyLoss(4, 7)
+        >>> loss(torch.zeros(2, 4), torch.tensor([1, 3])).shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+        **extras: Any,
+    ) -> None:
+        super().__init__()
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if not 0.0 <= label_smoothing <= 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        self.register_buffer("weight", weight)
+        self.num_classes, self.out_features = num_classes, out_features
+        # One matrix, as torch.nn.LinearCrossEntropyLoss stores it, so that checkpoints fit.
+        rows = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
+        self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing
+        self.options, self.extras = options, extras
+
+    def forward(self, input: Tensor, target: Tensor) -> Any:
+        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            linear_weight = linear_weight.view(self.num_classes, *self.out_features, -1)
+            linear_bias = None if linear_bias is None else linear_bias.view(self.num_classes, *self.out_features)
+        return linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+            **self.extras,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, out_features={self.out_features}, "
+            f"bias={self.linear.bias is not None}, reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, options={self.options}"
+            + "".join(f", {name}={value}" for name, value in self.extras.items())
+        )
