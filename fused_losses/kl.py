@@ -32,8 +32,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fused_losses.numerics import upcast
-from fused_losses.sequences import masked_mean
+from .numerics import upcast
+from .sequences import masked_mean
 
 
 def k1(d: Tensor) -> Tensor:
