@@ -1,0 +1,121 @@
+r"""Supervised fine-tuning: the next-token cross entropy over the tokens that have a label.
+
+The logits at a position predict the token that follows it, so labels are shifted by one against them. Here the labels
+move and the logits stay whole, in place and uncopied: what cannot be predicted (a row's first token, and with packed
+rows every document's) is simply nobody's label.
+
+What is averaged over changes the gradient of a batch and nothing else: ``"token"`` weighs every token the same, so long
+answers pull more; ``"sequence"`` weighs every answer the same. With gradient accumulation a mean per micro-batch is not
+the mean of the batch: trainers count the whole batch's tokens first and pass ``num_items_in_batch``.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .cross_entropy import cross_entropy
+from .linear_logits import LinearLogits
+from .numerics import upcast
+from .sequences import shift_labels, sums_and_counts
+
+
+def dft(log_probs: Tensor) -> Tensor:
+    r"""Dynamic fine-tuning's loss of a token: its nll, weighed by the probability it already has.
+
+    .. math:: -\operatorname{sg}(e^{\log p}) \log p
+
+    The gradient of the nll carries a factor :math:`1/p`, which makes unlikely tokens loudest; the weight cancels it.
+
+    Source: Wu et al., "On the Generalization of SFT" (2025); TRL 1.16's ``loss_type="dft"``.
+
+    Args:
+        log_probs: log-probabilities of the labels, any shape, nats.
+
+    Returns:
+        Tensor of the same shape, fp32 (float64 for float64), differentiable in ``log_probs`` except through the weight.
+
+    Example:
+        >>> dft(torch.tensor([0.5]).log())
+        tensor([0.3466])
+    """
+    log_probs = upcast(log_probs)
+    return -log_probs.detach().exp() * log_probs
+
+
+def sft_loss(
+    logits: Tensor | LinearLogits,
+    labels: Tensor,
+    ignore_index: int = -100,
+    num_items_in_batch: Tensor | int | None = None,
+    *,
+    average: Literal["token", "sequence"] = "token",
+    loss_type: Literal["nll", "dft"] = "nll",
+    nan_when_empty: bool = False,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor:
+    r"""Cross entropy of each token given those before it; the shift by one happens inside.
+
+    .. math:: L = \frac{1}{n} \sum_b w_b \sum_{t:\, y_{b,t+1} \ne \text{ignore}} -\log p_{b,t}(y_{b,t+1})
+
+    ``average="token"``: :math:`w = 1`, and :math:`n` is the number of labels counted. ``"sequence"``: :math:`w_b` is one
+    over the number of labels of sequence :math:`b`, and :math:`n` the number of sequences that have any.
+
+    Source: transformers' ``ForCausalLMLoss``, TRL 1.16's ``SFTTrainer``, OpenRLHF's ``GPTLMLoss``. With nothing to train
+    on the loss is 0, as in TRL, and has a gradient of 0; ``nan_when_empty`` makes it nan, as in the other two.
+
+    Args:
+        logits: ``(B, S, V)``, or ``(S, V)``.
+        labels: ``(B, S)``, or ``(S,)``: token ids, not shifted.
+        ignore_index: the label of what is not trained on.
+        num_items_in_batch: replaces :math:`n`, for a batch spread over several calls. Summed over them, the losses are
+            then the batch's.
+        average: see above.
+        loss_type: ``"dft"`` weighs each token as :func:`dft` does.
+        nan_when_empty: nan instead of 0 where :math:`n` is 0.
+        cu_seqlens: for packed rows ``(1, total)``, see :func:`fused_losses.sequences.sums_and_counts`: labels never cross a
+            document's end, and a document is a sequence.
+        position_ids: instead of ``cu_seqlens``; in rows ``(B, S)`` too.
+        num_sequences: with ``position_ids`` and ``average="sequence"``: the number of documents, so that it need not be
+            waited for.
+
+    Returns:
+        Scalar, fp32 (float64 for float64), differentiable in ``logits``.
+
+    Raises:
+        ValueError: ``labels`` are not shaped like the tokens of ``logits``.
+
+    Example:
+        >>> sft_loss(torch.zeros(1, 4, 10), torch.tensor([[7, 8, -100, 9]]))
+        tensor(2.3026)
+    """
+    if labels.dim() not in (1, 2) or logits.shape[:-1] != labels.shape:
+        raise ValueError(
+            f"logits (B, S, V) need labels (B, S), got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
+        )
+    target = shift_labels(labels, ignore_index, cu_seqlens=cu_seqlens, position_ids=position_ids)
+    counted = target != ignore_index
+
+    def nll(reduction: str) -> Tensor:
+        by_class = upcast(logits).transpose(1, -1)  # (B, V, S); (S, V) as it is
+        return cross_entropy(by_class, target, ignore_index=ignore_index, reduction=reduction)
+
+    if average == "token" and loss_type == "nll":
+        total, count = nll("sum"), counted.sum()
+    else:
+        losses = dft(-nll("none")) if loss_type == "dft" else nll("none")
+        sums, counts = sums_and_counts(
+            losses, counted, cu_seqlens=cu_seqlens, position_ids=position_ids, num_sequences=num_sequences
+        )
+        if average == "token":
+            total, count = sums.sum(), counts.sum()
+        else:
+            total, count = (sums / counts.clamp(min=1)).sum(), (counts > 0).sum()
+    if num_items_in_batch is not None:
+        count = torch.as_tensor(num_items_in_batch, device=total.device)
+    loss = total / count.clamp(min=1)
+    return loss.masked_fill(count == 0, torch.nan) if nan_when_empty else loss

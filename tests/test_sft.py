@@ -1,0 +1,169 @@
+"""Supervised fine-tuning against one token at a time."""
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_losses import sft
+from fused_losses.reference import sft as reference
+from fused_losses.reference.tolerance import assert_accurate
+
+B, S, V = 3, 7, 11
+NAN = float("nan")
+LABELS = torch.tensor(
+    [[1, 2, -100, 4, 5, 6, 7], [-100, -100, -100, -100, 3, 9, -100], [5, -100, -100, -100, -100, -100, -100]]
+)
+LENGTHS = [3, 1, 3]
+BORDERS = torch.tensor([0, 3, 4, 7])
+POSITIONS = torch.tensor([[0, 1, 2, 0, 0, 1, 2]])
+
+
+def value_and_grad(f, logits):
+    logits = logits.detach().clone().requires_grad_()
+    loss = f(logits)
+    (3 * loss).backward()
+    return loss.detach(), logits.grad / 3
+
+
+OPTIONS = [
+    {"average": average, "loss_type": loss_type, "num_items_in_batch": n}
+    for average, loss_type, n in itertools.product(["token", "sequence"], ["nll", "dft"], [None, 13])
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("ignore_index", [-100, 9, -1])
+def test_sft_loss(options, ignore_index):
+    logits = torch.randn(B, S, V, dtype=torch.float64) * 3
+    labels = torch.where(LABELS == -100, ignore_index, LABELS)
+    ours = value_and_grad(lambda z: sft.sft_loss(z, labels, ignore_index, **options), logits)
+    expected = value_and_grad(lambda z: reference.sft_loss(z, labels, ignore_index, **options), logits)
+    torch.testing.assert_close(ours, expected)
+    assert ours[1].any()
+    assert not ours[1][:, -1].any()
+
+
+def test_options_change_the_number():
+    logits = torch.randn(B, S, V, dtype=torch.float64)
+    losses = [sft.sft_loss(logits, LABELS, **options).item() for options in OPTIONS]
+    losses.append(sft.sft_loss(logits, LABELS.masked_fill(LABELS == -100, 9), 9).item())  # hides the label 9 too
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("packing", [{"cu_seqlens": BORDERS}, {"position_ids": POSITIONS}])
+def test_packed(options, packing):
+    logits, labels = torch.randn(1, S, V, dtype=torch.float64), LABELS[:1].clamp(min=0)
+    ours = value_and_grad(lambda z: sft.sft_loss(z, labels, **options, **packing), logits)
+    expected = value_and_grad(lambda z: reference.sft_loss(z, labels, **options, borders=BORDERS.tolist()), logits)
+    torch.testing.assert_close(ours, expected)
+    ends = BORDERS[1:] - 1
+    assert not ours[1][:, ends].any()
+    assert ours[1].any(-1).sum() == S - len(ends)
+    one_document = sft.sft_loss(logits, labels, **options)
+    assert ours[0] != one_document
+
+
+def test_packed_equals_padded():
+    logits, labels = torch.randn(1, S, V, dtype=torch.float64), torch.randint(0, V, (1, S))
+    shown = torch.arange(3) < torch.tensor(LENGTHS)[:, None]
+    padded, padded_labels = torch.full((3, 3, V), NAN, dtype=torch.float64), torch.full((3, 3), -100)
+    padded[shown], padded_labels[shown] = logits[0], labels[0]
+    for average in ("token", "sequence"):
+        packed = sft.sft_loss(logits, labels, average=average, position_ids=POSITIONS, num_sequences=3)
+        torch.testing.assert_close(sft.sft_loss(padded, padded_labels, average=average), packed)
+
+
+def test_against_the_numpy_form():
+    logits = torch.randn(B, S, V, dtype=torch.float64)
+    for n in (None, 13):
+        ours = sft.sft_loss(logits, LABELS, num_items_in_batch=n).item()
+        assert ours == pytest.approx(reference.sft_loss_numpy(logits.numpy(), LABELS.numpy(), num_items_in_batch=n))
+    assert reference.sft_loss_numpy(logits.numpy(), np.full((B, S), -100)) == 0.0
+
+
+def test_shifted_as_by_hand():
+    logits, labels = torch.randn(2, 5, V), torch.randint(0, V, (2, 5))
+    by_hand = F.cross_entropy(logits[:, :-1].reshape(-1, V), labels[:, 1:].reshape(-1))
+    torch.testing.assert_close(sft.sft_loss(logits, labels), by_hand)
+    torch.testing.assert_close(sft.sft_loss(logits[0], labels[0]), sft.sft_loss(logits[:1], labels[:1]))
+
+
+def test_calls_of_one_batch_add_up():
+    logits = torch.randn(B, S, V, dtype=torch.float64)
+    count = (LABELS[:, 1:] != -100).sum()
+    for n in (count, int(count)):
+        parts = sum(sft.sft_loss(logits[b : b + 1], LABELS[b : b + 1], num_items_in_batch=n) for b in range(B))
+        torch.testing.assert_close(parts, sft.sft_loss(logits, LABELS))
+
+
+@pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
+def test_nothing_to_train_on(options):
+    logits, labels = torch.randn(B, S, V), torch.full((B, S), -100)
+    labels[:, 0] = 3  # which nobody predicts
+    loss, grad = value_and_grad(lambda z: sft.sft_loss(z, labels, **options), logits)
+    assert loss == 0
+    assert not grad.any()
+    loss, grad = value_and_grad(lambda z: sft.sft_loss(z, labels, nan_when_empty=True, **options), logits)
+    assert loss.isnan()
+    assert not grad.any()
+    assert sft.sft_loss(logits, labels, num_items_in_batch=0, nan_when_empty=True, **options).isnan()
+    assert sft.sft_loss(logits, labels, num_items_in_batch=4, nan_when_empty=True, **options) == 0
+    assert sft.sft_loss(logits[:, :1], labels[:, :1], **options) == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
+def test_ignored_logits_reach_nothing(options):
+    logits = torch.randn(B, S, V)
+    expected = value_and_grad(lambda z: sft.sft_loss(z, LABELS, **options), logits)
+    ignored = F.pad(LABELS[:, 1:] == -100, (0, 1), value=True).unsqueeze(-1)
+    poisoned = value_and_grad(lambda z: sft.sft_loss(z, LABELS, **options), logits.masked_fill(ignored, NAN))
+    assert torch.equal(poisoned[0], expected[0])
+    assert torch.equal(poisoned[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
+def test_low_precision_is_computed_in_fp32(dtype, options):
+    logits = (torch.randn(B, S, V) * 3).to(dtype)
+    ours = value_and_grad(lambda z: sft.sft_loss(z, LABELS, **options), logits)
+    assert ours[0].dtype == torch.float32
+    eager = value_and_grad(lambda z: reference.sft_loss(z.float(), LABELS, **options), logits)
+    exact = value_and_grad(lambda z: reference.sft_loss(z, LABELS, **options), logits.double())
+    assert_accurate(ours[0], eager[0], exact[0])
+    assert_accurate(ours[1], eager[1], exact[1])
+
+
+def test_dft_weight_is_a_constant():
+    log_probs = -torch.rand(2, 5, dtype=torch.float64).requires_grad_()
+    ours, expected = sft.dft(log_probs), reference.dft(log_probs)
+    torch.testing.assert_close(ours, expected)
+    (grad,) = torch.autograd.grad(ours.sum(), log_probs)
+    torch.testing.assert_close(grad, -log_probs.detach().exp())
+    assert sft.dft(torch.tensor([-1.0]).bfloat16()).item() == pytest.approx(math.exp(-1))
+
+
+def test_refuses():
+    with pytest.raises(ValueError, match=r"\(2, 5, 11\) and \(2, 4\)"):
+        sft.sft_loss(torch.zeros(2, 5, V), torch.zeros(2, 4, dtype=torch.long))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:6])
+def test_fullgraph(options):
+    logits = torch.randn(B, S, V)
+    compiled = torch.compile(sft.sft_loss, fullgraph=True, backend="aot_eager")
+    ours = value_and_grad(lambda z: compiled(z, LABELS, **options), logits)
+    torch.testing.assert_close(ours, value_and_grad(lambda z: sft.sft_loss(z, LABELS, **options), logits))
+
+
+def test_inputs_stay_as_they_were():
+    logits, labels = torch.randn(S, B, V).transpose(0, 1), LABELS.clone()
+    before = logits.clone()
+    contiguous = value_and_grad(lambda z: sft.sft_loss(z, labels), logits.contiguous())
+    torch.testing.assert_close(value_and_grad(lambda z: sft.sft_loss(z, labels), logits), contiguous)
+    assert torch.equal(logits, before)
+    assert torch.equal(labels, LABELS)
