@@ -2,21 +2,30 @@
 
 A language model's logits are ``tokens × vocabulary``, the largest tensor of a training step, and a loss reads only a
 few numbers per token from them. :class:`LinearLogits` stands for that tensor: it has its shape and its gradients, and
-what a loss does with it is answered from ``hidden`` and ``weight``.
+what a loss does with it is answered from ``hidden`` and ``weight``. :class:`LinearHead` is the ``nn.Linear`` that
+returns one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
-from fused_losses.numerics import statistics_dtype, upcast
+from . import settings
+from .lazy_tensor import LazyTensor, answers, is_lazy, numel
+from .numerics import statistics_dtype, upcast
+from .token_statistics import linear_logits_statistics, target_ids
+
+NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 
 
 class Rows(NamedTuple):
@@ -39,6 +48,20 @@ class _Identity(torch.autograd.Function):
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 
 
+class _Tie(torch.autograd.Function):
+    """``weight``, whose gradient wakes the hooks that FSDP2 and DDP put on ``hidden`` though hidden itself is frozen."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, hidden: Tensor) -> Tensor:
+        ctx.like = hidden.shape, hidden.dtype
+        return weight.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        shape, dtype = ctx.like
+        return grad, grad.new_zeros((), dtype=dtype).expand(shape)
+
+
 class _Rest:
     """What a :class:`LinearLogits` holds beside ``hidden``.
 
@@ -46,20 +69,47 @@ class _Rest:
     an output.
     """
 
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+    softcap: float | None
+    temperature: float | Tensor
+    low_rank: tuple[Tensor, Tensor] | None
+    group: Any
+    module: Any
+    vocab: int
+    vocab_dim: int
+    dtype: torch.dtype
+    frozen: bool  # hidden got a grad_fn for DDP's sake only
+    detached: bool
+    versions: dict[str, int]  # of weight, bias and low_rank
+    views: list[int]  # shared by views of one another: how often one was changed in place
+
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
 
+    def but(self, **changes: Any) -> _Rest:
+        return _Rest(**{**self.__dict__, **changes})
+
 
 @dataclass(eq=False, init=False, repr=False)
-class LinearLogits:
-    r"""A tensor of logits that is never materialised.
+class LinearLogits(LazyTensor):
+    r"""A tensor of logits that is never materialised: write a loss against it as against any logits.
 
     .. math:: z = c \tanh(s\,(h W^\top + u B^\top + b) / c) / T
 
+    Slices, views and arithmetic by numbers stay lazy; ``F.cross_entropy``, ``log_softmax``, ``gather``, ``logsumexp``,
+    ``argmax`` and their kin are answered without the logits, and differentiable in ``hidden``, ``weight``, ``bias``,
+    ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error).
+
+    It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. It can be pickled and
+    copied, detached and without ``group`` and ``module``. Built inside reentrant checkpointing it raises, since no
+    gradient would reach it there; pass ``use_reentrant=False``.
+
     What the fused operations read:
 
-    - ``rows()``: the tokens as ``Rows(hidden (N, H), temperature (N,) | None, low_rank ((N, R), (V, R)) | None)``, after
-      checking that nothing changed since construction. Results shaped ``(N,)`` go back with ``.view(token_shape)``.
+    - ``rows()``: the tokens as ``Rows(hidden (N, H), temperature (N,) | None, low_rank ((N, R), (V, R)) | None)``,
+      after checking that nothing changed since construction. Results ``(N,)`` go back with ``.view(token_shape)``.
     - ``weight (V, H)``, ``bias (V,) | None``: already cast (autocast) and cut to the rows selected; detached where the
       logits need no gradient.
     - ``scale``: float; ``softcap``: float or None; ``group``, ``module``: as given.
@@ -79,7 +129,16 @@ class LinearLogits:
         temperature: a number, or a tensor with one number per token, which gets no gradient.
         low_rank: ``(u, B)``, ``(…, R)`` and ``(V, R)``: a LoRA update, ``u = s·dropout(h)Aᵀ``.
         group: process group whose ranks hold equal consecutive shares of the vocabulary.
-        module: the module that owns the weight, where it is sharded between uses (FSDP2, ZeRO-3).
+        module: the module that owns the weight, where it is sharded between uses (FSDP2's ``fully_shard(head)``,
+            DeepSpeed ZeRO-3): the weight is gathered through it in forward and in backward.
+
+    Example:
+        >>> hidden, weight = torch.ones(2, 3, 4), torch.eye(5, 4)
+        >>> logits = LinearLogits(hidden, weight)
+        >>> logits[:, :-1].shape
+        torch.Size([2, 2, 5])
+        >>> logits.logsumexp(-1)[0]
+        tensor([2.4757, 2.4757, 2.4757])
     """
 
     hidden: Tensor
@@ -97,33 +156,64 @@ class LinearLogits:
         low_rank: tuple[Tensor, Tensor] | None = None,
         group: Any = None,
         module: Any = None,
-        rest: Any = None,
+        rest: Any = None,  # in place of all the others: how dataclasses.replace makes a copy with another hidden
     ) -> None:
         if rest is None:
-            assert weight is not None
+            if weight is None:
+                raise TypeError("LinearLogits needs the head's weight (V, H)")
+            u, B = low_rank or (None, None)
+            _check_whereabouts(weight, module)
+            hidden, weight, bias, u, B = _autocast(hidden, weight, bias, u, B)
+            _check_shapes(hidden, weight, bias, u, B)
+            if softcap is not None and softcap <= 0:
+                raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
+            if softcap is None and not isinstance(temperature, Tensor):
+                scale, temperature = scale / temperature, 1.0
+            detached = not torch.is_grad_enabled()
+            if detached:
+                _refuse_reentrant_checkpoint()
+                hidden, u = hidden.detach(), None if u is None else u.detach()
+            frozen = not hidden.requires_grad
             rest = _Rest(
                 weight=weight,
                 bias=bias,
                 scale=scale,
                 softcap=softcap,
-                temperature=temperature,
-                low_rank=low_rank,
+                temperature=_per_token_temperature(temperature, hidden),
+                low_rank=None if u is None else (u, B),
                 group=group,
                 module=module,
+                vocab=weight.shape[0] * (1 if group is None else group.size()),
                 vocab_dim=hidden.ndim - 1,
                 dtype=hidden.dtype,
+                frozen=frozen,
+                detached=detached,
+                versions=_versions(weight=weight, bias=bias, u=u, B=B),
+                views=[0],
             )
-            hidden = _Identity.apply(hidden, weight, bias, *(low_rank or ()))
+            hidden = hidden if detached else _Identity.apply(hidden, weight, bias, u, B)
+        elif hidden.dtype != rest.weight.dtype:  # an output cast
+            rest = rest.but(dtype=hidden.dtype)
+            hidden = hidden.to(rest.weight.dtype)
         self.hidden = hidden
         self.rest = rest
+        self._versions = _versions(hidden=hidden)
+        self._views_changed = rest.views[0]
+        self._cache: dict[tuple[str, bool], Tensor] = {}
 
     @property
     def weight(self) -> Tensor:
-        return self.rest.weight
+        weight = self.rest.weight
+        if self.rest.detached:
+            return weight.detach()
+        if self.rest.frozen and weight.requires_grad and _distributed():
+            return _Tie.apply(weight, self.hidden)
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
-        return self.rest.bias
+        bias = self.rest.bias
+        return bias.detach() if bias is not None and self.rest.detached else bias
 
     @property
     def scale(self) -> float:
@@ -140,7 +230,10 @@ class LinearLogits:
 
     @property
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        return self.rest.low_rank
+        if self.rest.low_rank is None:
+            return None
+        u, B = self.rest.low_rank
+        return u, B.detach() if self.rest.detached else B
 
     @property
     def group(self) -> Any:
@@ -151,40 +244,85 @@ class LinearLogits:
         return self.rest.module
 
     @property
-    def vocab_dim(self) -> int:
+    def vocab_dim(self) -> int:  # type: ignore[override]
         return self.rest.vocab_dim
 
     @property
-    def dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.rest.dtype
 
     @property
-    def token_shape(self) -> torch.Size:
+    def token_shape(self) -> torch.Size:  # type: ignore[override]
         return self.hidden.shape[:-1]
 
     @property
-    def shape(self) -> torch.Size:
+    def shape(self) -> torch.Size:  # type: ignore[override]
         tokens = self.token_shape
-        return torch.Size([*tokens[: self.vocab_dim], self.weight.shape[0], *tokens[self.vocab_dim :]])
+        return torch.Size([*tokens[: self.vocab_dim], self.rest.vocab, *tokens[self.vocab_dim :]])
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # type: ignore[override]
         return self.hidden.device
 
     @property
-    def requires_grad(self) -> bool:
+    def requires_grad(self) -> bool:  # type: ignore[override]
         return self.hidden.requires_grad
+
+    @property
+    def grad_fn(self) -> Any:
+        return self.hidden.grad_fn
+
+    def __repr__(self) -> str:
+        rest = self.rest
+        parts = [f"hidden={tuple(self.hidden.shape)}", f"weight={(rest.vocab, self.hidden.shape[-1])}"]
+        parts += [f"bias=({rest.vocab},)"] if rest.bias is not None else []
+        parts += [f"scale={rest.scale:g}"] if rest.scale != 1 else []
+        parts += [f"softcap={rest.softcap:g}"] if rest.softcap is not None else []
+        per_token = isinstance(rest.temperature, Tensor)
+        parts += ["temperature=one per token"] if per_token else []
+        parts += [f"temperature={rest.temperature:g}"] if not per_token and rest.temperature != 1 else []
+        parts += [f"low_rank={rest.low_rank[0].shape[-1]}"] if rest.low_rank is not None else []
+        held = numel(self) * self.dtype.itemsize
+        return f"LinearLogits({tuple(self.shape)}, {self.dtype}, {', '.join(parts)}; {held:,} bytes not held)"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        self.check()
+        rest = self.rest.but(group=None, module=None, detached=True, frozen=False, versions={}, views=[0])
+        for name in ("weight", "bias"):
+            value = getattr(rest, name)
+            setattr(rest, name, None if value is None else value.detach())
+        rest.low_rank = rest.low_rank and tuple(t.detach() for t in rest.low_rank)
+        return _rebuild, (self.hidden.detach(), rest)
+
+    def check(self) -> None:
+        """Raise if what these logits stand for changed since they were made."""
+        if torch.compiler.is_compiling():
+            return
+        u, B = self.rest.low_rank or (None, None)
+        now = _versions(weight=self.rest.weight, bias=self.rest.bias, u=u, B=B)
+        for name, version in (self.rest.versions | self._versions).items():
+            found = self.hidden._version if name == "hidden" else now[name]
+            if found != version:
+                raise RuntimeError(
+                    f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version "
+                    f"{found}, then {version}): logits made from it would have kept their values. Make them anew."
+                )
+        if self.rest.views[0] != self._views_changed:
+            raise RuntimeError(
+                f"mul_ or div_ changed another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
+                "follow. Use the out-of-place form, or change the logits before taking views."
+            )
 
     def rows(self) -> Rows:
         """The tokens, flattened; see the class."""
-        hidden = self.hidden.reshape(-1, self.hidden.shape[-1])
-        temperature = self.temperature
-        if not isinstance(temperature, Tensor):
-            temperature = (
-                None if temperature == 1 else hidden.new_full((), temperature, dtype=statistics_dtype(hidden.dtype))
-            )
-        if temperature is not None:
-            temperature = temperature.expand(self.token_shape).reshape(-1)
+        self.check()
+        hidden = self.hidden.detach() if self.rest.frozen else self.hidden
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        temperature = None
+        if isinstance(self.temperature, Tensor):
+            temperature = self.temperature.reshape(-1)
+        elif self.temperature != 1:
+            temperature = hidden.new_full((len(hidden),), self.temperature, dtype=statistics_dtype(hidden.dtype))
         low_rank = self.low_rank
         if low_rank is not None:
             low_rank = (low_rank[0].reshape(-1, low_rank[0].shape[-1]), low_rank[1])
@@ -192,23 +330,528 @@ class LinearLogits:
 
     def materialize(self) -> Tensor:
         """The logits themselves, differentiable, in ``dtype``."""
-        hidden, temperature, low_rank = self.rows()
-        with self.gathered():
-            z = F.linear(upcast(hidden), upcast(self.weight), None if self.bias is None else upcast(self.bias))
-        if low_rank is not None:
-            z = z + upcast(low_rank[0]) @ upcast(low_rank[1]).T
-        z = z * self.scale
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        if temperature is not None:
-            z = z / temperature.unsqueeze(-1)
+        if self.group is not None:
+            raise NotImplementedError("logits whose vocabulary is shared by a group of ranks cannot be materialised")
+        with self.gathered(), torch.autocast(self.device.type, enabled=False):
+            z = self.gather_in_backward(_project(self.rows(), self, self.weight, self.bias))
         return z.to(self.dtype).view(*self.token_shape, -1).movedim(-1, self.vocab_dim)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """The weight is whole inside."""
-        yield
+        release = self._gather()
+        try:
+            yield
+        finally:
+            release()
 
     def gather_in_backward(self, output: Tensor) -> Tensor:
-        """``output``, whose backward finds the weight whole."""
+        """``output``, before whose backward the weight is made whole again."""
+        if self.module is None or output.grad_fn is None:
+            return output
+        held: list[Callable[[], None]] = []
+        output.grad_fn.register_prehook(lambda grads: held.append(self._gather()))
+        # FSDP2 frees the weight itself, once it has reduced the gradient.
+        if not hasattr(self.module, "unshard"):
+            output.grad_fn.register_hook(lambda inputs, outputs: held.pop()())
         return output
+
+    def _gather(self) -> Callable[[], None]:
+        """Make the weight whole; returns what undoes it."""
+        weight, module = self.rest.weight, self.rest.module
+        if torch.compiler.is_compiling() or weight.is_meta or _whole(weight):
+            return lambda: None
+        if module is None:
+            raise RuntimeError(
+                f"the storage of the head's weight is empty: it was sharded again when the module that owns it (FSDP2, "
+                f"ZeRO-3) returned. LinearLogits {tuple(self.shape)} can gather it: pass module=<that module>."
+            )
+        if hasattr(module, "unshard"):
+            module.unshard()
+            return module.reshard
+        import deepspeed  # type: ignore[import-not-found]
+
+        context = deepspeed.zero.GatheredParameters(list(module.parameters()))
+        context.__enter__()
+        return lambda: context.__exit__(None, None, None)
+
+    # What a lazy tensor must know
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LinearLogits:
+        here = self.vocab_dim
+
+        def per_token(t: Tensor) -> Tensor:
+            return fn(t.movedim(-1, here)).movedim(vocab_dim, -1)
+
+        def number(t: Tensor) -> Tensor:
+            return per_token(t.unsqueeze(-1)).squeeze(-1)
+
+        rest = self.rest
+        low_rank = rest.low_rank and (per_token(rest.low_rank[0]), rest.low_rank[1])
+        temperature = number(rest.temperature) if isinstance(rest.temperature, Tensor) else rest.temperature
+        new = self._but(per_token(self.hidden), view, vocab_dim=vocab_dim, low_rank=low_rank, temperature=temperature)
+        new._cache = {key: number(t) for key, t in self._cache.items()}
+        return new
+
+    def _but(self, hidden: Tensor, view: bool = False, **changes: Any) -> LinearLogits:
+        self.check()
+        changed = self.rest.but(**changes)
+        u, B = changed.low_rank or (None, None)
+        changed.versions = _versions(weight=changed.weight, bias=changed.bias, u=u, B=B)
+        changed.views = self.rest.views if view else [0]
+        return LinearLogits(hidden, rest=changed)
+
+    def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
+        new = self._but(self.hidden, dtype=dtype)
+        new._cache = dict(self._cache)
+        return new
+
+    def detach(self) -> LinearLogits:
+        u, B = self.rest.low_rank or (None, None)
+        low_rank = None if u is None else (u.detach(), B)
+        return self._but(self.hidden.detach(), True, detached=True, frozen=False, low_rank=low_rank)
+
+    def columns(self, key: slice | Tensor) -> Any:
+        if self.group is not None:
+            return NotImplemented
+        with self.gathered():
+            weight = self.rest.weight[key]
+            bias = None if self.rest.bias is None else self.rest.bias[key]
+            low_rank = self.rest.low_rank and (self.rest.low_rank[0], self.rest.low_rank[1][key])
+        return self._but(
+            self.hidden, isinstance(key, slice), weight=weight, bias=bias, low_rank=low_rank, vocab=weight.shape[0]
+        )
+
+    def column(self, at: int | Tensor) -> Any:
+        return self.columns(torch.as_tensor(at, device=self.device).view(1)).materialize().squeeze(self.vocab_dim)
+
+    def scaled(self, factor: Any) -> Any:
+        if _is_number(factor) and self.softcap is None:
+            return self._but(self.hidden, scale=self.scale * factor)
+        return NotImplemented if _is_number(factor) and factor == 0 else self._times_temperature(factor, inverse=True)
+
+    def divided(self, divisor: Any) -> Any:
+        if _is_number(divisor):
+            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
+        return self._times_temperature(divisor, inverse=False)
+
+    def _times_temperature(self, factor: Any, inverse: bool) -> Any:
+        if not _is_number(factor):
+            factor = per_token_number(self, factor)
+            if factor is NotImplemented or (factor.requires_grad and torch.is_grad_enabled()):
+                return NotImplemented
+            factor = factor.detach().to(self.device, statistics_dtype(self.hidden.dtype))
+        temperature = self.temperature / factor if inverse else self.temperature * factor
+        return self._but(self.hidden, temperature=temperature)
+
+    def shifted(self, offset: Any) -> Any:
+        from .log_softmax import LazyExpression
+
+        if _is_number(offset) or per_token_number(self, offset) is not NotImplemented:
+            return LazyExpression(self).shifted(offset)
+        bias = per_entry_number(self, offset)
+        linear = self.softcap is None and not isinstance(self.temperature, Tensor) and self.scale != 0
+        if bias is NotImplemented or not linear or (self.rest.detached and bias.requires_grad):
+            return NotImplemented
+        bias = (bias.to(statistics_dtype(self.hidden.dtype)) / self.scale).to(self.hidden.dtype)
+        hidden = self.hidden if self.rest.detached else _Identity.apply(self.hidden, bias)
+        return self._but(hidden, bias=bias if self.bias is None else self.bias + bias)
+
+    # Numbers per token
+
+    def statistic(self, name: str) -> Tensor:
+        """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
+        if (name, torch.is_grad_enabled()) not in self._cache:
+            self._measure(None, name)
+        return self._cache[name, torch.is_grad_enabled()]
+
+    def log_probs_at(self, ids: Tensor) -> Tensor:
+        """Log-probabilities at ``ids (*token_shape, K)``."""
+        return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs").view(ids.shape)
+
+    def values_at(self, ids: Tensor) -> Tensor:
+        return self.log_probs_at(ids) + self.statistic("logsumexp").unsqueeze(-1)
+
+    def _measure(self, ids: Tensor | None, name: str) -> Any:
+        flat = None if ids is None else ids.reshape(-1, ids.shape[-1])
+        found = linear_logits_statistics(self, flat, outputs=[name, "logsumexp"])._asdict()
+        for kept in {name, "logsumexp"} - {"log_probs"}:
+            self._cache[kept, torch.is_grad_enabled()] = found[kept].view(self.token_shape)
+        return found["log_probs"]
+
+    def vocab_sum(self) -> Tensor:
+        return self.sum_log_probs() + self.statistic("logsumexp") * self.rest.vocab
+
+    def sum_log_probs(self) -> Tensor:
+        """Sum over the vocabulary of the log-probabilities."""
+        if self.softcap is not None or self.group is not None:
+            return self.statistic("sum_log_probs")
+        # The logits' sum is linear: the projection on the sum of the head's rows.
+        hidden, temperature, low_rank = self.rows()
+        dtype = statistics_dtype(hidden.dtype)
+        with self.gathered(), torch.autocast(self.device.type, enabled=False):
+            total = hidden.to(dtype) @ self.weight.sum(0, dtype=dtype)
+        if low_rank is not None:
+            total = total + low_rank[0].to(dtype) @ low_rank[1].sum(0, dtype=dtype)
+        if self.bias is not None:
+            total = total + self.bias.sum(dtype=dtype)
+        total = total * self.scale if temperature is None else total * self.scale / temperature
+        return total.view(self.token_shape) - self.statistic("logsumexp") * self.rest.vocab
+
+    def topk_ids(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
+        """The ``k`` largest logits and their ids, ``(*token_shape, k)``, a workspace of tokens at a time."""
+        if self.group is not None:
+            raise NotImplementedError("argmax, max and topk over a vocabulary that is shared by a group of ranks")
+        rows = self.rows()
+        N, bytes_per_row = len(rows.hidden), self.rest.vocab * statistics_dtype(rows.hidden.dtype).itemsize
+        step = max(1, (settings.workspace.value or 2**28) // (2 * bytes_per_row))
+        values = rows.hidden.new_empty(N, k, dtype=statistics_dtype(rows.hidden.dtype))
+        ids = rows.hidden.new_empty(N, k, dtype=torch.int64)
+        with torch.no_grad(), self.gathered(), torch.autocast(self.device.type, enabled=False):
+            for i in range(0, N, step):
+                part = slice(i, i + step)
+                low_rank = rows.low_rank and (rows.low_rank[0][part], rows.low_rank[1])
+                temperature = None if rows.temperature is None else rows.temperature[part]
+                z = _project(Rows(rows.hidden[part], temperature, low_rank), self, self.weight, self.bias)
+                if k == 1:  # like argmax, the first of several; topk gives any
+                    values[part], ids[part] = z.max(-1, keepdim=True) if largest else z.min(-1, keepdim=True)
+                else:
+                    values[part], ids[part] = z.topk(k, largest=largest)
+        return values.view(*self.token_shape, k), ids.view(*self.token_shape, k)
+
+
+def _rebuild(hidden: Tensor, rest: _Rest) -> LinearLogits:
+    u, B = rest.low_rank or (None, None)
+    rest.versions = _versions(weight=rest.weight, bias=rest.bias, u=u, B=B)
+    return LinearLogits(hidden, rest=rest)
+
+
+# Under compile the whole of it travels as one output; elsewhere hidden is all that hooks and sinks may touch.
+pytree.register_pytree_node(
+    LinearLogits,
+    lambda x: ([x.hidden], x.rest),
+    lambda children, rest: LinearLogits(*children, rest=rest),
+    serialized_type_name="fused_losses.LinearLogits",
+)
+
+
+def _project(rows: Rows, like: LinearLogits, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits of some rows, ``(n, V)``, in the precision statistics are computed in unless the label asks for less."""
+    plain = like.softcap is None and like.scale == 1 and rows.temperature is None and rows.low_rank is None
+    if plain and like.dtype == rows.hidden.dtype:
+        return F.linear(rows.hidden, weight, bias)
+    z = F.linear(upcast(rows.hidden), upcast(weight), None if bias is None else upcast(bias))
+    if rows.low_rank is not None:
+        z = z + upcast(rows.low_rank[0]) @ upcast(rows.low_rank[1]).T
+    z = z * like.scale
+    if like.softcap is not None:
+        z = like.softcap * torch.tanh(z / like.softcap)
+    return z if rows.temperature is None else z / rows.temperature.unsqueeze(-1)
+
+
+# Construction
+
+
+def _versions(**tensors: Tensor | None) -> dict[str, int]:
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: t._version for name, t in tensors.items() if t is not None and not t.is_inference()}
+
+
+def _whole(weight: Tensor) -> bool:
+    return weight.numel() > 0 and weight.untyped_storage().size() > 0
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _check_whereabouts(weight: Tensor, module: Any) -> None:
+    if hasattr(weight, "device_mesh"):
+        raise TypeError(
+            f"the head's weight {tuple(weight.shape)} is a DTensor, sharded outside its module's forward: make the "
+            "LinearLogits inside that forward (LinearHead does), or pass weight.full_tensor()"
+        )
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel cannot join LinearLogits from several devices; use DistributedDataParallel, or compute the "
+            "loss inside the module"
+        )
+
+
+def _check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden {tuple(hidden.shape)} must be of a floating dtype, got {hidden.dtype}")
+    shapes = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"expected hidden (…, H) and weight (V, H) of one H, got {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    fits = u is None or B is None or (u.shape[:-1], B.shape) == (hidden.shape[:-1], (len(weight), u.shape[-1]))
+    if not fits and u is not None and B is not None:
+        raise ValueError(f"expected low_rank (…, R) and (V, R), got {tuple(u.shape)} and {tuple(B.shape)} for {shapes}")
+    for name, t in (("weight", weight), ("bias", bias), ("low_rank[0]", u), ("low_rank[1]", B)):
+        if t is not None and t.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device}, {name} {tuple(t.shape)} on {t.device}: move one of them")
+        if t is not None and t.dtype != hidden.dtype:
+            raise TypeError(
+                f"hidden is {hidden.dtype}, {name} {tuple(t.shape)} is {t.dtype}: cast one, or use autocast"
+            )
+
+
+def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, *others
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (hidden, *others)
+    )
+
+
+def _per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
+    if not isinstance(temperature, Tensor):
+        if temperature == 0:
+            raise ValueError("temperature must not be 0")
+        return temperature
+    if temperature.requires_grad:
+        raise ValueError(f"temperature {tuple(temperature.shape)} gets no gradient here: detach it")
+    tokens = hidden.shape[:-1]
+    if temperature.ndim == hidden.ndim and temperature.shape[-1] == 1:
+        temperature = temperature.squeeze(-1)
+    try:
+        return temperature.to(hidden.device, statistics_dtype(hidden.dtype)).expand(tokens)
+    except RuntimeError:
+        raise ValueError(
+            f"expected temperature with one number per token {tuple(tokens)}, got {tuple(temperature.shape)}"
+        ) from None
+
+
+def _refuse_reentrant_checkpoint() -> None:
+    """Reentrant checkpointing runs a function without gradients and connects only the tensors it returns."""
+    if torch.compiler.is_compiling():
+        return
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise RuntimeError(
+                "LinearLogits made inside reentrant activation checkpointing would get no gradient: pass "
+                "use_reentrant=False to checkpoint, or leave the head out of it"
+            )
+        frame = frame.f_back
+
+
+# Arithmetic
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat))
+
+
+def per_token_number(x: LazyTensor, t: Any) -> Any:
+    """``t``, which broadcasts against ``x`` with one number per token, as a tensor of ``token_shape``."""
+    if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
+        return NotImplemented
+    t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
+    fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
+    return t.squeeze(x.vocab_dim).expand(x.token_shape) if fits else NotImplemented
+
+
+def per_entry_number(x: LazyTensor, t: Any) -> Any:
+    """``t``, which broadcasts against ``x`` with one number per entry of the vocabulary, as ``(V,)``."""
+    if not isinstance(t, Tensor) or t.ndim > x.ndim or not t.is_floating_point():
+        return NotImplemented
+    shape = (1,) * (x.ndim - t.ndim) + t.shape
+    fits = all(n == (x.shape[d] if d == x.vocab_dim else 1) for d, n in enumerate(shape))
+    return t.reshape(-1) if fits else NotImplemented
+
+
+@answers("mul", "multiply", "__mul__", "__rmul__", anywhere=True)
+def mul(a: Any, b: Any) -> Any:
+    if is_lazy(a) and is_lazy(b):
+        return a.times(b)
+    return a.scaled(b) if is_lazy(a) else b.scaled(a)
+
+
+@answers("div", "divide", "true_divide", "__truediv__")
+def div(x: LazyTensor, divisor: Any, *, rounding_mode: Any = None) -> Any:
+    return x.divided(divisor) if rounding_mode is None and not is_lazy(divisor) else NotImplemented
+
+
+@answers("neg", "negative", "__neg__")
+def neg(x: LazyTensor) -> Any:
+    return x.scaled(-1)
+
+
+@answers("add", "__add__", "__radd__", anywhere=True)
+def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    if alpha != 1 or (is_lazy(a) and is_lazy(b)):
+        return NotImplemented
+    return a.shifted(b) if is_lazy(a) else b.shifted(a)
+
+
+@answers("sub", "subtract", "__sub__", anywhere=True)
+def sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    if alpha != 1 or (is_lazy(a) and is_lazy(b)):
+        return NotImplemented
+    if is_lazy(a):
+        return a.shifted(-b)
+    negated = b.scaled(-1)
+    return NotImplemented if negated is NotImplemented else negated.shifted(a)
+
+
+@answers("rsub", "__rsub__", anywhere=True)
+def rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    return sub(b, a, alpha=alpha)
+
+
+@answers("mul_", "multiply_", "__imul__")
+def mul_(x: LazyTensor, factor: Any) -> Any:
+    return _become(x, mul(x, factor))
+
+
+@answers("div_", "divide_", "true_divide_", "__itruediv__")
+def div_(x: LazyTensor, divisor: Any) -> Any:
+    return _become(x, div(x, divisor))
+
+
+def _become(x: LazyTensor, new: Any) -> Any:
+    if not isinstance(new, LinearLogits) or not isinstance(x, LinearLogits):
+        return NotImplemented
+    x.rest.views[0] += 1  # what is left of it: its views
+    x.hidden, x.rest, x._cache = new.hidden, new.rest, new._cache
+    x._versions, x._views_changed = new._versions, new._views_changed
+    return x
+
+
+@answers("detach")
+def detach(x: Any) -> Any:
+    return x.detach()
+
+
+@answers("cat", "concat", "concatenate", anywhere=True)
+def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
+    first = tensors[0]
+    if not all(isinstance(x, LinearLogits) and x.ndim == first.ndim for x in tensors):
+        return NotImplemented
+    at = dim % first.ndim
+    same = all(x.vocab_dim == first.vocab_dim and x.shape[x.vocab_dim] == first.shape[first.vocab_dim] for x in tensors)
+    if at == first.vocab_dim or not same or not all(_one_head(first, x) for x in tensors):
+        return NotImplemented
+    for x in tensors:
+        x.check()
+    at -= at > first.vocab_dim  # among the token dimensions
+    hidden = torch.cat([x.hidden for x in tensors], at)
+    temperature, low_rank = first.temperature, first.rest.low_rank
+    if not all(_equal(x.temperature, temperature) for x in tensors):
+        dtype = statistics_dtype(hidden.dtype)
+        each = [torch.as_tensor(x.temperature, dtype=dtype, device=x.device).expand(x.token_shape) for x in tensors]
+        temperature = torch.cat(each, at)
+    elif isinstance(temperature, Tensor):
+        temperature = torch.cat([x.temperature for x in tensors], at)
+    if low_rank is not None:
+        low_rank = (torch.cat([x.rest.low_rank[0] for x in tensors], at), low_rank[1])
+    dtype = first.dtype
+    for x in tensors:
+        dtype = torch.promote_types(dtype, x.dtype)
+    frozen = all(x.rest.frozen for x in tensors)
+    return first._but(hidden, temperature=temperature, low_rank=low_rank, dtype=dtype, frozen=frozen)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+
+
+def _one_head(a: LinearLogits, b: LinearLogits) -> bool:
+    """Whether ``a`` and ``b`` are different tokens before the same head."""
+    x, y = a.rest, b.rest
+    low_rank = x.low_rank is y.low_rank or (x.low_rank and y.low_rank and x.low_rank[1] is y.low_rank[1])
+    same = x.weight is y.weight and x.bias is y.bias and x.scale == y.scale and x.softcap == y.softcap
+    return bool(same and low_rank) and x.group is y.group and x.detached == y.detached
+
+
+def same_logits(a: LinearLogits, b: LinearLogits) -> bool:
+    """Whether ``a`` and ``b`` stand for the same numbers, whatever their labels."""
+    one = _one_head(a, b) and a.hidden is b.hidden and a.vocab_dim == b.vocab_dim
+    return one and _equal(a.temperature, b.temperature) and a.rest.low_rank is b.rest.low_rank
+
+
+@answers("stack", anywhere=True)
+def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
+    return torch.cat([x.unsqueeze(dim) for x in tensors], dim) if all(map(is_lazy, tensors)) else NotImplemented
+
+
+# The head
+
+
+class LinearHead(nn.Linear):
+    """The last layer of a language model, returning :class:`LinearLogits` where ``nn.Linear`` returns logits.
+
+    A subclass of ``nn.Linear`` with the same parameters under the same names: checkpoints, tied embeddings and
+    initialisation work as before. It gathers its own weight when ``fully_shard(head)`` or ZeRO-3 shards it.
+
+    Args:
+        in_features: H.
+        out_features: V.
+        bias: whether there is a bias.
+        scale: multiplies the products (Granite, Cohere).
+        softcap: bound of the logits (Gemma 2).
+        rank: of a LoRA update ``lora_B (V, R) · lora_A (R, H)`` beside the weight; 0: none.
+        alpha: the update is scaled by ``alpha / rank``.
+        dropout: on the update's input.
+
+    Example:
+        >>> head = LinearHead(4, 7, bias=False, softcap=30.0)
+        >>> head(torch.ones(2, 3, 4)).shape
+        torch.Size([2, 3, 7])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        rank: int = 0,
+        alpha: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.scale, self.softcap = scale, softcap
+        self.add_update(rank, alpha, dropout)
+
+    def add_update(self, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
+        """Put a LoRA update of this rank beside the weight, in place of any other; 0: none."""
+        self.alpha, self.dropout = alpha, dropout
+        self.lora_A = self.lora_B = None
+        if rank:
+            self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
+            self.lora_B = nn.Parameter(self.weight.new_zeros(self.out_features, rank))
+            nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None) -> LinearHead:
+        """A head that shares the parameters of ``linear``."""
+        head = cls(linear.in_features, linear.out_features, device="meta", scale=scale, softcap=softcap)
+        head.weight, head.bias = linear.weight, linear.bias
+        return head
+
+    def forward(self, input: Tensor, *, temperature: float | Tensor = 1.0) -> LinearLogits:  # type: ignore[override]
+        low_rank = None
+        if self.lora_A is not None and self.lora_B is not None:
+            u = F.linear(F.dropout(input, self.dropout, self.training), self.lora_A)
+            low_rank = (u * (self.alpha / len(self.lora_A)), self.lora_B)
+        return LinearLogits(
+            input,
+            self.weight,
+            self.bias,
+            scale=self.scale,
+            softcap=self.softcap,
+            temperature=temperature,
+            low_rank=low_rank,
+            module=self,
+        )

@@ -1,0 +1,426 @@
+"""``log_softmax`` and ``softmax`` of logits that are never made, and what losses do with them.
+
+A loss written in plain PyTorch takes ``log_softmax`` and then reads a few of its numbers: gathers the labels', sums
+over the vocabulary, multiplies by the probabilities and sums to an entropy. :class:`LazyExpression` holds
+``factor · f(z) + offset`` until one of these is asked for:
+
+=============  =====================  =============  ==========================
+f              f(z)                   at given ids   summed over the vocabulary
+=============  =====================  =============  ==========================
+logits         z                      logp + lse     V·mean(z)
+log_softmax    z − lse                logp           V·(mean(z) − lse)
+softmax        exp(z − lse)           exp(logp)      1
+p_log_p        softmax·log_softmax                   −entropy
+p_z            softmax·z                             lse − entropy
+tanh           tanh(z)                               (becomes a softcap when multiplied)
+=============  =====================  =============  ==========================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .lazy_tensor import LazyTensor, answers, is_lazy, permute
+from .linear_logits import LinearLogits, _is_number, per_token_number, same_logits
+from .numerics import statistics_dtype, upcast
+
+
+class _Form(NamedTuple):
+    elements: Callable[[Tensor, int], Tensor]  # of whole logits
+    at: Callable[[LinearLogits, Tensor], Tensor] | None  # (*token_shape, K)
+    total: Callable[[LinearLogits], Tensor] | None  # token_shape
+
+
+def _times_log(z: Tensor, dim: int) -> Tensor:
+    logp = z.log_softmax(dim)
+    return torch.where(logp == -torch.inf, 0, logp.exp() * logp)
+
+
+_FORMS = {
+    "logits": _Form(lambda z, dim: z, LinearLogits.values_at, LinearLogits.vocab_sum),
+    "log_softmax": _Form(
+        lambda z, dim: z.log_softmax(dim),
+        LinearLogits.log_probs_at,
+        LinearLogits.sum_log_probs,
+    ),
+    "softmax": _Form(
+        lambda z, dim: z.softmax(dim),
+        lambda z, ids: z.log_probs_at(ids).exp(),
+        lambda z: torch.ones(z.token_shape, dtype=statistics_dtype(z.hidden.dtype), device=z.device),
+    ),
+    "p_log_p": _Form(_times_log, None, lambda z: -z.statistic("entropy")),
+    "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
+    "tanh": _Form(lambda z, dim: z.tanh(), None, None),
+}
+
+
+@dataclass(eq=False, repr=False)
+class LazyExpression(LazyTensor):
+    """``factor · f(base) + offset``, each a number or one per token ``token_shape``; see the module."""
+
+    base: LinearLogits
+    form: str = "logits"
+    factor: Any = 1.0
+    offset: Any = 0.0
+    label: Any = None  # dtype, base's if None
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.label or self.base.dtype
+
+    @property
+    def vocab_dim(self) -> int:  # type: ignore[override]
+        return self.base.vocab_dim
+
+    @property
+    def token_shape(self) -> torch.Size:  # type: ignore[override]
+        return self.base.token_shape
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.base.device
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return any(isinstance(t, (Tensor, LinearLogits)) and t.requires_grad for t in self._parts())
+
+    @property
+    def grad_fn(self) -> Any:
+        return self.base.grad_fn
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.base, self.factor, self.offset
+
+    def __repr__(self) -> str:
+        return f"LazyExpression({tuple(self.shape)}, {self.dtype}, {self.factor}·{self.form}(…) + {self.offset}, {self.base})"
+
+    @property
+    def unscaled(self) -> bool:
+        return _is_number(self.factor) and _is_number(self.offset) and self.factor == 1 and self.offset == 0
+
+    def materialize(self) -> Tensor:
+        """The elements themselves, differentiable, in ``dtype``."""
+        z = self.base.with_dtype(statistics_dtype(self.base.hidden.dtype)).materialize()
+        factor, offset = (
+            t.unsqueeze(self.vocab_dim) if isinstance(t, Tensor) else t for t in (self.factor, self.offset)
+        )
+        return (_FORMS[self.form].elements(z, self.vocab_dim) * factor + offset).to(self.dtype)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyExpression:
+        def number(t: Any) -> Any:
+            return fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
+
+        base = self.base.mapped(fn, vocab_dim, view=view)
+        return replace(self, base=base, factor=number(self.factor), offset=number(self.offset))
+
+    def with_dtype(self, dtype: torch.dtype) -> LazyExpression:
+        return replace(self, label=dtype)
+
+    def detach(self) -> LazyExpression:
+        base, factor, offset = (t if _is_number(t) else t.detach() for t in self._parts())
+        return replace(self, base=base, factor=factor, offset=offset)
+
+    def columns(self, key: slice | Tensor) -> Any:
+        if isinstance(key, slice) or key.dtype == torch.bool:
+            return NotImplemented
+        values = self.values_at(key.expand(*self.token_shape, -1))
+        return values if values is NotImplemented else values.to(self.dtype).movedim(-1, self.vocab_dim)
+
+    def scaled(self, factor: Any) -> Any:
+        if self.form == "tanh" and self.unscaled:
+            if not _is_number(factor) or factor <= 0:
+                return NotImplemented
+            return self.base._but(self.base.hidden, scale=self.base.scale * factor, softcap=factor).with_dtype(
+                self.dtype
+            )
+        if not _is_number(factor):
+            factor = per_token_number(self, factor)
+        if factor is NotImplemented:
+            return NotImplemented
+        return replace(self, factor=self.factor * factor, offset=self.offset * factor)
+
+    def divided(self, divisor: Any) -> Any:
+        return NotImplemented if _is_number(divisor) and divisor == 0 else self.scaled(1 / divisor)
+
+    def shifted(self, offset: Any) -> Any:
+        if not _is_number(offset):
+            offset = per_token_number(self, offset)
+        return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
+
+    def values_at(self, ids: Tensor) -> Any:
+        at = _FORMS[self.form].at
+        if at is None:
+            return NotImplemented
+        factor, offset = (t.unsqueeze(-1) if isinstance(t, Tensor) else t for t in (self.factor, self.offset))
+        return at(self.base, ids) * factor + offset
+
+    def vocab_sum(self) -> Any:
+        total = _FORMS[self.form].total
+        return NotImplemented if total is None else total(self.base) * self.factor + self.offset * self.base.rest.vocab
+
+    def times(self, other: LazyTensor) -> Any:
+        """The product with another lazy tensor, where it is one of the forms."""
+        other = other if isinstance(other, LazyExpression) else LazyExpression(other)  # type: ignore[arg-type]
+        forms = {self.form: self, other.form: other}
+        product = {"log_softmax": "p_log_p", "logits": "p_z"}.get(next((f for f in forms if f != "softmax"), ""))
+        plain = all(_is_number(x.offset) and x.offset == 0 for x in (self, other))
+        if len(forms) != 2 or "softmax" not in forms or product is None:
+            return NotImplemented
+        if not plain or not same_logits(self.base, other.base):
+            return NotImplemented
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return replace(self, form=product, factor=self.factor * other.factor, label=dtype)
+
+    def up_to_shift(self) -> Any:
+        """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
+        if self.form not in ("logits", "log_softmax"):
+            return NotImplemented
+        base = self.base.scaled(self.factor)
+        return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)
+
+
+def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> LazyExpression:
+    return LazyExpression(base, form, factor, offset, label)
+
+
+pytree.register_pytree_node(
+    LazyExpression,
+    lambda x: (list(x._parts()), (x.form, x.label)),
+    lambda parts, rest: _expression(*parts, *rest),
+    serialized_type_name="fused_losses.LazyExpression",
+)
+
+
+def _logits(x: LazyTensor) -> Any:
+    """The logits whose softmax ``x`` has."""
+    return x if isinstance(x, LinearLogits) else x.up_to_shift()
+
+
+def _label(x: LazyTensor, dtype: Any = None) -> torch.dtype:
+    """The dtype of a loss or softmax of ``x``: autocast asks for fp32."""
+    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype.itemsize < 4
+    return dtype or (torch.float32 if autocast else x.dtype)
+
+
+def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
+    dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
+    base = _logits(x)
+    if dim is None or dim % x.ndim != x.vocab_dim or base is NotImplemented:
+        return NotImplemented
+    return LazyExpression(base, form, label=_label(x, dtype))
+
+
+@answers("log_softmax", "special_log_softmax")
+def log_softmax(x: LazyTensor, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Any:
+    return _softmax(x, "log_softmax", dim, _stacklevel, dtype)
+
+
+@answers("softmax", "special_softmax")
+def softmax(x: LazyTensor, dim: Any = None, _stacklevel: Any = 3, dtype: Any = None) -> Any:
+    return _softmax(x, "softmax", dim, _stacklevel, dtype)
+
+
+def _reformed(x: LazyTensor, form: str, to: str) -> Any:
+    """``f(x)`` where that turns one form into another."""
+    if isinstance(x, LazyExpression) and x.form == form and x.unscaled:
+        return replace(x, form=to)
+    return NotImplemented
+
+
+@answers("exp")
+def exp(x: LazyTensor) -> Any:
+    return _reformed(x, "log_softmax", "softmax")
+
+
+@answers("log")
+def log(x: LazyTensor) -> Any:
+    return _reformed(x, "softmax", "log_softmax")
+
+
+@answers("tanh")
+def tanh(x: LazyTensor) -> Any:
+    unbounded = isinstance(x, LinearLogits) and x.softcap is None and not isinstance(x.temperature, Tensor)
+    return LazyExpression(x, "tanh") if unbounded else NotImplemented  # type: ignore[arg-type]
+
+
+@answers("gather", "take_along_dim")
+def gather(x: LazyTensor, dim: Any = None, index: Any = None, *, indices: Any = None, sparse_grad: bool = False) -> Any:
+    index = indices if index is None else index
+    if isinstance(dim, Tensor):  # take_along_dim(x, indices, dim)
+        dim, index = index, dim
+    if not isinstance(dim, int) or dim % x.ndim != x.vocab_dim or index.ndim != x.ndim:
+        return NotImplemented
+    ids = index.movedim(x.vocab_dim, -1)
+    if ids.shape[:-1] != x.token_shape:
+        return NotImplemented
+    values = x.values_at(ids)
+    return values if values is NotImplemented else values.to(x.dtype).movedim(-1, x.vocab_dim)
+
+
+def _dims(x: LazyTensor, dim: Any) -> list[int]:
+    dims = range(x.ndim) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
+    return [d % x.ndim for d in dims]
+
+
+@answers("logsumexp", "special_logsumexp")
+def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
+    logits = isinstance(x, LinearLogits) or (x.form == "logits" and x.factor == 1)
+    if _dims(x, dim) != [x.vocab_dim] or not logits:
+        return NotImplemented
+    lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.base.statistic("logsumexp") + x.offset
+    return _kept(lse.to(x.dtype), x, keepdim)
+
+
+def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
+    return t.unsqueeze(x.vocab_dim) if keepdim else t
+
+
+@answers("sum")
+def sum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    dims = _dims(x, dim)
+    total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
+    return total if total is NotImplemented else total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
+
+
+@answers("mean")
+def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    total = sum(x, dim, keepdim, dtype=statistics_dtype(x.dtype))
+    count = math.prod(x.shape[d] for d in _dims(x, dim))
+    return total if total is NotImplemented else (total / count).to(dtype or x.dtype)
+
+
+def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
+    """Values, differentiable, and ids of the largest or smallest entries, ``(*token_shape, k)``."""
+    if isinstance(x, LazyExpression):
+        monotone = x.form in ("logits", "log_softmax", "softmax") and _is_number(x.factor) and x.factor > 0
+        if not monotone:
+            return NotImplemented
+        ids = x.base.topk_ids(k, largest)[1]
+        return x.values_at(ids).to(x.dtype), ids
+    values, ids = x.topk_ids(k, largest)
+    if x.requires_grad and torch.is_grad_enabled():
+        values = x.values_at(ids)
+    return values.to(x.dtype), ids
+
+
+@answers("argmax")
+def argmax(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
+    if dim is None or dim % x.ndim != x.vocab_dim:
+        return NotImplemented
+    found = _extreme(x.detach(), 1, largest)
+    return found if found is NotImplemented else _kept(found[1].squeeze(-1), x, keepdim)
+
+
+@answers("argmin")
+def argmin(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    return argmax(x, dim, keepdim, largest=False)
+
+
+@answers("max")
+def max(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
+    if not isinstance(dim, int) or dim % x.ndim != x.vocab_dim:
+        return NotImplemented
+    found = _extreme(x, 1, largest)
+    if found is NotImplemented:
+        return NotImplemented
+    values, ids = (_kept(t.squeeze(-1), x, keepdim) for t in found)
+    return torch.return_types.max((values, ids)) if largest else torch.return_types.min((values, ids))
+
+
+@answers("min")
+def min(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    return max(x, dim, keepdim, largest=False)
+
+
+@answers("amax")
+def amax(x: LazyTensor, dim: Any = (), keepdim: bool = False) -> Any:
+    found = max(x, *_dims(x, dim), keepdim) if len(_dims(x, dim)) == 1 else NotImplemented
+    return found if found is NotImplemented else found.values
+
+
+@answers("topk")
+def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
+    if dim % x.ndim != x.vocab_dim:
+        return NotImplemented
+    if not 0 < k <= x.shape[x.vocab_dim]:
+        raise RuntimeError(f"selected index k={k} out of range for {x.shape[x.vocab_dim]} entries")
+    found = _extreme(x, k, largest)
+    if found is NotImplemented:
+        return NotImplemented
+    values, ids = (t.movedim(-1, x.vocab_dim) for t in found)
+    return torch.return_types.topk((values, ids))
+
+
+# Losses
+
+
+def _class_dim(x: LazyTensor) -> bool:
+    """Whether PyTorch's losses would take the vocabulary for the classes."""
+    return x.vocab_dim == (0 if x.ndim == 1 else 1)
+
+
+@answers("cross_entropy", "cross_entropy_loss")
+def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+    from .cross_entropy import cross_entropy as fused
+
+    logits = _logits(x)
+    if logits is NotImplemented or not _class_dim(x) or is_lazy(target):
+        return NotImplemented
+    return fused(logits.with_dtype(_label(x)), target, weight, *args, **kwargs)
+
+
+@answers("nll_loss", "nll_loss_nd")
+def nll_loss(
+    x: LazyTensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
+    if not log_probs or not _is_number(x.factor) or not _is_number(x.offset) or x.offset != 0:
+        return NotImplemented
+    loss = cross_entropy(x.base.with_dtype(x.dtype), target, weight, size_average, ignore_index, reduce, reduction)
+    return loss if loss is NotImplemented else loss * x.factor
+
+
+@answers("kl_div", anywhere=True)
+def kl_div(
+    x: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """``Σ t (log t − log p)`` for probabilities ``t`` that exist: the cross entropy with them, less their entropy."""
+    log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled
+    reduction = (
+        nn._reduction.legacy_get_string(size_average, reduce) if None not in (size_average, reduce) else reduction
+    )
+    if not log_probs or is_lazy(target) or reduction == "none" or target.shape != x.shape:
+        return NotImplemented
+    from .cross_entropy import cross_entropy as fused
+
+    at = x.vocab_dim
+    order = [0, at] + [d for d in range(1, x.ndim) if d != at] if at else list(range(x.ndim))
+    probs, log_target_probs = (target.exp(), target) if log_target else (target, None)
+    t = upcast(probs)
+    log_t = torch.xlogy(t, t) if log_target_probs is None else t * upcast(log_target_probs)
+    cross = fused(permute(x.base.with_dtype(t.dtype), order), t.permute(order), reduction="sum")
+    total = log_t.sum() + cross
+    count = {"sum": 1, "batchmean": x.shape[0], "mean": math.prod(x.shape)}[reduction]
+    return (total / count).to(_label(x))
