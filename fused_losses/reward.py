@@ -12,7 +12,7 @@ vocabulary, whether the step before was right. :func:`prm_loss` computes those l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, TypedDict, overload
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -247,30 +247,6 @@ def end_scores(values: Tensor, input_ids: Tensor, pad_id: int, prompt_length: in
     return _value_before(values, _first(answer_pad, values.shape[1]))
 
 
-@overload
-def prm_loss(
-    inputs: Tensor,
-    logits: Tensor | LinearLogits,
-    labels: Tensor,
-    *,
-    placeholder_token_id: int,
-    reward_token_ids: Sequence[int] | None = None,
-    return_acc: Literal[False] = False,
-) -> Tensor: ...
-
-
-@overload
-def prm_loss(
-    inputs: Tensor,
-    logits: Tensor | LinearLogits,
-    labels: Tensor,
-    *,
-    placeholder_token_id: int,
-    reward_token_ids: Sequence[int] | None = None,
-    return_acc: Literal[True],
-) -> tuple[Tensor, Tensor]: ...
-
-
 def prm_loss(
     inputs: Tensor,
     logits: Tensor | LinearLogits,
@@ -279,7 +255,7 @@ def prm_loss(
     placeholder_token_id: int,
     reward_token_ids: Sequence[int] | None = None,
     return_acc: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     r"""Cross entropy of a process reward model at the placeholder tokens, over the reward tokens.
 
     .. math:: L = \frac{1}{P} \sum_{(b,t):\ \text{input}_{b,t} = \text{placeholder}} -\sum_c q_{b,t,c} \log p_{b,t,c}
