@@ -7,7 +7,7 @@ does the work and what stands here is PyTorch's contract.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from .numerics import statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
 from .token_statistics import rows_statistics, target_ids
+
+if TYPE_CHECKING:
+    from .linear_logits import LinearLogits
 
 
 def row_shares(ids: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -43,7 +46,7 @@ def hard_label_loss(
     loss = -statistics.log_probs[:, 0] * shares
     if label_smoothing:
         assert statistics.sum_log_probs is not None
-        loss = (1 - label_smoothing) * loss - label_smoothing / classes * statistics.sum_log_probs
+        loss = (1 - label_smoothing) * loss - label_smoothing / classes * statistics.sum_log_probs.to(loss.dtype)
     return plus_z_loss(loss, statistics, z_loss)
 
 
@@ -63,7 +66,7 @@ class CrossEntropyStatistics(NamedTuple):
 
 
 def cross_entropy(
-    input: Tensor,
+    input: Tensor | LinearLogits,
     target: Tensor,
     weight: Tensor | None = None,
     size_average: bool | None = None,
@@ -118,12 +121,26 @@ def cross_entropy(
         RuntimeError, ValueError: as PyTorch does for shapes and dtypes that do not fit.
 
     Example:
-        >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
-        >>> cross_entropy(logits, torch.tensor([0, -100]))
-        tensor(0.1698, grad_fn=<DivBackward0>)
+        >>> cross_entropy(torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, -100]))
+        tensor(0.1698)
     """
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    if not isinstance(input, Tensor):
+        from .linear_cross_entropy import linear_logits_cross_entropy
+
+        return linear_logits_cross_entropy(
+            input,
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            return_statistics=return_statistics,
+            backend=backend,
+        )
     if not _understood(input, target, weight, ignore_index, reduction, label_smoothing):
         # PyTorch's own error, or, where it does accept this, PyTorch's own answer.
         loss = F.cross_entropy(
@@ -164,7 +181,7 @@ def cross_entropy(
     dtype = statistics_dtype(input.dtype)
     if ids is None:
         assert statistics.sum_log_probs is not None
-        loss = plus_z_loss(-statistics.sum_log_probs, statistics, z_loss)
+        loss = plus_z_loss(-statistics.sum_log_probs.to(dtype), statistics, z_loss)
         total: Tensor | int = loss.numel()
     else:
         shares = row_shares(ids[:, 0], weight, dtype)

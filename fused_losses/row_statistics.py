@@ -23,11 +23,11 @@ class RowStatistics(NamedTuple):
     """Statistics of ``N`` rows, ``None`` where not asked for; fp32 (float64 for float64 logits) unless noted."""
 
     log_probs: Tensor | None = None  # (N, K) logp at each id, never positive
-    # (N,) float64 always: rounding it to fp32 costs |logsumexp|·6e-8 of relative error in every probability of the row.
+    # (N,) float64: rounding it to fp32 costs |logsumexp|·6e-8 of relative error in every probability of the row.
     logsumexp: Tensor | None = None
     entropy: Tensor | None = None  # (N,) −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) log Σ p²
-    sum_log_probs: Tensor | None = None  # (N,) Σ u logp, u the column weights or 1; see probabilities
+    sum_log_probs: Tensor | None = None  # (N,) float64, Σ u logp, u the column weights or 1; see label_weights
     weight_sum: Tensor | None = None  # (N,) Σ u, with probabilities only
     max_logit: Tensor | None = None  # (N,)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
@@ -46,7 +46,8 @@ def label_weights(
 def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
     """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
     dtype = statistics_dtype(like.dtype)
-    dtypes = {"logsumexp": wide_dtype(like.device), "is_top1": torch.bool}
+    wide = wide_dtype(like.device)
+    dtypes = {"logsumexp": wide, "sum_log_probs": wide, "is_top1": torch.bool}
     room: dict[str, Tensor] = {
         name: like.new_empty(rows, dtype=dtypes.get(name, dtype))
         for name in RowStatistics._fields
@@ -65,6 +66,13 @@ class Coefficients(NamedTuple):
     e: Tensor | None = None
     c: Tensor | None = None
     d: Tensor | None = None
+
+
+def where_ids_stand(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
+    """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
+    if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:
+        return upstream
+    return upstream._replace(log_probs=upstream.log_probs.masked_fill(ids == -100, 0))
 
 
 def coefficients(
@@ -99,5 +107,6 @@ def coefficients(
         total: Tensor | int | None = statistics.weight_sum
         if total is None:
             total = vocab if column_weight is None else column_weight.sum()
+        g = g.to(dtype)
         a, d = plus(a, -g * total), g
     return Coefficients(a, b, e, c, d)

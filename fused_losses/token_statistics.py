@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,11 @@ from torch import Tensor
 from .autodiff import check_differentiable, differentiable_gradients, transforms_active
 from .chunked import softmax_rows as chunked_softmax_rows
 from .numerics import statistics_dtype
-from .row_statistics import RowStatistics, coefficients, empty_statistics, label_weights
+from .row_statistics import RowStatistics, coefficients, empty_statistics, label_weights, where_ids_stand
 from .settings import Backend, resolve_backend
+
+if TYPE_CHECKING:
+    from .linear_logits import LinearLogits
 
 
 class TokenStatistics(NamedTuple):
@@ -204,14 +207,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
     asked = {"log_probs", "logsumexp", *outputs.split(",")}  # a compiled graph sends zeros for the others
     upstream = RowStatistics(*(g if n in asked else None for n, g in zip(RowStatistics._fields, grads, strict=True)))
-    terms = coefficients(upstream, found, logits.shape[1], column_weight, dtype)
+    terms = coefficients(where_ids_stand(upstream, ids), found, logits.shape[1], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
     d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape
         x = logits.transpose(1, 2).reshape(-1, V).to(dtype)
         z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
-        d_t = (upstream.sum_log_probs * (1 - label_smoothing))[:, None] * (z - logsumexp[:, None]).to(dtype)
+        d_t = (upstream.sum_log_probs * (1 - label_smoothing))[:, None].to(dtype) * (z - logsumexp[:, None]).to(dtype)
         d_t = d_t if column_weight is None else d_t * column_weight
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
     if not ctx.needs_input_grad[0]:
@@ -273,3 +276,173 @@ def rows_statistics(
     )
     asked = {"logsumexp", "log_probs" if ids is not None else "", *outputs}
     return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
+
+
+def token_statistics(
+    logits: Tensor | LinearLogits,
+    index: Tensor | None = None,
+    outputs: Collection[str] = ("log_probs",),
+    *,
+    temperature: float | Tensor = 1.0,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+) -> TokenStatistics:
+    r"""Numbers per token of ``logits``; only what is asked for is computed.
+
+    With :math:`z` the logits over the temperature, :math:`lse = \log\sum_j e^{z_j}` and :math:`p = softmax(z)`:
+
+    ==================== ========================================= ==============
+    output               value                                     differentiable
+    ==================== ========================================= ==============
+    ``log_probs``        :math:`z_y - lse`, never positive         yes
+    ``entropy``          :math:`lse - \sum_j p_j z_j`, nats        yes
+    ``logsumexp``        :math:`lse`                               yes
+    ``log_sum_sq_probs`` :math:`\log\sum_j p_j^2`                  yes
+    ``mean_logits``      :math:`\frac{1}{V}\sum_j z_j`             no
+    ``max_logit``        :math:`\max_j z_j`                        no
+    ``is_top1``          whether ``index`` is the first maximum    no
+    ==================== ========================================= ==============
+
+    Source: the outputs of TRL 1.16's chunked log-prob function; ``log_sum_sq_probs`` is WPO's (arXiv:2406.11827).
+
+    Args:
+        logits: ``(…, V)``, any strides, a Tensor or a :class:`LinearLogits`.
+        index: ids in ``[0, V)``, ``(…)`` or ``(…, K)`` for K ids per token. A token whose ids are all −100 is not read and,
+            of a :class:`LinearLogits`, not projected: it gives 0 with gradient 0, whatever stands there. Another −100 among
+            K ids gives 0. Without an index, ``log_probs`` and ``is_top1`` cannot be asked for.
+        outputs: names from the table.
+        temperature: a number, or one number per token ``(…)``; it gets no gradient.
+        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
+        workspace: bytes to use beside inputs and results, for a :class:`LinearLogits`.
+
+    Returns:
+        A named tuple of tensors ``(…)``, ``log_probs`` shaped like ``index``, ``is_top1`` bool (of the first of K ids); fp32,
+        or float64 for float64 logits; None where not asked for.
+
+    Raises:
+        IndexError: an id outside ``[0, V)``, on a CPU; on a GPU the device's next synchronisation fails.
+        ValueError: shapes that do not fit, or an unknown output.
+
+    Example:
+        >>> found = token_statistics(torch.zeros(2, 4), torch.tensor([1, 3]), outputs=("log_probs", "entropy"))
+        >>> found.log_probs, found.entropy
+        (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
+    """
+    if not isinstance(logits, Tensor) and logits.vocab_dim != logits.ndim - 1:
+        raise ValueError(
+            f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
+        )
+    unknown = set(outputs) - set(TokenStatistics._fields)
+    if unknown:
+        raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
+    tokens, V = logits.shape[:-1], logits.shape[-1]
+    if logits.ndim == 0 or (index is not None and index.shape not in (tokens, tokens + index.shape[-1:])):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, "
+            f"got {None if index is None else tuple(index.shape)}"
+        )
+    if index is None and {"log_probs", "is_top1"} & set(outputs):
+        raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {(*tokens, 'K')}; got None")
+    if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
+        raise TypeError(f"index holds token ids and must be an integer tensor, got {index.dtype} {tuple(index.shape)}")
+    logits, per_token = _at_temperature(logits, temperature, tokens)
+    ids = None
+    if index is not None:
+        K = index.shape[-1] if index.ndim > len(tokens) else 1
+        ids = target_ids(index.reshape(-1, K), V, -100)
+    # mean_logits = mean logp + logsumexp
+    rows_outputs = ["sum_log_probs" if name == "mean_logits" else name for name in outputs]
+    if isinstance(logits, Tensor):
+        found = rows_statistics(_as_rows(logits), ids, None, per_token, outputs=rows_outputs, backend=backend)
+    else:
+        found = linear_logits_statistics(logits, ids, outputs=rows_outputs, backend=backend, workspace=workspace)
+    values: dict[str, Tensor] = {}
+    for name in outputs:
+        value = getattr(found, "sum_log_probs" if name == "mean_logits" else name)
+        if name == "mean_logits":
+            value = (value / V + found.logsumexp).detach()
+        if name in ("logsumexp", "mean_logits"):
+            value = value.to(statistics_dtype(logits.dtype))
+        values[name] = value.view(index.shape if name == "log_probs" and index is not None else tokens)
+    return TokenStatistics(**values)
+
+
+def selective_log_softmax(
+    logits: Tensor | LinearLogits,
+    index: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    row_mask: Tensor | None = None,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+) -> Tensor:
+    r"""Log-probabilities of the tokens at ``index``, fp32 and differentiable.
+
+    .. math:: \log p_y = z_y - \log\sum_j e^{z_j}, \qquad z = logits/temperature
+
+    Source: TRL's ``selective_log_softmax``, OpenRLHF's ``log_probs_from_logits``, verl's ``logprobs_from_logits``,
+    DeepSpeed-Chat's ``gather_log_probs``.
+
+    Args:
+        logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
+        index: ``(…)``, or ``(…, K)`` for K ids per token; −100 gives 0 with gradient 0.
+        temperature: a number, or one number per token ``(…)``.
+        row_mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
+        backend, workspace: as for :func:`token_statistics`.
+
+    Returns:
+        Log-probabilities shaped like ``index``, never positive; fp32, or float64 for float64 logits.
+
+    Example:
+        >>> selective_log_softmax(torch.tensor([[2.0, 0.0], [0.0, 0.0]]), torch.tensor([0, -100]))
+        tensor([-0.1269,  0.0000])
+    """
+    if row_mask is not None:
+        keep = row_mask != 0
+        index = index.masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
+    found = token_statistics(
+        logits, index, ("log_probs",), temperature=temperature, backend=backend, workspace=workspace
+    )
+    assert found.log_probs is not None
+    return found.log_probs
+
+
+def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:
+    """``logits`` and one temperature per row ``(N,)``; a :class:`LinearLogits` takes it in."""
+    if isinstance(temperature, Tensor) and temperature.ndim > 0:
+        if temperature.shape != tokens:
+            raise ValueError(
+                f"temperature {tuple(temperature.shape)} must be a number or have one per token {tuple(tokens)}"
+            )
+    elif not isinstance(temperature, Tensor) and temperature == 1.0:
+        return logits, None
+    if not isinstance(logits, Tensor):
+        return logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature), None
+    if not isinstance(temperature, Tensor):
+        return logits, torch.full((tokens.numel(),), temperature, device=logits.device)
+    return logits, temperature.expand(tokens).reshape(-1)
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """``(…, V)`` as ``(B, V, S)``: a view wherever strides allow."""
+    if logits.ndim == 1:
+        return logits[None, :, None]
+    if logits.ndim == 2:
+        return logits.unsqueeze(-1)
+    return logits.flatten(0, -3).transpose(1, 2)
+
+
+def linear_logits_statistics(
+    logits: LinearLogits, ids: Tensor | None, column_weight: Tensor | None = None, **options: Any
+) -> RowStatistics:
+    """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
+    from .routes import Head, linear_statistics
+
+    rows = logits.rows()
+    u, B = rows.low_rank or (None, None)
+    head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+    with logits.gathered():
+        found = linear_statistics(head, ids, column_weight, **options)
+    assert found.logsumexp is not None
+    logits.gather_in_backward(found.logsumexp)  # every output comes from one node
+    return found

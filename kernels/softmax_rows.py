@@ -50,7 +50,7 @@ def _softmax_rows_fwd_kernel(
     logsumexp_ptr,  # (N,) float64
     entropy_ptr,  # (N,)
     log_sum_sq_probs_ptr,  # (N,)
-    sum_log_probs_ptr,  # (N,)
+    sum_log_probs_ptr,  # (N,) float64
     weight_sum_ptr,  # (N,)
     max_logit_ptr,  # (N,)
     is_top1_ptr,  # (N,) bool
@@ -152,25 +152,25 @@ def _softmax_rows_fwd_kernel(
     row_largest = tl.max(largest, 1)
     moved = largest - row_largest[:, None]
     rescale = tl.exp(moved)
-    row_total = tl.sum(total * rescale, 1).to(tl.float64)
+    row_total = tl.sum((total * rescale).to(tl.float64), 1)
     log_total = tl.log(row_total)
     logsumexp = row_largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
     if ENTROPY:
-        row_shifted = tl.sum(rescale * (total_shifted + moved * total), 1).to(tl.float64)
+        row_shifted = tl.sum((rescale * (total_shifted + moved * total)).to(tl.float64), 1)
         entropy = (log_total - row_shifted / row_total).to(tl.float32)
         tl.store(entropy_ptr + row, tl.where(skipped, 0.0, entropy), mask=row_inside)
     if LOG_SUM_SQ_PROBS:
-        row_sq = tl.sum(total_sq * (rescale * rescale), 1).to(tl.float64)
+        row_sq = tl.sum((total_sq * (rescale * rescale)).to(tl.float64), 1)
         log_sum_sq = (tl.log(row_sq) - 2 * log_total).to(tl.float32)
         tl.store(log_sum_sq_probs_ptr + row, tl.where(skipped, 0.0, log_sum_sq), mask=row_inside)
     if SUM_LOG_PROBS:
-        row_weighted = tl.sum(weighted + moved * weight_seen, 1).to(tl.float64)
-        row_weight = tl.sum(weight_seen, 1)
-        sum_log_probs = (row_weighted - log_total * row_weight.to(tl.float64)).to(tl.float32)
+        moved_weight = moved.to(tl.float64) * weight_seen.to(tl.float64)
+        row_weight = tl.sum(weight_seen.to(tl.float64), 1)
+        sum_log_probs = tl.sum(weighted.to(tl.float64) + moved_weight, 1) - log_total * row_weight
         tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, sum_log_probs), mask=row_inside)
         if HAS_PROBABILITIES:
-            tl.store(weight_sum_ptr + row, row_weight, mask=row_inside)
+            tl.store(weight_sum_ptr + row, row_weight.to(tl.float32), mask=row_inside)
     if MAX_LOGIT:
         max_logit = tl.where(tl.sum(nans, 1) > 0, float("nan"), row_largest)
         max_logit = tl.where(max_logit == FLOOR, float("-inf"), max_logit)

@@ -98,7 +98,7 @@ def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Col
     if "sum_log_probs" in outputs:
         weight_sum = z.new_full((), V) if u is None else u.sum(-1, dtype=wide)
         weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
-        found["sum_log_probs"] = finish(weighted - weight_sum * log_total)
+        found["sum_log_probs"] = finish(weighted - weight_sum * log_total, wide)
         if "weight_sum" in outputs:
             found["weight_sum"] = finish(weight_sum)
     if "max_logit" in outputs:

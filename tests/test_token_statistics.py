@@ -1,0 +1,221 @@
+"""Token statistics of logits that exist: values, gradients, masks and what the caller may do with the results."""
+
+import math
+
+import pytest
+import torch
+
+from fused_losses.reference import token_statistics as reference
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.token_statistics import TokenStatistics, selective_log_softmax, token_statistics
+
+NAMES = TokenStatistics._fields
+DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
+
+
+def logits_and_ids(device, dtype=torch.float32, tokens=(2, 5), V=77, K=None, scale=4.0):
+    x = (torch.randn(*tokens, V, device=device) * scale).to(dtype)
+    ids = torch.randint(0, V, tokens if K is None else (*tokens, K), device=device)
+    ids[0, 1] = -100
+    return x, ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("K", [None, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, "per token"])
+def test_values_and_gradients(temperature, K, dtype, backend, device):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter is wrong about bfloat16")
+    x, ids = logits_and_ids(device, dtype, K=K)
+    if K:
+        ids[1, 2, 1] = -100  # one of several ids
+        ids[1, 3] = ids[1, 3, 0]  # the same id three times
+    T = torch.rand(2, 5, device=device) + 0.5 if temperature == "per token" else temperature
+
+    def run(fn, x, T, **kwargs):
+        leaf = x.detach().clone().requires_grad_()
+        return leaf, fn(leaf, ids, temperature=T, **kwargs)
+
+    leaf, found = run(token_statistics, x, T, outputs=NAMES, backend=backend)
+    # The logits are data: what is exact is the maths on the rounded logits, and what eager does with them is fp32.
+    eager_leaf, eager = run(reference.token_statistics, x.float(), T)
+    exact_leaf, exact = run(reference.token_statistics, x.double(), T.double() if isinstance(T, torch.Tensor) else T)
+    upstream = {}
+    for name in NAMES:
+        value = getattr(found, name)
+        if name == "is_top1":
+            assert torch.equal(value, exact[name])
+            continue
+        assert value.dtype == torch.float32
+        assert value.requires_grad == (name in DIFFERENTIABLE)
+        assert_accurate(value, eager[name], exact[name], name)
+        upstream[name] = torch.randn_like(value)
+    assert (found.log_probs <= 0).all()
+
+    for names in [(n,) for n in DIFFERENTIABLE] + [DIFFERENTIABLE]:
+        grads = []
+        for source, results in ((leaf, found._asdict()), (eager_leaf, eager), (exact_leaf, exact)):
+            total = sum((results[n] * upstream[n].to(results[n].dtype)).sum() for n in names)
+            grads.append(torch.autograd.grad(total, source, retain_graph=True)[0])
+        assert_accurate(grads[0], grads[1].to(dtype), grads[2], "+".join(names))
+        assert (grads[0][0, 1] == 0).all()
+
+
+def test_shifted_logits_are_read_in_place(backend, device):
+    x, ids = logits_and_ids(device)
+    shifted = x[:, :-1]
+    expected = reference.token_statistics(shifted.double(), ids[:, 1:])
+    for name in ("log_probs", "entropy"):
+        found = token_statistics(shifted, ids[:, 1:], (name,), backend=backend)
+        torch.testing.assert_close(getattr(found, name).double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_what_was_not_asked_for_is_none(backend, device):
+    x, ids = logits_and_ids(device)
+    found = token_statistics(x, ids, ("entropy", "max_logit"), backend=backend)
+    assert [n for n in NAMES if getattr(found, n) is not None] == ["entropy", "max_logit"]
+    found = token_statistics(x, None, ("entropy",), backend=backend)
+    assert (found.entropy > 0).all()  # without an index no token is skipped
+
+
+def test_ignored_tokens_are_not_read(backend, device):
+    x, ids = logits_and_ids(device)
+    x[0, 1] = math.nan
+    leaf = x.requires_grad_()
+    found = token_statistics(leaf, ids, NAMES, backend=backend)
+    for name in NAMES:
+        value = getattr(found, name)
+        assert value[0, 1] == 0
+        assert value.isfinite().all()
+    sum(getattr(found, n).sum() for n in DIFFERENTIABLE).backward()
+    assert leaf.grad.isfinite().all()
+    assert (leaf.grad[0, 1] == 0).all()
+
+
+def test_row_mask(backend, device):
+    x, ids = logits_and_ids(device, K=2)
+    mask = torch.ones(2, 5, device=device)
+    mask[1, 4] = 0
+    x[1, 4] = math.nan
+    got = selective_log_softmax(x, ids, row_mask=mask, backend=backend)
+    assert (got[1, 4] == 0).all()
+    assert (got[1, 3] < 0).all()
+    assert (selective_log_softmax(x, ids, backend=backend)[1, 4]).isnan().all()
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_special_logits(bad, backend, device):
+    x, ids = logits_and_ids(device, tokens=(2, 3), V=40)
+    ids[0, 1] = 5
+    x[0, 0, 7] = bad
+    x[1, 1, ids[1, 1]] = bad
+    found = token_statistics(x, ids, NAMES, backend=backend)
+    expected = reference.token_statistics(x.double(), ids)
+    for name in NAMES:
+        if name == "is_top1" or (bad == math.inf and name in ("logsumexp", "mean_logits")):
+            continue  # argmax finds nan largest; beside +inf we give nan for every statistic of the row, as log_softmax does
+        torch.testing.assert_close(
+            getattr(found, name).double(), expected[name], rtol=1e-5, atol=1e-5, equal_nan=True, msg=name
+        )
+
+
+def test_peaked_rows(backend, device):
+    """14 % of such rows have positive log-probs where logsumexp is subtracted after rounding."""
+    x = torch.randn(64, 90, device=device) * 3
+    ids = x.argmax(-1)
+    x[torch.arange(64), ids] += 30
+    logp = selective_log_softmax(x, ids, backend=backend)
+    assert (logp <= 0).all()
+    exact = reference.selective_log_softmax(x.double(), ids)
+    assert_accurate(logp, reference.selective_log_softmax(x, ids), exact)
+
+
+def test_first_of_equal_maxima(backend, device):
+    x = torch.zeros(3, 5000, device=device)
+    x[:, 4100] = x[:, 17] = x[:, 4000] = 2.0
+    ids = torch.tensor([17, 4000, 4100], device=device)
+    assert token_statistics(x, ids, ("is_top1",), backend=backend).is_top1.tolist() == [True, False, False]
+
+
+def test_writing_into_results_changes_no_gradient(backend, device):
+    x, ids = logits_and_ids(device)
+    grads = []
+    for write in (False, True):
+        leaf = x.clone().requires_grad_()
+        found = token_statistics(leaf, ids, DIFFERENTIABLE, backend=backend)
+        parts = [getattr(found, n) for n in DIFFERENTIABLE]
+        if write:
+            mask = torch.zeros(2, 5, dtype=torch.bool, device=device)
+            for part in parts:
+                part.masked_fill_(mask, 3.0)
+        grads.append(torch.autograd.grad(sum(p.sum() for p in parts), leaf)[0])
+    assert torch.equal(*grads)
+
+
+def test_float64_takes_any_derivative():
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([[1, -100, 4], [0, 0, 2]])
+
+    def fn(x):
+        found = token_statistics(x, ids, DIFFERENTIABLE, temperature=1.3)
+        return tuple(getattr(found, n) for n in DIFFERENTIABLE)
+
+    assert torch.autograd.gradcheck(fn, x, check_forward_ad=True, check_batched_grad=False)
+    assert torch.autograd.gradgradcheck(fn, x)
+
+
+def test_compiles_without_a_break(backend, device):
+    x, ids = logits_and_ids(device)
+    T = torch.rand(2, 5, device=device) + 0.5
+    x.requires_grad_()
+
+    def loss(x):
+        found = token_statistics(x, ids, ("log_probs", "entropy"), temperature=T, backend=backend)
+        return (found.log_probs * 2 - found.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(x), loss(x))
+    torch.testing.assert_close(torch.autograd.grad(compiled(x), x), torch.autograd.grad(loss(x), x))
+
+
+def test_same_bits_whatever_stands_around(backend, device):
+    """A row's numbers depend on the row alone."""
+    x, ids = logits_and_ids(device, tokens=(3, 7), V=301)
+    alone = token_statistics(x[1, 4], ids[1, 4], NAMES, backend=backend)
+    among = token_statistics(x, ids, NAMES, backend=backend)
+    moved = token_statistics(x.flatten(0, 1)[5:15], ids.flatten()[5:15], NAMES, backend=backend)
+    for name in NAMES:
+        assert torch.equal(getattr(alone, name), getattr(among, name)[1, 4]), name
+        assert torch.equal(getattr(alone, name), getattr(moved, name)[11 - 5]), name
+
+
+@pytest.mark.parametrize(
+    ("index", "outputs", "error", "message"),
+    [
+        (torch.zeros(2, dtype=torch.long), ("log_probs",), ValueError, r"\(2, 5, 7\).*\(2, 5\).*\(2,\)"),
+        (None, ("log_probs",), ValueError, "need an index"),
+        (torch.zeros(2, 5, dtype=torch.long), ("perplexity",), ValueError, "perplexity"),
+        (torch.zeros(2, 5), ("log_probs",), TypeError, "float32"),
+        (torch.full((2, 5), 7), ("log_probs",), IndexError, "out of bounds"),
+    ],
+)
+def test_wrong_input(index, outputs, error, message, device):
+    if device == "cuda" and error is IndexError:
+        pytest.skip("a device-side assert ends the process")
+    with pytest.raises(error, match=message):
+        token_statistics(torch.randn(2, 5, 7, device=device), None if index is None else index.to(device), outputs)
+
+
+def test_wrong_temperature(device):
+    x, ids = logits_and_ids(device)
+    with pytest.raises(ValueError, match=r"temperature \(2,\)"):
+        selective_log_softmax(x, ids, temperature=torch.ones(2, device=device))
+    with pytest.raises(RuntimeError, match="derivative for temperature"):
+        selective_log_softmax(x.requires_grad_(), ids, temperature=torch.ones(2, 5, device=device, requires_grad=True))
+
+
+def test_no_tokens(backend, device):
+    x = torch.randn(0, 7, device=device, requires_grad=True)
+    found = token_statistics(x, torch.zeros(0, dtype=torch.long, device=device), NAMES, backend=backend)
+    assert all(t.shape == (0,) for t in found)
+    assert torch.autograd.grad(found.log_probs.sum(), x)[0].shape == (0, 7)
