@@ -26,7 +26,7 @@ from .settings import workspace as workspace_setting
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
 RECOMPUTE_BUDGET = 256 * MiB  # a larger slice of the vocabulary no longer makes recompute faster
-ROW_TEMPORARIES = 5  # copies of a chunk of rows that the PyTorch row primitive holds at once
+ROW_TEMPORARIES = 4  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
@@ -168,7 +168,7 @@ class _Sizes:
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
-        if self.backend == "triton":
+        if self.backend == "triton":  # 32-bit heads only, and in forward only, where there is no gradient yet
             return 0
         rows, columns = min(self.tokens, TILE), min(self.vocab, TILE)
         factors = (rows + columns) * self.hidden if self.dtype.itemsize == 2 else 0

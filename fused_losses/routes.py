@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import library_tiles
 from .autodiff import SMALL, check_differentiable, differentiable_gradients, transforms_active
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.softmax_rows import row_statistics, skipped, transform
@@ -97,10 +98,12 @@ def check_head(head: Head) -> None:
         raise RuntimeError(f"expected floating point input, got {hidden.dtype} {tuple(hidden.shape)}")
 
 
-def linear_module(backend: str) -> ModuleType:
+def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
     """Where ``linear_softmax_fwd`` and ``linear_softmax_d_logits`` come from."""
     if backend == "torch":
         return chunked_linear_softmax
+    if dtype.itemsize > 2:
+        return library_tiles
     from .kernels import linear_softmax  # Triton is imported only where it runs
 
     return linear_softmax
@@ -585,7 +588,7 @@ def linear_rows(
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     with full_precision(hidden.device):
-        found = linear_module(backend).linear_softmax_fwd(
+        found = linear_module(backend, hidden.dtype).linear_softmax_fwd(
             head.hidden,
             weight,
             bias,
@@ -686,7 +689,7 @@ def linear_rows_grad(
             part = slice(start, min(start + chosen.chunk, V))
             piece = head.columns(part)
             d_logits = slice_room[: M * (part.stop - start)].view(M, -1)
-            linear_module(backend).linear_softmax_d_logits(
+            linear_module(backend, hidden.dtype).linear_softmax_d_logits(
                 piece.hidden,
                 piece.weight,
                 piece.bias,

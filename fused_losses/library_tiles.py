@@ -1,0 +1,98 @@
+"""``kernels/linear_softmax.py`` for 32-bit heads on a GPU: the library's product of a tile, then the kernels for rows of logits.
+
+Matrix instructions take fp32 as TF32, which is wrong here; the library's IEEE product is as fast as any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+from .chunked.linear_softmax import LowRank, slices
+from .numerics import statistics_dtype
+from .row_statistics import RowStatistics, empty_statistics
+
+TILE_BYTES = 2**26  # of logits, forward
+
+
+def tile_rows(vocab: int, itemsize: int) -> int:
+    return max(32, TILE_BYTES // max(vocab * itemsize, 1))
+
+
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, rows: slice, out: Tensor
+) -> Tensor:
+    if bias is None:
+        torch.mm(hidden[rows], weight.t(), out=out)
+    else:
+        torch.addmm(bias, hidden[rows], weight.t(), out=out)
+    return out if low_rank is None else out.addmm_(low_rank[0][rows], low_rank[1].t())
+
+
+def linear_softmax_fwd(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,
+    ids: Tensor | None,  # (N, K) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Collection[str],
+) -> RowStatistics:
+    from .kernels.softmax_rows import softmax_rows_fwd
+
+    N, V = hidden.shape[0], weight.shape[0]
+    out = empty_statistics(hidden, N, ids, outputs)
+    n = min(N, tile_rows(V, hidden.dtype.itemsize))
+    room = hidden.new_empty(n, V, dtype=statistics_dtype(hidden.dtype))
+    for rows in slices(N, max(n, 1)):
+        logits = _logits(hidden, weight, bias, low_rank, rows, room[: rows.stop - rows.start])
+        found = softmax_rows_fwd(
+            logits.unsqueeze(-1),
+            None if ids is None else ids[rows],
+            column_weight,
+            None if temperature is None else temperature[rows],
+            scale=scale,
+            softcap=softcap,
+            outputs=outputs,
+        )
+        for total, part in zip(out, found, strict=True):
+            if total is not None and part is not None:
+                total[rows] = part
+    return out
+
+
+def linear_softmax_d_logits(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H): a slice of the head, as bias, low_rank's B and column_weight are
+    bias: Tensor | None,  # (V,)
+    low_rank: LowRank | None,
+    ids: Tensor | None,  # (N, K) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor | None,  # (N,)
+    b: Tensor | None,  # (N,)
+    e: Tensor | None,  # (N,)
+    c: Tensor | None,  # (N, K)
+    d: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    vocab_start: int = 0,
+    out: Tensor | None = None,  # (N, V)
+) -> Tensor:
+    from .kernels.softmax_rows import softmax_rows_bwd
+
+    out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out
+    logits = _logits(hidden, weight, bias, low_rank, slice(None), out).unsqueeze(-1)
+    softmax_rows_bwd(
+        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d,
+        scale=scale, softcap=softcap, vocab_start=vocab_start, out=logits,
+    )  # fmt: skip
+    return out
