@@ -520,7 +520,7 @@ def _clip(r: Tensor, clipped: Tensor, advantages: Tensor, dual_clip: float | Non
 
 def _sapo(r: Tensor, advantages: Tensor, positive: float, negative: float) -> Tensor:
     """SAPO (2511.20347): a soft gate instead of a clip, sharper for bad tokens; its slope at r = 1 is 1."""
-    tau = torch.where(advantages > 0, positive, negative)
+    tau = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
     return -4 / tau * torch.sigmoid(tau * (r - 1)) * advantages
 
 
@@ -540,7 +540,9 @@ def _vespo_weight(
         log_weight = weight.log().clamp(floor, 20)
         log_w = log_w + (log_weight if weight.dim() == 1 else sequences.sum(log_weight))
     log_w = sequences.spread(log_w.clamp(floor, 20))
-    k, lam = (torch.where(advantages >= 0, p, n) for p, n in zip(positive, negative, strict=True))
+    k, lam = (
+        torch.full_like(advantages, n).masked_fill(advantages >= 0, p) for p, n in zip(positive, negative, strict=True)
+    )
     return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
@@ -709,7 +711,8 @@ def grpo_loss(
     if weight is not None:
         loss = loss * sequences.spread(weight)
 
-    metrics = {"ratio_mean": sequences.average(r, level in ("sequence", "sequence_sum"))}
+    one_each = surrogate != "gmpo" and level in ("sequence", "sequence_sum")
+    metrics = {"ratio_mean": sequences.average(r, one_each)}
     metrics["ppo_kl"] = sequences.average(old_log_probs - log_probs)
     counts["cu_seqlens"] = cu_seqlens
     penalty: Tensor | float = 0.0
@@ -733,14 +736,13 @@ def grpo_loss(
                 bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
             total = total - entropy_coef * bonus
     if surrogate in ("clip", "cispo", "gmpo"):
-        metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences)
+        metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences, one_each)
     if surrogate == "clip" and dual_clip is not None:
-        metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0))
+        metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0), one_each)
     return total, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def _clip_ratios(low: Tensor, high: Tensor, sequences: _Sequences) -> dict[str, Tensor]:
-    per_sequence = low.shape != sequences.mask.shape
+def _clip_ratios(low: Tensor, high: Tensor, sequences: _Sequences, per_sequence: bool) -> dict[str, Tensor]:
     empty = ~sequences.nonempty()
     low_of_each, high_of_each = (sequences.mean(upcast(x).expand_as(sequences.mask)) for x in (low, high))
     return {

@@ -1,0 +1,750 @@
+"""Every policy loss, modifier and aggregation against loops in float64; and nothing an option does may go unseen."""
+
+import functools
+import math
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fused_losses.reference.policy as reference
+from fused_losses.kl import kl_estimate
+from fused_losses.policy import (
+    LOSS_TYPES,
+    aggregate,
+    entropy_mask,
+    group_advantages,
+    grpo_loss,
+    mismatch_weight,
+    off_policy_mask,
+    ppo_loss,
+    value_loss,
+)
+from fused_losses.reference.kl import kl_estimate as reference_kl_estimate
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.sequences import document_borders
+
+AGGREGATIONS = ["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
+CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo"]  # one equation; only their aggregation differs
+LENGTHS = [7, 5, 0, 6, 3, 7]
+
+
+def batch(dtype=torch.float64, garbage=float("nan")):
+    """Ratios of tokens and of sequences beyond the clip on both sides, under advantages of both signs.
+
+    Ragged rows, one of them fully masked; garbage wherever the mask hides.
+    """
+    g = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    B, S = len(LENGTHS), max(LENGTHS)
+    mask = (torch.arange(S) < torch.tensor(LENGTHS)[:, None]).long()
+    mask[3, 2] = 0
+
+    def log_ratio(*row_means):
+        noise = normal(B, S).masked_fill(mask == 0, 0)
+        centred = 0.5 * (noise - noise.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1))
+        return centred + torch.tensor(row_means, dtype=torch.float64)[:, None]
+
+    log_probs = -0.1 - 3 * torch.rand(B, S, generator=g, dtype=torch.float64)
+    tokens = {
+        "log_probs": log_probs,
+        "old_log_probs": log_probs - log_ratio(0.4, -0.4, 0, 0.45, -0.05, 0.02),
+        "ref_log_probs": log_probs - 0.5 * normal(B, S),
+        "rollout_log_probs": log_probs - log_ratio(0.5, 0.1, 0, 0.15, -0.05, -0.2),
+        "entropy": normal(B, S).abs(),
+        "token_advantages": normal(B, S),
+        "token_weight": normal(B, S).exp(),
+    }
+    data = {name: x.masked_fill(mask == 0, garbage).to(dtype) for name, x in tokens.items()}
+    data["mask"] = mask
+    data["advantages"] = torch.tensor([1.3, -0.7, 0.9, -1.1, 0.4, -0.2], dtype=dtype)
+    data["sequence_weight"] = torch.tensor([1.4, 0.6, 1.0, 0.9, 1.2, 0.8], dtype=dtype)
+    return data
+
+
+DATA = batch()
+
+# Arguments by modifier; a string that names a tensor of the batch stands for it.
+MODIFIERS = {
+    "plain": {},
+    "token_advantages": {"advantages": "token_advantages"},
+    "sequence_level": {"importance_sampling_level": "sequence"},
+    "no_old": {"old_log_probs": None},
+    "clamp": {"log_ratio_clamp": (-0.35, 0.35)},
+    "off_policy": {"off_policy_mask_threshold": 0.05},
+    "off_policy_rollout": {"off_policy_mask_threshold": 0.05, "rollout_log_probs": "rollout_log_probs"},
+    "entropy_mask": {"entropy": "entropy", "top_entropy_quantile": 0.4},
+    "token_weight": {"mismatch_weight": "token_weight"},
+    "sequence_weight": {"mismatch_weight": "sequence_weight"},
+    "kl": {"beta": 0.3, "ref_log_probs": "ref_log_probs"},
+    "kl_uncorrected": {"beta": 0.3, "ref_log_probs": "ref_log_probs", "use_bias_correction_kl": False},
+    "kl_token_mean": {"beta": 0.3, "ref_log_probs": "ref_log_probs", "kl_aggregation": "token_mean"},
+    "kl_token_sum": {"beta": 0.3, "ref_log_probs": "ref_log_probs", "kl_aggregation": "token_sum"},
+    "kl_k2": {"beta": 0.3, "ref_log_probs": "ref_log_probs", "kl_estimator": {"kind": "k2", "clamp": 0.2}},
+    "bonus": {"entropy": "entropy", "entropy_coef": 0.2},
+    "bonus_sum": {"entropy": "entropy", "entropy_coef": 0.2, "entropy_aggregation": "seq_mean_token_sum"},
+    "bonus_mask": {"entropy": "entropy", "entropy_coef": 0.2, "top_entropy_quantile": 0.4},
+    "all": {
+        "advantages": "token_advantages",
+        "off_policy_mask_threshold": 0.05,
+        "rollout_log_probs": "rollout_log_probs",
+        "entropy": "entropy",
+        "top_entropy_quantile": 0.6,
+        "entropy_coef": 0.2,
+        "mismatch_weight": "token_weight",
+        "ref_log_probs": "ref_log_probs",
+        "beta": 0.3,
+    },
+}
+CLIPS = {
+    "eps_low": {"eps_low": 0.3},
+    "eps_high": {"eps_high": 0.3},
+    "delta": {"delta": 1.1},
+    "dual_clip": {"dual_clip": 1.1},
+}
+SPECIFIC = {
+    "ppo": CLIPS,
+    "gspo": CLIPS,
+    "gspo-token": CLIPS,
+    "rloo": CLIPS,
+    "gmpo": {"eps_low": {"eps_low": 0.3}, "eps_high": {"eps_high": 0.3}},
+    "cispo": {
+        "max": {"cispo_max": 1.5},
+        "two_sided": {"cispo_max": None},
+        "two_sided_low": {"cispo_max": None, "eps_low": 0.3},
+        "two_sided_high": {"cispo_max": None, "eps_high": 0.3},
+    },
+    "sapo": {"pos": {"sapo_temperature_pos": 1.5}, "neg": {"sapo_temperature_neg": 1.5}},
+    "vespo": {
+        "k_pos": {"vespo_pos": (2.5, 3.0)},
+        "lambda_pos": {"vespo_pos": (2.0, 3.5)},
+        "k_neg": {"vespo_neg": (3.5, 2.0)},
+        "lambda_neg": {"vespo_neg": (3.0, 2.5)},
+    },
+}
+CASES = [(t, name, options) for t in LOSS_TYPES for name, options in (MODIFIERS | SPECIFIC.get(t, {})).items()]
+
+
+def run(loss_fn, data, **options):
+    """Loss, metrics and the gradients in log_probs and, where it is given, entropy."""
+    tensors = {"advantages": "advantages", "old_log_probs": "old_log_probs", "mask": "mask"}
+    options = {k: data[v] if isinstance(v, str) and v in data else v for k, v in (tensors | options).items()}
+    if isinstance(options.get("kl_estimator"), dict):
+        estimator = kl_estimate if loss_fn is grpo_loss else reference_kl_estimate
+        options["kl_estimator"] = functools.partial(estimator, **options["kl_estimator"])
+    leaves = {"log_probs": data["log_probs"].detach().clone().requires_grad_()}
+    if options.get("entropy") is not None:
+        leaves["entropy"] = options["entropy"] = options["entropy"].detach().clone().requires_grad_()
+    loss, metrics = loss_fn(leaves["log_probs"], options.pop("old_log_probs"), **options)
+    gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+    return loss.detach(), metrics, dict(zip(leaves, gradients, strict=True))
+
+
+def assert_same(ours, expected, **tolerance):
+    torch.testing.assert_close(ours[0], expected[0], check_dtype=False, **tolerance)
+    assert ours[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        torch.testing.assert_close(
+            ours[1][name], torch.as_tensor(value), check_dtype=False, **tolerance, msg=lambda m, name=name: name + m
+        )
+    for name, gradient in expected[2].items():
+        zero = torch.zeros_like(DATA["log_probs"])
+        a, b = (zero if g is None else g for g in (ours[2][name], gradient))
+        torch.testing.assert_close(a, b, check_dtype=False, **tolerance)
+
+
+def fingerprint(result):
+    """What two configurations may not share: the loss and its gradients."""
+    loss, _, gradients = result
+    return torch.cat([loss.reshape(1), *(g.flatten() for g in gradients.values() if g is not None)])
+
+
+def coinciding(results):
+    """The groups of names whose losses and gradients are the same numbers."""
+    groups = []
+    for name, result in results.items():
+        print_ = fingerprint(result)
+        for group in groups:
+            other = fingerprint(results[group[0]])
+            short = min(len(print_), len(other))
+            if torch.allclose(print_[:short], other[:short], rtol=1e-9, atol=1e-12):
+                group.append(name)
+                break
+        else:
+            groups.append([name])
+    return [set(g) for g in groups if len(g) > 1]
+
+
+@pytest.mark.parametrize(("loss_type", "name", "options"), CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_loss_gradient_and_metrics(loss_type, name, options):
+    expected = run(reference.grpo_loss, DATA, loss_type=loss_type, **options)
+    ours = run(grpo_loss, DATA, loss_type=loss_type, **options)
+    assert_same(ours, expected)
+    assert ours[2]["log_probs"][DATA["mask"] != 0].abs().sum() > 0
+    assert (ours[2]["log_probs"][DATA["mask"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_loss_under_every_aggregation(loss_type, aggregation):
+    options = {"loss_type": loss_type, "aggregation": aggregation} | MODIFIERS["kl"] | MODIFIERS["bonus"]
+    options |= {"loss_scale_factor": 11.0, "count_empty": False}
+    assert_same(run(grpo_loss, DATA, **options), run(reference.grpo_loss, DATA, **options))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_option_changes_the_number(loss_type):
+    options = MODIFIERS | SPECIFIC.get(loss_type, {})
+    results = {name: run(grpo_loss, DATA, loss_type=loss_type, **o) for name, o in options.items()}
+    same_as_plain = {
+        "vespo": {"clamp", "sequence_level"},  # has its own clamp and its own sequence ratio
+        "reinforce": {"clamp", "sequence_level", "no_old"},  # has no ratio
+        "gpg": {"clamp", "sequence_level", "no_old"},
+        "gmpo": {"sequence_level"},  # is a sequence level
+        "gspo": {"sequence_level"},
+        "gspo-token": {"sequence_level"},  # gspo, for advantages per sequence
+    }.get(loss_type, set())
+    expected = [{"plain"} | same_as_plain] if same_as_plain else []
+    same_kl = {"kl", "kl_token_mean"} if LOSS_TYPES[loss_type].aggregation == "token_mean" else set()
+    same_kl |= {"kl", "kl_uncorrected"} if loss_type == "gmpo" else set()
+    expected += [same_kl] if same_kl else []
+    assert coinciding(results) == expected
+
+
+@pytest.mark.parametrize("aggregation", [None, *AGGREGATIONS])
+def test_no_two_loss_types_agree(aggregation):
+    results = {t: run(grpo_loss, DATA, loss_type=t, aggregation=aggregation) for t in LOSS_TYPES}
+    clipped = {"bnpo", "ppo", "dapo"} if aggregation is None else set(CLIPPED)
+    plain = [] if aggregation is None else [{"reinforce", "gpg"}]
+    expected = [clipped, {"gspo", "gspo-token"}, *plain]
+    assert coinciding(results) == expected
+    results = {
+        t: run(grpo_loss, DATA, loss_type=t, aggregation=aggregation, advantages="token_advantages") for t in LOSS_TYPES
+    }
+    assert coinciding(results) == [clipped, *plain]  # per token, gspo-token is its own
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_aggregations_differ(loss_type):
+    counts = {"empty": {}, "not empty": {"count_empty": False}, "scale": {"loss_scale_factor": 3.0}}
+    results = {
+        (a, name): run(grpo_loss, DATA, loss_type=loss_type, aggregation=a, **options)
+        for a in AGGREGATIONS
+        for name, options in counts.items()
+    }
+    expected = [{("token_mean", name) for name in counts}, {("token_sum", "empty"), ("token_sum", "not empty")}]
+    expected += [{(a, "empty"), (a, "scale")} for a in ("seq_mean_token_mean", "seq_mean_token_sum")]
+    assert coinciding(results) == expected
+
+
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo", "gspo-token", "rloo", "gmpo", "cispo"])
+def test_clip_gates_act(loss_type):
+    """A token that a gate holds takes no gradient, on both sides; and each gate holds some token and not every one."""
+    options = {"dual_clip": 1.3} if LOSS_TYPES[loss_type].surrogate == "clip" else {}
+    _, metrics, gradients = run(grpo_loss, DATA, loss_type=loss_type, cispo_max=1.3, **options)
+    assert 0 < metrics["clip_ratio/high_mean"] < 1
+    assert 0 < metrics["clip_ratio/high_max"] <= 1
+    if loss_type != "cispo":
+        assert 0 < metrics["clip_ratio/low_mean"] < 1
+    if "dual_clip" in options:
+        assert 0 < metrics["clip_ratio/dual_mean"] < 1
+    if loss_type == "ppo":
+        r = (DATA["log_probs"] - DATA["old_log_probs"]).exp()
+        A = DATA["advantages"][:, None].expand_as(r)
+        shown = DATA["mask"] != 0
+        held = ((r > 1.2) & (A > 0)) | ((r < 0.8) & (A < 0)) | ((r > 1.3) & (A < 0))
+        assert torch.equal(gradients["log_probs"][shown] == 0, held[shown])
+
+
+def test_two_sided_and_dual_clip_are_the_same_bound():
+    """TRL's ``delta``, when above the clip, and ``dual_clip``."""
+    a, b, none = (run(grpo_loss, DATA, loss_type="ppo", **o) for o in ({"delta": 1.4}, {"dual_clip": 1.4}, {}))
+    assert torch.equal(a[0], b[0])
+    torch.testing.assert_close(a[2]["log_probs"], b[2]["log_probs"])
+    assert a[0] != none[0]
+
+
+def test_sequence_ratio_equals_its_token_form():
+    """GSPO's gradient through the mean is that of the token form, for an advantage per sequence; not otherwise."""
+    gspo, token = (run(grpo_loss, DATA, loss_type=t) for t in ("gspo", "gspo-token"))
+    torch.testing.assert_close(gspo[2]["log_probs"], token[2]["log_probs"])
+    gspo, token = (run(grpo_loss, DATA, loss_type=t, advantages="token_advantages") for t in ("gspo", "gspo-token"))
+    torch.testing.assert_close(gspo[0], token[0])
+    assert not torch.allclose(gspo[2]["log_probs"], token[2]["log_probs"])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_advantages_per_sequence_are_advantages_per_token(loss_type):
+    per_token = DATA["advantages"][:, None].expand(DATA["mask"].shape)
+    expected = run(grpo_loss, DATA, loss_type=loss_type)
+    for advantages in (per_token, DATA["advantages"][:, None]):
+        ours = run(grpo_loss, DATA, loss_type=loss_type, advantages=advantages)
+        torch.testing.assert_close(ours[0], expected[0])
+        torch.testing.assert_close(ours[2]["log_probs"], expected[2]["log_probs"])
+
+
+@pytest.mark.parametrize("garbage", [float("inf"), float("-inf"), 0.0])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_masked_places_reach_nothing(loss_type, garbage):
+    ours = run(grpo_loss, batch(garbage=garbage), loss_type=loss_type, **MODIFIERS["all"])
+    assert_same(ours, run(grpo_loss, DATA, loss_type=loss_type, **MODIFIERS["all"]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_nothing_to_train_on_is_zero(loss_type):
+    data = DATA | {"mask": torch.zeros_like(DATA["mask"])}
+    for name in ("all", "kl_token_mean", "bonus_sum", "sequence_weight"):
+        for count_empty in (True, False):
+            loss, metrics, gradients = run(
+                grpo_loss, data, loss_type=loss_type, **MODIFIERS[name], count_empty=count_empty
+            )
+            assert loss == 0
+            assert all((g == 0).all() for g in gradients.values() if g is not None)
+            assert all(m.isfinite() for m in metrics.values())
+    empty = {k: v[:0] for k, v in DATA.items()}
+    loss, _, _ = run(grpo_loss, empty, loss_type=loss_type, **MODIFIERS["kl"], entropy="entropy", entropy_coef=0.1)
+    assert loss == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_no_mask_is_the_plain_mean(loss_type):
+    data = {k: v[[0, 5]] for k, v in DATA.items()}
+    ours = run(grpo_loss, data, loss_type=loss_type, **MODIFIERS["all"])
+    without = run(grpo_loss, data, loss_type=loss_type, **MODIFIERS["all"], mask=None)
+    torch.testing.assert_close(ours[0], without[0])
+    torch.testing.assert_close(ours[2], without[2])
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_computed_in_fp32(loss_type, dtype):
+    data = batch(dtype)
+    cases = {
+        "gradient": (data, {**MODIFIERS["kl"], **MODIFIERS["bonus"]}),
+        # Terms of one sign: where they cancel, nothing but their rounding is left.
+        "loss": (data | {"advantages": data["advantages"].abs()}, {}),
+    }
+    for name, (given, options) in cases.items():
+        ours, eager, exact = (
+            run(fn, {k: cast(v) for k, v in given.items()}, loss_type=loss_type, **options)
+            for fn, cast in (
+                (grpo_loss, lambda x: x),
+                (reference.grpo_loss, torch.Tensor.float),
+                (reference.grpo_loss, torch.Tensor.double),
+            )
+        )
+        assert ours[0].dtype == torch.float32
+        if name == "loss":
+            assert_accurate(ours[0], eager[0], exact[0], name)
+        else:
+            assert_accurate(ours[2]["log_probs"], eager[2]["log_probs"].to(dtype), exact[2]["log_probs"], name)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("level", [None, "sequence"])
+def test_huge_ratios_stay_finite(loss_type, level):
+    log_probs = torch.tensor([[-300.0, -1.0], [-1.0, -300.0], [-0.1, -0.2], [-400.0, -400.0]])
+    old = log_probs.flip(0)
+    for advantages in (torch.tensor([1.0, -1.0, 0.0, 1.0]), torch.tensor([-1.0, 1.0, -1.0, 0.0])):
+        data = {"log_probs": log_probs, "old_log_probs": old, "advantages": advantages, "mask": None}
+        loss, metrics, gradients = run(grpo_loss, data, loss_type=loss_type, importance_sampling_level=level)
+        assert loss.isfinite()
+        assert gradients["log_probs"].isfinite().all()
+        assert all(m.isfinite() for m in metrics.values())
+
+
+@pytest.mark.parametrize("loss_type", ["ppo", "sapo", "rloo", "gspo-token"])
+def test_log_ratio_clamp(loss_type):
+    """At the bound the ratio is e^20 and takes no gradient; without it, more."""
+    log_probs = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
+    losses = []
+    for bounds in ((-20.0, 20.0), (None, 10.0), None):
+        loss, metrics = grpo_loss(
+            log_probs, log_probs.detach() - 25, torch.tensor([-1.0]), loss_type=loss_type, log_ratio_clamp=bounds
+        )
+        (gradient,) = torch.autograd.grad(loss, log_probs)
+        exponent = 25.0 if bounds is None else bounds[1]
+        torch.testing.assert_close(metrics["ratio_mean"].item(), math.exp(exponent))
+        assert (gradient == 0) == (bounds is not None or loss_type == "sapo")
+        losses.append(loss.item())
+    assert len(set(losses)) == (1 if loss_type == "sapo" else 3)
+
+
+def pack(data):
+    """The same batch in one row, tokens beyond each length dropped (one stays masked), the empty row too."""
+    kept = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
+    present = torch.tensor(LENGTHS) > 0
+    packed = {k: v[present] if v.dim() == 1 else v[kept].unsqueeze(0) for k, v in data.items()}
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
+    return packed, document_borders(positions), kept
+
+
+@pytest.mark.parametrize("name", ["plain", "sequence_level", "off_policy_rollout", "sequence_weight", "all"])
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_packed_rows_are_padded_rows(loss_type, name):
+    options = MODIFIERS[name] | {"loss_scale_factor": 7.0}
+    packed, borders, kept = pack(DATA)
+    ours = run(grpo_loss, packed, loss_type=loss_type, cu_seqlens=borders, **options)
+    padded = run(grpo_loss, DATA, loss_type=loss_type, count_empty=False, **options)
+    assert_same(ours, (*padded[:2], {k: g[kept].unsqueeze(0) for k, g in padded[2].items()}))
+
+
+def test_packed_tokens_behind_the_last_border_do_not_count():
+    packed, borders, _ = pack(DATA)
+    longer = {k: v if v.dim() == 1 else torch.nn.functional.pad(v, (0, 3), value=1) for k, v in packed.items()}
+    ours = run(grpo_loss, longer, cu_seqlens=borders)
+    expected = run(grpo_loss, packed, cu_seqlens=borders)
+    torch.testing.assert_close(ours[0], expected[0])
+    torch.testing.assert_close(ours[2]["log_probs"][:, :-3], expected[2]["log_probs"])
+    assert (ours[2]["log_probs"][:, -3:] == 0).all()
+
+
+@pytest.mark.parametrize(("aggregation", "count_empty"), [(a, e) for a in AGGREGATIONS for e in (True, False)])
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "rloo", "vespo", "gmpo"])
+def test_two_ranks_are_one_process(loss_type, aggregation, count_empty):
+    """The mean over ranks of gradients under global counts is the gradient of the whole batch."""
+    options = {"loss_type": loss_type, "aggregation": aggregation, "loss_scale_factor": 7.0} | MODIFIERS["kl"]
+    options |= {"entropy": "entropy", "entropy_coef": 0.2, "entropy_aggregation": aggregation}
+    whole = run(grpo_loss, DATA, count_empty=count_empty, **options)
+    halves = [{k: v[rows] for k, v in DATA.items()} for rows in (slice(0, 2), slice(2, 6))]
+    counts = {
+        "dp_size": 2,
+        "batch_num_tokens": DATA["mask"].sum(),
+        "global_batch_size": 6 if count_empty else 5,
+        "count_empty": count_empty,
+    }
+    ranks = [run(grpo_loss, half, **options, **counts) for half in halves]
+    torch.testing.assert_close((ranks[0][0] + ranks[1][0]) / 2, whole[0])
+    for name, gradient in whole[2].items():
+        torch.testing.assert_close(torch.cat([r[2][name] for r in ranks]) / 2, gradient)
+    local = [run(grpo_loss, half, **options, count_empty=count_empty) for half in halves]
+    assert aggregation == "token_sum" or not torch.allclose((local[0][0] + local[1][0]) / 2, whole[0])
+
+
+@pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a != "token_sum"])
+def test_ranks_need_the_global_count(aggregation):
+    with pytest.raises(ValueError, match="count over all ranks"):
+        aggregate(torch.ones(2, 3), None, aggregation, dp_size=2)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_aggregate(aggregation):
+    loss = torch.randn(6, 7, dtype=torch.float64)
+    mask = DATA["mask"]
+    for options in (
+        {},
+        {"count_empty": False},
+        {"loss_scale_factor": 5.0},
+        {"batch_num_tokens": 50.0, "global_batch_size": 9.0, "dp_size": 4},
+    ):
+        expected = reference.aggregate(loss, mask, aggregation, **options)
+        torch.testing.assert_close(aggregate(loss, mask, aggregation, **options), expected)
+        torch.testing.assert_close(aggregate(loss, mask, aggregation.replace("_", "-"), **options), expected)
+    torch.testing.assert_close(aggregate(loss, None, aggregation), reference.aggregate(loss, None, aggregation))
+    assert aggregate(loss.bfloat16(), mask, aggregation).dtype == torch.float32
+    nothing = aggregate(loss, mask * 0, aggregation, batch_num_tokens=mask.sum() * 0, global_batch_size=mask.sum() * 0)
+    assert nothing == 0
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_upstream_gradient_layout_and_inputs(loss_type):
+    """``loss * 3`` back-propagates 3; strided inputs give the same; inputs are left as they were."""
+    options = {"loss_type": loss_type} | MODIFIERS["all"]
+    data = batch(garbage=0.0)
+    before = {k: v.clone() for k, v in data.items()}
+    once = run(grpo_loss, data, **options)
+
+    def thrice(*args, **kwargs):
+        loss, metrics = grpo_loss(*args, **kwargs)
+        return loss * 3, metrics
+
+    strided = {k: v if v.dim() == 1 else v.t().contiguous().t() for k, v in data.items()}
+    tripled = run(thrice, strided, **options)
+    for name, gradient in once[2].items():
+        torch.testing.assert_close(tripled[2][name], gradient * 3)
+    assert all(torch.equal(data[k], v) for k, v in before.items())
+    assert not any(m.requires_grad for m in once[1].values())
+
+
+@pytest.mark.parametrize("loss_type", {tuple(row[:2]): name for name, row in LOSS_TYPES.items()}.values())
+def test_compiles_to_one_graph(loss_type):
+    torch._dynamo.reset()
+    data = batch(torch.float32)
+    options = MODIFIERS["all"] | {"dual_clip": 3.0, "kl_aggregation": "token_mean", "loss_type": loss_type}
+    compiled = torch.compile(grpo_loss, fullgraph=True, backend="eager")
+    assert_same(run(compiled, data, **options), run(grpo_loss, data, **options))
+
+
+def test_the_rest_compiles_to_one_graph():
+    torch._dynamo.reset()
+
+    def step(old_log_probs, rollout_log_probs, mask, rewards):
+        weight, metrics = mismatch_weight(old_log_probs, rollout_log_probs, mask, level="sequence_sum", high=2.0)
+        return weight, metrics, group_advantages(rewards, 2, scale="batch")
+
+    args = DATA["old_log_probs"], DATA["rollout_log_probs"], DATA["mask"], DATA["advantages"]
+    torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="eager")(*args), step(*args))
+    packed, borders, _ = pack(DATA)
+    options = {"loss_type": "gspo", "cu_seqlens": borders} | MODIFIERS["all"]
+    compiled = torch.compile(grpo_loss, fullgraph=True, backend="eager")
+    assert_same(run(compiled, packed, **options), run(grpo_loss, packed, **options))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_waits_for_no_device(loss_type):
+    """A fake tensor has no value to branch on or to bring to the host."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        data = {k: mode.from_tensor(v) for k, v in DATA.items()}
+        loss, _, gradients = run(grpo_loss, data, loss_type=loss_type, **MODIFIERS["all"])
+        mismatch_weight(data["old_log_probs"], data["rollout_log_probs"], data["mask"], high=2.0)
+        group_advantages(data["advantages"], 2, scale="normalize_then_sum")
+        value_loss(data["log_probs"], data["old_log_probs"], data["ref_log_probs"], data["mask"], clip_eps=0.2)
+    assert loss.shape == ()
+    assert gradients["log_probs"].shape == data["log_probs"].shape
+
+
+def test_errors_say_what_to_do():
+    x, a = torch.zeros(2, 3), torch.zeros(2)
+    with pytest.raises(ValueError, match="loss_type must be one of grpo"):
+        grpo_loss(x, x, a, loss_type="ppo2")
+    with pytest.raises(ValueError, match="unknown aggregation"):
+        grpo_loss(x, x, a, aggregation="mean")
+    with pytest.raises(ValueError, match="importance_sampling_level"):
+        grpo_loss(x, x, a, importance_sampling_level="batch")
+    with pytest.raises(ValueError, match="beta needs ref_log_probs"):
+        grpo_loss(x, x, a, beta=0.1)
+    with pytest.raises(ValueError, match="need entropy"):
+        grpo_loss(x, x, a, entropy_coef=0.1)
+    with pytest.raises(ValueError, match="more than 1"):
+        grpo_loss(x, x, a, dual_clip=0.5)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        grpo_loss(x, torch.zeros(2, 4), a)
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3,\)"):
+        grpo_loss(x, x, torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):
+        grpo_loss(x, x, a, torch.ones(3, 2))
+    with pytest.raises(ValueError, match="loss_scale_factor"):
+        aggregate(torch.zeros(1, 3), None, "seq_mean_token_sum_norm", cu_seqlens=torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="clip_eps needs old_values"):
+        value_loss(x, None, x, clip_eps=0.1)
+    with pytest.raises(ValueError, match="groups of 3"):
+        group_advantages(torch.zeros(4), 3)
+    with pytest.raises(ValueError, match="scale must be"):
+        group_advantages(torch.zeros(4), 2, scale="std")
+
+
+def test_off_policy_mask_drops_and_keeps():
+    args = DATA["log_probs"], DATA["old_log_probs"], DATA["advantages"], 0.05, DATA["mask"]
+    keep = off_policy_mask(*args)
+    assert torch.equal(keep.expand(6, 7), reference.off_policy_mask(*args))
+    assert not keep.all()
+    assert (keep[DATA["advantages"] < 0]).any()
+    unscored = DATA["old_log_probs"].clone()
+    unscored[1, 0] = float("nan")
+    torch.testing.assert_close(
+        off_policy_mask(args[0], unscored, *args[2:]).expand(6, 7),
+        reference.off_policy_mask(args[0], unscored, *args[2:]),
+    )
+
+
+@pytest.mark.parametrize("top", [0.05, 0.2, 0.5, 0.99])
+def test_entropy_mask(top):
+    keep = entropy_mask(DATA["entropy"], top, DATA["mask"])
+    assert torch.equal(keep, reference.entropy_mask(DATA["entropy"], top, DATA["mask"]))
+    assert 0 < keep.sum() < (DATA["mask"] != 0).sum()
+    assert not keep[DATA["mask"] == 0].any()
+
+
+def _entropy_mask_on(rank, port, entropy, mask, results):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    rows, columns = (slice(0, 2), slice(0, 7)) if rank == 0 else (slice(2, 6), slice(0, 6))
+    results[rank] = entropy_mask(entropy[rows, columns], 0.3, mask[rows, columns])
+    torch.distributed.destroy_process_group()
+
+
+def test_entropy_mask_over_all_ranks():
+    """Ranks of different batch and length share one quantile."""
+    entropy, mask = DATA["entropy"].clone(), DATA["mask"].clone()
+    entropy[:2] += 1
+    mask[2:, 6] = 0
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_entropy_mask_on, (port, entropy, mask, results), nprocs=2)
+        both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
+    assert torch.equal(both, entropy_mask(entropy, 0.3, mask))
+    assert not torch.equal(both[:2], entropy_mask(entropy[:2], 0.3, mask[:2]))
+
+
+WEIGHTS = {
+    "token_truncate": {"low": 0.7, "high": 1.5},
+    "token_truncate_high": {"high": 1.5},
+    "token_truncate_low": {"low": 0.7},
+    "token_mask": {"mode": "mask", "low": 0.7, "high": 1.5},
+    "token_mask_high": {"mode": "mask", "high": 1.5},
+    "sequence_truncate": {"level": "sequence_sum", "low": 0.7, "high": 1.5},
+    "sequence_mask": {"level": "sequence_sum", "mode": "mask", "low": 0.5, "high": 2.2},
+    "mean_mask": {"level": "sequence_mean", "mode": "mask", "low": 0.9, "high": 1.3},
+    "token_binary_kl": {"mode": "mask", "gate": "binary_kl", "high": 0.05},
+    "mean_binary_kl": {"level": "sequence_mean", "mode": "mask", "gate": "binary_kl", "high": 0.05},
+    "token_tv": {"mode": "mask", "gate": "tv", "high": 0.1},
+    "mean_tv": {"level": "sequence_mean", "mode": "mask", "gate": "tv", "high": 0.15},
+    "none": {},
+    "sequence_none": {"level": "sequence_sum"},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_mismatch_weight(name):
+    rollout = DATA["rollout_log_probs"].clone()
+    rollout[1, 0] = float("nan")
+    args = DATA["old_log_probs"].clone().requires_grad_(), rollout, DATA["mask"]
+    weight, metrics = mismatch_weight(*args, **WEIGHTS[name])
+    expected, expected_metrics = reference.mismatch_weight(*args, **WEIGHTS[name])
+    shown = DATA["mask"] != 0
+    spread = weight if weight.dim() == 2 else weight[:, None].expand_as(expected)
+    torch.testing.assert_close(spread[shown], expected[shown])
+    for key, value in expected_metrics.items():
+        torch.testing.assert_close(metrics[key].item(), float(value))
+    assert not weight.requires_grad
+    assert (0 < metrics["filter_fraction"] < 1) or name in ("none", "sequence_none")
+    packed, borders, kept = pack(DATA | {"rollout": rollout})
+    weight, metrics = mismatch_weight(
+        packed["old_log_probs"], packed["rollout"], packed["mask"], cu_seqlens=borders, **WEIGHTS[name]
+    )
+    spread = weight if weight.dim() == 2 else weight.repeat_interleave(borders.diff())[None]
+    torch.testing.assert_close(spread[packed["mask"] != 0], expected[kept & shown])
+    torch.testing.assert_close(metrics["filter_fraction"].item(), float(expected_metrics["filter_fraction"]))
+
+
+def test_mismatch_weights_differ():
+    weights = {}
+    for name, options in WEIGHTS.items():
+        weight, _ = mismatch_weight(DATA["old_log_probs"], DATA["rollout_log_probs"], DATA["mask"], **options)
+        loss, _, _ = run(grpo_loss, DATA, mismatch_weight=weight)
+        weights[name] = round(loss.item(), 9)
+    assert len(set(weights.values())) == len(weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"level": "sequence_mean", "mode": "truncate"},
+        {"gate": "tv", "mode": "truncate"},
+        {"gate": "binary_kl", "mode": "mask", "level": "sequence_sum"},
+        {"level": "sequence"},
+    ],
+)
+def test_mismatch_weight_rejects_what_has_no_meaning(options):
+    with pytest.raises(ValueError, match="do not go together"):
+        mismatch_weight(torch.zeros(1, 2), torch.zeros(1, 2), **options)
+
+
+def test_mismatch_weight_of_a_huge_difference_is_finite():
+    weight, metrics = mismatch_weight(torch.tensor([[-1.0, -500.0]]), torch.tensor([[-500.0, -1.0]]))
+    assert weight.isfinite().all()
+    assert metrics["mismatch_kl"] == 0
+
+
+NAN = float("nan")
+REWARDS = {
+    "one": torch.tensor([1.0, 0.0, 0.5, 3.0, 2.0, 2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 0.0]),
+    "nan": torch.tensor([1.0, NAN, 0.5, 3.0, NAN, NAN, NAN, 2.0, NAN, NAN, NAN, NAN]),
+    "three": torch.stack(
+        [
+            torch.tensor([1.0, NAN, 0.5, 3.0, NAN, 2.0, NAN, 2.0, 0.0, 1.0, 0.0, 0.0]),
+            torch.tensor([0.2, NAN, 1.5, 0.3, NAN, 1.0, 1.5, 2.5, 1.0, 0.0, 5.0, 0.0]),
+            torch.tensor([9.0, NAN, NAN, NAN, 0.0, 4.0, NAN, 2.0, 0.0, 0.1, 3.0, 0.5]),
+        ],
+        dim=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "normalize_then_sum"])
+@pytest.mark.parametrize("rewards", REWARDS)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.5}, {"leave_one_out": True}, {"weights": [0.5, 2.0, -1.0]}], ids=str)
+def test_group_advantages(rewards, scale, options):
+    if "weights" in options:
+        options = {"weights": options["weights"][: 3 if rewards == "three" else 1]}
+    rewards = REWARDS[rewards].double()
+    for group in (4, 2, 1, 12):
+        expected = reference.group_advantages(rewards, group, scale=scale, **options)
+        ours = group_advantages(rewards, group, scale=scale, **options)
+        torch.testing.assert_close(ours, expected)
+        assert ours.isfinite().all()
+    assert group_advantages(rewards.float(), 4, scale=scale, **options).dtype == torch.float32
+
+
+def test_group_advantages_differ():
+    rewards = REWARDS["three"]
+    results = [
+        group_advantages(rewards, 4, scale=scale, leave_one_out=loo, weights=weights, eps=eps)
+        for scale in ("group", "batch", "none", "normalize_then_sum")
+        for loo in ((False, True) if scale != "normalize_then_sum" else (False,))
+        for weights in (None, [1.0, 2.0, 3.0])
+        for eps in ((1e-4, 1e-1) if scale != "none" else (1e-4,))
+    ]
+    assert len({tuple(r.tolist()) for r in results}) == len(results)
+    assert (group_advantages(REWARDS["one"], 1) == 0).all()
+    assert (group_advantages(REWARDS["one"], 4)[4:8] == 0).all()  # a group of equals
+
+
+VALUES = {
+    "plain": {},
+    "clip": {"clip_eps": 0.3},
+    "clip_tight": {"clip_eps": 0.1},
+    "sequences": {"clip_eps": 0.3, "aggregation": "seq_mean_token_mean"},
+    "sequences_left_out": {"clip_eps": 0.3, "aggregation": "seq_mean_token_mean", "count_empty": False},
+    "global": {"clip_eps": 0.3, "batch_num_tokens": 50.0, "dp_size": 3},
+}
+
+
+def value_case(loss_fn, dtype=torch.float64, **options):
+    data = batch(dtype)
+    values = data["log_probs"].requires_grad_()
+    loss, metrics = loss_fn(values, data["old_log_probs"], data["token_advantages"] - 1, data["mask"], **options)
+    return loss.detach(), metrics, {"values": torch.autograd.grad(loss, values)[0]}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_value_loss(name):
+    ours, expected = (value_case(f, **VALUES[name]) for f in (value_loss, reference.value_loss))
+    assert_same(ours, expected)
+    assert (0 < ours[1]["clip_ratio"] < 1) == (name != "plain")
+    half = value_case(value_loss, torch.bfloat16, **VALUES[name])
+    assert half[0].dtype == torch.float32
+    compiled = torch.compile(value_loss, fullgraph=True, backend="eager")
+    assert_same(value_case(compiled, **VALUES[name]), ours)
+
+
+def test_value_losses_differ():
+    results = {name: value_case(value_loss, **options) for name, options in VALUES.items()}
+    assert coinciding(results) == []
+
+
+def test_value_clip_holds_the_gradient():
+    """Moved further than the clip, away from the return: plain is worse and trains; towards it: held, no gradient."""
+    values = torch.tensor([[1.0, 1.0]], requires_grad=True)
+    loss, metrics = value_loss(values, torch.zeros(1, 2), torch.tensor([[-1.0, 2.0]]), clip_eps=0.2)
+    (gradient,) = torch.autograd.grad(loss, values)
+    torch.testing.assert_close(gradient, torch.tensor([[1.0, 0.0]]))
+    assert metrics["clip_ratio"] == 0.5
+
+
+def test_ppo_loss_is_the_textbook_formula():
+    shown = DATA["mask"] != 0
+    r = (DATA["log_probs"] - DATA["old_log_probs"])[shown].exp()
+    a = DATA["token_advantages"][shown]
+    expected = torch.maximum(-a * r, -a * r.clamp(0.8, 1.2)).sum() / shown.sum()
+    loss, _ = ppo_loss(DATA["log_probs"], DATA["old_log_probs"], DATA["token_advantages"], DATA["mask"])
+    torch.testing.assert_close(loss, expected)
+    ours = run(lambda *a, **o: ppo_loss(*a, **o), DATA, eps_high=0.3, dual_clip=1.3)
+    assert_same(ours, run(reference.ppo_loss, DATA, eps_high=0.3, dual_clip=1.3))
