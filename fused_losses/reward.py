@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cross_entropy import cross_entropy
 from .linear_logits import LinearLogits
-from .numerics import upcast
+from .numerics import statistics_dtype, upcast
 from .sequences import masked_sum, split_pairs
 
 
@@ -297,7 +298,8 @@ def prm_loss(
         raise ValueError(f"soft labels need two reward_token_ids, got {reward_token_ids}")
     is_placeholder = inputs == placeholder_token_id
     counted = is_placeholder & (labels != -100)
-    z, target = logits[counted], labels[counted]
+    z: Any = logits[counted]  # type: ignore[index]
+    target = labels[counted]
     if reward_token_ids is not None:
         ids = torch.tensor(reward_token_ids, device=labels.device)
         z = z[..., ids]
@@ -309,8 +311,8 @@ def prm_loss(
                 )
             target = is_id.int().argmax(-1)
     if soft:
-        target = torch.stack([upcast(target), 1 - upcast(target)], -1).to(upcast(z).dtype)
-    loss = F.cross_entropy(upcast(z), target)
+        target = torch.stack([upcast(target), 1 - upcast(target)], -1)
+    loss = cross_entropy(z.to(statistics_dtype(z.dtype)), target)
     if not return_acc:
         return loss
     right = z.detach().argmax(-1) == (target.argmax(-1) if soft else target)

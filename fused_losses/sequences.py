@@ -105,11 +105,13 @@ def sums_and_counts(
     """
     shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     x = upcast(x).masked_fill(~shown, 0)
-    if cu_seqlens is None and position_ids is None:
+    if position_ids is not None:
+        if cu_seqlens is not None:
+            raise ValueError("packed rows take cu_seqlens or position_ids, got both")
+        cu_seqlens = document_borders(position_ids, num_sequences)
+    if cu_seqlens is None:
         return x.sum(-1), shown.sum(-1)
-    if cu_seqlens is not None and position_ids is not None:
-        raise ValueError("packed rows take cu_seqlens or position_ids, got both")
-    borders = document_borders(position_ids, num_sequences) if cu_seqlens is None else cu_seqlens.long()
+    borders = cu_seqlens.long()
 
     def per_document(values: Tensor) -> Tensor:
         # `unsafe` leaves the borders unchecked, which would wait for the device.

@@ -11,15 +11,16 @@ the mean of the batch: trainers count the whole batch's tokens first and pass ``
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .cross_entropy import cross_entropy
 from .linear_logits import LinearLogits
-from .numerics import upcast
+from .numerics import statistics_dtype, upcast
 from .sequences import shift_labels, sums_and_counts
+from .token_statistics import selective_log_softmax
 
 
 def dft(log_probs: Tensor) -> Tensor:
@@ -87,7 +88,7 @@ def sft_loss(
         Scalar, fp32 (float64 for float64), differentiable in ``logits``.
 
     Raises:
-        ValueError: ``labels`` are not shaped like the tokens of ``logits``.
+        ValueError: ``labels`` are not shaped like the tokens of ``logits``, or an unknown name.
 
     Example:
         >>> sft_loss(torch.zeros(1, 4, 10), torch.tensor([[7, 8, -100, 9]]))
@@ -97,24 +98,23 @@ def sft_loss(
         raise ValueError(
             f"logits (B, S, V) need labels (B, S), got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
         )
+    if average not in ("token", "sequence") or loss_type not in ("nll", "dft"):
+        raise ValueError(f"average is 'token' or 'sequence', loss_type 'nll' or 'dft', got {average!r}, {loss_type!r}")
     target = shift_labels(labels, ignore_index, cu_seqlens=cu_seqlens, position_ids=position_ids)
     counted = target != ignore_index
-
-    def nll(reduction: str) -> Tensor:
-        by_class = upcast(logits).transpose(1, -1)  # (B, V, S); (S, V) as it is
-        return cross_entropy(by_class, target, ignore_index=ignore_index, reduction=reduction)
-
-    if average == "token" and loss_type == "nll":
-        total, count = nll("sum"), counted.sum()
+    count = counted.sum()
+    if average == "token" and loss_type == "nll" and not isinstance(logits, Tensor):
+        # A sum over tokens can have its gradients made in the forward pass; in fp32, which costs lazy logits nothing.
+        by_class = logits.to(statistics_dtype(logits.dtype)).transpose(1, -1)
+        total = cross_entropy(by_class, target, ignore_index=ignore_index, reduction="sum")
     else:
-        losses = dft(-nll("none")) if loss_type == "dft" else nll("none")
-        sums, counts = sums_and_counts(
-            losses, counted, cu_seqlens=cu_seqlens, position_ids=position_ids, num_sequences=num_sequences
-        )
-        if average == "token":
-            total, count = sums.sum(), counts.sum()
-        else:
-            total, count = (sums / counts.clamp(min=1)).sum(), (counts > 0).sum()
+        log_probs = selective_log_softmax(logits, target.masked_fill(~counted, -100))
+        losses = dft(log_probs) if loss_type == "dft" else -log_probs
+        if average == "sequence":
+            packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+            sums, counts = sums_and_counts(losses, counted, **packing, num_sequences=num_sequences)
+            losses, count = sums / counts.clamp(min=1), (counts > 0).sum()
+        total = losses.sum()
     if num_items_in_batch is not None:
         count = torch.as_tensor(num_items_in_batch, device=total.device)
     loss = total / count.clamp(min=1)

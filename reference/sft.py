@@ -45,7 +45,7 @@ def sft_loss(
             by_document.setdefault(max(start for start in starts if start <= t), []).append(loss)
         sequences += by_document.values()
     if average == "sequence":
-        terms = [sum(losses) / len(losses) for losses in sequences]
+        terms = [torch.stack(losses).mean() for losses in sequences]
     else:
         terms = [loss for losses in sequences for loss in losses]
     total = sum(terms, torch.zeros((), dtype=logits.dtype))

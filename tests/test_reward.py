@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_losses import reward
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import reward as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import strict
 
 NAN = float("nan")
 
@@ -261,6 +263,34 @@ def test_prm_loss(kind):
     poisoned = value_and_grads(lambda z: reward.prm_loss(INPUTS, z, labels, **kwargs), logits.masked_fill(~read, NAN))
     assert torch.equal(poisoned[0], ours[0])
     assert torch.equal(poisoned[1][0], ours[1][0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prm_projects_what_it_reads(kind, dtype):
+    ids, labels = KINDS[kind]
+    kwargs = {"placeholder_token_id": PLACEHOLDER, "reward_token_ids": ids}
+    hidden, weight = torch.randn(3, 5, 16).to(dtype), torch.randn(V, 16).to(dtype)
+    read = (INPUTS == PLACEHOLDER) & (labels != -100)
+    rows = torch.ones(V, dtype=torch.bool) if ids is None else torch.isin(torch.arange(V), torch.tensor(ids))
+
+    def losses(kind, logits, loss):
+        h, w = hidden.to(kind), weight.to(kind)
+        if logits is LinearLogits:  # what is not read may hold anything
+            h, w = h.masked_fill(~read.unsqueeze(-1), NAN), w.masked_fill(~rows.unsqueeze(-1), NAN)
+        h, w = h.requires_grad_(), w.requires_grad_()
+        value, accuracy = loss(INPUTS, logits(h, w), labels, **kwargs)
+        return value, *torch.autograd.grad(3 * value, [h, w]), accuracy
+
+    with strict():
+        ours = losses(dtype, LinearLogits, lambda *a, **k: reward.prm_loss(*a, **k, return_acc=True))
+    exact = losses(torch.float64, lambda h, w: h @ w.T, reference.prm_loss)
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, exact)
+        return
+    eager = losses(dtype, lambda h, w: (h @ w.T).float(), reference.prm_loss)
+    for name, a, b, c in zip(("loss", "d_hidden", "d_weight", "accuracy"), ours, eager, exact, strict=True):
+        assert_accurate(a, b, c, name)
 
 
 def test_prm_kinds_and_order_change_the_number():

@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from memory import peak_bytes
 
 from fused_losses import sft
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import sft as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import strict
 
 B, S, V = 3, 7, 11
 NAN = float("nan")
@@ -147,7 +150,49 @@ def test_dft_weight_is_a_constant():
     assert sft.dft(torch.tensor([-1.0]).bfloat16()).item() == pytest.approx(math.exp(-1))
 
 
+HEAD_CASES = [*OPTIONS, {"cu_seqlens": BORDERS}, {"average": "sequence", "position_ids": POSITIONS}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", HEAD_CASES)
+def test_linear_logits(options, dtype):
+    labels = LABELS[:1].clamp(min=0) if "cu_seqlens" in options or "position_ids" in options else LABELS
+    hidden, weight = torch.randn(*labels.shape, 16).to(dtype), torch.randn(V, 16).to(dtype)
+
+    def losses(kind, loss):
+        h, w = hidden.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
+        value = loss(h, w)
+        return value, *torch.autograd.grad(3 * value, [h, w])
+
+    borders = {"borders": BORDERS.tolist()} if len(labels) == 1 else {}
+    plain = {k: v for k, v in options.items() if k not in ("cu_seqlens", "position_ids")} | borders
+    with strict():
+        ours = losses(dtype, lambda h, w: sft.sft_loss(LinearLogits(h, w), labels, **options))
+    exact = losses(torch.float64, lambda h, w: reference.sft_loss(h @ w.T, labels, **plain))
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    if dtype == torch.float64:
+        torch.testing.assert_close(ours, exact)
+    else:
+        eager = losses(dtype, lambda h, w: reference.sft_loss((h @ w.T).float(), labels, **plain))
+        for name, a, b, c in zip(("loss", "d_hidden", "d_weight"), ours, eager, exact, strict=True):
+            assert_accurate(a, b, c, name)
+    unread = ours[1].float().abs().sum(-1, keepdim=True) == 0
+    poisoned = hidden.masked_fill(unread, NAN)
+    assert torch.equal(sft.sft_loss(LinearLogits(poisoned, weight), labels, **options), ours[0])
+
+
+@pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
+def test_logits_are_not_copied(options, device):
+    logits = torch.randn(2, 300, 40000, device=device, dtype=torch.bfloat16).requires_grad_()
+    labels = torch.randint(0, 40000, (2, 300), device=device)
+    assert peak_bytes(lambda: sft.sft_loss(logits, labels, **options), device) < logits.nbytes / 2
+    with_gradient = peak_bytes(lambda: torch.autograd.grad(sft.sft_loss(logits, labels, **options), logits), device)
+    assert with_gradient < 1.5 * logits.nbytes
+
+
 def test_refuses():
+    with pytest.raises(ValueError, match="'tokens'"):
+        sft.sft_loss(torch.zeros(2, 4, V), torch.zeros(2, 4, dtype=torch.long), average="tokens")
     with pytest.raises(ValueError, match=r"\(2, 5, 11\) and \(2, 4\)"):
         sft.sft_loss(torch.zeros(2, 5, V), torch.zeros(2, 4, dtype=torch.long))
 
