@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .linear_logits import LinearLogits
+from .numerics import upcast
+from .policy import grpo_loss, mismatch_weight, value_loss
 from .reward import log_exp_loss, pairwise_reward_loss, prm_loss
+from .sequences import masked_mean
 from .sft import sft_loss
 
 
@@ -101,3 +104,163 @@ class PRMLoss(nn.Module):
             reward_token_ids=self.reward_token_ids,
             return_acc=return_acc,
         )
+
+
+class PolicyLoss(nn.Module):
+    """PPO's or GSPO's loss of the actor: :func:`~fused_losses.policy.grpo_loss`. Returns what OpenRLHF's returns.
+
+    That is ``loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio``, the last two None without a correction; constructed
+    with the arguments of OpenRLHF 0.8 to 0.11.0, ``enable_vllm_is_correction`` and so on, the first four.
+
+    Args:
+        clip_eps_low, clip_eps_high: the ratio is clipped to ``1 − clip_eps_low … 1 + clip_eps_high``.
+        dual_clip: bound on the ratio of tokens with a negative advantage, above 1.
+        token_level_loss: mean over tokens, else over sequences of their token means, as always for GSPO.
+        policy_loss_type: ``"ppo"`` or ``"gspo"``.
+        is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: weight against the
+            inference engine's probabilities, :func:`~fused_losses.policy.mismatch_weight`: ``"off"``, ``"token"`` or
+            ``"seq"``; ``"mask"`` or ``"clip"``; ``"ratio"``, ``"binary_kl"`` or ``"tv"``; ``(low, high)``. GSPO instead
+            takes its ratio against the rollout.
+        enable_vllm_is_correction, vllm_is_truncated_threshold, vllm_is_correction_type: the older arguments for the
+            same: ``"tis"`` (clip), ``"icepop"`` (mask) or ``"seq-mask-tis"``; the threshold ``(low, high)`` or ``high``.
+
+    Example:
+        >>> loss, clip_ratio, *_ = PolicyLoss()(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1))
+        >>> loss
+        tensor(-0.3679)
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
+        *,
+        enable_vllm_is_correction: bool | None = None,
+        vllm_is_truncated_threshold: float | Sequence[float] | None = None,
+        vllm_is_correction_type: str = "tis",
+    ) -> None:
+        super().__init__()
+        low_high: Any = is_correction_threshold
+        if enable_vllm_is_correction is not None:
+            kinds = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
+            if vllm_is_correction_type not in kinds:
+                raise ValueError(f"vllm_is_correction_type must be one of {', '.join(kinds)}")
+            is_correction_level, is_correction_mode = kinds[vllm_is_correction_type]
+            low_high = vllm_is_truncated_threshold
+            low_high = low_high if isinstance(low_high, Sequence) else (None, low_high)
+        if policy_loss_type not in ("ppo", "gspo"):
+            raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}")
+        levels = {"off": "token", "token": "token", "seq": "sequence_mean"}
+        modes = {"mask": "mask", "clip": "truncate"}
+        if is_correction_level not in levels or is_correction_mode not in modes:
+            raise ValueError(
+                f"is_correction_level must be one of {', '.join(levels)} and is_correction_mode of {', '.join(modes)}, "
+                f"got {is_correction_level!r} and {is_correction_mode!r}"
+            )
+        self.corrected = is_correction_level != "off" and enable_vllm_is_correction is not False
+        self.returns = 5 if enable_vllm_is_correction is None else 4
+        self.correction: dict[str, Any] = {
+            "level": levels[is_correction_level],
+            "mode": modes[is_correction_mode],
+            "gate": is_correction_gating,
+            "low": low_high[0],
+            "high": low_high[1],
+        }
+        self.options: dict[str, Any] = {
+            "loss_type": policy_loss_type,
+            "eps_low": clip_eps_low,
+            "eps_high": clip_eps_high,
+            "dual_clip": dual_clip,
+            "log_ratio_clamp": (-20.0, 20.0) if policy_loss_type == "ppo" else None,
+            "aggregation": "token_mean" if token_level_loss and policy_loss_type == "ppo" else "seq_mean_token_mean",
+            "count_empty": False,
+        }
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        weight: Tensor | None = None
+        correction: dict[str, Tensor] = {}
+        behaviour = old_log_probs
+        if self.corrected:
+            if rollout_log_probs is None:
+                raise ValueError("the correction needs rollout_log_probs")
+            if self.options["loss_type"] == "gspo":
+                behaviour = rollout_log_probs
+            else:
+                weight, correction = mismatch_weight(old_log_probs, rollout_log_probs, action_mask, **self.correction)
+        loss, metrics = grpo_loss(
+            log_probs,
+            behaviour,
+            advantages,
+            action_mask,
+            mismatch_weight=weight,
+            dp_size=dp_size,
+            batch_num_tokens=batch_num_tokens,
+            global_batch_size=global_batch_size,
+            **self.options,
+        )
+        results = (
+            loss,
+            metrics["clip_ratio/region_mean"],
+            masked_mean(upcast(old_log_probs) - upcast(log_probs.detach()), action_mask),
+            correction.get("mismatch_kl"),
+            correction.get("filter_fraction"),
+        )
+        return results[: self.returns]
+
+
+class ValueLoss(nn.Module):
+    """PPO's loss of the critic, half the clipped squared error: :func:`~fused_losses.policy.value_loss`.
+
+    Args:
+        clip_eps: how far a value may move from the old one before the clip; None: no clip.
+        token_level_loss: mean over tokens, else over sequences of their token means.
+
+    Example:
+        >>> ValueLoss(clip_eps=0.2)(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))
+        tensor(0.5000)
+    """
+
+    def __init__(self, clip_eps: float | None = None, token_level_loss: bool = True) -> None:
+        super().__init__()
+        self.clip_eps = clip_eps
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        values: Tensor,
+        old_values: Tensor,
+        returns: Tensor,
+        action_mask: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Tensor:
+        return value_loss(
+            values,
+            old_values,
+            returns,
+            action_mask,
+            clip_eps=self.clip_eps,
+            aggregation="token_mean" if self.token_level_loss else "seq_mean_token_mean",
+            count_empty=False,
+            dp_size=dp_size,
+            batch_num_tokens=batch_num_tokens,
+            global_batch_size=global_batch_size,
+        )[0]

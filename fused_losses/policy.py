@@ -647,7 +647,7 @@ def grpo_loss(
         The loss, a scalar in fp32 (float64 for float64), differentiable in ``log_probs`` and ``entropy``; and metrics
         of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`), ``kl`` (as it was weighted),
         ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is one ratio
-        for each, that the clip holds below, above, either), ``clip_ratio/low_min``, ``clip_ratio/high_max`` (extremes
+        and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min``, ``clip_ratio/high_max`` (extremes
         among the sequences) and ``clip_ratio/dual_mean``.
 
     Raises:
@@ -673,7 +673,8 @@ def grpo_loss(
     mask = sequences.mask
     log_probs = sequences.hide(log_probs)
     old_log_probs = log_probs.detach() if old_log_probs is None else sequences.hide(old_log_probs.detach())
-    A = sequences.spread(sequences.constant(advantages))
+    advantages = sequences.constant(advantages)
+    A = sequences.spread(advantages)
     log_ratio = _log_ratio(log_probs, old_log_probs, sequences, level, log_ratio_clamp)
     r = log_ratio.exp()
     weight = None if mismatch_weight is None else sequences.constant(mismatch_weight)
@@ -711,8 +712,9 @@ def grpo_loss(
     if weight is not None:
         loss = loss * sequences.spread(weight)
 
-    one_each = surrogate != "gmpo" and level in ("sequence", "sequence_sum")
-    metrics = {"ratio_mean": sequences.average(r, one_each)}
+    one_ratio = level in ("sequence", "sequence_sum")
+    one_each = one_ratio and surrogate != "gmpo" and advantages.dim() == 1
+    metrics = {"ratio_mean": sequences.average(r, one_ratio)}
     metrics["ppo_kl"] = sequences.average(old_log_probs - log_probs)
     counts["cu_seqlens"] = cu_seqlens
     penalty: Tensor | float = 0.0

@@ -369,12 +369,13 @@ def grpo_loss(
     def flat(lists: list[list]) -> list:
         return [x for each in lists for x in each]
 
-    def average(lists: list[list]) -> Tensor | float:
-        """Of the sequences where there is one ratio for each, else of the tokens."""
-        one_each = loss_type != "gmpo" and level in ("sequence", "sequence_sum")
-        return _mean([_mean(x) for x in lists]) if one_each else _mean(flat(lists))
+    one_ratio = level in ("sequence", "sequence_sum")
+    one_each = one_ratio and loss_type != "gmpo" and (advantages.dim() == 1 or advantages.shape[1] == 1)
 
-    metrics = {"ratio_mean": average(ratios), "ppo_kl": _mean(drift)}
+    def average(lists: list[list], per_sequence: bool = one_each) -> Tensor | float:
+        return _mean([_mean(x) for x in lists]) if per_sequence else _mean(flat(lists))
+
+    metrics = {"ratio_mean": average(ratios, one_ratio), "ppo_kl": _mean(drift)}
     if beta != 0:
         metrics["kl"] = _mean([kl[b][t] for b, row in enumerate(rows) for t in row])
     if entropy is not None:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from fused_losses import modules
+from fused_losses.reference import policy as reference_policy
 from fused_losses.reference import reward as reference_reward
 from fused_losses.reference import sft as reference_sft
 
@@ -18,6 +19,18 @@ SIGNATURES = {
     "GPTLMLoss": ("(ring_attn_group=None)", "(logits, labels)"),
     "PairWiseLoss": ("(*args, **kwargs)", "(chosen_reward, reject_reward, margin=None)"),
     "LogExpLoss": ("(*args, **kwargs)", "(chosen_reward, reject_reward, margin=None)"),
+    "PolicyLoss": (
+        "(clip_eps_low=0.2, clip_eps_high=0.2, dual_clip=None, token_level_loss=True, policy_loss_type='ppo', "
+        "is_correction_level='off', is_correction_mode='mask', is_correction_gating='ratio', "
+        "is_correction_threshold=(0.5, 5.0), *, enable_vllm_is_correction=None, vllm_is_truncated_threshold=None, "
+        "vllm_is_correction_type='tis')",
+        "(log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, dp_size=1, "
+        "batch_num_tokens=None, global_batch_size=None)",
+    ),
+    "ValueLoss": (
+        "(clip_eps=None, token_level_loss=True)",
+        "(values, old_values, returns, action_mask=None, dp_size=1, batch_num_tokens=None, global_batch_size=None)",
+    ),
     "PRMLoss": ("(placeholder_token_id, reward_token_ids=None)", "(inputs, logits, labels, *, return_acc=False)"),
 }
 
@@ -98,3 +111,144 @@ def test_prm_loss(ids):
     loss = modules.PRMLoss(9, ids)
     torch.testing.assert_close(loss(inputs, logits, labels), expected[0])
     torch.testing.assert_close(loss(inputs, logits, labels, return_acc=True), expected)
+
+
+def policy_batch():
+    generator = torch.Generator().manual_seed(0)
+    log_probs, old, rollout, advantages = (
+        torch.randn(4, 5, dtype=torch.float64, generator=generator) * scale - shift
+        for scale, shift in ((0.4, 2), (0.4, 2), (0.4, 2), (1, 0))
+    )
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 0]])
+    return log_probs, old, advantages, mask, rollout
+
+
+# PolicyLoss's arguments, and the reference's: (loss, weight).
+PPO = {"loss_type": "ppo", "count_empty": False}
+POLICY = {
+    "default": ({}, PPO, None),
+    "clips": (
+        {"clip_eps_low": 0.1, "clip_eps_high": 0.3, "dual_clip": 1.2},
+        PPO | {"eps_low": 0.1, "eps_high": 0.3, "dual_clip": 1.2},
+        None,
+    ),
+    "sequences": ({"token_level_loss": False}, PPO | {"aggregation": "seq_mean_token_mean"}, None),
+    "gspo": ({"policy_loss_type": "gspo"}, PPO | {"loss_type": "gspo"}, None),
+    "token mask": (
+        {"is_correction_level": "token", "is_correction_threshold": (0.8, 1.4)},
+        PPO,
+        {"mode": "mask", "low": 0.8, "high": 1.4},
+    ),
+    "token clip": (
+        {"is_correction_level": "token", "is_correction_mode": "clip", "is_correction_threshold": (0.8, 1.4)},
+        PPO,
+        {"mode": "truncate", "low": 0.8, "high": 1.4},
+    ),
+    "sequence mask": (
+        {"is_correction_level": "seq", "is_correction_threshold": (0.8, 1.1)},
+        PPO,
+        {"level": "sequence_mean", "mode": "mask", "low": 0.8, "high": 1.1},
+    ),
+    "divergence": (
+        {"is_correction_level": "token", "is_correction_gating": "tv", "is_correction_threshold": (0.0, 0.05)},
+        PPO,
+        {"mode": "mask", "gate": "tv", "high": 0.05},
+    ),
+    "older, off": ({"enable_vllm_is_correction": False}, PPO, None),
+    "older, one bound": (
+        {"enable_vllm_is_correction": True, "vllm_is_truncated_threshold": 1.2},
+        PPO,
+        {"high": 1.2},
+    ),
+    "older, icepop": (
+        {
+            "enable_vllm_is_correction": True,
+            "vllm_is_truncated_threshold": [0.7, 1.2],
+            "vllm_is_correction_type": "icepop",
+        },
+        PPO,
+        {"mode": "mask", "low": 0.7, "high": 1.2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", POLICY)
+def test_policy_loss(name):
+    arguments, options, correction = POLICY[name]
+    log_probs, old, advantages, mask, rollout = policy_batch()
+    log_probs.requires_grad_()
+    results = modules.PolicyLoss(**arguments)(log_probs, old, advantages, mask, rollout)
+    assert len(results) == (4 if name.startswith("older") else 5)
+    weight = metrics = None
+    if correction:
+        weight, metrics = reference_policy.mismatch_weight(old, rollout, mask, **correction)
+        assert 0 < metrics["filter_fraction"] < 1
+        torch.testing.assert_close(results[3].item(), float(metrics["mismatch_kl"]))
+        if len(results) == 5:
+            torch.testing.assert_close(results[4].item(), float(metrics["filter_fraction"]))
+    else:
+        assert all(x is None for x in results[3:])
+    loss, metrics = reference_policy.grpo_loss(log_probs, old, advantages, mask, mismatch_weight=weight, **options)
+    torch.testing.assert_close(results[0], loss)
+    grads = [torch.autograd.grad(x, log_probs)[0] for x in (results[0], loss)]
+    torch.testing.assert_close(*grads)
+    torch.testing.assert_close(results[1].item(), metrics["clip_ratio/region_mean"])
+    torch.testing.assert_close(results[2].item(), metrics["ppo_kl"])
+
+
+def test_policy_losses_differ():
+    batch = policy_batch()
+    results = {name: modules.PolicyLoss(**arguments)(*batch)[0].item() for name, (arguments, *_) in POLICY.items()}
+    assert results.pop("older, off") == results["default"]
+    assert len(set(results.values())) == len(results)
+
+
+def test_gspo_is_corrected_in_its_ratio():
+    log_probs, old, advantages, mask, rollout = policy_batch()
+    corrected = modules.PolicyLoss(policy_loss_type="gspo", is_correction_level="token")
+    results = corrected(log_probs, old, advantages, mask, rollout)
+    plain = modules.PolicyLoss(policy_loss_type="gspo")
+    assert torch.equal(results[0], plain(log_probs, rollout, advantages, mask)[0])
+    assert results[0] != plain(log_probs, old, advantages, mask)[0]
+    assert torch.equal(results[2], plain(log_probs, old, advantages, mask)[2])
+
+
+@pytest.mark.parametrize("token_level_loss", [True, False])
+@pytest.mark.parametrize("clip_eps", [None, 0.2])
+def test_value_loss(token_level_loss, clip_eps):
+    values, old, returns, mask, _ = policy_batch()
+    values.requires_grad_()
+    loss = modules.ValueLoss(clip_eps, token_level_loss)(values, old, returns, mask)
+    aggregation = "token_mean" if token_level_loss else "seq_mean_token_mean"
+    expected = reference_policy.value_loss(
+        values, old, returns, mask, clip_eps=clip_eps, aggregation=aggregation, count_empty=False
+    )[0]
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, values)[0] for x in (loss, expected)))
+
+
+def test_policy_and_value_loss_take_global_counts():
+    log_probs, old, advantages, mask, _ = policy_batch()
+    for module in (modules.PolicyLoss(), modules.PolicyLoss(token_level_loss=False), modules.ValueLoss(0.2)):
+        args = (log_probs, old, advantages, mask)
+        whole, parts = module(*args), []
+        for rows in (slice(0, 1), slice(1, 4)):
+            parts.append(module(*(x[rows] for x in args), dp_size=2, batch_num_tokens=11, global_batch_size=3))
+        if isinstance(whole, tuple):
+            whole, parts = whole[0], [part[0] for part in parts]
+        torch.testing.assert_close(sum(parts) / 2, whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"policy_loss_type": "grpo"}, "policy_loss_type"),
+        ({"is_correction_level": "word"}, "is_correction_level"),
+        ({"enable_vllm_is_correction": True, "vllm_is_correction_type": "x"}, "vllm_is_correction_type"),
+    ],
+)
+def test_policy_loss_rejects(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        modules.PolicyLoss(**arguments)
+    with pytest.raises(ValueError, match="rollout_log_probs"):
+        modules.PolicyLoss(is_correction_level="token")(*policy_batch()[:4])
