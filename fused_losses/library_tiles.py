@@ -1,4 +1,4 @@
-"""``kernels/linear_softmax.py`` for 32-bit heads on a GPU: the library's product of a tile, then the kernels for rows of logits.
+"""``kernels/linear_softmax.py`` for 32-bit heads on a GPU: the library's product of a tile, then the kernels for rows.
 
 Matrix instructions take fp32 as TF32, which is wrong here; the library's IEEE product is as fast as any.
 """

@@ -87,8 +87,8 @@ def linear_cross_entropy(
         target: class indices, int64 or uint8, shaped ``input.shape[:-1]`` (``(N, d1, …, dk)``); or class probabilities shaped
             like the logits, ``(…, C)`` (``(N, C, d1, …, dk)``).
         linear_bias: ``(C)`` or ``(C, d1, …, dk)``.
-        weight: one weight per class, ``(C)``. Under ``mean`` the sum is divided by the summed weights of the targets; with class
-            probabilities by the number of positions.
+        weight: one weight per class, ``(C)``. Under ``mean`` the sum is divided by the summed weights of the targets; with
+            class probabilities by the number of positions.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. A mean over nothing is nan.
         ignore_index: a class index that contributes nothing; None is −100. An error with class probabilities.
         label_smoothing: ε in [0, 1].
@@ -219,12 +219,14 @@ def linear_logits_cross_entropy(
     probabilities = target.shape == logits.shape
     if probabilities:
         target = target.movedim(logits.vocab_dim, -1)
+    u, B = low_rank or (None, None)
     with logits.gathered():
         head = Head(
             hidden,
             logits.weight,
             logits.bias,
-            *(low_rank or (None, None)),
+            u,
+            B,
             temperature,
             logits.scale,
             softcap or logits.softcap,
@@ -311,7 +313,9 @@ def heads_cross_entropy(
             f"{tuple(main_grad.shape)} for {D} weight(s) {tuple(heads[0].weight.shape)}"
         )
     if grad_scale is not None and (main_grad is None or reduction == "none"):
-        raise ValueError("grad_scale promises the upstream gradient of a mean or sum for main_grad=; there is none here")
+        raise ValueError(
+            "grad_scale promises the upstream gradient of a mean or sum for main_grad=; there is none here"
+        )
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
@@ -426,7 +430,9 @@ def _hard(
         else:
             assert promised is not None
             with torch.no_grad():
-                at_scale = tuple(None if t is None else t * promised for t in of)
+                first, second, third = (None if t is None else t * promised for t in of)
+                assert first is not None
+                at_scale = (first, second, third)
                 value, log_probs, logsumexp, is_top1, *gradients = loss_of_head(
                     head.detached(), ids, column_weight, at_scale, keep, zero_ignored, top1, *tail, main_grad
                 )
@@ -490,7 +496,8 @@ def _soft(
             outputs=("sum_log_probs",),
             backend=backend,
         )
-        assert found.sum_log_probs is not None and found.logsumexp is not None
+        assert found.sum_log_probs is not None
+        assert found.logsumexp is not None
         return plus_z_loss(-found.sum_log_probs, found, z_loss), found.logsumexp
 
     losses, lses = [], []
@@ -545,6 +552,7 @@ class LinearCrossEntropyLoss(nn.Module):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if not 0.0 <= label_smoothing <= 1.0:
             raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        self.weight: Tensor | None
         self.register_buffer("weight", weight)
         self.num_classes, self.out_features = num_classes, out_features
         # One matrix, as torch.nn.LinearCrossEntropyLoss stores it, so that checkpoints fit.
@@ -554,7 +562,8 @@ class LinearCrossEntropyLoss(nn.Module):
         self.options, self.extras = options, extras
 
     def forward(self, input: Tensor, target: Tensor) -> Any:
-        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        linear_weight: Tensor = self.linear.weight
+        linear_bias: Tensor | None = self.linear.bias
         if self.out_features:
             linear_weight = linear_weight.view(self.num_classes, *self.out_features, -1)
             linear_bias = None if linear_bias is None else linear_bias.view(self.num_classes, *self.out_features)

@@ -19,7 +19,7 @@ import torch
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .numerics import statistics_dtype
-from .settings import Backend, Route
+from .settings import Route
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 
@@ -83,7 +83,7 @@ def plan(
     route: Route | None = None,
     workspace: int | str | None = None,
     accumulate: str | None = None,
-    backend: Backend = "triton",
+    backend: str = "triton",
 ) -> Plan:
     r"""Choose the fastest way to a head's gradients within a budget of workspace, and predict its peak memory.
 
@@ -150,7 +150,7 @@ class _Sizes:
     hidden: int
     dtype: torch.dtype
     budget: int
-    backend: Backend
+    backend: str
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -164,7 +164,6 @@ class _Sizes:
         if self.backend == "triton":
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
-
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
@@ -261,7 +260,7 @@ def _plan(
     chunks: int,
     accumulate: torch.dtype | None,
     parts: dict[str, int],
-    why: list[str],
+    why: Sequence[str],
 ) -> Plan:
     return Plan(
         sizes.tokens,

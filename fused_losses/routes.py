@@ -5,14 +5,14 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
 - ``gradients_in_forward`` (:func:`loss_and_gradients`, ``6NVH``): for a loss that is a sum over tokens. A chunk of tokens at a
   time: logits, statistics, loss, gradient of the logits over the logits, and its products with weight and hidden. Backward
   multiplies by the upstream gradient. Recomputing the forward (activation checkpointing) doubles its cost.
-- ``recompute`` (:func:`linear_statistics`, ``8NVH``): for per-token results. Forward keeps a few numbers per token; backward makes
-  the logits' gradient again, a slice of the vocabulary at a time.
+- ``recompute`` (:func:`linear_statistics`, ``8NVH``): for per-token results. Forward keeps a few numbers per token;
+  backward makes the logits' gradient again, a slice of the vocabulary at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ from .planning import plan
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
 from .settings import Backend, resolve_backend
 from .settings import drop_ignored as drop_ignored_setting
-from .settings import workspace as workspace_setting
 from .token_statistics import softmax_rows, softmax_rows_grad
 
 BLOCK = 1024  # of a 16-bit matrix that is upcast at a time on a CPU
@@ -52,8 +51,12 @@ class Head(NamedTuple):
         """What a gradient may be asked of."""
         return self[:5]
 
+    def with_inputs(self, inputs: Iterable[Tensor | None]) -> Head:
+        values: dict[str, Any] = dict(zip(self._fields, inputs, strict=False))
+        return self._replace(**values)
+
     def detached(self) -> Head:
-        return Head(*(None if t is None else t.detach() for t in self.inputs), *self[5:])  # type: ignore[arg-type]
+        return self.with_inputs(None if t is None else t.detach() for t in self.inputs)
 
     def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
         """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
@@ -88,7 +91,9 @@ def check_head(head: Head) -> None:
         if other is None:
             continue
         if other.device != hidden.device:
-            raise RuntimeError(f"input is on {hidden.device} and {name} {tuple(other.shape)} on {other.device}: move one")
+            raise RuntimeError(
+                f"input is on {hidden.device} and {name} {tuple(other.shape)} on {other.device}: move one"
+            )
         if other.dtype != hidden.dtype:
             raise RuntimeError(
                 f"input {tuple(hidden.shape)} is {hidden.dtype} and {name} {tuple(other.shape)} is {other.dtype}: "
@@ -222,7 +227,19 @@ def loss_and_gradients(
             terms, factor = _away_from_zero(terms, factor, [d_weight, d_bias, d_B])
         a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
         softmax_rows_grad(
-            *seen, statistics.logsumexp, a, b, e, c, d, None, 0.0, head.scale, head.softcap, backend, logits.unsqueeze(-1)
+            *seen,
+            statistics.logsumexp,
+            a,
+            b,
+            e,
+            c,
+            d,
+            None,
+            0.0,
+            head.scale,
+            head.softcap,
+            backend,
+            logits.unsqueeze(-1),
         )
         first = start == 0
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
@@ -313,7 +330,8 @@ def differentiable_statistics(
     check_differentiable(N, V, head.hidden.dtype)
     skip = skipped(ids)
     hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
-    assert hidden is not None and weight is not None
+    assert hidden is not None
+    assert weight is not None
     if skip is not None:
         hidden = hidden.masked_fill(skip[:, None], 0)
         u = None if u is None else u.masked_fill(skip[:, None], 0)
@@ -375,7 +393,8 @@ def loss_of_head(
         for total, part in zip(found, statistics, strict=True):
             if total is not None and part is not None:
                 total[rows] = part
-        assert statistics.log_probs is not None and statistics.logsumexp is not None
+        assert statistics.log_probs is not None
+        assert statistics.logsumexp is not None
         value = of_log_probs[rows] * statistics.log_probs[:, 0]
         upstream = RowStatistics(log_probs=of_log_probs[rows, None])
         if of_sum_log_probs is not None:
@@ -394,7 +413,8 @@ def loss_of_head(
             head, ids, column_weight, keep, zero_ignored, outputs, of_chunk, wanted, workspace, accumulate, backend,
             main_grad,
         )  # fmt: skip
-    assert found.log_probs is not None and found.logsumexp is not None
+    assert found.log_probs is not None
+    assert found.logsumexp is not None
     return (
         loss.sum(),
         found.log_probs,
@@ -473,7 +493,14 @@ def _(
     sums = wide
     if dtype != torch.float16:
         chosen = plan(
-            M, V, hidden.shape[1], dtype, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend  # type: ignore[arg-type]
+            M,
+            V,
+            hidden.shape[1],
+            dtype,
+            route="gradients_in_forward",
+            workspace=workspace,
+            accumulate=accumulate,
+            backend=backend,
         )
         sums = chosen.accumulate or dtype
     per_token = wide if dtype == torch.float16 else dtype
@@ -494,7 +521,9 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     hidden, weight = inputs[:2]
-    ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[16], strict=True)]
+    ctx.head_inputs = [
+        None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[16], strict=True)
+    ]
     N, V = hidden.shape[0], weight.shape[0]
     # A second derivative starts again from the inputs, so they are kept where it is offered.
     saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
@@ -513,7 +542,7 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
         ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[5:]
 
         def fn(*of: Tensor) -> list[Tensor]:
-            head = Head(*of, temperature, scale, softcap)  # type: ignore[misc]
+            head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
             outputs = ["log_probs", "sum_log_probs"]
             s = differentiable_statistics(head, ids, column_weight, outputs)
             total = (of_log_probs * s.log_probs[:, 0]).sum()  # type: ignore[index]
@@ -608,9 +637,7 @@ def linear_rows(
     return tuple(_present(s, hidden) for s in found)  # type: ignore[return-value]
 
 
-def _projected(
-    head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool
-) -> tuple[Head, Tensor | None]:
+def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
     if keep is not None:
         return head.tokens(keep), None if ids is None else ids[keep]
     return (head.tokens(slice(None), skipped(ids)) if zero_ignored else head), ids
@@ -682,7 +709,7 @@ def linear_rows_grad(
 
     d_hidden, d_u = room(0, M, wide), room(3, M, wide)
     d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
-    chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)  # type: ignore[arg-type]
+    chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
     slice_room = hidden.new_empty(M * chosen.chunk)
     with full_precision(hidden.device):
         for start in range(0, V if M else 0, chosen.chunk):
@@ -755,13 +782,13 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     if all(g is None for g in grads):
         return (None,) * 16
     saved, (logsumexp, entropy, log_sum_sq_probs) = ctx.saved_tensors[:9], ctx.saved_tensors[9:]
-    inputs, (ids, column_weight, temperature, keep) = saved[:5], saved[5:]
-    zero_ignored, scale, softcap = ctx.rest
+    inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
+    _, scale, softcap = ctx.rest
     dtype = statistics_dtype(inputs[0].dtype)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
         def fn(*of: Tensor) -> list[Tensor]:
-            head = Head(*of, temperature, scale, softcap)  # type: ignore[misc]
+            head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
             found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
             return [_present(s, logsumexp) for s in found]
 
@@ -833,4 +860,4 @@ def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None
     temperature = None if head.temperature is None else head.temperature.detach().to(dtype).contiguous()
     column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
     inputs = (None if t is None else t.contiguous() for t in head.inputs)
-    return Head(*inputs, temperature, head.scale, head.softcap), column_weight  # type: ignore[arg-type]
+    return head.with_inputs(inputs)._replace(temperature=temperature), column_weight

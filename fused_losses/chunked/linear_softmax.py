@@ -1,4 +1,7 @@
-"""Statistics of rows of logits that a linear head would make, and their gradient, tile by tile. See ``kernels/linear_softmax.py``."""
+"""Statistics of the rows of logits that a head would make, and their gradient, a tile at a time.
+
+See ``kernels/linear_softmax.py``.
+"""
 
 from __future__ import annotations
 

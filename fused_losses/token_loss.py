@@ -1,0 +1,218 @@
+"""Any loss that is a sum over tokens of a function of a few numbers per token, with its gradients made in forward.
+
+Over a :class:`LinearLogits` that costs three products instead of the four of :func:`token_statistics`: a chunk of tokens at a
+time, statistics, the user's function and its derivative, the gradient of the logits, and its products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import transforms_active
+from .linear_logits import LinearLogits
+from .numerics import statistics_dtype
+from .planning import plan
+from .routes import (
+    Head,
+    check_head,
+    full_precision,
+    kept_tokens,
+    loss_and_gradients,
+    ready,
+    where_ids_stand,
+    with_gradients,
+)
+from .row_statistics import Coefficients, RowStatistics, coefficients
+from .settings import Backend, resolve_backend
+from .token_statistics import TokenStatistics, target_ids, token_statistics
+
+DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
+
+
+def token_loss(
+    fn: Callable[..., Any],
+    logits: Tensor | LinearLogits,
+    index: Tensor,
+    *per_token: Tensor,
+    statistics: Sequence[str] = ("log_probs",),
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+    accumulate: str | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Sum over tokens of ``fn`` of their statistics, at the price of a cross entropy.
+
+    .. math:: L = \sum_n fn(\log p_n, H_n, …;\ x_n)
+
+    It equals ``fn(token_statistics(logits, index, statistics), *per_token).sum()`` over the tokens that have an index, and is
+    cheaper: ``6NVH`` floating point operations for loss and gradients instead of ``8NVH``. A mean goes in as a weight per
+    token. Recomputing the forward (activation checkpointing) doubles the cost; where no chunk fits the workspace, it is
+    :func:`token_statistics` after all.
+
+    Args:
+        fn: ``fn(statistics, *per_token) -> (n,)``, or ``((n,), {name: (n,)})``: PyTorch on ``n`` tokens at a time, each token
+            on its own. ``statistics`` is a :class:`TokenStatistics` with what was asked for, ``log_probs`` ``(n,)`` or
+            ``(n, K)``.
+        logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
+        index: ids in ``[0, V)``, ``(…)`` or ``(…, K)``. Tokens whose ids are all −100 do not reach ``fn`` (with
+            ``drop_ignored=False`` and under ``torch.compile`` they do, with statistics of 0, and count 0).
+        per_token: tensors ``(…)`` or ``(…, m)``, cut to the tokens ``fn`` sees. They get no gradient.
+        statistics: names of :class:`TokenStatistics`.
+        backend, workspace, drop_ignored, accumulate: as for :func:`linear_cross_entropy`.
+
+    Returns:
+        ``(loss, aux)``: the scalar, fp32 or wider, differentiable in the logits, and ``fn``'s dictionary, detached, each
+        ``(…)`` with 0 where there is no index.
+
+    Raises:
+        ValueError: ``per_token`` of another shape, or that requires grad.
+
+    Example:
+        >>> advantages = torch.tensor([1.0, -1.0])
+        >>> loss, _ = token_loss(lambda s, a: -a * s.log_probs.exp(), torch.zeros(2, 4), torch.tensor([1, 3]), advantages)
+        >>> loss
+        tensor(0.)
+    """
+    tokens, V = logits.shape[:-1], logits.shape[-1]
+    for x in per_token:
+        if x.shape[: len(tokens)] != tokens or x.ndim > len(tokens) + 1:
+            raise ValueError(
+                f"per_token tensors are {tuple(tokens)} or {(*tokens, 'm')} as the logits {tuple(logits.shape)}, got "
+                f"{tuple(x.shape)}"
+            )
+        if x.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"per_token tensors get no gradient, and one {tuple(x.shape)} requires it: detach it, or use token_statistics"
+            )
+    if index.shape not in (tokens, tokens + index.shape[-1:]):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, got {tuple(index.shape)}"
+        )
+    single = index.ndim == len(tokens)
+    flat = tuple(x.reshape(-1, *x.shape[len(tokens) :]) for x in per_token)
+    ids = target_ids(index.reshape(tokens.numel(), -1), V, -100)
+    keep, zero_ignored = kept_tokens(ids, drop_ignored)
+    loss_of = _PerToken(fn, flat, ids, zero_ignored, single, statistics, V)
+
+    if not isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled() and not transforms_active():
+        if logits.vocab_dim != logits.ndim - 1:
+            raise ValueError(
+                f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
+            )
+        if logits.group is not None:
+            raise NotImplementedError(
+                "token_loss of LinearLogits with group= is not supported yet: use token_statistics"
+            )
+        rows = logits.rows()
+        u, B = rows.low_rank or (None, None)
+        head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+        check_head(head)
+        chosen_backend = resolve_backend(head.hidden, backend)
+        (N, H), dtype = head.hidden.shape, head.hidden.dtype
+        chosen = plan(N, V, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
+        if chosen.route == "gradients_in_forward":
+            with logits.gathered():
+                head, _ = ready(head, None)
+                wanted = [t is not None and t.requires_grad for t in head.inputs]
+                with torch.no_grad(), full_precision(head.hidden.device):
+                    gradients = loss_and_gradients(
+                        head.detached(), ids, None, keep, zero_ignored, loss_of.outputs, loss_of.coefficients, wanted,
+                        chosen.budget, accumulate, chosen_backend,
+                    )  # fmt: skip
+                pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
+                value = loss_of.total(head.hidden)
+                loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
+            return logits.gather_in_backward(loss), loss_of.aux_at(tokens)
+
+    found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
+    part: slice | Tensor = slice(None) if keep is None else keep
+    parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)
+    value = loss_of(TokenStatistics(*parts), part)
+    return value.sum(), loss_of.aux_at(tokens)
+
+
+class _PerToken:
+    """The user's function, applied to some tokens at a time, and what it returned for all."""
+
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        per_token: Sequence[Tensor],
+        ids: Tensor,  # (N, K)
+        zero_ignored: bool,
+        single: bool,
+        statistics: Sequence[str],
+        vocab: int,
+    ) -> None:
+        self.fn, self.per_token, self.ids, self.single, self.vocab = fn, per_token, ids, single, vocab
+        self.counted = (ids != -100).any(-1) if zero_ignored else None
+        self.statistics = tuple(statistics)
+        self.outputs = ["sum_log_probs" if name == "mean_logits" else name for name in statistics]
+        self.loss: Tensor | None = None
+        self.aux: dict[str, Tensor] = {}
+
+    def __call__(self, found: TokenStatistics, rows: slice | Tensor) -> Tensor:
+        """Loss of the tokens at ``rows``, differentiable, 0 where ignored; keeps aux."""
+        value, aux = self.split(found, [x[rows] for x in self.per_token])
+        self.store(aux, rows)
+        return value if self.counted is None else torch.where(self.counted[rows], value, 0)
+
+    def split(self, found: TokenStatistics, per_token: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        result = self.fn(found, *per_token)
+        value, aux = result if isinstance(result, tuple) else (result, {})
+        n = next(s for s in found if s is not None).shape[:1]
+        for name, x in (("fn", value), *((f"fn's {name!r}", x) for name, x in aux.items())):
+            if x.shape != n:
+                raise ValueError(f"{name} must return one number per token, {tuple(n)}, got {tuple(x.shape)}")
+        return value, {name: x.detach() for name, x in aux.items()}
+
+    def store(self, aux: dict[str, Tensor], rows: slice | Tensor) -> None:
+        for name, x in aux.items():
+            if self.counted is not None:
+                x = x.masked_fill(~self.counted[rows], 0)
+            if name not in self.aux:
+                self.aux[name] = x.new_zeros(len(self.ids))
+            self.aux[name][rows] = x
+
+    def coefficients(self, found: RowStatistics, rows: slice | Tensor) -> Coefficients:
+        """How the loss of a chunk depends on its logits; keeps the loss and aux."""
+        assert found.logsumexp is not None
+        assert found.log_probs is not None
+        dtype = found.log_probs.dtype
+        values: dict[str, Tensor | None] = {name: getattr(found, name, None) for name in TokenStatistics._fields}
+        values["log_probs"] = found.log_probs[:, 0] if self.single else found.log_probs
+        values["logsumexp"] = found.logsumexp.to(dtype)
+        if found.sum_log_probs is not None:
+            values["mean_logits"] = (found.sum_log_probs / self.vocab + found.logsumexp).to(dtype)
+        seen = TokenStatistics(**{name: values[name] for name in self.statistics})
+        names = [name for name in DIFFERENTIABLE if name in self.statistics]
+        per_token = [x[rows] for x in self.per_token]
+
+        def of(*differentiable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            return self.split(seen._replace(**dict(zip(names, differentiable, strict=True))), per_token)
+
+        primals = [getattr(seen, name) for name in names]
+        value, pullback, aux = torch.func.vjp(of, *primals, has_aux=True)  # type: ignore[misc]
+        gradients = dict(zip(names, pullback(torch.ones_like(value)), strict=True))
+        self.store(aux, rows)
+        if self.counted is not None:
+            here = self.counted[rows]
+            value = torch.where(here, value, 0)
+            gradients = {name: torch.where(here.view(-1, *[1] * (g.ndim - 1)), g, 0) for name, g in gradients.items()}
+        if self.loss is None:
+            self.loss = value.new_zeros(len(self.ids))
+        self.loss[rows] = value
+        if "log_probs" in gradients and self.single:
+            gradients["log_probs"] = gradients["log_probs"][:, None]
+        upstream = where_ids_stand(RowStatistics(**gradients), self.ids[rows])
+        return coefficients(upstream, found, self.vocab, None, dtype)
+
+    def total(self, like: Tensor) -> Tensor:
+        return like.new_zeros((), dtype=statistics_dtype(like.dtype)) if self.loss is None else self.loss.sum()
+
+    def aux_at(self, tokens: torch.Size) -> dict[str, Tensor]:
+        return {name: x.view(tokens) for name, x in self.aux.items()}
