@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .linear_logits import LinearLogits
 from .numerics import upcast
 from .policy import grpo_loss, mismatch_weight, value_loss
+from .preference import dpo_loss, kto_loss, vanilla_kto_loss
 from .reward import log_exp_loss, pairwise_reward_loss, prm_loss
 from .sequences import masked_mean
 from .sft import sft_loss
@@ -49,6 +50,130 @@ class GPTLMLoss(nn.Module):
         with torch.no_grad():
             dist.all_reduce(loss, group=self.ring_attn_group)
         return loss
+
+
+class DPOLoss(nn.Module):
+    """DPO, conservative with ``label_smoothing``, or IPO on sums: :func:`~fused_losses.preference.dpo_loss`.
+
+    Returns ``(loss, chosen_rewards, rejected_rewards)``. IPO takes no smoothing, as in OpenRLHF.
+
+    Args:
+        beta: how closely the policy is held to the reference.
+        label_smoothing: share of labels taken to be wrong.
+        ipo: the squared loss instead.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
+        >>> DPOLoss(beta=0.5)(chosen, rejected, chosen - 1, rejected)
+        (tensor(0.4741), tensor([0.5000]), tensor([0.]))
+    """
+
+    def __init__(self, beta: float, label_smoothing: float = 0.0, ipo: bool = False) -> None:
+        super().__init__()
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.ipo = ipo
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return dpo_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            beta=self.beta,
+            loss_type="ipo" if self.ipo else "sigmoid",
+            label_smoothing=0.0 if self.ipo else self.label_smoothing,
+        )
+
+
+class VanillaKTOLoss(nn.Module):
+    """KTO for even sampling: :func:`~fused_losses.preference.vanilla_kto_loss`.
+
+    Returns ``(loss, chosen_rewards, rejected_rewards)``.
+
+    Args:
+        beta: how closely the policy is held to the reference.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
+        >>> VanillaKTOLoss(beta=0.5)(chosen, rejected, chosen - 1, rejected)
+        (tensor(0.3775), tensor([0.5000]), tensor([0.]))
+    """
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return vanilla_kto_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            beta=self.beta,
+        )
+
+
+class KTOLoss(nn.Module):
+    """KTO for uneven sampling: :func:`~fused_losses.preference.kto_loss`. Either side may be empty.
+
+    Returns ``(loss, chosen_rewards, rejected_rewards, KL)``. The KL is averaged over the process group where one is
+    initialised, and works without one.
+
+    Args:
+        beta: how closely the policy is held to the reference.
+        desirable_weight, undesirable_weight: multiply the losses of the chosen and of the rejected side.
+        world_size, device: as OpenRLHF's; the process group and the inputs say the same.
+
+    Example:
+        >>> chosen, rejected = torch.tensor([-1.0]), torch.tensor([])
+        >>> loss = KTOLoss(0.5, 1.0, 1.0, world_size=1, device=chosen.device)
+        >>> loss(chosen, rejected, chosen, chosen - 1, rejected, chosen - 0.5)
+        (tensor(0.4378), tensor([0.5000]), tensor([]), tensor(0.5000))
+    """
+
+    def __init__(
+        self, beta: float, desirable_weight: float, undesirable_weight: float, world_size: int, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.beta = beta
+        self.desirable_weight = desirable_weight
+        self.undesirable_weight = undesirable_weight
+        self.world_size = world_size
+        self.device = device
+
+    def forward(
+        self,
+        policy_chosen_logps: Tensor,
+        policy_rejected_logps: Tensor,
+        policy_KL_logps: Tensor,
+        reference_chosen_logps: Tensor,
+        reference_rejected_logps: Tensor,
+        reference_KL_logps: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return kto_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            policy_KL_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            reference_KL_logps,
+            beta=self.beta,
+            desirable_weight=self.desirable_weight,
+            undesirable_weight=self.undesirable_weight,
+        )
 
 
 class PairWiseLoss(nn.Module):

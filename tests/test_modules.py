@@ -12,11 +12,20 @@ import torch.multiprocessing as mp
 
 from fused_losses import modules
 from fused_losses.reference import policy as reference_policy
+from fused_losses.reference import preference as reference_preference
 from fused_losses.reference import reward as reference_reward
 from fused_losses.reference import sft as reference_sft
 
+LOGPS = "policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps"
 SIGNATURES = {
     "GPTLMLoss": ("(ring_attn_group=None)", "(logits, labels)"),
+    "DPOLoss": ("(beta, label_smoothing=0.0, ipo=False)", f"({LOGPS})"),
+    "VanillaKTOLoss": ("(beta)", f"({LOGPS})"),
+    "KTOLoss": (
+        "(beta, desirable_weight, undesirable_weight, world_size, device)",
+        "(policy_chosen_logps, policy_rejected_logps, policy_KL_logps, reference_chosen_logps, "
+        "reference_rejected_logps, reference_KL_logps)",
+    ),
     "PairWiseLoss": ("(*args, **kwargs)", "(chosen_reward, reject_reward, margin=None)"),
     "LogExpLoss": ("(*args, **kwargs)", "(chosen_reward, reject_reward, margin=None)"),
     "PolicyLoss": (
@@ -92,6 +101,47 @@ def test_gpt_lm_loss_on_a_ring():
         for rank in range(2):
             torch.testing.assert_close(results[rank][name], (sum(local) / 2, grads[rank]))
         assert torch.equal(results[0][name][0], results[1][name][0])
+
+
+def assert_module_equals(module, expected, inputs, name, **options):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    ours, exact = module(*leaves), getattr(reference_preference, name)(*leaves, **options)
+    torch.testing.assert_close(ours, exact)
+    grads = [torch.autograd.grad(x[0], leaves, allow_unused=True, materialize_grads=True) for x in (ours, exact)]
+    torch.testing.assert_close(*grads)
+    assert len(ours) == expected
+    return ours[0].item()
+
+
+def test_dpo_loss():
+    inputs = -torch.rand(4, 5, dtype=torch.float64) * 9
+    arguments = {(): {}, (0.2,): {"label_smoothing": 0.2}, (0.0, True): {"loss_type": "ipo"}}
+    arguments[0.2, True] = arguments[0.0, True]  # IPO takes no smoothing
+    results = {
+        a: assert_module_equals(modules.DPOLoss(0.3, *a), 3, inputs, "dpo_loss", beta=0.3, **options)
+        for a, options in arguments.items()
+    }
+    assert len(set(results.values())) == 3
+
+
+@pytest.mark.parametrize("counts", [(3, 4), (0, 4), (3, 0)])
+def test_kto_loss(counts):
+    def logps(n):
+        return -torch.rand(n, dtype=torch.float64) * 9
+
+    inputs = [logps(counts[0]), logps(counts[1]), logps(5) + 3, logps(counts[0]), logps(counts[1]), logps(5)]
+    options = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.7}
+    module = modules.KTOLoss(0.3, 1.2, 0.7, world_size=1, device=torch.device("cpu"))
+    weighted = assert_module_equals(module, 4, inputs, "kto_loss", **options)
+    assert module(*inputs)[3] > 0
+    assert weighted != assert_module_equals(modules.KTOLoss(0.3, 1, 1, 1, "cpu"), 4, inputs, "kto_loss", beta=0.3)
+    if all(counts):
+        pairs = inputs[:2] + inputs[3:5]
+        vanilla = assert_module_equals(modules.VanillaKTOLoss(0.3), 3, pairs, "vanilla_kto_loss", beta=0.3)
+        assert vanilla not in (
+            weighted,
+            assert_module_equals(modules.VanillaKTOLoss(1), 3, pairs, "vanilla_kto_loss", beta=1),
+        )
 
 
 @pytest.mark.parametrize("margin", [None, torch.tensor([0.5, 1.5, -1.0], dtype=torch.float64)])
