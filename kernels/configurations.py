@@ -1,6 +1,55 @@
-"""The tile shapes that are shipped, one small function per kernel; nothing is tuned at run time."""
+"""The configurations that are shipped: one small function per kernel with its reason, nothing tuned at run time.
+
+:func:`shipped` lists what those functions can return, and the compile gate (``tests/compile_gate.py``) walks it. To add a
+kernel, write its function here and, below, a generator that yields one :class:`Shipped` per configuration: the kernel,
+``arguments`` (every parameter by name) and what the launcher passes as ``num_warps`` and ``num_stages``. An argument that is a
+string is a Triton type, with ``:16`` where the launcher's value is divisible by 16 (every aligned pointer, most sizes), since
+Triton compiles another kernel for it; anything else is the value of a constexpr, of a size that is 1, or ``None`` for a pointer
+that is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+
+
+class Shipped(NamedTuple):
+    name: str
+    fn: Any  # the @triton.jit function
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    matrix: bool = False  # whether it multiplies matrices, so that its machine code must show the matrix instruction
+
+
+class MatrixTile(NamedTuple):
+    block_n: int
+    block_v: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1  # the epilogue takes the tile in this many halves: fewer registers
+    group_n: int = 16  # row tiles side by side: 16 of 128 rows and H 4096 are 16 MiB, which L2 keeps
+    splits: int = 1  # of the vocabulary, forward only
+
+
+def architecture(device: torch.device) -> str:
+    """The target whose configurations ``device`` takes."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return "gfx942"
+    major = torch.cuda.get_device_capability(device)[0]
+    # Consumer Blackwell (12.x) has Ampere's matrix instructions and its amount of shared memory.
+    return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+def programs(device: torch.device) -> int:
+    """Programs of a persistent grid: one per multiprocessor; two in the interpreter, so that each has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 def softmax_rows_fwd_config(dtype: torch.dtype, vocabulary_contiguous: bool) -> tuple[int, int, int, int]:
@@ -19,3 +68,149 @@ def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool) -> 
     if not vocabulary_contiguous:
         return 32, 64, 4
     return (1, 2048, 4) if dtype == torch.float32 else (1, 4096, 4)
+
+
+def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statistics: bool) -> MatrixTile:
+    """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
+
+    With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: whole, it spills 192 bytes with
+    every option, and 120 plain. The low-rank product takes a stage of shared memory of its own, and on sm_100 a second
+    accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
+    128×128×32; with all statistics half of that, which otherwise spills 96 bytes on sm_80 and 228 on gfx942.
+
+    ``splits`` is a quarter of the multiprocessors (132, 148, 108; an eighth of 304): row tiles of N = 1024·2^i times splits
+    then fill whole waves of one program per multiprocessor. It must not depend on N, so that no token's numbers do.
+    """
+    splits = {"interpreter": 3, "sm_90": 33, "sm_100": 37, "sm_80": 27, "gfx942": 38}[arch]
+    if arch == "interpreter":
+        return MatrixTile(16, 32, 16, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
+    block_v = 64 if all_statistics else 128
+    if arch == "gfx942":
+        return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
+    if not tma:
+        return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
+    if arch == "sm_100" and (low_rank or all_statistics):
+        return MatrixTile(128, 128, 64, 8, 4, parts=4, splits=splits)
+    return MatrixTile(128, 256, 64, 8, 3 if low_rank else 4, parts=4, splits=splits)
+
+
+def linear_softmax_d_logits_config(arch: str, tma: bool, low_rank: bool) -> MatrixTile:
+    """The recomputed tile, chosen as the streaming one is.
+
+    With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. The low-rank product halves the
+    tile where it would spill (8 bytes and more on sm_80, 156 on gfx942) or not fit tensor memory (sm_100).
+    """
+    if arch == "interpreter":
+        return MatrixTile(16, 32, 16, 4, 2, parts=2 if tma else 1, group_n=2)
+    if arch == "gfx942":
+        return MatrixTile(128, 64 if low_rank else 128, 64, 8, 2)
+    if not tma:
+        return MatrixTile(128, 64 if low_rank else 128, 32, 8, 4)
+    block_v = 128 if arch == "sm_100" and low_rank else 256
+    return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64)
+
+
+def shipped(arch: str) -> Iterator[Shipped]:
+    """Every configuration for ``arch``: one of sm_80, sm_90, sm_100, gfx942."""
+    yield from _linear_softmax(arch)
+
+
+def _linear_softmax(arch: str) -> Iterator[Shipped]:
+    from . import linear_softmax as module  # which reads its configurations from this file
+
+    def common(tma: bool, tile: MatrixTile, options: bool, low_rank: bool, dtype: str = "bf16") -> dict[str, Any]:
+        def matrix(block: int) -> str:
+            return f"tensordesc<{dtype}[{block}, {tile.block_k}]>" if tma else f"*{dtype}:16"
+
+        optional = {"bias_ptr": f"*{dtype}:16", "column_weight_ptr": "*fp32:16", "temperature_ptr": "*fp32:16"}
+        return dict(
+            hidden=matrix(tile.block_n),
+            weight=matrix(tile.block_v),
+            low_rank_u=matrix(tile.block_n) if low_rank else None,
+            low_rank_b=matrix(tile.block_v) if low_rank else None,
+            **(optional if options else dict.fromkeys(optional)),
+            ids_ptr="*i64:16",
+            N="i32",
+            V="i32:16",
+            H="i32:16",
+            R="i32:16",
+            K="i32" if options else 1,
+            hidden_stride_n="i32:16",
+            hidden_stride_h=1,
+            weight_stride_v="i32:16",
+            weight_stride_h=1,
+            u_stride_n="i32:16",
+            u_stride_r=1 if low_rank else "i32:16",
+            b_stride_v="i32:16",
+            b_stride_r=1 if low_rank else "i32:16",
+            scale="fp32",
+            softcap="fp32",
+            HAS_LOW_RANK=low_rank,
+            HAS_BIAS=options,
+            HAS_IDS=True,
+            HAS_COLUMN_WEIGHT=options,
+            HAS_TEMPERATURE=options,
+            HAS_SOFTCAP=options,
+            TMA=tma,
+            UPCAST=False,
+            GROUP_N=tile.group_n,
+            BLOCK_N=tile.block_n,
+            BLOCK_V=tile.block_v,
+            BLOCK_K=tile.block_k,
+            PARTS=tile.parts,
+        )
+
+    # Every set of statistics and coefficients plain and with all options; the largest set also without the low-rank product.
+    choices = (
+        [(False, False, level) for level in range(3)] + [(True, False, 2)] + [(True, True, level) for level in range(3)]
+    )
+    for tma in (True, False) if arch in ("sm_90", "sm_100") else (False,):
+        for options, low_rank, level in choices:
+            label = "TMA" if tma else "pointers"
+            label += (", bias softcap temperature weights" if options else "") + (" low-rank" if low_rank else "")
+            tile = linear_softmax_fwd_config(arch, tma, low_rank, level == 2)
+            yield Shipped(
+                f"linear_softmax_fwd {('log-probs', 'entropy', 'all')[level]}, {label}",
+                module._linear_softmax_fwd_kernel,
+                common(tma, tile, options, low_rank)
+                | {"logits_at_ids_ptr": "*fp32:16", "partials_ptr": "*fp32:16", "split_weight_ptr": "*fp32:16"}
+                | {"ENTROPY": level >= 1, "ALL": level == 2, "SPLITS": tile.splits},
+                tile.num_warps,
+                tile.num_stages,
+                matrix=True,
+            )
+            tile = linear_softmax_d_logits_config(arch, tma, low_rank)
+            used = ("ac", "abc", "abecd")[level]
+            yield Shipped(
+                f"linear_softmax_d_logits {used}, {label}",
+                module._linear_softmax_d_logits_kernel,
+                common(tma, tile, options, low_rank)
+                | {f"{x}_ptr": "*fp32:16" if x in used else None for x in "abecd"}
+                | {f"HAS_{x.upper()}": x in used for x in "abecd"}
+                | {
+                    "out": f"tensordesc<bf16[{tile.block_n}, {tile.block_v // tile.parts}]>" if tma else "*bf16:16",
+                    "logsumexp_ptr": "*fp64:16",
+                    "out_stride_n": "i32:16",
+                    "out_stride_v": 1,
+                    "vocab_start": "i32:16",
+                },
+                tile.num_warps,
+                tile.num_stages,
+                matrix=True,
+            )
+    tile = linear_softmax_fwd_config(arch, False, False, False)
+    scalars = {"N": "i32", "V": "i32:16", "K": "i32", "HAS_IDS": True, "ENTROPY": True}
+    sizes = {"SPLITS": tile.splits, "BLOCK_SPLITS": 1 << (tile.splits - 1).bit_length(), "BLOCK_N": 64}
+    floats = ("partials", "split_weight", "log_probs", "entropy", "log_sum_sq_probs", "sum_log_probs", "max_logit")
+    for everything in (False, True):
+        yield Shipped(
+            f"linear_softmax combine, {'all' if everything else 'entropy'}",
+            module._combine_splits_kernel,
+            {f"{name}_ptr": "*fp32:16" for name in floats}
+            | {"ids_ptr": "*i64:16", "logsumexp_ptr": "*fp64:16", "is_top1_ptr": "*i1:16"}
+            | dict.fromkeys(("LOG_SUM_SQ_PROBS", "SUM_LOG_PROBS", "MAX_LOGIT", "IS_TOP1"), everything)
+            | scalars
+            | sizes,
+            num_warps=4,
+            num_stages=3,
+        )

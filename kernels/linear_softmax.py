@@ -1,0 +1,709 @@
+"""Statistics of the rows of ``hidden weightᵀ`` without the logits, and their gradient a slice of the vocabulary at a time.
+
+With ``x = h Wᵀ + u Bᵀ + bias`` (``u Bᵀ`` the head's low-rank term) and ``z =
+softcap·tanh(scale·x/softcap)/temperature``, the statistics and the one form of the gradient are those of
+``softmax_rows.py``; here a logit lives only in registers.
+
+Forward: 2·N·V·H FLOP. Reads hidden and weight (from L2 as often as the tiling asks), writes 3 to 6 fp32 numbers per row
+and split of the vocabulary. Gradient of a slice of V columns: 2·N·V·H FLOP again, writes N·V logit gradients in
+hidden's dtype.
+
+How it is meant to be fast (reasoned from the machine code for sm_90; no speed is measured yet). A 128×256 tile over K
+of 64 keeps wgmma at 80 bytes of shared memory per clock, below the 128 there are. The loop over vocabulary tiles and
+the loop over K are one loop, so that the copy engine is two or three stages into the next tile before the epilogue
+starts: the epilogue costs its own instructions and no drained pipeline. Per logit those are one exponential (16 a
+clock, the bottleneck: 2 100 clocks a tile), two fused multiply-adds, a maximum and an addition, which hide behind it,
+as the entropy's two do: about 3 % of the tile's matrix time at H 4096, 6 % at 2048. A row's maximum and sums stay
+within four lanes (two shuffles). The mask of the columns is the addend of the multiplication by scale/temperature. The
+logit at an id is looked for only in tiles that hold an id of their rows, and is written by the one tile that has it.
+Programs run side by side over GROUP_N row tiles × neighbouring splits, so hidden stays in L2 while the weight streams
+through it once per group.
+
+The same bits whatever else is in the batch: a row's splits of the vocabulary, their tiles and the order of every sum
+depend on V, H and the device alone; nothing is added atomically. Exponents are taken about ``m2 = fl(max·log₂e)`` of
+the running maximum, and where the splits meet ``logsumexp = m2/log₂e + log s`` in float64, so a constant added to a row
+costs no accuracy; a ``logp`` above 0 by rounding (1e-7) is cut. ``FLOOR`` stands for the maximum of nothing; columns
+beyond V and true −inf logits are −inf and meet only finite maxima.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..row_statistics import RowStatistics, empty_statistics
+from ..settings import triton_interpreted
+from .configurations import architecture, linear_softmax_d_logits_config, linear_softmax_fwd_config, programs
+
+FLOOR = tl.constexpr(-1e30)
+LOG2E = tl.constexpr(
+    1.44269502162933349609375
+)  # log₂e rounded to fp32, so that float64 divides by what fp32 multiplied with
+LN2 = tl.constexpr(0.6931471805599453)
+SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
+ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full waves of 132 programs
+
+
+@triton.jit
+def tanh(x):
+    # Near 0 a polynomial (relative error 7e-9) keeps the accuracy that (1 − q)/(1 + q) loses to cancellation; one division.
+    s = x * x
+    near = x * s * (-0.3333326 + s * (0.1333083 + s * (-0.05368802 + s * (0.02046942 - s * 0.00551516)))) + x
+    q = tl.exp(-2 * tl.abs(x))
+    far = (1 - q) / (1 + q)
+    return tl.where(tl.abs(x) < 0.65, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _load_tile(
+    x,  # (rows, columns): a descriptor, or a pointer
+    row,
+    column,
+    rows,
+    columns,
+    stride_row,
+    stride_column,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    if TMA:
+        tile = x.load([row, column])
+    else:
+        # Rows beyond the last repeat it: their results are dropped, and the mask stays one per column.
+        r = tl.minimum(row + tl.arange(0, BLOCK_ROWS), rows - 1).to(tl.int64)
+        c = column + tl.arange(0, BLOCK_K)
+        pointers = x + r[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_column
+        tile = tl.load(pointers, mask=(c < columns)[None, :], other=0.0)
+    if UPCAST:
+        tile = tile.to(tl.float32)
+    return tile
+
+
+@triton.jit
+def _part(x, PART: tl.constexpr, PARTS: tl.constexpr):
+    """Part ``PART`` of ``PARTS`` (1, 2 or 4) of the columns of ``x`` ``(BLOCK_N, BLOCK_V)``: fewer registers at a time."""
+    if PARTS > 1:
+        left, right = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+        if PART < PARTS // 2:
+            x = _part(left, PART, PARTS // 2)
+        else:
+            x = _part(right, PART - PARTS // 2, PARTS // 2)
+    return x
+
+
+@triton.jit
+def _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+            PART: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    """The columns of one part, their ``tanh(scale·(x + bias)/softcap)`` or, without softcap, ``x + bias``."""
+    x = _part(acc, PART, PARTS)
+    v = v_start + PART * x.shape[1] + tl.arange(0, x.shape[1])
+    if HAS_BIAS:
+        x += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+    if HAS_SOFTCAP:
+        x = tanh(x * (scale / softcap))
+    return v, x
+
+
+@triton.jit
+def _rows_skipped(ids_ptr, n, inside, K):
+    skipped = inside
+    for k in range(K):
+        skipped = skipped & (tl.load(ids_ptr + n.to(tl.int64) * K + k, mask=inside, other=0) == SKIP)
+    return skipped
+
+
+@triton.jit(do_not_specialize=["N"])
+def _linear_softmax_fwd_kernel(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    low_rank_u,  # (N, R)
+    low_rank_b,  # (V, R)
+    bias_ptr,  # (V,)
+    ids_ptr,  # (N, K) int64
+    column_weight_ptr,  # (V,)
+    temperature_ptr,  # (N,)
+    logits_at_ids_ptr,  # (N, K), written where the id is a column
+    partials_ptr,  # (2, 3 or 6; SPLITS; N): largest, total, total_shifted, total_sq, weighted, top
+    split_weight_ptr,  # (SPLITS,) Σ u over a split's columns
+    N,
+    V,
+    H,
+    R,
+    K,
+    hidden_stride_n,
+    hidden_stride_h,
+    weight_stride_v,
+    weight_stride_h,
+    u_stride_n,
+    u_stride_r,
+    b_stride_v,
+    b_stride_r,
+    scale,
+    softcap,
+    HAS_LOW_RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_COLUMN_WEIGHT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ALL: tl.constexpr,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    v_tiles = tl.cdiv(V, BLOCK_V)
+    k_tiles = tl.cdiv(H, BLOCK_K)
+    for item in range(tl.program_id(0), row_tiles * SPLITS, tl.num_programs(0)):
+        group = item // (GROUP_N * SPLITS)
+        group_rows = tl.minimum(row_tiles - group * GROUP_N, GROUP_N)
+        place = item % (GROUP_N * SPLITS)
+        row = (group * GROUP_N + place % group_rows) * BLOCK_N
+        split = place // group_rows
+        first_tile = split * v_tiles // SPLITS
+        steps = ((split + 1) * v_tiles // SPLITS - first_tile) * k_tiles
+
+        n = row + tl.arange(0, BLOCK_N)
+        inside = n < N
+        factor = tl.full((BLOCK_N,), 1.0, tl.float32) * scale
+        if HAS_SOFTCAP:
+            factor = tl.full((BLOCK_N,), 1.0, tl.float32) * softcap
+        if HAS_TEMPERATURE:
+            factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
+        largest = tl.full((BLOCK_N,), FLOOR, tl.float32)
+        total = tl.zeros((BLOCK_N,), tl.float32)
+        total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ 2^shifted·shifted, shifted = log₂e·(z − largest)
+        total_sq = tl.zeros((BLOCK_N,), tl.float32)
+        weighted = tl.zeros((BLOCK_N,), tl.float32)  # Σ u·shifted
+        weight_seen = 0.0
+        top = tl.zeros((BLOCK_N,), tl.int32)
+
+        acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        v_start = first_tile * BLOCK_V
+        k = 0
+        for _ in range(steps):
+            h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
+            w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
+            acc = tl.dot(h, w.T, acc, input_precision="ieee")
+            last = k + BLOCK_K >= H
+            if last:
+                if HAS_LOW_RANK:
+                    for r in tl.range(0, R, BLOCK_K, num_stages=1):
+                        h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
+                        w = _load_tile(
+                            low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST
+                        )
+                        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+                ids_here = 0  # row tile and vocabulary tile seldom share an id: one look spares the matching
+                if HAS_IDS:
+                    for j in range(K):
+                        y = tl.load(ids_ptr + n.to(tl.int64) * K + j, mask=inside, other=-1)
+                        ids_here += tl.max(((y >= v_start) & (y < v_start + BLOCK_V)).to(tl.int32), 0)
+                for part in tl.static_range(PARTS):
+                    v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
+                    z = x * factor[:, None] + tl.where(v < V, 0.0, float("-inf"))[None, :]
+                    if ids_here > 0:
+                        for j in range(K):
+                            at = n.to(tl.int64) * K + j
+                            y = tl.load(ids_ptr + at, mask=inside, other=-1)
+                            start = v_start + part * (BLOCK_V // PARTS)
+                            here = (y >= start) & (y < tl.minimum(start + BLOCK_V // PARTS, V))
+                            if tl.max(here.to(tl.int32), 0) > 0:
+                                match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
+                                tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
+                    tile_largest = tl.max(z, 1)
+                    now = tl.maximum(largest, tile_largest)
+                    shifted = z * LOG2E - (now * LOG2E)[:, None]
+                    e = tl.exp2(shifted)
+                    moved = largest * LOG2E - now * LOG2E
+                    rescale = tl.exp2(moved)
+                    if ENTROPY:
+                        # The maximum keeps 0·(−inf) out; a nan it drops is in total already.
+                        e_shifted = tl.sum(e * tl.maximum(shifted, FLOOR), 1)
+                        total_shifted = rescale * (total_shifted + moved * total) + e_shifted
+                    if ALL:
+                        total_sq = rescale * rescale * total_sq + tl.sum(e * e, 1)
+                        u = tl.where(v < V, 1.0, 0.0)
+                        if HAS_COLUMN_WEIGHT:
+                            u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+                        u_shifted = tl.where((v < V)[None, :], u[None, :] * shifted, 0.0)
+                        weighted += moved * weight_seen + tl.sum(u_shifted, 1)
+                        weight_seen += tl.sum(u, 0)
+                        first = tl.min(tl.where(z == tile_largest[:, None], v[None, :], V), 1)
+                        top = tl.where(tile_largest > largest, first, top)
+                    total = rescale * total + tl.sum(e, 1)
+                    largest = now
+                acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            # Outside the branch, so that the next tile's loads can start before this one's epilogue.
+            k = tl.where(last, 0, k + BLOCK_K)
+            v_start = tl.where(last, v_start + BLOCK_V, v_start)
+
+        partial = partials_ptr + split * N + n
+        tl.store(partial, largest, mask=inside)
+        tl.store(partial + SPLITS * N, total, mask=inside)
+        if ENTROPY:
+            tl.store(partial + 2 * SPLITS * N, total_shifted, mask=inside)
+        if ALL:
+            tl.store(partial + 3 * SPLITS * N, total_sq, mask=inside)
+            tl.store(partial + 4 * SPLITS * N, weighted, mask=inside)
+            tl.store(partial + 5 * SPLITS * N, top.to(tl.float32, bitcast=True), mask=inside)
+            tl.store(split_weight_ptr + split, weight_seen, mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["N"])
+def _combine_splits_kernel(
+    partials_ptr,  # (2, 3 or 6; SPLITS; N)
+    split_weight_ptr,  # (SPLITS,)
+    ids_ptr,  # (N, K) int64
+    log_probs_ptr,  # (N, K): holds the logits at the ids
+    logsumexp_ptr,  # (N,) float64
+    entropy_ptr,  # (N,)
+    log_sum_sq_probs_ptr,  # (N,)
+    sum_log_probs_ptr,  # (N,)
+    max_logit_ptr,  # (N,)
+    is_top1_ptr,  # (N,) bool
+    N,
+    V,
+    K,
+    HAS_IDS: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LOG_SUM_SQ_PROBS: tl.constexpr,
+    SUM_LOG_PROBS: tl.constexpr,
+    MAX_LOGIT: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = n < N
+    skipped = n < 0
+    if HAS_IDS:
+        skipped = _rows_skipped(ids_ptr, n, inside, K)
+    split = tl.arange(0, BLOCK_SPLITS)[:, None]
+    here = (split < SPLITS) & inside[None, :]
+    partial = partials_ptr + split * N + n[None, :]
+    split_largest = tl.load(partial, mask=here, other=FLOOR)
+    split_total = tl.load(partial + SPLITS * N, mask=here, other=0.0)
+    largest = tl.max(split_largest, 0)
+    moved = split_largest * LOG2E - (largest * LOG2E)[None, :]
+    rescale = tl.exp2(moved)
+    total = tl.sum(rescale * split_total, 0)
+    log_total = tl.log(total.to(tl.float64))
+    logsumexp = (largest * LOG2E).to(tl.float64) / LOG2E + log_total
+    tl.store(logsumexp_ptr + n, tl.where(skipped, 0.0, logsumexp), mask=inside)
+    if HAS_IDS:
+        for k in range(K):
+            at = n.to(tl.int64) * K + k
+            y = tl.load(ids_ptr + at, mask=inside, other=-1)
+            z_y = tl.load(log_probs_ptr + at, mask=inside, other=0.0)
+            log_prob = z_y.to(tl.float64) - logsumexp
+            log_prob = tl.where((log_prob > 0) | (y < 0) | (y >= V), 0.0, log_prob)
+            tl.store(log_probs_ptr + at, log_prob.to(tl.float32), mask=inside)
+    if ENTROPY:
+        shifted = tl.load(partial + 2 * SPLITS * N, mask=here, other=0.0)
+        mean_shifted = tl.sum(rescale * (shifted + moved * split_total), 0) / total
+        entropy = log_total.to(tl.float32) - LN2 * mean_shifted
+        tl.store(entropy_ptr + n, tl.where(skipped, 0.0, entropy), mask=inside)
+    if LOG_SUM_SQ_PROBS:
+        total_sq = tl.sum(rescale * rescale * tl.load(partial + 3 * SPLITS * N, mask=here, other=0.0), 0)
+        log_sum_sq = tl.log(total_sq) - 2 * log_total.to(tl.float32)
+        tl.store(log_sum_sq_probs_ptr + n, tl.where(skipped, 0.0, log_sum_sq), mask=inside)
+    if SUM_LOG_PROBS:
+        split_weight = tl.load(split_weight_ptr + split, mask=split < SPLITS, other=0.0)
+        weighted = tl.load(partial + 4 * SPLITS * N, mask=here, other=0.0)
+        weighted += tl.where(split_weight == 0, 0.0, moved * split_weight)
+        row_weighted = LN2 * tl.sum(weighted, 0) - log_total.to(tl.float32) * tl.sum(split_weight)
+        tl.store(sum_log_probs_ptr + n, tl.where(skipped, 0.0, row_weighted), mask=inside)
+    if MAX_LOGIT:
+        max_logit = tl.where(largest == FLOOR, float("-inf"), largest)
+        max_logit = tl.where((total != total) & (largest < float("inf")), float("nan"), max_logit)
+        tl.store(max_logit_ptr + n, tl.where(skipped, 0.0, max_logit), mask=inside)
+    if IS_TOP1:
+        split_top = tl.load(partial + 5 * SPLITS * N, mask=here, other=0.0).to(tl.int32, bitcast=True)
+        top = tl.min(tl.where(here & (split_largest == largest[None, :]), split_top, V), 0)
+        y = tl.load(ids_ptr + n.to(tl.int64) * K, mask=inside, other=-1)
+        tl.store(is_top1_ptr + n, (top == y) & ~skipped, mask=inside)
+
+
+def _checked(hidden, weight, bias, low_rank):
+    """The head's matrices ``(hidden, weight, u, B)``, the last two None without ``low_rank``."""
+    u, b = low_rank or (None, None)
+    shapes = f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
+    if hidden.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(
+            f"the streaming kernels take bfloat16 and float16: {shapes}; make fp32 and fp64 logits with the library's "
+            "matrix product, a tile at a time, and give them to softmax_rows"
+        )
+    if weight.dtype != hidden.dtype or any(x is not None and x.dtype != hidden.dtype for x in (u, b)):
+        raise ValueError(f"hidden, weight and low_rank must have one dtype: {shapes}; cast them first")
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or 0 in weight.shape:
+        raise ValueError(f"hidden must be (N, H) and weight (V, H) with V and H at least 1: {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be (V,): {tuple(bias.shape)} for {shapes}")
+    if u is not None and (u.shape[0] != hidden.shape[0] or b.shape != (weight.shape[0], u.shape[1])):
+        raise ValueError(f"low_rank must be u (N, R) and B (V, R): {tuple(u.shape)}, {tuple(b.shape)} for {shapes}")
+    return hidden, weight, u, b
+
+
+def _tma_fits(arch, *matrices):
+    """Whether the copy engine can read and write them: adjacent columns, 16-byte-aligned rows."""
+    return arch in ("sm_90", "sm_100", "interpreter") and all(
+        x.stride(1) == 1
+        and x.data_ptr() % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.stride(0) >= x.shape[1] > 0
+        for x in matrices
+        if x is not None
+    )
+
+
+def _operand(x, block, tma):
+    if x is None or not tma:
+        return x
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block))
+
+
+def _strides(*matrices):
+    return [stride for x in matrices for stride in ((0, 0) if x is None else x.stride())]
+
+
+def linear_softmax_fwd(
+    hidden,  # (N, H) bf16 or fp16
+    weight,  # (V, H)
+    bias,  # (V,) or None
+    low_rank,  # (u (N, R), B (V, R)) or None
+    ids,  # (N, K) int64 or None
+    column_weight,  # (V,) or None
+    temperature,  # (N,) fp32 or None
+    *,
+    scale=1.0,
+    softcap=None,
+    outputs,
+):
+    hidden, weight, u, b = _checked(hidden, weight, bias, low_rank)
+    out = empty_statistics(hidden, hidden.shape[0], ids, outputs)
+    ids = None if ids is None else ids.contiguous()
+    statistics_all = not {"log_sum_sq_probs", "sum_log_probs", "is_top1"}.isdisjoint(outputs)
+    statistics_entropy = statistics_all or "entropy" in outputs
+    arch = architecture(hidden.device)
+    tma = _tma_fits(arch, hidden, weight, u, b)
+    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, statistics_all)
+    V, H = weight.shape
+    K = 0 if ids is None else ids.shape[1]
+    rows = min(max(hidden.shape[0], 1), ROWS_PER_LAUNCH)
+    slots = 6 if statistics_all else 3 if statistics_entropy else 2
+    partials = hidden.new_empty(slots * config.splits * rows, dtype=torch.float32)
+    split_weight = hidden.new_empty(config.splits, dtype=torch.float32)
+    for start in range(0, hidden.shape[0], rows):
+        part = slice(start, start + rows)
+
+        def of(x, part=part):
+            return None if x is None else x[part]
+
+        h, h_u, part_out = hidden[part], of(u), RowStatistics(*(of(x) for x in out))
+        N = h.shape[0]
+        items = triton.cdiv(N, config.block_n) * config.splits
+        _linear_softmax_fwd_kernel[(min(items, programs(hidden.device)) if tma else items,)](
+            _operand(h, (config.block_n, config.block_k), tma),
+            _operand(weight, (config.block_v, config.block_k), tma),
+            _operand(h_u, (config.block_n, config.block_k), tma),
+            _operand(b, (config.block_v, config.block_k), tma),
+            bias,
+            of(ids),
+            column_weight,
+            of(temperature),
+            part_out.log_probs,
+            partials,
+            split_weight,
+            N,
+            V,
+            H,
+            0 if u is None else u.shape[1],
+            K,
+            *_strides(h, weight, h_u, b),
+            scale,
+            softcap or 1.0,
+            HAS_LOW_RANK=u is not None,
+            HAS_BIAS=bias is not None,
+            HAS_IDS=ids is not None,
+            HAS_COLUMN_WEIGHT=column_weight is not None,
+            HAS_TEMPERATURE=temperature is not None,
+            HAS_SOFTCAP=softcap is not None,
+            ENTROPY=statistics_entropy,
+            ALL=statistics_all,
+            TMA=tma,
+            UPCAST=triton_interpreted(),
+            SPLITS=config.splits,
+            GROUP_N=config.group_n,
+            BLOCK_N=config.block_n,
+            BLOCK_V=config.block_v,
+            BLOCK_K=config.block_k,
+            PARTS=config.parts,
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+        )
+        _combine_splits_kernel[(triton.cdiv(N, 64),)](
+            partials,
+            split_weight,
+            of(ids),
+            part_out.log_probs,
+            part_out.logsumexp,
+            part_out.entropy,
+            part_out.log_sum_sq_probs,
+            part_out.sum_log_probs,
+            part_out.max_logit,
+            part_out.is_top1,
+            N,
+            V,
+            K,
+            HAS_IDS=ids is not None,
+            ENTROPY="entropy" in outputs,
+            LOG_SUM_SQ_PROBS="log_sum_sq_probs" in outputs,
+            SUM_LOG_PROBS="sum_log_probs" in outputs,
+            MAX_LOGIT="max_logit" in outputs,
+            IS_TOP1="is_top1" in outputs,
+            SPLITS=config.splits,
+            BLOCK_SPLITS=triton.next_power_of_2(config.splits),
+            BLOCK_N=64,
+        )
+    return out
+
+
+@triton.jit
+def _tile_origin(tile, row_tiles, v_tiles, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
+    group = tile // (GROUP_N * v_tiles)
+    group_rows = tl.minimum(row_tiles - group * GROUP_N, GROUP_N)
+    place = tile % (GROUP_N * v_tiles)
+    return (group * GROUP_N + place % group_rows) * BLOCK_N, place // group_rows * BLOCK_V
+
+
+@triton.jit(do_not_specialize=["N"])
+def _linear_softmax_d_logits_kernel(
+    hidden,  # (N, H)
+    weight,  # (V, H)
+    low_rank_u,  # (N, R)
+    low_rank_b,  # (V, R)
+    out,  # (N, V)
+    bias_ptr,  # (V,)
+    ids_ptr,  # (N, K) int64
+    column_weight_ptr,  # (V,)
+    temperature_ptr,  # (N,)
+    logsumexp_ptr,  # (N,) float64
+    a_ptr,  # (N,)
+    b_ptr,  # (N,)
+    e_ptr,  # (N,)
+    c_ptr,  # (N, K)
+    d_ptr,  # (N,)
+    N,
+    V,
+    H,
+    R,
+    K,
+    hidden_stride_n,
+    hidden_stride_h,
+    weight_stride_v,
+    weight_stride_h,
+    u_stride_n,
+    u_stride_r,
+    b_stride_v,
+    b_stride_r,
+    out_stride_n,
+    out_stride_v,
+    vocab_start,
+    scale,
+    softcap,
+    HAS_LOW_RANK: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_IDS: tl.constexpr,
+    HAS_COLUMN_WEIGHT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_A: tl.constexpr,
+    HAS_B: tl.constexpr,
+    HAS_E: tl.constexpr,
+    HAS_C: tl.constexpr,
+    HAS_D: tl.constexpr,
+    TMA: tl.constexpr,
+    UPCAST: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    row_tiles = tl.cdiv(N, BLOCK_N)
+    v_tiles = tl.cdiv(V, BLOCK_V)
+    tile = tl.program_id(0)
+    steps = tl.cdiv(row_tiles * v_tiles - tile, tl.num_programs(0)) * tl.cdiv(H, BLOCK_K)
+    row, v_start = _tile_origin(tile, row_tiles, v_tiles, GROUP_N, BLOCK_N, BLOCK_V)
+    k = 0
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for _ in range(steps):
+        h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
+        w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
+        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+        last = k + BLOCK_K >= H
+        if last:
+            if HAS_LOW_RANK:
+                for r in tl.range(0, R, BLOCK_K, num_stages=1):
+                    h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
+                    w = _load_tile(low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST)
+                    acc = tl.dot(h, w.T, acc, input_precision="ieee")
+            n = row + tl.arange(0, BLOCK_N)
+            inside = n < N
+            factor = tl.full((BLOCK_N,), 1.0, tl.float32)
+            if HAS_TEMPERATURE:
+                factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
+            slope = factor * scale
+            if HAS_SOFTCAP:
+                factor = factor * softcap
+            else:
+                factor = slope
+            # log₂p = (z·log₂e − hi) + lo, lo folded into what is one number per row: float64 once per row and tile.
+            log2_sum = tl.load(logsumexp_ptr + n, mask=inside, other=0.0) * LOG2E
+            hi = log2_sum.to(tl.float32)
+            lo = (hi.to(tl.float64) - log2_sum).to(tl.float32)
+            p_unit = tl.exp2(lo)
+            a = tl.zeros((BLOCK_N,), tl.float32)
+            b = tl.zeros((BLOCK_N,), tl.float32)
+            e = tl.zeros((BLOCK_N,), tl.float32)
+            d = tl.zeros((BLOCK_N,), tl.float32)
+            if HAS_A:
+                a = tl.load(a_ptr + n, mask=inside, other=0.0) * p_unit * slope
+            if HAS_B:
+                b = tl.load(b_ptr + n, mask=inside, other=0.0) * LN2 * p_unit * slope
+                a += b * lo
+            if HAS_E:
+                e = tl.load(e_ptr + n, mask=inside, other=0.0) * p_unit * p_unit * slope
+            if HAS_D:
+                d = tl.load(d_ptr + n, mask=inside, other=0.0) * slope
+            active = inside
+            if HAS_IDS:
+                active = inside & ~_rows_skipped(ids_ptr, n, inside, K)
+            for part in tl.static_range(PARTS):
+                v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
+                log2_p = x * factor[:, None] * LOG2E - hi[:, None]
+                p = tl.exp2(log2_p)
+                bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
+                if HAS_B:
+                    bracket += b[:, None] * tl.maximum(log2_p, FLOOR)
+                if HAS_E:
+                    bracket += e[:, None] * p
+                dx = p * bracket
+                if HAS_D:
+                    if HAS_COLUMN_WEIGHT:
+                        u = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+                        dx += d[:, None] * u[None, :]
+                    else:
+                        dx += d[:, None]
+                if HAS_C:
+                    for j in range(K):
+                        at = n.to(tl.int64) * K + j
+                        y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
+                        c = tl.load(c_ptr + at, mask=inside, other=0.0) * slope
+                        here = (y >= v_start) & (y < v_start + BLOCK_V)
+                        if tl.max(here.to(tl.int32), 0) > 0:
+                            match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
+                            dx += tl.where(match, c[:, None], 0.0)
+                if HAS_SOFTCAP:
+                    dx *= 1 - x * x
+                dx = tl.where(active[:, None], dx, 0.0)
+                if TMA:
+                    out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
+                else:
+                    pointers = out + n.to(tl.int64)[:, None] * out_stride_n + v.to(tl.int64)[None, :] * out_stride_v
+                    tl.store(pointers, dx.to(out.dtype.element_ty), mask=inside[:, None] & (v < V)[None, :])
+            acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        k = tl.where(last, 0, k + BLOCK_K)
+        if last:
+            tile += tl.num_programs(0)
+            row, v_start = _tile_origin(tile, row_tiles, v_tiles, GROUP_N, BLOCK_N, BLOCK_V)
+
+
+def linear_softmax_d_logits(
+    hidden,  # (N, H) bf16 or fp16
+    weight,  # (V, H): a slice of the head's rows, as bias, low_rank's B and column_weight are
+    bias,  # (V,) or None
+    low_rank,  # (u (N, R), B (V, R)) or None
+    ids,  # (N, K) int64 or None, of the whole vocabulary
+    column_weight,  # (V,) or None
+    temperature,  # (N,) fp32 or None
+    logsumexp,  # (N,) float64
+    a,  # (N,) or None
+    b,  # (N,) or None
+    e,  # (N,) or None
+    c,  # (N, K) or None
+    d,  # (N,) or None
+    *,
+    scale=1.0,
+    softcap=None,
+    vocab_start=0,
+    out=None,  # (N, V) in hidden's dtype; best with 16-byte-aligned rows, as where it is left out
+):
+    hidden, weight, low_rank_u, low_rank_b = _checked(hidden, weight, bias, low_rank)
+    (N, H), V = hidden.shape, weight.shape[0]
+    if out is None:
+        out = hidden.new_empty(N, triton.cdiv(V, 8) * 8)[:, :V]
+    if N == 0:
+        return out
+    ids, c = (None if x is None else x.contiguous() for x in (ids, c))
+    arch = architecture(hidden.device)
+    tma = _tma_fits(arch, hidden, weight, low_rank_u, low_rank_b, out)
+    config = linear_softmax_d_logits_config(arch, tma, low_rank is not None)
+    tiles = triton.cdiv(N, config.block_n) * triton.cdiv(V, config.block_v)
+    _linear_softmax_d_logits_kernel[(min(tiles, programs(hidden.device)) if tma else tiles,)](
+        _operand(hidden, (config.block_n, config.block_k), tma),
+        _operand(weight, (config.block_v, config.block_k), tma),
+        _operand(low_rank_u, (config.block_n, config.block_k), tma),
+        _operand(low_rank_b, (config.block_v, config.block_k), tma),
+        _operand(out, (config.block_n, config.block_v // config.parts), tma),
+        bias,
+        ids,
+        column_weight,
+        temperature,
+        logsumexp,
+        a,
+        b,
+        e,
+        c,
+        d,
+        N,
+        V,
+        H,
+        0 if low_rank_u is None else low_rank_u.shape[1],
+        0 if ids is None else ids.shape[1],
+        *_strides(hidden, weight, low_rank_u, low_rank_b, out),
+        vocab_start,
+        scale,
+        softcap or 1.0,
+        HAS_LOW_RANK=low_rank is not None,
+        HAS_BIAS=bias is not None,
+        HAS_IDS=ids is not None,
+        HAS_COLUMN_WEIGHT=column_weight is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        HAS_SOFTCAP=softcap is not None,
+        HAS_A=a is not None,
+        HAS_B=b is not None,
+        HAS_E=e is not None,
+        HAS_C=c is not None,
+        HAS_D=d is not None,
+        TMA=tma,
+        UPCAST=triton_interpreted(),
+        GROUP_N=config.group_n,
+        BLOCK_N=config.block_n,
+        BLOCK_V=config.block_v,
+        BLOCK_K=config.block_k,
+        PARTS=config.parts,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return out
