@@ -28,7 +28,7 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None = None  # (N,) −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) log Σ p²
     sum_log_probs: Tensor | None = None  # (N,) float64, Σ u logp, u the column weights or 1; see label_weights
-    weight_sum: Tensor | None = None  # (N,) Σ u, with probabilities only
+    weight_sum: Tensor | None = None  # (N,) float64, Σ u, with probabilities only
     max_logit: Tensor | None = None  # (N,)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
 
@@ -47,7 +47,7 @@ def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Colle
     """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
     dtype = statistics_dtype(like.dtype)
     wide = wide_dtype(like.device)
-    dtypes = {"logsumexp": wide, "sum_log_probs": wide, "is_top1": torch.bool}
+    dtypes = {"logsumexp": wide, "sum_log_probs": wide, "weight_sum": wide, "is_top1": torch.bool}
     room: dict[str, Tensor] = {
         name: like.new_empty(rows, dtype=dtypes.get(name, dtype))
         for name in RowStatistics._fields
@@ -96,7 +96,7 @@ def coefficients(
     if (g := upstream.log_probs) is not None:
         c, a = g, plus(a, -g.sum(-1))
     if (g := upstream.logsumexp) is not None:
-        a = plus(a, g.to(dtype))
+        a = plus(a, g)
     if (g := upstream.entropy) is not None:
         assert statistics.entropy is not None
         a, b = plus(a, -g * statistics.entropy), -g
@@ -106,7 +106,6 @@ def coefficients(
     if (g := upstream.sum_log_probs) is not None:
         total: Tensor | int | None = statistics.weight_sum
         if total is None:
-            total = vocab if column_weight is None else column_weight.sum()
-        g = g.to(dtype)
+            total = vocab if column_weight is None else column_weight.sum(dtype=g.dtype)
         a, d = plus(a, -g * total), g
-    return Coefficients(a, b, e, c, d)
+    return Coefficients(*(None if t is None else t.to(dtype).contiguous() for t in (a, b, e, c, d)))

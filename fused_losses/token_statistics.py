@@ -207,8 +207,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
     asked = {"log_probs", "logsumexp", *outputs.split(",")}  # a compiled graph sends zeros for the others
     upstream = RowStatistics(*(g if n in asked else None for n, g in zip(RowStatistics._fields, grads, strict=True)))
-    terms = coefficients(where_ids_stand(upstream, ids), found, logits.shape[1], column_weight, dtype)
-    a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+    a, b, e, c, d = coefficients(where_ids_stand(upstream, ids), found, logits.shape[1], column_weight, dtype)
     d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape

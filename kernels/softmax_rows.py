@@ -51,7 +51,7 @@ def _softmax_rows_fwd_kernel(
     entropy_ptr,  # (N,)
     log_sum_sq_probs_ptr,  # (N,)
     sum_log_probs_ptr,  # (N,) float64
-    weight_sum_ptr,  # (N,)
+    weight_sum_ptr,  # (N,) float64
     max_logit_ptr,  # (N,)
     is_top1_ptr,  # (N,) bool
     N,
@@ -170,7 +170,7 @@ def _softmax_rows_fwd_kernel(
         sum_log_probs = tl.sum(weighted.to(tl.float64) + moved_weight, 1) - log_total * row_weight
         tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, sum_log_probs), mask=row_inside)
         if HAS_PROBABILITIES:
-            tl.store(weight_sum_ptr + row, row_weight.to(tl.float32), mask=row_inside)
+            tl.store(weight_sum_ptr + row, row_weight, mask=row_inside)
     if MAX_LOGIT:
         max_logit = tl.where(tl.sum(nans, 1) > 0, float("nan"), row_largest)
         max_logit = tl.where(max_logit == FLOOR, float("-inf"), max_logit)

@@ -100,7 +100,7 @@ def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Col
         weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
         found["sum_log_probs"] = finish(weighted - weight_sum * log_total, wide)
         if "weight_sum" in outputs:
-            found["weight_sum"] = finish(weight_sum)
+            found["weight_sum"] = finish(weight_sum, wide)
     if "max_logit" in outputs:
         found["max_logit"] = finish(z.amax(-1))
     if "is_top1" in outputs and ids is not None:
