@@ -14,26 +14,28 @@ Answers come as summed log-probabilities ``(B,)``, what :func:`sequence_log_prob
 per token ``(B, S)`` with a mask; the reference may come in the other form. What depends on lengths takes token counts
 with sums. An answer without tokens has log-probability 0, total and mean, and moves nothing.
 
-=============================================  =================================================================
-elsewhere                                      here
-=============================================  =================================================================
-TRL ``ipo``                                    ``ipo_norm``; OpenRLHF's ``ipo=True`` is ``ipo``
-TRL 0.25 ``aot_pair``                          ``aot_unpaired``
-TRL 1.16 ``sigmoid`` under ``label_smoothing``  ``label_smoothing=0``: it ignores the setting there
-TRL ``use_weighting``                          ``weight=wpo_weight(...)``; 0.25: with ``max_weight=1``
-TRL 0.25 ``f_divergence_params``, ``a``        ``f_alpha_divergence_coef = 1 − a``, there 0
-TRL 0.25 rewards of several loss types         ``weighted_rewards=True``
-TRL 0.25 ``bco_pair``, ``BCOTrainer``          ``running_mean=RunningMean()``; TRL 1.16 ``bco_pair``: without
-OpenRLHF ``nll_loss_coef``                     ``rpo_alpha``, with ``nll_loss`` the mean of per-sequence means
-TRL CPO ``simpo``, ``alphapo``                 :func:`simpo_loss`; ``cpo_alpha`` is 1 in TRL's first, else 0
-=============================================  =================================================================
+==============================================  =================================================================
+elsewhere                                       here
+==============================================  =================================================================
+TRL ``ipo``                                     ``ipo_norm``; OpenRLHF's ``ipo=True`` is ``ipo``
+TRL 0.25 ``aot_pair``                           ``aot_unpaired``
+TRL 1.16 ``sigmoid`` under ``label_smoothing``  ``label_smoothing=0``: TRL ignores the setting there
+TRL ``use_weighting``                           ``weight=wpo_weight(...)``; TRL 0.25: with ``max_weight=1``
+TRL 0.25 ``alpha_divergence`` with ``a``        ``f_alpha_divergence_coef = 1 − a``, so 0 for its default
+TRL 0.25 ``exo_pair`` without smoothing         ``label_smoothing=1e-3``
+TRL 0.25 rewards of several loss types          ``weighted_rewards=True``
+TRL 0.25 ``bco_pair``, TRL ``BCOTrainer``       ``running_mean=RunningMean()``; TRL 1.16 ``bco_pair``: without
+OpenRLHF ``nll_loss_coef``                      ``rpo_alpha``, with ``nll_loss`` the mean of per-sequence means
+TRL CPO ``simpo``, ``alphapo``                  :func:`simpo_loss` with ``cpo_alpha=1``; ``cpo_alpha=0, alpha=…``
+==============================================  =================================================================
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -52,27 +54,36 @@ Reduction = Literal["mean", "sum", "none"]
 class Pairs:
     """What a loss type sees of a batch of pairs; tensors are ``(B,)`` in fp32 or float64."""
 
-    beta: float
-    label_smoothing: float
-    chosen: Tensor  # log-ratio of the chosen answer
-    rejected: Tensor
-    chosen_score: Tensor  # the log-ratio through the f-divergence's map; itself for reverse KL
-    rejected_score: Tensor
-    policy_margin: Tensor  # log π(chosen) − log π(rejected)
-    reference_margin: Tensor
+    policy_chosen: Tensor
+    policy_rejected: Tensor
+    reference_chosen: Tensor
+    reference_rejected: Tensor
     chosen_lengths: Tensor | None
     rejected_lengths: Tensor | None
-    nll_loss: Tensor | None  # ()
-    running_mean: RunningMean | None
+    score: Callable[[Tensor], Tensor]  # the f-divergence's map of a log-ratio; the identity for reverse KL
+    beta: float
+    label_smoothing: float
     discopop_tau: float
+    running_mean: RunningMean | None
+    nll_loss: Tensor | None  # ()
+
+    @property
+    def chosen(self) -> Tensor:
+        """Log-ratio of the chosen answers."""
+        return self.policy_chosen - self.reference_chosen
+
+    @property
+    def rejected(self) -> Tensor:
+        return self.policy_rejected - self.reference_rejected
 
     @property
     def margin(self) -> Tensor:
-        return self.chosen_score - self.rejected_score
+        return self.score(self.chosen) - self.score(self.rejected)
 
     @property
     def margin_per_token(self) -> Tensor:
-        return _mean(self.chosen_score, self.chosen_lengths) - _mean(self.rejected_score, self.rejected_lengths)
+        chosen, rejected = self.score(self.chosen), self.score(self.rejected)
+        return _mean(chosen, self.chosen_lengths) - _mean(rejected, self.rejected_lengths)
 
 
 def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
@@ -150,8 +161,8 @@ def _sorted(x: Tensor) -> Tensor:
 
 def aot(p: Pairs) -> Tensor:
     """DPO on sort(π_w − π_l) − sort(ref_w − ref_l): one distribution of margins over another. AOT (2406.05882)."""
-    margin = _sorted(p.policy_margin) - _sorted(p.reference_margin)
-    return _smoothed_logistic(p.beta * margin, p.label_smoothing)
+    policy, reference = p.policy_chosen - p.policy_rejected, p.reference_chosen - p.reference_rejected
+    return _smoothed_logistic(p.beta * (_sorted(policy) - _sorted(reference)), p.label_smoothing)
 
 
 def aot_unpaired(p: Pairs) -> Tensor:
@@ -346,55 +357,43 @@ def dpo_loss(
         nll_loss = _nll(chosen, n_chosen)
     ld_chosen = ld_rejected = None
     if ld_alpha is not None:
-        if policy_chosen_logps.dim() == 1 or policy_rejected_logps.dim() == 1:
-            raise ValueError(
-                "ld_alpha weights tokens: pass policy log-probs per token (B, S), got "
-                f"{tuple(policy_chosen_logps.shape)} and {tuple(policy_rejected_logps.shape)}"
-            )
-        assert n_chosen is not None
-        assert n_rejected is not None
-        shared = torch.minimum(n_chosen, n_rejected)
-        ld_chosen = _ld_weight(policy_chosen_logps, chosen_mask, shared, ld_alpha)
-        ld_rejected = _ld_weight(policy_rejected_logps, rejected_mask, shared, ld_alpha)
+        ld_chosen, ld_rejected = _ld_weights(
+            policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, ld_alpha
+        )
         chosen, _ = _sequence(policy_chosen_logps, chosen_mask, None, ld_chosen)
         rejected, _ = _sequence(policy_rejected_logps, rejected_mask, None, ld_rejected)
-    if reference_chosen_logps is None or reference_rejected_logps is None:
-        if not reference_free:
-            raise ValueError("the reference's log-probs are missing: pass them, or reference_free=True")
-        reference_chosen, reference_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
-    else:
+    reference_chosen, reference_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
+    if reference_chosen_logps is not None and reference_rejected_logps is not None:
         reference_chosen, _ = _sequence(reference_chosen_logps, chosen_mask, None, ld_chosen)
         reference_rejected, _ = _sequence(reference_rejected_logps, rejected_mask, None, ld_rejected)
+    elif not reference_free:
+        raise ValueError("the reference's log-probs are missing: pass them, or reference_free=True")
     reward_scale = beta * (sum(loss_weights) if weighted_rewards else 1)
     chosen_rewards = reward_scale * (chosen - reference_chosen).detach()
     rejected_rewards = reward_scale * (rejected - reference_rejected).detach()
-    if reference_free:
-        reference_chosen, reference_rejected = torch.zeros_like(chosen), torch.zeros_like(rejected)
 
-    chosen_ratio, rejected_ratio = chosen - reference_chosen, rejected - reference_rejected
+    pairs = Pairs(
+        policy_chosen=chosen,
+        policy_rejected=rejected,
+        reference_chosen=torch.zeros_like(chosen) if reference_free else reference_chosen,
+        reference_rejected=torch.zeros_like(rejected) if reference_free else reference_rejected,
+        chosen_lengths=n_chosen,
+        rejected_lengths=n_rejected,
+        score=partial(_score, f_divergence_type=f_divergence_type, alpha=f_alpha_divergence_coef),
+        beta=beta,
+        label_smoothing=0.0,
+        discopop_tau=discopop_tau,
+        running_mean=running_mean,
+        nll_loss=nll_loss,
+    )
     losses = torch.zeros_like(chosen)
     for name, loss_weight, e in zip(types, loss_weights, smoothing, strict=True):
-        pairs = Pairs(
-            beta=beta,
-            label_smoothing=e,
-            chosen=chosen_ratio,
-            rejected=rejected_ratio,
-            chosen_score=_score(chosen_ratio, f_divergence_type, f_alpha_divergence_coef),
-            rejected_score=_score(rejected_ratio, f_divergence_type, f_alpha_divergence_coef),
-            policy_margin=chosen - rejected,
-            reference_margin=reference_chosen - reference_rejected,
-            chosen_lengths=n_chosen,
-            rejected_lengths=n_rejected,
-            nll_loss=nll_loss,
-            running_mean=running_mean,
-            discopop_tau=discopop_tau,
-        )
-        losses = losses + loss_weight * LOSS_TYPES[name](pairs)
+        losses = losses + loss_weight * LOSS_TYPES[name](replace(pairs, label_smoothing=e))
     if rpo_alpha is not None:
         assert nll_loss is not None
         losses = losses + rpo_alpha * nll_loss
     if weight is not None:
-        losses = losses * weight
+        losses = losses * weight.to(losses.dtype)
     if aux_loss is not None:
         losses = losses + aux_loss_coef * aux_loss
     return _reduce(losses, reduction), chosen_rewards, rejected_rewards
@@ -432,10 +431,20 @@ def _check_options(
         raise ValueError("aot and aot_unpaired sort over the batch, so a weight per pair has no term to go to")
 
 
-def _ld_weight(logps: Tensor, mask: Tensor | None, shared: Tensor, ld_alpha: float) -> Tensor:
-    """1 for the first ``shared`` counting tokens of each answer, ``ld_alpha`` for those after; ``(B, S)``."""
-    counted = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask != 0
-    return torch.where(counted.cumsum(-1) <= shared.unsqueeze(-1), 1.0, ld_alpha)
+def _ld_weights(
+    chosen: Tensor, rejected: Tensor, chosen_mask: Tensor | None, rejected_mask: Tensor | None, ld_alpha: float
+) -> list[Tensor]:
+    """For each side ``(B, S)``: 1 up to the token count of the shorter answer of the pair, ``ld_alpha`` after it."""
+    if chosen.dim() == 1 or rejected.dim() == 1:
+        raise ValueError(
+            "ld_alpha weights tokens: pass policy log-probs per token (B, S), got "
+            f"{tuple(chosen.shape)} and {tuple(rejected.shape)}"
+        )
+    sides = (chosen, chosen_mask), (rejected, rejected_mask)
+    counted = [torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0 for x, mask in sides]
+    shared = torch.minimum(counted[0].sum(-1), counted[1].sum(-1)).unsqueeze(-1)
+    one = upcast(chosen.new_ones(()))
+    return [torch.where(c.cumsum(-1) <= shared, one, ld_alpha) for c in counted]
 
 
 def wpo_weight(
@@ -950,6 +959,6 @@ def preference_metrics(
         metrics["entropy"] = masked_mean(torch.cat(entropies), torch.cat(shown))
     if chosen_rewards.shape[0] and rejected_rewards.shape[0]:
         metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
-    if chosen_rewards.shape == rejected_rewards.shape:
+    if chosen_rewards.shape[0] == rejected_rewards.shape[0] > 0:
         metrics["rewards/accuracies"] = (chosen_rewards > rejected_rewards).float().mean()
     return {name: value.detach() for name, value in metrics.items()}

@@ -584,6 +584,7 @@ def test_metrics():
     unpaired = preference.preference_metrics(chosen, rejected[:2])
     assert unpaired.keys() == {"rewards/chosen", "rewards/rejected", "rewards/margins"}
     assert preference.preference_metrics(chosen, rejected[:0]).keys() == {"rewards/chosen"}
+    assert preference.preference_metrics(chosen[:0], rejected[:0]) == {}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -638,7 +639,13 @@ def test_low_precision_is_computed_in_fp32(dtype):
         options = {k: v for k, v in options.items() if k != "remember"} | MASKS
         ours, fp32 = preference.dpo_loss(*low, **options), preference.dpo_loss(*(x.float() for x in low), **options)
         assert all(torch.equal(a, b) for a, b in zip(ours, fp32, strict=True)), case
-        assert ours[0].dtype == torch.float32
+        assert all(x.dtype == torch.float32 for x in ours)
+    weighted = preference.dpo_loss(*low, **MASKS, weight=PAIR_WEIGHT, **MODIFIERS["aux"], **MODIFIERS["ld"])
+    assert weighted[0].dtype == torch.float32
+    # Positions are counted exactly beyond the 256th token, and the default counts every token.
+    long, short = torch.full((1, 600), -1 / 64, dtype=dtype), torch.full((1, 300), -1 / 64, dtype=dtype)
+    _, chosen, _ = preference.dpo_loss(long, short, long * 0, short * 0, ld_alpha=0.5, beta=64)
+    assert chosen == -(300 + 0.5 * 300)
     kto = [x.to(dtype) for x in kto_inputs()]
     assert torch.equal(preference.kto_loss(*kto)[0], preference.kto_loss(*(x.float() for x in kto))[0])
 
