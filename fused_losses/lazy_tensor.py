@@ -24,8 +24,9 @@ from . import settings
 HANDLERS: dict[str, Callable[..., Any]] = {}
 
 _BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
-_IN_PLACE = [f"__i{name}__" for name in _BINARY] + ["__setitem__"]
-_OPERATORS = _IN_PLACE + [f"__{r}{name}__" for name in [*_BINARY, "matmul"] for r in ("", "r")]
+_CHANGING = [f"__i{name}__" for name in _BINARY] + ["__setitem__"]
+_IN_PLACE = {*_CHANGING, *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
+_OPERATORS = _CHANGING + [f"__{r}{name}__" for name in [*_BINARY, "matmul"] for r in ("", "r")]
 _OPERATORS += [
     "__neg__",
     "__pos__",
@@ -181,8 +182,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         result = handler(*args, **kwargs)
         if result is not NotImplemented:
             return result
-    in_place = (name.endswith("_") and not name.startswith("__")) or name in _IN_PLACE
-    if in_place and isinstance(first, LazyTensor):
+    if isinstance(first, LazyTensor) and name in _IN_PLACE:
         raise RuntimeError(
             f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place; it is a value: only "
             "mul_ and div_ by a number or by one number per token are possible. Use the out-of-place form."
@@ -480,7 +480,8 @@ def index(x: LazyTensor, key: Any) -> Any:
         return _index_tokens(x, items, position).column(vocab_key % V)
     if any(isinstance(k, Tensor) for k in items):
         return _pointwise(x, items, position, vocab_key)
-    return _index_tokens(x.columns(vocab_key), items, position) if vocab_key.ndim == 1 else NotImplemented
+    picked = x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented
+    return picked[tuple(items)] if isinstance(picked, Tensor) else _index_tokens(picked, items, position)
 
 
 def _as_key(k: Any) -> Any:

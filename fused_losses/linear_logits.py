@@ -41,7 +41,8 @@ class _Identity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
-        return hidden.detach()
+        # Not a view, of which FSDP2 warns; a compiled graph, though, would take detach at its word.
+        return hidden.view_as(hidden) if torch.compiler.is_compiling() else hidden.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -138,7 +139,7 @@ class LinearLogits(LazyTensor):
         >>> logits[:, :-1].shape
         torch.Size([2, 2, 5])
         >>> logits.logsumexp(-1)[0]
-        tensor([2.4757, 2.4757, 2.4757])
+        tensor([2.4743, 2.4743, 2.4743])
     """
 
     hidden: Tensor
@@ -165,6 +166,8 @@ class LinearLogits(LazyTensor):
             _check_whereabouts(weight, module)
             hidden, weight, bias, u, B = _autocast(hidden, weight, bias, u, B)
             _check_shapes(hidden, weight, bias, u, B)
+            if not isinstance(temperature, Tensor) and temperature == 0:
+                raise ValueError("temperature must not be 0")
             if softcap is not None and softcap <= 0:
                 raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
             if softcap is None and not isinstance(temperature, Tensor):
@@ -317,15 +320,16 @@ class LinearLogits(LazyTensor):
         """The tokens, flattened; see the class."""
         self.check()
         hidden = self.hidden.detach() if self.rest.frozen else self.hidden
-        hidden = hidden.reshape(-1, hidden.shape[-1])
+        N = numel(self) // self.rest.vocab
+        hidden = hidden.reshape(N, hidden.shape[-1])
         temperature = None
         if isinstance(self.temperature, Tensor):
-            temperature = self.temperature.reshape(-1)
+            temperature = self.temperature.reshape(N)
         elif self.temperature != 1:
-            temperature = hidden.new_full((len(hidden),), self.temperature, dtype=statistics_dtype(hidden.dtype))
+            temperature = hidden.new_full((N,), self.temperature, dtype=statistics_dtype(hidden.dtype))
         low_rank = self.low_rank
         if low_rank is not None:
-            low_rank = (low_rank[0].reshape(-1, low_rank[0].shape[-1]), low_rank[1])
+            low_rank = (low_rank[0].reshape(N, low_rank[0].shape[-1]), low_rank[1])
         return Rows(hidden, temperature, low_rank)
 
     def materialize(self) -> Tensor:
@@ -334,7 +338,7 @@ class LinearLogits(LazyTensor):
             raise NotImplementedError("logits whose vocabulary is shared by a group of ranks cannot be materialised")
         with self.gathered(), torch.autocast(self.device.type, enabled=False):
             z = self.gather_in_backward(_project(self.rows(), self, self.weight, self.bias))
-        return z.to(self.dtype).view(*self.token_shape, -1).movedim(-1, self.vocab_dim)
+        return z.to(self.dtype).view(*self.token_shape, self.rest.vocab).movedim(-1, self.vocab_dim)
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -347,13 +351,25 @@ class LinearLogits(LazyTensor):
 
     def gather_in_backward(self, output: Tensor) -> Tensor:
         """``output``, before whose backward the weight is made whole again."""
-        if self.module is None or output.grad_fn is None:
+        if self.module is None or torch.compiler.is_compiling() or output.grad_fn is None:
             return output
-        held: list[Callable[[], None]] = []
-        output.grad_fn.register_prehook(lambda grads: held.append(self._gather()))
-        # FSDP2 frees the weight itself, once it has reduced the gradient.
-        if not hasattr(self.module, "unshard"):
-            output.grad_fn.register_hook(lambda inputs, outputs: held.pop()())
+        if hasattr(self.module, "unshard"):  # FSDP2 frees the weight itself, once it has reduced the gradient
+            output.grad_fn.register_prehook(lambda _: self.module.unshard())
+            return output
+        undo: list[Callable[[], Any]] = []
+
+        def release(*_: Any) -> None:
+            while undo:
+                undo.pop()()
+
+        def gather(_: Any) -> None:
+            undo.append(self._gather())
+            weight = self.rest.weight  # must be whole until its gradient was accumulated
+            if weight.requires_grad and weight.is_leaf:
+                undo.append(weight.register_post_accumulate_grad_hook(release).remove)
+            torch.autograd.Variable._execution_engine.queue_callback(release)
+
+        output.grad_fn.register_prehook(gather)
         return output
 
     def _gather(self) -> Callable[[], None]:
@@ -457,10 +473,16 @@ class LinearLogits(LazyTensor):
         hidden = self.hidden if self.rest.detached else _Identity.apply(self.hidden, bias)
         return self._but(hidden, bias=bias if self.bias is None else self.bias + bias)
 
+    def times(self, other: Any) -> Any:
+        from .log_softmax import LazyExpression
+
+        return LazyExpression(self).times(other)
+
     # Numbers per token
 
     def statistic(self, name: str) -> Tensor:
         """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
+        self.check()
         if (name, torch.is_grad_enabled()) not in self._cache:
             self._measure(None, name)
         return self._cache[name, torch.is_grad_enabled()]
@@ -480,13 +502,18 @@ class LinearLogits(LazyTensor):
         return found["log_probs"]
 
     def vocab_sum(self) -> Tensor:
-        return self.sum_log_probs() + self.statistic("logsumexp") * self.rest.vocab
+        if self.softcap is None and self.group is None:
+            return self._linear_sum()
+        return self.statistic("sum_log_probs") + self.statistic("logsumexp") * self.rest.vocab
 
     def sum_log_probs(self) -> Tensor:
         """Sum over the vocabulary of the log-probabilities."""
-        if self.softcap is not None or self.group is not None:
-            return self.statistic("sum_log_probs")
-        # The logits' sum is linear: the projection on the sum of the head's rows.
+        if self.softcap is None and self.group is None:
+            return self._linear_sum() - self.statistic("logsumexp") * self.rest.vocab
+        return self.statistic("sum_log_probs")
+
+    def _linear_sum(self) -> Tensor:
+        """Without a softcap the sum of the logits is linear: the projection on the sum of the head's rows."""
         hidden, temperature, low_rank = self.rows()
         dtype = statistics_dtype(hidden.dtype)
         with self.gathered(), torch.autocast(self.device.type, enabled=False):
@@ -496,7 +523,7 @@ class LinearLogits(LazyTensor):
         if self.bias is not None:
             total = total + self.bias.sum(dtype=dtype)
         total = total * self.scale if temperature is None else total * self.scale / temperature
-        return total.view(self.token_shape) - self.statistic("logsumexp") * self.rest.vocab
+        return total.view(self.token_shape)
 
     def topk_ids(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The ``k`` largest logits and their ids, ``(*token_shape, k)``, a workspace of tokens at a time."""
@@ -611,8 +638,6 @@ def _autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
 
 def _per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
     if not isinstance(temperature, Tensor):
-        if temperature == 0:
-            raise ValueError("temperature must not be 0")
         return temperature
     if temperature.requires_grad:
         raise ValueError(f"temperature {tuple(temperature.shape)} gets no gradient here: detach it")
@@ -855,3 +880,6 @@ class LinearHead(nn.Linear):
             low_rank=low_rank,
             module=self,
         )
+
+
+from . import log_softmax as _log_softmax  # noqa: E402, F401  the rest of the answers

@@ -207,10 +207,9 @@ def _logits(x: LazyTensor) -> Any:
     return x if isinstance(x, LinearLogits) else x.up_to_shift()
 
 
-def _label(x: LazyTensor, dtype: Any = None) -> torch.dtype:
-    """The dtype of a loss or softmax of ``x``: autocast asks for fp32."""
-    autocast = torch.is_autocast_enabled(x.device.type) and x.dtype.itemsize < 4
-    return dtype or (torch.float32 if autocast else x.dtype)
+def _label(x: LazyTensor) -> torch.dtype:
+    """The dtype of a loss of ``x``: autocast asks for fp32."""
+    return torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
 
 
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
@@ -218,7 +217,9 @@ def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) ->
     base = _logits(x)
     if dim is None or dim % x.ndim != x.vocab_dim or base is NotImplemented:
         return NotImplemented
-    return LazyExpression(base, form, label=_label(x, dtype))
+    if dtype is None and torch.is_autocast_enabled(x.device.type):  # whose rule for softmax depends on the device
+        dtype = torch.softmax(torch.empty(1, dtype=x.dtype, device=x.device), 0).dtype
+    return LazyExpression(base, form, label=dtype or x.dtype)
 
 
 @answers("log_softmax", "special_log_softmax")
@@ -254,18 +255,20 @@ def tanh(x: LazyTensor) -> Any:
     return LazyExpression(x, "tanh") if unbounded else NotImplemented  # type: ignore[arg-type]
 
 
-@answers("gather", "take_along_dim")
-def gather(x: LazyTensor, dim: Any = None, index: Any = None, *, indices: Any = None, sparse_grad: bool = False) -> Any:
-    index = indices if index is None else index
-    if isinstance(dim, Tensor):  # take_along_dim(x, indices, dim)
-        dim, index = index, dim
-    if not isinstance(dim, int) or dim % x.ndim != x.vocab_dim or index.ndim != x.ndim:
+@answers("gather")
+def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    if dim % x.ndim != x.vocab_dim or index.ndim != x.ndim:
         return NotImplemented
     ids = index.movedim(x.vocab_dim, -1)
     if ids.shape[:-1] != x.token_shape:
         return NotImplemented
     values = x.values_at(ids)
     return values if values is NotImplemented else values.to(x.dtype).movedim(-1, x.vocab_dim)
+
+
+@answers("take_along_dim")
+def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> Any:
+    return NotImplemented if dim is None else gather(x, dim, indices)
 
 
 def _dims(x: LazyTensor, dim: Any) -> list[int]:
@@ -296,7 +299,7 @@ def sum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = N
 @answers("mean")
 def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     total = sum(x, dim, keepdim, dtype=statistics_dtype(x.dtype))
-    count = math.prod(x.shape[d] for d in _dims(x, dim))
+    count = math.prod([x.shape[d] for d in _dims(x, dim)])
     return total if total is NotImplemented else (total / count).to(dtype or x.dtype)
 
 

@@ -1,0 +1,1057 @@
+"""LinearLogits against the logits it stands for: values, shapes, dtypes and gradients, without making them."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_losses import settings
+from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.reference.linear_logits import linear_logits
+from fused_losses.reference.tolerance import assert_accurate
+
+B, S, V, H, R = 2, 5, 11, 6, 3
+IDS = torch.tensor([[0, 3, 10, 3, 1], [5, 5, 2, 9, 7]])
+FEW = torch.tensor([[0, 3, 10], [1, 5, 5]])[:, None].expand(B, S, 3)
+MASK = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 1, 0, 1]], dtype=torch.bool)
+PICK = torch.tensor([4, 0, 0])
+PROBS = torch.linspace(-2, 2, B * S * V, dtype=torch.float64).sin().view(B, S, V).softmax(-1)
+TEMPERATURE = torch.linspace(0.5, 2, B * S, dtype=torch.float64).view(B, S)
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "scale": {"scale": 0.7, "temperature": 1.3},
+    "softcap": {"softcap": 2.0, "bias": True, "temperature": 0.8},
+    "per_token": {"temperature": TEMPERATURE},
+    "low_rank": {"low_rank": True, "bias": True},
+    "all": {"bias": True, "scale": 1.2, "softcap": 3.0, "temperature": TEMPERATURE, "low_rank": True},
+}
+
+
+def leaves(dtype=torch.float64, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return {
+        "hidden": random(B, S, H),
+        "weight": random(V, H),
+        "bias": random(V),
+        "u": random(B, S, R),
+        "B": random(V, R),
+    }
+
+
+def arguments(tensors, bias=False, low_rank=False, **options):
+    return (tensors["hidden"], tensors["weight"], tensors["bias"] if bias else None), {
+        "low_rank": (tensors["u"], tensors["B"]) if low_rank else None,
+        **options,
+    }
+
+
+def numbers(result):
+    """What an operation returned, as a flat list of tensors."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if hasattr(result, "materialize"):
+        return [result.materialize()]
+    return [t for part in result for t in numbers(part)]
+
+
+def gradients(results, tensors):
+    if not results:
+        return [None] * len(tensors)
+    loss = sum((r * torch.linspace(1, 2, r.numel(), dtype=torch.float64).cos().view(r.shape)).sum() for r in results)
+    return torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+
+
+def check(fn, options, lazy=True):
+    """``fn`` of a LinearLogits and of its reference: the same values and gradients, and nothing materialised."""
+    tensors, same = leaves(), leaves()
+    args, kwargs = arguments(tensors, **OPTIONS[options])
+    with settings.strict():
+        found = fn(LinearLogits(*args, **kwargs))
+    assert not lazy or (not isinstance(found, torch.Tensor) and hasattr(found, "materialize")), type(found)
+    args, kwargs = arguments(same, **OPTIONS[options])
+    expected = numbers(fn(linear_logits(*args, **kwargs)))
+    if lazy:
+        assert found.shape == expected[0].shape
+        assert found.ndim == found.dim() == expected[0].ndim
+        assert found.numel() == expected[0].numel()
+    found = numbers(found)
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, equal_nan=True)
+    if any(t.requires_grad for t in expected):
+        pairs = zip(
+            gradients([t for t in found if t.requires_grad], tensors),
+            gradients([t for t in expected if t.requires_grad], same),
+            tensors,
+            strict=True,
+        )
+        for ours, theirs, name in pairs:
+            ours, theirs = (torch.zeros((), dtype=torch.float64) if g is None else g for g in (ours, theirs))
+            torch.testing.assert_close(ours.expand(theirs.shape), theirs, msg=lambda m, name=name: f"{name}: {m}")
+
+
+VIEWS = {
+    "int": lambda z: z[1],
+    "negative_int": lambda z: z[:, -1],
+    "slice": lambda z: z[:, :-1],
+    "step": lambda z: z[:, ::2],
+    "two_slices": lambda z: z[1:, 1:3],
+    "ellipsis": lambda z: z[..., 1:, :],
+    "only_ellipsis": lambda z: z[...],
+    "none": lambda z: z[:, None],
+    "none_last": lambda z: z[..., None],
+    "none_first": lambda z: z[None, 0],
+    "mask": lambda z: z[MASK],
+    "mask_row": lambda z: z[torch.tensor([False, True])],
+    "mask_second": lambda z: z[:, MASK[0]],
+    "index": lambda z: z[:, PICK],
+    "index_matrix": lambda z: z[:, PICK.view(1, 3)],
+    "index_list": lambda z: z[[1, 0, 1]],
+    "index_pair": lambda z: z[torch.tensor([0, 1, 1]), PICK],
+    "index_and_int": lambda z: z[1, PICK],
+    "index_numpy": lambda z: z[:, PICK.numpy()],
+    "index_tensor_scalar": lambda z: z[torch.tensor(1)],
+    "vocab_slice": lambda z: z[..., 2:7],
+    "vocab_slice_negative": lambda z: z[..., :-3],
+    "vocab_index": lambda z: z[..., PICK],
+    "vocab_mask": lambda z: z[..., torch.arange(V) % 2 == 0],
+    "vocab_and_tokens": lambda z: z[:, 1:, 3:],
+    "vocab_in_the_middle": lambda z: z.transpose(1, 2)[:, :, 1:],
+    "vocab_in_the_middle_index": lambda z: z.transpose(1, 2)[:, :, PICK],
+    "vocab_in_the_middle_separate": lambda z: z.transpose(1, 2)[torch.tensor([0, 1, 1]), :, PICK],
+    "vocab_in_the_middle_none": lambda z: z.transpose(1, 2)[:, None, :, 2],
+    "vocab_first_index": lambda z: z.permute(2, 0, 1)[:, :, PICK],
+    "view": lambda z: z.view(-1, V),
+    "view_size": lambda z: z.view(-1, z.size(-1)),
+    "reshape_list": lambda z: z.reshape([S, B, -1]),
+    "reshape_function": lambda z: torch.reshape(z, (B, 1, S, V)),
+    "reshape_vocab_middle": lambda z: z.transpose(1, 2).reshape(1, B, V, S, 1),
+    "view_as": lambda z: z.view_as(torch.empty(B * S, V)),
+    "flatten": lambda z: z.flatten(0, 1),
+    "flatten_function": lambda z: torch.flatten(z, 0, -2),
+    "unflatten": lambda z: z.flatten(0, 1).unflatten(0, (-1, S)),
+    "squeeze": lambda z: z[:1].squeeze(),
+    "squeeze_dim": lambda z: z[:, :1].squeeze(1),
+    "squeeze_nothing": lambda z: z.squeeze(0),
+    "unsqueeze": lambda z: z.unsqueeze(1),
+    "unsqueeze_last": lambda z: z.unsqueeze(-1),
+    "transpose": lambda z: z.transpose(0, 1),
+    "transpose_vocab": lambda z: z.transpose(1, 2),
+    "mT": lambda z: z.mT,
+    "T": lambda z: z[0].T,
+    "t": lambda z: z[0].t(),
+    "permute": lambda z: z.permute(2, 0, 1),
+    "permute_function": lambda z: torch.permute(z, (1, 2, 0)),
+    "movedim": lambda z: z.movedim(-1, 1),
+    "swapaxes": lambda z: z.swapaxes(0, 2),
+    "split_first": lambda z: z.split(2, dim=1)[1],
+    "split_sections": lambda z: torch.split(z, [1, 4], dim=1)[1],
+    "split_vocab": lambda z: z.split(4, dim=-1)[2],
+    "chunk": lambda z: z.chunk(2, dim=1)[0],
+    "chunk_vocab": lambda z: z.chunk(3, -1)[1],
+    "unbind": lambda z: z.unbind(1)[2],
+    "iteration": lambda z: next(iter(z)),
+    "cat": lambda z: torch.cat([z, z[:, 1:]], dim=1),
+    "cat_rows": lambda z: torch.cat([z[1:], z, z[:0]]),
+    "cat_temperatures": lambda z: torch.cat([z, z / torch.full((B, S, 1), 2.0)], dim=-2),
+    "cat_vocab_middle": lambda z: torch.concat([z.transpose(1, 2), z.transpose(1, 2)], dim=2),
+    "stack": lambda z: torch.stack([z[0], z[1], z[0]], dim=1),
+    "stack_iteration": lambda z: torch.stack(list(z)),
+    "roll": lambda z: z.roll(-1, dims=1),
+    "roll_function": lambda z: torch.roll(z, (1, 2), (0, 1)),
+    "flip": lambda z: z.flip(0, 1),
+    "select": lambda z: z.select(1, 2),
+    "narrow": lambda z: z.narrow(1, 1, 3),
+    "index_select": lambda z: torch.index_select(z, 1, PICK),
+    "index_select_vocab": lambda z: z.index_select(-1, PICK),
+    "contiguous": lambda z: z[:, 1:].contiguous(),
+    "clone": lambda z: z.clone(),
+    "to_same": lambda z: z.to(z.device).to(torch.float64).double(),
+    "label": lambda z: z.float().double(),
+    "times": lambda z: z * 1.5,
+    "times_left": lambda z: 1.5 * z,
+    "times_negative": lambda z: -2 * z,
+    "times_per_token": lambda z: z * TEMPERATURE[..., None],
+    "times_per_token_left": lambda z: TEMPERATURE[..., None] * z,
+    "times_per_sequence": lambda z: z * TEMPERATURE[:, :1, None],
+    "times_scalar_tensor": lambda z: z * torch.tensor(0.3),
+    "divided": lambda z: z / 0.7,
+    "divided_per_token": lambda z: z / TEMPERATURE.unsqueeze(-1),
+    "divided_vocab_middle": lambda z: z.transpose(1, 2) / TEMPERATURE.unsqueeze(1),
+    "div_function": lambda z: torch.div(z, 3),
+    "negated": lambda z: -z,
+    "neg_function": lambda z: torch.neg(z),
+    "plus_number": lambda z: z + 2,
+    "number_minus": lambda z: 1 - z,
+    "plus_per_token": lambda z: z + TEMPERATURE[..., None],
+    "minus_per_token": lambda z: z - TEMPERATURE[..., None],
+    "per_token_minus": lambda z: TEMPERATURE[..., None] - z,
+    "rsub": lambda z: torch.rsub(z, 2),
+    "shift_then_view": lambda z: (z - TEMPERATURE[..., None]).transpose(1, 2)[1:] * 2,
+    "in_place_divided": lambda z: z.clone().div_(2.0),
+    "in_place_times": lambda z: z.clone().mul_(TEMPERATURE[..., None]),
+    "stable": lambda z: z - z.max(-1, keepdim=True).values,
+    "log_softmax": lambda z: F.log_softmax(z, -1),
+    "log_softmax_middle": lambda z: z.transpose(1, 2).log_softmax(1),
+    "softmax": lambda z: torch.softmax(z, dim=-1),
+    "log_softmax_of_shifted": lambda z: (z - TEMPERATURE[..., None]).log_softmax(-1),
+    "log_softmax_twice": lambda z: z.log_softmax(-1).log_softmax(-1),
+    "log_softmax_views": lambda z: -F.log_softmax(z, -1)[:, 1:].reshape(-1, V) * 0.5 + 1,
+    "log_softmax_per_token": lambda z: z.log_softmax(-1) * TEMPERATURE[..., None],
+    "log_softmax_mask": lambda z: z.log_softmax(-1)[MASK],
+    "log_softmax_float": lambda z: z.log_softmax(-1, dtype=torch.float64),
+    "exp_log_softmax": lambda z: z.log_softmax(-1).exp(),
+    "log_of_softmax": lambda z: z.softmax(-1).log(),
+    "p_log_p": lambda z: z.softmax(-1) * z.log_softmax(-1),
+    "p_z": lambda z: z.softmax(-1) * z,
+    "z_p": lambda z: z * z.softmax(-1),
+    "clone_log_softmax": lambda z: z.log_softmax(-1).clone(),
+}
+
+
+@pytest.mark.parametrize("options", ["bias", "all"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_stays_lazy(name, options):
+    check(VIEWS[name], options)
+
+
+UNCAPPED = {
+    "plus_bias": lambda z: z + torch.linspace(-1, 1, V, dtype=torch.float64),
+    "bias_plus": lambda z: torch.linspace(-1, 1, V, dtype=torch.float64) + z / 2,
+    "minus_bias": lambda z: z - torch.linspace(-1, 1, V, dtype=torch.float64).view(1, 1, V),
+    "plus_bias_middle": lambda z: z.transpose(1, 2) + torch.linspace(-1, 1, V, dtype=torch.float64)[:, None],
+    "capped": lambda z: torch.tanh(z / 1.5) * 1.5,
+    "capped_left": lambda z: 1.5 * torch.tanh(z / 1.5),
+    "capped_method": lambda z: (z / 1.5).tanh() * 1.5,
+    "capped_views": lambda z: torch.tanh(z[:, 1:] / 1.5).reshape(-1, V) * 1.5,
+    "capped_then_cooled": lambda z: 1.5 * torch.tanh(z * 0.3 / 1.5) / TEMPERATURE[..., None],
+    "capped_in_place": lambda z: (z.clone().div_(1.5)).tanh().mul(1.5),
+}
+
+
+@pytest.mark.parametrize("options", ["plain", "scale", "low_rank"])
+@pytest.mark.parametrize("name", UNCAPPED)
+def test_stays_lazy_without_a_softcap(name, options):
+    check(UNCAPPED[name], options)
+
+
+def smoothed(z, eps=0.1):
+    logp = -F.log_softmax(z, dim=-1)
+    return (1 - eps) * logp.gather(-1, IDS.unsqueeze(-1)).mean() + eps * logp.sum(-1, keepdim=True).mean() / V
+
+
+WEIGHT = torch.linspace(0.5, 2, V, dtype=torch.float64)
+IGNORED = IDS.masked_fill(~MASK, -100)
+NUMBERS = {
+    "cross_entropy": lambda z: F.cross_entropy(z.reshape(-1, V), IDS.reshape(-1)),
+    "cross_entropy_module": lambda z: nn.CrossEntropyLoss()(z.view(-1, V), IDS.view(-1)),
+    "cross_entropy_transposed": lambda z: F.cross_entropy(z.transpose(1, 2), IGNORED),
+    "cross_entropy_permuted": lambda z: F.cross_entropy(z.permute(0, 2, 1), IGNORED, reduction="none"),
+    "cross_entropy_sum": lambda z: F.cross_entropy(z.flatten(0, 1), IGNORED.flatten(), reduction="sum"),
+    "cross_entropy_weight": lambda z: F.cross_entropy(z.flatten(0, 1), IGNORED.flatten(), WEIGHT),
+    "cross_entropy_smoothing": lambda z: F.cross_entropy(z.flatten(0, 1), IGNORED.flatten(), label_smoothing=0.2),
+    "cross_entropy_everything": lambda z: nn.CrossEntropyLoss(
+        WEIGHT, ignore_index=3, reduction="none", label_smoothing=0.2
+    )(z.transpose(1, 2), IDS),
+    "cross_entropy_probs": lambda z: F.cross_entropy(z.flatten(0, 1), PROBS.flatten(0, 1)),
+    "cross_entropy_probs_transposed": lambda z: F.cross_entropy(
+        z.transpose(1, 2), PROBS.transpose(1, 2), WEIGHT, label_smoothing=0.1, reduction="none"
+    ),
+    "cross_entropy_one": lambda z: F.cross_entropy(z[0, 0], IDS[0, 0]),
+    "cross_entropy_shifted": lambda z: F.cross_entropy((z + TEMPERATURE[..., None]).transpose(1, 2), IDS),
+    "gather": lambda z: z.gather(-1, IDS.unsqueeze(-1)),
+    "gather_function": lambda z: torch.gather(z, 2, FEW),
+    "gather_keywords": lambda z: z.gather(dim=-1, index=FEW),
+    "gather_middle": lambda z: z.transpose(1, 2).gather(1, IDS.unsqueeze(1)),
+    "take_along_dim": lambda z: torch.take_along_dim(z, FEW, dim=-1),
+    "logsumexp": lambda z: z.logsumexp(-1),
+    "logsumexp_keepdim": lambda z: torch.logsumexp(z, dim=-1, keepdim=True),
+    "logsumexp_middle": lambda z: z.transpose(1, 2).logsumexp(1),
+    "logsumexp_shifted": lambda z: (z + TEMPERATURE[..., None]).logsumexp(-1),
+    "log_prob_by_difference": lambda z: (z.gather(-1, IDS.unsqueeze(-1)) - z.logsumexp(-1, keepdim=True)).squeeze(-1),
+    "log_prob_by_rows": lambda z: (
+        z.gather(-1, IDS.unsqueeze(-1)).squeeze(-1) - torch.stack([torch.logsumexp(row, dim=-1) for row in z])
+    ),
+    "log_prob": lambda z: F.log_softmax(z, dim=-1).gather(dim=-1, index=IDS.unsqueeze(-1)).squeeze(-1),
+    "log_prob_by_row": lambda z: torch.stack(
+        [F.log_softmax(row, -1).gather(-1, ids.unsqueeze(-1)).squeeze(-1) for row, ids in zip(z, IDS, strict=True)]
+    ),
+    "log_prob_indexed": lambda z: z.log_softmax(-1)[torch.arange(B)[:, None], torch.arange(S), IDS],
+    "logits_indexed": lambda z: z.view(-1, V)[torch.arange(B * S), IDS.view(-1)],
+    "logits_indexed_mask": lambda z: z[MASK, IDS[MASK] - V],
+    "one_entry": lambda z: z[..., 3],
+    "one_entry_last": lambda z: z[:, 0, -1],
+    "one_log_prob": lambda z: z.log_softmax(-1)[..., 3],
+    "some_log_probs": lambda z: z.log_softmax(-1)[..., PICK],
+    "probabilities": lambda z: z.softmax(-1).gather(-1, FEW),
+    "unlikelihood": lambda z: torch.log1p(-z.softmax(-1).gather(-1, IDS[..., None])).sum(),
+    "entropy": lambda z: -(F.log_softmax(z, -1).exp() * F.log_softmax(z, -1)).sum(-1),
+    "entropy_function": lambda z: -torch.sum(torch.softmax(z, -1) * torch.log_softmax(z, -1), dim=-1),
+    "entropy_by_difference": lambda z: torch.logsumexp(z, dim=-1) - torch.sum(F.softmax(z, dim=-1) * z, dim=-1),
+    "entropy_mean": lambda z: -(F.log_softmax(z, -1).exp() * F.log_softmax(z, -1)).mean(),
+    "sum": lambda z: z.sum(-1),
+    "sum_keepdim": lambda z: torch.sum(z, dim=-1, keepdim=True),
+    "sum_all": lambda z: z.sum(),
+    "mean": lambda z: z.mean(-1),
+    "mean_some": lambda z: z.mean((0, 2)),
+    "mean_middle": lambda z: z.transpose(1, 2).mean(1, keepdim=True),
+    "mean_shifted": lambda z: (2 * z - TEMPERATURE[..., None]).mean(-1),
+    "log_softmax_sum": lambda z: (-F.log_softmax(z, -1)).sum(dim=-1, keepdim=True),
+    "log_softmax_mean": lambda z: F.log_softmax(z, -1).mean(dim=-1),
+    "log_softmax_mean_all": lambda z: F.log_softmax(z, -1).mean(),
+    "softmax_sum": lambda z: (3 * z.softmax(-1)).sum(-1),
+    "label_smoother": smoothed,
+    "nll_loss": lambda z: F.nll_loss(F.log_softmax(z.view(-1, V), -1), IGNORED.view(-1), WEIGHT),
+    "nll_loss_transposed": lambda z: nn.NLLLoss(reduction="none")(z.transpose(1, 2).log_softmax(1), IGNORED),
+    "nll_loss_scaled": lambda z: F.nll_loss(F.log_softmax(z.view(-1, V), -1) * 0.3, IDS.view(-1), reduction="sum"),
+    "kl_div": lambda z: F.kl_div(F.log_softmax(z, -1), PROBS, reduction="batchmean"),
+    "kl_div_sum": lambda z: nn.KLDivLoss(reduction="sum")(z.log_softmax(-1), PROBS),
+    "kl_div_mean": lambda z: F.kl_div(F.log_softmax(z, -1), PROBS, reduction="mean"),
+    "kl_div_log": lambda z: F.kl_div(z.log_softmax(-1), PROBS.log(), reduction="batchmean", log_target=True),
+    "kl_div_middle": lambda z: F.kl_div(z.transpose(1, 2).log_softmax(1), PROBS.transpose(1, 2), reduction="sum"),
+    "kl_div_zeros": lambda z: F.kl_div(z.log_softmax(-1), (PROBS > 0.1).double(), reduction="sum"),
+    "argmax": lambda z: z.argmax(-1),
+    "argmax_keepdim": lambda z: torch.argmax(z, dim=-1, keepdim=True),
+    "argmax_middle": lambda z: z.transpose(1, 2).argmax(1),
+    "argmax_softmax": lambda z: z.softmax(-1).argmax(dim=-1),
+    "argmin": lambda z: z.argmin(-1),
+    "accuracy": lambda z: (z.argmax(dim=-1) == IDS).double().mean(),
+    "max": lambda z: z.max(dim=-1),
+    "max_function": lambda z: torch.max(z, -1, keepdim=True),
+    "min": lambda z: z.min(-1),
+    "amax": lambda z: z.amax(-1, keepdim=True),
+    "max_softmax": lambda z: z.softmax(-1).max(-1),
+    "topk": lambda z: z.topk(4),
+    "topk_smallest": lambda z: torch.topk(z, 2, dim=-1, largest=False),
+    "topk_middle": lambda z: z.transpose(1, 2).topk(3, dim=1),
+    "topk_log_softmax": lambda z: z.log_softmax(-1).topk(3, dim=-1),
+    "scaled_by_a_trained_number": lambda z: (z.log_softmax(-1) * z.logsumexp(-1, keepdim=True)).gather(-1, FEW),
+}
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap", "all"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_answers_without_logits(name, options):
+    check(NUMBERS[name], options, lazy=False)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_counts(options):
+    check(lambda z: z, options)
+    args, kwargs = arguments(leaves(), **OPTIONS[options])
+    plain, _ = arguments(leaves())
+    assert options == "plain" or not torch.allclose(linear_logits(*args, **kwargs), linear_logits(*plain))
+
+
+def make(**options):
+    tensors = leaves(torch.float32)
+    args, kwargs = arguments(tensors, **options)
+    return LinearLogits(*args, **kwargs), linear_logits(*args, **kwargs), tensors
+
+
+MATERIALISED = {
+    "std": lambda z: z.std(),
+    "square": lambda z: z**2,
+    "equal": lambda z: z == z[0, 0, 0],
+    "not_equal": lambda z: z != 0,
+    "less": lambda z: z < 0.5,
+    "times_vocabulary": lambda z: z * torch.linspace(0, 1, V),
+    "where": lambda z: torch.where(z > 0, z, 0.0),
+    "softmax_over_tokens": lambda z: z.softmax(1),
+    "view_merging_the_vocabulary": lambda z: z.view(-1),
+    "sum_over_tokens": lambda z: z.sum(1),
+    "unbind_vocabulary": lambda z: z.unbind(-1)[2],
+    "cat_vocabulary": lambda z: torch.cat([z, z], -1),
+    "cat_with_a_tensor": lambda z: torch.cat([z, torch.zeros(B, 1, V)], 1),
+    "roll_vocabulary": lambda z: z.roll(1, -1),
+    "cross_entropy_over_tokens": lambda z: F.cross_entropy(z, torch.ones(B, V, dtype=torch.long)),
+    "kl_div_none": lambda z: F.kl_div(z.log_softmax(-1), PROBS.float(), reduction="none"),
+    "kl_div_broadcast": lambda z: F.kl_div(z.log_softmax(-1), PROBS[0, 0].float(), reduction="sum"),
+    "as_the_second": lambda z: F.mse_loss(torch.zeros(B, S, V), z),
+    "tensor_plus": lambda z: torch.ones(B, S, V) + z,
+    "tensor_in_place": lambda z: torch.ones(B, S, V).add_(z),
+    "reciprocal": lambda z: 1 / z,
+    "product_of_softmaxes": lambda z: z.softmax(-1) * z.softmax(-1),
+    "product_of_two": lambda z: z.softmax(-1) * (2 * z),
+    "gather_some_tokens": lambda z: z.gather(-1, IDS[:, :2, None]),
+    "mask_over_everything": lambda z: z[torch.ones(B, S, V, dtype=torch.bool)],
+    "clamp": lambda z: z.clamp(-1, 1),
+    "matmul": lambda z: z @ torch.ones(V, 2),
+    "integer": lambda z: z.to(torch.int32),
+    "trained_temperature": lambda z: z / torch.ones(1, requires_grad=True),
+    "numpy": lambda z: torch.as_tensor(z.detach().numpy()),
+    "slices_of_probabilities": lambda z: z.softmax(-1)[..., :3],
+}
+
+
+@pytest.mark.parametrize("name", MATERIALISED)
+def test_the_rest_materialises_and_says_so(name):
+    fn = MATERIALISED[name]
+    lazy, eager, tensors = make(bias=True)
+    with pytest.warns(UserWarning, match="materialises"):
+        found = fn(lazy)
+    expected = fn(eager)
+    torch.testing.assert_close(found, expected)
+    if expected.requires_grad:
+        ours, theirs = (torch.autograd.grad(t.sum(), tensors["weight"]) for t in (found, expected))
+        torch.testing.assert_close(ours, theirs)
+    with settings.strict(), pytest.raises(RuntimeError, match="materialises"):
+        fn(lazy)
+
+
+def test_a_warning_names_operation_bytes_and_line_once_per_call_site():
+    lazy, *_ = make()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            lazy.std()
+        lazy.std()
+    assert len(caught) == 2
+    assert "std materialises LinearLogits (2, 5, 11): 440 bytes" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    assert caught[0].lineno + 1 == caught[1].lineno
+
+
+def test_comparison_is_never_identity():
+    lazy, *_ = make()
+    with pytest.warns(UserWarning, match="materialises"):
+        assert (lazy == lazy).shape == (B, S, V)
+    assert (lazy == None) is False  # noqa: E711
+    assert lazy != "logits"
+    assert len({lazy, lazy}) == 1
+
+
+def test_properties_are_those_of_the_logits():
+    lazy, eager, _ = make(bias=True)
+    for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "is_leaf"):
+        assert getattr(lazy, name) == getattr(eager, name), name
+    assert lazy.size() == eager.size()
+    assert lazy.size(-1) == V
+    assert (lazy.dim(), lazy.numel(), lazy.nelement(), len(lazy)) == (3, B * S * V, B * S * V, B)
+    assert (lazy.element_size(), lazy.is_contiguous(), lazy.is_floating_point()) == (4, True, True)
+    assert torch.is_floating_point(lazy)
+    assert not lazy.transpose(1, 2).is_contiguous()
+    assert lazy.get_device() == eager.get_device()
+    assert lazy.grad_fn is not None
+    assert lazy.detach().grad_fn is None
+    assert not lazy.detach().requires_grad
+    assert not lazy.detach().logsumexp(-1).requires_grad
+    assert lazy.contiguous() is lazy
+    assert "LinearLogits((2, 5, 11), torch.float32" in repr(lazy)
+    assert "440 bytes not held" in repr(lazy)
+    with pytest.raises(AttributeError, match="materialize"):
+        lazy.data_ptr  # noqa: B018
+    assert not hasattr(lazy, "keys")
+
+
+def test_a_label_changes_what_functions_return_and_not_the_numbers():
+    tensors = leaves(torch.bfloat16)
+    logits = LinearLogits(tensors["hidden"], tensors["weight"])
+    assert logits.dtype == torch.bfloat16
+    exact = linear_logits(tensors["hidden"].double(), tensors["weight"].double()).logsumexp(-1)
+    assert logits.logsumexp(-1).dtype == torch.bfloat16
+    for labelled in (logits.float(), logits.to(torch.float32), logits.to(torch.empty(1)), logits.double().float()):
+        assert labelled.logsumexp(-1).dtype == torch.float32
+        torch.testing.assert_close(labelled.logsumexp(-1).double(), exact, rtol=1e-6, atol=1e-6)
+        assert labelled.materialize().dtype == torch.float32
+    assert logits.half().log_softmax(-1).gather(-1, FEW).dtype == torch.float16
+    assert F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, FEW).dtype == torch.float32
+    assert logits.float().hidden is logits.hidden
+
+
+@pytest.mark.parametrize(
+    "name", ["add_", "exp_", "__setitem__", "tanh_", "copy_", "__iadd__", "requires_grad_", "clamp_"]
+)
+def test_other_changes_in_place_raise(name):
+    lazy, *_ = make()
+    with pytest.raises(RuntimeError, match="in place"):
+        getattr(lazy, name)(*((0, 1.0) if name == "__setitem__" else (torch.zeros(V),)))
+
+
+def test_out_raises():
+    lazy, *_ = make()
+    with pytest.raises(RuntimeError, match="cannot write"):
+        torch.exp(torch.zeros(B, S, V), out=lazy)
+
+
+def test_div_and_mul_in_place_change_the_object_and_not_the_tensors():
+    lazy, eager, tensors = make()
+    kept = tensors["hidden"].clone()
+    same = lazy
+    lazy /= 2.0
+    lazy *= TEMPERATURE.float()[..., None]
+    assert lazy is same
+    lazy.div_(torch.tensor(0.5)).mul_(3)
+    torch.testing.assert_close(lazy.materialize(), eager * 3 * TEMPERATURE.float()[..., None])
+    assert torch.equal(tensors["hidden"], kept)
+    with pytest.raises(RuntimeError, match="in place"):
+        lazy.mul_(torch.ones(V) * 2)
+    with pytest.raises(RuntimeError, match="in place"):
+        lazy.log_softmax(-1).mul_(2)
+
+
+def test_views_of_logits_changed_in_place_raise():
+    lazy, *_ = make()
+    view, copied = lazy[:, 1:], lazy.clone()
+    lazy.div_(2)
+    lazy.logsumexp(-1)
+    lazy[:, 1:].logsumexp(-1)
+    copied.logsumexp(-1)
+    with pytest.raises(RuntimeError, match="another view"):
+        view.logsumexp(-1)
+    other = lazy.view(-1, V)
+    other.mul_(3)
+    with pytest.raises(RuntimeError, match="another view"):
+        lazy.logsumexp(-1)
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "u", "B"])
+@pytest.mark.parametrize("use", ["logsumexp", "view", "scale", "materialize", "pickle", "label"])
+def test_a_change_of_what_it_stands_for_raises(name, use):
+    lazy, _, tensors = make(bias=True, low_rank=True)
+    view = lazy[:, 1:]
+    with torch.no_grad():
+        tensors[name].add_(1)
+    uses = {
+        "logsumexp": lambda z: z.logsumexp(-1),
+        "view": lambda z: z.view(-1, V),
+        "scale": lambda z: z * 2,
+        "materialize": lambda z: z.materialize(),
+        "pickle": pickle.dumps,
+        "label": lambda z: z.double(),
+    }
+    for z in (lazy, view):
+        with pytest.raises(RuntimeError, match=rf"{name} was modified in place"):
+            uses[use](z)
+
+
+def test_pickle_and_deepcopy_are_detached_and_without_module():
+    head = LinearHead(H, V, softcap=2.0, rank=2)
+    nn.init.normal_(head.lora_B)
+    logits = head(torch.randn(B, S, H), temperature=TEMPERATURE)[:, 1:].float()
+    stored = io.BytesIO()
+    torch.save(logits, stored)
+    stored.seek(0)
+    for copied in (
+        pickle.loads(pickle.dumps(logits)),
+        copy.deepcopy(logits),
+        torch.load(stored, weights_only=False),
+        copy.copy(logits),
+    ):
+        assert copied.module is None
+        assert not copied.requires_grad
+        assert torch.equal(copied.materialize(), logits.materialize())
+    assert copy.deepcopy(logits).weight.data_ptr() != head.weight.data_ptr()
+
+
+def test_no_grad_gives_logits_without_gradient():
+    tensors = leaves(torch.float32)
+    with torch.no_grad():
+        logits = LinearLogits(tensors["hidden"], tensors["weight"], tensors["bias"])
+    assert not logits.requires_grad
+    for result in (logits.logsumexp(-1), logits.materialize(), logits[..., 2:].log_softmax(-1).gather(-1, FEW * 0)):
+        assert not result.requires_grad
+    with torch.inference_mode():
+        logits = LinearLogits(torch.randn(B, H), tensors["weight"])
+        assert logits.log_softmax(-1).gather(-1, IDS[:, :2]).shape == (B, 2)
+    lazy = LinearLogits(tensors["hidden"], tensors["weight"])
+    with torch.no_grad():
+        assert not lazy.logsumexp(-1).requires_grad
+    assert lazy.logsumexp(-1).requires_grad
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_frozen_inputs_get_no_gradient(frozen):
+    tensors = leaves()
+    tensors[frozen].requires_grad_(False)
+    logits = LinearLogits(tensors["hidden"], tensors["weight"])
+    assert logits.requires_grad
+    assert logits.rows().hidden.requires_grad == (frozen != "hidden")
+    loss = F.cross_entropy(logits[:, 1:].reshape(-1, V), IDS[:, 1:].reshape(-1))
+    loss.backward()
+    other = {"hidden": "weight", "weight": "hidden"}[frozen]
+    expected = F.cross_entropy(
+        linear_logits(tensors["hidden"], tensors["weight"])[:, 1:].reshape(-1, V), IDS[:, 1:].flatten()
+    )
+    torch.testing.assert_close(tensors[other].grad, torch.autograd.grad(expected, tensors[other])[0])
+    assert tensors[frozen].grad is None
+
+
+def test_autocast_casts_at_construction():
+    tensors = leaves(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        lazy = LinearLogits(tensors["hidden"], tensors["weight"], tensors["bias"])
+        eager = F.linear(tensors["hidden"], tensors["weight"], tensors["bias"])
+        assert lazy.dtype == eager.dtype == torch.bfloat16
+        assert lazy.weight.dtype == torch.bfloat16
+        ours = F.cross_entropy(lazy.view(-1, V), IDS.view(-1))
+        theirs = F.cross_entropy(eager.view(-1, V), IDS.view(-1))
+        assert ours.dtype == theirs.dtype == torch.float32
+        for fn in (torch.softmax, torch.log_softmax):
+            assert fn(lazy, -1).dtype == fn(eager, -1).dtype
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
+    ours.backward()
+    assert tensors["weight"].grad.dtype == tensors["hidden"].grad.dtype == torch.float32
+    outside = LinearLogits(tensors["hidden"], tensors["weight"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert outside.logsumexp(-1).dtype == torch.float32
+        assert outside.materialize().dtype == torch.float32
+
+
+def shifted_loss(h, w, b):
+    return nn.functional.cross_entropy(LinearLogits(h, w, b)[:, :-1].reshape(-1, V).float(), IDS[:, 1:].reshape(-1))
+
+
+def smoothed_loss(h, w, b):
+    return smoothed(LinearLogits(h, w, b, softcap=2.0) / 0.7)
+
+
+def entropy_loss(h, w, b):
+    logits = LinearLogits(h, w, b)
+    logits = torch.tanh(logits / 3.0) * 3.0
+    logp = F.log_softmax(logits, -1)
+    correct = (logits.argmax(-1) == IDS).float()
+    return -(logp.exp() * logp).sum(-1).mean() + (correct * logp.gather(-1, IDS.unsqueeze(-1)).squeeze(-1)).sum()
+
+
+def indexed_loss(h, w, b):
+    logits = LinearLogits(h, w, b).transpose(0, 1)[1:, :, PICK]
+    return torch.cat([logits, logits[:1]]).logsumexp(-1).mean() + torch.stack([row.mean() for row in logits]).sum()
+
+
+@pytest.mark.parametrize("fn", [shifted_loss, smoothed_loss, entropy_loss, indexed_loss])
+def test_compiles_without_a_break(fn):
+    tensors, same = leaves(torch.float32), leaves(torch.float32)
+    expected = fn(*list(tensors.values())[:3])
+    expected.backward()
+    torch._dynamo.reset()
+    with settings.strict():
+        found = torch.compile(fn, fullgraph=True, backend="aot_eager")(*list(same.values())[:3])
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(same[name].grad, tensors[name].grad)
+
+
+def test_compiled_model_returns_it_and_compiled_loss_takes_it():
+    torch._dynamo.reset()
+    head = LinearHead(H, V)
+    hidden = torch.randn(B, S, H, requires_grad=True)
+    logits = torch.compile(lambda h: head(h)[:, 1:], fullgraph=True, backend="aot_eager")(hidden)
+    assert isinstance(logits, LinearLogits)
+    loss = torch.compile(lambda z: F.cross_entropy(z.transpose(1, 2), IDS[:, 1:]), fullgraph=True, backend="aot_eager")
+    loss(logits).backward()
+    found = head.weight.grad.clone(), hidden.grad.clone()
+    head.weight.grad = hidden.grad = None
+    F.cross_entropy(F.linear(hidden, head.weight, head.bias)[:, 1:].transpose(1, 2), IDS[:, 1:]).backward()
+    torch.testing.assert_close(found, (head.weight.grad, hidden.grad))
+
+
+def test_compiled_code_that_materialises_is_right():
+    torch._dynamo.reset()
+    _, eager, tensors = make()
+
+    def fn(h, w):
+        logits = LinearLogits(h, w)
+        return (logits**2).sum() + torch.cat([logits, logits], -1).mean() + torch.std(logits)
+
+    with pytest.warns(UserWarning, match="materialises") as caught:
+        found = torch.compile(fn, fullgraph=True, backend="aot_eager")(tensors["hidden"], tensors["weight"])
+    torch.testing.assert_close(found, (eager**2).sum() + eager.mean() + eager.std())
+    assert [str(w.message).split()[0] for w in caught] == ["__pow__", "cat", "std"]
+
+
+def test_checkpointing_without_reentry_works_and_with_it_raises():
+    from torch.utils.checkpoint import checkpoint
+
+    tensors = leaves()
+    head = LinearHead(H, V, dtype=torch.float64)
+    hidden = tensors["hidden"]
+
+    def block(h):
+        return head(torch.tanh(h))
+
+    loss = F.cross_entropy(checkpoint(block, hidden, use_reentrant=False).view(-1, V), IDS.view(-1))
+    loss.backward()
+    found = hidden.grad.clone(), head.weight.grad.clone(), head.bias.grad.clone()
+    hidden.grad = head.weight.grad = head.bias.grad = None
+    F.cross_entropy(nn.Linear.forward(head, torch.tanh(hidden)).view(-1, V), IDS.view(-1)).backward()
+    torch.testing.assert_close(found, (hidden.grad, head.weight.grad, head.bias.grad))
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpoint(block, hidden, use_reentrant=True)
+
+
+def test_checkpointed_loss_is_recomputed():
+    from torch.utils.checkpoint import checkpoint
+
+    tensors, same = leaves(), leaves()
+
+    def loss(h, w):
+        return smoothed(LinearLogits(h, w))
+
+    checkpoint(loss, tensors["hidden"], tensors["weight"], use_reentrant=False).backward()
+    loss(same["hidden"], same["weight"]).backward()
+    torch.testing.assert_close(tensors["weight"].grad, same["weight"].grad)
+
+
+def test_statistics_are_made_once_for_a_loss_that_reads_several(monkeypatch):
+    from fused_losses import linear_logits as module
+
+    made = []
+    real = module.linear_logits_statistics
+    monkeypatch.setattr(module, "linear_logits_statistics", lambda *a, **k: made.append(k["outputs"]) or real(*a, **k))
+    lazy, *_ = make()
+    smoothed(lazy)
+    assert len(made) == 1
+    NUMBERS["log_prob_by_rows"](lazy)
+    assert len(made) == 2
+    NUMBERS["entropy"](lazy)
+    assert len(made) == 3
+    assert "entropy" in made[2]
+    lazy.logsumexp(-1)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("workspace", [1, 200, "1MiB", None])
+def test_argmax_holds_no_more_than_a_workspace_of_logits(workspace, monkeypatch):
+    from fused_losses import linear_logits as module
+
+    rows = []
+    real = module._project
+    monkeypatch.setattr(module, "_project", lambda r, *a: rows.append(len(r.hidden)) or real(r, *a))
+    lazy, eager, _ = make(bias=True, softcap=2.0)
+    with settings.workspace(workspace):
+        assert torch.equal(lazy.argmax(-1), eager.argmax(-1))
+        torch.testing.assert_close(lazy.detach().topk(3).values, eager.topk(3).values)
+    assert set(rows) == {1: {1}, 200: {2}, "1MiB": {10}, None: {10}}[workspace]
+
+
+def test_argmax_takes_the_first_of_equal_logits():
+    logits = LinearLogits(torch.ones(3, 2), torch.tensor([[0.0, 0], [1, 1], [1, 1], [0, 2]]))
+    assert logits.argmax(-1).tolist() == [1, 1, 1]
+
+
+def test_entropy_of_impossible_entries_is_finite():
+    bias = torch.zeros(V).index_fill(0, PICK, -torch.inf)
+    logits = LinearLogits(torch.randn(S, H), torch.randn(V, H), bias)
+    logp = logits.log_softmax(-1)
+    entropy = -(logp.exp() * logp).sum(-1)
+    assert entropy.isfinite().all()
+    with pytest.warns(UserWarning, match="materialises"):
+        torch.testing.assert_close((logp.exp() * logp).clamp(max=1).sum(-1), -entropy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["gather", "logsumexp", "log_prob", "label_smoother", "entropy", "log_softmax_sum", "max", "one_entry"]
+)
+def test_as_accurate_as_eager(name, dtype):
+    tensors, same, exact = leaves(dtype), leaves(dtype), leaves(dtype)
+    fn = NUMBERS[name]
+    ours = numbers(fn(LinearLogits(tensors["hidden"], tensors["weight"], softcap=5.0)))[0]
+    z = F.linear(same["hidden"], same["weight"])
+    eager = numbers(fn(5.0 * torch.tanh(z / 5.0)))[0]
+    h, w = (exact[k].detach().double().requires_grad_() for k in ("hidden", "weight"))
+    true = numbers(fn(linear_logits(h, w, softcap=5.0)))[0]
+    assert_accurate(ours, eager, true, name)
+    for result in (ours, eager, true):
+        (result.double() ** 2).sum().backward()
+    assert_accurate(tensors["hidden"].grad, same["hidden"].grad, h.grad, "d_hidden")
+    assert_accurate(tensors["weight"].grad, same["weight"].grad, w.grad, "d_weight")
+
+
+# The head
+
+
+def test_the_sum_of_logits_is_as_accurate_as_eager():
+    tensors = leaves(torch.bfloat16)
+    h, w = tensors["hidden"].detach(), tensors["weight"].detach()
+    ours = LinearLogits(h, w).float().sum(-1)
+    assert_accurate(ours, linear_logits(h.float(), w.float()).sum(-1), linear_logits(h.double(), w.double()).sum(-1))
+
+
+def test_head_is_a_linear_layer():
+    linear = nn.Linear(H, V)
+    head = LinearHead.from_linear(linear, scale=0.5, softcap=2.0)
+    assert head.weight is linear.weight
+    assert head.bias is linear.bias
+    assert isinstance(head, nn.Linear)
+    hidden = torch.randn(B, S, H)
+    logits = head(hidden, temperature=TEMPERATURE)
+    assert logits.module is head
+    expected = linear_logits(
+        hidden, linear.weight, linear.bias, scale=0.5, softcap=2.0, temperature=TEMPERATURE.float()
+    )
+    torch.testing.assert_close(logits.materialize(), expected)
+    other = LinearHead(H, V)
+    other.load_state_dict(linear.state_dict())
+    assert torch.equal(other.weight, linear.weight)
+    assert LinearHead.from_linear(nn.Linear(H, V, bias=False)).bias is None
+
+
+def test_head_with_a_lora_update():
+    head = LinearHead(H, V, rank=2, alpha=4.0)
+    head.weight.requires_grad_(False)
+    hidden = torch.randn(B, S, H)
+    torch.testing.assert_close(head(hidden).materialize(), F.linear(hidden, head.weight, head.bias))
+    nn.init.normal_(head.lora_B)
+    expected = F.linear(hidden, head.weight + 2.0 * head.lora_B @ head.lora_A, head.bias)
+    torch.testing.assert_close(head(hidden).materialize(), expected)
+    ours, theirs = (
+        torch.autograd.grad(F.cross_entropy(z.view(-1, V), IDS.view(-1)), (head.lora_A, head.lora_B))
+        for z in (head(hidden), expected)
+    )
+    torch.testing.assert_close(ours, theirs)
+    dropping = LinearHead(H, V, rank=2, dropout=0.5)
+    nn.init.normal_(dropping.lora_B)
+    assert not torch.equal(dropping(hidden).materialize(), dropping(hidden).materialize())
+    dropping.eval()
+    assert torch.equal(dropping(hidden).materialize(), dropping(hidden).materialize())
+
+
+def test_head_owns_its_options():
+    hidden = torch.randn(B, S, H)
+    head = LinearHead(H, V)
+    plain = head(hidden).logsumexp(-1)
+    for option, value in {"scale": 0.5, "softcap": 1.0}.items():
+        other = LinearHead.from_linear(head, **{option: value})
+        assert not torch.allclose(other(hidden).logsumexp(-1), plain)
+
+
+# Gathering
+
+
+class Sharded(nn.Module):
+    """What FSDP2 does to a module, in one process: the weight's storage is empty but between unshard and reshard."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(V, H, generator=torch.Generator().manual_seed(1)))
+        self.whole = self.weight.detach().clone()
+        self.calls = []
+
+    def unshard(self):
+        self.calls.append("unshard")
+        with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.weight):
+            self.weight.untyped_storage().resize_(self.whole.nbytes)
+            self.weight.copy_(self.whole)
+
+    def reshard(self):
+        self.calls.append("reshard")
+        self.weight.untyped_storage().resize_(0)
+
+
+GATHERED = [
+    "cross_entropy",
+    "log_prob",
+    "gather",
+    "label_smoother",
+    "entropy",
+    "one_entry",
+    "topk",
+    "argmax",
+    "log_prob_by_rows",
+]
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_the_weight_is_gathered_in_forward_and_in_backward(name):
+    module = Sharded()
+    hidden = torch.randn(B, S, H, requires_grad=True)
+    logits = LinearLogits(hidden, module.weight, module=module)
+    module.reshard()
+    found = numbers(NUMBERS[name](logits))[0]
+    assert module.weight.untyped_storage().size() == 0
+    assert module.calls.count("unshard") == module.calls.count("reshard") - 1 > 0
+    if not found.requires_grad:
+        return
+    found.sum().backward()
+    assert module.calls[-1] == "unshard"  # in backward FSDP2 reshards, after it reduced the gradient
+    same, weight = hidden.detach().requires_grad_(), module.whole.clone().requires_grad_()
+    numbers(NUMBERS[name](linear_logits(same, weight)))[0].sum().backward()
+    torch.testing.assert_close(hidden.grad, same.grad)
+    torch.testing.assert_close(module.weight.grad, weight.grad)
+
+
+@pytest.mark.parametrize("fn", [lambda z: z[..., 2:], lambda z: z[..., PICK], lambda z: (z + 1).float()])
+def test_gathered_rows_and_materialised_logits(fn):
+    module = Sharded()
+    hidden = torch.randn(B, S, H, requires_grad=True)
+    logits = LinearLogits(hidden, module.weight, module=module)
+    module.reshard()
+    found = fn(logits).materialize()
+    found.square().sum().backward()
+    same, weight = hidden.detach().requires_grad_(), module.whole.clone().requires_grad_()
+    fn(linear_logits(same, weight)).square().sum().backward()
+    torch.testing.assert_close(hidden.grad, same.grad)
+    torch.testing.assert_close(module.weight.grad, weight.grad)
+
+
+def test_a_whole_weight_is_not_gathered():
+    module = Sharded()
+    logits = LinearLogits(torch.randn(B, S, H, requires_grad=True), module.weight, module=module)
+    logits.logsumexp(-1).sum().backward()
+    assert "reshard" not in module.calls
+
+
+def test_an_empty_weight_without_module_raises():
+    module = Sharded()
+    logits = LinearLogits(torch.randn(B, S, H), module.weight)
+    module.reshard()
+    for use in (
+        lambda: logits.logsumexp(-1),
+        lambda: logits.materialize(),
+        lambda: logits.argmax(-1),
+        lambda: logits[..., 1:],
+    ):
+        with pytest.raises(RuntimeError, match="module="):
+            use()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_zero3_parameters_are_gathered(monkeypatch, frozen):
+    """DeepSpeed swaps ``parameter.data`` for an empty tensor outside GatheredParameters."""
+    import sys
+    import types
+
+    module = nn.Linear(H, V, bias=False)
+    whole = module.weight.data.clone()
+    log = []
+
+    class GatheredParameters:
+        def __init__(self, parameters):
+            (self.parameter,) = parameters
+
+        def __enter__(self):
+            log.append("gather")
+            self.parameter.data = whole.clone()
+
+        def __exit__(self, *_):
+            log.append("partition")
+            self.parameter.data = torch.empty(0)
+
+    fake = types.SimpleNamespace(zero=types.SimpleNamespace(GatheredParameters=GatheredParameters))
+    monkeypatch.setitem(sys.modules, "deepspeed", fake)
+    hidden = torch.randn(B, S, H, requires_grad=not frozen)
+    logits = LinearLogits(hidden, module.weight, module=module)
+    module.weight.data = torch.empty(0)
+    assert logits.shape == (B, S, V)
+    loss = F.log_softmax(logits, -1).gather(-1, FEW).sum()
+    assert log == ["gather", "partition"]
+    loss.backward()
+    assert log == ["gather", "partition"] * 2
+    weight, same = whole.requires_grad_(), hidden.detach().requires_grad_()
+    F.log_softmax(same @ weight.T, -1).gather(-1, FEW).sum().backward()
+    if not frozen:
+        torch.testing.assert_close(hidden.grad, same.grad)
+    torch.testing.assert_close(module.weight.grad, weight.grad)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 4)), ValueError, r"\(2, 3\) and weight \(5, 4\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5)), ValueError, r"weight \(5,\)"),
+        (lambda: LinearLogits(torch.ones(()), torch.ones(5, 4)), ValueError, r"hidden \(\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(0, 3)), ValueError, r"weight \(0, 3\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), torch.ones(4)), ValueError, r"\(5,\), got \(4,\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3, device="meta")), ValueError, "cpu, weight .* on meta"),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3).half()),
+            TypeError,
+            "float32, weight .* is torch.float16",
+        ),
+        (lambda: LinearLogits(torch.ones(2, 3).long(), torch.ones(5, 3).long()), TypeError, "floating"),
+        (lambda: LinearLogits(torch.ones(2, 3)), TypeError, "weight"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), softcap=0.0), ValueError, "softcap"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=0.0), ValueError, "temperature"),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=torch.ones(4)),
+            ValueError,
+            r"per token \(2,\), got \(4,\)",
+        ),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=torch.ones(2, requires_grad=True)),
+            ValueError,
+            "detach",
+        ),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), low_rank=(torch.ones(2, 2), torch.ones(4, 2))),
+            ValueError,
+            r"\(2, 2\) and \(4, 2\)",
+        ),
+    ],
+)
+def test_bad_construction(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda z: z[5], IndexError, "out of bounds|out of range"),
+        (lambda z: z[..., V], IndexError, "out of bounds"),
+        (lambda z: z[0, 0, 0, 0], IndexError, "too many indices"),
+        (lambda z: z.gather(-1, torch.full((B, S, 1), V)), IndexError, "out of bounds"),
+        (lambda z: z.gather(-1, torch.full((B, S, 1), -100)), IndexError, "out of bounds"),
+        (lambda z: z.log_softmax(-1)[0, 0, V], IndexError, "out of bounds"),
+        (lambda z: z.view(3, -1), RuntimeError, r"invalid for LinearLogits \(2, 5, 11\)"),
+        (lambda z: z.transpose(0, 3), IndexError, "Dimension out of range"),
+        (lambda z: z.split([1, 2], 1), RuntimeError, "sum to 5"),
+        (lambda z: z.narrow(1, 3, 4), RuntimeError, "exceeds"),
+        (lambda z: z.topk(V + 1), RuntimeError, "out of range"),
+        (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1) + V), IndexError, "out of bounds"),
+        (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1)[1:]), ValueError, r"\(9,\)"),
+        (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1).int()), (TypeError, RuntimeError, ValueError), ""),
+    ],
+)
+def test_bad_use(use, error, message):
+    with pytest.raises(error, match=message):
+        use(make()[0])
+
+
+def test_no_tokens():
+    logits = LinearLogits(torch.zeros(0, S, H, requires_grad=True), torch.randn(V, H, requires_grad=True))
+    assert logits.view(-1, V).shape == (0, V)
+    assert logits.logsumexp(-1).shape == (0, S)
+    assert logits.argmax(-1).shape == (0, S)
+    assert logits.materialize().shape == (0, S, V)
+    assert F.cross_entropy(logits.view(-1, V), torch.zeros(0, dtype=torch.long)).isnan()
+    assert F.cross_entropy(logits.view(-1, V), torch.zeros(0, dtype=torch.long), reduction="sum") == 0
+
+
+def test_a_vocabulary_of_one():
+    hidden, weight = torch.randn(B, S, H), torch.randn(1, H)
+    logits = LinearLogits(hidden, weight)
+    torch.testing.assert_close(logits.view(1, -1, 1).squeeze(0).materialize(), (hidden @ weight.T).view(-1, 1))
+    assert (logits.log_softmax(-1).gather(-1, IDS[..., None] * 0) == 0).all()
+
+
+def test_data_parallel_replicas_raise():
+    head = LinearHead(H, V, bias=False)
+    replica = head._replicate_for_data_parallel()
+    replica.weight, replica.bias = head.weight.detach(), None
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(torch.randn(B, H))
+
+
+def test_sharded_tensors_raise():
+    weight = torch.ones(V, H)
+    weight.device_mesh = "a DTensor has one"
+    with pytest.raises(TypeError, match="LinearHead"):
+        LinearLogits(torch.ones(S, H), weight)
