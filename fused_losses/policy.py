@@ -4,43 +4,20 @@ A policy that sampled a sequence is told how much better than expected it was, t
 probability towards it or away. All that differs is how far one batch may move it. With
 :math:`w = \log\pi - \log\pi_{old}` of a token and :math:`r = e^w`, each loss per token is one row:
 
-==============================  =============================================================  =========================
-``loss_type``                   loss of a token                                                aggregation by default
-==============================  =============================================================  =========================
-``grpo``                        :math:`-\min(rA,\ \mathrm{clip}(r, 1-\epsilon_l,               ``seq_mean_token_mean``
-                                1+\epsilon_h)A)`
-``bnpo``, ``ppo``, ``dapo``     the same                                                       ``token_mean``
-``dr_grpo``                     the same                                                       ``seq_mean_token_sum_norm``
-``luspo``                       the same                                                       ``seq_mean_token_sum``
-``gspo``                        the same, :math:`r = e^{\mathrm{mean}_t w}`                    ``seq_mean_token_mean``
-``gspo-token``                  the same, :math:`r = sg(e^{\mathrm{mean}_t w})\,\pi/sg(\pi)`   ``seq_mean_token_mean``
-``rloo``                        the same, :math:`r = e^{\sum_t w}`                             ``seq_mean_token_mean``
-``gmpo``                        :math:`-A\,e^{\mathrm{mean}_t c}`, c = :math:`w` clipped to    ``seq_mean_token_mean``
-                                :math:`[-\epsilon_l, \epsilon_h]` where that lowers :math:`cA`
-``cispo``                       :math:`-sg(\min(r, r_{max}))\,A\log\pi`                        ``token_mean``
-``sapo``                        :math:`-\frac{4}{\tau}\sigma(\tau(r-1))\,A`                    ``seq_mean_token_mean``
-``vespo``                       :math:`-sg(e^{\lambda + k l - \lambda e^l})\,A\log\pi`,        ``token_mean``
-                                :math:`l = \sum_t w`
-``reinforce``                   :math:`-A\log\pi`                                              ``seq_mean_token_sum``
-``gpg``                         the same                                                       ``token_mean``
-==============================  =============================================================  =========================
-
-The rows that share an equation differ in their aggregation alone, which is an argument of its own.
-
-==================================================  ============================================================
-elsewhere                                           here
-==================================================  ============================================================
-TRL ``grpo bnpo dr_grpo dapo luspo cispo sapo       the same names; ``epsilon`` is ``eps_low``, ``epsilon_high``
-vespo``                                             is ``eps_high``, in cispo ``cispo_max``; exactly TRL's
-                                                    numbers beyond ``|w| = 20`` with ``log_ratio_clamp=None``
-TRL RLOO, GMPO trainers                             ``rloo``, ``gmpo``
-OpenRLHF ``ppo``, ``gspo``                          the same, ``count_empty=False``
-verl ``vanilla``                                    ``ppo`` with ``dual_clip=3.0, count_empty=False``
-verl ``cispo``, ``sapo``, ``gpg``                   the same; ``cispo_max=None``
-verl ``gspo``                                       ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
-verl ``geo_mean``                                   ``gmpo`` with ``log_ratio_clamp=None``
-DeepSpeed-Chat ``actor_loss_fn``                    ``ppo`` with ``log_ratio_clamp=None``
-==================================================  ============================================================
+==============  =============================================  ===============================================================================
+elsewhere                                   here
+==========================================  ===============================================================================
+TRL ``epsilon``, ``epsilon_high``           ``eps_low``, ``eps_high``; for cispo ``epsilon_high`` is ``cispo_max``
+TRL ``loss_type="grpo"``, sequence level    ``gspo``; with TRL's names ``importance_sampling_level="sequence"``
+TRL, a token with ``|w| > 20``              ``log_ratio_clamp=None``, as for DeepSpeed-Chat
+OpenRLHF ``ppo``, ``gspo``                  the same with ``count_empty=False``; gspo with ``log_ratio_clamp=None``
+verl, all                                   ``count_empty=False, use_bias_correction_kl=False``
+verl ``vanilla``                            ``ppo`` with ``dual_clip=3.0``
+verl ``gspo``                               ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
+verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
+verl ``cispo``                              ``cispo`` with ``cispo_max=None``
+DeepSpeed-Chat ``actor_loss_fn``            ``ppo``, or :func:`ppo_loss`
+==========================================  ===============================================================================
 
 Shapes: token tensors are ``(B, S)`` with a mask, or packed ``(1, total)`` with ``cu_seqlens``
 (``document_borders(position_ids)`` makes them); advantages are one per sequence or one per token.
@@ -49,7 +26,7 @@ Shapes: token tensors are ``(B, S)`` with a mask, or packed ``(1, total)`` with 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from math import inf, log
+from math import inf, log, nan
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,6 +78,7 @@ class _Sequences:
         self.cu_seqlens = cu_seqlens
         self.number = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None:
+            cu_seqlens = cu_seqlens.long()
             place = torch.arange(tokens.shape[1], device=tokens.device)
             self.mask = self.mask & (place < cu_seqlens[-1])
             self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
@@ -291,7 +269,7 @@ def group_advantages(
         rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
     if weights is not None:
         rewards = rewards * torch.as_tensor(weights).to(rewards)
-    total = rewards.nansum(-1).masked_fill(unscored, float("nan"))  # (groups, G)
+    total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
     batch_std = _nanstd(total.view(1, -1), 1)
     if scale == "normalize_then_sum":
         advantages = (total - total.nanmean()) / (batch_std + eps)
@@ -370,11 +348,11 @@ def entropy_mask(
     """
     shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
     entropy = upcast(entropy.detach())
-    values = entropy.masked_fill(~shown, float("nan")).flatten()
+    values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
     if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
         lengths: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(lengths, len(values), group)
-        values = F.pad(values, (0, max(lengths) - len(values)), value=float("nan"))
+        values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
         everyone = [torch.empty_like(values) for _ in lengths]
         dist.all_gather(everyone, values, group)
         values = torch.cat(everyone)

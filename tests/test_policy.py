@@ -307,7 +307,7 @@ def test_nothing_to_train_on_is_zero(loss_type):
             assert all((g == 0).all() for g in gradients.values() if g is not None)
             assert all(m.isfinite() for m in metrics.values())
     empty = {k: v[:0] for k, v in DATA.items()}
-    loss, _, _ = run(grpo_loss, empty, loss_type=loss_type, **MODIFIERS["kl"], entropy="entropy", entropy_coef=0.1)
+    loss, _, _ = run(grpo_loss, empty, loss_type=loss_type, **MODIFIERS["all"])
     assert loss == 0
 
 
@@ -396,6 +396,7 @@ def test_packed_rows_are_padded_rows(loss_type, name):
 
 def test_packed_tokens_behind_the_last_border_do_not_count():
     packed, borders, _ = pack(DATA)
+    borders = borders.int()
     longer = {k: v if v.dim() == 1 else torch.nn.functional.pad(v, (0, 3), value=1) for k, v in packed.items()}
     ours = run(grpo_loss, longer, cu_seqlens=borders)
     expected = run(grpo_loss, packed, cu_seqlens=borders)
@@ -581,6 +582,15 @@ def test_entropy_mask_over_all_ranks():
         both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
     assert torch.equal(both, entropy_mask(entropy, 0.3, mask))
     assert not torch.equal(both[:2], entropy_mask(entropy[:2], 0.3, mask[:2]))
+
+
+def test_vespo_takes_no_step_on_a_weight_that_is_not_a_number():
+    weight = DATA["sequence_weight"].clone()
+    weight[0] = float("nan")
+    loss, _, gradients = run(grpo_loss, DATA, loss_type="vespo", mismatch_weight=weight)
+    assert loss.isfinite()
+    assert (gradients["log_probs"][0] == 0).all()
+    assert (gradients["log_probs"][1] != 0).any()
 
 
 WEIGHTS = {
