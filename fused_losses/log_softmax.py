@@ -282,7 +282,7 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
     if _dims(x, dim) != [x.vocab_dim] or not logits:
         return NotImplemented
     lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.base.statistic("logsumexp") + x.offset
-    return _kept(lse.to(x.dtype), x, keepdim)
+    return _kept(lse.to(x.dtype, copy=True), x, keepdim)  # callers write into what they get
 
 
 def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:

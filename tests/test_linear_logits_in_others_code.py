@@ -1,0 +1,232 @@
+"""Loss code that was written for logits and never heard of LinearLogits, run unchanged."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fused_losses import settings
+from fused_losses.linear_logits import LinearHead, LinearLogits
+
+B, S, V, H = 2, 6, 13, 8
+
+
+class ShiftedLoss(nn.Module):
+    """As OpenRLHF and many scripts write it."""
+
+    def __init__(self, ignore_index=-100):
+        super().__init__()
+        self.loss = nn.CrossEntropyLoss(ignore_index=ignore_index)
+
+    def forward(self, logits, labels):
+        shift_logits = logits[..., :-1, :].contiguous()
+        shift_labels = labels[..., 1:].contiguous()
+        return self.loss(shift_logits.view(-1, shift_logits.size(-1)), shift_labels.view(-1))
+
+
+def log_probs_from_logits(logits, labels):
+    return F.log_softmax(logits, dim=-1).gather(dim=-1, index=labels.unsqueeze(-1)).squeeze(-1)
+
+
+def log_probs_by_difference(logits, index):
+    """As TRL writes it for 32-bit logits."""
+    squeeze = index.ndim == logits.ndim - 1
+    index = index.unsqueeze(-1) if squeeze else index
+    selected = torch.gather(logits, dim=-1, index=index)
+    logsumexp = torch.stack([torch.logsumexp(row, dim=-1) for row in logits])
+    selected = selected - logsumexp.unsqueeze(-1)
+    return selected.squeeze(-1) if squeeze else selected
+
+
+def log_probs_by_row(logits, index):
+    """As TRL writes it for 16-bit logits."""
+    rows = []
+    for row_logits, row_labels in zip(logits, index, strict=True):
+        row = F.log_softmax(row_logits, dim=-1)
+        rows.append(row.gather(dim=-1, index=row_labels.unsqueeze(-1)).squeeze(-1))
+    return torch.stack(rows)
+
+
+def entropy_from_logits(logits):
+    """As verl writes it."""
+    pd = torch.nn.functional.softmax(logits, dim=-1)
+    return torch.logsumexp(logits, dim=-1) - torch.sum(pd * logits, dim=-1)
+
+
+def entropy_in_chunks(logits, chunk_size=4):
+    """As TRL writes it."""
+    flat = logits.reshape(-1, logits.shape[-1])
+    entropies = []
+    for chunk in flat.split(chunk_size, dim=0):
+        logps = F.log_softmax(chunk, dim=-1)
+        entropies.append(-(torch.exp(logps) * logps).sum(-1))
+    return torch.cat(entropies, dim=0).reshape(logits.shape[:-1])
+
+
+def grpo_step(logits, ids):
+    """Temperature, shift, log-probs, entropy and a clipped loss, as a trainer's step has them."""
+    logits = logits[:, :-1, :]
+    logits = logits[:, -4:] / 0.9
+    logps = log_probs_from_logits(logits, ids[:, -4:])
+    ratio = torch.exp(logps - (logps.detach() + 0.3 * torch.sin(torch.arange(4.0))))
+    advantages = torch.tensor([[1.0], [-1.0]])
+    loss = -torch.min(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+    return loss - 0.01 * entropy_from_logits(logits).mean()
+
+
+def dpo_step(logits, ids):
+    logps = log_probs_by_difference(logits[:, :-1], ids[:, 1:]).sum(-1)
+    chosen, rejected = logps.chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def kd_step(logits, ids):
+    teacher = torch.linspace(-1, 1, B * S * V).sin().view(B, S, V)
+    soft = F.kl_div(F.log_softmax(logits / 2.0, dim=-1), F.softmax(teacher / 2.0, dim=-1), reduction="batchmean")
+    return soft * 4.0 + ShiftedLoss()(logits, ids)
+
+
+def accuracy_and_confidence(logits, ids):
+    logps, predictions = logits.log_softmax(-1).max(dim=-1)
+    return (predictions == ids).float().mean() + logps.mean()
+
+
+LOSSES = {
+    "shifted": ShiftedLoss(),
+    "shifted_ignoring": ShiftedLoss(ignore_index=3),
+    "log_probs_from_logits": lambda z, ids: log_probs_from_logits(z, ids).sum(),
+    "log_probs_by_difference": lambda z, ids: log_probs_by_difference(z, ids).mean(),
+    "log_probs_by_difference_of_several": lambda z, ids: log_probs_by_difference(
+        z, ids.unsqueeze(-1).expand(B, S, 2)
+    ).mean(),
+    "log_probs_by_row": lambda z, ids: log_probs_by_row(z, ids).mean(),
+    "entropy_from_logits": lambda z, ids: entropy_from_logits(z).mean(),
+    "entropy_in_chunks": lambda z, ids: entropy_in_chunks(z).mean(),
+    "grpo": grpo_step,
+    "dpo": dpo_step,
+    "distillation": kd_step,
+    "accuracy": accuracy_and_confidence,
+}
+
+
+def batch(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, V, (B, S), generator=g)
+    hidden = torch.randn(B, S, H, generator=g).requires_grad_()
+    head = nn.Linear(H, V)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=g))
+    return hidden, head, ids
+
+
+def assert_same_training(loss, ids, labels=None):
+    """The same number and the same gradients from a head that makes logits and from one that does not."""
+    results = []
+    for lazy in (False, True):
+        hidden, head, _ = batch()
+        with settings.strict(lazy):
+            found = loss((LinearHead.from_linear(head) if lazy else head)(hidden), ids)
+        found.backward()
+        results.append((found, hidden.grad, head.weight.grad, head.bias.grad))
+    torch.testing.assert_close(*results)
+    assert results[0][1].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_unchanged_loss(name):
+    assert_same_training(LOSSES[name], batch()[2])
+
+
+@pytest.mark.parametrize("num_items", [None, 7, torch.tensor(7)])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_transformers_causal_lm_loss(num_items, shifted):
+    loss_utils = pytest.importorskip("transformers.loss.loss_utils")
+    ids = batch()[2].masked_fill(torch.arange(S) == 2, -100)
+
+    def loss(logits, labels):
+        shift = {"shift_labels": labels} if shifted else {}
+        return loss_utils.ForCausalLMLoss(logits, labels, V, num_items_in_batch=num_items, **shift)
+
+    assert_same_training(loss, ids)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("num_items", [None, 5])
+def test_transformers_label_smoother(shift, num_items):
+    pytest.importorskip("accelerate")
+    utils = pytest.importorskip("transformers.trainer_pt_utils")
+    ids = batch()[2].masked_fill(torch.arange(S) == 2, -100)
+    smoother = utils.LabelSmoother(epsilon=0.2)
+
+    def loss(logits, labels):
+        return smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=num_items)
+
+    assert_same_training(loss, ids)
+
+
+def tiny_llama(transformers):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+        tie_word_embeddings=True,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True, "gradient_accumulation_steps": 2},
+        {"label_smoothing_factor": 0.1},
+        {"bf16": True},
+    ],
+    ids=lambda o: "_".join(o) or "plain",
+)
+def test_trainer_runs_a_model_whose_head_is_lazy(tmp_path, options):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    data = [{"input_ids": ids, "labels": ids} for ids in torch.randint(0, 64, (24, 12))]
+    start = tiny_llama(transformers)
+    logs, trained = [], []
+    for lazy in (False, True):
+        model = copy.deepcopy(start)
+        if lazy:
+            model.lm_head = LinearHead.from_linear(model.lm_head)
+            assert model.lm_head.weight is model.model.embed_tokens.weight
+            assert isinstance(model(data[0]["input_ids"][None]).logits, LinearLogits)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=1,
+            disable_tqdm=True,
+            prediction_loss_only=True,
+            **options,
+        )
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, eval_dataset=data[:4])
+        with settings.strict(lazy):
+            trainer.train()
+            evaluated = trainer.evaluate()["eval_loss"]
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + [evaluated])
+        trained.append(model.lm_head.weight.detach())
+    assert len(logs[0]) == 4
+    tolerance = {"rtol": 2e-2, "atol": 2e-2} if "bf16" in options else {}
+    torch.testing.assert_close(*(torch.tensor(log) for log in logs), **({"rtol": 1e-4, "atol": 1e-4} | tolerance))
+    assert not torch.equal(trained[1], start.lm_head.weight)
+    if "bf16" not in options:
+        torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
