@@ -4,20 +4,46 @@ A policy that sampled a sequence is told how much better than expected it was, t
 probability towards it or away. All that differs is how far one batch may move it. With
 :math:`w = \log\pi - \log\pi_{old}` of a token and :math:`r = e^w`, each loss per token is one row:
 
-==============  =============================================  ===============================================================================
+==============  ========================================================================  ==================
+``loss_type``   loss of a token                                                           used by
+==============  ========================================================================  ==================
+``ppo``         :math:`-\min(rA,\ \mathrm{clip}(r, 1-\epsilon_l, 1+\epsilon_h) A)`        OpenRLHF, verl,
+                                                                                          DeepSpeed-Chat
+``bnpo``        the same                                                                  TRL
+``dapo``        the same                                                                  TRL
+``grpo``        the same                                                                  TRL
+``dr_grpo``     the same                                                                  TRL
+``luspo``       the same                                                                  TRL
+``gspo``        the same, :math:`r = e^{\mathrm{mean}_t w}`                               TRL, OpenRLHF
+``gspo-token``  the same, :math:`r = sg(e^{\mathrm{mean}_t w})\,\pi / sg(\pi)`            verl
+``rloo``        the same, :math:`r = e^{\sum_t w}`                                        TRL
+``gmpo``        :math:`-A\,e^{\mathrm{mean}_t c}`, :math:`c` is :math:`w`, clipped to     TRL, verl
+                :math:`[-\epsilon_l, \epsilon_h]` where that lowers :math:`cA`
+``cispo``       :math:`-sg(\min(r, r_{max}))\,A \log\pi`                                  TRL, verl
+``sapo``        :math:`-\frac{4}{\tau}\,\sigma(\tau (r - 1))\,A`                          TRL, verl
+``vespo``       :math:`-sg(e^{\lambda + k l - \lambda e^l})\,A \log\pi`,                  TRL
+                :math:`l = \sum_t w`
+``reinforce``   :math:`-A \log\pi`                                                        verl
+``gpg``         the same                                                                  verl
+==============  ========================================================================  ==================
+
+The rows that share an equation differ in their aggregation alone, an argument of its own, whose defaults are in
+``LOSS_TYPES``.
+
+==========================================  ====================================================================
 elsewhere                                   here
-==========================================  ===============================================================================
-TRL ``epsilon``, ``epsilon_high``           ``eps_low``, ``eps_high``; for cispo ``epsilon_high`` is ``cispo_max``
-TRL ``loss_type="grpo"``, sequence level    ``gspo``; with TRL's names ``importance_sampling_level="sequence"``
-TRL, a token with ``|w| > 20``              ``log_ratio_clamp=None``, as for DeepSpeed-Chat
-OpenRLHF ``ppo``, ``gspo``                  the same with ``count_empty=False``; gspo with ``log_ratio_clamp=None``
+==========================================  ====================================================================
+TRL ``epsilon``, ``epsilon_high``           ``eps_low``, ``eps_high``; in cispo ``epsilon_high`` is ``cispo_max``
+TRL ``importance_sampling_level``           the same name; ``gspo`` is grpo with ``"sequence"``
+TRL, tokens with ``|w| > 20``               ``log_ratio_clamp=None``, as for DeepSpeed-Chat
+OpenRLHF ``ppo``, ``gspo``                  the same, ``count_empty=False``; gspo with ``log_ratio_clamp=None``
 verl, all                                   ``count_empty=False, use_bias_correction_kl=False``
 verl ``vanilla``                            ``ppo`` with ``dual_clip=3.0``
 verl ``gspo``                               ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
 verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
 verl ``cispo``                              ``cispo`` with ``cispo_max=None``
 DeepSpeed-Chat ``actor_loss_fn``            ``ppo``, or :func:`ppo_loss`
-==========================================  ===============================================================================
+==========================================  ====================================================================
 
 Shapes: token tensors are ``(B, S)`` with a mask, or packed ``(1, total)`` with ``cu_seqlens``
 (``document_borders(position_ids)`` makes them); advantages are one per sequence or one per token.
@@ -625,8 +651,8 @@ def grpo_loss(
         The loss, a scalar in fp32 (float64 for float64), differentiable in ``log_probs`` and ``entropy``; and metrics
         of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`), ``kl`` (as it was weighted),
         ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is one ratio
-        and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min``, ``clip_ratio/high_max`` (extremes
-        among the sequences) and ``clip_ratio/dual_mean``.
+        and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
+        ``clip_ratio/high_max`` (extremes among the sequences) and ``clip_ratio/dual_mean``.
 
     Raises:
         ValueError: an unknown name, shapes that do not match, or an input that an option needs is missing.
