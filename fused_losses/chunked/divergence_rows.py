@@ -1,0 +1,140 @@
+"""Divergence between rows of two logits, and its gradient, a chunk of rows at a time. See ``kernels/divergence_rows.py``."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..numerics import statistics_dtype, wide_dtype
+from .softmax_rows import FLOOR, row_chunks, transform
+
+
+def excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
+    """``a r − a + b ≥ 0`` for ``b = a exp(−r)``."""
+    near = 0.25 if r.dtype == torch.float32 else 0.02  # where the polynomial is exact to the dtype
+    polynomial = r / -5040
+    for factorial in (720, 120, 24, 6, 2):
+        polynomial = polynomial.add_(1 / factorial).mul_(-r)
+    far = (r - 1).mul_(a).add_(b).clamp_(min=0)
+    value = torch.where(r.abs() < near, polynomial.mul_(-r).mul_(a), far)
+    return torch.where(a == 0, b, value)
+
+
+def of_kind(
+    s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor, beta: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Element by element: the term of the divergence, ``s·g`` and ``t·h``, each slope up to a constant of the row."""
+    d = (log_t - log_s).masked_fill_((s == 0) & (t == 0), 0)
+    teacher_larger = d > 0
+    w = d.abs().neg_().expm1_()
+    difference = torch.where(teacher_larger, -t, s).mul_(w)  # t − s
+    if kind == "forward_kl":
+        return excess(t, s, d), -difference, (t * d).masked_fill_(t == 0, 0)
+    if kind == "reverse_kl":
+        return excess(s, t, -d), -(s * d).masked_fill_(s == 0, 0), difference
+    if kind == "cross_entropy":
+        infinite = log_s == -math.inf
+        value = -(t * log_s).masked_fill_(infinite, 0)
+        return value, -t.masked_fill(infinite, 0), value
+    if kind == "tvd":
+        sign = d.sign().mul_(0.5)
+        return difference.abs_().mul_(0.5), -s * sign, t * sign
+    m = beta * t + (1 - beta) * s
+    larger = (
+        torch.where(teacher_larger, (1 - beta) * w, beta * w).log1p_().neg_()
+    )  # log of the larger of t and s, over m
+    t_over_m = torch.where(teacher_larger, larger, d + larger)
+    if kind == "skewed_kl":
+        relative = difference.div_(m).masked_fill_(m == 0, 0)
+        t_slope = t * (t_over_m - beta * (1 - beta) * relative)
+        return excess(t, m, t_over_m), -((1 - beta) ** 2) * s * relative, t_slope.masked_fill_(t == 0, 0)
+    s_over_m = torch.where(teacher_larger, larger - d, larger)
+    return (
+        beta * excess(t, m, t_over_m) + (1 - beta) * excess(s, m, s_over_m),
+        ((1 - beta) * s * s_over_m).masked_fill_(s == 0, 0),
+        (beta * t * t_over_m).masked_fill_(t == 0, 0),
+    )
+
+
+def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of rows ``(n, V)``, which are overwritten; and each row's maximum and log of its sum ``(n, 1)``."""
+    largest = z.amax(-1, keepdim=True).clamp_(min=FLOOR)
+    shifted = z.sub_(largest)
+    log_total = shifted.exp().sum(-1, keepdim=True, dtype=wide_dtype(z.device)).log_()
+    hi = log_total.to(z.dtype)
+    return shifted.sub_(hi).sub_((log_total - hi).to(z.dtype)), largest, log_total
+
+
+def _gradient(slopes: Tensor, p: Tensor, soft: Tensor) -> Tensor:
+    mean = slopes.sum(-1, keepdim=True, dtype=wide_dtype(p.device)).to(p.dtype)
+    return (slopes - p * mean).mul_(soft).masked_fill_(mean.isinf(), 0)  # an infinite divergence has no slope there
+
+
+def divergence_rows(
+    student: Tensor,  # (B, ≥ V, S), any strides
+    teacher: Tensor,  # (B, ≥ V, S), any strides; V is the smaller of the two sizes
+    ids: Tensor | None,  # (N,) int64; rows whose id is −100 are not read and give 0
+    student_temperature: Tensor | None,  # (N,)
+    teacher_temperature: Tensor | None,  # (N,)
+    *,
+    kind: str,
+    beta: float = 0.5,
+    temperature: float = 1.0,  # of the divergence, after all else; the labels' loss does not see it
+    student_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_scale: float = 1.0,
+    teacher_softcap: float | None = None,
+    labels: bool = False,  # also return −log p of the student at ids
+    soft: Tensor | None = None,  # (N,) what the gradients of the divergence are multiplied by
+    hard: Tensor | None = None,  # (N,) and those of −log p
+    d_student: Tensor | None = None,  # (B, V, S) to write the gradient to; may be student itself
+    d_teacher: Tensor | None = None,  # (B, V, S)
+) -> tuple[Tensor, Tensor | None]:
+    V = min(student.shape[1], teacher.shape[1])
+    N, dtype = student.shape[0] * student.shape[2], statistics_dtype(student.dtype)
+    divergence = student.new_empty(N, dtype=dtype)
+    nll = student.new_empty(N, dtype=dtype) if labels else None
+
+    def of(x: Tensor | None, rows: slice) -> Tensor | None:
+        return None if x is None else x[rows]
+
+    for rows, s_rows, t_rows, s_out, t_out in row_chunks(student[:, :V], teacher[:, :V], d_student, d_teacher):
+        skip = None if ids is None else (ids[rows] == -100)[:, None]
+        z_s, s_slope = transform(
+            s_rows.reshape(-1, V).to(dtype), of(student_temperature, rows), student_scale, student_softcap
+        )
+        z_t, t_slope = transform(
+            t_rows.reshape(-1, V).to(dtype), of(teacher_temperature, rows), teacher_scale, teacher_softcap
+        )
+        log_s, s_largest, s_log_total = _log_softmax(z_s / temperature)
+        log_t, _, _ = _log_softmax(z_t / temperature)
+        del z_t
+        s, t = log_s.exp(), log_t.exp()
+        value, s_slopes, t_slopes = of_kind(s, t, log_s, log_t, beta, kind)
+        del log_s, log_t
+        total = value.sum(-1, dtype=wide_dtype(student.device)).to(dtype)
+        divergence[rows] = total if skip is None else total.masked_fill(skip[:, 0], 0)
+        p = s
+        if nll is not None and ids is not None:
+            if temperature != 1:
+                log_p, s_largest, s_log_total = _log_softmax(z_s.clone())
+                p = log_p.exp_()
+            y = ids[rows, None]
+            inside = (y >= 0) & (y < V)
+            at_label = s_log_total - (z_s.gather(-1, y.clamp(0, V - 1)) - s_largest)
+            nll[rows] = at_label.masked_fill(~inside, 0).squeeze(-1).to(dtype)
+        if s_out is not None:
+            assert soft is not None
+            dz = _gradient(s_slopes, s, soft[rows, None] / temperature)
+            if hard is not None and ids is not None:
+                dz += hard[rows, None] * p
+                dz.scatter_add_(-1, y.clamp(0, V - 1), -hard[rows, None].masked_fill(~inside, 0))
+            dz *= s_slope
+            s_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(s_out.shape))
+        if t_out is not None:
+            assert soft is not None
+            dz = _gradient(t_slopes, t, soft[rows, None] / temperature).mul_(t_slope)
+            t_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(t_out.shape))
+    return divergence, nll
