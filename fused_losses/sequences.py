@@ -95,7 +95,7 @@ def sums_and_counts(
         counts; 0 and 0 for an empty sequence.
 
     Raises:
-        ValueError: both ``cu_seqlens`` and ``position_ids`` are given.
+        ValueError: both ``cu_seqlens`` and ``position_ids`` are given, or the mask's shape is not that of ``x``.
 
     Example:
         >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 1, 1]]))
@@ -103,6 +103,8 @@ def sums_and_counts(
         >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), cu_seqlens=torch.tensor([0, 1, 3]))
         (tensor([1., 6.]), tensor([1, 2]))
     """
+    if mask is not None and mask.shape != x.shape:
+        raise ValueError(f"mask must have the shape of the tokens {tuple(x.shape)}, got {tuple(mask.shape)}")
     shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     x = upcast(x).masked_fill(~shown, 0)
     if position_ids is not None:

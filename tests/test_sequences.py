@@ -106,6 +106,11 @@ def test_packed_mean_of_nothing_is_zero():
     assert sequences.packed_mean(x, torch.tensor([[0, 1, 1, 0]]), **packing).tolist() == [2.5, 0.0]
 
 
+def test_a_mask_does_not_broadcast():
+    with pytest.raises(ValueError, match=r"\(2, 3\), got \(3,\)"):
+        sequences.sequence_log_probs(torch.ones(2, 3), torch.ones(3))
+
+
 def test_packed_takes_one_layout():
     with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
         sequences.sums_and_counts(torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]), position_ids=torch.arange(4)[None])

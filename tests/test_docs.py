@@ -1,0 +1,124 @@
+"""The page of all losses names every loss, and every call on it runs."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import re
+
+import pytest
+import torch
+
+from fused_losses import policy, preference
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+FAMILIES = ["sft", "kl", "preference", "policy", "reward"]
+OTHERS = ["cross_entropy", "linear_cross_entropy", "token_statistics", "token_loss", "sequences", "modules"]
+MODULES = {name: importlib.import_module(f"fused_losses.{name}") for name in FAMILIES + OTHERS}
+PUBLIC = {
+    name: thing
+    for module in MODULES.values()
+    for name, thing in vars(module).items()
+    if callable(thing) and not name.startswith("_") and getattr(thing, "__module__", "").startswith("fused_losses")
+}
+
+SPAN = re.compile(r"`([^`\n]+)`")
+ROWS = [line.split("|") for line in PAGE.splitlines() if line.startswith("|")]
+CALLS = [code for row in ROWS if len(row) == 7 for code in SPAN.findall(row[4])]
+PROSE = "\n".join(line for line in PAGE.splitlines() if not line.startswith("|"))
+CALLS += [code for code in SPAN.findall(PROSE) if code.partition("(")[0] in PUBLIC and code.endswith(")")]
+
+
+def names_called(code):
+    return {n.func.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+
+
+def arguments():
+    """What the page calls its arguments."""
+    B, S, V, H = 4, 6, 10, 8
+    values = {name: -torch.rand(B) * 5 for name in ("w", "l", "ref_w", "ref_l", "kl", "ref_kl", "c", "r", "x", "d")}
+    tokens = ("w_t", "l_t", "log_probs", "ref_log_probs", "old", "ref", "rollout", "sampling", "token_logps")
+    values |= {name: -torch.rand(B, S) for name in (*tokens, "lssp_w", "lssp_l", "values", "old_values", "returns")}
+    ids, rewards = torch.randint(1, V, (B, S)), torch.randn(B, S)
+    ids[:, 0] = 1
+    values |= {
+        "logits": torch.randn(B, S, V),
+        "labels": ids.masked_fill(ids > 1, 2),
+        "index": ids,
+        "inputs": ids,
+        "input_ids": ids,
+        "position_ids": torch.arange(S).expand(B, S),
+        "mask": torch.ones(B, S),
+        "advantages": torch.randn(B),
+        "entropy": torch.rand(B, S),
+        "loss": torch.rand(B, S),
+        "n_w": torch.full((B,), 3),
+        "n_l": torch.full((B,), 4),
+        "nll_loss": torch.tensor(1.0),
+        "chosen_rewards": torch.randn(B),
+        "rejected_rewards": torch.randn(B),
+        "chosen": ids,
+        "rejected": ids,
+        "rewards": rewards,
+        "fn": lambda statistics: -statistics.log_probs,
+    }
+    values |= {"n": 7, "margin": 0.5, "beta": 0.1, "threshold": 0.1, "max_length": 16, "pad_id": 0, "pad_value": 0}
+    values |= {"prompt_length": 2, "id": 1, "good": 2, "bad": 1, "placeholder_token_id": 1, "reward_token_ids": [2, 1]}
+    values |= {"num_generations": 2, "num_sequences": 4, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+    return values | {"world_size": 1, "device": torch.device("cpu"), "in_features": H, "out_features": V}
+
+
+# Where one name on the page stands for tensors of several shapes.
+OWN = {
+    "cross_entropy": {"input": torch.randn(3, 5), "target": torch.tensor([1, 2, 4])},
+    "linear_cross_entropy": {
+        "input": torch.randn(3, 8),
+        "linear_weight": torch.randn(5, 8),
+        "target": torch.tensor([1, 2, 4]),
+    },
+    "group_advantages": {"rewards": torch.randn(4)},
+    "sequence_log_probs": {"cu_seqlens": torch.tensor([0, 10, 24])},
+}
+
+
+@pytest.mark.parametrize("code", dict.fromkeys(CALLS))
+def test_call_runs(code):
+    names = names_called(code)
+    scope = PUBLIC | arguments()
+    for name in names:
+        scope |= OWN.get(name, {})
+    assert eval(code, scope) is not None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_function_appears(family):
+    module = MODULES[family]
+    functions = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
+    if module is preference:
+        functions -= set(preference.LOSS_TYPES)  # by name of loss type, below
+    assert {n for n in functions if not n.startswith("_")} <= set().union(*map(names_called, CALLS))
+
+
+@pytest.mark.parametrize("name", [*preference.LOSS_TYPES, *policy.LOSS_TYPES])
+def test_every_loss_type_appears(name):
+    wanted = "ppo_loss(" if name == "ppo" else f'loss_type="{name}"'
+    assert any(wanted in code for code in CALLS)
+
+
+def test_every_module_appears():
+    modules = {name for name, thing in PUBLIC.items() if inspect.isclass(thing) and issubclass(thing, torch.nn.Module)}
+    assert modules <= set().union(*map(names_called, CALLS))
+
+
+def test_every_aggregation_appears():
+    table = re.findall(r"``((?:seq|token)_\w*(?:mean|sum|norm))``", policy.aggregate.__doc__)
+    assert len(set(table)) == 5
+    assert set(table) <= {code for row in ROWS if len(row) == 5 for code in SPAN.findall(row[1])}
+
+
+def test_every_file_exists():
+    files = {code for row in ROWS if len(row) == 7 for code in SPAN.findall(row[5])}
+    assert len(files) > 5
+    for file in files:
+        assert (ROOT / file).is_file()
