@@ -255,6 +255,7 @@ def prm_loss(
     *,
     placeholder_token_id: int,
     reward_token_ids: Sequence[int] | None = None,
+    ignore_index: int = -100,
     return_acc: bool = False,
 ) -> Any:
     r"""Cross entropy of a process reward model at the placeholder tokens, over the reward tokens.
@@ -266,7 +267,7 @@ def prm_loss(
     :class:`LinearLogits`, only the positions that count and only those rows of the head are multiplied.
 
     Source: OpenRLHF's ``PRMLoss``. Two corners differ on purpose: all labels are mapped to reward tokens at once (there
-    a label mapped to an index can be mapped again), and a soft label of −100 is ignored (there it is a target).
+    a label mapped to an index can be mapped again), and a soft label of −100 is ignored (there it is the target (−100, 101)).
 
     How many positions count is a number on the device, so selecting them waits for it, and ``torch.compile`` breaks the
     graph here.
@@ -274,9 +275,10 @@ def prm_loss(
     Args:
         inputs: ``(B, S)`` token ids, in which the placeholders stand.
         logits: ``(B, S, V)``.
-        labels: ``(B, S)``: token ids, or of any floating dtype the soft labels in [0, 1]. −100 is ignored.
+        labels: ``(B, S)``: token ids, or of any floating dtype the soft labels in [0, 1].
         placeholder_token_id: the id that marks a step's end.
         reward_token_ids: ids of the judgements, say of ``+`` and ``-``; soft labels need exactly two.
+        ignore_index: the label of a placeholder that does not count.
         return_acc: also return the accuracy.
 
     Returns:
@@ -297,7 +299,7 @@ def prm_loss(
     if soft and (reward_token_ids is None or len(reward_token_ids) != 2):
         raise ValueError(f"soft labels need two reward_token_ids, got {reward_token_ids}")
     is_placeholder = inputs == placeholder_token_id
-    counted = is_placeholder & (labels != -100)
+    counted = is_placeholder & (labels != ignore_index)
     z: Any = logits[counted]  # type: ignore[index]
     target = labels[counted]
     if reward_token_ids is not None:

@@ -253,6 +253,9 @@ def test_prm_loss(kind):
     torch.testing.assert_close(ours, expected)
     loss, accuracy = reward.prm_loss(INPUTS, logits, labels, **kwargs, return_acc=True)
     assert torch.equal(loss, ours[0])
+    assert torch.equal(
+        reward.prm_loss(INPUTS, logits, labels.masked_fill(labels == -100, -1), **kwargs, ignore_index=-1), loss
+    )
     torch.testing.assert_close(accuracy, reference.prm_loss(INPUTS, logits, labels, **kwargs)[1])
     assert accuracy.item() not in (0.0, 1.0)
     # Only these columns of the placeholders that have a label are read.

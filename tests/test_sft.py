@@ -205,6 +205,19 @@ def test_fullgraph(options):
     torch.testing.assert_close(ours, value_and_grad(lambda z: sft.sft_loss(z, LABELS, **options), logits))
 
 
+@pytest.mark.parametrize("options", HEAD_CASES[::3])
+def test_fullgraph_of_linear_logits(options):
+    labels = LABELS[:1].clamp(min=0) if "cu_seqlens" in options or "position_ids" in options else LABELS
+    hidden, weight = torch.randn(*labels.shape, 16), torch.randn(V, 16, requires_grad=True)
+
+    def loss(h):
+        return sft.sft_loss(LinearLogits(h, weight), labels, **options, **count)
+
+    count = {"num_sequences": 3} if "position_ids" in options else {}
+    ours = value_and_grad(torch.compile(loss, fullgraph=True, backend="aot_eager"), hidden)
+    torch.testing.assert_close(ours, value_and_grad(loss, hidden))
+
+
 def test_inputs_stay_as_they_were():
     logits, labels = torch.randn(S, B, V).transpose(0, 1), LABELS.clone()
     before = logits.clone()
