@@ -1,9 +1,9 @@
 """A tensor over a vocabulary that is known by its tokens, not by its elements.
 
 What PyTorch is asked to do with such a tensor arrives in ``__torch_function__`` under the function's name, and
-``HANDLERS`` says who answers. Here are the answers that concern the shape: indexing, views, permutations, joining all
-act on the tokens and leave the vocabulary alone. Whatever has no handler, or a handler that says ``NotImplemented``,
-is computed by PyTorch on the materialised tensor, with a warning.
+``HANDLERS`` says who answers. Whatever has no handler, or one that says ``NotImplemented``, is computed by PyTorch on the
+materialised tensor, with a warning. The answers here concern metadata and arithmetic by numbers; those that concern the
+shape are in ``lazy_views.py``, joining in ``linear_logits.py``, reductions and losses in ``log_softmax.py``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -87,10 +87,14 @@ class LazyTensor:
         """Values at ``ids (*token_shape, K)``, in the same shape."""
         return NotImplemented
 
+    def value_at(self, ids: Tensor) -> Any:
+        """The value at one id per token, ids that broadcast to ``token_shape``, in ``dtype``."""
+        values = self.values_at(ids.expand(self.token_shape).unsqueeze(-1))
+        return values if values is NotImplemented else values.squeeze(-1).to(self.dtype)
+
     def column(self, at: int | Tensor) -> Any:
         """The values of one entry of the vocabulary, ``token_shape``."""
-        ids = torch.as_tensor(at, device=self.device).expand(*self.token_shape, 1)
-        return _cast(self.values_at(ids), self.dtype, lambda t: t.squeeze(-1))
+        return self.value_at(torch.as_tensor(at, device=self.device))
 
     def vocab_sum(self) -> Any:
         """Sum over the vocabulary, ``token_shape``."""
@@ -135,11 +139,11 @@ class LazyTensor:
 
     @property
     def T(self) -> Any:
-        return permute(self, range(self.ndim)[::-1])
+        return torch.permute(self, tuple(range(self.ndim))[::-1])  # type: ignore[arg-type]
 
     @property
     def mT(self) -> Any:
-        return transpose(self, -2, -1)
+        return torch.transpose(self, -2, -1)  # type: ignore[arg-type]
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -337,248 +341,65 @@ def cuda(x: LazyTensor, device: Any = None, **_: Any) -> Any:
     return to(x, "cuda" if device is None else torch.device("cuda", device) if isinstance(device, int) else device)
 
 
-# Shape
+# Arithmetic
 
 
-def _dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
-    n = x.ndim + extra
-    if not -n <= dim < n:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {dim})")
-    return dim % n
+def is_number(x: Any) -> bool:
+    return isinstance(x, (int, float, torch.SymInt, torch.SymFloat))
 
 
-def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
-    return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], Sequence) else sizes
-
-
-@answers("view", "reshape")
-def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
-    if kwargs or isinstance(shape[0], torch.dtype):
-        (dtype,) = shape or kwargs.values()
-        return NotImplemented if isinstance(dtype, torch.dtype) else reshape(x, dtype)
-    new = list(_sizes(shape))
-    if -1 in new:
-        rest = math.prod([s for s in new if s != -1])
-        new[new.index(-1)] = numel(x) // rest if rest else -1
-    if math.prod(new) != numel(x) or min(new, default=0) < 0:
-        raise RuntimeError(f"shape '{list(_sizes(shape))}' is invalid for {type(x).__name__} {tuple(x.shape)}")
-    before, after = math.prod(x.shape[: x.vocab_dim]), math.prod(x.shape[x.vocab_dim + 1 :])
-    V = x.shape[x.vocab_dim]
-    places = [
-        d for d, n in enumerate(new) if n == V and (math.prod(new[:d]), math.prod(new[d + 1 :])) == (before, after)
-    ]
-    if places:
-        at = places[0]
-        return x.mapped(lambda t: t.reshape(*new[:at], t.shape[x.vocab_dim], *new[at + 1 :]), at)
-    return NotImplemented  # the vocabulary would share a dimension with tokens
-
-
-@answers("view_as", "reshape_as")
-def view_as(x: LazyTensor, other: Any) -> Any:
-    return reshape(x, other.shape)
-
-
-@answers("flatten")
-def flatten(x: LazyTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
-    start, end = _dim(x, start_dim), _dim(x, end_dim)
-    return reshape(x, [*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]])
-
-
-@answers("unflatten")
-def unflatten(x: LazyTensor, dim: int, sizes: Sequence[int]) -> Any:
-    dim = _dim(x, dim)
-    known = math.prod([s for s in sizes if s != -1])
-    parts = [x.shape[dim] // known if s == -1 and known else s for s in sizes]
-    if math.prod(parts) != x.shape[dim]:
-        raise RuntimeError(f"unflatten: sizes {list(sizes)} do not multiply up to {x.shape[dim]}, the size of {dim}")
-    return reshape(x, [*x.shape[:dim], *parts, *x.shape[dim + 1 :]])
-
-
-@answers("squeeze")
-def squeeze(x: LazyTensor, dim: int | Sequence[int] | None = None) -> Any:
-    dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    gone = {d for d in (_dim(x, d) for d in dims) if x.shape[d] == 1}
-    return reshape(x, [s for d, s in enumerate(x.shape) if d not in gone])
-
-
-@answers("unsqueeze")
-def unsqueeze(x: LazyTensor, dim: int) -> Any:
-    at = _dim(x, dim, extra=1)
-    return x.mapped(lambda t: t.unsqueeze(at), x.vocab_dim + (at <= x.vocab_dim))
-
-
-@answers("permute")
-def permute(x: LazyTensor, *dims: Any) -> Any:
-    order = [_dim(x, d) for d in _sizes(dims)]
-    return x.mapped(lambda t: t.permute(order), order.index(x.vocab_dim))
-
-
-@answers("transpose", "swapaxes", "swapdims")
-def transpose(x: LazyTensor, dim0: int, dim1: int) -> Any:
-    order = list(range(x.ndim))
-    a, b = _dim(x, dim0), _dim(x, dim1)
-    order[a], order[b] = b, a
-    return permute(x, order)
-
-
-@answers("t")
-def t(x: LazyTensor) -> Any:
-    return transpose(x, 0, -1)
-
-
-@answers("movedim", "moveaxis")
-def movedim(x: LazyTensor, source: int | Sequence[int], destination: int | Sequence[int]) -> Any:
-    sources, targets = ([_dim(x, d) for d in ([v] if isinstance(v, int) else v)] for v in (source, destination))
-    rest = iter(d for d in range(x.ndim) if d not in sources)
-    moved = dict(zip(targets, sources, strict=True))
-    return permute(x, [moved[d] if d in moved else next(rest) for d in range(x.ndim)])
-
-
-@answers("roll")
-def roll(x: LazyTensor, shifts: Any, dims: Any = None) -> Any:
-    among = [dims] if isinstance(dims, int) else list(dims or ())
-    if not among or x.vocab_dim in [_dim(x, d) for d in among]:
+def per_token_number(x: LazyTensor, t: Any) -> Any:
+    """``t``, which broadcasts against ``x`` with one number per token, as a tensor of ``token_shape``."""
+    if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
         return NotImplemented
-    return x.mapped(lambda t: t.roll(shifts, dims), x.vocab_dim, view=False)
+    t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
+    fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
+    return t.squeeze(x.vocab_dim).expand(x.token_shape) if fits else NotImplemented
 
 
-@answers("flip")
-def flip(x: LazyTensor, *dims: Any) -> Any:
-    among = _sizes(dims)
-    if x.vocab_dim in [_dim(x, d) for d in among]:
+def per_entry_number(x: LazyTensor, t: Any) -> Any:
+    """``t``, which broadcasts against ``x`` with one number per entry of the vocabulary, as ``(V,)``."""
+    if not isinstance(t, Tensor) or t.ndim > x.ndim or not t.is_floating_point():
         return NotImplemented
-    return x.mapped(lambda t: t.flip(among), x.vocab_dim, view=False)
+    shape = (1,) * (x.ndim - t.ndim) + t.shape
+    fits = all(n == (x.shape[d] if d == x.vocab_dim else 1) for d, n in enumerate(shape))
+    return t.reshape(-1) if fits else NotImplemented
 
 
-# Indexing
+@answers("mul", "multiply", "__mul__", "__rmul__", anywhere=True)
+def mul(a: Any, b: Any) -> Any:
+    if is_lazy(a) and is_lazy(b):
+        return a.times(b)
+    return a.scaled(b) if is_lazy(a) else b.scaled(a)
 
 
-@answers("__getitem__")
-def index(x: LazyTensor, key: Any) -> Any:
-    items = [_as_key(k) for k in (key if isinstance(key, tuple) else (key,))]
-    if any(isinstance(k, bool) or (isinstance(k, Tensor) and k.ndim == 0 and k.dtype == torch.bool) for k in items):
+@answers("div", "divide", "true_divide", "__truediv__")
+def div(x: LazyTensor, divisor: Any, *, rounding_mode: Any = None) -> Any:
+    return x.divided(divisor) if rounding_mode is None and not is_lazy(divisor) else NotImplemented
+
+
+@answers("neg", "negative", "__neg__")
+def neg(x: LazyTensor) -> Any:
+    return x.scaled(-1)
+
+
+@answers("add", "__add__", "__radd__", anywhere=True)
+def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    if alpha != 1 or (is_lazy(a) and is_lazy(b)):
         return NotImplemented
-    taken = sum(_consumed(k) for k in items)
-    if taken > x.ndim:
-        raise IndexError(f"too many indices for {type(x).__name__} of dimension {x.ndim}")
-    fill: list[Any] = [slice(None)] * (x.ndim - taken)
-    at = next((i for i, k in enumerate(items) if k is Ellipsis), len(items))
-    items[at : at + 1] = fill
-    position, dim = 0, 0  # of the vocabulary in items
-    while items[position] is None or dim + _consumed(items[position]) <= x.vocab_dim:
-        dim += _consumed(items[position])
-        position += 1
-    if dim != x.vocab_dim:
-        return NotImplemented  # a mask over tokens and vocabulary at once
-    vocab_key, items[position] = items[position], slice(None)
-    if isinstance(vocab_key, slice):
-        return _index_tokens(x if vocab_key == slice(None) else x.columns(vocab_key), items, position)
-    if _is_int(vocab_key):
-        V = x.shape[x.vocab_dim]
-        if isinstance(vocab_key, int) and not -V <= vocab_key < V:
-            raise IndexError(f"index {vocab_key} is out of bounds for dimension {x.vocab_dim} with size {V}")
-        return _index_tokens(x, items, position).column(vocab_key % V)
-    if any(isinstance(k, Tensor) for k in items):
-        return _pointwise(x, items, position, vocab_key)
-    picked = x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented
-    return picked[tuple(items)] if isinstance(picked, Tensor) else _index_tokens(picked, items, position)
+    return a.shifted(b) if is_lazy(a) else b.shifted(a)
 
 
-def _as_key(k: Any) -> Any:
-    return torch.as_tensor(k) if isinstance(k, (list, range)) or type(k).__module__ == "numpy" else k
-
-
-def _is_int(k: Any) -> bool:
-    return isinstance(k, (int, torch.SymInt)) or (isinstance(k, Tensor) and k.ndim == 0)
-
-
-def _consumed(k: Any) -> int:
-    """How many dimensions an index entry takes."""
-    if isinstance(k, Tensor):
-        return k.ndim if k.dtype in (torch.bool, torch.uint8) else 1
-    return int(k is not None and k is not Ellipsis)
-
-
-def _index_tokens(x: Any, items: list[Any], position: int) -> Any:
-    """``x[items]``, where ``items[position]`` is the vocabulary's ``:``."""
-    if x is NotImplemented:
-        return x
-    kept = [k for k in items[:position] if not _is_int(k)] + [None]
-    rest = [k for k in items[position + 1 :] if not _is_int(k)]
-    advanced = [i for i, k in enumerate(kept + rest) if isinstance(k, Tensor)]
-    vocab_dim = len(kept) - 1
-    if advanced:
-        tensors = [k for k in kept + rest if isinstance(k, Tensor)]
-        width = max(1 if k.dtype in (torch.bool, torch.uint8) else k.ndim for k in tensors)
-        adjacent = advanced[-1] - advanced[0] + 1 == len(advanced)
-        vocab_dim -= sum(i < vocab_dim for i in advanced)
-        # Adjacent index tensors are replaced by their shape where they stand, others by their shape in front.
-        vocab_dim += width if not adjacent or advanced[0] < len(kept) else 0
-    return x.mapped(lambda t: t[tuple(items)], vocab_dim, view=not advanced)
-
-
-def _pointwise(x: LazyTensor, items: list[Any], position: int, ids: Tensor) -> Any:
-    """``x[i, j, ids]``: one number for each entry of the index tensors."""
-    if ids.dtype == torch.bool or any(
-        not isinstance(k, (int, Tensor)) for k in items[:position] + items[position + 1 :]
-    ):
+@answers("sub", "subtract", "__sub__", anywhere=True)
+def sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    if alpha != 1 or (is_lazy(a) and is_lazy(b)):
         return NotImplemented
-    picked = _index_tokens(x, items, position)
-    if torch.broadcast_shapes(picked.token_shape, ids.shape) != picked.token_shape:
-        return NotImplemented
-    ids = torch.where(ids < 0, ids + x.shape[x.vocab_dim], ids).expand(picked.token_shape).unsqueeze(-1)
-    return _cast(picked.values_at(ids), x.dtype, lambda t: t.squeeze(-1))
+    if is_lazy(a):
+        return a.shifted(-b)
+    negated = b.scaled(-1)
+    return NotImplemented if negated is NotImplemented else negated.shifted(a)
 
 
-def _cast(result: Any, dtype: torch.dtype, fn: Callable[[Tensor], Tensor] = lambda t: t) -> Any:
-    return result if result is NotImplemented else fn(result).to(dtype)
-
-
-def index_along(x: LazyTensor, dim: int, key: Any) -> Any:
-    return x[(slice(None),) * _dim(x, dim) + (key,)]  # type: ignore[index]
-
-
-@answers("select")
-def select(x: LazyTensor, dim: int, index: int) -> Any:
-    return index_along(x, dim, index)
-
-
-@answers("narrow")
-def narrow(x: LazyTensor, dim: int, start: int, length: int) -> Any:
-    n = x.shape[_dim(x, dim)]
-    start = start + n if start < 0 else start
-    if not 0 <= start <= start + length <= n:
-        raise RuntimeError(f"start ({start}) + length ({length}) exceeds dimension size ({n}).")
-    return index_along(x, dim, slice(start, start + length))
-
-
-@answers("index_select")
-def index_select(x: LazyTensor, dim: int, index: Tensor) -> Any:
-    return index_along(x, dim, index)
-
-
-@answers("split", "split_with_sizes")
-def split(x: LazyTensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
-    n = x.shape[_dim(x, dim)]
-    sizes = split_size_or_sections
-    if isinstance(sizes, int):
-        if sizes <= 0:
-            raise RuntimeError(f"split expects a positive size, got {sizes}")
-        sizes = [min(sizes, n - i) for i in range(0, n, sizes)] or [0]
-    if sum(sizes) != n:
-        raise RuntimeError(
-            f"split sizes {list(sizes)} must sum to {n}, the size of dimension {dim} of {tuple(x.shape)}"
-        )
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    return tuple(narrow(x, dim, start, size) for start, size in zip(starts, sizes, strict=True))
-
-
-@answers("chunk")
-def chunk(x: LazyTensor, chunks: int, dim: int = 0) -> Any:
-    return split(x, max(1, -(-x.shape[_dim(x, dim)] // chunks)), dim)
-
-
-@answers("unbind")
-def unbind(x: LazyTensor, dim: int = 0) -> Any:
-    dim = _dim(x, dim)
-    return NotImplemented if dim == x.vocab_dim else tuple(select(x, dim, i) for i in range(x.shape[dim]))
+@answers("rsub", "__rsub__", anywhere=True)
+def rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
+    return sub(b, a, alpha=alpha)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .lazy_tensor import LazyTensor, answers, is_lazy, permute
-from .linear_logits import LinearLogits, _is_number, per_token_number, same_logits
+from .lazy_tensor import LazyTensor, answers, is_lazy, is_number, per_token_number
+from .lazy_views import permute
+from .linear_logits import LinearLogits, same_logits
 from .numerics import statistics_dtype, upcast
 
 
@@ -107,7 +108,7 @@ class LazyExpression(LazyTensor):
 
     @property
     def unscaled(self) -> bool:
-        return _is_number(self.factor) and _is_number(self.offset) and self.factor == 1 and self.offset == 0
+        return is_number(self.factor) and is_number(self.offset) and self.factor == 1 and self.offset == 0
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
@@ -128,7 +129,7 @@ class LazyExpression(LazyTensor):
         return replace(self, label=dtype)
 
     def detach(self) -> LazyExpression:
-        base, factor, offset = (t if _is_number(t) else t.detach() for t in self._parts())
+        base, factor, offset = (t if is_number(t) else t.detach() for t in self._parts())
         return replace(self, base=base, factor=factor, offset=offset)
 
     def columns(self, key: slice | Tensor) -> Any:
@@ -139,22 +140,22 @@ class LazyExpression(LazyTensor):
 
     def scaled(self, factor: Any) -> Any:
         if self.form == "tanh" and self.unscaled:
-            if not _is_number(factor) or factor <= 0:
+            if not is_number(factor) or factor <= 0:
                 return NotImplemented
             return self.base._but(self.base.hidden, scale=self.base.scale * factor, softcap=factor).with_dtype(
                 self.dtype
             )
-        if not _is_number(factor):
+        if not is_number(factor):
             factor = per_token_number(self, factor)
         if factor is NotImplemented:
             return NotImplemented
         return replace(self, factor=self.factor * factor, offset=self.offset * factor)
 
     def divided(self, divisor: Any) -> Any:
-        return NotImplemented if _is_number(divisor) and divisor == 0 else self.scaled(1 / divisor)
+        return NotImplemented if is_number(divisor) and divisor == 0 else self.scaled(1 / divisor)
 
     def shifted(self, offset: Any) -> Any:
-        if not _is_number(offset):
+        if not is_number(offset):
             offset = per_token_number(self, offset)
         return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
 
@@ -174,7 +175,7 @@ class LazyExpression(LazyTensor):
         other = other if isinstance(other, LazyExpression) else LazyExpression(other)  # type: ignore[arg-type]
         forms = {self.form: self, other.form: other}
         product = {"log_softmax": "p_log_p", "logits": "p_z"}.get(next((f for f in forms if f != "softmax"), ""))
-        plain = all(_is_number(x.offset) and x.offset == 0 for x in (self, other))
+        plain = all(is_number(x.offset) and x.offset == 0 for x in (self, other))
         if len(forms) != 2 or "softmax" not in forms or product is None:
             return NotImplemented
         if not plain or not same_logits(self.base, other.base):
@@ -306,7 +307,7 @@ def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
 def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
     """Values, differentiable, and ids of the largest or smallest entries, ``(*token_shape, k)``."""
     if isinstance(x, LazyExpression):
-        monotone = x.form in ("logits", "log_softmax", "softmax") and _is_number(x.factor) and x.factor > 0
+        monotone = x.form in ("logits", "log_softmax", "softmax") and is_number(x.factor) and x.factor > 0
         if not monotone:
             return NotImplemented
         ids = x.base.topk_ids(k, largest)[1]
@@ -394,7 +395,7 @@ def nll_loss(
     reduction: str = "mean",
 ) -> Any:
     log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
-    if not log_probs or not _is_number(x.factor) or not _is_number(x.offset) or x.offset != 0:
+    if not log_probs or not is_number(x.factor) or not is_number(x.offset) or x.offset != 0:
         return NotImplemented
     loss = cross_entropy(x.base.with_dtype(x.dtype), target, weight, size_average, ignore_index, reduce, reduction)
     return loss if loss is NotImplemented else loss * x.factor

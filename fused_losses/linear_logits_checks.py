@@ -1,0 +1,99 @@
+"""What the parts of a :class:`LinearLogits` must be like, and how it sees that one of them changed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointFunction
+
+from .numerics import statistics_dtype
+
+
+def versions(**tensors: Tensor | None) -> dict[str, int]:
+    if torch.compiler.is_compiling():
+        return {}
+    return {name: t._version for name, t in tensors.items() if t is not None and not t.is_inference()}
+
+
+def is_whole(weight: Tensor) -> bool:
+    return weight.numel() > 0 and weight.untyped_storage().size() > 0
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def check_whereabouts(weight: Tensor, module: Any) -> None:
+    if hasattr(weight, "device_mesh"):
+        raise TypeError(
+            f"the head's weight {tuple(weight.shape)} is a DTensor, sharded outside its module's forward: make the "
+            "LinearLogits inside that forward (LinearHead does), or pass weight.full_tensor()"
+        )
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel cannot join LinearLogits from several devices; use DistributedDataParallel, or compute the "
+            "loss inside the module"
+        )
+
+
+def check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None) -> None:
+    if not hidden.is_floating_point():
+        raise TypeError(f"hidden {tuple(hidden.shape)} must be of a floating dtype, got {hidden.dtype}")
+    shapes = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
+    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+        raise ValueError(f"expected hidden (…, H) and weight (V, H) of one H, got {shapes}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"expected bias (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
+    fits = u is None or B is None or (u.shape[:-1], B.shape) == (hidden.shape[:-1], (len(weight), u.shape[-1]))
+    if not fits and u is not None and B is not None:
+        raise ValueError(f"expected low_rank (…, R) and (V, R), got {tuple(u.shape)} and {tuple(B.shape)} for {shapes}")
+    for name, t in (("weight", weight), ("bias", bias), ("low_rank[0]", u), ("low_rank[1]", B)):
+        if t is not None and t.device != hidden.device:
+            raise ValueError(f"hidden is on {hidden.device}, {name} {tuple(t.shape)} on {t.device}: move one of them")
+        if t is not None and t.dtype != hidden.dtype:
+            raise TypeError(
+                f"hidden is {hidden.dtype}, {name} {tuple(t.shape)} is {t.dtype}: cast one, or use autocast"
+            )
+
+
+def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, *others
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    return tuple(
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in (hidden, *others)
+    )
+
+
+def per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float | Tensor:
+    if not isinstance(temperature, Tensor):
+        return temperature
+    if temperature.requires_grad:
+        raise ValueError(f"temperature {tuple(temperature.shape)} gets no gradient here: detach it")
+    tokens = hidden.shape[:-1]
+    if temperature.ndim == hidden.ndim and temperature.shape[-1] == 1:
+        temperature = temperature.squeeze(-1)
+    try:
+        return temperature.to(hidden.device, statistics_dtype(hidden.dtype), copy=True).expand(tokens)
+    except RuntimeError:
+        raise ValueError(
+            f"expected temperature with one number per token {tuple(tokens)}, got {tuple(temperature.shape)}"
+        ) from None
+
+
+def refuse_reentrant_checkpoint() -> None:
+    """Reentrant checkpointing runs a function without gradients and connects only the tensors it returns."""
+    if torch.compiler.is_compiling():
+        return
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is CheckpointFunction.forward.__code__:
+            raise RuntimeError(
+                "LinearLogits made inside reentrant activation checkpointing would get no gradient: pass "
+                "use_reentrant=False to checkpoint, or leave the head out of it"
+            )
+        frame = frame.f_back
