@@ -301,20 +301,20 @@ def prm_loss(
     is_placeholder = inputs == placeholder_token_id
     counted = is_placeholder & (labels != ignore_index)
     z: Any = logits[counted]  # type: ignore[index]
-    target = labels[counted]
+    z, target = z.to(statistics_dtype(z.dtype)), labels[counted]
     if reward_token_ids is not None:
         ids = torch.tensor(reward_token_ids, device=labels.device)
         z = z[..., ids]
         if not soft:
             is_id = target.unsqueeze(-1) == ids
             if not is_id.any(-1).all():
-                raise ValueError(
-                    f"labels must be among reward_token_ids {list(reward_token_ids)} or -100, got {target}"
-                )
+                allowed = f"{list(reward_token_ids)} or {ignore_index}"
+                raise ValueError(f"labels must be among reward_token_ids {allowed}, got {target}")
             target = is_id.int().argmax(-1)
     if soft:
-        target = torch.stack([upcast(target), 1 - upcast(target)], -1)
-    loss = cross_entropy(z.to(statistics_dtype(z.dtype)), target)
+        target = target.to(z.dtype)
+        target = torch.stack([target, 1 - target], -1)
+    loss = cross_entropy(z, target if soft else target.long())
     if not return_acc:
         return loss
     right = z.detach().argmax(-1) == (target.argmax(-1) if soft else target)

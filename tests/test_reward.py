@@ -306,6 +306,17 @@ def test_prm_kinds_and_order_change_the_number():
     assert len(set(losses)) == len(losses)
 
 
+def test_prm_takes_labels_of_any_width():
+    logits, kwargs = torch.randn(3, 5, V), {"placeholder_token_id": PLACEHOLDER, "reward_token_ids": [3, 7]}
+    for kind, dtype in (("soft", torch.float64), ("two ids", torch.int32), ("vocabulary", torch.int32)):
+        ids, labels = KINDS[kind]
+        losses = [
+            reward.prm_loss(INPUTS, logits, x, **kwargs | {"reward_token_ids": ids}) for x in (labels, labels.to(dtype))
+        ]
+        assert losses[1].dtype == torch.float32
+        torch.testing.assert_close(*losses)
+
+
 def test_prm_labels_are_mapped_at_once():
     # Mapped one id after the other, label 1 would become index 0, and index 0 then index 1.
     inputs, labels = torch.tensor([[PLACEHOLDER, PLACEHOLDER]]), torch.tensor([[1, 0]])
