@@ -131,10 +131,8 @@ def discopop(p: Pairs) -> Tensor:
     """−ls(x)(1−q) + e^{−x}q, x = βd, q = σ(x/τ): found by search over programs. DiscoPOP (2406.08414)."""
     x = p.beta * p.margin
     q = (x / p.discopop_tau).sigmoid()
-    near = -F.logsigmoid(x) * (1 - q) + (-x.clamp(min=-50)).exp() * q
-    # Far out e^{−x} and q are inf and 0: under one exponential, which nearer by would cost digits.
-    far = -F.logsigmoid(x) + (F.logsigmoid(x / p.discopop_tau) - x).exp()
-    return torch.where(x < -50, far, near)
+    # The exponent is held at 80: where it would overflow, q is 0, and 0 · inf is nan.
+    return -F.logsigmoid(x) * (1 - q) + (-x.clamp(min=-80)).exp() * q
 
 
 def nca_pair(p: Pairs) -> Tensor:
@@ -192,10 +190,7 @@ LOSS_TYPES: dict[str, Callable[[Pairs], Tensor]] = {
     + (aot, aot_unpaired, apo_zero, apo_down, sft)
 }
 _USE_LABEL_SMOOTHING = {"sigmoid", "exo_pair", "robust", "aot", "aot_unpaired"}
-_ALLOW_F_DIVERGENCE = {
-    *("sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_norm", "exo_pair", "robust", "discopop"),
-    "sft",
-}
+_ALLOW_F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_norm", "exo_pair", "robust", "discopop", "sft"}
 
 
 def _score(log_ratio: Tensor, f_divergence_type: str, alpha: float) -> Tensor:

@@ -625,11 +625,8 @@ def test_large_ratios_stay_finite(case):
     lengths = {"chosen_lengths": torch.tensor([3, 1, 2]), "rejected_lengths": torch.tensor([1, 2, 3])}
     options = {k: v for k, v in LOSS_TYPES[case].items() if k != "remember"}
     loss, *_ = preference.dpo_loss(*leaves, zero, zero, **options, **lengths, reduction="none")
-    # discopop grows as exp(−βd) in the band where both its factors count, and is 0 · inf beyond in the naive form
-    assert not loss.isnan().any()
-    assert not any(
-        g.isnan().any() for g in torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
-    )
+    grads = torch.autograd.grad(loss.sum(), leaves, allow_unused=True, materialize_grads=True)
+    assert all(x.isfinite().all() for x in (loss, *grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
