@@ -163,7 +163,8 @@ class _Sizes:
         """What the row primitive holds beside ``elements`` logits."""
         if self.backend == "triton":
             return 0
-        return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
+        copies = ROW_TEMPORARIES + (self.dtype.itemsize == 2)
+        return copies * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
@@ -185,35 +186,34 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
         free = sizes.budget - held - sizes.row_temporaries(N * V)
         return max(0, min(N, free // max(V * dtype.itemsize, 1)))
 
-    if accumulate == "fp32" or dtype == torch.float16:
-        sums = wide
-        note = "asked for" if accumulate else "gradients before their scale is known overflow float16"
-    elif most_tokens(0) * (MANY_CHUNKS if wide != dtype else N) >= N:
-        sums = dtype
-        note = f"few enough to sum in {dtype}" if wide != dtype else ""
+    once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
+    if dtype == torch.float16:
+        sums, note = wide, "gradients before their scale is known overflow float16"
+    elif once or wide == dtype:
+        sums, note = dtype, ""
+    elif few and not accumulate:
+        sums, note = dtype, f"few enough to sum in {dtype}"
     else:
-        sums, note = wide, f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
-    d_hidden, d_weight = sizes.gradients(dtype)
+        sums, note = wide, "asked for" if accumulate else f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
+    wide_sums = 0
     if sums != dtype:
-        d_weight = sizes.gradients(sums)[1]
-        if dtype == torch.float16:
-            d_hidden = sizes.gradients(sums)[0]
-    n = most_tokens(d_hidden + d_weight - final)
+        wide_hidden, wide_weight = sizes.gradients(sums)
+        wide_sums = wide_weight + (wide_hidden if dtype == torch.float16 else 0)
+    held = wide_sums + (final if not wide_sums else 0 if dtype == torch.float16 else sizes.gradients(dtype)[0])
+    n = most_tokens(held - final)
     if not asked:
-        if n < min(N, FEWEST_TOKENS):
-            return None, f"a chunk of {FEWEST_TOKENS} tokens does not fit the budget"
-        if sums != dtype and n < min(N, ACCUMULATION_PAYS) and not accumulate:
+        if n < min(N, FEWEST_TOKENS) or wide_sums > sizes.budget:
+            return None, f"a chunk of {FEWEST_TOKENS} tokens{' and fp32 sums' if wide_sums else ''} do not fit the budget"
+        if wide_sums and n < min(N, ACCUMULATION_PAYS) and not accumulate:
             return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
-    n = _even(N, max(n, min(N, FEWEST_TOKENS)), 128)
+    n = _even(N, max(n, min(N, FEWEST_TOKENS)))
     chunks = max(1, -(-N // max(n, 1)))
     forward = {
-        "gradients": d_hidden + d_weight,
+        "gradients": held,
         "logits of a chunk": n * V * dtype.itemsize,
         "rows at a time": sizes.row_temporaries(n * V),
     }
-    backward = {"gradients": final, "fp32 sums": d_hidden + d_weight if sums != dtype else 0}
-    if dtype != torch.float16 and sums != dtype:
-        backward = {"gradients": final, "fp32 sums": d_weight}
+    backward = {"gradients": final, "fp32 sums": wide_sums}
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
     if chunks > 1 and note:
         why.append(f"{chunks} chunks: {note}")
@@ -232,7 +232,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     most = free // max(N * dtype.itemsize, 1)
     if most < min(V, FEWEST_COLUMNS):
         why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
-    v = _even(V, max(most, FEWEST_COLUMNS), 128)
+    v = _even(V, max(most, FEWEST_COLUMNS))
     slices = {
         "d_weight": d_weight,
         "d_hidden": d_hidden_sum,
@@ -244,13 +244,16 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, why)
 
 
-def _even(total: int, most: int, multiple: int) -> int:
-    """The size of equal pieces of ``total`` no larger than ``most``, a multiple of ``multiple`` where that fits."""
+def _even(total: int, most: int) -> int:
+    """The size of equal pieces of ``total`` no larger than ``most``, rounded to what matrix products like where that fits."""
     if most >= total:
         return total
     size = math.ceil(total / math.ceil(total / most))
-    rounded = math.ceil(size / multiple) * multiple
-    return rounded if rounded <= most else size
+    for multiple in (128, 32):
+        rounded = math.ceil(size / multiple) * multiple
+        if rounded <= most:
+            return rounded
+    return size
 
 
 def _plan(

@@ -1,0 +1,114 @@
+"""The plan fits its budget, prefers the cheaper route, and says why."""
+
+import pytest
+import torch
+
+from fused_losses import settings
+from fused_losses.planning import MiB, plan
+
+LLAMA, GEMMA, QWEN = (8192, 128256, 4096), (8192, 256000, 2304), (16384, 151936, 2048)
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA, QWEN])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("workspace", [None, "256MiB", "4GiB", "16GiB"])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_peak_is_gradients_and_at_most_the_budget(shape, dtype, backend, workspace, per_token):
+    N, V, H = shape
+    p = plan(*shape, dtype, workspace=workspace, backend=backend, per_token=per_token)
+    gradients = (N + V) * H * dtype.itemsize
+    assert gradients <= p.peak <= gradients + p.budget
+    assert p.peak == sum(p.parts.values())
+    assert p.chunk * p.chunks >= (N if p.route == "gradients_in_forward" else V)
+    assert (p.route == "recompute") >= per_token
+
+
+def test_default_budget_is_the_gradients_or_half_a_gibibyte():
+    assert plan(*LLAMA).budget == (8192 + 128256) * 4096 * 2
+    assert plan(100, 1000, 64).budget == 512 * MiB
+
+
+@pytest.mark.parametrize(
+    ("shape", "workspace", "chunks", "peak"),
+    [(LLAMA, None, 2, 2072), (LLAMA, "506MiB", 4, 1572), (QWEN, "5GiB", 1, 5500)],
+)
+def test_few_large_chunks(shape, workspace, chunks, peak):
+    p = plan(*shape, workspace=workspace)
+    assert (p.route, p.chunks) == ("gradients_in_forward", chunks)
+    assert p.peak <= peak * MiB
+    assert p.accumulate == (None if chunks == 1 else torch.bfloat16)
+
+
+def test_recompute_needs_less_and_keeps_its_slices_small():
+    p = plan(*LLAMA, per_token=True)
+    assert p.route == "recompute"
+    assert p.peak <= 1450 * MiB < plan(*LLAMA).peak
+    assert p.flops == 8 / 6 * plan(*LLAMA).flops
+
+
+def test_sixteen_bit_sums_end_at_eight_chunks():
+    most = plan(*LLAMA, workspace=8192 // 8 * 128256 * 2)
+    assert (most.chunks, most.accumulate) == (8, torch.bfloat16)
+    assert plan(*LLAMA, workspace=8192 // 9 * 128256 * 2).route == "recompute"
+    forced = plan(*LLAMA, workspace=8192 // 9 * 128256 * 2, route="gradients_in_forward")
+    assert forced.accumulate == torch.float32
+
+
+def test_fp32_sums_are_counted():
+    p = plan(*QWEN, workspace="2GiB", accumulate="fp32")
+    assert p.accumulate == torch.float32
+    assert p.peak >= (16384 + 151936) * 2048 * 2 + 151936 * 2048 * 4
+    assert "asked for" in str(p)
+    assert plan(*QWEN, workspace="2GiB").accumulate == torch.bfloat16
+    assert plan(*LLAMA, workspace="4GiB", accumulate="fp32").accumulate is None  # one chunk: nothing to sum
+
+
+def test_fp32_heads_sum_exactly_in_any_number_of_chunks():
+    p = plan(2048, 65536, 64, torch.float32, workspace="32MiB")
+    assert p.route == "gradients_in_forward"
+    assert p.chunks > 8
+    assert p.accumulate == torch.float32
+
+
+def test_a_budget_nothing_fits_is_said_to_be_exceeded():
+    p = plan(*LLAMA, workspace="1MiB")
+    assert p.route == "recompute"
+    assert "taken anyway" in str(p)
+
+
+def test_settings_hold_for_a_block_and_arguments_beat_them():
+    with settings.workspace("700MiB"), settings.route("recompute"):
+        assert plan(*LLAMA).budget == 700 * MiB
+        assert plan(*LLAMA).route == "recompute"
+        assert plan(*LLAMA, workspace="600MiB", route="gradients_in_forward").budget == 600 * MiB
+        assert plan(*LLAMA, route="gradients_in_forward").route == "gradients_in_forward"
+    assert plan(*LLAMA).route == "gradients_in_forward"
+
+
+def test_per_token_refuses_gradients_in_forward_only_as_an_argument():
+    with pytest.raises(ValueError, match="per-token outputs take route='recompute'"):
+        plan(*LLAMA, per_token=True, route="gradients_in_forward")
+    with settings.route("gradients_in_forward"):
+        assert plan(*LLAMA, per_token=True).route == "recompute"
+
+
+def test_unknown_choices_raise():
+    with pytest.raises(ValueError, match="accumulate must be 'fp32'"):
+        plan(*LLAMA, accumulate="bf16")
+    with pytest.raises(ValueError, match="route must be one of"):
+        plan(*LLAMA, route="fast")
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (5, 1, 3), (1, 1, 1), (7, 3, 1)])
+def test_tiny_heads_have_a_plan(shape):
+    for per_token in (False, True):
+        p = plan(*shape, per_token=per_token)
+        assert p.chunks == 1
+        assert p.peak >= 0
+
+
+def test_the_table_names_every_part_and_the_reason():
+    text = str(plan(*LLAMA))
+    for word in ("8192 tokens", "128256 vocabulary", "2 of 4096 tokens", "logits of a chunk", "peak", "6NVH against"):
+        assert word in text
