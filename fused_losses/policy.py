@@ -36,8 +36,10 @@ elsewhere                                   here
 TRL ``epsilon``, ``epsilon_high``           ``eps_low``, ``eps_high``; in cispo ``epsilon_high`` is ``cispo_max``
 TRL ``importance_sampling_level``           the same name; ``gspo`` is grpo with ``"sequence"``
 TRL, tokens with ``|w| > 20``               ``log_ratio_clamp=None``, as for DeepSpeed-Chat
-OpenRLHF ``ppo``, ``gspo``                  the same, ``count_empty=False``; gspo with ``log_ratio_clamp=None``
-verl, all                                   ``count_empty=False, use_bias_correction_kl=False``
+OpenRLHF, verl                              ``count_empty=False, use_bias_correction_kl=False``
+OpenRLHF KL, entropy                        ``kl_aggregation`` and ``entropy_aggregation="token_mean"``
+OpenRLHF ``gspo``                           ``gspo`` with ``log_ratio_clamp=None``
+verl KL, entropy                            ``kl_aggregation`` and ``entropy_aggregation`` its ``loss_agg_mode``
 verl ``vanilla``                            ``ppo`` with ``dual_clip=3.0``
 verl ``gspo``                               ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
 verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
@@ -636,7 +638,7 @@ def grpo_loss(
             ``functools.partial(kl_estimate, clamp=10)``.
         use_bias_correction_kl: weight the KL by the ratio, so that its gradient is unbiased off the policy. Default
             True, TRL 1.16; False for TRL up to 1.9, verl and OpenRLHF.
-        kl_aggregation: how the KL is aggregated; ``None``: with the loss (TRL, verl). OpenRLHF: ``"token_mean"``.
+        kl_aggregation: how the KL is aggregated; ``None``: with the loss (TRL). OpenRLHF: ``"token_mean"``.
         entropy: ``(B, S)`` per token, nats, with its gradient where ``entropy_coef`` is to act.
         top_entropy_quantile: share of tokens that train, those with the highest entropy; see :func:`entropy_mask`.
         entropy_coef: weight of the entropy bonus.
