@@ -1,0 +1,316 @@
+"""``fused-losses``: bench, check, plan, report, compare. ``fused-losses COMMAND --help`` says what each takes."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import settings
+from ..planning import plan
+from . import shapes
+from .console import Progress, show_table
+from .environment import environment, folder_name
+from .measure import MODES, Row, measure
+from .peers import PEERS
+from .problem import Contender, Problem
+from .report import COLUMNS, cells, compare, report
+from .shapes import Shape
+
+CASES = ("cross_entropy", "linear_cross_entropy", "token_statistics")
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "float32": torch.float32,
+    "fp32": torch.float32,
+}
+DISTRIBUTIONS = ("random", "peaked")
+# Real heads, small enough for two cores; on a GPU the three of the published comparisons.
+CPU_SHAPES, CPU_TOKENS, QUICK_TOKENS = "gpt2", 1024, 256
+GPU_SHAPES = "llama3-8b,gemma2-2b,qwen3-1.7b"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in (*CASES, "all"):
+        argv.insert(0, "bench")
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args, argv)
+    except (ValueError, FileNotFoundError) as failure:
+        print(f"fused-losses {args.command}: {failure}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser("fused-losses", description="Checks, plans and benchmarks of fused losses.")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("bench", run_bench, "check and time ours, eager PyTorch and every peer installed, with the floor")
+    sub.add_argument("case", nargs="+", choices=[*CASES, "all"], metavar="CASE", help=", ".join([*CASES, "all"]))
+    head_arguments(sub)
+    sub.add_argument("--dtype", help="bfloat16, float16, float32, several with commas; default bfloat16, on a CPU float32")
+    sub.add_argument("--mode", default="forward,full", help=f"of {', '.join(MODES)}; memory is full without timing")
+    sub.add_argument("--inputs", default="random,peaked", help=", ".join(DISTRIBUTIONS))
+    sub.add_argument("--peers", default="all", help="all, none, or names with commas")
+    sub.add_argument("--backend", choices=("triton", "torch"), help="of ours; default what serves the device")
+    sub.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
+    sub.add_argument("--seconds", type=float, help="of timing per table; default 10, 2 with --quick")
+    sub.add_argument("--quick", action="store_true", help="real work, but little of it: under a minute on two cores")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="keep the rows, and what they depend on")
+    sub.add_argument("--resume", action="store_true", help="skip what --json FILE has already")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="picture of time and memory, PNG")
+
+    sub = command("plan", run_plan, "route, chunk and predicted memory of a head, and the largest batch that fits")
+    head_arguments(sub)
+    sub.add_argument("--dtype", default="bfloat16")
+    sub.add_argument("--budget", metavar="4GiB", help="memory above the inputs that there is, gradients included")
+    sub.add_argument("--per-token", action="store_true", help="log-probabilities per token, as in policy training")
+    sub.add_argument("--tflops", type=float, help="rate of the device's products, for a predicted time")
+
+    sub = command("report", run_report, "render results into Markdown and PNG")
+    sub.add_argument("results", nargs="+", type=Path, help="JSON files of bench, or folders of them")
+    sub.add_argument("--out", type=Path, help="folder for report.md and pictures; default beside the results")
+    sub.add_argument("--into", type=Path, metavar="README.md", help="replace the text between its report markers")
+
+    sub = command("compare", run_compare, "two result files: what became slower or larger")
+    sub.add_argument("before", type=Path)
+    sub.add_argument("after", type=Path)
+    sub.add_argument("--threshold", type=float, default=0.05, help="largest tolerated growth; default 0.05, 5 %%")
+    return top
+
+
+def head_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--shape", help=f"heads by model, with commas: {', '.join([*shapes.ALIASES, *shapes.SHAPES])}")
+    sub.add_argument("--vocab", type=int, help="with --hidden: a head of your own")
+    sub.add_argument("--hidden", type=int)
+    sub.add_argument("--tokens", help="several with commas; default the shape's own")
+
+
+def heads(args: argparse.Namespace, default: str) -> list[Shape]:
+    if (args.vocab is None) != (args.hidden is None):
+        raise ValueError("--vocab and --hidden belong together")
+    if args.vocab is not None:
+        if args.shape is not None:
+            raise ValueError("give --shape, or --vocab and --hidden, not both")
+        if min(args.vocab, args.hidden) < 1:
+            raise ValueError(f"--vocab and --hidden must be positive, got {args.vocab} and {args.hidden}")
+        return [Shape(f"{args.vocab}x{args.hidden}", args.vocab, args.hidden)]
+    return [shapes.find(name) for name in (args.shape or default).split(",")]
+
+
+def numbers(text: str | None) -> list[int]:
+    try:
+        found = [int(n) for n in (text or "").split(",") if n]
+    except ValueError:
+        raise ValueError(f"--tokens takes whole numbers with commas, got {text!r}") from None
+    if any(n < 1 for n in found):
+        raise ValueError(f"--tokens must be positive, got {text!r}")
+    return found
+
+
+def one_of(option: str, text: str, choices: Sequence[str]) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in choices:
+            raise ValueError(f"unknown {option} {name!r}; choose from {', '.join(choices)}")
+    return names
+
+
+def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU here that PyTorch can use; leave it out to bench the CPU")
+    names = list(CASES) if "all" in args.case else args.case
+    problems = [
+        Problem(shape, tokens, DTYPES[dtype], distribution, device)
+        for shape in heads(args, CPU_SHAPES if device == "cpu" else GPU_SHAPES)
+        for tokens in numbers(args.tokens)
+        or [QUICK_TOKENS if args.quick else CPU_TOKENS if device == "cpu" else shape.tokens]
+        for dtype in one_of("--dtype", args.dtype or ("float32" if device == "cpu" else "bfloat16"), list(DTYPES))
+        for distribution in one_of("--inputs", "peaked" if args.quick else args.inputs, DISTRIBUTIONS)
+    ]
+    modes = one_of("--mode", args.mode, MODES)
+    if args.resume and args.json is None:
+        raise ValueError("--resume needs --json FILE")
+    result: dict[str, Any] = {"command": "fused-losses " + shlex.join(argv), **environment(device)}
+    result |= {"complete": False, "rows": []}
+    if args.resume and args.json.exists():
+        result["rows"] = [row for row in json.loads(args.json.read_text())["rows"] if row["status"] != "interrupted"]
+    rows: list[Row] = result["rows"]
+    done = {(row["case"], *problem_key(row)) for row in rows}
+    wanted = [(name, problem) for name in names for problem in problems]
+    seconds = args.seconds if args.seconds is not None else 2 if args.quick else 10
+    interrupted = False
+    settings.backend(args.backend)
+    with Progress(len(wanted)) as progress:
+        for name, problem in wanted:
+            title = f"{name}: {problem}"
+            if (name, *problem_key(as_row(problem))) in done:
+                print(f"{title}: in {args.json} already")
+                progress.advance()
+                continue
+            case = importlib.import_module(f"{__package__}.{name}")
+            start = len(rows)
+            contenders, skipped = lineup(case, name, args, device)
+            try:
+                measure(
+                    case, problem, contenders, modes, seconds, rows, lambda text, t=title: progress.now(f"{t}: {text}")
+                )
+            except KeyboardInterrupt:
+                interrupted = True
+            except torch.OutOfMemoryError:
+                rows.append(as_row(problem) | {"case": name, "mode": "", "contender": "all", "status": "oom"})
+            for peer, reason in skipped:
+                row = {"case": name, **as_row(problem), "mode": "", "contender": peer, "status": "skipped"}
+                rows.append(row | {"reason": reason})
+            show_table(title, COLUMNS, [cells(row) for row in rows[start:]], [is_red(row) for row in rows[start:]])
+            save(result, args.json)
+            if interrupted:
+                break
+            progress.advance()
+    if interrupted:
+        kept = f"kept in {args.json}" if args.json else "printed above; --json FILE would keep them"
+        print(f"interrupted: {len(rows)} rows {kept}", file=sys.stderr)
+        return 130
+    result["complete"] = True
+    save(result, args.json)
+    if args.plot is not None:
+        from .plot import frontier
+
+        frontier(rows, args.plot)
+    return int(any(is_red(row) and row["contender"].startswith("fused_losses") for row in rows))
+
+
+def as_row(problem: Problem) -> Row:
+    shape, dtype = problem.shape, str(problem.dtype).removeprefix("torch.")
+    return {
+        "shape": shape.name,
+        "vocab": shape.vocab,
+        "hidden": shape.hidden,
+        "tokens": problem.tokens,
+        "dtype": dtype,
+        "inputs": problem.distribution,
+    }
+
+
+def problem_key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("shape", "tokens", "dtype", "inputs"))
+
+
+def is_red(row: Row) -> bool:
+    return row["status"] in ("failed", "error")
+
+
+def save(result: dict[str, Any], file: Path | None) -> None:
+    """Whole or not at all: an interrupt while it writes leaves the last version."""
+    if file is None:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(file)
+
+
+def lineup(
+    case: ModuleType, name: str, args: argparse.Namespace, device: str
+) -> tuple[list[Contender], list[tuple[str, str]]]:
+    """Eager, ours and the peers that can run, and the peers that cannot, with the reason."""
+    peers = {peer.name: peer for peer in PEERS.get(name, ())}
+    chosen = {"all": ["torch.compile", *peers], "none": []}.get(args.peers)
+    if chosen is None:
+        everyone = {"torch.compile", *(peer.name for each in PEERS.values() for peer in each)}
+        chosen = [p for p in one_of("--peers", args.peers, sorted(everyone)) if p in ("torch.compile", *peers)]
+    contenders = [Contender("eager", case.eager), *case.OURS]
+    skipped = []
+    if "torch.compile" in chosen:
+        if args.quick and args.peers == "all":
+            skipped.append(("torch.compile", "compiling takes longer than --quick has; name it in --peers"))
+        else:
+            contenders.append(Contender("torch.compile", torch.compile(case.eager, dynamic=False)))
+    for peer in (peers[p] for p in chosen if p in peers):
+        if peer.gpu and device == "cpu":
+            skipped.append((peer.name, "runs on a GPU only"))
+            continue
+        try:
+            contenders.append(Contender(peer.name, peer.build(), peer.destroys))
+        except Exception as failure:  # an import may fail in any way
+            skipped.append((peer.name, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]))
+    return contenders, skipped
+
+
+def run_plan(args: argparse.Namespace, argv: list[str]) -> int:
+    dtype = DTYPES[one_of("--dtype", args.dtype, list(DTYPES))[0]]
+    budget = settings.workspace.parse(args.budget)
+    for shape in heads(args, "llama3-8b"):
+        for tokens in numbers(args.tokens) or [shape.tokens]:
+            found = plan(
+                tokens,
+                shape.vocab,
+                shape.hidden,
+                dtype,
+                per_token=args.per_token,
+                workspace=None if budget is None else max(0, budget - gradient_bytes(shape, tokens, dtype)),
+            )
+            print(f"{'shape':<22}{shape.name}\n{found}")
+            if args.tflops:
+                print(f"{'time':<22}{found.flops / args.tflops / 1e9:.1f} ms for its products at {args.tflops:g} TFLOP/s")
+            else:
+                print(f"{'time':<22}give --tflops, the rate of the device's products in this dtype")
+        if budget is not None:
+            most = largest_batch(shape, dtype, budget, args.per_token)
+            print(f"{'largest batch':<22}{most} tokens in {budget / 2**30:.2f} GiB above the inputs")
+        print()
+    return 0
+
+
+def gradient_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:
+    return (tokens + shape.vocab) * shape.hidden * dtype.itemsize
+
+
+def largest_batch(shape: Shape, dtype: torch.dtype, budget: int, per_token: bool) -> int:
+    """The most tokens whose planned peak, gradients included, stays within ``budget`` bytes."""
+
+    def fits(tokens: int) -> bool:
+        free = budget - gradient_bytes(shape, tokens, dtype)
+        if free < 0:
+            return False
+        return plan(tokens, shape.vocab, shape.hidden, dtype, per_token=per_token, workspace=free).peak <= budget
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def run_report(args: argparse.Namespace, argv: list[str]) -> int:
+    for file in report(args.results, args.out, args.into):
+        print(file)
+    return 0
+
+
+def run_compare(args: argparse.Namespace, argv: list[str]) -> int:
+    table, worse = compare(args.before, args.after, args.threshold)
+    columns = ("case, shape, tokens, dtype, inputs, mode, contender", "time", "memory", "status")
+    show_table(f"{args.before} -> {args.after}", columns, table, worse)
+    print(f"{sum(worse)} of {len(table)} worse by more than {args.threshold:.0%}")
+    return int(any(worse))

@@ -1,0 +1,267 @@
+"""One problem, all contenders: check each against float64, count its bytes, then time those that passed.
+
+A row is a plain dict, ready for JSON. Its ``status``:
+
+- ``ok``;
+- ``failed``: not within the tolerance rule; never timed;
+- ``oom``, ``error``, ``skipped``: with a ``reason``;
+- ``interrupted``: checked, but not timed to the end.
+
+On a CPU a row has ratios to eager in the same run, never a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.tolerance import assert_accurate
+from .memory import peak_bytes
+from .problem import Contender, Inputs, Problem, Work
+from .timing import Run, Sample, interleave, quartiles
+
+Row = dict[str, Any]
+MODES = ("forward", "full", "memory")
+EXACT_ELEMENTS = 2**25  # logits at a time in float64
+COMPARED_ELEMENTS = 2**22  # of each tensor; of a larger one, evenly spaced rows
+FLOOR_ELEMENTS = 2**30  # logits in the bare products that measure the floor
+
+
+def measure(
+    case: ModuleType,
+    problem: Problem,
+    contenders: Sequence[Contender],
+    modes: Sequence[str],
+    seconds: float,
+    rows: list[Row],
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Append one row per mode and contender to ``rows``, as they come: what was done before an exception stays there."""
+    device = problem.device
+    progress("inputs")
+    x = case.inputs(problem)
+    progress("float64 reference")
+    yardstick, checked = eager_results(case, x)
+    exact = exact_results(case, x, checked, problem.shape.vocab)
+    total = x[case.ROWS[0]].shape[0]
+    for mode in modes:
+        with_gradients = mode != "forward"
+        group = []
+        runs = []
+        for contender in contenders:
+            progress(f"{mode}: {contender.name}")
+            row: Row = {
+                "case": case.__name__.rpartition(".")[2],
+                "shape": problem.shape.name,
+                "vocab": problem.shape.vocab,
+                "hidden": problem.shape.hidden,
+                "tokens": problem.tokens,
+                "dtype": str(problem.dtype).removeprefix("torch."),
+                "inputs": problem.distribution,
+                "mode": mode,
+                "contender": contender.name,
+                "status": "ok",
+            }
+            rows.append(row)
+            group.append(row)
+            run = runnable(case, contender, x, with_gradients)
+            try:
+                got = results(case, runnable(case, contender, cut(case, x, 0, checked), with_gradients))
+                row["errors"] = {name: relative_error(got[name], exact[name]) for name in got}
+                row["rows_checked"] = [checked, total]
+                if contender.name != "eager":
+                    for name, value in got.items():
+                        assert_accurate(value.to(yardstick[name].dtype), yardstick[name], exact[name], name)
+                del got
+                row["peak_bytes"] = peak_bytes(functools.partial(step, run, run.prepare()), device)
+                runs.append(run)
+            except AssertionError as failure:
+                row |= {"status": "failed", "reason": str(failure)}
+            except torch.OutOfMemoryError:
+                row |= {"status": "oom", "reason": "out of memory"}
+            except Exception as failure:  # a peer may fail in any way; the others go on
+                row |= {"status": "error", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
+        if mode != "memory":
+            time_rows(case, problem, x, runs, group, seconds, progress)
+
+
+def time_rows(
+    case: ModuleType,
+    problem: Problem,
+    x: Inputs,
+    runs: list[Run],
+    group: list[Row],
+    seconds: float,
+    progress: Callable[[str], None],
+) -> None:
+    """Time ``runs`` and the floor, interleaved, and write what was found into the rows of ``group``."""
+    mode = group[0]["mode"]
+    floor, floor_work = floor_run(case.FLOOR, problem)
+    samples: dict[str, list[Sample]] = {run.name: [] for run in (*runs, floor)}
+    forward, backward = case.work(problem)
+    work = forward if mode == "forward" else forward + backward
+    try:
+        for number, round in enumerate(interleave([*runs, floor], problem.device, seconds)):
+            progress(f"{mode}: round {number + 1}")
+            for name, sample in round.items():
+                samples[name].append(sample)
+    except torch.OutOfMemoryError:
+        for row in group:  # checked alone, each fits; beside the buffers of the floor, one does not
+            if row["status"] == "ok" and not samples[row["contender"]]:
+                row |= {"status": "oom", "reason": "out of memory while timed"}
+    finally:
+        floor_rate = None
+        if samples[floor.name]:
+            floor_rate = floor_work / quartiles([s.full for s in samples[floor.name]])["median"]
+        for row in group:
+            if row["status"] != "ok":
+                continue
+            found = samples[row["contender"]]
+            if not found:
+                row |= {"status": "interrupted", "reason": "interrupted before it was timed"}
+                continue
+            row |= figures(found, samples.get("eager", []), work, case.FLOOR, floor_rate, problem.device)
+            if case.PARTS and mode == "full":
+                row["parts"] = {
+                    part: figures(
+                        [Sample(getattr(s, part), 0) for s in found],
+                        [Sample(getattr(s, part), 0) for s in samples.get("eager", [])],
+                        its_work,
+                        case.FLOOR,
+                        floor_rate,
+                        problem.device,
+                    )
+                    for part, its_work in (("forward", forward), ("backward", backward))
+                }
+
+
+def figures(
+    found: list[Sample], eager: list[Sample], work: Work, bound: str, floor_rate: float | None, device: str
+) -> Row:
+    """What a row says of its samples; on a CPU no time and no rate."""
+    seconds = quartiles([s.full for s in found])
+    row: Row = {"rounds": len(found)}
+    if eager:
+        row["to_eager"] = quartiles([s.full / e.full for s, e in zip(found, eager, strict=False)])
+    if floor_rate is not None:
+        row["of_floor"] = getattr(work, bound) / floor_rate / seconds["median"]
+    if device == "cuda":
+        row["ms"] = {name: value * 1e3 for name, value in seconds.items()}
+        row["tflops"] = work.flops / seconds["median"] / 1e12
+        row["gbps"] = work.bytes / seconds["median"] / 1e9
+    return row
+
+
+def floor_run(bound: str, problem: Problem) -> tuple[Run, float]:
+    """The same work and nothing else, and how much of it: three bare products, or a copy."""
+    V, H, dtype, device = problem.shape.vocab, problem.shape.hidden, problem.dtype, problem.device
+    N = min(problem.tokens, max(1, FLOOR_ELEMENTS // V))
+    if bound == "bytes":
+        source = torch.randn(N, V, device=device, dtype=dtype)
+        target = torch.empty_like(source)
+        return Run("floor", lambda: None, lambda _: target.copy_(source), None), 2 * source.nbytes
+    hidden, weight = torch.randn(N, H, device=device, dtype=dtype), torch.randn(V, H, device=device, dtype=dtype)
+    logits = torch.empty(N, V, device=device, dtype=dtype)
+    d_hidden, d_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def products(_: Any) -> None:
+        torch.mm(hidden, weight.T, out=logits)
+        torch.mm(logits, weight, out=d_hidden)
+        torch.mm(logits.T, hidden, out=d_weight)
+
+    return Run("floor", lambda: None, products, None), 6 * N * V * H
+
+
+def runnable(case: ModuleType, contender: Contender, x: Inputs, with_gradients: bool) -> Run:
+    def prepare() -> Inputs:
+        fresh = {name: v.clone() if name in contender.destroys else v for name, v in x.items()}
+        return fresh | {name: fresh[name].detach().requires_grad_(with_gradients) for name in case.LEAVES}
+
+    def forward(fresh: Inputs) -> Any:
+        with torch.set_grad_enabled(with_gradients):
+            return contender.call(fresh)
+
+    return Run(contender.name, prepare, forward, functools.partial(gradients, case) if with_gradients else None)
+
+
+def gradients(case: ModuleType, x: Inputs, out: Any) -> tuple[Tensor, ...]:
+    """Of all leaves; the upstream gradients are the columns of ``upstream``, one per result, or 1 for a loss."""
+    upstream = x["upstream"].to(out[0].dtype).unbind(-1) if "upstream" in x else None
+    return torch.autograd.grad(out, [x[name] for name in case.LEAVES], upstream)
+
+
+def step(run: Run, prepared: Inputs) -> Any:
+    out = run.forward(prepared)
+    return out, run.backward(prepared, out) if run.backward is not None else ()
+
+
+def results(case: ModuleType, run: Run) -> dict[str, Tensor]:
+    """Results and gradients of one call, by name."""
+    return named(case, *step(run, run.prepare()))
+
+
+def named(case: ModuleType, out: Any, grads: Sequence[Tensor]) -> dict[str, Tensor]:
+    outs = {"loss": out} if isinstance(out, Tensor) else {f"result {i}": t for i, t in enumerate(out)}
+    found = outs | {f"d_{name}": t for name, t in zip(case.LEAVES, grads, strict=False)}
+    return {name: sampled(t.detach()) for name, t in found.items()}
+
+
+def sampled(t: Tensor) -> Tensor:
+    """Evenly spaced rows of a large tensor."""
+    if t.numel() <= COMPARED_ELEMENTS:
+        return t.clone()
+    count = max(2, COMPARED_ELEMENTS // t[0].numel())
+    return t[torch.linspace(0, t.shape[0] - 1, count, device=t.device, dtype=torch.float64).long()]
+
+
+def cut(case: ModuleType, x: Inputs, start: int, stop: int) -> Inputs:
+    return {name: v[start:stop] if name in case.ROWS else v for name, v in x.items()}
+
+
+def eager_results(case: ModuleType, x: Inputs) -> tuple[dict[str, Tensor], int]:
+    """What plain PyTorch makes of the first rows, as many as it has the memory for, and how many those are."""
+    rows = x[case.ROWS[0]].shape[0]
+    while True:
+        try:
+            return results(case, runnable(case, Contender("eager", case.eager), cut(case, x, 0, rows), True)), rows
+        except torch.OutOfMemoryError:
+            if rows == 1:
+                raise
+            rows //= 2
+
+
+def exact_results(case: ModuleType, x: Inputs, rows: int, vocab: int) -> dict[str, Tensor]:
+    """The reference in float64 on the first ``rows`` rows, a few at a time: losses and the head's gradients add up."""
+    whole = cut(case, x, 0, rows)
+    positions = x[case.ROWS[0]][0].numel() // x[case.ROWS[0]].shape[-1]
+    few = max(1, EXACT_ELEMENTS // (vocab * positions))
+    outs: list[Any] = []
+    grads: dict[str, list[Tensor]] = {name: [] for name in case.LEAVES}
+    for start in range(0, rows, few):
+        part = {
+            name: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for name, v in cut(case, whole, start, start + few).items()
+        }
+        part |= {name: part[name].detach().requires_grad_() for name in case.LEAVES}
+        out = case.reference(part, whole)
+        for name, gradient in zip(case.LEAVES, gradients(case, part, out), strict=True):
+            if name in case.ROWS or not grads[name]:
+                grads[name].append(gradient)
+            else:
+                grads[name][0] += gradient
+        outs.append(out.detach() if isinstance(out, Tensor) else [t.detach() for t in out])
+    if isinstance(outs[0], Tensor):
+        result: Any = torch.stack(outs).sum()
+    else:
+        result = [torch.cat(each) for each in zip(*outs, strict=True)]
+    return named(case, result, [torch.cat(each) if len(each) > 1 else each[0] for each in grads.values()])
+
+
+def relative_error(t: Tensor, exact: Tensor) -> float:
+    size = torch.linalg.vector_norm(exact)
+    return float(torch.linalg.vector_norm(t.double() - exact) / size)

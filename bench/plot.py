@@ -1,0 +1,117 @@
+"""Pictures of results. Without matplotlib there are none, and one line says so."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .measure import Row
+
+MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+GiB = 2**30
+
+
+def axes(title: str, x: str, y: str) -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    ax.set_title(title, fontsize=10)
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    ax.grid(alpha=0.3)
+    return figure, ax
+
+
+def finish(figure: Any, file: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+    return file
+
+
+def ours(row: Row) -> bool:
+    return row["contender"].startswith("fused_losses")
+
+
+def problem(row: Row) -> str:
+    return f"{row['case']}, {row['shape']}, {row['tokens']} tokens, {row['dtype']}"
+
+
+def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
+    """Time against memory, one picture per problem (``file`` with a number where there are several); lower left is better."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        if row["mode"] == "full" and row["status"] == "ok" and row["inputs"] == "peaked" and ("ms" in row or "to_eager" in row):
+            found.setdefault(problem(row), []).append(row)
+    if not MATPLOTLIB:
+        print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
+        return []
+    written = []
+    for number, (name, points) in enumerate(found.items()):
+        on_gpu = "ms" in points[0]
+        figure, ax = axes(name, "ms" if on_gpu else "time, ratio to eager in the same run", "peak above inputs, GiB")
+        for row in points:
+            x = row["ms" if on_gpu else "to_eager"]["median"]
+            ax.plot(x, row["peak_bytes"] / GiB, "o" if ours(row) else "x", color="C3" if ours(row) else "C0")
+            ax.annotate(row["contender"], (x, row["peak_bytes"] / GiB), fontsize=7, xytext=(4, 4), textcoords="offset points")
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+        written.append(finish(figure, file.with_stem(f"{file.stem}-{number + 1}") if len(found) > 1 else file))
+    return written
+
+
+def fraction_of_floor(rows: Sequence[Row], file: Path) -> Path:
+    rows = [row for row in rows if row["mode"] == "full" and "of_floor" in row and row["inputs"] == "peaked"]
+    figure, ax = axes("Fraction of the floor, loss and gradients", "floor measured in the same run / time", "")
+    names = [f"{problem(row)}: {row['contender']}" for row in rows]
+    figure.set_size_inches(8, 1.5 + 0.2 * len(rows))
+    ax.barh(names, [row["of_floor"] for row in rows], color=["C3" if ours(row) else "C0" for row in rows])
+    ax.axvline(1, color="black", linewidth=0.8)
+    ax.tick_params(axis="y", labelsize=7)
+    ax.invert_yaxis()
+    return finish(figure, file)
+
+
+def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
+    """Per case and head with several numbers of tokens: peaks above inputs, with both gradients."""
+    found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if row["mode"] in ("full", "memory") and "peak_bytes" in row and row["status"] in ("ok", "interrupted"):
+            lines = found.setdefault((row["case"], row["shape"], row["dtype"]), {})
+            lines.setdefault(row["contender"], {})[row["tokens"]] = row["peak_bytes"] / GiB
+    written = []
+    for (case, shape, dtype), lines in found.items():
+        if max(len(line) for line in lines.values()) < 2:
+            continue
+        figure, ax = axes(f"{case}, {shape}, {dtype}: loss and gradients", "tokens", "peak above inputs, GiB")
+        for name, line in lines.items():
+            tokens = sorted(line)
+            style = "-o" if name.startswith("fused_losses") else "--x"
+            ax.plot(tokens, [line[n] for n in tokens], style, label=name)
+        ax.legend(fontsize=8)
+        ax.set_xlim(left=0)
+        ax.set_ylim(bottom=0)
+        written.append(finish(figure, file.with_stem(f"{file.stem}-{case}-{shape}-{dtype}")))
+    return written
+
+
+def all_pictures(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    if not MATPLOTLIB:
+        print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
+        return []
+    written = []
+    for device in dict.fromkeys(result["device"] for result in results):
+        rows = [row for result in results if result["device"] == device for row in result["rows"]]
+        where = "gpu" if any("ms" in row for row in rows) else "cpu"
+        written += memory_against_tokens(rows, folder / f"memory-{where}.png")
+        written += frontier(rows, folder / f"frontier-{where}.png")
+        if any("of_floor" in row for row in rows):
+            written.append(fraction_of_floor(rows, folder / f"floor-{where}.png"))
+    return written

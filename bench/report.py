@@ -1,0 +1,194 @@
+"""Results as text: a row as table cells, whole files as Markdown, two files compared. Every figure comes out of the rows."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plot
+from .measure import Row
+
+MiB = 2**20
+COLUMNS = ("contender", "mode", "time", "rate", "of floor", "peak MiB", "loss error", "gradient error", "status")
+BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
+WAITING = "not measured yet"
+
+
+def spread(x: dict[str, float], digits: int = 3) -> str:
+    return f"{x['median']:.{digits}g} ({x['low']:.{digits}g}–{x['high']:.{digits}g})"
+
+
+def time_cell(row: Row) -> str:
+    """Milliseconds on a GPU, the ratio to eager on a CPU, with the middle half of the samples."""
+    if "ms" in row:
+        return f"{spread(row['ms'], 4)} ms"
+    return f"{spread(row['to_eager'])} of eager" if "to_eager" in row else ""
+
+
+def cells(row: Row) -> list[str]:
+    """One table row, as in ``COLUMNS``."""
+    errors = row.get("errors", {})
+    of_results = [error for name, error in errors.items() if not name.startswith("d_")]
+    of_gradients = [error for name, error in errors.items() if name.startswith("d_")]
+    rate = ""
+    if "tflops" in row:
+        rate = f"{row['gbps']:.0f} GB/s" if row["case"] == "cross_entropy" else f"{row['tflops']:.0f} TFLOP/s"
+    floor = [f"{row['of_floor']:.2f}"] if "of_floor" in row else []
+    if "parts" in row:
+        floor.append("/".join(f"{part['of_floor']:.2f}" for part in row["parts"].values() if "of_floor" in part))
+    return [
+        row["contender"],
+        row["mode"],
+        time_cell(row),
+        rate,
+        " = ".join(floor),
+        f"{row['peak_bytes'] / MiB:.1f}" if "peak_bytes" in row else "",
+        f"{max(of_results):.1e}" if of_results else "",
+        f"{max(of_gradients):.1e}" if of_gradients else "",
+        row["status"].upper() if row["status"] in ("failed", "oom", "error") else row["status"],
+    ]
+
+
+def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
+    """Result files, and those of folders.
+
+    Raises:
+        ValueError: there are none, or one is not a result of ``fused-losses bench``.
+    """
+    files = [file for path in paths for file in (sorted(path.glob("**/*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"no JSON files in {', '.join(map(str, paths))}")
+    found = []
+    for file in files:
+        try:
+            result = json.loads(file.read_text())
+            result["rows"], result["device"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            raise ValueError(f"{file} is not a result of fused-losses bench") from None
+        found.append(result | {"file": file})
+    return found
+
+
+def groups(rows: Sequence[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """Rows of one table: the same case on the same problem."""
+    found: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in ("case", "shape", "vocab", "hidden", "tokens", "dtype", "inputs"))
+        found.setdefault(key, []).append(row)
+    return found
+
+
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def heading(result: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    commit = (result["commit"] or "unknown commit")[:12] + (" with changes" if result.get("modified") else "")
+    unfinished = "" if result["complete"] else " (not complete)"
+    return (
+        f"{result['device']}; {versions}; commit {commit}, {result['date'][:10]}{unfinished}. "
+        f"`{result['command']}`" + (f" Clocks, power, temperature: {result['clocks']}." if result.get("clocks") else "")
+    )
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """One line per problem: eager, the fastest and the smallest of ours, and the best peer in each."""
+    lines = []
+    for result in results:
+        for key, rows in groups(result["rows"]).items():
+            case, shape, vocab, hidden, tokens, dtype, inputs = key
+            full = [row for row in rows if row["mode"] in ("full", "memory") and row["status"] == "ok"]
+            eager = next((row for row in full if row["contender"] == "eager"), None)
+            ours = [row for row in full if row["contender"].startswith("fused_losses")]
+            peers = [row for row in full if row not in ours and row is not eager]
+            if not ours or inputs == "random" and any((*key[:-1], "peaked") == other for other in groups(result["rows"])):
+                continue
+            timed = [row for row in ours if "to_eager" in row or "ms" in row]
+            fastest = min(timed, key=speed) if timed else None
+            smallest = min(ours, key=lambda row: row["peak_bytes"])
+            rival = min((row for row in peers if speed(row) < math.inf), key=speed, default=None)
+            lines.append(
+                [
+                    f"{case}, {shape}, {tokens} tokens, {dtype}",
+                    result["device"],
+                    time_cell(fastest) if fastest else "",
+                    f"{fastest['of_floor']:.2f}" if fastest and "of_floor" in fastest else "",
+                    f"{(fastest or smallest)['peak_bytes'] / MiB:.0f}",
+                    f"{smallest['peak_bytes'] / MiB:.0f}",
+                    f"{eager['peak_bytes'] / MiB:.0f}" if eager else "out of memory",
+                    f"{rival['contender']}: {time_cell(rival)}, {rival['peak_bytes'] / MiB:.0f} MiB" if rival else "",
+                ]
+            )
+    columns = ("loss and gradients", "device", "time", "of floor", "peak MiB", "least MiB", "eager MiB", "fastest peer")
+    text = markdown_table(columns, lines)
+    if not any("clocks" in result for result in results):
+        text += f"\n\nOn a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
+    return text
+
+
+def speed(row: Row) -> float:
+    if "ms" in row:
+        return row["ms"]["median"]
+    return row["to_eager"]["median"] if "to_eager" in row else math.inf
+
+
+def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[Path]:
+    """Write ``report.md`` and its pictures; returns the files written."""
+    results = load(paths)
+    out = out or (paths[0] if paths[0].is_dir() else paths[0].parent)
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = plot.all_pictures(results, out)
+    parts = ["# Results", summary(results)]
+    parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
+    for result in results:
+        parts += [f"## {result['file'].stem}", heading(result)]
+        for key, rows in groups(result["rows"]).items():
+            case, shape, vocab, hidden, tokens, dtype, inputs = key
+            parts.append(f"### {case}: {shape} (V {vocab}, H {hidden}), {tokens} tokens, {dtype}, {inputs} inputs")
+            parts.append(markdown_table(COLUMNS, [cells(row) for row in rows if row["status"] != "skipped"]))
+            reasons = [f"{row['contender']}: {row['status']}, {row['reason']}" for row in rows if "reason" in row]
+            if reasons:
+                parts.append("\n".join(f"- {reason}" for reason in dict.fromkeys(reasons)))
+    (out / "report.md").write_text("\n\n".join(parts) + "\n")
+    written = [out / "report.md", *pictures]
+    if into is not None:
+        text = into.read_text()
+        if BEGIN not in text or END not in text:
+            raise ValueError(f"{into} has no lines {BEGIN} and {END} to write between")
+        before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
+        into.write_text(f"{before}\n{summary(results)}\n{after}")
+        written.append(into)
+    return written
+
+
+def compare(before: Path, after: Path, threshold: float) -> tuple[list[list[str]], list[bool]]:
+    """Rows of both files side by side, and which of them grew in time or memory by more than ``threshold``, or broke.
+
+    Times of a GPU are compared as they are, those of a CPU as ratios to eager.
+    """
+    old, new = ({row_key(row): row for row in load([path])[0]["rows"]} for path in (before, after))
+    table, worse = [], []
+    for key, a in old.items():
+        b = new.get(key)
+        if b is None or a["status"] != "ok":
+            continue
+        changes = []
+        for measure_of in (speed, lambda row: row.get("peak_bytes", math.inf)):
+            x, y = measure_of(a), measure_of(b)
+            changes.append(y / x - 1 if 0 < x < math.inf and y < math.inf else 0.0)
+        regressed = b["status"] != "ok" or max(changes) > threshold
+        status = b["status"] if b["status"] != "ok" else "worse" if regressed else "ok"
+        table.append([", ".join(map(str, key)), *(f"{change:+.1%}" for change in changes), status])
+        worse.append(regressed)
+    if not table:
+        raise ValueError(f"{before} and {after} have no rows in common")
+    return table, worse
+
+
+def row_key(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("case", "shape", "tokens", "dtype", "inputs", "mode", "contender"))
