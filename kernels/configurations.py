@@ -70,6 +70,11 @@ def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool) -> 
     return (1, 2048, 4) if dtype == torch.float32 else (1, 4096, 4)
 
 
+def divergence_rows_config() -> tuple[int, int, int]:
+    """``BLOCK_V, VEC, num_warps``: 16 bytes of either row per lane, since about ten numbers per logit are alive at once."""
+    return 1024, 4, 8
+
+
 def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statistics: bool) -> MatrixTile:
     """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
 
@@ -83,7 +88,7 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
     """
     splits = {"interpreter": 3, "sm_90": 33, "sm_100": 37, "sm_80": 27, "gfx942": 38}[arch]
     if arch == "interpreter":
-        return MatrixTile(16, 32, 16, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
+        return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
     block_v = 64 if all_statistics else 128
     if arch == "gfx942":
         return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
@@ -94,18 +99,18 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
     return MatrixTile(128, 256, 64, 8, 3 if low_rank else 4, parts=4, splits=splits)
 
 
-def linear_softmax_d_logits_config(arch: str, tma: bool, low_rank: bool) -> MatrixTile:
+def linear_softmax_d_logits_config(arch: str, tma: bool, low_rank: bool, softcap: bool) -> MatrixTile:
     """The recomputed tile, chosen as the streaming one is.
 
-    With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. The low-rank product halves the
-    tile where it would spill (8 bytes and more on sm_80, 156 on gfx942) or not fit tensor memory (sm_100).
+    With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. The tile is half as wide where the
+    low-rank product or the softcap would spill (16 bytes on sm_80, 104 to 156 on gfx942) or not fit tensor memory (sm_100).
     """
     if arch == "interpreter":
-        return MatrixTile(16, 32, 16, 4, 2, parts=2 if tma else 1, group_n=2)
+        return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2)
     if arch == "gfx942":
-        return MatrixTile(128, 64 if low_rank else 128, 64, 8, 2)
+        return MatrixTile(128, 64 if low_rank or softcap else 128, 64, 8, 2)
     if not tma:
-        return MatrixTile(128, 64 if low_rank else 128, 32, 8, 4)
+        return MatrixTile(128, 64 if low_rank or softcap else 128, 32, 8, 4)
     block_v = 128 if arch == "sm_100" and low_rank else 256
     return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64)
 
@@ -113,6 +118,7 @@ def linear_softmax_d_logits_config(arch: str, tma: bool, low_rank: bool) -> Matr
 def shipped(arch: str) -> Iterator[Shipped]:
     """Every configuration for ``arch``: one of sm_80, sm_90, sm_100, gfx942."""
     yield from _linear_softmax(arch)
+    yield from _divergence_rows()
 
 
 def _linear_softmax(arch: str) -> Iterator[Shipped]:
@@ -179,7 +185,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
                 tile.num_stages,
                 matrix=True,
             )
-            tile = linear_softmax_d_logits_config(arch, tma, low_rank)
+            tile = linear_softmax_d_logits_config(arch, tma, low_rank, softcap=options)
             used = ("ac", "abc", "abecd")[level]
             yield Shipped(
                 f"linear_softmax_d_logits {used}, {label}",
@@ -201,16 +207,72 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
     tile = linear_softmax_fwd_config(arch, False, False, False)
     scalars = {"N": "i32", "V": "i32:16", "K": "i32", "HAS_IDS": True, "ENTROPY": True}
     sizes = {"SPLITS": tile.splits, "BLOCK_SPLITS": 1 << (tile.splits - 1).bit_length(), "BLOCK_N": 64}
-    floats = ("partials", "split_weight", "log_probs", "entropy", "log_sum_sq_probs", "sum_log_probs", "max_logit")
+    floats = ("partials", "split_weight", "log_probs", "entropy", "log_sum_sq_probs", "max_logit")
     for everything in (False, True):
         yield Shipped(
             f"linear_softmax combine, {'all' if everything else 'entropy'}",
             module._combine_splits_kernel,
             {f"{name}_ptr": "*fp32:16" for name in floats}
-            | {"ids_ptr": "*i64:16", "logsumexp_ptr": "*fp64:16", "is_top1_ptr": "*i1:16"}
+            | {
+                "ids_ptr": "*i64:16",
+                "logsumexp_ptr": "*fp64:16",
+                "sum_log_probs_ptr": "*fp64:16",
+                "is_top1_ptr": "*i1:16",
+            }
             | dict.fromkeys(("LOG_SUM_SQ_PROBS", "SUM_LOG_PROBS", "MAX_LOGIT", "IS_TOP1"), everything)
             | scalars
             | sizes,
             num_warps=4,
             num_stages=3,
         )
+
+
+def _divergence_rows() -> Iterator[Shipped]:
+    import triton.language as tl
+
+    from . import divergence_rows as module  # which reads its configurations from this file
+
+    BLOCK_V, VEC, num_warps = divergence_rows_config()
+    optional = dict.fromkeys(("student_temperature_ptr", "teacher_temperature_ptr", "hard_ptr", "nll_ptr"), "*fp32:16")
+    flags = ("HARD", "TEMPERATURE", "STUDENT_TEMPERATURE", "TEACHER_TEMPERATURE", "STUDENT_SOFTCAP", "TEACHER_SOFTCAP")
+    for kind in ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd", "cross_entropy"):
+        for gradients in ("student", "both") if kind == "jsd" else ("both",):  # jsd is the one with most to hold
+            everything = gradients == "both"
+            d_student, d_teacher = gradients != "none", gradients == "both"
+            strides = {
+                f"{x}_stride_{dim}": 1 if dim == "v" else "i32:16" if dim == "b" else 0
+                for x in ("student", "teacher", "d_student", "d_teacher")
+                for dim in "bvs"
+            }
+            yield Shipped(
+                f"divergence_rows {kind}, gradients of {gradients}{', every option' if everything else ''}",
+                module._divergence_rows_kernel,
+                strides
+                | (optional if everything else dict.fromkeys(optional))
+                | dict(
+                    student_ptr="*fp32:16",
+                    teacher_ptr="*fp32:16",
+                    ids_ptr="*i64:16",
+                    soft_ptr="*fp32:16" if d_student else None,
+                    divergence_ptr="*fp32:16",
+                    d_student_ptr="*bf16:16" if d_student else None,
+                    d_teacher_ptr="*bf16:16" if d_teacher else None,
+                    V="i32:16",
+                    S=1,
+                    temperature="fp32",
+                    beta="fp32",
+                    student_scale="fp32",
+                    student_softcap="fp32",
+                    teacher_scale="fp32",
+                    teacher_softcap="fp32",
+                    KIND=tl.constexpr(kind),  # a bare string would be a type
+                    HAS_IDS=True,
+                    **{f"HAS_{flag}": everything for flag in flags},
+                    D_STUDENT=d_student,
+                    D_TEACHER=d_teacher,
+                    BLOCK_V=BLOCK_V,
+                    VEC=VEC,
+                ),
+                num_warps=num_warps,
+                num_stages=3,
+            )

@@ -12,18 +12,17 @@ How it is meant to be fast (reasoned from the machine code for sm_90; no speed i
 of 64 keeps wgmma at 80 bytes of shared memory per clock, below the 128 there are. The loop over vocabulary tiles and
 the loop over K are one loop, so that the copy engine is two or three stages into the next tile before the epilogue
 starts: the epilogue costs its own instructions and no drained pipeline. Per logit those are one exponential (16 a
-clock, the bottleneck: 2 100 clocks a tile), two fused multiply-adds, a maximum and an addition, which hide behind it,
-as the entropy's two do: about 3 % of the tile's matrix time at H 4096, 6 % at 2048. A row's maximum and sums stay
-within four lanes (two shuffles). The mask of the columns is the addend of the multiplication by scale/temperature. The
-logit at an id is looked for only in tiles that hold an id of their rows, and is written by the one tile that has it.
-Programs run side by side over GROUP_N row tiles × neighbouring splits, so hidden stays in L2 while the weight streams
-through it once per group.
+clock, the bottleneck: 2 050 clocks a tile) and five cheap instructions (scale and mask in one, maximum, difference, the
+exponential's base, sum), which hide behind it, as most of the entropy's two do: about 3 % of the tile's matrix time at
+H 4096, 6 % at 2048. A row's maximum and sums stay within four lanes (two shuffles). The logit at an id is looked for
+only in tiles that hold an id of their rows, and is written by the one tile that has it. Programs run side by side over
+GROUP_N row tiles × neighbouring splits, so hidden stays in L2 while the weight streams through it once per group.
 
 The same bits whatever else is in the batch: a row's splits of the vocabulary, their tiles and the order of every sum
-depend on V, H and the device alone; nothing is added atomically. Exponents are taken about ``m2 = fl(max·log₂e)`` of
-the running maximum, and where the splits meet ``logsumexp = m2/log₂e + log s`` in float64, so a constant added to a row
-costs no accuracy; a ``logp`` above 0 by rounding (1e-7) is cut. ``FLOOR`` stands for the maximum of nothing; columns
-beyond V and true −inf logits are −inf and meet only finite maxima.
+depend on V, H and the device alone; nothing is added atomically. Everything is kept relative to the running maximum, so
+that a constant added to a row costs no accuracy and ``logp = (z_y − max) − log s ≤ 0`` by construction: the maximum's
+own term in ``s`` is exactly 1, and nothing rests on the compiler fusing a multiplication with an addition. ``FLOOR``
+stands for the maximum of nothing; columns beyond V and true −inf logits are −inf and meet only finite maxima.
 """
 
 import torch
@@ -36,10 +35,6 @@ from ..settings import triton_interpreted
 from .configurations import architecture, linear_softmax_d_logits_config, linear_softmax_fwd_config, programs
 
 FLOOR = tl.constexpr(-1e30)
-LOG2E = tl.constexpr(
-    1.44269502162933349609375
-)  # log₂e rounded to fp32, so that float64 divides by what fp32 multiplied with
-LN2 = tl.constexpr(0.6931471805599453)
 SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full waves of 132 programs
 
@@ -180,7 +175,7 @@ def _linear_softmax_fwd_kernel(
             factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
         largest = tl.full((BLOCK_N,), FLOOR, tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
-        total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ 2^shifted·shifted, shifted = log₂e·(z − largest)
+        total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(shifted)·shifted, shifted = z − largest
         total_sq = tl.zeros((BLOCK_N,), tl.float32)
         weighted = tl.zeros((BLOCK_N,), tl.float32)  # Σ u·shifted
         weight_seen = 0.0
@@ -221,10 +216,10 @@ def _linear_softmax_fwd_kernel(
                                 tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
-                    shifted = z * LOG2E - (now * LOG2E)[:, None]
-                    e = tl.exp2(shifted)
-                    moved = largest * LOG2E - now * LOG2E
-                    rescale = tl.exp2(moved)
+                    shifted = z - now[:, None]
+                    e = tl.exp(shifted)
+                    moved = largest - now
+                    rescale = tl.exp(moved)
                     if ENTROPY:
                         # The maximum keeps 0·(−inf) out; a nan it drops is in total already.
                         e_shifted = tl.sum(e * tl.maximum(shifted, FLOOR), 1)
@@ -267,7 +262,7 @@ def _combine_splits_kernel(
     logsumexp_ptr,  # (N,) float64
     entropy_ptr,  # (N,)
     log_sum_sq_probs_ptr,  # (N,)
-    sum_log_probs_ptr,  # (N,)
+    sum_log_probs_ptr,  # (N,) float64
     max_logit_ptr,  # (N,)
     is_top1_ptr,  # (N,) bool
     N,
@@ -294,34 +289,33 @@ def _combine_splits_kernel(
     split_largest = tl.load(partial, mask=here, other=FLOOR)
     split_total = tl.load(partial + SPLITS * N, mask=here, other=0.0)
     largest = tl.max(split_largest, 0)
-    moved = split_largest * LOG2E - (largest * LOG2E)[None, :]
-    rescale = tl.exp2(moved)
+    moved = split_largest - largest[None, :]
+    rescale = tl.exp(moved)
     total = tl.sum(rescale * split_total, 0)
     log_total = tl.log(total.to(tl.float64))
-    logsumexp = (largest * LOG2E).to(tl.float64) / LOG2E + log_total
+    logsumexp = largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + n, tl.where(skipped, 0.0, logsumexp), mask=inside)
     if HAS_IDS:
         for k in range(K):
             at = n.to(tl.int64) * K + k
             y = tl.load(ids_ptr + at, mask=inside, other=-1)
             z_y = tl.load(log_probs_ptr + at, mask=inside, other=0.0)
-            log_prob = z_y.to(tl.float64) - logsumexp
-            log_prob = tl.where((log_prob > 0) | (y < 0) | (y >= V), 0.0, log_prob)
-            tl.store(log_probs_ptr + at, log_prob.to(tl.float32), mask=inside)
+            log_prob = tl.where((y >= 0) & (y < V), (z_y - largest) - log_total.to(tl.float32), 0.0)
+            tl.store(log_probs_ptr + at, log_prob, mask=inside)
     if ENTROPY:
         shifted = tl.load(partial + 2 * SPLITS * N, mask=here, other=0.0)
         mean_shifted = tl.sum(rescale * (shifted + moved * split_total), 0) / total
-        entropy = log_total.to(tl.float32) - LN2 * mean_shifted
+        entropy = log_total.to(tl.float32) - mean_shifted
         tl.store(entropy_ptr + n, tl.where(skipped, 0.0, entropy), mask=inside)
     if LOG_SUM_SQ_PROBS:
         total_sq = tl.sum(rescale * rescale * tl.load(partial + 3 * SPLITS * N, mask=here, other=0.0), 0)
         log_sum_sq = tl.log(total_sq) - 2 * log_total.to(tl.float32)
         tl.store(log_sum_sq_probs_ptr + n, tl.where(skipped, 0.0, log_sum_sq), mask=inside)
     if SUM_LOG_PROBS:
-        split_weight = tl.load(split_weight_ptr + split, mask=split < SPLITS, other=0.0)
-        weighted = tl.load(partial + 4 * SPLITS * N, mask=here, other=0.0)
-        weighted += tl.where(split_weight == 0, 0.0, moved * split_weight)
-        row_weighted = LN2 * tl.sum(weighted, 0) - log_total.to(tl.float32) * tl.sum(split_weight)
+        split_weight = tl.load(split_weight_ptr + split, mask=split < SPLITS, other=0.0).to(tl.float64)
+        weighted = tl.load(partial + 4 * SPLITS * N, mask=here, other=0.0).to(tl.float64)
+        weighted += tl.where(split_weight == 0, 0.0, moved.to(tl.float64) * split_weight)
+        row_weighted = tl.sum(weighted, 0) - log_total * tl.sum(split_weight)
         tl.store(sum_log_probs_ptr + n, tl.where(skipped, 0.0, row_weighted), mask=inside)
     if MAX_LOGIT:
         max_logit = tl.where(largest == FLOOR, float("-inf"), largest)
@@ -568,11 +562,11 @@ def _linear_softmax_d_logits_kernel(
                 factor = factor * softcap
             else:
                 factor = slope
-            # log₂p = (z·log₂e − hi) + lo, lo folded into what is one number per row: float64 once per row and tile.
-            log2_sum = tl.load(logsumexp_ptr + n, mask=inside, other=0.0) * LOG2E
-            hi = log2_sum.to(tl.float32)
-            lo = (hi.to(tl.float64) - log2_sum).to(tl.float32)
-            p_unit = tl.exp2(lo)
+            # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
+            logsumexp = tl.load(logsumexp_ptr + n, mask=inside, other=0.0)
+            hi = logsumexp.to(tl.float32)
+            lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
+            p_unit = tl.exp(lo)
             a = tl.zeros((BLOCK_N,), tl.float32)
             b = tl.zeros((BLOCK_N,), tl.float32)
             e = tl.zeros((BLOCK_N,), tl.float32)
@@ -580,7 +574,7 @@ def _linear_softmax_d_logits_kernel(
             if HAS_A:
                 a = tl.load(a_ptr + n, mask=inside, other=0.0) * p_unit * slope
             if HAS_B:
-                b = tl.load(b_ptr + n, mask=inside, other=0.0) * LN2 * p_unit * slope
+                b = tl.load(b_ptr + n, mask=inside, other=0.0) * p_unit * slope
                 a += b * lo
             if HAS_E:
                 e = tl.load(e_ptr + n, mask=inside, other=0.0) * p_unit * p_unit * slope
@@ -591,11 +585,11 @@ def _linear_softmax_d_logits_kernel(
                 active = inside & ~_rows_skipped(ids_ptr, n, inside, K)
             for part in tl.static_range(PARTS):
                 v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
-                log2_p = x * factor[:, None] * LOG2E - hi[:, None]
-                p = tl.exp2(log2_p)
+                logp = x * factor[:, None] - hi[:, None]
+                p = tl.exp(logp)
                 bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
                 if HAS_B:
-                    bracket += b[:, None] * tl.maximum(log2_p, FLOOR)
+                    bracket += b[:, None] * tl.maximum(logp, FLOOR)
                 if HAS_E:
                     bracket += e[:, None] * p
                 dx = p * bracket
@@ -658,7 +652,7 @@ def linear_softmax_d_logits(
     ids, c = (None if x is None else x.contiguous() for x in (ids, c))
     arch = architecture(hidden.device)
     tma = _tma_fits(arch, hidden, weight, low_rank_u, low_rank_b, out)
-    config = linear_softmax_d_logits_config(arch, tma, low_rank is not None)
+    config = linear_softmax_d_logits_config(arch, tma, low_rank is not None, softcap is not None)
     tiles = triton.cdiv(N, config.block_n) * triton.cdiv(V, config.block_v)
     _linear_softmax_d_logits_kernel[(min(tiles, programs(hidden.device)) if tma else tiles,)](
         _operand(hidden, (config.block_n, config.block_k), tma),
