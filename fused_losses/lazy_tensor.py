@@ -217,7 +217,6 @@ def _report(name: str, x: LazyTensor) -> None:
     _warn_once(name, message)
 
 
-@torch._dynamo.assume_constant_result
 def _warn_once(name: str, message: str) -> None:
     """Warn at the first frame outside this package and PyTorch, once for each line and operation."""
     frame: Any = sys._getframe()
@@ -227,6 +226,10 @@ def _warn_once(name: str, message: str) -> None:
     if site not in _WARNED:
         _WARNED.add(site)
         warnings.warn_explicit(message, UserWarning, *site[:2])
+
+
+# While a function is compiled, warn then. As torch.compiler.assume_constant_result, which would import the compiler.
+_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Metadata

@@ -36,7 +36,7 @@ def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
     if -1 in new:
         rest = math.prod([s for s in new if s != -1])
         new[new.index(-1)] = numel(x) // rest if rest else -1
-    if math.prod(new) != numel(x) or min(new, default=0) < 0:
+    if math.prod(new) != numel(x) or any([s < 0 for s in new]):  # noqa: C419  Dynamo traces no generators
         raise RuntimeError(f"shape '{list(_sizes(shape))}' is invalid for {type(x).__name__} {tuple(x.shape)}")
     before, after = math.prod(x.shape[: x.vocab_dim]), math.prod(x.shape[x.vocab_dim + 1 :])
     V = x.shape[x.vocab_dim]

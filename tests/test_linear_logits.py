@@ -669,7 +669,8 @@ def test_compiled_code_that_materialises_is_right():
     with pytest.warns(UserWarning, match="materialises") as caught:
         found = torch.compile(fn, fullgraph=True, backend="aot_eager")(tensors["hidden"], tensors["weight"])
     torch.testing.assert_close(found, (eager**2).sum() + eager.mean() + eager.std())
-    assert [str(w.message).split()[0] for w in caught] == ["__pow__", "cat", "std"]
+    messages = [str(w.message) for w in caught if "materialises" in str(w.message)]
+    assert [m.split()[0] for m in messages] == ["__pow__", "cat", "std"]
 
 
 def test_checkpointing_without_reentry_works_and_with_it_raises():
@@ -953,13 +954,17 @@ def test_zero3_parameters_are_gathered(monkeypatch, frozen):
     fake = types.SimpleNamespace(zero=types.SimpleNamespace(GatheredParameters=GatheredParameters))
     monkeypatch.setitem(sys.modules, "deepspeed", fake)
     hidden = torch.randn(B, S, H, requires_grad=not frozen)
+    if not frozen:
+        hidden = hidden * 1.0
+        hidden.retain_grad()
+        hidden.grad_fn.register_prehook(lambda _: log.append("below"))
     logits = LinearLogits(hidden, module.weight, module=module)
     module.weight.data = torch.empty(0)
     assert logits.shape == (B, S, V)
     loss = F.log_softmax(logits, -1).gather(-1, FEW).sum()
     assert log == ["gather", "partition"]
     loss.backward()
-    assert log == ["gather", "partition"] * 2
+    assert log == ["gather", "partition"] * 2 + ["below"] * (not frozen)  # partitioned as soon as its gradient stands
     weight, same = whole.requires_grad_(), hidden.detach().requires_grad_()
     F.log_softmax(same @ weight.T, -1).gather(-1, FEW).sum().backward()
     if not frozen:
