@@ -18,14 +18,14 @@ from .. import settings
 from ..planning import plan
 from . import shapes
 from .console import Progress, show_table
-from .environment import environment, folder_name
+from .environment import environment
 from .measure import MODES, Row, measure
 from .peers import PEERS
 from .problem import Contender, Problem
 from .report import COLUMNS, cells, compare, report
 from .shapes import Shape
 
-CASES = ("cross_entropy", "linear_cross_entropy", "token_statistics")
+CASES = ("cross_entropy", "linear_cross_entropy", "token_statistics", "divergence", "dpo", "grpo")
 DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -36,7 +36,7 @@ DTYPES = {
 }
 DISTRIBUTIONS = ("random", "peaked")
 # Real heads, small enough for two cores; on a GPU the three of the published comparisons.
-CPU_SHAPES, CPU_TOKENS, QUICK_TOKENS = "gpt2", 1024, 256
+CPU_SHAPES, CPU_TOKENS, QUICK_TOKENS = "smollm2-135m", 1024, 128
 GPU_SHAPES = "llama3-8b,gemma2-2b,qwen3-1.7b"
 
 
@@ -65,7 +65,9 @@ def parser() -> argparse.ArgumentParser:
     sub = command("bench", run_bench, "check and time ours, eager PyTorch and every peer installed, with the floor")
     sub.add_argument("case", nargs="+", choices=[*CASES, "all"], metavar="CASE", help=", ".join([*CASES, "all"]))
     head_arguments(sub)
-    sub.add_argument("--dtype", help="bfloat16, float16, float32, several with commas; default bfloat16, on a CPU float32")
+    sub.add_argument(
+        "--dtype", help="bfloat16, float16, float32, several with commas; default bfloat16, on a CPU float32"
+    )
     sub.add_argument("--mode", default="forward,full", help=f"of {', '.join(MODES)}; memory is full without timing")
     sub.add_argument("--inputs", default="random,peaked", help=", ".join(DISTRIBUTIONS))
     sub.add_argument("--peers", default="all", help="all, none, or names with commas")
@@ -270,7 +272,9 @@ def run_plan(args: argparse.Namespace, argv: list[str]) -> int:
             )
             print(f"{'shape':<22}{shape.name}\n{found}")
             if args.tflops:
-                print(f"{'time':<22}{found.flops / args.tflops / 1e9:.1f} ms for its products at {args.tflops:g} TFLOP/s")
+                print(
+                    f"{'time':<22}{found.flops / args.tflops / 1e9:.1f} ms for its products at {args.tflops:g} TFLOP/s"
+                )
             else:
                 print(f"{'time':<22}give --tflops, the rate of the device's products in this dtype")
         if budget is not None:

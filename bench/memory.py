@@ -6,11 +6,16 @@ what is allocated inside custom operators. On CUDA the caching allocator counts.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # the profiler's library writes a line to stderr for each start and stop
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .problem import Contender, Inputs
+from .problem import Inputs
 
 Call = Callable[[Inputs], Any]
 
@@ -59,9 +59,7 @@ def liger_linear_cross_entropy(chunks_of: int = 1) -> Call:
     """``chunks_of``: how many times the bytes of the hidden states a chunk of logits may take; 1 is Liger's default."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return lambda x: liger_fused_linear_cross_entropy(
-        x["hidden"], x["weight"], x["target"], chunk_mem_const=chunks_of
-    )
+    return lambda x: liger_fused_linear_cross_entropy(x["hidden"], x["weight"], x["target"], chunk_mem_const=chunks_of)
 
 
 def cut_cross_entropy(filter_eps: str | None = "high") -> Call:
@@ -92,6 +90,72 @@ def trl_token_statistics() -> Call:
     return call
 
 
+def liger_divergence() -> Call:
+    from liger_kernel.transformers.functional import liger_fused_linear_jsd
+
+    return lambda x: liger_fused_linear_jsd(
+        x["hidden"], x["weight"], x["teacher_hidden"], x["teacher_weight"], jsd_beta=0.0
+    )
+
+
+def fla_divergence() -> Call:
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+
+    return lambda x: fused_kl_div_loss(x["hidden"], x["teacher_hidden"], x["weight"], x["teacher_weight"])
+
+
+def trl_divergence() -> Call:
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    def call(x: Inputs) -> Any:
+        teacher = (x["teacher_hidden"], x["teacher_weight"], None)
+        return ChunkedDivergenceFunction.apply(x["hidden"], x["weight"], None, *teacher, 0.0)[0].mean()
+
+    return call
+
+
+def liger_dpo() -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss = LigerFusedLinearDPOLoss(beta=0.1)
+
+    def call(x: Inputs) -> Any:
+        # Liger wants all chosen answers first: (B, 2, S, …) -> (2B, S, …).
+        hidden, reference, target = (
+            x[n].transpose(0, 1).flatten(0, 1) for n in ("hidden", "reference_hidden", "target")
+        )
+        return loss(x["weight"], hidden, target, ref_input=reference, ref_weight=x["weight"].detach())[0]
+
+    return call
+
+
+def liger_grpo() -> Call:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, epsilon_low=0.2, epsilon_high=0.28, loss_type="dapo")
+
+    def call(x: Inputs) -> Any:
+        mask = torch.ones_like(x["target"])
+        return loss(
+            x["hidden"], x["weight"], x["target"], mask, x["advantages"], old_per_token_logps=x["old_log_probs"]
+        )[0]
+
+    return call
+
+
+def trl_grpo() -> Call:
+    from trl.kernels import ChunkedLogProbFunction
+
+    from .grpo import loss
+
+    def call(x: Inputs) -> Any:
+        head = (x["hidden"].flatten(0, 1), x["weight"], None, x["target"].flatten())
+        log_probs = ChunkedLogProbFunction.apply(*head, 1.0, 32768, None, 1.0, ())[0]
+        return loss(log_probs.view_as(x["target"]), x)
+
+    return call
+
+
 PEERS: dict[str, tuple[Peer, ...]] = {
     "cross_entropy": (
         Peer("liger_kernel", liger_cross_entropy, destroys=("logits",)),
@@ -110,4 +174,11 @@ PEERS: dict[str, tuple[Peer, ...]] = {
         Peer("fla", fla_linear_cross_entropy),
     ),
     "token_statistics": (Peer("trl", trl_token_statistics, gpu=False),),
+    "divergence": (
+        Peer("liger_kernel", liger_divergence),
+        Peer("trl", trl_divergence, gpu=False),
+        Peer("fla", fla_divergence),
+    ),
+    "dpo": (Peer("liger_kernel", liger_dpo),),
+    "grpo": (Peer("liger_kernel", liger_grpo), Peer("trl", trl_grpo, gpu=False)),
 }

@@ -48,7 +48,12 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
     """Time against memory, one picture per problem (``file`` with a number where there are several); lower left is better."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if row["mode"] == "full" and row["status"] == "ok" and row["inputs"] == "peaked" and ("ms" in row or "to_eager" in row):
+        if (
+            row["mode"] == "full"
+            and row["status"] == "ok"
+            and row["inputs"] == "peaked"
+            and ("ms" in row or "to_eager" in row)
+        ):
             found.setdefault(problem(row), []).append(row)
     if not MATPLOTLIB:
         print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
@@ -60,7 +65,9 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
         for row in points:
             x = row["ms" if on_gpu else "to_eager"]["median"]
             ax.plot(x, row["peak_bytes"] / GiB, "o" if ours(row) else "x", color="C3" if ours(row) else "C0")
-            ax.annotate(row["contender"], (x, row["peak_bytes"] / GiB), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            ax.annotate(
+                row["contender"], (x, row["peak_bytes"] / GiB), fontsize=7, xytext=(4, 4), textcoords="offset points"
+            )
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
         written.append(finish(figure, file.with_stem(f"{file.stem}-{number + 1}") if len(found) > 1 else file))

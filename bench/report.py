@@ -101,12 +101,14 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     lines = []
     for result in results:
         for key, rows in groups(result["rows"]).items():
-            case, shape, vocab, hidden, tokens, dtype, inputs = key
+            case, shape, _, _, tokens, dtype, inputs = key
             full = [row for row in rows if row["mode"] in ("full", "memory") and row["status"] == "ok"]
             eager = next((row for row in full if row["contender"] == "eager"), None)
             ours = [row for row in full if row["contender"].startswith("fused_losses")]
             peers = [row for row in full if row not in ours and row is not eager]
-            if not ours or inputs == "random" and any((*key[:-1], "peaked") == other for other in groups(result["rows"])):
+            if not ours or (
+                inputs == "random" and any((*key[:-1], "peaked") == other for other in groups(result["rows"]))
+            ):
                 continue
             timed = [row for row in ours if "to_eager" in row or "ms" in row]
             fastest = min(timed, key=speed) if timed else None
@@ -127,7 +129,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     columns = ("loss and gradients", "device", "time", "of floor", "peak MiB", "least MiB", "eager MiB", "fastest peer")
     text = markdown_table(columns, lines)
     if not any("clocks" in result for result in results):
-        text += f"\n\nOn a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
+        text += (
+            f"\n\nOn a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
+        )
     return text
 
 

@@ -78,5 +78,7 @@ def interleave(runs: Sequence[Run], device: str, seconds: float) -> Iterator[dic
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:
     """Median and the middle half: spread without the outliers."""
-    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    low, median, high = (
+        torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    )
     return {"median": median, "low": low, "high": high}
