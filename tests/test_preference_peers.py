@@ -1,4 +1,4 @@
-"""The preference losses against TRL's own trainers' code, value and gradient, where TRL is installed."""
+"""The preference losses are what TRL 1.16 and OpenRLHF 0.11 compute, where those are installed: value and gradient."""
 
 import math
 from collections import defaultdict
@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_losses import preference
+from fused_losses import modules, preference
 
-trl = pytest.importorskip("trl")
+trl = pytest.importorskip("trl", reason="as is OpenRLHF, not part of the test extra")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 B, S = 4, 6
@@ -244,3 +244,12 @@ def test_orpo():
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, out.leaf)[0], their_grad)
     torch.testing.assert_close(ours_rest, [x.detach() for x in rest])
+
+
+@pytest.mark.parametrize("arguments", [(0.3,), (0.3, 0.2), (0.3, 0.0, True), (0.3, 0.2, True)])
+def test_openrlhf_dpo(arguments):
+    theirs = pytest.importorskip("openrlhf.models.loss").DPOLoss(*arguments)
+    leaves = (-torch.rand(4, B) * 9).requires_grad_()
+    outputs = modules.DPOLoss(*arguments)(*leaves), theirs(*leaves)
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, leaves)[0] for loss, *_ in outputs))
