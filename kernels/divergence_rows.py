@@ -10,10 +10,10 @@ per row:
 One program per row goes over it twice, three times with gradients: both maxima and sums; then the divergence and the mean
 slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``.
 
-Never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)``, ``r = log(a/b)``, which
-is the same since both rows sum to 1. Each term is ≥ 0 (it is clamped there against its rounding), it is a polynomial in r
-near 0, and an error in a row's logsumexp cancels to first order. ``t − s`` is ``max(t, s)·expm1(∓|d|)``, and ``log(t/m)``,
-``log(s/m)`` are ``log1p`` of ``expm1(−|d|)``, so that none of them is a difference of nearly equal numbers.
+Never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with ``r = log(a/b)``,
+the same number since both rows sum to 1. Each term is ≥ 0 (clamped there against its rounding), a polynomial in r near 0, and
+an error in a row's logsumexp cancels to first order. ``t − s`` is ``max(t, s)·expm1(∓|d|)``, and ``log(t/m)``, ``log(s/m)`` are
+``log1p`` of ``expm1(−|d|)``, so that none of them is a difference of nearly equal numbers.
 
 An entry that is −inf on both sides counts as equal; −inf on one side gives 0·(−inf) = 0, or an infinite KL where the other
 side has mass there, whose gradient in the row with the mass is then 0.
@@ -59,28 +59,28 @@ def _excess(a, b, r):
 
 @triton.jit
 def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
-    """Element by element: the term of the divergence, ``s·g`` and ``t·h``, each slope up to a constant of the row."""
+    """Element by element: the term of the divergence, and g and h, each up to a constant of the row and 0 at probability 0;
+    as ``s g`` or ``t h`` where :func:`_gradient` is told so."""
     d = tl.where((s == 0) & (t == 0), 0.0, log_t - log_s)
     w = _expm1_of_negative(-tl.abs(d))
     difference = tl.where(d > 0, -t, s) * w  # t − s
     if KIND == "forward_kl":
         value = _excess(t, s, d)
-        s_slope = -difference
-        t_slope = tl.where(t == 0, 0.0, t * d)
+        g = -difference
+        h = tl.where(t == 0, 0.0, d)
     if KIND == "reverse_kl":
         value = _excess(s, t, -d)
-        s_slope = tl.where(s == 0, 0.0, -s * d)
-        t_slope = difference
+        g = tl.where(s == 0, 0.0, -d)
+        h = difference
     if KIND == "cross_entropy":
         finite = log_s > float("-inf")
         value = tl.where(finite, -t * log_s, 0.0)
-        s_slope = tl.where(finite, -t, 0.0)
-        t_slope = value
+        g = tl.where(finite, -t, 0.0)
+        h = tl.where(finite & (t > 0), -log_s, 0.0)
     if KIND == "tvd":
         value = 0.5 * tl.abs(difference)
-        sign = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0))
-        s_slope = -s * sign
-        t_slope = t * sign
+        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0))
+        g = -h
     if KIND == "jsd" or KIND == "skewed_kl":
         m = beta * t + (1 - beta) * s
         larger = -_log1p_of_negative(tl.where(d > 0, 1 - beta, beta) * w)  # log of the larger of t and s, over m
@@ -88,14 +88,24 @@ def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
         s_over_m = tl.where(d > 0, larger - d, larger)
         if KIND == "jsd":
             value = beta * _excess(t, m, t_over_m) + (1 - beta) * _excess(s, m, s_over_m)
-            s_slope = tl.where(s == 0, 0.0, (1 - beta) * s * s_over_m)
-            t_slope = tl.where(t == 0, 0.0, beta * t * t_over_m)
+            g = tl.where(s == 0, 0.0, (1 - beta) * s_over_m)
+            h = tl.where(t == 0, 0.0, beta * t_over_m)
         else:
             value = _excess(t, m, t_over_m)
-            relative = tl.where(m == 0, 0.0, difference / m)
-            s_slope = -(1 - beta) * (1 - beta) * s * relative
-            t_slope = tl.where(t == 0, 0.0, t * (t_over_m - beta * (1 - beta) * relative))
-    return value, s_slope, t_slope
+            g = tl.where(s == 0, 0.0, (beta - 1) * (t / m))
+            h = tl.where(t == 0, 0.0, t_over_m - beta * (1 - beta) * (difference / m))
+    return value, g, h
+
+
+@triton.jit
+def _weighed(slope, p, WEIGHED: tl.constexpr):
+    return slope if WEIGHED else p * slope
+
+
+@triton.jit
+def _gradient(slope, p, mean, WEIGHED: tl.constexpr):
+    """``p_j (g_j − Σ p g)`` from g, or from ``p g``."""
+    return slope - p * mean if WEIGHED else p * (slope - mean)
 
 
 @triton.jit
@@ -136,9 +146,9 @@ def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _mean_slope(lanes):
-    """Of a row; 0 where it is infinite, and with it the divergence."""
+    """``Σ p g`` of a row, and whether it is infinite, as the divergence then is."""
     slope = tl.sum(lanes.to(tl.float64), 0).to(tl.float32)
-    return tl.where(tl.abs(slope) == float("inf"), 0.0, slope), tl.abs(slope) == float("inf")
+    return slope, tl.abs(slope) == float("inf")
 
 
 @triton.jit
@@ -188,6 +198,8 @@ def _divergence_rows_kernel(
     VEC: tl.constexpr,
 ):
     LANES: tl.constexpr = BLOCK_V // VEC
+    G_WEIGHED: tl.constexpr = KIND == "forward_kl" or KIND == "cross_entropy"
+    H_WEIGHED: tl.constexpr = KIND == "reverse_kl"
     row = tl.program_id(0).to(tl.int64)
     y = row
     if HAS_IDS:
@@ -245,12 +257,14 @@ def _divergence_rows_kernel(
         x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
         z = _final(x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE)
         log_t = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - t_max) - t_hi) - t_lo, float("-inf"))
-        value, s_slope, t_slope = _of_kind(tl.exp(log_s), tl.exp(log_t), log_s, log_t, beta, KIND)
+        s = tl.exp(log_s)
+        t = tl.exp(log_t)
+        value, g, h = _of_kind(s, t, log_s, log_t, beta, KIND)
         values += _folded(value, LANES, VEC)
         if D_STUDENT:
-            s_slopes += _folded(s_slope, LANES, VEC)
+            s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
         if D_TEACHER:
-            t_slopes += _folded(t_slope, LANES, VEC)
+            t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
     divergence = tl.sum(values.to(tl.float64), 0).to(tl.float32)
     tl.store(divergence_ptr + row, tl.where(active, divergence, 0.0))
     if HAS_HARD:
@@ -287,9 +301,9 @@ def _divergence_rows_kernel(
             log_t = ((_over(z_t, temperature, HAS_TEMPERATURE) - t_max) - t_hi) - t_lo
             s = tl.exp(log_s)
             t = tl.exp(log_t)
-            value, s_slope, t_slope = _of_kind(s, t, log_s, log_t, beta, KIND)
+            value, g, h = _of_kind(s, t, log_s, log_t, beta, KIND)
             if D_STUDENT:
-                dz = tl.where(s_infinite, 0.0, soft * (s_slope - s * s_mean))
+                dz = tl.where(s_infinite, 0.0, soft * _gradient(g, s, s_mean, G_WEIGHED))
                 if HAS_HARD:
                     p = s
                     if HAS_TEMPERATURE:
@@ -300,7 +314,7 @@ def _divergence_rows_kernel(
                 out = d_student_ptr + b * d_student_stride_b + at * d_student_stride_s + v * d_student_stride_v
                 tl.store(out, dx.to(d_student_ptr.dtype.element_ty), mask=inside)
             if D_TEACHER:
-                dz = tl.where(t_infinite, 0.0, soft * (t_slope - t * t_mean))
+                dz = tl.where(t_infinite, 0.0, soft * _gradient(h, t, t_mean, H_WEIGHED))
                 slope = final_logits_slope(x_t, teacher_scale, teacher_softcap, HAS_TEACHER_SOFTCAP)
                 dx = tl.where(active, dz * (slope / teacher_temperature), 0.0)
                 out = d_teacher_ptr + b * d_teacher_stride_b + at * d_teacher_stride_s + v * d_teacher_stride_v

@@ -10,6 +10,9 @@ from torch import Tensor
 from ..numerics import statistics_dtype, wide_dtype
 from .softmax_rows import FLOOR, row_chunks, transform
 
+G_WEIGHED = ("forward_kl", "cross_entropy")
+H_WEIGHED = ("reverse_kl",)
+
 
 def excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
     """``a r − a + b ≥ 0`` for ``b = a exp(−r)``."""
@@ -25,37 +28,33 @@ def excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 def of_kind(
     s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor, beta: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Element by element: the term of the divergence, ``s·g`` and ``t·h``, each slope up to a constant of the row."""
+    """Element by element: the term of the divergence, and g and h, each up to a constant of the row and 0 at probability 0;
+    ``s g`` instead of g for the kinds in ``G_WEIGHED``, ``t h`` instead of h for those in ``H_WEIGHED``."""
     d = (log_t - log_s).masked_fill_((s == 0) & (t == 0), 0)
     teacher_larger = d > 0
     w = d.abs().neg_().expm1_()
     difference = torch.where(teacher_larger, -t, s).mul_(w)  # t − s
     if kind == "forward_kl":
-        return excess(t, s, d), -difference, (t * d).masked_fill_(t == 0, 0)
+        return excess(t, s, d), -difference, d.masked_fill(t == 0, 0)
     if kind == "reverse_kl":
-        return excess(s, t, -d), -(s * d).masked_fill_(s == 0, 0), difference
+        return excess(s, t, -d), -d.masked_fill(s == 0, 0), difference
     if kind == "cross_entropy":
-        infinite = log_s == -math.inf
-        value = -(t * log_s).masked_fill_(infinite, 0)
-        return value, -t.masked_fill(infinite, 0), value
+        minus_log_s = -log_s.masked_fill(log_s == -math.inf, 0)
+        return t * minus_log_s, -t.masked_fill(log_s == -math.inf, 0), minus_log_s.masked_fill(t == 0, 0)
     if kind == "tvd":
-        sign = d.sign().mul_(0.5)
-        return difference.abs_().mul_(0.5), -s * sign, t * sign
+        h = d.sign().mul_(0.5)
+        return difference.abs_().mul_(0.5), -h, h
     m = beta * t + (1 - beta) * s
     larger = (
         torch.where(teacher_larger, (1 - beta) * w, beta * w).log1p_().neg_()
     )  # log of the larger of t and s, over m
     t_over_m = torch.where(teacher_larger, larger, d + larger)
     if kind == "skewed_kl":
-        relative = difference.div_(m).masked_fill_(m == 0, 0)
-        t_slope = t * (t_over_m - beta * (1 - beta) * relative)
-        return excess(t, m, t_over_m), -((1 - beta) ** 2) * s * relative, t_slope.masked_fill_(t == 0, 0)
+        h = (t_over_m - beta * (1 - beta) * difference.div_(m)).masked_fill_(t == 0, 0)
+        return excess(t, m, t_over_m), ((beta - 1) * (t / m)).masked_fill_(s == 0, 0), h
     s_over_m = torch.where(teacher_larger, larger - d, larger)
-    return (
-        beta * excess(t, m, t_over_m) + (1 - beta) * excess(s, m, s_over_m),
-        ((1 - beta) * s * s_over_m).masked_fill_(s == 0, 0),
-        (beta * t * t_over_m).masked_fill_(t == 0, 0),
-    )
+    value = beta * excess(t, m, t_over_m) + (1 - beta) * excess(s, m, s_over_m)
+    return value, s_over_m.mul_(1 - beta).masked_fill_(s == 0, 0), t_over_m.mul_(beta).masked_fill_(t == 0, 0)
 
 
 def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,9 +66,12 @@ def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return shifted.sub_(hi).sub_((log_total - hi).to(z.dtype)), largest, log_total
 
 
-def _gradient(slopes: Tensor, p: Tensor, soft: Tensor) -> Tensor:
-    mean = slopes.sum(-1, keepdim=True, dtype=wide_dtype(p.device)).to(p.dtype)
-    return (slopes - p * mean).mul_(soft).masked_fill_(mean.isinf(), 0)  # an infinite divergence has no slope there
+def _gradient(slope: Tensor, p: Tensor, soft: Tensor, weighed: bool) -> Tensor:
+    """``soft·p_j (g_j − Σ p g)`` from g, or from ``p g``."""
+    wide = wide_dtype(p.device)
+    mean = (slope if weighed else p * slope).sum(-1, keepdim=True, dtype=wide).to(p.dtype)
+    dz = slope - p * mean if weighed else p * (slope - mean)
+    return dz.mul_(soft).masked_fill_(mean.isinf(), 0)  # an infinite divergence has no slope there
 
 
 def divergence_rows(
@@ -112,7 +114,7 @@ def divergence_rows(
         log_t, _, _ = _log_softmax(z_t / temperature)
         del z_t
         s, t = log_s.exp(), log_t.exp()
-        value, s_slopes, t_slopes = of_kind(s, t, log_s, log_t, beta, kind)
+        value, g, h = of_kind(s, t, log_s, log_t, beta, kind)
         del log_s, log_t
         total = value.sum(-1, dtype=wide_dtype(student.device)).to(dtype)
         divergence[rows] = total if skip is None else total.masked_fill(skip[:, 0], 0)
@@ -127,7 +129,7 @@ def divergence_rows(
             nll[rows] = at_label.masked_fill(~inside, 0).squeeze(-1).to(dtype)
         if s_out is not None:
             assert soft is not None
-            dz = _gradient(s_slopes, s, soft[rows, None] / temperature)
+            dz = _gradient(g, s, soft[rows, None] / temperature, kind in G_WEIGHED)
             if hard is not None and ids is not None:
                 dz += hard[rows, None] * p
                 dz.scatter_add_(-1, y.clamp(0, V - 1), -hard[rows, None].masked_fill(~inside, 0))
@@ -135,6 +137,52 @@ def divergence_rows(
             s_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(s_out.shape))
         if t_out is not None:
             assert soft is not None
-            dz = _gradient(t_slopes, t, soft[rows, None] / temperature).mul_(t_slope)
+            dz = _gradient(h, t, soft[rows, None] / temperature, kind in H_WEIGHED).mul_(t_slope)
             t_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(t_out.shape))
     return divergence, nll
+
+
+def differentiable_rows(
+    z_student: Tensor,  # (n, V): final logits but for the temperature
+    z_teacher: Tensor,  # (n, V)
+    ids: Tensor | None,  # (n,)
+    *,
+    kind: str,
+    beta: float,
+    temperature: float,
+    labels: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The divergence and ``−log p`` as plain PyTorch, for any derivative."""
+    skip = None if ids is None else ids == -100
+    if skip is not None:
+        z_student, z_teacher = (z.masked_fill(skip[:, None], 0) for z in (z_student, z_teacher))
+    log_s, log_t = ((z / temperature).log_softmax(-1) for z in (z_student, z_teacher))
+    s, t = log_s.exp(), log_t.exp()
+
+    def finite(log_p: Tensor, p: Tensor) -> Tensor:
+        return log_p.masked_fill(p == 0, 0)
+
+    def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (p * (finite(log_p, p) - finite(log_q, p))).sum(-1)
+
+    if kind == "forward_kl":
+        value = kl(t, log_t, log_s)
+    elif kind == "reverse_kl":
+        value = kl(s, log_s, log_t)
+    elif kind == "cross_entropy":
+        value = -(t * log_s.masked_fill(log_s == -math.inf, 0)).sum(-1)
+    elif kind == "tvd":
+        value = 0.5 * (t - s).abs().sum(-1)
+    else:
+        m = beta * t + (1 - beta) * s
+        log_m = m.masked_fill(m == 0, 1).log()
+        value = kl(t, log_t, log_m)
+        if kind == "jsd":
+            value = beta * value + (1 - beta) * kl(s, log_s, log_m)
+    nll = None
+    if labels and ids is not None:
+        y = ids.clamp(0, z_student.shape[1] - 1)
+        nll = -z_student.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+    if skip is not None:
+        value, nll = value.masked_fill(skip, 0), None if nll is None else nll.masked_fill(skip, 0)
+    return value, nll

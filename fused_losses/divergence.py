@@ -1,0 +1,354 @@
+r"""How far a student's distribution over the vocabulary is from a teacher's: one number per token.
+
+With :math:`t` the teacher's and :math:`s` the student's probabilities and :math:`m = βt + (1-β)s`:
+
+=============== ================================================== ==============================================
+kind            value                                              what the student is pulled to
+=============== ================================================== ==============================================
+``forward_kl``  :math:`KL(t‖s) = \sum_j t_j \log(t_j/s_j)`         cover all that the teacher finds likely
+``reverse_kl``  :math:`KL(s‖t)`                                    say only what the teacher finds likely
+``jsd``         :math:`β\,KL(t‖m) + (1-β)\,KL(s‖m)`                in between; bounded
+``skewed_kl``   :math:`KL(t‖m)`                                    forward KL that stays finite where s is 0
+``tvd``         :math:`\tfrac12 \sum_j |t_j - s_j|`                the largest gap in the probability of an event
+=============== ================================================== ==============================================
+
+A divergence reads two sets of logits, each ``tokens × vocabulary``: the memory of distillation. Here both may be
+:class:`~fused_losses.linear_logits.LinearLogits`, each with its own hidden size and head, and neither is made whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import differentiable_gradients, transforms_active
+from .numerics import statistics_dtype
+from .routes import Head, check_head, kept_tokens, ready
+from .settings import Backend, Route, resolve_backend
+from .settings import route as route_setting
+from .two_heads import (
+    Divergence,
+    budget,
+    differentiable_two_heads,
+    divergence_module,
+    pack_options,
+    two_heads_loss,
+    two_heads_rows,
+)
+
+if TYPE_CHECKING:
+    from .linear_logits import LinearLogits
+
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd")
+
+
+# Two tensors of logits, read where they are.
+
+
+@torch.library.custom_op("fused_losses::divergence_rows", mutates_args=())
+def divergence_rows(
+    student: Tensor,  # (B, V, S), any strides
+    teacher: Tensor,  # (B, V', S), any strides
+    ids: Tensor | None,  # (N,) int64, N = B·S; −100: skipped
+    labels: bool,
+    kind: str,
+    beta: float,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``divergence (N,)`` and the student's ``−log p (N,)`` at ids, 0-dim without labels."""
+    found, nll = divergence_module(backend).divergence_rows(
+        student, teacher, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=labels
+    )
+    return found, found.new_zeros(()) if nll is None else nll
+
+
+@divergence_rows.register_fake
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    labels: bool,
+    kind: str,
+    beta: float,
+    temperature: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    found = student.new_empty(student.shape[0] * student.shape[2], dtype=statistics_dtype(student.dtype))
+    return found, torch.empty_like(found) if labels else found.new_zeros(())
+
+
+@torch.library.custom_op("fused_losses::divergence_rows_grad", mutates_args=())
+def divergence_rows_grad(
+    student: Tensor,
+    teacher: Tensor,
+    ids: Tensor | None,
+    soft: Tensor,  # (N,)
+    hard: Tensor | None,  # (N,)
+    kind: str,
+    beta: float,
+    temperature: float,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients of student and teacher, 0-dim where not ``wanted``."""
+    V = min(student.shape[1], teacher.shape[1])
+    whole = [torch.empty_like(x) if want else None for x, want in zip((student, teacher), wanted, strict=True)]
+    for x in whole:
+        if x is not None:
+            x[:, V:] = 0
+    d_student, d_teacher = (None if x is None else x[:, :V] for x in whole)
+    divergence_module(backend).divergence_rows(
+        student, teacher, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=hard is not None,
+        soft=soft, hard=hard, d_student=d_student, d_teacher=d_teacher,
+    )  # fmt: skip
+    first, second = (soft.new_zeros(()) if x is None else x for x in whole)
+    return first, second
+
+
+@divergence_rows_grad.register_fake
+def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    wanted = rest[-2]
+    first, second = (
+        torch.empty_like(x) if want else x.new_zeros(()) for x, want in zip((student, teacher), wanted, strict=True)
+    )
+    return first, second
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    student, teacher, ids, ctx.labels, *ctx.which, ctx.backend = inputs
+    ctx.save_for_backward(student, teacher, ids)
+
+
+def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 6
+    if d_divergence is None and d_nll is None:
+        return None, None, *rest
+    student, teacher, ids = ctx.saved_tensors
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+        def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:
+            found, nll = _differentiable(student, teacher, ids, ctx.labels, Divergence(*ctx.which))
+            return [found, found.new_zeros(()) if nll is None else nll]
+
+        return *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)), *rest
+    hard = d_nll if ctx.labels else None
+    soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
+    assert soft is not None
+    gradients = divergence_rows_grad(
+        student, teacher, ids, soft.contiguous(), None if hard is None else hard.contiguous(), *ctx.which,
+        list(ctx.needs_input_grad[:2]), ctx.backend,
+    )  # fmt: skip
+    return *(None if g.ndim == 0 else g for g in gradients), *rest
+
+
+divergence_rows.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _differentiable(
+    student: Tensor, teacher: Tensor, ids: Tensor | None, labels: bool, which: Divergence
+) -> tuple[Tensor, Tensor | None]:
+    first, second = (_logits_as_head(x.transpose(1, 2)) for x in (student, teacher))
+    return differentiable_two_heads(first, second, ids, labels, which)
+
+
+# Whatever the sides are.
+
+
+def _logits_as_head(logits: Tensor) -> Head:
+    return Head(logits.reshape(-1, logits.shape[-1]), None)  # type: ignore[arg-type]
+
+
+def _as_head(logits: Tensor | LinearLogits) -> Head:
+    if isinstance(logits, Tensor):
+        return _logits_as_head(logits)
+    rows = logits.rows()
+    u, B = rows.low_rank or (None, None)
+    head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+    check_head(head)
+    return ready(head, None)[0]
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """``(…, V)`` as ``(B, V, S)``: a view wherever strides allow."""
+    if logits.ndim <= 2:
+        return logits.reshape(-1, logits.shape[-1]).unsqueeze(-1)
+    return logits.flatten(0, -3).transpose(1, 2)
+
+
+def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
+    """The divergence meant: at the ends of its mixture ``jsd`` is one of the KLs."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta is the teacher's share of the mixture, in [0, 1], got {beta}")
+    if temperature <= 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if kind == "jsd" and beta in (0, 1):
+        kind = "reverse_kl" if beta else "forward_kl"
+    elif kind == "skewed_kl" and beta == 0:
+        kind = "forward_kl"
+    return Divergence(kind, float(beta), float(temperature))
+
+
+def check_logits(
+    student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, tokens: torch.Size | None
+) -> torch.Size:
+    """The shape of the tokens of both; raises where they do not fit each other or ``tokens``."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if not logits.ndim or not logits.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point (…, V), got {logits.dtype} {tuple(logits.shape)}")
+        if isinstance(logits, Tensor):
+            continue
+        if logits.vocab_dim != logits.ndim - 1:
+            raise ValueError(
+                f"the vocabulary of {name} {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
+            )
+        if logits.group is not None:
+            raise NotImplementedError(
+                "divergences of LinearLogits with group= are not supported: gather the vocabulary"
+            )
+    found = student.shape[:-1]
+    if teacher.shape[:-1] != found or (tokens is not None and tokens != found):
+        raise ValueError(
+            f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have the same tokens"
+            + ("" if tokens is None else f" as labels or mask {tuple(tokens)}")
+        )
+    if teacher.device != student.device:
+        raise ValueError(f"student_logits are on {student.device} and teacher_logits on {teacher.device}: move one")
+    return found
+
+
+def token_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits,
+    ids: Tensor | None,  # (N,) int64, −100: skipped
+    labels: bool,
+    which: Divergence,
+    *,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``(N,)`` divergences, and with ``labels`` the student's ``−log p`` at ids, differentiable in both sides."""
+    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+        rows = (_as_rows(student), _as_rows(teacher))
+        if transforms_active():
+            return _differentiable(*rows, ids, labels, which)
+        found, nll = divergence_rows(*rows, ids, labels, *which, resolve_backend(student, backend))
+        return found, nll if labels else None
+    heads = (_as_head(student), _as_head(teacher))
+    if transforms_active():
+        return differentiable_two_heads(*heads, ids, labels, which)
+    keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
+    with _gathered(student), _gathered(teacher):
+        found, nll = two_heads_rows(
+            *heads[0].inputs, *heads[1].inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored,
+            which.kind, pack_options(*heads, which), labels, budget(heads, workspace),
+            resolve_backend(heads[0].hidden, backend),
+        )  # fmt: skip
+    _gather_in_backward(found, student, teacher)
+    return found, nll if labels else None
+
+
+def summed_divergence(
+    student: Tensor | LinearLogits,
+    teacher: Tensor | LinearLogits,
+    ids: Tensor | None,
+    soft: float,
+    hard: float,
+    which: Divergence,
+    *,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+    route: Route | None = None,
+) -> Tensor:
+    """``Σ_n soft·divergence + hard·(−log p)``; of a head, with the gradients made in forward."""
+    how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
+    tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    if tensors or transforms_active() or route_setting.parse(route or route_setting.value) == "recompute":
+        found, nll = token_divergence(student, teacher, ids, hard != 0, which, **how)
+        return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
+    heads = (_as_head(student), _as_head(teacher))
+    inputs = (*heads[0].inputs, *heads[1].inputs)
+    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
+    keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
+    with _gathered(student), _gathered(teacher):
+        loss, *_ = two_heads_loss(
+            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, which.kind,
+            pack_options(*heads, which), float(soft), float(hard), hard != 0, wanted, budget(heads, workspace),
+            resolve_backend(heads[0].hidden, backend),
+        )  # fmt: skip
+    return _gather_in_backward(loss, student, teacher)
+
+
+def _gathered(logits: Tensor | LinearLogits) -> Any:
+    return contextlib.nullcontext() if isinstance(logits, Tensor) else logits.gathered()
+
+
+def _gather_in_backward(output: Tensor, *sides: Tensor | LinearLogits) -> Tensor:
+    for logits in sides:
+        if not isinstance(logits, Tensor):
+            output = logits.gather_in_backward(output)
+    return output
+
+
+def divergence(
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+) -> Tensor:
+    r"""Divergence between student and teacher, one number per token, differentiable in both.
+
+    .. math:: KL(t‖s),\quad KL(s‖t),\quad β\,KL(t‖m) + (1-β)\,KL(s‖m),\quad KL(t‖m),\quad \tfrac12\sum_j|t_j - s_j|
+
+    with :math:`t, s` the softmax of the logits over the temperature and :math:`m = βt + (1-β)s`. Where both are tensors they
+    are read where they are; of a :class:`LinearLogits` a workspace of logits exists at a time, and backward makes them
+    again. The teacher gets a gradient where it requires one.
+
+    Source: Hinton et al. (arXiv:1503.02531); generalised JSD: Agarwal et al. (arXiv:2306.13649), TRL 1.16, Liger; skewed KL:
+    Ko et al. (arXiv:2402.03898). As in TRL and Liger, ``jsd`` is the forward KL at ``beta=0`` and the reverse KL at ``beta=1``.
+
+    Args:
+        student_logits: ``(…, V)``, any strides, a Tensor or a :class:`LinearLogits`.
+        teacher_logits: ``(…, V')`` of the same tokens, with a dtype, hidden size and head of its own. Where the vocabularies
+            are padded to different sizes both are cut to the smaller before the softmax.
+        kind: from the table at the top of the module.
+        beta: the teacher's share of the mixture, for ``jsd`` and ``skewed_kl``.
+        temperature: of both sides; the gradient's factor ``temperature²`` is not put back.
+        mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
+        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
+        workspace: bytes to use beside inputs and results, for a :class:`LinearLogits`.
+        drop_ignored: take masked tokens out before the products (True), or zero them, without a synchronisation (False).
+
+    Returns:
+        ``(…)``, nats (``tvd``: in [0, 1]), fp32, or float64 for a float64 student; never negative. A KL is infinite where the
+        other side is −inf and this one is not; then the gradient of the side that has mass there is 0 in that row.
+
+    Raises:
+        ValueError: shapes or devices that do not fit, an unknown kind, ``beta`` outside [0, 1].
+
+    Example:
+        >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
+        >>> divergence(student, teacher, kind="jsd", beta=0.5)
+        tensor([0.0285])
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    tokens = check_logits(student_logits, teacher_logits, None if mask is None else mask.shape)
+    ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)
+    found, _ = token_divergence(
+        student_logits, teacher_logits, ids, False, chosen_divergence(kind, beta, temperature),
+        backend=backend, workspace=workspace, drop_ignored=drop_ignored,
+    )  # fmt: skip
+    return found.view(tokens)

@@ -1,0 +1,466 @@
+"""Divergence between two sets of logits: every kind, both gradients, tensors and heads, on both backends."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory import peak_bytes
+
+from fused_losses.divergence import KINDS, divergence
+from fused_losses.linear_logits import LinearLogits
+from fused_losses.reference import divergence as reference
+from fused_losses.reference.tolerance import assert_accurate
+
+BETA = 0.3
+
+
+def pair(device, dtype=torch.float32, tokens=(2, 3), V=77, teacher_V=None, apart=3.0):
+    student = torch.randn(*tokens, V, device=device) * 3
+    teacher = torch.randn(*tokens, teacher_V or V, device=device) * 3
+    if apart < 3:
+        teacher = student + torch.randn_like(student) * apart
+    return student.to(dtype), teacher.to(dtype)
+
+
+def eager(student, teacher, kind="forward_kl", beta=0.5, temperature=1.0):
+    """What a trainer writes: log_softmax in fp32, mixtures in log space."""
+    V = min(student.shape[-1], teacher.shape[-1])
+    log_s, log_t = ((x[..., :V].to(torch.promote_types(x.dtype, torch.float32)) / temperature).log_softmax(-1)
+                    for x in (student, teacher))  # fmt: skip
+
+    def kl(p, q):
+        return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+
+    if kind == "tvd":
+        return 0.5 * (log_t.exp() - log_s.exp()).abs().sum(-1)
+    if kind == "forward_kl":
+        return kl(log_t, log_s)
+    if kind == "reverse_kl":
+        return kl(log_s, log_t)
+    log_m = torch.logaddexp(log_t + math.log(beta), log_s + math.log1p(-beta))
+    return kl(log_t, log_m) if kind == "skewed_kl" else beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
+
+
+def value_and_gradients(fn, student, teacher, upstream, **options):
+    leaves = [x.detach().clone().requires_grad_() for x in (student, teacher)]
+    value = fn(*leaves, **options)
+    return value, *torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_both_gradients(kind, temperature, dtype, backend, device):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter is wrong about bfloat16")
+    student, teacher = pair(device, dtype)
+    upstream = torch.randn(2, 3, device=device)
+    options = {"kind": kind, "beta": BETA, "temperature": temperature}
+    found = value_and_gradients(divergence, student, teacher, upstream, **options, backend=backend)
+    # The logits are data: what is exact is the maths on the rounded logits, and what eager does with them is fp32.
+    theirs = value_and_gradients(eager, student.float(), teacher.float(), upstream, **options)
+    exact = value_and_gradients(reference.divergence, student.double(), teacher.double(), upstream, **options)
+    assert found[0].dtype == torch.float32
+    assert_accurate(found[0], theirs[0], exact[0], "divergence")
+    for name, a, b, c in zip(("student", "teacher"), found[1:], theirs[1:], exact[1:], strict=True):
+        assert_accurate(a, b.to(dtype), c, f"d_{name}")
+
+
+def test_kinds_and_options_change_the_number(backend, device):
+    student, teacher = pair(device)
+    options = [{"kind": kind} for kind in KINDS]
+    options += [{"kind": kind, "beta": 0.8} for kind in ("jsd", "skewed_kl")]
+    options += [{"kind": kind, "temperature": 3.0} for kind in KINDS]
+    numbers = [divergence(student, teacher, **o, backend=backend).sum().item() for o in options]
+    assert len({round(x, 5) for x in numbers}) == len(options)
+
+
+def test_ends_of_the_mixture(backend, device):
+    student, teacher = pair(device)
+
+    def run(**options):
+        return value_and_gradients(
+            divergence, student, teacher, torch.ones(2, 3, device=device), **options, backend=backend
+        )
+
+    for ours, theirs in (
+        ({"kind": "jsd", "beta": 0.0}, {"kind": "forward_kl"}),
+        ({"kind": "jsd", "beta": 1.0}, {"kind": "reverse_kl"}),
+        ({"kind": "skewed_kl", "beta": 0.0}, {"kind": "forward_kl"}),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(run(**ours), run(**theirs), strict=True))
+    assert all((x.abs() < 1e-6).all() for x in run(kind="skewed_kl", beta=1.0))
+    # Next to its ends the skewed KL is near them, and the jsd over its small weight too.
+    student, teacher = pair(device, apart=0.3)
+    forward, reverse = (divergence(student, teacher, kind=k, backend=backend) for k in ("forward_kl", "reverse_kl"))
+    near = divergence(student, teacher, kind="skewed_kl", beta=1e-4, backend=backend)
+    torch.testing.assert_close(near, forward, rtol=1e-3, atol=0)
+    near = divergence(student, teacher, kind="jsd", beta=1e-4, backend=backend)
+    torch.testing.assert_close(near / 1e-4, forward, rtol=1e-3, atol=0)
+    near = divergence(student, teacher, kind="jsd", beta=1 - 1e-4, backend=backend)
+    torch.testing.assert_close(near / 1e-4, reverse, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["jsd", "forward_kl", "reverse_kl", "skewed_kl", "tvd"])
+def test_nearly_equal_distributions(kind, backend, device):
+    """Where t ≈ s to one bf16 rounding a sum of plain terms is noise: negative values and wrong gradients elsewhere."""
+    dtype = torch.float16 if backend == "triton" and device == "cpu" else torch.bfloat16
+    student = (torch.randn(6, 900, device=device) * 3).to(dtype)
+    step = torch.randint(-1, 2, student.shape, device=device) * torch.finfo(dtype).eps
+    teacher = (student.float() * (1 + step)).to(dtype)
+    assert 0 < (student != teacher).float().mean() < 1
+    upstream = torch.ones(6, device=device)
+    found = value_and_gradients(divergence, student.float(), teacher.float(), upstream, kind=kind, backend=backend)
+    low = value_and_gradients(divergence, student, teacher, upstream, kind=kind, backend=backend)
+    exact = value_and_gradients(reference.divergence, student.double(), teacher.double(), upstream, kind=kind)
+    assert (low[0] > 0).all()
+    assert ((low[0] - exact[0]).abs() < 1e-2 * exact[0]).all()
+    for a, b, c in zip(found[1:], low[1:], exact[1:], strict=True):
+        assert (a - c).norm() < 1e-3 * c.norm()
+        assert (b - c).norm() < 1e-2 * c.norm()
+    same = divergence(student, student.clone(), kind=kind, backend=backend)
+    assert (same == 0).all()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.integers(1, 40),
+    st.floats(1e-4, 40),
+    st.floats(0.01, 0.99),
+    st.sampled_from(KINDS),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_never_negative(V, spread, beta, kind, dtype):
+    student = (torch.randn(5, V) * spread).to(dtype)
+    teacher = (student + torch.randn(5, V) * spread * 1e-3).to(dtype)
+    found = divergence(student, teacher, kind=kind, beta=beta)
+    assert (found >= 0).all()
+    assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_of_minus_infinity(kind, backend, device):
+    student, teacher = pair(device, tokens=(4,), V=33)
+    student[0, 3] = teacher[0, 3] = -math.inf  # on both sides
+    student[1, 5] = -math.inf
+    teacher[2, 7] = -math.inf
+    upstream = torch.ones(4, device=device)
+    found = value_and_gradients(divergence, student, teacher, upstream, kind=kind, backend=backend)
+    assert not any(x.isnan().any() for x in found)
+    exact = reference.divergence(student.double(), teacher.double(), kind)
+    infinite = {"forward_kl": 1, "reverse_kl": 2}.get(kind)
+    assert exact.isinf().nonzero().flatten().tolist() == ([] if infinite is None else [infinite])
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-6)
+    assert found[1][0, 3] == found[2][0, 3] == 0
+    # Every finite row has the gradients of the row without the entry.
+    for row, entry in ((0, 3), (1, 5), (2, 7)):
+        if row == infinite or row:
+            continue
+        rest = [j for j in range(33) if j != entry]
+        alone = value_and_gradients(reference.divergence, student[row, rest].double(), teacher[row, rest].double(),
+                                    torch.ones((), device=device), kind=kind)  # fmt: skip
+        for ours, exact in zip(found[1:], alone[1:], strict=True):
+            torch.testing.assert_close(ours[row, rest].double(), exact, rtol=1e-4, atol=1e-6)
+    if kind == "forward_kl":  # infinite, and the student is still pulled to the teacher
+        s, t = student[1].softmax(-1), teacher[1].softmax(-1)
+        torch.testing.assert_close(found[1][1], s - t, rtol=1e-5, atol=1e-6)
+        assert (found[2][1] == 0).all()
+
+
+def test_masked_tokens_are_not_read(backend, device):
+    student, teacher = pair(device)
+    student[0, 1] = teacher[1, 2] = math.nan
+    mask = torch.ones(2, 3, device=device)
+    mask[0, 1] = mask[1, 2] = 0
+    upstream = torch.ones(2, 3, device=device)
+    found = value_and_gradients(divergence, student, teacher, upstream, mask=mask, backend=backend)
+    for x in found:
+        assert x.isfinite().all()
+        assert (x[0, 1] == 0).all()
+        assert (x[1, 2] == 0).all()
+        assert (x[0, 0] != 0).any()
+    assert divergence(student, teacher, backend=backend).isnan().sum() == 2
+    assert (divergence(student, teacher, mask=torch.zeros_like(mask), backend=backend) == 0).all()
+
+
+def test_vocabularies_of_different_padded_size(backend, device):
+    student, teacher = pair(device, V=40, teacher_V=64)
+    teacher[..., 40:] = 50.0  # where all the mass would be
+    upstream = torch.randn(2, 3, device=device)
+    for a, b in ((student, teacher), (teacher, student)):
+        found = value_and_gradients(divergence, a, b, upstream, kind="jsd", backend=backend)
+        exact = value_and_gradients(reference.divergence, a.double(), b.double(), upstream, kind="jsd")
+        cut = value_and_gradients(divergence, a[..., :40], b[..., :40], upstream, kind="jsd", backend=backend)
+        assert torch.equal(found[0], cut[0])
+        for ours, theirs in zip(found, exact, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+        assert all((g[..., 40:] == 0).all() for g in found[1:])
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_frozen_side(only, backend, device):
+    both = pair(device)
+    upstream = torch.randn(2, 3, device=device)
+    wanted = value_and_gradients(divergence, *both, upstream, kind="jsd", backend=backend)[1 + only]
+    leaves = [x.clone().requires_grad_(i == only) for i, x in enumerate(both)]
+    value = divergence(*leaves, kind="jsd", backend=backend)
+    assert torch.equal(torch.autograd.grad(value, leaves[only], upstream)[0], wanted)
+    assert all(torch.equal(a, b) for a, b in zip(leaves, both, strict=True))  # inputs unmutated
+
+
+def test_read_in_place_and_alone(backend, device):
+    """Shifted views are read where they are, and a row's numbers depend on the row alone."""
+    student, teacher = pair(device, tokens=(2, 5), V=1500)
+    whole = divergence(student, teacher, kind="jsd", backend=backend)
+    assert torch.equal(divergence(student[:, :-1], teacher[:, :-1], kind="jsd", backend=backend), whole[:, :-1])
+    assert torch.equal(divergence(student[1, 3], teacher[1, 3], kind="jsd", backend=backend), whole[1, 3])
+    flipped = student.transpose(0, 2).contiguous().transpose(0, 2)  # the vocabulary far apart in memory
+    assert torch.equal(divergence(flipped, teacher, kind="jsd", backend=backend), whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float64_takes_any_derivative(kind):
+    student, teacher = (x.double().requires_grad_() for x in pair("cpu", tokens=(2,), V=5))
+    mask = torch.tensor([1, 0]) if kind == "jsd" else None
+
+    def fn(student, teacher):
+        return divergence(student, teacher, kind=kind, beta=BETA, temperature=1.3, mask=mask)
+
+    assert torch.autograd.gradcheck(fn, (student, teacher), check_forward_ad=True, check_batched_grad=False)
+    assert torch.autograd.gradgradcheck(fn, (student, teacher))
+
+
+def test_compiles_without_a_break(backend, device):
+    student, teacher = (x.requires_grad_() for x in pair(device))
+    mask = torch.tensor([[1, 0, 1], [1, 1, 1]], device=device)
+
+    def loss(student, teacher):
+        return divergence(student, teacher, kind="jsd", beta=BETA, mask=mask, backend=backend).sum() * 3
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(student, teacher), loss(student, teacher))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(student, teacher), (student, teacher)),
+        torch.autograd.grad(loss(student, teacher), (student, teacher)),
+    )
+
+
+@pytest.mark.parametrize("labels", [False, True])
+def test_operator_contract(labels, device):
+    student, teacher = (x.requires_grad_() for x in pair(device, tokens=(2, 3), V=9))
+    rows = [x.detach().transpose(1, 2).clone().requires_grad_() for x in (student, teacher)]
+    ids = torch.tensor([1, -100, 3, 0, 8, 2], device=device)
+    torch.library.opcheck(torch.ops.fused_losses.divergence_rows, (*rows, ids, labels, "jsd", 0.3, 1.5, "torch"))
+
+
+# Heads
+
+
+def heads(device, dtype=torch.float32, N=7, V=50, teacher_V=None, options=True):
+    """Leaves and a function that makes ``(student, teacher)`` LinearLogits of them."""
+    torch.manual_seed(1)
+    sizes = ((6, V), (10, teacher_V or V))
+    leaves = []
+    for H, v in sizes:
+        leaves += [torch.randn(N, H, device=device), torch.randn(v, H, device=device), torch.randn(v, device=device)]
+        leaves += [torch.randn(N, 2, device=device), torch.randn(v, 2, device=device) * 0.3]
+    leaves = [x.to(dtype).requires_grad_() for x in leaves]
+    T = torch.rand(N, device=device) + 0.5
+
+    def make(leaves):
+        if not options:
+            return LinearLogits(*leaves[:2]), LinearLogits(*leaves[5:7])
+        t = T.to(leaves[0].dtype if leaves[0].dtype == torch.float64 else torch.float32)
+        return (
+            LinearLogits(*leaves[:3], low_rank=tuple(leaves[3:5]), scale=0.7, softcap=4.0),
+            LinearLogits(*leaves[5:8], low_rank=tuple(leaves[8:]), scale=1.2, softcap=6.0, temperature=t),
+        )
+
+    def whole(leaves):
+        found = []
+        for i, (scale, softcap, temperature) in enumerate(((0.7, 4.0, None), (1.2, 6.0, T))):
+            hidden, weight, bias, u, B = leaves[5 * i : 5 * i + 5]
+            if not options:
+                found.append(hidden @ weight.T)
+                continue
+            z = softcap * torch.tanh((hidden @ weight.T + u @ B.T + bias) * scale / softcap)
+            found.append(z if temperature is None else z / temperature[:, None].to(z.dtype))
+        return found
+
+    return leaves, make, whole
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_two_heads(kind, dtype, backend, device, monkeypatch):
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter is wrong about bfloat16")
+    leaves, make, whole = heads(device, dtype, N=11)
+    upstream = torch.randn(11, device=device)
+    monkeypatch.setattr("fused_losses.two_heads.FEWEST_TOKENS", 4)
+
+    def run(leaves, logits, fn, **how):
+        value = fn(*logits, kind=kind, temperature=1.5, **how)
+        return value, torch.autograd.grad(value, leaves, upstream.to(value.dtype))
+
+    # No workspace to speak of: three chunks.
+    found = run(leaves, make(leaves), divergence, backend=backend, workspace=1)
+    theirs = run(leaves, whole(leaves), eager)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = run(doubles, whole(doubles), reference.divergence)
+    assert_accurate(found[0], theirs[0].float(), exact[0], "divergence")
+    names = [f"{side} {name}" for side in ("student", "teacher") for name in ("hidden", "weight", "bias", "u", "B")]
+    for name, a, b, c in zip(names, found[1], theirs[1], exact[1], strict=True):
+        assert_accurate(a, b, c, name)
+
+
+def test_one_side_a_head(backend, device):
+    leaves, make, _ = heads(device)
+    student, teacher = make(leaves)
+    upstream = torch.randn(7, device=device)
+    want = divergence(student, teacher, kind="reverse_kl", backend=backend)
+    grads = torch.autograd.grad(want, leaves, upstream)
+    for i in (0, 1):
+        sides = list(make(leaves))
+        sides[i] = sides[i].materialize()
+        value = divergence(*sides, kind="reverse_kl", backend=backend)
+        torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.autograd.grad(value, leaves, upstream), grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("drop_ignored", [True, False])
+def test_masked_tokens_of_heads(drop_ignored, backend, device, monkeypatch):
+    import fused_losses.two_heads as module
+
+    seen = []
+
+    def spy(head, out, real=module.project):
+        seen.append(len(out))
+        return real(head, out)
+
+    monkeypatch.setattr(module, "project", spy)
+    leaves, make, whole = heads(device)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=device)
+    with torch.no_grad():
+        leaves[0][1] = leaves[5][4] = leaves[3][1] = math.nan  # hidden states and low-rank factors of masked tokens
+    value = divergence(*make(leaves), mask=mask, backend=backend, drop_ignored=drop_ignored)
+    grads = torch.autograd.grad(value.sum() * 3, leaves)
+    assert set(seen) == ({5} if drop_ignored else {7})
+    assert (value[[1, 4]] == 0).all()
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = reference.divergence(*whole(doubles), mask=mask)
+    torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
+    clean = [x.detach().nan_to_num().double().requires_grad_() for x in leaves]
+    exact = torch.autograd.grad(reference.divergence(*whole(clean), mask=mask).sum() * 3, clean)
+    for a, b in zip(grads, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+def test_heads_of_different_padded_size(backend, device):
+    leaves, make, whole = heads(device, V=50, teacher_V=64)
+    value = divergence(*make(leaves), kind="jsd", backend=backend)
+    torch.testing.assert_close(value, reference.divergence(*whole(leaves), kind="jsd"), rtol=1e-4, atol=1e-5)
+    d_weight = torch.autograd.grad(value.sum(), leaves[6])[0]
+    assert (d_weight[50:] == 0).all()
+    assert (d_weight[:50] != 0).any()
+
+
+def test_heads_take_any_derivative_in_float64():
+    leaves, make, _ = heads("cpu", torch.float64, N=2, V=5)
+
+    def fn(*leaves):
+        return divergence(*make(leaves), kind="jsd", beta=BETA, mask=torch.tensor([1, 1]))
+
+    assert torch.autograd.gradcheck(fn, leaves)
+    some = (leaves[0], leaves[6])
+    assert torch.autograd.gradgradcheck(
+        lambda a, b: fn(a, *leaves[1:6], b, *leaves[7:]), some, check_batched_grad=False
+    )
+
+
+def test_heads_compile_without_a_break(backend, device):
+    leaves, make, _ = heads(device)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=device)
+
+    def loss(*leaves):
+        return divergence(*make(leaves), kind="jsd", mask=mask, backend=backend).sum() * 3
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_head_operator_contract(device):
+    leaves, _, _ = heads(device, N=4, V=9)
+    ids = torch.tensor([1, -100, 0, 2], device=device)
+    options = [0.7, 4.0, 1.0, 0.0, 0.5, 1.5]
+    shared = (*leaves, None, torch.ones(4, device=device), ids, None, True, "jsd", options)
+    torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, (*shared, True, 2**20, "torch"))
+    wanted = [True] * 5 + [False] * 5
+    torch.library.opcheck(
+        torch.ops.fused_losses.two_heads_loss, (*shared, 0.5, 2.0, True, wanted, 2**20, "torch"),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
+    )  # fmt: skip
+
+
+def test_memory_does_not_grow_with_tokens_and_vocabulary():
+    """A stated workspace, and the fixed temporaries of the row primitive: eager holds N·V several times over."""
+    V, H, workspace = 4096, 16, 48 * 2**20
+
+    def peak(N, fn):
+        torch.manual_seed(0)
+        leaves = [torch.randn(N, H), torch.randn(V, H), torch.randn(N, 2 * H), torch.randn(V, 2 * H)]
+        for leaf in leaves[:2]:
+            leaf.requires_grad_()
+
+        def step():
+            return torch.autograd.grad(fn(*leaves).sum(), leaves[:2])
+
+        inputs = sum(x.numel() * 4 for x in leaves[:2])  # the gradients, which are the result
+        return peak_bytes(step) - inputs
+
+    def ours(h, w, teacher_h, teacher_w):
+        return divergence(LinearLogits(h, w), LinearLogits(teacher_h, teacher_w), workspace=workspace)
+
+    def plain(h, w, teacher_h, teacher_w):
+        return eager(h @ w.T, teacher_h @ teacher_w.T)
+
+    small, large = peak(2048, ours), peak(8192, ours)
+    assert large < workspace * 1.05, f"{large / 2**20:.1f} MiB"
+    assert large < small * 1.1 + 2**20
+    assert peak(2048, plain) > 3 * large
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kind": "kl"}, ValueError, "forward_kl.*got 'kl'"),
+        ({"kind": "jsd", "beta": 1.5}, ValueError, r"\[0, 1\], got 1.5"),
+        ({"temperature": 0.0}, ValueError, "positive"),
+        ({"mask": torch.ones(3)}, ValueError, r"\(2, 3, 77\).*\(3,\)"),
+    ],
+)
+def test_wrong_options(options, error, message, device):
+    with pytest.raises(error, match=message):
+        divergence(*pair(device), **options)
+
+
+def test_wrong_shapes(device):
+    student, teacher = pair(device)
+    with pytest.raises(ValueError, match=r"\(2, 3, 77\).*\(2, 2, 77\)"):
+        divergence(student, teacher[:, :2])
+    with pytest.raises(ValueError, match="must stand last"):
+        divergence(LinearLogits(torch.zeros(2, 3, 4), torch.zeros(5, 4)).transpose(1, 2), torch.zeros(2, 5, 3))
+
+
+def test_no_tokens(backend, device):
+    student = torch.randn(0, 7, device=device, requires_grad=True)
+    found = divergence(student, torch.randn(0, 7, device=device), backend=backend)
+    assert torch.autograd.grad(found.sum(), student)[0].shape == (0, 7)
+    leaves, make, _ = heads(device, N=0)
+    found = divergence(*make(leaves), backend=backend)
+    assert all((g == 0).all() for g in torch.autograd.grad(found.sum(), leaves))
