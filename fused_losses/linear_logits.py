@@ -432,6 +432,10 @@ class LinearLogits(LazyTensor):
         new._cache = dict(self._cache)
         return new
 
+    def vocab_last(self) -> LinearLogits:
+        """The same tokens with the vocabulary as last dimension."""
+        return self._but(self.hidden, vocab_dim=self.ndim - 1)
+
     def detach(self) -> LinearLogits:
         u, B = self.rest.low_rank or (None, None)
         low_rank = None if u is None else (u.detach(), B)

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number, per_token_number
-from .lazy_views import permute
 from .linear_logits import LinearLogits, same_logits
 from .numerics import statistics_dtype, upcast
 
@@ -291,7 +290,7 @@ def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
 
 
 @answers("sum")
-def sum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     dims = _dims(x, dim)
     total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
     return total if total is NotImplemented else total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
@@ -299,7 +298,7 @@ def sum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = N
 
 @answers("mean")
 def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    total = sum(x, dim, keepdim, dtype=statistics_dtype(x.dtype))
+    total = sum_(x, dim, keepdim, dtype=statistics_dtype(x.dtype))
     count = math.prod([x.shape[d] for d in _dims(x, dim)])
     return total if total is NotImplemented else (total / count).to(dtype or x.dtype)
 
@@ -332,7 +331,7 @@ def argmin(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
 
 
 @answers("max")
-def max(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
+def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
     if not isinstance(dim, int) or dim % x.ndim != x.vocab_dim:
         return NotImplemented
     found = _extreme(x, 1, largest)
@@ -343,13 +342,13 @@ def max(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = T
 
 
 @answers("min")
-def min(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
-    return max(x, dim, keepdim, largest=False)
+def min_(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
+    return max_(x, dim, keepdim, largest=False)
 
 
 @answers("amax")
 def amax(x: LazyTensor, dim: Any = (), keepdim: bool = False) -> Any:
-    found = max(x, *_dims(x, dim), keepdim) if len(_dims(x, dim)) == 1 else NotImplemented
+    found = max_(x, *_dims(x, dim), keepdim) if len(_dims(x, dim)) == 1 else NotImplemented
     return found if found is NotImplemented else found.values
 
 
@@ -410,21 +409,31 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Any:
-    """``Σ t (log t − log p)`` for probabilities ``t`` that exist: the cross entropy with them, less their entropy."""
+    """``Σ t (log t − log p)``: of probabilities that exist, the cross entropy with them less their entropy; of a lazy
+    teacher, the divergence of two heads."""
     log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled
-    reduction = (
-        nn._reduction.legacy_get_string(size_average, reduce) if None not in (size_average, reduce) else reduction
-    )
-    if not log_probs or is_lazy(target) or reduction == "none" or target.shape != x.shape:
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    if not log_probs or reduction == "none" or target.shape != x.shape:
         return NotImplemented
-    from .cross_entropy import cross_entropy as fused
+    if is_lazy(target):
+        form = "log_softmax" if log_target else "softmax"
+        if not isinstance(target, LazyExpression) or target.form != form or not target.unscaled:
+            return NotImplemented
+        from .divergence import divergence
 
-    at = x.vocab_dim
-    order = [0, at] + [d for d in range(1, x.ndim) if d != at] if at else list(range(x.ndim))
-    probs, log_target_probs = (target.exp(), target) if log_target else (target, None)
-    t = upcast(probs)
-    log_t = torch.xlogy(t, t) if log_target_probs is None else t * upcast(log_target_probs)
-    cross = fused(permute(x.base.with_dtype(t.dtype), order), t.permute(order), reduction="sum")
-    total = log_t.sum() + cross
+        total = divergence(x.base.vocab_last(), target.base.vocab_last(), kind="forward_kl").sum()
+    else:
+        total = _kl_of_probabilities(x.base, target, log_target)
     count = {"sum": 1, "batchmean": x.shape[0], "mean": math.prod(x.shape)}[reduction]
     return (total / count).to(_label(x))
+
+
+def _kl_of_probabilities(logits: LinearLogits, target: Tensor, log_target: bool) -> Tensor:
+    from .cross_entropy import cross_entropy as fused
+
+    t = upcast(target.exp() if log_target else target)
+    t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
+    classes = min(1, logits.ndim - 1)  # where cross entropy wants them
+    logits, t = logits.with_dtype(t.dtype).movedim(logits.vocab_dim, classes), t.movedim(logits.vocab_dim, classes)
+    return t_log_t.sum() + fused(logits, t, reduction="sum")

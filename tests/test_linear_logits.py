@@ -132,6 +132,7 @@ VIEWS = {
     "vocab_in_the_middle_separate": lambda z: z.transpose(1, 2)[torch.tensor([0, 1, 1]), :, PICK],
     "vocab_in_the_middle_none": lambda z: z.transpose(1, 2)[:, None, :, 2],
     "vocab_first_index": lambda z: z.permute(2, 0, 1)[:, :, PICK],
+    "vocab_first_separate": lambda z: z.permute(2, 0, 1)[:, torch.tensor([0, 1, 1]), None, PICK],
     "view": lambda z: z.view(-1, V),
     "view_size": lambda z: z.view(-1, z.size(-1)),
     "reshape_list": lambda z: z.reshape([S, B, -1]),
@@ -321,6 +322,13 @@ NUMBERS = {
     "kl_div_log": lambda z: F.kl_div(z.log_softmax(-1), PROBS.log(), reduction="batchmean", log_target=True),
     "kl_div_middle": lambda z: F.kl_div(z.transpose(1, 2).log_softmax(1), PROBS.transpose(1, 2), reduction="sum"),
     "kl_div_zeros": lambda z: F.kl_div(z.log_softmax(-1), (PROBS > 0.1).double(), reduction="sum"),
+    "kl_div_lazy_teacher": lambda z: F.kl_div(z[:, 1:].log_softmax(-1), z[:, :-1].softmax(-1), reduction="batchmean"),
+    "kl_div_lazy_log_teacher": lambda z: F.kl_div(
+        z.transpose(1, 2)[..., 1:].log_softmax(1),
+        (z / 2).transpose(1, 2)[..., 1:].log_softmax(1),
+        reduction="sum",
+        log_target=True,
+    ),
     "argmax": lambda z: z.argmax(-1),
     "argmax_keepdim": lambda z: torch.argmax(z, dim=-1, keepdim=True),
     "argmax_middle": lambda z: z.transpose(1, 2).argmax(1),
@@ -693,13 +701,14 @@ def test_checkpointing_without_reentry_works_and_with_it_raises():
         checkpoint(block, hidden, use_reentrant=True)
 
 
-def test_checkpointed_loss_is_recomputed():
+@pytest.mark.parametrize("name", ["cross_entropy", "log_prob", "label_smoother"])
+def test_checkpointed_loss_is_recomputed(name):
     from torch.utils.checkpoint import checkpoint
 
     tensors, same = leaves(), leaves()
 
     def loss(h, w):
-        return smoothed(LinearLogits(h, w))
+        return NUMBERS[name](LinearLogits(h, w)).sum()
 
     checkpoint(loss, tensors["hidden"], tensors["weight"], use_reentrant=False).backward()
     loss(same["hidden"], same["weight"]).backward()
