@@ -454,7 +454,11 @@ def _hard(
     if token_weights is not None:
         loss = loss * token_weights
     assert statistics.log_probs is not None
-    return loss.sum() if summed else loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1)
+    return loss.sum(dtype=torch.float64).to(loss.dtype) if summed else loss, (
+        statistics.log_probs[:, 0],
+        statistics.logsumexp,
+        statistics.is_top1,
+    )
 
 
 def _soft(

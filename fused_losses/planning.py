@@ -203,7 +203,10 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     n = most_tokens(held - final)
     if not asked:
         if n < min(N, FEWEST_TOKENS) or wide_sums > sizes.budget:
-            return None, f"a chunk of {FEWEST_TOKENS} tokens{' and fp32 sums' if wide_sums else ''} do not fit the budget"
+            return (
+                None,
+                f"a chunk of {FEWEST_TOKENS} tokens{' and fp32 sums' if wide_sums else ''} do not fit the budget",
+            )
         if wide_sums and n < min(N, ACCUMULATION_PAYS) and not accumulate:
             return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
     n = _even(N, max(n, min(N, FEWEST_TOKENS)))
@@ -217,7 +220,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
     if chunks > 1 and note:
         why.append(f"{chunks} chunks: {note}")
-    parts = max(forward, backward, key=lambda parts: sum(parts.values()))
+    parts = forward if sum(forward.values()) >= sum(backward.values()) else backward
     written_once = chunks == 1 and sums == dtype
     return _plan(sizes, "gradients_in_forward", n, chunks, None if written_once else sums, parts, why), ""
 
@@ -240,7 +243,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         "tile": tile,
     }
     end = {"gradients": d_hidden + d_weight, "d_hidden in fp32": d_hidden_sum if wide != dtype else 0}
-    parts = max(slices, end, key=lambda parts: sum(parts.values()))
+    parts = slices if sum(slices.values()) >= sum(end.values()) else end
     return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, why)
 
 

@@ -387,7 +387,7 @@ def loss_of_head(
     for t in found:
         if t is not None:
             t.zero_()
-    loss = torch.zeros_like(of_log_probs)
+    loss = torch.zeros_like(of_log_probs, dtype=torch.float64)
 
     def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
         for total, part in zip(found, statistics, strict=True):
@@ -395,7 +395,7 @@ def loss_of_head(
                 total[rows] = part
         assert statistics.log_probs is not None
         assert statistics.logsumexp is not None
-        value = of_log_probs[rows] * statistics.log_probs[:, 0]
+        value = of_log_probs[rows].double() * statistics.log_probs[:, 0]
         upstream = RowStatistics(log_probs=of_log_probs[rows, None])
         if of_sum_log_probs is not None:
             assert statistics.sum_log_probs is not None
@@ -416,11 +416,11 @@ def loss_of_head(
     assert found.log_probs is not None
     assert found.logsumexp is not None
     return (
-        loss.sum(),
+        loss.sum().to(dtype),
         found.log_probs,
         found.logsumexp,
-        _present(found.is_top1, loss),
-        *(_present(g, loss) for g in gradients),
+        _present(found.is_top1, of_log_probs),
+        *(_present(g, of_log_probs) for g in gradients),
     )  # type: ignore[return-value]
 
 

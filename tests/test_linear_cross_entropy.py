@@ -1,0 +1,678 @@
+"""linear_cross_entropy against whole logits in float64: both routes, both backends, every option."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing._internal.common_methods_invocations import op_db
+
+from fused_losses import routes
+from fused_losses.cross_entropy import cross_entropy
+from fused_losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
+from fused_losses.linear_logits import LinearLogits
+from fused_losses.reference import linear_cross_entropy as reference
+from fused_losses.reference.tolerance import assert_accurate
+
+N, C, H = 13, 37, 9  # nothing a multiple of anything
+ROUTES = ["gradients_in_forward", "recompute"]
+NAN = float("nan")
+
+
+def problem(dtype=torch.float32, device="cpu", tokens=N, classes=C, size=2.0):
+    hidden = (torch.randn(tokens, H) * size).to(device, dtype)
+    weight = torch.randn(classes, H).to(device, dtype)
+    bias = torch.randn(classes).to(device, dtype)
+    target = torch.randint(0, classes, (tokens,), device=device)
+    target[2::5] = -100
+    return hidden, weight, bias, target
+
+
+def with_gradients(call, *inputs, upstream=3.0):
+    """``call(*inputs)`` on leaves of its own, and their gradients under an upstream gradient that is not 1."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss = call(*leaves)
+    generator = torch.Generator().manual_seed(1)
+    g = torch.rand(loss.shape, generator=generator).to(loss.device, loss.dtype) + upstream
+    return loss.detach(), *torch.autograd.grad(loss, leaves, g)
+
+
+def check(ours, plain, inputs):
+    """``ours`` is as accurate as ``plain`` in the same dtype, where ``plain`` in float64 is the truth."""
+    results = with_gradients(ours, *inputs)
+    eager = with_gradients(plain, *inputs)
+    exact = with_gradients(plain, *(x.double() for x in inputs))
+    names = ["loss", *(f"gradient {i}" for i in range(len(inputs)))]
+    for name, a, b, c in zip(names, results, eager, exact, strict=True):
+        if a.dtype == torch.float64:
+            torch.testing.assert_close(a, b)
+        else:
+            assert_accurate(a, b, c, name)
+    return results
+
+
+OPTIONS = {
+    "plain": {},
+    "weight": {"weight": torch.rand(C) + 0.5},
+    "smoothing": {"label_smoothing": 0.2},
+    "weight and smoothing": {"weight": torch.rand(C) + 0.5, "label_smoothing": 0.2},
+    "z_loss": {"z_loss": 0.1},
+    "z_loss and weight": {"z_loss": 0.1, "weight": torch.rand(C) + 0.5},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 3.0},
+    "temperature": {"temperature": torch.rand(N) + 0.5},
+    "ignore_index": {"ignore_index": 5},
+    "token_weights": {"token_weights": torch.randn(N)},
+    "everything": {
+        "weight": torch.rand(C) + 0.5,
+        "label_smoothing": 0.1,
+        "z_loss": 0.05,
+        "scale": 0.5,
+        "softcap": 5.0,
+        "temperature": torch.rand(N) + 0.5,
+        "token_weights": torch.rand(N) + 0.5,
+    },
+}
+
+
+def cast(options, like):
+    return {k: v.to(like.device, like.dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+
+def compare(options, reduction, route, backend, dtype, device):
+    hidden, weight, bias, target = problem(dtype, device)
+    options = cast(options, hidden)  # rounded as the inputs are
+    if "ignore_index" in options:
+        target[target == -100] = options["ignore_index"]
+
+    def ours(h, w, b):
+        how = {"route": route if reduction != "none" else None, "backend": backend, "workspace": 8 * C * 4}
+        return linear_cross_entropy(h, w, target, linear_bias=b, reduction=reduction, **how, **cast(options, h))
+
+    def plain(h, w, b):
+        return reference.linear_cross_entropy(h, w, target, linear_bias=b, reduction=reduction, **cast(options, h))
+
+    return check(ours, plain, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reduced(options, reduction, route, backend, device):
+    compare(options, reduction, route, backend, torch.float32, device)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_per_token(options, backend, device):
+    loss = compare(options, "none", None, backend, torch.float32, device)[0]
+    assert loss.shape == (N,)
+    assert not loss[2::5].any()  # ignored
+    assert loss.count_nonzero() >= N - len(loss[2::5]) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_other_dtypes(name, dtype, route, backend, device):
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and device == "cpu")):
+        pytest.skip("Triton computes in fp32, and its interpreter gets bfloat16 wrong")
+    torch.manual_seed(3)
+    compare(OPTIONS[name], "mean", route, backend, dtype, device)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_each_option_changes_the_number(route):
+    hidden, weight, bias, target = problem()
+    losses = [
+        linear_cross_entropy(hidden, weight, target, linear_bias=b, reduction=r, route=route, **options).item()
+        for options in OPTIONS.values()
+        if "ignore_index" not in options
+        for r in ("mean", "sum")
+        for b in (bias, None)
+    ]
+    assert len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("variant", ["", "chunked", "chunked_none"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_pytorchs_own_samples(variant, dtype):
+    name = "nn.functional.linear_cross_entropy"
+    found = [op for op in op_db if op.name == name and op.variant_test_name == variant]
+    if not found:
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    for sample in found[0].sample_inputs("cpu", dtype, requires_grad=True):
+        plain = {k: v for k, v in sample.kwargs.items() if k != "options"}
+        expected = F.linear_cross_entropy(sample.input, *sample.args, **plain)
+        ours = linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+        torch.testing.assert_close(ours, expected)
+        tensors = (sample.input, *sample.args, *sample.kwargs.values())
+        leaves = [t for t in tensors if isinstance(t, torch.Tensor) and t.requires_grad]
+        g = torch.randn_like(expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, leaves, g, allow_unused=True),
+            torch.autograd.grad(expected, leaves, g, allow_unused=True),
+        )
+
+
+def test_pytorchs_own_errors():
+    found = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy" and not op.variant_test_name]
+    if not found:
+        pytest.skip("this PyTorch has no linear_cross_entropy")
+    for error in found[0].error_inputs("cpu"):
+        if "dimensionality 1 or 2" in error.error_regex:
+            continue  # (…, H) is accepted here
+        sample = error.sample_input
+        with pytest.raises(error.error_type, match=error.error_regex):
+            linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_class_probabilities_in_chunks(reduction, softcap, backend, device):
+    hidden, weight, bias, _ = problem(device=device)
+    target = torch.rand(N, C, device=device).softmax(-1)
+    class_weight = torch.rand(C, device=device) + 0.5
+    shared = {"reduction": reduction, "label_smoothing": 0.1, "softcap": softcap, "z_loss": 0.1, "scale": 0.7}
+
+    def ours(h, w, b):
+        how = {"backend": backend, "workspace": 3 * 2 * C * 4}
+        return linear_cross_entropy(h, w, target, linear_bias=b, weight=class_weight, **shared, **how)
+
+    def plain(h, w, b):
+        t, u = target.to(h.dtype), class_weight.to(h.dtype)
+        return reference.linear_cross_entropy(h, w, t, linear_bias=b, weight=u, **shared)
+
+    check(ours, plain, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_three_dimensional_input(route):
+    hidden, weight, bias, target = problem(tokens=12)
+    ours = linear_cross_entropy(hidden.view(3, 4, H), weight, target.view(3, 4), linear_bias=bias, route=route)
+    assert torch.equal(ours, linear_cross_entropy(hidden, weight, target, linear_bias=bias, route=route))
+    rows = linear_cross_entropy(hidden.view(3, 4, H), weight, target.view(3, 4), reduction="none")
+    assert rows.shape == (3, 4)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_k_dimensional_with_options(route, reduction):
+    hidden = torch.randn(5, H, dtype=torch.float64)
+    weight, bias = torch.randn(C, 2, 3, H, dtype=torch.float64), torch.randn(C, 2, 3, dtype=torch.float64)
+    target = torch.randint(0, C, (5, 2, 3))
+    target[1, 0] = -100
+    options = {"weight": torch.rand(C, dtype=torch.float64), "label_smoothing": 0.1, "reduction": reduction}
+
+    def ours(h, w, b):
+        how = {} if reduction == "none" else {"route": route}
+        return linear_cross_entropy(h, w, target, linear_bias=b, z_loss=0.2, **options, **how)
+
+    def plain(h, w, b):
+        z = torch.einsum("nh,cdeh->ncde", h, w) + b
+        loss, lse = F.cross_entropy(z, target, **options), z.logsumexp(1)
+        square = torch.where(target == -100, 0, 0.2 * lse.square())
+        return loss + (square if reduction == "none" else square.sum() / (target != -100).sum())
+
+    torch.testing.assert_close(with_gradients(ours, hidden, weight, bias), with_gradients(plain, hidden, weight, bias))
+
+
+def test_low_rank_through_lazy_logits(backend, device):
+    hidden, weight, bias, target = problem(torch.float16, device, size=1.0)
+    u, B = torch.randn(N, 3, device=device).half(), torch.randn(C, 3, device=device).half()
+    for reduction in ("sum", "none"):
+
+        def ours(h, w, b, u, B, reduction=reduction):
+            logits = LinearLogits(h, w, b, low_rank=(u, B), scale=0.5)
+            return cross_entropy(logits, target, reduction=reduction, backend=backend)
+
+        def plain(h, w, b, u, B, reduction=reduction):
+            return reference.linear_cross_entropy(
+                h, w, target, linear_bias=b, low_rank=(u, B), scale=0.5, reduction=reduction
+            )
+
+        check(ours, plain, (hidden, weight, bias, u, B))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_lazy_logits_with_the_vocabulary_anywhere(route):
+    hidden, weight, bias, target = problem(tokens=12, dtype=torch.float64)
+    lazy = LinearLogits(hidden.view(3, 4, H), weight, bias).transpose(1, 2)
+    ours = cross_entropy(lazy, target.view(3, 4), label_smoothing=0.1)
+    expected = F.cross_entropy(hidden @ weight.T + bias, target, label_smoothing=0.1)
+    torch.testing.assert_close(ours, expected)
+    probabilities = torch.rand(3, C, 4, dtype=torch.float64)
+    z = (hidden @ weight.T + bias).view(3, 4, C).transpose(1, 2)
+    torch.testing.assert_close(cross_entropy(lazy, probabilities), F.cross_entropy(z, probabilities))
+
+
+# The graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_second_backward_gives_the_same_gradients(route, dtype, backend, device):
+    hidden, weight, _, target = problem(dtype, device)
+    leaves = [hidden.requires_grad_(), weight.requires_grad_()]
+    loss = linear_cross_entropy(hidden, weight, target, route=route, backend=backend)
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    doubled = torch.autograd.grad(2 * loss, leaves, retain_graph=True)
+    last = torch.autograd.grad(loss, leaves)
+    for a, b, c, d in zip(first, kept, doubled, last, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, d)
+        assert_accurate(c, (2 * b), 2 * b.double())
+    with pytest.raises(RuntimeError, match=r"second time|freed"):
+        torch.autograd.grad(loss, leaves)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_fp16_under_a_loss_scale(route, reduction, backend, device):
+    hidden, weight, _, target = problem(torch.float16, device, tokens=33, size=1.0)
+    scale = 2.0**16 if reduction == "mean" else 2.0**8
+
+    def ours(h, w):
+        return scale * linear_cross_entropy(
+            h,
+            w,
+            target,
+            route=route,
+            backend=backend,
+            reduction=reduction,
+            out_dtype=torch.float32,
+            workspace=16 * C * 4,
+        )
+
+    def plain(h, w):
+        return scale * F.cross_entropy(
+            (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), target, reduction=reduction
+        )
+
+    check(ours, plain, (hidden, weight))
+
+
+def test_fp16_sums_do_not_overflow_before_they_are_scaled(backend, device):
+    hidden = torch.full((64, 2), 128.0, device=device).half().requires_grad_()  # a class's sum is 64·128·2^10
+    weight = torch.zeros(3, 2, device=device).half().requires_grad_()
+    target = torch.zeros(64, dtype=torch.int64, device=device)
+    loss = linear_cross_entropy(
+        hidden, weight, target, route="gradients_in_forward", backend=backend, out_dtype=torch.float32
+    )
+    (grad,) = torch.autograd.grad(loss, weight)
+    expected = torch.tensor([-2 / 3, 1 / 3, 1 / 3])[:, None] * 128
+    torch.testing.assert_close(grad.float().cpu(), expected.expand(3, 2), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_frozen_inputs_cost_nothing(route, trained, monkeypatch):
+    hidden, weight, bias, target = problem()
+    leaves = [hidden, weight, bias]
+    full = linear_cross_entropy(
+        *(t.clone().requires_grad_() for t in leaves[:2]), target, linear_bias=bias, route=route
+    )
+    products = []
+    add_product = routes.add_product
+    monkeypatch.setattr(routes, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
+    for i in trained:
+        leaves[i].requires_grad_()
+    loss = linear_cross_entropy(hidden, weight, target, linear_bias=bias, route=route)
+    assert torch.equal(loss, full)
+    got = torch.autograd.grad(loss, [leaves[i] for i in trained])
+    assert len(products) == len({0, 1} & set(trained))
+    z = F.cross_entropy(F.linear(hidden, weight, bias), target)
+    torch.testing.assert_close(got, torch.autograd.grad(z, [leaves[i] for i in trained]))
+
+
+def test_no_grad_makes_no_gradients(monkeypatch):
+    hidden, weight, _, target = problem()
+    monkeypatch.setattr(routes, "loss_and_gradients", None)
+    hidden.requires_grad_()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden, weight, target)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, target).detach())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("route", ROUTES)
+def test_main_grad(route, dtype):
+    hidden, weight, _, target = problem(dtype, size=1.0)
+
+    def plain(h, w):
+        return 5 * F.cross_entropy(h @ w.T, target)
+
+    eager = with_gradients(plain, hidden, weight, upstream=0)
+    exact = with_gradients(plain, hidden.double(), weight.double(), upstream=0)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    main_grad = torch.ones(C, H)
+    g = torch.rand((), generator=torch.Generator().manual_seed(1))  # with_gradients' upstream
+    extra = {"grad_scale": 5 * g} if route == "gradients_in_forward" else {}
+    loss = linear_cross_entropy(
+        hidden, weight, target, route=route, main_grad=main_grad, out_dtype=torch.float32, workspace=8 * C * 4, **extra
+    )
+    assert torch.equal(main_grad, torch.ones(C, H)) == (route == "recompute")
+    (5 * g * loss).backward()
+    assert weight.grad is None
+    assert_accurate((5 * loss).to(dtype), eager[0], exact[0], "loss")
+    assert_accurate(hidden.grad, eager[1], exact[1], "d_hidden")
+    assert_accurate(main_grad, 1 + eager[2].float(), 1 + exact[2], "main_grad")
+
+
+# Rows that do not count
+
+
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_in_ignored_rows_reaches_nothing(drop_ignored, route, reduction, backend, device):
+    hidden, weight, bias, target = problem(device=device)
+    how = {"backend": backend, "reduction": reduction, "drop_ignored": drop_ignored}
+    if reduction == "mean":
+        how["route"] = route
+
+    def ours(h, w, b):
+        return linear_cross_entropy(h, w, target, linear_bias=b, **how)
+
+    clean = with_gradients(ours, hidden, weight, bias)
+    poisoned = with_gradients(ours, hidden.masked_fill((target == -100)[:, None], NAN), weight, bias)
+    assert target.eq(-100).any()
+    for a, b in zip(clean, poisoned, strict=True):
+        assert torch.equal(a, b)
+    assert not poisoned[1][target == -100].any()
+
+
+def test_ignored_tokens_are_not_projected(monkeypatch):
+    hidden, weight, _, target = problem()
+    hidden.requires_grad_()
+    seen = []
+    softmax_rows = routes.softmax_rows
+    monkeypatch.setattr(routes, "softmax_rows", lambda z, *a: (seen.append(len(z)), softmax_rows(z, *a))[1])
+    linear_cross_entropy(hidden, weight, target)
+    linear_cross_entropy(hidden, weight, target, drop_ignored=False)
+    assert seen == [int((target != -100).sum()), N]
+
+
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@pytest.mark.parametrize("route", ROUTES)
+def test_nothing_left(drop_ignored, route, backend, device):
+    for tokens in (N, 0):
+        hidden, weight, bias, target = problem(device=device, tokens=tokens)
+        target.fill_(-100)
+        leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+        how = {"linear_bias": bias, "backend": backend, "route": route, "drop_ignored": drop_ignored}
+        total = linear_cross_entropy(hidden, weight, target, reduction="sum", **how)
+        assert total == 0
+        assert all(not g.any() for g in torch.autograd.grad(total, leaves))
+        mean = linear_cross_entropy(hidden, weight, target, **how)
+        assert mean.isnan()
+        expected = torch.autograd.grad(
+            F.cross_entropy(F.linear(hidden, weight, bias), target), leaves, allow_unused=True
+        )
+        for g, e in zip(torch.autograd.grad(mean, leaves), expected, strict=True):
+            assert g.shape == e.shape
+        rows = linear_cross_entropy(hidden, weight, target, reduction="none", linear_bias=bias, backend=backend)
+        assert rows.shape == (tokens,)
+        assert not rows.any()
+
+
+def test_one_class(backend, device):
+    hidden, weight, _, target = problem(classes=1, device=device)
+    target.clamp_(max=0)
+    for route in ROUTES:
+        loss, d_hidden, d_weight = with_gradients(
+            lambda h, w, route=route: linear_cross_entropy(h, w, target, route=route, backend=backend), hidden, weight
+        )
+        assert loss == 0
+        assert not d_hidden.any()
+        assert not d_weight.any()
+
+
+# Bits
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_same_bits_every_run(route, backend, device):
+    hidden, weight, bias, target = problem(torch.float16, device, tokens=33)
+
+    def run():
+        return with_gradients(
+            lambda h, w, b: linear_cross_entropy(
+                h, w, target, linear_bias=b, route=route, backend=backend, workspace=16 * C * 4
+            ),
+            hidden,
+            weight,
+            bias,
+        )
+
+    for a, b in zip(run(), run(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_chunks_do_not_matter(route):
+    hidden, weight, bias, target = problem(torch.float64, tokens=70)
+
+    def run(workspace):
+        return with_gradients(
+            lambda h, w, b: linear_cross_entropy(h, w, target, linear_bias=b, route=route, workspace=workspace),
+            hidden,
+            weight,
+            bias,
+        )
+
+    whole = run(None)
+    for workspace in (1, 100_000, 17_000_000):
+        torch.testing.assert_close(run(workspace), whole, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("layout", ["strided", "expanded", "transposed"])
+def test_strides_and_unmutated_inputs(route, layout, backend, device):
+    hidden, weight, bias, target = problem(device=device)
+    if layout == "strided":
+        hidden, weight = hidden.repeat(1, 2)[:, ::2], weight.repeat_interleave(2, 0)[::2]
+        bias, target = bias.repeat_interleave(2)[::2], target.repeat_interleave(2)[::2]
+    elif layout == "expanded":
+        hidden, bias = hidden[:1].expand(N, H), bias[:1].expand(C)
+    else:
+        hidden, weight = hidden.T.contiguous().T, weight.T.contiguous().T
+    inputs = (hidden, weight, bias, target)
+    before = [t.clone() for t in inputs]
+    versions = [t._version for t in inputs]
+    leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+    loss = linear_cross_entropy(*leaves[:2], target, linear_bias=leaves[2], route=route, backend=backend)
+    got = torch.autograd.grad(loss, leaves)
+    plain = [t.contiguous().clone() for t in (hidden, weight, bias)]
+    expected = with_gradients(
+        lambda h, w, b: linear_cross_entropy(h, w, target, linear_bias=b, route=route, backend=backend),
+        *plain,
+        upstream=0,
+    )
+    assert torch.equal(loss, expected[0])
+    for g, p in zip(got, plain, strict=True):
+        assert g.shape == p.shape
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    assert [t._version for t in inputs] == versions
+
+
+def test_results_may_be_written_into():
+    hidden, weight, _, target = problem()
+    hidden.requires_grad_()
+    expected = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, reduction="none").sum(), hidden)
+    loss = linear_cross_entropy(hidden, weight, target, reduction="none")
+    loss.mul_(1.0).clamp_(min=-1e9)
+    assert torch.equal(torch.autograd.grad(loss.sum(), hidden)[0], expected[0])
+
+
+# What surrounds it
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_fullgraph(route, dynamic):
+    torch._dynamo.reset()
+    hidden, weight, bias, target = problem()
+
+    def loss(h, w, b):
+        return linear_cross_entropy(h, w, target, linear_bias=b, route=route, label_smoothing=0.1, z_loss=0.1)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    torch.testing.assert_close(
+        with_gradients(compiled, hidden, weight, bias), with_gradients(loss, hidden, weight, bias)
+    )
+
+
+def test_fullgraph_per_token():
+    torch._dynamo.reset()
+    hidden, weight, _, target = problem()
+
+    def loss(h, w):
+        return linear_cross_entropy(h, w, target, reduction="none")
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(with_gradients(compiled, hidden, weight), with_gradients(loss, hidden, weight))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives(reduction):
+    hidden, weight, bias, target = problem(torch.float64, tokens=3, classes=5)
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+
+    def loss(h, w, b):
+        return linear_cross_entropy(h, w, target, linear_bias=b, reduction=reduction, label_smoothing=0.1, z_loss=0.1)
+
+    assert torch.autograd.gradcheck(loss, leaves)
+    assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+def test_transforms_and_forward_mode():
+    hidden, weight, _, target = problem(torch.float64)
+
+    def ours(h):
+        return linear_cross_entropy(h, weight, target)
+
+    def plain(h):
+        return F.cross_entropy(h @ weight.T, target)
+
+    tangent = torch.randn_like(hidden)
+    torch.testing.assert_close(torch.func.grad(ours)(hidden), torch.func.grad(plain)(hidden))
+    torch.testing.assert_close(
+        torch.func.jvp(ours, (hidden,), (tangent,)), torch.func.jvp(plain, (hidden,), (tangent,))
+    )
+    torch.testing.assert_close(torch.func.hessian(ours)(hidden), torch.func.hessian(plain)(hidden))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivatives_of_large_heads_are_refused(reduction):
+    hidden = torch.randn(70, 2).requires_grad_()
+    loss = linear_cross_entropy(
+        hidden, torch.randn(70_000, 2), torch.zeros(70, dtype=torch.int64), reduction=reduction
+    ).sum()
+    with pytest.raises(RuntimeError, match=r"\(70, 70000\)"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+
+
+def test_autocast_casts_as_pytorch_does():
+    hidden, weight, bias, target = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, d_hidden, d_weight = with_gradients(
+            lambda h, w: linear_cross_entropy(h, w, target, linear_bias=bias), hidden, weight, upstream=0
+        )
+    half = [t.bfloat16() for t in (hidden, weight)]
+    expected = with_gradients(
+        lambda h, w: linear_cross_entropy(h, w, target, linear_bias=bias.bfloat16(), out_dtype=torch.float32),
+        *half,
+        upstream=0,
+    )
+    assert loss.dtype == d_hidden.dtype == d_weight.dtype == torch.float32
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(d_weight, expected[2].float())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_statistics_come_along(route):
+    hidden, weight, _, target = problem()
+    hidden.requires_grad_()
+    target[0] = (hidden @ weight.T)[0].argmax()
+    loss, found = linear_cross_entropy(hidden, weight, target, route=route, return_statistics=True)
+    z = hidden @ weight.T
+    counted = target != -100
+    torch.testing.assert_close(loss, F.cross_entropy(z, target))
+    expected = z.log_softmax(-1).gather(1, target.clamp(min=0)[:, None])[:, 0]
+    torch.testing.assert_close(found.log_probs, torch.where(counted, expected, 0).detach())
+    torch.testing.assert_close(found.logsumexp, torch.where(counted, z.logsumexp(-1), 0).detach())
+    assert torch.equal(found.is_top1[counted], (z.argmax(-1) == target)[counted])
+    assert found.is_top1.any()
+    assert not found.is_top1.all()
+    assert not found.log_probs.requires_grad
+    hidden.grad = None
+    loss.backward()
+    assert hidden.grad.any()
+
+
+def test_token_weights_that_train_take_recompute():
+    hidden, weight, _, target = problem(torch.float64)
+    factors = torch.rand(N, dtype=torch.float64)
+
+    def ours(h, t):
+        return linear_cross_entropy(h, weight, target, token_weights=t)
+
+    def plain(h, t):
+        return (F.cross_entropy(h @ weight.T, target, reduction="none") * t).sum() / (target != -100).sum()
+
+    torch.testing.assert_close(with_gradients(ours, hidden, factors), with_gradients(plain, hidden, factors))
+
+
+def test_result_dtypes():
+    hidden, weight, _, target = problem(torch.bfloat16)
+    assert linear_cross_entropy(hidden, weight, target).dtype == torch.bfloat16
+    assert linear_cross_entropy(hidden, weight, target, out_dtype=torch.float32).dtype == torch.float32
+    assert linear_cross_entropy(hidden, weight, target.clamp(min=0).to(torch.uint8)).dtype == torch.bfloat16
+
+
+def test_module_is_pytorchs():
+    if not hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        pytest.skip("this PyTorch has no LinearCrossEntropyLoss")
+    kwargs = {"out_features": (2, 3), "bias": True, "label_smoothing": 0.1, "weight": torch.rand(C)}
+    theirs = torch.nn.LinearCrossEntropyLoss(H, C, **kwargs)
+    ours = LinearCrossEntropyLoss(H, C, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    hidden, target = torch.randn(4, H), torch.randint(0, C, (4, 2, 3))
+    torch.testing.assert_close(ours(hidden, target), theirs(hidden, target))
+    capped = LinearCrossEntropyLoss(H, C, softcap=1.0, **kwargs)
+    capped.load_state_dict(theirs.state_dict())
+    assert capped(hidden, target) != ours(hidden, target)
+    assert "softcap=1.0" in repr(capped)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"input": torch.zeros(N, 4)}, RuntimeError, "got 4 and 9"),
+        ({"linear_weight": torch.zeros(C, H).double()}, RuntimeError, "float64"),
+        ({"linear_weight": torch.zeros(C, H, device="meta")}, RuntimeError, "meta"),
+        ({"target": torch.zeros(N - 1, dtype=torch.int64)}, ValueError, r"\(13,\).*got \(12,\)"),
+        ({"target": torch.zeros(N)}, RuntimeError, "torch.float32"),
+        ({"target": torch.zeros(N, C, dtype=torch.int64)}, RuntimeError, "class probabilities"),
+        ({"target": torch.full((N,), C)}, IndexError, "Target 37 is out of bounds"),
+        ({"target": torch.full((N,), -1)}, IndexError, "Target -1 is out of bounds"),
+        ({"weight": torch.ones(C + 1)}, RuntimeError, r"all 37 classes.*\(38,\)"),
+        ({"reduction": "average"}, ValueError, "average is not a valid value"),
+        ({"label_smoothing": 1.5}, RuntimeError, "between 0.0 and 1.0"),
+        ({"token_weights": torch.ones(N - 1)}, ValueError, r"token_weights \(13,\), got \(12,\)"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+        ({"route": "fast"}, ValueError, "route must be one of"),
+        ({"route": "gradients_in_forward", "reduction": "none"}, ValueError, "per-token outputs"),
+        ({"workspace": "lots"}, ValueError, "256MiB"),
+        ({"accumulate": "bf16"}, ValueError, "fp32"),
+        ({"main_grad": torch.zeros(C, H).half()}, ValueError, "main_grad"),
+        ({"grad_scale": 2.0}, ValueError, "grad_scale"),
+        ({"group": object()}, NotImplementedError, "group"),
+        ({"temperature": torch.ones(N).requires_grad_()}, RuntimeError, "temperature.*detach"),
+    ],
+)
+def test_bad_input(change, error, match):
+    hidden, weight, _, target = problem()
+    arguments = {"input": hidden.requires_grad_(), "linear_weight": weight, "target": target, **change}
+    with pytest.raises(error, match=match):
+        linear_cross_entropy(**arguments)
