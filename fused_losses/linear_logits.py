@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import settings
+from .autodiff import transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
 from .lazy_tensor import LazyTensor, answers, div, is_lazy, is_number, mul, numel, per_entry_number, per_token_number
@@ -182,11 +183,12 @@ class LinearLogits(LazyTensor):
                 raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
             if softcap is None and not isinstance(temperature, Tensor):
                 scale, temperature = scale / temperature, 1.0
-            detached = not torch.is_grad_enabled()
+            plain = transforms_active()  # under functorch and forward-mode AD: no hooks to serve, no tangent to lose
+            detached = not torch.is_grad_enabled() and not plain
             if detached:
                 refuse_reentrant_checkpoint()
                 hidden, u = hidden.detach(), None if u is None else u.detach()
-            frozen = not hidden.requires_grad
+            frozen = not hidden.requires_grad and not plain
             rest = _Rest(
                 weight=weight,
                 bias=bias,
@@ -204,7 +206,7 @@ class LinearLogits(LazyTensor):
                 versions=versions(weight=weight, bias=bias, u=u, B=B),
                 views=[0],
             )
-            hidden = hidden if detached else _Identity.apply(hidden, weight, bias, u, B)
+            hidden = hidden if detached or plain else _Identity.apply(hidden, weight, bias, u, B)
         elif hidden.dtype != rest.weight.dtype:  # an output cast
             rest = rest.but(dtype=hidden.dtype)
             hidden = hidden.to(rest.weight.dtype)
@@ -385,7 +387,7 @@ class LinearLogits(LazyTensor):
     def _gather(self) -> Callable[[], None]:
         """Make the weight whole; returns what undoes it."""
         weight, module = self.rest.weight, self.rest.module
-        if torch.compiler.is_compiling() or weight.is_meta or is_whole(weight):
+        if torch.compiler.is_compiling() or transforms_active() or weight.is_meta or is_whole(weight):
             return lambda: None
         if module is None:
             raise RuntimeError(

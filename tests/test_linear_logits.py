@@ -1078,3 +1078,26 @@ def test_sharded_tensors_raise():
     weight.device_mesh = "a DTensor has one"
     with pytest.raises(TypeError, match="LinearHead"):
         LinearLogits(torch.ones(S, H), weight)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "log_prob", "label_smoother"])
+def test_second_derivatives_and_transforms(name):
+    tensors = leaves()
+    h, w = (tensors[k].detach() for k in ("hidden", "weight"))
+
+    def lazy(h, w):
+        return NUMBERS[name](LinearLogits(h, w, softcap=2.0)).sum()
+
+    def eager(h, w):
+        return NUMBERS[name](linear_logits(h, w, softcap=2.0)).sum()
+
+    torch.testing.assert_close(torch.func.grad(lazy, (0, 1))(h, w), torch.func.grad(eager, (0, 1))(h, w))
+    torch.testing.assert_close(
+        torch.func.jvp(lazy, (h, w), (w[:B, None] + h, w)), torch.func.jvp(eager, (h, w), (w[:B, None] + h, w))
+    )
+    twice = [
+        torch.autograd.grad(torch.autograd.grad(fn(x, w), x, create_graph=True)[0].square().sum(), x)[0]
+        for fn, x in ((fn, h.clone().requires_grad_()) for fn in (lazy, eager))
+    ]
+    torch.testing.assert_close(*twice)
+    assert twice[0].abs().max() > 0
