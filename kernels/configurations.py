@@ -33,7 +33,12 @@ class MatrixTile(NamedTuple):
     num_stages: int
     parts: int = 1  # the epilogue takes the tile in this many halves: fewer registers
     group_n: int = 16  # row tiles side by side: 16 of 128 rows and H 4096 are 16 MiB, which L2 keeps
-    splits: int = 1  # of the vocabulary, forward only
+    splits: int = 1  # of the vocabulary: what one program takes of it at a time
+
+
+# A quarter of the multiprocessors (132, 148, 108; an eighth of 304): row tiles of N = 1024·2^i times splits then fill whole
+# waves of one program per multiprocessor.
+SPLITS = {"interpreter": 3, "sm_90": 33, "sm_100": 37, "sm_80": 27, "gfx942": 38}
 
 
 def architecture(device: torch.device) -> str:
@@ -83,10 +88,9 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
     accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
     128×128×32; with all statistics half of that, which otherwise spills 96 bytes on sm_80 and 228 on gfx942.
 
-    ``splits`` is a quarter of the multiprocessors (132, 148, 108; an eighth of 304): row tiles of N = 1024·2^i times splits
-    then fill whole waves of one program per multiprocessor. It must not depend on N, so that no token's numbers do.
+    It must not depend on N, so that no token's numbers do.
     """
-    splits = {"interpreter": 3, "sm_90": 33, "sm_100": 37, "sm_80": 27, "gfx942": 38}[arch]
+    splits = SPLITS[arch]
     if arch == "interpreter":
         return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
     block_v = 64 if all_statistics else 128
@@ -105,19 +109,21 @@ def linear_softmax_d_logits_config(arch: str, tma: bool, low_rank: bool, softcap
     With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. The tile is half as wide where the
     low-rank product or the softcap would spill (16 bytes on sm_80, 104 to 156 on gfx942) or not fit tensor memory (sm_100).
     """
+    splits = SPLITS[arch]
     if arch == "interpreter":
-        return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2)
+        return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
     if arch == "gfx942":
-        return MatrixTile(128, 64 if low_rank or softcap else 128, 64, 8, 2)
+        return MatrixTile(128, 64 if low_rank or softcap else 128, 64, 8, 2, splits=splits)
     if not tma:
-        return MatrixTile(128, 64 if low_rank or softcap else 128, 32, 8, 4)
+        return MatrixTile(128, 64 if low_rank or softcap else 128, 32, 8, 4, splits=splits)
     block_v = 128 if arch == "sm_100" and low_rank else 256
-    return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64)
+    return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64, splits=splits)
 
 
 def shipped(arch: str) -> Iterator[Shipped]:
     """Every configuration for ``arch``: one of sm_80, sm_90, sm_100, gfx942."""
     yield from _linear_softmax(arch)
+    yield from _softmax_rows()
     yield from _divergence_rows()
 
 
@@ -159,6 +165,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             HAS_SOFTCAP=options,
             TMA=tma,
             UPCAST=False,
+            SPLITS=tile.splits,
             GROUP_N=tile.group_n,
             BLOCK_N=tile.block_n,
             BLOCK_V=tile.block_v,
@@ -166,12 +173,19 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             PARTS=tile.parts,
         )
 
-    # Every set of statistics and coefficients plain and with all options; the largest set also without the low-rank product.
-    choices = (
-        [(False, False, level) for level in range(3)] + [(True, False, 2)] + [(True, True, level) for level in range(3)]
-    )
-    for tma in (True, False) if arch in ("sm_90", "sm_100") else (False,):
-        for options, low_rank, level in choices:
+    # (options, low rank, level of statistics and coefficients); one fewer level where pointers are the variant of odd sizes.
+    choices = [
+        (False, False, 0),
+        (False, False, 1),
+        (False, False, 2),
+        (True, False, 2),
+        (True, True, 0),
+        (True, True, 2),
+    ]
+    few = [(False, False, 1), (True, False, 2), (True, True, 2)]
+    has_tma = arch in ("sm_90", "sm_100")
+    for tma in (True, False) if has_tma else (False,):
+        for options, low_rank, level in few if has_tma and not tma else choices:
             label = "TMA" if tma else "pointers"
             label += (", bias softcap temperature weights" if options else "") + (" low-rank" if low_rank else "")
             tile = linear_softmax_fwd_config(arch, tma, low_rank, level == 2)
@@ -180,7 +194,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
                 module._linear_softmax_fwd_kernel,
                 common(tma, tile, options, low_rank)
                 | {"logits_at_ids_ptr": "*fp32:16", "partials_ptr": "*fp32:16", "split_weight_ptr": "*fp32:16"}
-                | {"ENTROPY": level >= 1, "ALL": level == 2, "SPLITS": tile.splits},
+                | {"ENTROPY": level >= 1, "ALL": level == 2},
                 tile.num_warps,
                 tile.num_stages,
                 matrix=True,
@@ -223,6 +237,58 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             | scalars
             | sizes,
             num_warps=4,
+            num_stages=3,
+        )
+
+
+def _softmax_rows() -> Iterator[Shipped]:
+    from . import softmax_rows as module
+
+    flags = ("COLUMN_WEIGHT", "TEMPERATURE", "PROBABILITIES", "SOFTCAP")
+    statistics = ("ENTROPY", "LOG_SUM_SQ_PROBS", "SUM_LOG_PROBS", "MAX_LOGIT", "IS_TOP1")
+    for vocabulary_contiguous, everything in ((True, False), (True, True), (False, True)):
+        dtype = torch.bfloat16 if vocabulary_contiguous else torch.float32
+        logits = f"*{'bf16' if vocabulary_contiguous else 'fp32'}:16"
+        label = f"{'rows' if vocabulary_contiguous else 'columns'}{', every option' if everything else ''}"
+        common = {
+            "logits_ptr": logits,
+            "ids_ptr": "*i64:16",
+            "logsumexp_ptr": "*fp64:16",
+            **dict.fromkeys(("column_weight_ptr", "temperature_ptr"), "*fp32:16" if everything else None),
+            "probabilities_ptr": logits if everything else None,
+            **dict.fromkeys(("N", "V"), "i32:16"),
+            "S": 1 if vocabulary_contiguous else "i32:16",
+            "K": "i32" if everything else 1,
+            **{f"{x}_stride_{dim}": "i32:16" for x in ("logits", "probabilities") for dim in "bvs"},
+            f"logits_stride_{'v' if vocabulary_contiguous else 's'}": 1,
+            f"probabilities_stride_{'v' if vocabulary_contiguous else 's'}": 1,
+            **dict.fromkeys(("label_smoothing", "scale", "softcap"), "fp32"),
+            "HAS_IDS": True,
+            **{f"HAS_{flag}": everything for flag in flags},
+        }
+        BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(dtype, vocabulary_contiguous)
+        yield Shipped(
+            f"softmax_rows_fwd {label}",
+            module._softmax_rows_fwd_kernel,
+            common
+            | dict.fromkeys(("log_probs_ptr", "entropy_ptr", "log_sum_sq_probs_ptr", "max_logit_ptr"), "*fp32:16")
+            | {"sum_log_probs_ptr": "*fp64:16", "weight_sum_ptr": "*fp64:16", "is_top1_ptr": "*i1:16"}
+            | dict.fromkeys(statistics, everything)
+            | {"BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V, "VEC": VEC},
+            num_warps,
+            num_stages=3,
+        )
+        BLOCK_N, BLOCK_V, num_warps = softmax_rows_bwd_config(dtype, vocabulary_contiguous)
+        used = "abecd" if everything else "ac"
+        yield Shipped(
+            f"softmax_rows_bwd {label}",
+            module._softmax_rows_bwd_kernel,
+            common
+            | {f"{x}_ptr": "*fp32:16" if x in used else None for x in "abecd"}
+            | {f"HAS_{x.upper()}": x in used for x in "abecd"}
+            | {"out_ptr": logits, "vocab_start": "i32:16", "BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V}
+            | {f"out_stride_{dim}": common[f"logits_stride_{dim}"] for dim in "bvs"},
+            num_warps,
             num_stages=3,
         )
 

@@ -35,8 +35,15 @@ from ..settings import triton_interpreted
 from .configurations import architecture, linear_softmax_d_logits_config, linear_softmax_fwd_config, programs
 
 FLOOR = tl.constexpr(-1e30)
+LOG2E = tl.constexpr(1.4426950408889634)
 SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full waves of 132 programs
+
+
+@triton.jit
+def _exp(x):
+    # tl.exp spends three more instructions on results below 2⁻¹²⁶, which no sum here can see.
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -44,7 +51,7 @@ def tanh(x):
     # Near 0 a polynomial (relative error 7e-9) keeps the accuracy that (1 − q)/(1 + q) loses to cancellation; one division.
     s = x * x
     near = x * s * (-0.3333326 + s * (0.1333083 + s * (-0.05368802 + s * (0.02046942 - s * 0.00551516)))) + x
-    q = tl.exp(-2 * tl.abs(x))
+    q = _exp(-2 * tl.abs(x))
     far = (1 - q) / (1 + q)
     return tl.where(tl.abs(x) < 0.65, near, tl.where(x < 0, -far, far))
 
@@ -99,6 +106,16 @@ def _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS: tl.constexpr, H
     if HAS_SOFTCAP:
         x = tanh(x * (scale / softcap))
     return v, x
+
+
+@triton.jit
+def _place(item, row_tiles, v_tiles, SPLITS: tl.constexpr, GROUP_N: tl.constexpr):
+    """The row tile, the split of the vocabulary and its first and last tile, GROUP_N row tiles side by side."""
+    group = item // (GROUP_N * SPLITS)
+    group_rows = tl.minimum(row_tiles - group * GROUP_N, GROUP_N)
+    place = item % (GROUP_N * SPLITS)
+    split = place // group_rows
+    return group * GROUP_N + place % group_rows, split, split * v_tiles // SPLITS, (split + 1) * v_tiles // SPLITS
 
 
 @triton.jit
@@ -158,14 +175,8 @@ def _linear_softmax_fwd_kernel(
     v_tiles = tl.cdiv(V, BLOCK_V)
     k_tiles = tl.cdiv(H, BLOCK_K)
     for item in range(tl.program_id(0), row_tiles * SPLITS, tl.num_programs(0)):
-        group = item // (GROUP_N * SPLITS)
-        group_rows = tl.minimum(row_tiles - group * GROUP_N, GROUP_N)
-        place = item % (GROUP_N * SPLITS)
-        row = (group * GROUP_N + place % group_rows) * BLOCK_N
-        split = place // group_rows
-        first_tile = split * v_tiles // SPLITS
-        steps = ((split + 1) * v_tiles // SPLITS - first_tile) * k_tiles
-
+        row_tile, split, first_tile, end_tile = _place(item, row_tiles, v_tiles, SPLITS, GROUP_N)
+        row = row_tile * BLOCK_N
         n = row + tl.arange(0, BLOCK_N)
         inside = n < N
         factor = tl.full((BLOCK_N,), 1.0, tl.float32) * scale
@@ -184,7 +195,7 @@ def _linear_softmax_fwd_kernel(
         acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
         v_start = first_tile * BLOCK_V
         k = 0
-        for _ in range(steps):
+        for _ in range((end_tile - first_tile) * k_tiles):
             h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
             w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
             acc = tl.dot(h, w.T, acc, input_precision="ieee")
@@ -217,9 +228,9 @@ def _linear_softmax_fwd_kernel(
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
                     shifted = z - now[:, None]
-                    e = tl.exp(shifted)
+                    e = _exp(shifted)
                     moved = largest - now
-                    rescale = tl.exp(moved)
+                    rescale = _exp(moved)
                     if ENTROPY:
                         # The maximum keeps 0·(−inf) out; a nan it drops is in total already.
                         e_shifted = tl.sum(e * tl.maximum(shifted, FLOOR), 1)
@@ -290,7 +301,7 @@ def _combine_splits_kernel(
     split_total = tl.load(partial + SPLITS * N, mask=here, other=0.0)
     largest = tl.max(split_largest, 0)
     moved = split_largest - largest[None, :]
-    rescale = tl.exp(moved)
+    rescale = _exp(moved)
     total = tl.sum(rescale * split_total, 0)
     log_total = tl.log(total.to(tl.float64))
     logsumexp = largest.to(tl.float64) + log_total
@@ -360,6 +371,11 @@ def _tma_fits(arch, *matrices):
     )
 
 
+def _dense(*vectors):
+    """Each contiguous: a gradient that autograd expanded, for one, has stride 0."""
+    return [None if x is None else x.contiguous() for x in vectors]
+
+
 def _operand(x, block, tma):
     if x is None or not tma:
         return x
@@ -385,7 +401,7 @@ def linear_softmax_fwd(
 ):
     hidden, weight, u, b = _checked(hidden, weight, bias, low_rank)
     out = empty_statistics(hidden, hidden.shape[0], ids, outputs)
-    ids = None if ids is None else ids.contiguous()
+    bias, ids, column_weight, temperature = _dense(bias, ids, column_weight, temperature)
     statistics_all = not {"log_sum_sq_probs", "sum_log_probs", "is_top1"}.isdisjoint(outputs)
     statistics_entropy = statistics_all or "entropy" in outputs
     arch = architecture(hidden.device)
@@ -472,14 +488,6 @@ def linear_softmax_fwd(
     return out
 
 
-@triton.jit
-def _tile_origin(tile, row_tiles, v_tiles, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr):
-    group = tile // (GROUP_N * v_tiles)
-    group_rows = tl.minimum(row_tiles - group * GROUP_N, GROUP_N)
-    place = tile % (GROUP_N * v_tiles)
-    return (group * GROUP_N + place % group_rows) * BLOCK_N, place // group_rows * BLOCK_V
-
-
 @triton.jit(do_not_specialize=["N"])
 def _linear_softmax_d_logits_kernel(
     hidden,  # (N, H)
@@ -528,6 +536,7 @@ def _linear_softmax_d_logits_kernel(
     HAS_D: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
+    SPLITS: tl.constexpr,
     GROUP_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -536,91 +545,93 @@ def _linear_softmax_d_logits_kernel(
 ):
     row_tiles = tl.cdiv(N, BLOCK_N)
     v_tiles = tl.cdiv(V, BLOCK_V)
-    tile = tl.program_id(0)
-    steps = tl.cdiv(row_tiles * v_tiles - tile, tl.num_programs(0)) * tl.cdiv(H, BLOCK_K)
-    row, v_start = _tile_origin(tile, row_tiles, v_tiles, GROUP_N, BLOCK_N, BLOCK_V)
-    k = 0
-    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    for _ in range(steps):
-        h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
-        w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
-        acc = tl.dot(h, w.T, acc, input_precision="ieee")
-        last = k + BLOCK_K >= H
-        if last:
-            if HAS_LOW_RANK:
-                for r in tl.range(0, R, BLOCK_K, num_stages=1):
-                    h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
-                    w = _load_tile(low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST)
-                    acc = tl.dot(h, w.T, acc, input_precision="ieee")
-            n = row + tl.arange(0, BLOCK_N)
-            inside = n < N
-            factor = tl.full((BLOCK_N,), 1.0, tl.float32)
-            if HAS_TEMPERATURE:
-                factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
-            slope = factor * scale
-            if HAS_SOFTCAP:
-                factor = factor * softcap
-            else:
-                factor = slope
-            # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
-            logsumexp = tl.load(logsumexp_ptr + n, mask=inside, other=0.0)
-            hi = logsumexp.to(tl.float32)
-            lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
-            p_unit = tl.exp(lo)
-            a = tl.zeros((BLOCK_N,), tl.float32)
-            b = tl.zeros((BLOCK_N,), tl.float32)
-            e = tl.zeros((BLOCK_N,), tl.float32)
-            d = tl.zeros((BLOCK_N,), tl.float32)
-            if HAS_A:
-                a = tl.load(a_ptr + n, mask=inside, other=0.0) * p_unit * slope
-            if HAS_B:
-                b = tl.load(b_ptr + n, mask=inside, other=0.0) * p_unit * slope
-                a += b * lo
-            if HAS_E:
-                e = tl.load(e_ptr + n, mask=inside, other=0.0) * p_unit * p_unit * slope
-            if HAS_D:
-                d = tl.load(d_ptr + n, mask=inside, other=0.0) * slope
-            active = inside
-            if HAS_IDS:
-                active = inside & ~_rows_skipped(ids_ptr, n, inside, K)
-            for part in tl.static_range(PARTS):
-                v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
-                logp = x * factor[:, None] - hi[:, None]
-                p = tl.exp(logp)
-                bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
-                if HAS_B:
-                    bracket += b[:, None] * tl.maximum(logp, FLOOR)
-                if HAS_E:
-                    bracket += e[:, None] * p
-                dx = p * bracket
-                if HAS_D:
-                    if HAS_COLUMN_WEIGHT:
-                        u = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                        dx += d[:, None] * u[None, :]
-                    else:
-                        dx += d[:, None]
-                if HAS_C:
-                    for j in range(K):
-                        at = n.to(tl.int64) * K + j
-                        y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
-                        c = tl.load(c_ptr + at, mask=inside, other=0.0) * slope
-                        here = (y >= v_start) & (y < v_start + BLOCK_V)
-                        if tl.max(here.to(tl.int32), 0) > 0:
-                            match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
-                            dx += tl.where(match, c[:, None], 0.0)
+    k_tiles = tl.cdiv(H, BLOCK_K)
+    for item in range(tl.program_id(0), row_tiles * SPLITS, tl.num_programs(0)):
+        row_tile, _, first_tile, end_tile = _place(item, row_tiles, v_tiles, SPLITS, GROUP_N)
+        row = row_tile * BLOCK_N
+        acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        v_start = first_tile * BLOCK_V
+        k = 0
+        for _ in range((end_tile - first_tile) * k_tiles):
+            h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
+            w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
+            acc = tl.dot(h, w.T, acc, input_precision="ieee")
+            last = k + BLOCK_K >= H
+            if last:
+                if HAS_LOW_RANK:
+                    for r in tl.range(0, R, BLOCK_K, num_stages=1):
+                        h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
+                        w = _load_tile(
+                            low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST
+                        )
+                        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+                n = row + tl.arange(0, BLOCK_N)
+                inside = n < N
+                factor = tl.full((BLOCK_N,), 1.0, tl.float32)
+                if HAS_TEMPERATURE:
+                    factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
+                slope = factor * scale
                 if HAS_SOFTCAP:
-                    dx *= 1 - x * x
-                dx = tl.where(active[:, None], dx, 0.0)
-                if TMA:
-                    out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
+                    factor = factor * softcap
                 else:
-                    pointers = out + n.to(tl.int64)[:, None] * out_stride_n + v.to(tl.int64)[None, :] * out_stride_v
-                    tl.store(pointers, dx.to(out.dtype.element_ty), mask=inside[:, None] & (v < V)[None, :])
-            acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        k = tl.where(last, 0, k + BLOCK_K)
-        if last:
-            tile += tl.num_programs(0)
-            row, v_start = _tile_origin(tile, row_tiles, v_tiles, GROUP_N, BLOCK_N, BLOCK_V)
+                    factor = slope
+                # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
+                logsumexp = tl.load(logsumexp_ptr + n, mask=inside, other=0.0)
+                hi = logsumexp.to(tl.float32)
+                lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
+                p_unit = _exp(lo)
+                a = tl.zeros((BLOCK_N,), tl.float32)
+                b = tl.zeros((BLOCK_N,), tl.float32)
+                e = tl.zeros((BLOCK_N,), tl.float32)
+                d = tl.zeros((BLOCK_N,), tl.float32)
+                if HAS_A:
+                    a = tl.load(a_ptr + n, mask=inside, other=0.0) * p_unit * slope
+                if HAS_B:
+                    b = tl.load(b_ptr + n, mask=inside, other=0.0) * p_unit * slope
+                    a += b * lo
+                if HAS_E:
+                    e = tl.load(e_ptr + n, mask=inside, other=0.0) * p_unit * p_unit * slope
+                if HAS_D:
+                    d = tl.load(d_ptr + n, mask=inside, other=0.0) * slope
+                active = inside
+                if HAS_IDS:
+                    active = inside & ~_rows_skipped(ids_ptr, n, inside, K)
+                for part in tl.static_range(PARTS):
+                    v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
+                    logp = x * factor[:, None] - hi[:, None]
+                    p = _exp(logp)
+                    bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
+                    if HAS_B:
+                        bracket += b[:, None] * tl.maximum(logp, FLOOR)
+                    if HAS_E:
+                        bracket += e[:, None] * p
+                    dx = p * bracket
+                    if HAS_D:
+                        if HAS_COLUMN_WEIGHT:
+                            u = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+                            dx += d[:, None] * u[None, :]
+                        else:
+                            dx += d[:, None]
+                    if HAS_C:
+                        for j in range(K):
+                            at = n.to(tl.int64) * K + j
+                            y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
+                            c = tl.load(c_ptr + at, mask=inside, other=0.0) * slope
+                            here = (y >= v_start) & (y < v_start + BLOCK_V)
+                            if tl.max(here.to(tl.int32), 0) > 0:
+                                match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
+                                dx += tl.where(match, c[:, None], 0.0)
+                    if HAS_SOFTCAP:
+                        dx *= 1 - x * x
+                    dx = tl.where(active[:, None], dx, 0.0)
+                    if TMA:
+                        out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
+                    else:
+                        pointers = out + n.to(tl.int64)[:, None] * out_stride_n + v.to(tl.int64)[None, :] * out_stride_v
+                        tl.store(pointers, dx.to(out.dtype.element_ty), mask=inside[:, None] & (v < V)[None, :])
+                acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+            k = tl.where(last, 0, k + BLOCK_K)
+            v_start = tl.where(last, v_start + BLOCK_V, v_start)
 
 
 def linear_softmax_d_logits(
@@ -649,12 +660,13 @@ def linear_softmax_d_logits(
         out = hidden.new_empty(N, triton.cdiv(V, 8) * 8)[:, :V]
     if N == 0:
         return out
-    ids, c = (None if x is None else x.contiguous() for x in (ids, c))
+    bias, ids, column_weight, temperature = _dense(bias, ids, column_weight, temperature)
+    logsumexp, a, b, e, c, d = _dense(logsumexp, a, b, e, c, d)
     arch = architecture(hidden.device)
     tma = _tma_fits(arch, hidden, weight, low_rank_u, low_rank_b, out)
     config = linear_softmax_d_logits_config(arch, tma, low_rank is not None, softcap is not None)
-    tiles = triton.cdiv(N, config.block_n) * triton.cdiv(V, config.block_v)
-    _linear_softmax_d_logits_kernel[(min(tiles, programs(hidden.device)) if tma else tiles,)](
+    items = triton.cdiv(N, config.block_n) * config.splits
+    _linear_softmax_d_logits_kernel[(min(items, programs(hidden.device)) if tma else items,)](
         _operand(hidden, (config.block_n, config.block_k), tma),
         _operand(weight, (config.block_v, config.block_k), tma),
         _operand(low_rank_u, (config.block_n, config.block_k), tma),
@@ -692,6 +704,7 @@ def linear_softmax_d_logits(
         HAS_D=d is not None,
         TMA=tma,
         UPCAST=triton_interpreted(),
+        SPLITS=config.splits,
         GROUP_N=config.group_n,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,

@@ -92,15 +92,17 @@ def amd_report(assembly: str) -> tuple[int, int, str]:
     return count("vgpr_count"), spilled, assembly
 
 
-def check(index: int, target_name: str) -> Report:
-    """Compile the configuration at ``index`` of ``shipped(target_name)``."""
-    target, config = TARGETS[target_name], list(shipped(target_name))[index]
-    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=os.environ["GATE_SCRATCH"])
+def check(config: Shipped, target_name: str) -> Report:
+    target = TARGETS[target_name]
     try:
         kernel = compiled(config, target)
     except Exception as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        return Report(config.name, target_name, config.num_warps, config.num_stages, 0, 0, 0, "", lines[-1][:200])
+        while error.__cause__ is not None:
+            error = error.__cause__  # below the compiler's listing stands the reason
+        reason = (str(error).strip().splitlines() or [""])[-1]
+        return Report(
+            config.name, target_name, config.num_warps, config.num_stages, 0, 0, 0, "", reason[:200] or repr(error)
+        )
     report = nvidia_report(kernel.asm["cubin"]) if target.gpu.backend == "cuda" else amd_report(kernel.asm["amdgcn"])
     registers, spilled, code = report
     shared, trouble = kernel.metadata.shared, []
@@ -118,10 +120,15 @@ def check(index: int, target_name: str) -> Report:
                   instruction, "; ".join(trouble))  # fmt: skip
 
 
+def check_shipped(index: int, target_name: str) -> Report:
+    """Check the configuration at ``index`` of ``shipped(target_name)``; in a cache of its own, so that changes are seen."""
+    os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp(dir=os.environ["GATE_SCRATCH"])
+    return check(list(shipped(target_name))[index], target_name)
+
+
 def run(only: str = "", targets: tuple[str, ...] = tuple(TARGETS)) -> list[Report]:
     """The report of every configuration whose name contains ``only``."""
     jobs = [(i, t) for t in targets for i, config in enumerate(shipped(t)) if only in config.name]
-    # Each job has a cache folder of its own, so that a kernel that changed is always compiled.
     with tempfile.TemporaryDirectory() as scratch:
         os.environ["GATE_SCRATCH"] = scratch
         os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # quicker, and the same machine code
@@ -129,7 +136,8 @@ def run(only: str = "", targets: tuple[str, ...] = tuple(TARGETS)) -> list[Repor
         jobs.sort(key=lambda job: not list(shipped(job[1]))[job[0]].matrix)
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
             return sorted(
-                pool.map(check, *zip(*jobs, strict=True)), key=lambda r: (r.kernel, list(TARGETS).index(r.target))
+                pool.map(check_shipped, *zip(*jobs, strict=True)),
+                key=lambda r: (r.kernel, list(TARGETS).index(r.target)),
             )
 
 

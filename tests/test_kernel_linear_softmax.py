@@ -324,7 +324,7 @@ def test_all_logits_minus_infinity(device):
 @variants
 def test_log_probs_of_peaked_rows_are_never_positive(device, variant, dtype):
     head = Head(device, variant, dtype, N=48, V=130, K=1)
-    head.hidden *= 6
+    head.hidden *= 12
     head.ids[:, 0] = head.logits(torch.float64)[0].argmax(-1)
     ours = head.forward()
     assert (ours.log_probs <= 0).all()
@@ -392,6 +392,22 @@ def test_runs_repeat_bit_for_bit_and_leave_their_inputs(device, variant):
     assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True) if x is not None)
     assert torch.equal(head.d_logits(first.logsumexp, coefficients), head.d_logits(first.logsumexp, coefficients))
     assert all(torch.equal(t, copy) for t, copy in zip(tensors, copies, strict=True))
+
+
+def test_expanded_vectors(device):
+    """A gradient that autograd made of one number has stride 0."""
+    head = Head(device, N=5, bias=True)
+    head.bias, head.column_weight = head.bias[:1].expand(203), head.column_weight[:1].expand(203)
+    head.temperature = torch.tensor([0.5], device=head.hidden.device).expand(5)
+    coefficients = [
+        torch.tensor([[0.3]], device=head.hidden.device).expand(5, 2 if name == "c" else 1) for name in "abecd"
+    ]
+    coefficients = [x if name == "c" else x[:, 0] for name, x in zip("abecd", coefficients, strict=True)]
+    assert coefficients[0].stride() == (0,)
+    ours = head.forward()
+    assert_statistics(head, ours)
+    exact, eager = head.gradient(torch.float64, coefficients), head.gradient(torch.float32, coefficients)
+    assert_accurate(head.d_logits(ours.logsumexp, coefficients), eager.half(), exact)
 
 
 def test_strided_inputs(device):
