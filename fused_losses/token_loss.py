@@ -92,9 +92,13 @@ def token_loss(
         raise ValueError(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, got {tuple(index.shape)}"
         )
+    unknown = set(statistics) - set(TokenStatistics._fields)
+    if unknown:
+        raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
     single = index.ndim == len(tokens)
-    flat = tuple(x.reshape(-1, *x.shape[len(tokens) :]) for x in per_token)
-    ids = target_ids(index.reshape(tokens.numel(), -1), V, -100)
+    N = tokens.numel()
+    flat = tuple(x.reshape(N, *x.shape[len(tokens) :]) for x in per_token)
+    ids = target_ids(index.reshape(N, 1 if single else index.shape[-1]), V, -100)
     keep, zero_ignored = kept_tokens(ids, drop_ignored)
     loss_of = _PerToken(fn, flat, ids, zero_ignored, single, statistics, V)
 
@@ -112,7 +116,7 @@ def token_loss(
         head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
         check_head(head)
         chosen_backend = resolve_backend(head.hidden, backend)
-        (N, H), dtype = head.hidden.shape, head.hidden.dtype
+        H, dtype = head.hidden.shape[1], head.hidden.dtype
         chosen = plan(N, V, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
         if chosen.route == "gradients_in_forward":
             with logits.gathered():

@@ -1,0 +1,367 @@
+"""token_loss: the user's function at the price of a cross entropy, equal to the same loss on token statistics."""
+
+import pytest
+import torch
+
+from fused_losses import routes
+from fused_losses import token_loss as module
+from fused_losses.linear_logits import LinearLogits
+from fused_losses.reference import token_loss as reference
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.token_loss import token_loss
+from fused_losses.token_statistics import token_statistics
+
+N, V, H = 23, 37, 9
+ALL = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "max_logit", "is_top1")
+
+
+def problem(dtype=torch.float32, device="cpu", K=None):
+    hidden, weight = torch.randn(N, H, device=device, dtype=dtype), torch.randn(V, H, device=device, dtype=dtype)
+    bias = torch.randn(V, device=device, dtype=dtype)
+    index = torch.randint(0, V, (N,) if K is None else (N, K), device=device)
+    index[1::4] = -100
+    return hidden, weight, bias, index
+
+
+def advantages(device="cpu"):
+    return torch.linspace(-1, 1, N, device=device)  # of both signs
+
+
+def old_log_probs(logits, index):
+    """Of a policy not far away, so that ratios leave the clip on both sides."""
+    chosen = torch.log_softmax(logits.detach(), -1).gather(1, index.clamp(min=0)[:, None])[:, 0]
+    return chosen + torch.linspace(-0.8, 0.8, N, device=logits.device).roll(7)
+
+
+def capped(h, w, b):
+    """The logits of ``LinearLogits(h, w, b, scale=0.5, softcap=4.0)``, their last steps in fp32 or wider."""
+    return 4 * torch.tanh((h @ w.T + b).to(torch.promote_types(h.dtype, torch.float32)) * 0.5 / 4)
+
+
+def grpo(s, a, old, mean):
+    ratio = torch.exp(s.log_probs - old)
+    clipped = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    return -clipped * mean, {"ratio": ratio, "clipped": (clipped != ratio * a).float()}
+
+
+def cispo(s, a, old, mean):
+    return -torch.exp(s.log_probs - old).clamp(max=1.3).detach() * a * s.log_probs * mean
+
+
+def dft(s):
+    return -s.log_probs.exp().detach() * s.log_probs
+
+
+def entropy_bonus(s, a):
+    return -a * s.log_probs - 0.1 * s.entropy
+
+
+def everything(s, a):
+    detached = s.mean_logits + s.max_logit * s.is_top1
+    return a * s.log_probs.exp() + s.entropy * s.logsumexp + (s.log_sum_sq_probs - detached).square()
+
+
+def with_gradients(call, *inputs):
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    loss, aux = call(*leaves)
+    return (loss.detach(), *torch.autograd.grad(3 * loss, leaves)), aux
+
+
+def check(ours, plain, problems):
+    """Accurate over several problems together: on one small one, luck decides by how much eager errs."""
+    found = [[], [], []]
+    for inputs in problems:
+        found[0].append(with_gradients(ours, *inputs)[0])
+        found[1].append(with_gradients(plain, *inputs)[0])
+        found[2].append(with_gradients(plain, *(x.double() for x in inputs))[0])
+    joined = ([torch.cat([t.flatten() for t in same]) for same in zip(*runs, strict=True)] for runs in found)
+    for i, (a, b, c) in enumerate(zip(*joined, strict=True)):
+        if a.dtype == torch.float64:
+            torch.testing.assert_close(a, b)
+        else:
+            assert_accurate(a, b, c, "loss" if i == 0 else f"gradient {i - 1}")
+
+
+LOSSES = {
+    "grpo": (grpo, ("log_probs",)),
+    "cispo": (cispo, ("log_probs",)),
+    "dft": (dft, ("log_probs",)),
+    "entropy bonus": (entropy_bonus, ("log_probs", "entropy")),
+    "everything": (everything, ALL),
+}
+
+
+def per_token_of(name, logits, index):
+    a = advantages(logits.device)
+    if name in ("grpo", "cispo"):
+        return a, old_log_probs(logits, index), torch.full_like(a, 1 / 17)
+    return () if name == "dft" else (a,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("name", LOSSES)
+def test_lazy_logits(name, dtype, backend, device):
+    if backend == "triton" and dtype == torch.float64:
+        pytest.skip("Triton computes in fp32")
+    fn, statistics = LOSSES[name]
+    problems = [problem(dtype, device)[:3] for _ in range(3)]
+    index = problem(dtype, device)[3]
+    per_token = {id(p[0]): per_token_of(name, capped(*p), index) for p in problems}
+    current = iter([p for p in problems for _ in range(3)])  # ours, plain, plain in float64
+
+    def extra():
+        return per_token[id(next(current)[0])]
+
+    def ours(h, w, b):
+        logits = LinearLogits(h, w, b, scale=0.5, softcap=4.0)
+        return token_loss(fn, logits, index, *extra(), statistics=statistics, backend=backend, workspace=9 * V * 4)
+
+    def plain(h, w, b):
+        z = capped(h, w, b)
+        return reference.token_loss(fn, z, index, *(x.to(z.dtype) for x in extra()))
+
+    check(ours, plain, problems)
+
+
+def test_aux_is_per_token_and_detached(backend, device):
+    hidden, weight, bias, index = problem(device=device)
+    logits = LinearLogits(hidden.requires_grad_(), weight, bias)
+    z = hidden @ weight.T + bias
+    per_token = per_token_of("grpo", z, index)
+    _, aux = token_loss(grpo, logits, index, *per_token, backend=backend, workspace=5 * V * 4)
+    _, expected = reference.token_loss(grpo, z, index, *per_token)
+    counted = index != -100
+    for key, values in expected.items():
+        assert not aux[key].requires_grad
+        assert not aux[key][~counted].any()
+        torch.testing.assert_close(aux[key][counted], torch.cat(values))
+    assert 0.1 < aux["clipped"][counted].mean() < 0.9
+    ratios = aux["ratio"][counted]
+    assert ratios.min() < 0.8  # both sides of the clip
+    assert ratios.max() > 1.2
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_logits_that_exist(name, backend, device):
+    fn, statistics = LOSSES[name]
+    problems = [(h @ w.T + b,) for h, w, b, _ in (problem(device=device) for _ in range(3))]
+    index = problem(device=device)[3]
+    per_token = per_token_of(name, problems[0][0], index)
+
+    def ours(z):
+        return token_loss(fn, z, index, *per_token, statistics=statistics, backend=backend)
+
+    def plain(z):
+        return reference.token_loss(fn, z, index, *(x.to(z.dtype) for x in per_token))
+
+    check(ours, plain, problems)
+    assert not with_gradients(ours, *problems[0])[0][1][index == -100].any()
+
+
+def test_losses_are_told_apart():
+    hidden, weight, bias, index = problem()
+    logits = LinearLogits(hidden.requires_grad_(), weight, bias)
+    z = (hidden @ weight.T + bias).detach()
+    numbers = [
+        token_loss(fn, logits, index, *per_token_of(name, z, index), statistics=statistics)[0].item()
+        for name, (fn, statistics) in LOSSES.items()
+    ]
+    assert len(set(numbers)) == len(numbers)
+
+
+@pytest.mark.parametrize("K", [1, 3])
+def test_several_ids_per_token(K, backend, device):
+    hidden, weight, bias, index = problem(K=K, device=device)
+    index[0, -1] = -100  # beside others, where there are others
+    targets = torch.rand(N, K, device=device)
+
+    def fn(s, t):
+        return -(t * s.log_probs).sum(-1) + s.log_probs[:, 0].exp()
+
+    def ours(h, w, b):
+        return token_loss(fn, LinearLogits(h, w, b), index, targets, backend=backend, workspace=5 * V * 4)
+
+    def plain(h, w, b):
+        return reference.token_loss(fn, h @ w.T + b, index, targets.to(h.dtype))
+
+    check(ours, plain, [(hidden, weight, bias)])
+
+
+@pytest.mark.parametrize("workspace", [1, 60_000, 17_000_000, None])
+def test_equal_to_the_same_loss_on_token_statistics_for_any_chunks(workspace):
+    hidden, weight, bias, index = problem(torch.float64)
+    a = advantages().double()
+
+    def ours(h, w, b):
+        logits = LinearLogits(h, w, b)
+        return token_loss(entropy_bonus, logits, index, a, statistics=("log_probs", "entropy"), workspace=workspace)
+
+    def on_statistics(h, w, b):
+        found = token_statistics(LinearLogits(h, w, b), index, ("log_probs", "entropy"))
+        return entropy_bonus(found, a)[index != -100].sum(), {}
+
+    one, other = with_gradients(ours, hidden, weight, bias)[0], with_gradients(on_statistics, hidden, weight, bias)[0]
+    torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_low_rank_temperature_and_shapes(backend, device):
+    hidden, weight, _, index = problem(torch.float16, device)
+    u, B = torch.randn(N, 2, device=device).half(), torch.randn(V, 2, device=device).half()
+    temperature, a = torch.rand(N, device=device) + 0.5, advantages(device)
+    three = (index[:22].view(2, 11), a[:22].view(2, 11), temperature[:22].view(2, 11))
+
+    def ours(h, w, u, B):
+        low_rank = (u[:22].view(2, 11, 2), B)
+        logits = LinearLogits(h[:22].view(2, 11, H), w, temperature=three[2], low_rank=low_rank)
+        return token_loss(
+            entropy_bonus, logits, three[0], three[1], statistics=("log_probs", "entropy"), backend=backend
+        )
+
+    def plain(h, w, u, B):
+        z = (h @ w.T + u @ B.T).to(torch.promote_types(h.dtype, torch.float32))[:22] / temperature[:22, None]
+        return reference.token_loss(entropy_bonus, z, index[:22], a[:22])
+
+    check(ours, plain, [(hidden, weight, u, B)])
+
+
+@pytest.mark.parametrize("drop_ignored", [True, False])
+def test_ignored_rows_reach_nothing(drop_ignored, backend, device):
+    hidden, weight, bias, index = problem(device=device)
+    a = advantages(device)
+    bad = (index == -100)[:, None]
+    sizes = []
+
+    def fn(s, a):
+        sizes.append(len(a))
+        return -a / s.log_probs  # 1/0 where a row is ignored
+
+    def ours(h, w, b, a=a):
+        return token_loss(fn, LinearLogits(h, w, b), index, a, backend=backend, drop_ignored=drop_ignored)
+
+    clean = with_gradients(ours, hidden, weight, bias)[0]
+    poison = a.masked_fill(bad[:, 0], float("nan"))
+    poisoned = with_gradients(lambda *t: ours(*t, a=poison), hidden.masked_fill(bad, float("nan")), weight, bias)[0]
+    for x, y in zip(clean, poisoned, strict=True):
+        assert x.isfinite().all()
+        assert torch.equal(x, y)
+    assert set(sizes) == {int((index != -100).sum()) if drop_ignored else N}
+
+
+def test_all_ignored_and_empty(backend, device):
+    for n in (N, 0):
+        hidden, weight, bias, index = problem(device=device)
+        index = index[:n].fill_(-100)
+        leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+        loss, _ = token_loss(dft, LinearLogits(hidden[:n], weight, bias), index, backend=backend)
+        assert loss == 0
+        for g in torch.autograd.grad(loss, leaves):
+            assert not g.any()
+
+
+def test_no_gradient_asked_is_one_product(monkeypatch):
+    hidden, weight, bias, index = problem()
+    monkeypatch.setattr(module, "loss_and_gradients", None)
+    loss, _ = token_loss(dft, LinearLogits(hidden, weight, bias), index)
+    with torch.no_grad():
+        again, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index)
+    assert torch.equal(loss, again)
+
+
+def test_frozen_weight_costs_no_product(monkeypatch):
+    hidden, weight, bias, index = problem()
+    products = []
+    add_product = routes.add_product
+    monkeypatch.setattr(routes, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
+    loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index)
+    assert len(products) == 1
+    loss.backward()
+    assert hidden.grad.any()
+    assert weight.grad is None
+
+
+def test_a_second_backward_and_its_derivative():
+    hidden, weight, bias, index = problem()
+    loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index)
+    first = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(loss, hidden, retain_graph=True)[0])
+    with pytest.raises(RuntimeError, match="token_statistics"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
+    assert torch.equal(first, torch.autograd.grad(loss, hidden)[0])
+
+
+def test_transforms_go_through_plain_pytorch():
+    hidden, weight, bias, index = problem(torch.float64)
+
+    def ours(h):
+        return token_loss(dft, LinearLogits(h, weight, bias), index, drop_ignored=False)[0]
+
+    leaf = hidden.clone().requires_grad_()
+    expected = torch.autograd.grad(ours(leaf), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(ours)(hidden), expected)
+
+
+def test_fullgraph():
+    torch._dynamo.reset()
+    hidden, weight, bias, index = problem()
+    a, old, mean = per_token_of("grpo", hidden @ weight.T + bias, index)
+
+    def loss(h, w, b):
+        return token_loss(grpo, LinearLogits(h, w, b), index, a, old, mean, workspace=18_000_000)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    ours, expected = with_gradients(compiled, hidden, weight, bias), with_gradients(loss, hidden, weight, bias)
+    torch.testing.assert_close(ours, expected)
+
+
+def test_under_a_loss_scale_in_fp16(backend, device):
+    hidden, weight, bias, index = problem(torch.float16, device)
+    tiny = torch.full((N,), 2.0**-20, device=device)  # as a mean over a million tokens has
+
+    def ours(h, w, b):
+        loss, aux = token_loss(
+            lambda s, t: -t * s.log_probs, LinearLogits(h, w, b), index, tiny, backend=backend, workspace=8 * V * 4
+        )
+        return 2.0**16 * loss, aux
+
+    def plain(h, w, b):
+        z = (h @ w.T + b).to(torch.promote_types(h.dtype, torch.float32))
+        loss, aux = reference.token_loss(lambda s, t: -t * s.log_probs, z, index, tiny)
+        return 2.0**16 * loss, aux
+
+    check(ours, plain, [(hidden, weight, bias)])
+
+
+def test_coefficients_that_grow_from_chunk_to_chunk_in_fp16(backend, device):
+    hidden, weight, bias, index = problem(torch.float16, device)
+    growing = torch.logspace(-6, 3, N, device=device)
+
+    def ours(h, w, b):
+        logits = LinearLogits(h, w, b)
+        fn = lambda s, t: -t * s.log_probs  # noqa: E731
+        return token_loss(fn, logits, index, growing, backend=backend, workspace=8 * V * 4)
+
+    def plain(h, w, b):
+        z = (h @ w.T + b).to(torch.promote_types(h.dtype, torch.float32))
+        return reference.token_loss(lambda s, t: -t * s.log_probs, z, index, growing)
+
+    check(ours, plain, [(hidden, weight, bias)])
+
+
+def test_bad_input():
+    hidden, weight, bias, index = problem()
+    logits = LinearLogits(hidden.requires_grad_(), weight, bias)
+    a = advantages()
+    with pytest.raises(ValueError, match="requires it: detach it"):
+        token_loss(entropy_bonus, logits, index, a.clone().requires_grad_(), statistics=("log_probs", "entropy"))
+    with pytest.raises(ValueError, match=r"\(23,\).*got \(5,\)"):
+        token_loss(entropy_bonus, logits, index, a[:5])
+    with pytest.raises(ValueError, match=r"need an index \(23,\)"):
+        token_loss(dft, logits, index[:5])
+    with pytest.raises(ValueError, match="one number per token"):
+        token_loss(lambda s: s.log_probs.sum(), logits, index)
+    with pytest.raises(ValueError, match="'x'.*one number per token"):
+        token_loss(lambda s: (s.log_probs, {"x": s.log_probs.sum()}), logits, index)
+    with pytest.raises(ValueError, match="unknown outputs"):
+        token_loss(dft, logits, index, statistics=("probs",))
+    with pytest.raises(IndexError, match="out of bounds"):
+        token_loss(dft, logits, index.clamp(min=0) + V)
