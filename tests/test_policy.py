@@ -266,6 +266,17 @@ def test_clip_gates_act(loss_type):
         assert torch.equal(gradients["log_probs"][shown] == 0, held[shown])
 
 
+@pytest.mark.parametrize("loss_type", ["ppo", "rloo"])
+def test_clip_extremes_leave_out_empty_sequences(loss_type):
+    old = torch.zeros(3, 4)
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
+    _, metrics = grpo_loss(old - 1, old, -torch.ones(3), mask, loss_type=loss_type)
+    assert metrics["clip_ratio/low_min"] == metrics["clip_ratio/low_mean"] == metrics["clip_ratio/region_mean"] == 1
+    _, metrics = grpo_loss(old + 1, old, torch.tensor([1.0, 1.0, -1.0]), mask, loss_type=loss_type)
+    assert metrics["clip_ratio/high_max"] == 1
+    assert metrics["clip_ratio/high_mean"] == (4 / 6 if loss_type == "ppo" else 1 / 2)
+
+
 def test_two_sided_and_dual_clip_are_the_same_bound():
     """TRL's ``delta``, when above the clip, and ``dual_clip``."""
     a, b, none = (run(grpo_loss, DATA, loss_type="ppo", **o) for o in ({"delta": 1.4}, {"dual_clip": 1.4}, {}))
