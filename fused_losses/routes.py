@@ -358,7 +358,7 @@ def where_ids_stand(upstream: RowStatistics, ids: Tensor | None) -> RowStatistic
 
 
 def _absent(like: Tensor) -> Tensor:
-    return like.new_empty(())
+    return like.new_zeros(())
 
 
 def _present(t: Tensor | None, like: Tensor) -> Tensor:

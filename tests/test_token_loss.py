@@ -359,7 +359,7 @@ def test_bad_input():
         token_loss(dft, logits, index[:5])
     with pytest.raises(ValueError, match="one number per token"):
         token_loss(lambda s: s.log_probs.sum(), logits, index)
-    with pytest.raises(ValueError, match="'x'.*one number per token"):
+    with pytest.raises(ValueError, match=r"'x'.*one number per token"):
         token_loss(lambda s: (s.log_probs, {"x": s.log_probs.sum()}), logits, index)
     with pytest.raises(ValueError, match="unknown outputs"):
         token_loss(dft, logits, index, statistics=("probs",))

@@ -1,0 +1,336 @@
+"""The operators under the linear losses: statistics and gradients of a head, and how gradients are scaled and summed."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fused_losses import routes
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.routes import (
+    Head,
+    add_product,
+    kept_tokens,
+    linear_loss,
+    linear_rows,
+    linear_rows_grad,
+    linear_statistics,
+    scaled,
+    scaled_gradient,
+    with_gradients,
+)
+
+N, V, H, R, K = 19, 41, 7, 3, 2
+DIFFERENTIABLE = ("log_probs", "logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
+OUTPUTS = (*DIFFERENTIABLE, "max_logit", "is_top1")
+
+
+def head(dtype=torch.float32, device="cpu", **options):
+    def random(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    temperature = torch.rand(N, device=device) + 0.5
+    return Head(random(N, H), random(V, H), random(V), random(N, R), random(V, R), temperature, **options)
+
+
+def some_ids(device="cpu"):
+    ids = torch.randint(0, V, (N, K), device=device)
+    ids[1::4] = -100
+    ids[0, 1] = -100  # beside another
+    ids[2] = 5  # twice the same
+    return ids
+
+
+def some_top1(h, ids):
+    """Every third token asks for its largest logit."""
+    z = h.hidden.detach().double() @ h.weight.detach().double().T + h.u.detach().double() @ h.B.detach().double().T
+    best = (z + h.bias.detach().double()).argmax(-1)
+    ids[3::3, 0] = torch.where(ids[3::3, 0] == -100, -100, best[3::3])
+    return ids
+
+
+def plain_statistics(h, ids, u):
+    """From whole logits, in the precision of the head or fp32."""
+    dtype = torch.promote_types(h.hidden.dtype, torch.float32)
+    x = (h.hidden @ h.weight.T + h.u @ h.B.T + h.bias).to(dtype) * h.scale
+    if h.softcap is not None:
+        x = h.softcap * torch.tanh(x / h.softcap)
+    z = x / h.temperature.to(dtype)[:, None]
+    logp = torch.log_softmax(z, -1)
+    p = logp.exp()
+    counted = (ids != -100).any(-1)
+    found = {
+        "log_probs": torch.where(ids == -100, 0, logp.gather(1, ids.clamp(min=0))),
+        "logsumexp": z.logsumexp(-1),
+        "entropy": -(p * logp).sum(-1),
+        "log_sum_sq_probs": (2 * logp).logsumexp(-1),
+        "sum_log_probs": (u.to(dtype) * logp).sum(-1),
+        "max_logit": z.amax(-1),
+    }
+    return {name: torch.where(counted if v.ndim == 1 else counted[:, None], v, 0) for name, v in found.items()}
+
+
+def differentiated(statistics, h):
+    """Weighted sum of all differentiable statistics, of both signs, and gradients of the head's inputs."""
+    generator = torch.Generator().manual_seed(2)
+    total = 0
+    for name in DIFFERENTIABLE:
+        value = statistics[name]
+        g = torch.randn(value.shape, generator=generator).to(value.device, value.dtype)
+        total = total + (g * value).sum()
+    return torch.autograd.grad(total, h.inputs)
+
+
+def at(h, dtype):
+    return h.with_inputs(t.detach().to(dtype).requires_grad_() for t in h.inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 3.0}], ids=["plain", "capped"])
+@pytest.mark.parametrize("drop_ignored", [True, False])
+def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, backend, device):
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and device == "cpu")):
+        pytest.skip("Triton computes in fp32, and its interpreter gets bfloat16 wrong")
+    h, u = head(dtype, device, **options), torch.randn(V, device=device)
+    ids = some_top1(h, some_ids(device))
+    found = linear_statistics(
+        h, ids, u, outputs=OUTPUTS, drop_ignored=drop_ignored, backend=backend, workspace=N * 16 * 4
+    )
+    exact_head, eager_head = at(h, torch.float64), at(h, dtype)
+    exact, eager = plain_statistics(exact_head, ids, u), plain_statistics(eager_head, ids, u)
+    wide = torch.promote_types(dtype, torch.float32)
+    counted = (ids != -100).any(-1)
+    for name in exact:
+        value = getattr(found, name).to(wide)
+        if dtype == torch.float64:
+            torch.testing.assert_close(value, exact[name])
+        else:
+            assert_accurate(value, eager[name], exact[name], name)
+    top1 = torch.isclose(exact["max_logit"], exact["logsumexp"] + exact["log_probs"][:, 0])
+    assert torch.equal(found.is_top1[counted], top1[counted])
+    assert 0 < top1[counted].sum() < counted.sum()
+    assert (found.log_probs <= 0).all()
+    ours = differentiated(found._asdict(), h)
+    theirs, truth = differentiated(eager, eager_head), differentiated(exact, exact_head)
+    for name, a, b, c in zip(Head._fields, ours, theirs, truth, strict=False):
+        if dtype == torch.float64:
+            torch.testing.assert_close(a, c)
+        else:
+            assert_accurate(a, b, c, f"d_{name}")
+
+
+def test_top1_is_the_first_maximum(backend, device):
+    hidden = torch.ones(4, 8, device=device).half()
+    weight = torch.zeros(6, 8, device=device).half()
+    weight[2:5] = 1  # three equal maxima
+    ids = torch.tensor([[2], [3], [4], [0]], device=device)
+    found = linear_statistics(Head(hidden, weight), ids, outputs=("is_top1",), backend=backend)
+    assert found.is_top1.tolist() == [True, False, False, False]
+
+
+def test_sixteen_bit_logits_are_never_rounded(backend, device):
+    torch.manual_seed(1)
+    dtype = torch.float16 if backend == "triton" else torch.bfloat16
+    hidden = (torch.randn(64, 64, device=device) * 3).to(dtype)
+    weight = torch.randn(99, 64, device=device).to(dtype)
+    ids = torch.randint(0, 99, (64, 1), device=device)
+    z = hidden.double() @ weight.double().T
+    assert z.abs().max() > 50
+    exact = torch.log_softmax(z, -1).gather(1, ids)
+    fp32 = torch.log_softmax((hidden.float() @ weight.float().T).double(), -1).gather(1, ids)
+    ours = linear_statistics(Head(hidden, weight), ids, outputs=(), backend=backend).log_probs
+    rounded = torch.log_softmax((hidden @ weight.T).double(), -1).gather(1, ids)
+    error = (ours - exact).abs().max()
+    assert error <= 2 * (fp32 - exact).abs().max() + 2e-7 * exact.abs().max()
+    assert error < 1e-3 * (rounded - exact).abs().max()
+
+
+@settings(deadline=None, max_examples=15, derandomize=True)
+@given(
+    tokens=st.integers(0, 9),
+    vocab=st.integers(1, 9),
+    hidden=st.integers(1, 5),
+    budget=st.sampled_from([1, 200, 10**9]),
+    seed=st.integers(0, 100),
+)
+def test_any_shape(tokens, vocab, hidden, budget, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    h, w = random(tokens, hidden), random(vocab, hidden)
+    ids = torch.randint(-1, vocab, (tokens, 1), generator=generator)
+    ids[ids == -1] = -100
+    found = linear_statistics(Head(h, w), ids, outputs=("entropy",), workspace=budget)
+    logp = torch.log_softmax(h @ w.T, -1)
+    counted = ids != -100
+    chosen = torch.where(counted, logp.gather(1, ids.clamp(min=0)), 0)
+    entropy = torch.where(counted[:, 0], -(logp.exp() * logp).sum(-1), 0)
+    torch.testing.assert_close(found.log_probs, chosen)
+    torch.testing.assert_close(found.entropy, entropy)
+    ours = torch.autograd.grad((found.log_probs.sum() + 2 * found.entropy.sum()), (h, w))
+    torch.testing.assert_close(ours, torch.autograd.grad(chosen.sum() + 2 * entropy.sum(), (h, w)))
+
+
+def test_slices_of_the_vocabulary_do_not_matter():
+    torch.manual_seed(0)
+    big = torch.randn(2000, 4, dtype=torch.float64).requires_grad_()
+    hidden = torch.randn(3, 4, dtype=torch.float64).requires_grad_()
+    ids = torch.tensor([[0], [1999], [700]])
+    gradients = []
+    for workspace in (1, None):
+        found = linear_statistics(Head(hidden, big), ids, outputs=("entropy",), workspace=workspace)
+        gradients.append(torch.autograd.grad((found.log_probs[:, 0] * found.entropy).sum(), (hidden, big)))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-13, atol=1e-13)
+
+
+def test_true_minus_infinity_in_the_bias(backend, device):
+    hidden, weight = torch.randn(5, 8, device=device).half(), torch.randn(6, 8, device=device).half()
+    bias = torch.zeros(6, device=device).half()
+    bias[2] = -torch.inf
+    ids = torch.tensor([[0], [1], [2], [3], [4]], device=device)
+    leaf = hidden.clone().requires_grad_()
+    found = linear_statistics(Head(leaf, weight, bias), ids, outputs=("entropy",), backend=backend)
+    kept = [0, 1, 3, 4, 5]
+    logp = torch.log_softmax(hidden.double() @ weight[kept].double().T, -1)
+    torch.testing.assert_close(found.entropy.double(), -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
+    assert found.log_probs[2] == -torch.inf
+    (d_hidden,) = torch.autograd.grad(found.entropy.sum(), leaf)
+    assert d_hidden.isfinite().all()
+
+
+@pytest.mark.parametrize("outputs", [("entropy",), ("log_sum_sq_probs",), ()])
+def test_only_what_was_asked_for(outputs, backend, device):
+    h, ids = head(torch.float16, device), some_ids(device)
+    found = linear_statistics(h, ids, outputs=outputs, backend=backend)._asdict()
+    assert {name for name, value in found.items() if value is not None} == {"log_probs", "logsumexp", *outputs}
+
+
+def test_results_may_be_overwritten(backend, device):
+    h, ids = head(torch.float16, device), some_ids(device)
+
+    def gradient(write):
+        found = linear_statistics(h, ids, outputs=OUTPUTS, backend=backend)
+        total = sum(getattr(found, name).sum() for name in ("log_probs", "entropy", "log_sum_sq_probs"))
+        with torch.no_grad():
+            for value in found:
+                if write and value is not None:
+                    value.fill_(7)
+        return torch.autograd.grad(total, h.hidden)[0]
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_the_weights_of_the_columns_and_temperature_are_constants():
+    h, ids = head(), some_ids()
+    with pytest.raises(RuntimeError, match=r"weight \(41,\).*detach"):
+        linear_statistics(h, ids, torch.ones(V).requires_grad_(), outputs=("sum_log_probs",))
+    warm = h._replace(temperature=torch.ones(N).requires_grad_())
+    with pytest.raises(RuntimeError, match=r"temperature \(19,\).*detach"):
+        linear_statistics(warm, ids, outputs=())
+
+
+def test_second_derivatives():
+    h, ids = at(head(softcap=3.0), torch.float64), some_ids()
+    h = h._replace(temperature=h.temperature.double())
+
+    def of(hidden, weight):
+        found = linear_statistics(h._replace(hidden=hidden, weight=weight), ids, outputs=DIFFERENTIABLE)
+        return found.log_probs, found.entropy, found.log_sum_sq_probs
+
+    assert torch.autograd.gradgradcheck(of, (h.hidden, h.weight), atol=1e-4)
+
+
+# Scaling, summing, dropping
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("wider", [False, True])
+def test_scaled_rounds_once(dtype, wider):
+    stored = torch.promote_types(dtype, torch.float32) if wider else dtype
+    gradient = torch.randn(2100, 3).to(stored)
+    scale = torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32))
+    expected = (gradient.double() * scale.double()).to(stored if wider and stored == dtype else dtype)
+    out = scaled(gradient.clone(), scale, dtype, in_place=False)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=0)
+    if dtype.itemsize == 2 and not wider:
+        once = (gradient.float() * scale).to(dtype)
+        assert torch.equal(out, once)
+        assert not torch.equal(out, gradient * scale.to(dtype))  # what a 0-dim factor would do
+
+
+def test_scaled_in_place_is_the_same_memory_and_out_of_place_is_not():
+    for dtype in (torch.float32, torch.bfloat16):
+        gradient = torch.randn(5, 3).to(dtype)
+        before = gradient.clone()
+        out = scaled(gradient, torch.tensor(0.5), dtype, in_place=False)
+        assert torch.equal(gradient, before)
+        assert scaled(gradient, torch.tensor(0.5), dtype, in_place=True).data_ptr() == gradient.data_ptr()
+        assert torch.equal(gradient, out)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+def test_add_product(first, out_dtype, monkeypatch):
+    monkeypatch.setattr(routes, "BLOCK", 5)
+    a, b = torch.randn(13, 11).bfloat16(), torch.randn(11, 3).bfloat16()
+    out = torch.randn(13, 3).to(out_dtype)
+    expected = a.double() @ b.double() + (0 if first else out.double())
+    add_product(out, a, b, first=first)
+    tolerance = 1e-6 if out_dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+def test_kept_tokens():
+    ids = torch.tensor([[1, -100], [-100, -100], [2, 3]])
+    keep, zero = kept_tokens(ids, True)
+    assert keep.tolist() == [0, 2]
+    assert not zero
+    assert kept_tokens(ids[::2], True) == (None, False)
+    assert kept_tokens(ids, False) == (None, True)
+    assert kept_tokens(None, True) == (None, False)
+
+
+# The operators as PyTorch checks them
+
+
+@pytest.fixture
+def out_of_place(monkeypatch):
+    """opcheck compares outputs after a backward, which scales the gradients among them in place."""
+    monkeypatch.setattr(routes, "scaled", lambda g, scale, dtype, in_place: scaled(g, scale, dtype, in_place=False))
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_opcheck_linear_loss(keep, dtype, out_of_place):
+    hidden, weight = torch.randn(4, H).to(dtype).requires_grad_(), torch.randn(9, H).to(dtype).requires_grad_()
+    ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.tensor([-1.0, 0.0, -1.0, 2.0])
+    rest = (None, None, None, ids, None, None, factors, factors, factors, keep, keep is None, 1.0, None, True)
+    wanted = [True, True, False, False, False]
+    torch.library.opcheck(linear_loss, (hidden, weight, *rest, wanted, 2**20, None, "torch"))
+
+
+@pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
+def test_opcheck_linear_rows(keep):
+    hidden, weight = torch.randn(4, H).requires_grad_(), torch.randn(9, H).requires_grad_()
+    ids = torch.tensor([[1], [-100], [3], [8]])
+    rest = (None, None, None, ids, None, None, keep, None, keep is None, 1.0, None, "entropy", 2**20, "torch")
+    torch.library.opcheck(linear_rows, (hidden, weight, *rest))
+
+
+@pytest.mark.parametrize("main_grad", [None, torch.zeros(9, H)])
+def test_opcheck_linear_rows_grad(main_grad):
+    hidden, weight, ids = torch.randn(4, H), torch.randn(9, H), torch.tensor([[1], [2], [3], [8]])
+    head = (hidden, weight, None, None, None, ids, None, None, None, main_grad)
+    terms = (torch.zeros(4, dtype=torch.float64), torch.ones(4), None, None, torch.ones(4, 1), None)
+    wanted = [True, main_grad is None, False, False, False]
+    torch.library.opcheck(linear_rows_grad, (*head, *terms, False, 1.0, None, wanted, 2**20, "torch"))
+
+
+def test_opcheck_with_gradients():
+    inputs = [torch.randn(3, 2).requires_grad_(), torch.randn(4).bfloat16().requires_grad_()]
+    gradients = [torch.randn(3, 2), torch.randn(4)]
+    torch.library.opcheck(with_gradients, (torch.tensor(2.0), gradients, inputs))
+    torch.library.opcheck(scaled_gradient, (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16))
