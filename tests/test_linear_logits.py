@@ -362,6 +362,17 @@ def test_every_option_counts(options):
     assert options == "plain" or not torch.allclose(linear_logits(*args, **kwargs), linear_logits(*plain))
 
 
+@pytest.mark.parametrize("shape", [(V, 3, V), (V * 3, V), (3, V, V), (3 * V, V, 1), (V, V, 3), (3, -1, V, 1)])
+def test_views_keep_the_vocabulary_where_tokens_are_as_many(shape):
+    hidden, weight = torch.randn(V, 3, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
+    lazy, eager = LinearLogits(hidden, weight), linear_logits(hidden, weight)
+    if shape == (V, V, 3):
+        lazy, eager = lazy.transpose(1, 2), eager.transpose(1, 2)
+    with settings.strict():
+        found = lazy.reshape(shape)
+    torch.testing.assert_close(found.materialize(), eager.reshape(shape))
+
+
 def make(**options):
     tensors = leaves(torch.float32)
     args, kwargs = arguments(tensors, **options)
@@ -392,6 +403,7 @@ MATERIALISED = {
     "reciprocal": lambda z: 1 / z,
     "product_of_softmaxes": lambda z: z.softmax(-1) * z.softmax(-1),
     "product_of_two": lambda z: z.softmax(-1) * (2 * z),
+    "product_with_an_offset": lambda z: (z.softmax(-1) + 1) * z.log_softmax(-1),
     "gather_some_tokens": lambda z: z.gather(-1, IDS[:, :2, None]),
     "mask_over_everything": lambda z: z[torch.ones(B, S, V, dtype=torch.bool)],
     "clamp": lambda z: z.clamp(-1, 1),

@@ -86,10 +86,10 @@ def fully_shard_head(model):
 
 
 def fully_shard_output_dtype(model):
-    """An output cast must reach neither the weight nor the numbers."""
+    """FSDP2 casts what the model returns: that must reach neither the weight nor the numbers."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    return fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float64, output_dtype=torch.float64))
+    return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float32))
 
 
 def ddp(**options):
@@ -126,7 +126,8 @@ def freeze(model, variant):
     return model
 
 
-CASES = [(w, loss, "") for w in WRAPPERS for loss in LOSSES]
+# The gradient of a mean survives its rounding to fp32.
+CASES = [(w, loss, "") for w in WRAPPERS for loss in LOSSES if loss == "mean" or w != "fully_shard_output_dtype"]
 CASES += [(w, "mean", v) for w in WRAPPERS for v in VARIANTS if v and not (w == "fully_shard_head" and v == "tied")]
 
 
