@@ -163,7 +163,7 @@ def _logits_as_head(logits: Tensor) -> Head:
     return Head(logits.reshape(-1, logits.shape[-1]), None)  # type: ignore[arg-type]
 
 
-def _as_head(logits: Tensor | LinearLogits) -> Head:
+def as_head(logits: Tensor | LinearLogits) -> Head:
     if isinstance(logits, Tensor):
         return _logits_as_head(logits)
     rows = logits.rows()
@@ -239,11 +239,11 @@ def token_divergence(
             return _differentiable(*rows, ids, labels, which)
         found, nll = divergence_rows(*rows, ids, labels, *which, resolve_backend(student, backend))
         return found, nll if labels else None
-    heads = (_as_head(student), _as_head(teacher))
+    heads = (as_head(student), as_head(teacher))
     if transforms_active():
         return differentiable_two_heads(*heads, ids, labels, which)
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
-    with _gathered(student), _gathered(teacher):
+    with gathered(student), gathered(teacher):
         found, nll = two_heads_rows(
             *heads[0].inputs, *heads[1].inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored,
             which.kind, pack_options(*heads, which), labels, budget(heads, workspace),
@@ -272,11 +272,11 @@ def summed_divergence(
     if tensors or transforms_active() or route_setting.parse(route or route_setting.value) == "recompute":
         found, nll = token_divergence(student, teacher, ids, hard != 0, which, **how)
         return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
-    heads = (_as_head(student), _as_head(teacher))
+    heads = (as_head(student), as_head(teacher))
     inputs = (*heads[0].inputs, *heads[1].inputs)
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
-    with _gathered(student), _gathered(teacher):
+    with gathered(student), gathered(teacher):
         loss, *_ = two_heads_loss(
             *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, which.kind,
             pack_options(*heads, which), float(soft), float(hard), hard != 0, wanted, budget(heads, workspace),
@@ -285,7 +285,7 @@ def summed_divergence(
     return _gather_in_backward(loss, student, teacher)
 
 
-def _gathered(logits: Tensor | LinearLogits) -> Any:
+def gathered(logits: Tensor | LinearLogits) -> Any:
     return contextlib.nullcontext() if isinstance(logits, Tensor) else logits.gathered()
 
 

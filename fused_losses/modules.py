@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .distillation import kd_loss
 from .linear_logits import LinearLogits
 from .numerics import upcast
 from .policy import grpo_loss, mismatch_weight, value_loss
@@ -389,3 +390,15 @@ class ValueLoss(nn.Module):
             batch_num_tokens=batch_num_tokens,
             global_batch_size=global_batch_size,
         )[0]
+
+
+class KDLoss(nn.Module):
+    """Cross entropy of the student under the teacher's distribution: :func:`~fused_losses.distillation.kd_loss`.
+
+    Example:
+        >>> KDLoss()(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.tensor([[3, -100]]))
+        tensor(1.3863)
+    """
+
+    def forward(self, logits: Tensor | LinearLogits, teacher_logits: Tensor | LinearLogits, label: Tensor) -> Tensor:
+        return kd_loss(logits, teacher_logits, label)

@@ -1,0 +1,373 @@
+r"""Distillation: a student learns a teacher's distribution over the vocabulary, not only the token that came.
+
+The soft loss is a divergence between the two distributions of each token (:mod:`fused_losses.divergence`); the hard loss is
+the cross entropy with the label. A teacher may be
+
+- dense: its logits, or :class:`~fused_losses.linear_logits.LinearLogits` of its hidden states and head, on the same device.
+  Both heads' logits then exist a workspace at a time, and one pass over the student's serves both losses;
+- sparse: the ids and log-probabilities of its ``K`` likeliest tokens (:func:`teacher_topk`), made elsewhere or beforehand.
+  What is left of its distribution is one number, the tail.
+
+Labels are already shifted: ``labels[b, t]`` is what the logits at ``t`` are trained on, and tokens without a label are neither
+read nor projected.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .chunked.softmax_rows import transform
+from .divergence import (
+    KINDS,
+    as_head,
+    check_logits,
+    chosen_divergence,
+    gathered,
+    summed_divergence,
+    token_divergence,
+)
+from .linear_logits import LinearLogits
+from .numerics import statistics_dtype, upcast
+from .routes import full_precision
+from .settings import Backend, Route
+from .token_loss import token_loss
+from .token_statistics import TokenStatistics, selective_log_softmax, target_ids
+from .two_heads import Divergence, budget, project
+
+
+def distillation_loss(
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    labels: Tensor,
+    *,
+    kind: str = "forward_kl",
+    hard_weight: float = 0.5,
+    soft_weight: float = 0.5,
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    scale_by_temperature_squared: bool = False,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: Tensor | int | None = None,
+    backend: Backend | None = None,
+    route: Route | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+) -> Tensor:
+    r"""Cross entropy with the labels and divergence from the teacher, weighed, in one pass over the student's logits.
+
+    .. math:: L = \frac1n \sum_{y_i \ne \text{ignore}} w_h\,(-\log p_{y_i}) + w_s\,[T^2]\,D_i(s_T, t_T)
+
+    The hard loss is taken at temperature 1, the divergence :math:`D` (see :func:`fused_losses.divergence.divergence`) at
+    :math:`T`. With a mean or a sum, the gradients of a head are made in forward.
+
+    Source: Hinton et al. (arXiv:1503.02531). Liger and TRL 1.16 do not scale by :math:`T^2`; their ``weight_hard_loss`` and
+    ``weight_soft_loss`` are the two weights here, as are ``1 - alpha`` and ``alpha`` elsewhere.
+
+    Args:
+        student_logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
+        teacher_logits: ``(…, V')`` of the same tokens; gets a gradient where it requires one. Where the vocabularies are padded
+            to different sizes both are cut to the smaller before either softmax, the hard loss's too.
+        labels: ``(…)`` token ids, already shifted.
+        kind, beta: as for :func:`fused_losses.divergence.divergence`.
+        hard_weight: of the cross entropy; 0 leaves it out, and labels then only say which tokens count.
+        soft_weight: of the divergence.
+        temperature: of the divergence.
+        scale_by_temperature_squared: multiply the divergence by ``temperature²``, which keeps the size of its gradient.
+        ignore_index: the label of tokens that do not count.
+        reduction: ``"mean"`` over the tokens that count (0 where there are none), ``"sum"``, or ``"none"``.
+        num_items_in_batch: replaces the mean's count, for a batch spread over several calls.
+        backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
+        route: ``"recompute"`` makes a head's gradients in backward, for a mean or sum too.
+
+    Returns:
+        Scalar, or ``(…)`` with ``reduction="none"``; fp32, or float64 for a float64 student.
+
+    Raises:
+        IndexError: a label outside the vocabulary, on a CPU, with a hard weight.
+        ValueError: shapes or options that do not fit.
+
+    Example:
+        >>> student, teacher = torch.zeros(2, 4), torch.eye(4)[:2]
+        >>> distillation_loss(student, teacher, torch.tensor([0, -100]), hard_weight=0.25, soft_weight=1.0)
+        tensor(0.4646)
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+    which = chosen_divergence(kind, beta, temperature)
+    check_logits(student_logits, teacher_logits, labels.shape)
+    soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
+    how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
+    ids = _counted(labels, ignore_index)
+    if hard_weight:
+        vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        ids = target_ids(labels.reshape(-1), vocab, ignore_index)
+    if reduction == "none":
+        found, nll = token_divergence(student_logits, teacher_logits, ids, bool(hard_weight), which, **how)
+        return (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
+    loss = summed_divergence(student_logits, teacher_logits, ids, soft, hard_weight, which, route=route, **how)
+    return loss / _count(ids, num_items_in_batch) if reduction == "mean" else loss
+
+
+def kd_loss(
+    logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    label: Tensor,
+    ignore_index: int = -100,
+    *,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+) -> Tensor:
+    r"""Cross entropy of the student under the teacher's distribution: forward KL plus the teacher's entropy.
+
+    .. math:: -\frac1n \sum_{y_i \ne \text{ignore}}\; \sum_{j:\, z_{ij} > -\infty} t_{ij} \log s_{ij}
+
+    Its gradient in the student is that of the forward KL. Entries that the student masks with −inf contribute 0.
+
+    Source: OpenRLHF's ``KDLoss``. As there, nothing is shifted, and the mean over no token is nan.
+
+    Args:
+        logits: the student's, ``(…, V)``, a Tensor or a :class:`LinearLogits`.
+        teacher_logits: ``(…, V)`` of the same tokens.
+        label: ``(…)``; only which tokens have one matters.
+        ignore_index: the label of tokens that do not count.
+        backend, workspace: as for :func:`fused_losses.divergence.divergence`.
+
+    Returns:
+        Scalar, fp32, or float64 for a float64 student.
+
+    Example:
+        >>> kd_loss(torch.zeros(1, 4), torch.eye(4)[:1], torch.tensor([0]))
+        tensor(1.3863)
+    """
+    check_logits(logits, teacher_logits, label.shape)
+    ids = _counted(label, ignore_index)
+    which = Divergence("cross_entropy", 0.5, 1.0)
+    total = summed_divergence(logits, teacher_logits, ids, 1.0, 0.0, which, backend=backend, workspace=workspace)
+    return total / (ids != -100).sum()
+
+
+def _counted(labels: Tensor, ignore_index: int) -> Tensor:
+    return torch.where(labels.reshape(-1) != ignore_index, 0, -100)
+
+
+def _count(ids: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int:
+    return (ids != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+
+
+class TopK(NamedTuple):
+    """The likeliest tokens of a distribution, likeliest first."""
+
+    ids: Tensor  # (…, K) int64
+    log_probs: Tensor  # (…, K) fp32, or float64
+
+
+def teacher_topk(
+    logits: Tensor | LinearLogits, k: int, *, temperature: float = 1.0, workspace: int | str | None = None
+) -> TopK:
+    r"""Ids and log-probabilities of each token's ``k`` likeliest continuations: what a teacher has to send.
+
+    .. math:: \log t_j = z_j/T - \log \sum_i e^{z_i/T}
+
+    One projection, a workspace of logits at a time, and ``12·k`` bytes per token leave it instead of ``V`` logits.
+
+    Args:
+        logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`; gets no gradient.
+        k: how many, at most ``V``.
+        temperature: of the distribution.
+        workspace: bytes of logits that may exist at a time, of a :class:`LinearLogits`.
+
+    Returns:
+        :class:`TopK`. Among equal logits any may be taken.
+
+    Raises:
+        ValueError: ``k`` outside ``[1, V]``.
+
+    Example:
+        >>> teacher_topk(torch.tensor([0.0, 2.0, 1.0]), 2)
+        TopK(ids=tensor([1, 2]), log_probs=tensor([-0.4076, -1.4076]))
+    """
+    check_logits(logits, logits, None)
+    tokens, V = logits.shape[:-1], logits.shape[-1]
+    if not 1 <= k <= V:
+        raise ValueError(f"k must be between 1 and the vocabulary of logits {tuple(logits.shape)}, got {k}")
+    with torch.no_grad():
+        if isinstance(logits, Tensor):
+            found = logits.detach().topk(k).indices
+            return TopK(found, selective_log_softmax(logits.detach(), found, temperature=temperature))
+        head, dtype = as_head(logits.detach()), statistics_dtype(logits.hidden.dtype)
+        N = len(head.hidden)
+        n = max(1, min(N, budget([head], workspace) // (3 * V * dtype.itemsize)))  # logits, scaled logits, exponentials
+        ids = head.hidden.new_empty(N, k, dtype=torch.int64)
+        log_probs = head.hidden.new_empty(N, k, dtype=dtype)
+        with gathered(logits), full_precision(head.hidden.device):
+            for start in range(0, N, n):
+                rows = slice(start, start + n)
+                chunk = head.tokens(rows)
+                z = project(chunk, chunk.hidden.new_empty(len(chunk.hidden), V, dtype=dtype))
+                z = transform(z, chunk.temperature, head.scale, head.softcap)[0].div_(temperature)
+                top = z.topk(k)
+                ids[rows] = top.indices
+                log_probs[rows] = (top.values - z.logsumexp(-1, keepdim=True)).clamp_(max=0)
+    return TopK(ids.view(*tokens, k), log_probs.view(*tokens, k))
+
+
+class SparseDistillation(NamedTuple):
+    loss: Tensor  # scalar, or (…) with reduction="none"
+    student_mass: Tensor  # (…) what the student gives the K ids together; detached, 0 where there is no label
+    teacher_mass: Tensor  # (…) and the teacher
+
+
+Tail = Literal["bucket", "renormalize", "ignore"]
+LARGEST_LOG_MASS = -1e-7  # of K ids, so that something is left for the bucket
+
+
+def sparse_distillation_loss(
+    student_logits: Tensor | LinearLogits,
+    teacher_ids: Tensor,
+    teacher_log_probs: Tensor,
+    labels: Tensor | None = None,
+    *,
+    kind: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    tail: Tail = "bucket",
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items_in_batch: Tensor | int | None = None,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+) -> SparseDistillation:
+    r"""Divergence from a teacher of which only ``K`` log-probabilities per token are known.
+
+    With :math:`S` the ``K`` ids, :math:`M_t = \sum_{j\in S} t_j` and :math:`M_s` alike, the distributions compared are
+
+    =============== ================================================================ ====================================
+    tail            over                                                             in use as
+    =============== ================================================================ ====================================
+    ``bucket``      :math:`t_j` for :math:`j \in S`, and :math:`1 - M_t` as one more  TRL's tail
+    ``renormalize`` :math:`t_j / M_t` and :math:`s_j / M_s` for :math:`j \in S`       a teacher that is sampled top-K
+    ``ignore``      :math:`t_j` for :math:`j \in S`; then :math:`\max(\cdot, 0)`      verl's ``forward_kl_topk``
+    =============== ================================================================ ====================================
+
+    The support need not be the teacher's top ``K``: for the student's, pass ``teacher_topk(student, k).ids`` and the teacher's
+    log-probabilities there, :func:`fused_losses.selective_log_softmax`.
+
+    Args:
+        student_logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
+        teacher_ids: ``(…, K)``, distinct; −100 for an entry that is not there.
+        teacher_log_probs: ``(…, K)``, nats, at the temperature wanted; get a gradient where they require one.
+        labels: ``(…)``, already shifted; tokens with ``ignore_index`` are not read or projected. None: all count.
+        kind, beta: as for :func:`fused_losses.divergence.divergence`.
+        temperature: of the student.
+        tail: from the table.
+        ignore_index: the label of tokens that do not count.
+        reduction: ``"mean"`` over the tokens that count (0 where there are none), ``"sum"``, or ``"none"``.
+        num_items_in_batch: replaces the mean's count.
+        backend, workspace: as for :func:`fused_losses.divergence.divergence`.
+
+    Returns:
+        :class:`SparseDistillation`: the loss, never negative, and both masses, fp32 or float64.
+
+    Raises:
+        IndexError: an id outside the vocabulary, on a CPU.
+        ValueError: shapes or options that do not fit.
+
+    Example:
+        >>> teacher = torch.tensor([[0.0, 2.0, 1.0]])
+        >>> top = teacher_topk(teacher, 2)
+        >>> sparse_distillation_loss(torch.zeros(1, 3), top.ids, top.log_probs)
+        SparseDistillation(loss=tensor(0.2662), student_mass=tensor([0.6667]), teacher_mass=tensor([0.9100]))
+    """
+    if kind not in ("forward_kl", "reverse_kl", "jsd") or tail not in ("bucket", "renormalize", "ignore"):
+        raise ValueError(
+            "kind is 'forward_kl', 'reverse_kl' or 'jsd', tail 'bucket', 'renormalize' or 'ignore'; got "
+            f"{kind!r} and {tail!r}"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+    tokens = student_logits.shape[:-1]
+    if teacher_ids.shape != teacher_log_probs.shape or teacher_ids.shape[:-1] != tokens:
+        raise ValueError(
+            f"student_logits {tuple(student_logits.shape)} need teacher_ids and teacher_log_probs {(*tokens, 'K')}, got "
+            f"{tuple(teacher_ids.shape)} and {tuple(teacher_log_probs.shape)}"
+        )
+    if labels is not None and labels.shape != tokens:
+        raise ValueError(f"labels must be {tuple(tokens)}, got {tuple(labels.shape)}")
+    which = chosen_divergence(kind, beta, temperature)
+    missing = teacher_ids == -100
+    log_t = upcast(teacher_log_probs).masked_fill(missing, -math.inf)
+    ids = teacher_ids
+    if labels is not None:
+        ignored = (labels == ignore_index)[..., None]
+        ids, log_t = ids.masked_fill(ignored, -100), log_t.masked_fill(ignored, -math.inf)
+    counted = (ids != -100).any(-1)
+
+    def of_token(found: TokenStatistics, log_t: Tensor, there: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        assert found.log_probs is not None
+        log_s = found.log_probs.masked_fill(~there, -math.inf)
+        # A token without ids stands for the certain token, so that nothing about it is infinite or nan.
+        some = there.any(-1, keepdim=True)
+        log_s, log_t = log_s.masked_fill(~some, 0), log_t.to(log_s.dtype).masked_fill(~some, 0)
+        masses = {"student_mass": log_s.exp().sum(-1), "teacher_mass": log_t.exp().sum(-1)}
+        value = _on_support(log_s, log_t, which, tail)
+        return value.masked_fill(~some[..., 0], 0), {k: m.masked_fill(~some[..., 0], 0) for k, m in masses.items()}
+
+    needs_teacher = teacher_log_probs.requires_grad and torch.is_grad_enabled()
+    if isinstance(student_logits, LinearLogits) and reduction != "none" and not needs_teacher:
+        lazy: Any = student_logits
+        at_temperature = lazy if temperature == 1 else lazy / temperature
+        loss, masses = token_loss(
+            of_token, at_temperature, ids, log_t, ids != -100, backend=backend, workspace=workspace
+        )
+        if not masses:  # no token at all
+            masses = dict.fromkeys(("student_mass", "teacher_mass"), loss.new_zeros(tokens))
+    else:
+        log_s = selective_log_softmax(
+            student_logits, ids, temperature=temperature, backend=backend, workspace=workspace
+        )
+        loss, masses = of_token(TokenStatistics(log_s), log_t, ids != -100)
+        loss = loss if reduction == "none" else loss.sum()
+    if reduction == "mean":
+        loss = loss / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    return SparseDistillation(loss, masses["student_mass"].detach(), masses["teacher_mass"].detach())
+
+
+def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> Tensor:
+    """Divergence ``(…)`` of log-probabilities ``(…, K)``."""
+    if tail == "renormalize":
+        log_s, log_t = (x - x.logsumexp(-1, keepdim=True) for x in (log_s, log_t))
+    elif tail == "bucket":
+        log_s, log_t = (torch.cat([x, _rest(x)], -1) for x in (log_s, log_t))
+    s, t = log_s.exp(), log_t.exp()
+    if which.kind == "forward_kl":
+        value = _kl(t, log_t, s, log_s)
+    elif which.kind == "reverse_kl":
+        value = _kl(s, log_s, t, log_t)
+    else:
+        m = which.beta * t + (1 - which.beta) * s
+        log_m = m.masked_fill(m == 0, 1).log()
+        value = which.beta * _kl(t, log_t, m, log_m) + (1 - which.beta) * _kl(s, log_s, m, log_m)
+    if tail == "ignore":
+        return value.clamp(min=0)
+    # Terms of the distributions' sums are in it, so it is above its rounding: cut that off and keep the gradient.
+    return value + (value.clamp(min=0) - value).detach().nan_to_num(0, 0, 0)
+
+
+def _rest(log_p: Tensor) -> Tensor:
+    """``log(1 − Σ p)``, ``(…, 1)``."""
+    mass = log_p.logsumexp(-1, keepdim=True).clamp(max=LARGEST_LOG_MASS)
+    large = mass > -math.log(2)
+    # Each branch sees only what it is accurate for: the other's gradient would be nan.
+    near = torch.log(-torch.expm1(mass.masked_fill(~large, -1)))
+    return torch.where(large, near, torch.log1p(-mass.masked_fill(large, -1).exp()))
+
+
+def _kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
+    return (p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))).sum(-1)

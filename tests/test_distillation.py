@@ -1,0 +1,471 @@
+"""Distillation losses, dense and sparse: values and gradients of every option on tensors and heads, on both backends."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from memory import peak_bytes
+
+from fused_losses.distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
+from fused_losses.divergence import KINDS, divergence
+from fused_losses.linear_logits import LinearLogits
+from fused_losses.modules import KDLoss
+from fused_losses.reference import distillation as reference
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.token_statistics import selective_log_softmax
+
+OPTIONS = (
+    {},
+    {"hard_weight": 0.0},
+    {"soft_weight": 0.0},
+    {"hard_weight": 0.2, "soft_weight": 1.3},
+    {"temperature": 2.0},
+    {"temperature": 2.0, "scale_by_temperature_squared": True},
+    {"kind": "reverse_kl"},
+    {"kind": "jsd", "beta": 0.2},
+    {"kind": "skewed_kl", "beta": 0.2, "temperature": 0.7},
+    {"kind": "tvd"},
+    {"ignore_index": 3},
+    {"num_items_in_batch": 17},
+    {"reduction": "sum"},
+)
+
+
+def heads(device, dtype=torch.float32, tokens=(2, 4), V=40, teacher_V=None):
+    """Leaves, labels, and what makes lazy or whole logits of the leaves."""
+    torch.manual_seed(2)
+    leaves = [
+        torch.randn(*tokens, 6, device=device),
+        torch.randn(V, 6, device=device),
+        torch.randn(V, device=device),
+        torch.randn(*tokens, 10, device=device),
+        torch.randn(teacher_V or V, 10, device=device),
+    ]
+    leaves = [x.to(dtype).requires_grad_() for x in leaves]
+    labels = torch.randint(0, V, tokens, device=device)
+    labels[0, 1] = -100
+    labels.view(-1)[-1] = 3
+
+    def lazy(leaves):
+        return LinearLogits(*leaves[:3], scale=0.8, softcap=5.0), LinearLogits(*leaves[3:])
+
+    def whole(leaves):
+        h, w, b, teacher_h, teacher_w = leaves
+        return 5.0 * torch.tanh((h @ w.T + b) * 0.8 / 5.0), teacher_h @ teacher_w.T
+
+    return leaves, labels, lazy, whole
+
+
+def labels_for(labels, options):
+    return labels if "ignore_index" not in options else labels.clamp(min=0)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_dense(options, backend, device):
+    leaves, labels, lazy, whole = heads(device)
+    labels = labels_for(labels, options)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = reference.distillation_loss(*whole(doubles), labels, **options)
+    exact_grads = torch.autograd.grad(exact * 3, doubles)
+    how = {**options, "backend": backend}
+    results = {
+        "tensors": lambda: distillation_loss(*whole(leaves), labels, **how),
+        "gradients in forward": lambda: distillation_loss(*lazy(leaves), labels, **how),
+        "recompute": lambda: distillation_loss(*lazy(leaves), labels, route="recompute", **how),
+    }
+    for name, run in results.items():
+        if backend == "triton" and device == "cpu" and name == "tensors" and options:
+            continue  # the same kernel as below, and the interpreter is slow
+        loss = run()
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6, msg=name)
+        for a, b in zip(torch.autograd.grad(loss * 3, leaves), exact_grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_options_change_the_number(device):
+    leaves, labels, lazy, _ = heads(device)
+    numbers = [distillation_loss(*lazy(leaves), labels_for(labels, o), **o).item() for o in OPTIONS]
+    assert len({round(x, 5) for x in numbers}) == len(OPTIONS)
+
+
+def test_per_token(backend, device):
+    leaves, labels, lazy, whole = heads(device)
+    upstream = torch.randn(2, 4, device=device)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    options = {"kind": "jsd", "temperature": 1.5, "reduction": "none"}
+    exact = reference.distillation_loss(*whole(doubles), labels, **options)
+    exact_grads = torch.autograd.grad(exact, doubles, upstream.double())
+    for logits in (lazy(leaves), whole(leaves)):
+        loss = distillation_loss(*logits, labels, **options, backend=backend)
+        torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(loss, leaves, upstream), exact_grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+    assert loss[0, 1] == 0
+
+
+def test_parts_are_what_they_say(device):
+    leaves, labels, _, whole = heads(device)
+    student, teacher = whole(leaves)
+    hard = distillation_loss(student, teacher, labels, hard_weight=1.0, soft_weight=0.0)
+    torch.testing.assert_close(hard, F.cross_entropy(student.flatten(0, 1), labels.flatten()))
+    soft = distillation_loss(student, teacher, labels, hard_weight=0.0, soft_weight=1.0, kind="tvd")
+    torch.testing.assert_close(soft, divergence(student, teacher, kind="tvd")[labels != -100].mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_heads(dtype, backend, device):
+    """As accurate as eager, under a GradScaler's factor too, with the teacher frozen as it is in training."""
+    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter is wrong about bfloat16")
+    leaves, labels, lazy, whole = heads(device, dtype)
+    student_leaves = leaves[:3]
+
+    def grads(loss, at):
+        return torch.autograd.grad(loss * 2.0**10, at)
+
+    teacher = [x.detach() for x in leaves[3:]]
+    for route in (None, "recompute"):
+        loss = distillation_loss(*lazy(student_leaves + teacher), labels, kind="jsd", backend=backend, route=route)
+        assert loss.dtype == torch.float32
+        eager = [x.float() for x in whole(student_leaves + teacher)]
+        theirs = reference.distillation_loss(*eager, labels, kind="jsd")
+        doubles = [x.detach().double().requires_grad_(x.requires_grad) for x in student_leaves + teacher]
+        exact = reference.distillation_loss(*whole(doubles), labels, kind="jsd")
+        assert_accurate(loss, theirs, exact, "loss")
+        for name, a, b, c in zip(
+            ("hidden", "weight", "bias"), grads(loss, student_leaves), grads(theirs, student_leaves),
+            grads(exact, doubles[:3]), strict=True,
+        ):  # fmt: skip
+            assert_accurate(a, b, c, name)
+
+
+@pytest.mark.parametrize("drop_ignored", [True, False])
+def test_ignored_tokens(drop_ignored, backend, device):
+    leaves, labels, lazy, _ = heads(device)
+    want = distillation_loss(*lazy(leaves), labels, backend=backend)
+    expected = torch.autograd.grad(want, leaves)
+    with torch.no_grad():
+        leaves[0][0, 1] = leaves[3][0, 1] = math.nan
+    loss = distillation_loss(*lazy(leaves), labels, backend=backend, drop_ignored=drop_ignored)
+    assert torch.equal(loss, want)
+    for a, b in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
+        torch.testing.assert_close(a, b)
+    leaves = [x.detach().nan_to_num().requires_grad_() for x in leaves]
+    none = distillation_loss(*lazy(leaves), torch.full_like(labels, -100), backend=backend, drop_ignored=drop_ignored)
+    assert none == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(none, leaves))
+
+
+def test_ignored_tokens_are_not_projected(device, monkeypatch):
+    import fused_losses.two_heads as module
+
+    seen = []
+
+    def spy(head, out, real=module.project):
+        seen.append(len(out))
+        return real(head, out)
+
+    monkeypatch.setattr(module, "project", spy)
+    leaves, labels, lazy, _ = heads(device)
+    distillation_loss(*lazy(leaves), labels)
+    assert seen == [7, 7]  # of 8 tokens, once per side: student and teacher, both losses
+
+
+def test_vocabularies_of_different_padded_size(backend, device):
+    leaves, labels, lazy, whole = heads(device, V=40, teacher_V=48)
+    with torch.no_grad():
+        leaves[4][40:] *= 30
+    for logits in (lazy(leaves), whole(leaves)):
+        loss = distillation_loss(*logits, labels, kind="jsd", backend=backend)
+        torch.testing.assert_close(loss, reference.distillation_loss(*whole(leaves), labels, kind="jsd"))
+        assert (torch.autograd.grad(loss, leaves[4])[0][40:] == 0).all()
+
+
+def test_twice_and_kept(backend, device):
+    """A second backward of a kept graph gives the same again: what was made in forward is not scaled twice."""
+    leaves, labels, lazy, _ = heads(device)
+    loss = distillation_loss(*lazy(leaves), labels, backend=backend) * 3
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    second = torch.autograd.grad(loss, leaves)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_float64_takes_any_derivative():
+    leaves, labels, lazy, whole = heads("cpu", torch.float64, tokens=(1, 3), V=5)
+
+    def of(make, **options):
+        return lambda *leaves: distillation_loss(*make(leaves), labels, kind="jsd", temperature=1.5, **options)
+
+    for fn in (of(lazy), of(lazy, route="recompute"), of(whole)):
+        assert torch.autograd.gradcheck(fn, leaves)
+        some = lambda h, w, fn=fn: fn(h, w, *leaves[2:])  # noqa: E731
+        assert torch.autograd.gradgradcheck(some, leaves[:2], check_batched_grad=False)
+
+
+@pytest.mark.parametrize("route", [None, "recompute"])
+def test_compiles_without_a_break(route, device):
+    leaves, labels, lazy, _ = heads(device)
+
+    def loss(*leaves):
+        return distillation_loss(*lazy(leaves), labels, kind="jsd", temperature=1.5, route=route) * 3
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_memory_is_the_workspace():
+    """Gradients, a stated workspace and the row primitive's fixed temporaries; eager holds both logits several times."""
+    V, H, workspace = 4096, 16, 48 * 2**20
+
+    def peak(N, lazy):
+        torch.manual_seed(0)
+        leaves = [torch.randn(N, H), torch.randn(V, H), torch.randn(N, 2 * H), torch.randn(V, 2 * H)]
+        labels = torch.randint(0, V, (N,))
+        trained = [x.requires_grad_() for x in leaves[:2]]
+
+        def step():
+            if lazy:
+                loss = distillation_loss(
+                    LinearLogits(*leaves[:2]), LinearLogits(*leaves[2:]), labels, workspace=workspace
+                )
+            else:
+                student, teacher = leaves[0] @ leaves[1].T, leaves[2] @ leaves[3].T
+                loss = F.cross_entropy(student, labels)
+                loss = loss + F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), log_target=True)
+            return torch.autograd.grad(loss, trained)
+
+        return peak_bytes(step) - sum(x.numel() * 4 for x in trained)
+
+    small, large = peak(2048, True), peak(8192, True)
+    assert large < workspace * 1.05, f"{large / 2**20:.1f} MiB"
+    assert large < small * 1.1 + 2**20
+    assert peak(2048, False) > 3 * large
+
+
+# KDLoss
+
+
+def openrlhf(logits, teacher_logits, label):
+    """The formula of its documentation, in fp32 as there."""
+    teacher = F.softmax(teacher_logits.float(), -1)
+    product = torch.masked_fill(teacher * F.log_softmax(logits.float(), -1), torch.isinf(logits), 0)
+    shown = (label != -100).view(-1)
+    return -(product.sum(-1).view(-1) * shown).sum() / shown.sum()
+
+
+def test_kd_loss(backend, device):
+    leaves, labels, lazy, whole = heads(device)
+    student, teacher = (x.detach().requires_grad_() for x in whole(leaves))
+    masked = student.detach().masked_fill(torch.rand_like(student) < 0.2, -math.inf).requires_grad_()
+    for s in (student, masked):
+        loss = KDLoss()(s, teacher, labels) if backend == "torch" else kd_loss(s, teacher, labels, backend=backend)
+        torch.testing.assert_close(loss, openrlhf(s, teacher, labels))
+        torch.testing.assert_close(loss, reference.kd_loss(s, teacher, labels))
+        doubles = [x.detach().double().requires_grad_() for x in (s, teacher)]
+        exact = torch.autograd.grad(reference.kd_loss(*doubles, labels), doubles)
+        for a, b in zip(torch.autograd.grad(loss, (s, teacher)), exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+    loss = kd_loss(*lazy(leaves), labels, backend=backend)
+    torch.testing.assert_close(loss, openrlhf(*whole(leaves), labels))
+    expected = torch.autograd.grad(openrlhf(*whole(leaves), labels), leaves[:3])
+    for a, b in zip(torch.autograd.grad(loss, leaves[:3]), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert kd_loss(student, teacher, labels, ignore_index=3).isfinite()
+    assert not torch.equal(
+        kd_loss(student, teacher, labels.clamp(min=0), ignore_index=3), kd_loss(student, teacher, labels)
+    )
+    assert kd_loss(student, teacher, torch.full_like(labels, -100)).isnan()
+
+
+# A sparse teacher
+
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_teacher_topk(k, temperature, device):
+    leaves, _, lazy, whole = heads(device)
+    _, teacher = lazy(leaves)
+    found = teacher_topk(teacher, k, temperature=temperature, workspace=3 * 4 * 40 * 3)  # three tokens at a time
+    expected = (whole(leaves)[1] / temperature).log_softmax(-1).topk(k)
+    assert torch.equal(found.ids, expected.indices)
+    torch.testing.assert_close(found.log_probs, expected.values)
+    of_tensor = teacher_topk(whole(leaves)[1], k, temperature=temperature)
+    assert torch.equal(of_tensor.ids, expected.indices)
+    torch.testing.assert_close(of_tensor.log_probs, expected.values)
+    assert not found.log_probs.requires_grad
+    assert (found.log_probs <= 0).all()
+
+
+def test_teacher_topk_is_not_rounded_to_16_bits(device):
+    leaves, _, lazy, whole = heads(device, torch.bfloat16)
+    found = teacher_topk(lazy(leaves)[1], 5)
+    exact = whole([x.double() for x in leaves])[1].log_softmax(-1).topk(5)
+    assert found.log_probs.dtype == torch.float32
+    torch.testing.assert_close(found.log_probs.double(), exact.values, rtol=1e-5, atol=1e-5)
+
+
+def test_teacher_topk_holds_a_workspace():
+    hidden, weight, workspace = torch.randn(2048, 16), torch.randn(4096, 16), 6 * 2**20
+    peak = peak_bytes(lambda: teacher_topk(LinearLogits(hidden, weight), 8, workspace=workspace))
+    assert peak < workspace * 1.1 + 2048 * 8 * 12
+    with pytest.raises(ValueError, match=r"\(2048, 4096\), got 5000"):
+        teacher_topk(LinearLogits(hidden, weight), 5000)
+
+
+SPARSE = [
+    {"kind": kind, "tail": tail} for kind in ("forward_kl", "reverse_kl", "jsd") for tail in ("bucket", "renormalize")
+]
+SPARSE += [{"tail": "ignore"}, {"temperature": 2.0}, {"kind": "jsd", "beta": 0.2}, {"ignore_index": 3}]
+
+
+@pytest.mark.parametrize("options", SPARSE, ids=str)
+def test_sparse(options, backend, device):
+    leaves, labels, lazy, whole = heads(device)
+    labels = labels_for(labels, options)
+    top = teacher_topk(lazy(leaves)[1], 5)
+    doubles = [x.detach().double().requires_grad_() for x in leaves[:3]]
+    student = whole([*doubles, *leaves[3:]])[0]
+    exact, student_mass, teacher_mass = reference.sparse_distillation_loss(
+        student, top.ids, top.log_probs.double(), labels, **options
+    )
+    count = (labels != options.get("ignore_index", -100)).sum()
+    exact_grads = torch.autograd.grad(exact.sum() / count * 3, doubles)
+    for logits in (lazy(leaves)[0], whole(leaves)[0]):
+        found = sparse_distillation_loss(logits, *top, labels, **options, backend=backend)
+        torch.testing.assert_close(found.loss.double(), exact.sum() / count, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.student_mass.double(), student_mass, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.teacher_mass.double(), teacher_mass, rtol=1e-5, atol=1e-6)
+        for a, b in zip(torch.autograd.grad(found.loss * 3, leaves[:3]), exact_grads, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+        each = sparse_distillation_loss(logits, *top, labels, reduction="none", **options, backend=backend)
+        torch.testing.assert_close(each.loss.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+def test_sparse_options_change_the_number(device):
+    leaves, labels, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    top = teacher_topk(teacher, 5)
+    options = [*SPARSE, {"num_items_in_batch": 3}, {"reduction": "sum"}]
+    numbers = [sparse_distillation_loss(student, *top, labels_for(labels, o), **o).loss.item() for o in options]
+    assert len({round(x, 5) for x in numbers}) == len(options)
+    assert (
+        len({sparse_distillation_loss(student, *teacher_topk(teacher, k), labels).loss.item() for k in (1, 5, 40)}) == 3
+    )
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_sparse_is_dense_when_all_ids_are_there(kind, tail, device):
+    leaves, labels, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    dense = distillation_loss(student, teacher, labels, kind=kind, hard_weight=0.0, soft_weight=1.0)
+    sparse = sparse_distillation_loss(student, *teacher_topk(teacher, 40), labels, kind=kind, tail=tail)
+    torch.testing.assert_close(sparse.loss, dense, rtol=1e-5, atol=3e-6)
+    for a, b in zip(torch.autograd.grad(sparse.loss, leaves[:3]), torch.autograd.grad(dense, leaves[:3]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    shown = labels != -100
+    torch.testing.assert_close(sparse.student_mass[shown], torch.ones_like(sparse.student_mass[shown]))
+    assert (sparse.student_mass[~shown] == 0).all()
+
+
+def test_sparse_support_of_the_student(device):
+    leaves, labels, lazy, whole = heads(device)
+    student, teacher = lazy(leaves)
+    ids = teacher_topk(student, 5).ids
+    assert not torch.equal(ids, teacher_topk(teacher, 5).ids)
+    log_t = selective_log_softmax(teacher, ids)
+    found = sparse_distillation_loss(student, ids, log_t, labels)
+    exact, *_ = reference.sparse_distillation_loss(whole(leaves)[0].double(), ids, log_t.double(), labels)
+    torch.testing.assert_close(found.loss.double(), exact.sum() / 7)
+    assert (torch.autograd.grad(found.loss, leaves[4])[0] != 0).any()  # the teacher asked for a gradient
+
+
+@pytest.mark.parametrize("tail", ["bucket", "renormalize"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_sparse_entries_that_are_not_there(whole, tail, device):
+    leaves, labels, lazy, _ = heads(device)
+    top = teacher_topk(lazy(leaves)[1], 3)
+    padded = [torch.cat([top.ids, torch.full_like(top.ids, -100)], -1)]
+    padded.append(torch.cat([top.log_probs, torch.full_like(top.log_probs, math.nan)], -1))
+    results = []
+    for sparse in (top, padded):
+        student = lazy(leaves)[0]
+        found = sparse_distillation_loss(student.materialize() if whole else student, *sparse, labels, tail=tail)
+        results.append((*found, *torch.autograd.grad(found.loss, leaves[:3])))
+    torch.testing.assert_close(*results)
+
+
+def test_sparse_minus_infinity(device):
+    student = torch.randn(3, 9, requires_grad=True)
+    with torch.no_grad():
+        student[0, 4] = -math.inf
+    ids = torch.tensor([[4, 1], [0, 2], [5, 6]])
+    log_t = torch.tensor([[-math.inf, -0.5], [-math.inf, 0.0], [-0.1, -3.0]])
+    for tail in ("bucket", "renormalize"):
+        for kind in ("forward_kl", "jsd"):
+            found = sparse_distillation_loss(student, ids, log_t, kind=kind, tail=tail, reduction="none")
+            assert found.loss.isfinite().all()
+            assert (found.loss >= 0).all()
+            assert torch.autograd.grad(found.loss.sum(), student)[0].isfinite().all()
+
+
+def test_sparse_without_tokens(backend, device):
+    leaves, labels, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    top = teacher_topk(teacher, 3)
+    for logits in (student, student.materialize()):
+        found = sparse_distillation_loss(logits, *top, torch.full_like(labels, -100), backend=backend)
+        assert found.loss == 0
+        assert (found.student_mass == 0).all()
+        assert all((g == 0).all() for g in torch.autograd.grad(found.loss, leaves[:3]))
+
+
+def test_sparse_compiles_without_a_break(device):
+    leaves, labels, lazy, _ = heads(device)
+    top = teacher_topk(lazy(leaves)[1], 5)
+
+    def loss(*leaves):
+        return sparse_distillation_loss(lazy(leaves)[0], *top, labels, kind="jsd").loss * 3
+
+    compiled = torch.compile(loss, fullgraph=True)
+    torch.testing.assert_close(compiled(*leaves), loss(*leaves))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*leaves), leaves[:3]), torch.autograd.grad(loss(*leaves), leaves[:3])
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kind": "tvd"}, "'tvd'"),
+        ({"tail": "drop"}, "'drop'"),
+        ({"reduction": "avg"}, "avg"),
+        ({"teacher_ids": torch.zeros(2, 4, 2, dtype=torch.long)}, r"\(2, 4, 2\) and \(2, 4, 3\)"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, r"\(3,\)"),
+    ],
+)
+def test_wrong_sparse_input(change, message, device):
+    leaves, _, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    top = teacher_topk(teacher, 3)
+    arguments = {"teacher_ids": top.ids, "teacher_log_probs": top.log_probs, **change}
+    with pytest.raises(ValueError, match=message):
+        sparse_distillation_loss(student, **arguments)
+
+
+def test_wrong_dense_input(device):
+    leaves, labels, lazy, _ = heads(device)
+    with pytest.raises(ValueError, match="kl2"):
+        distillation_loss(*lazy(leaves), labels, kind="kl2")
+    with pytest.raises(ValueError, match="avg"):
+        distillation_loss(*lazy(leaves), labels, reduction="avg")
+    with pytest.raises(ValueError, match=r"labels or mask \(4,\)"):
+        distillation_loss(*lazy(leaves), labels[0])
+    with pytest.raises(IndexError, match="out of bounds for 40"):
+        distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40)
+    assert distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40, hard_weight=0).isfinite()
+    assert set(KINDS) >= {"forward_kl", "tvd"}
