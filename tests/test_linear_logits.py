@@ -1,6 +1,7 @@
 """LinearLogits against the logits it stands for: values, shapes, dtypes and gradients, without making them."""
 
 import copy
+import dataclasses
 import io
 import pickle
 import warnings
@@ -488,6 +489,24 @@ def test_a_label_changes_what_functions_return_and_not_the_numbers():
     assert logits.half().log_softmax(-1).gather(-1, FEW).dtype == torch.float16
     assert F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, FEW).dtype == torch.float32
     assert logits.float().hidden is logits.hidden
+
+
+def test_a_cast_of_outputs_reaches_the_label_only():
+    """As FSDP2 casts them, and as DDP replaces them."""
+    from torch.distributed.utils import _apply_to_tensors
+
+    head = LinearHead(H, V, dtype=torch.bfloat16)
+    logits = head(torch.randn(B, S, H, dtype=torch.bfloat16, requires_grad=True))
+    cast = _apply_to_tensors(lambda t: t.float(), logits)
+    assert isinstance(cast, LinearLogits)
+    assert cast.dtype == torch.float32
+    assert cast.weight is head.weight
+    assert torch.equal(cast.materialize(), logits.float().materialize())
+    tensors = [getattr(cast, f.name) for f in dataclasses.fields(cast)]
+    assert [t is cast.hidden for t in tensors if isinstance(t, torch.Tensor)] == [True]
+    parts, spec = torch.utils._pytree.tree_flatten(logits)
+    assert [part is logits.hidden for part in parts] == [True]
+    assert torch.equal(torch.utils._pytree.tree_unflatten(parts, spec).materialize(), logits.materialize())
 
 
 @pytest.mark.parametrize(
