@@ -77,8 +77,10 @@ def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Col
     V, wide = z.shape[1], wide_dtype(z.device)
     largest = z.detach().amax(-1, keepdim=True).clamp(min=FLOOR)  # cancels out of every statistic but logsumexp
     shifted = z - largest
-    e = shifted.exp()
-    total = e.sum(-1, dtype=wide)
+    label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
+    shifted_is_read = {"entropy", "sum_log_probs"} & set(outputs)
+    e = shifted.exp() if shifted_is_read else shifted.exp_()
+    total = e.sum(-1).to(wide)
     log_total = total.log()
     skip = skipped(ids)
 
@@ -87,14 +89,14 @@ def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Col
         return value if skip is None else value.masked_fill(skip if value.ndim == 1 else skip[:, None], 0)
 
     found = {"logsumexp": finish(largest.squeeze(-1).to(wide) + log_total, wide)}
-    if ids is not None:
+    if ids is not None and label_shifted is not None:
         inside = (ids >= 0) & (ids < V)
-        log_probs = shifted.gather(-1, ids.clamp(0, V - 1)) - log_total[:, None]
+        log_probs = label_shifted - log_total[:, None]
         found["log_probs"] = finish(log_probs.masked_fill(~inside, 0))
     if "entropy" in outputs:
-        found["entropy"] = finish(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1, dtype=wide) / total)
+        found["entropy"] = finish(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1) / total)
     if "log_sum_sq_probs" in outputs:
-        found["log_sum_sq_probs"] = finish((e * e).sum(-1, dtype=wide).log() - 2 * log_total)
+        found["log_sum_sq_probs"] = finish((e * e).sum(-1).to(wide).log() - 2 * log_total)
     if "sum_log_probs" in outputs:
         weight_sum = z.new_full((), V) if u is None else u.sum(-1, dtype=wide)
         weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
@@ -131,20 +133,24 @@ def softmax_rows_bwd(
     dtype = statistics_dtype(logits.dtype)
     out = torch.empty_like(logits) if out is None else out
     skip = skipped(ids)
+    # float64 once per row, not per logit: hi + lo is logsumexp.
+    hi = logsumexp.to(dtype)
+    lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
     for rows, chunk, t, grad in row_chunks(logits, probabilities, out):
         x = chunk.reshape(-1, V).to(dtype)
         z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
-        # float64 once per row, not per logit: hi + lo is logsumexp.
-        hi = logsumexp[rows, None].to(dtype)
-        lo = (logsumexp[rows, None] - hi.to(logsumexp.dtype)).to(dtype)
-        logp = (z - hi) - lo
-        p = logp.exp()
-        factor: Tensor | float = 0.0 if a is None else a[rows, None]
-        if b is not None:
-            factor = factor + b[rows, None] * logp.masked_fill(p == 0, 0)
-        if e is not None:
-            factor = factor + e[rows, None] * p
-        dz = p.mul_(factor)
+        logp = z - hi[rows, None]
+        if b is None and e is None:
+            # p·a alone: what is left of logsumexp goes into the row's factor.
+            dz = logp.exp_().mul_(0.0 if a is None else (a[rows] * (-lo[rows]).exp())[:, None])
+        else:
+            p = logp.sub_(lo[rows, None]).exp()
+            factor: Tensor | float = 0.0 if a is None else a[rows, None]
+            if b is not None:
+                factor = factor + b[rows, None] * logp.masked_fill_(p == 0, 0)
+            if e is not None:
+                factor = factor + e[rows, None] * p
+            dz = p.mul_(factor)
         if d is not None:
             u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
             dz += d[rows, None] if u is None else d[rows, None] * u.to(dtype)
@@ -154,8 +160,9 @@ def softmax_rows_bwd(
             local, values = local.clamp(0, V - 1), c[rows].masked_fill(~inside, 0)
             for k in range(ids.shape[1]):  # one id at a time: repeated ids add in order
                 dz.scatter_add_(-1, local[:, k : k + 1], values[:, k : k + 1])
-        dz *= slope
-        if skip is not None:
+        if isinstance(slope, Tensor) or slope != 1.0:
+            dz *= slope
+        if skip is not None and (skip.device.type != "cpu" or skip[rows].any()):  # elsewhere asking would wait
             dz.masked_fill_(skip[rows, None], 0)
         grad.copy_(dz.view(grad.shape))
     return out
