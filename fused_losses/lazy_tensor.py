@@ -295,7 +295,7 @@ def to(x: LazyTensor, *args: Any, dtype: Any = None, device: Any = None, **_: An
     for a in args:
         if isinstance(a, torch.dtype):
             dtype = a
-        elif isinstance(a, (str, torch.device)):
+        elif isinstance(a, (str, torch.device, int)) and not isinstance(a, bool):
             device = a
         elif is_lazy(a) or isinstance(a, Tensor):
             dtype, device = a.dtype, a.device

@@ -1089,6 +1089,14 @@ def test_no_tokens():
     assert F.cross_entropy(logits.view(-1, V), torch.zeros(0, dtype=torch.long), reduction="sum") == 0
 
 
+def test_more_than_two_to_the_31_logits():
+    logits = LinearLogits(torch.ones(1, 1).expand(2**20, 1), torch.arange(4096.0).unsqueeze(1))
+    assert logits.numel() == 2**32
+    last = logits.view(2, -1, 4096)[-1, -2:]
+    torch.testing.assert_close(last.logsumexp(-1), torch.full((2,), 4095.4587))
+    assert last.argmax(-1).tolist() == [4095, 4095]
+
+
 def test_a_vocabulary_of_one():
     hidden, weight = torch.randn(B, S, H), torch.randn(1, H)
     logits = LinearLogits(hidden, weight)

@@ -167,6 +167,17 @@ def test_transformers_label_smoother(shift, num_items):
     assert_same_training(loss, ids)
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_trl_helpers(several):
+    utils = pytest.importorskip("trl.trainer.utils")
+
+    def loss(logits, ids):
+        index = torch.stack([ids, ids.flip(0)], -1) if several else ids
+        return utils.selective_log_softmax(logits, index).mean() + utils.entropy_from_logits(logits).mean()
+
+    assert_same_training(loss, batch()[2])
+
+
 def tiny_llama(transformers):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
