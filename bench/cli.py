@@ -79,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--resume", action="store_true", help="skip what --json FILE has already")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="picture of time and memory, PNG")
 
+    sub = command(
+        "check", run_check, "every primitive on this device against float64, over dtypes, odd shapes and options"
+    )
+    sub.add_argument("--backend", choices=("triton", "torch"), help="default all that run here")
+    sub.add_argument("--primitive", choices=CASES[:4], help="default all")
+
     sub = command("plan", run_plan, "route, chunk and predicted memory of a head, and the largest batch that fits")
     head_arguments(sub)
     sub.add_argument("--dtype", default="bfloat16")
@@ -164,6 +170,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
     with Progress(len(wanted)) as progress:
         for name, problem in wanted:
             title = f"{name}: {problem}"
+            progress.now(title)
             if (name, *problem_key(as_row(problem))) in done:
                 print(f"{title}: in {args.json} already")
                 progress.advance()
@@ -172,9 +179,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
             start = len(rows)
             contenders, skipped = lineup(case, name, args, device)
             try:
-                measure(
-                    case, problem, contenders, modes, seconds, rows, lambda text, t=title: progress.now(f"{t}: {text}")
-                )
+                measure(case, problem, contenders, modes, seconds, rows, progress.now)
             except KeyboardInterrupt:
                 interrupted = True
             except torch.OutOfMemoryError:
@@ -318,3 +323,57 @@ def run_compare(args: argparse.Namespace, argv: list[str]) -> int:
     show_table(f"{args.before} -> {args.after}", columns, table, worse)
     print(f"{sum(worse)} of {len(table)} worse by more than {args.threshold:.0%}")
     return int(any(worse))
+
+
+def run_check(args: argparse.Namespace, argv: list[str]) -> int:
+    from .check import LARGEST, checks, large_check, size, verdict
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    interpreted = device == "cpu" and settings.triton_interpreted()
+    everything = [check for check in checks() if args.primitive in (None, check.primitive)]
+    todo: list[Any] = []
+    for backend in (
+        [args.backend] if args.backend else ["torch"] if device == "cpu" and not interpreted else ["triton", "torch"]
+    ):
+        settings.resolve_backend(
+            torch.empty(0, device=device), backend
+        )  # an impossible choice raises here, and says why
+        slow = interpreted and backend == "triton"
+        dtypes = [
+            torch.float32,
+            torch.float16,
+            *([] if slow else [torch.bfloat16]),
+        ]  # the interpreter is wrong about bfloat16
+        largest = LARGEST["interpreter" if slow else device]
+        todo += [(check, dtype, backend) for check in everything if size(check) <= largest for dtype in dtypes]
+    table, wrong = [], []
+    interrupted = False
+    try:
+        with Progress(len(todo)) as progress:
+            for check, dtype, backend in todo:
+                progress.now(f"{check.primitive} {check.name}, {dtype}, {backend}")
+                error, problem = verdict(check, dtype, device, backend)
+                name = str(dtype).removeprefix("torch.")
+                table.append(
+                    [f"{check.primitive} {check.name}", name, backend, f"{error:.1e}", "FAILED" if problem else "ok"]
+                )
+                wrong.append(problem)
+                progress.advance()
+        if device == "cuda" and not args.primitive and torch.cuda.mem_get_info()[0] > 24 * 2**30:
+            problem = large_check(device, todo[0][2])
+            table.append(["cross_entropy, 2³¹ logits", "bfloat16", todo[0][2], "", "FAILED" if problem else "ok"])
+            wrong.append(problem)
+    except KeyboardInterrupt:
+        interrupted = True
+    show_table(f"check on {device}", ("check", "dtype", "backend", "error", "status"), table, [bool(p) for p in wrong])
+    skipped = f"; interrupted, {len(todo) - len(table)} not run" if interrupted else ""
+    print(f"\n{len(table)} checks, {sum(map(bool, wrong))} failed{skipped}")
+    if any(wrong):
+        found = environment(device)
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        print("Please report these lines:")
+        print(f"  {found['device']}; {versions}; Python {found['python']}; commit {found['commit']}")
+        for row, problem in zip(table, wrong, strict=True):
+            if problem:
+                print(f"  {', '.join(row[:3])}: {problem}")
+    return 130 if interrupted else int(any(wrong))

@@ -38,13 +38,14 @@ class Progress:
     """A bar over problems with what is being done now, on stderr; nothing where stderr is not a terminal."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.bar = total, 0, None
+        self.total, self.done = total, 0
+        self.bar: Any = None
         self.shown = sys.stderr.isatty()
         if RICH and self.shown:
             from rich.console import Console
             from rich.progress import Progress as Bar
 
-            self.bar: Any = Bar(console=Console(stderr=True), transient=True)
+            self.bar = Bar(console=Console(stderr=True), transient=True)
             self.task = self.bar.add_task("", total=total)
 
     def __enter__(self) -> Progress:

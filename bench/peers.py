@@ -4,6 +4,7 @@ An adapter imports its package when it is built, so that a missing one is skippe
 its package recommends for large heads, and a second line where another choice is faster or smaller.
 """
 
+# mypy: disable-error-code="import-not-found,import-untyped"
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,0 +1,262 @@
+"""``fused-losses check``: every primitive on this device against float64, over dtypes, odd shapes and options.
+
+A check is a function of ours, the same in plain PyTorch by ``fused_losses.reference``, and inputs. Plain PyTorch runs twice:
+in the dtype under test with its logits upcast, the yardstick of the tolerance rule, and in float64, the truth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import settings
+from ..cross_entropy import cross_entropy
+from ..divergence import KINDS, divergence
+from ..linear_cross_entropy import linear_cross_entropy
+from ..linear_logits import LinearLogits
+from ..numerics import upcast
+from ..reference import cross_entropy as cross_entropy_specification
+from ..reference import divergence as divergence_specification
+from ..reference import token_statistics as token_statistics_specification
+from ..reference.tolerance import assert_accurate
+from ..token_statistics import token_statistics
+from .measure import relative_error
+from .problem import Inputs
+
+Function = Callable[[Inputs], Any]
+STATISTICS = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
+# (N, V) and (N, V, H) around every tile: prime V, odd H / 8, a real vocabulary. The last of each is for a GPU.
+ROW_SHAPES = ((1, 1), (3, 17), (37, 129), (5, 4097), (2, 50_257), (130, 50_257))
+HEAD_SHAPES = ((1, 5, 8), (37, 129, 24), (19, 1031, 72), (67, 4097, 136))
+LARGEST = {"cuda": 2**23, "cpu": 110_000, "interpreter": 21_000}  # logits of a check
+
+
+class Check(NamedTuple):
+    primitive: str
+    name: str
+    inputs: Inputs
+    leaves: tuple[str, ...]
+    ours: Function
+    plain: Function
+
+
+def normal(*shape: int) -> Tensor:
+    """Inputs are drawn on the CPU, so that every device checks the same numbers."""
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def rows(N: int, V: int) -> Inputs:
+    """Logits ``(N, V)`` with peaks, targets with an ignored one where there are several, class weights."""
+    target = torch.randint(V, (N,))
+    logits = 3 * normal(N, V)
+    logits[torch.arange(N), target] += 4 * normal(N)
+    if N > 2:
+        target[1] = -100
+    return {"logits": logits, "target": target, "class_weight": torch.rand(V, dtype=torch.float64) + 0.5}
+
+
+def head(N: int, V: int, H: int) -> Inputs:
+    target = torch.randint(V, (N,))
+    weight = normal(V, H) / H**0.5
+    hidden = normal(N, H) + (4 + 2 * normal(N, 1)) * weight[target]
+    if N > 2:
+        target[1] = -100
+    return {"hidden": hidden, "weight": weight, "bias": normal(V), "target": target}
+
+
+def logits_of(x: Inputs, hidden: str = "hidden", weight: str = "weight", bias: str | None = None) -> Tensor:
+    """Plain logits, in the dtype of the inputs and then upcast."""
+    if "logits" in x:
+        return upcast(x["logits"])
+    return upcast(F.linear(x[hidden], x[weight], x[bias] if bias else None))
+
+
+def row_checks() -> Iterator[Check]:
+    options: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "label smoothing, class weights": {"label_smoothing": 0.1, "weight": True},
+        "z-loss, softcap": {"z_loss": 1e-3, "softcap": 5.0},
+        "sum": {"reduction": "sum"},
+        "per token": {"reduction": "none"},
+    }
+
+    def ours(x: Inputs, weight: bool = False, **how: Any) -> Any:
+        return cross_entropy(x["logits"], x["target"], x["class_weight"] if weight else None, **how)
+
+    def plain(x: Inputs, weight: bool = False, **how: Any) -> Any:
+        logits = logits_of(x)
+        class_weight = x["class_weight"].to(logits.dtype) if weight else None
+        return cross_entropy_specification.cross_entropy(logits, x["target"], class_weight, **how)
+
+    for N, V in ROW_SHAPES:
+        for name, how in options.items():
+            pair = functools.partial(ours, **how), functools.partial(plain, **how)
+            yield Check("cross_entropy", f"({N}, {V}), {name}", rows(N, V), ("logits",), *pair)
+    infinite = rows(9, 300)
+    infinite["logits"][:, ::3] = -torch.inf
+    infinite["target"] = torch.arange(9) * 3 + 1
+    yield Check("cross_entropy", "(9, 300), a third of the logits -inf", infinite, ("logits",), ours, plain)
+    yield Check("cross_entropy", "(7, 33, 5), class dimension not last", images(), ("logits",), ours, plain)
+    soft = rows(37, 129)
+    soft["target"] = normal(37, 129).softmax(-1)
+    yield Check("cross_entropy", "(37, 129), class probabilities", soft, ("logits",), ours, plain)
+    for N, V in ROW_SHAPES:
+        yield Check("token_statistics", f"logits ({N}, {V})", rows(N, V), ("logits",), statistics, plain_statistics)
+
+
+def images() -> Inputs:
+    return {"logits": 3 * normal(7, 33, 5), "target": torch.randint(33, (7, 5))}
+
+
+def statistics(x: Inputs, **how: Any) -> Any:
+    logits = x["logits"] if "logits" in x else LinearLogits(x["hidden"], x["weight"], x["bias"], **how)
+    found = token_statistics(logits, x["target"], STATISTICS)
+    return tuple(getattr(found, name) for name in STATISTICS)
+
+
+def plain_statistics(x: Inputs, scale: float = 1.0, softcap: float | None = None, temperature: Any = 1.0) -> Any:
+    z = scale * logits_of(x, bias="bias")
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    found = token_statistics_specification.token_statistics(z, x["target"], temperature)
+    return tuple(found[name] for name in STATISTICS)
+
+
+def head_checks() -> Iterator[Check]:
+    leaves = ("hidden", "weight", "bias")
+    options: dict[str, dict[str, Any]] = {
+        "gradients in forward": {"route": "gradients_in_forward"},
+        "recompute": {"route": "recompute"},
+        "several chunks": {"route": "gradients_in_forward", "workspace": 100_000},
+        "several slices": {"route": "recompute", "workspace": 100_000},
+        "label smoothing": {"label_smoothing": 0.1},
+        "z-loss, softcap, scale": {"z_loss": 1e-3, "softcap": 5.0, "scale": 0.7},
+        "per token": {"reduction": "none"},
+    }
+
+    def ours(x: Inputs, **how: Any) -> Any:
+        return linear_cross_entropy(x["hidden"], x["weight"], x["target"], linear_bias=x["bias"], **how)
+
+    def plain(x: Inputs, scale: float = 1.0, **how: Any) -> Any:
+        for ours_alone in ("route", "workspace"):
+            how.pop(ours_alone, None)
+        return cross_entropy_specification.cross_entropy(scale * logits_of(x, bias="bias"), x["target"], **how)
+
+    for N, V, H in HEAD_SHAPES:
+        for name, how in options.items():
+            pair = functools.partial(ours, **how), functools.partial(plain, **how)
+            yield Check("linear_cross_entropy", f"({N}, {V}, {H}), {name}", head(N, V, H), leaves, *pair)
+        for name, how in {
+            "plain": {},
+            "softcap, scale": {"softcap": 5.0, "scale": 0.7},
+            "temperature": {"temperature": 0.6},
+        }.items():
+            pair = functools.partial(statistics, **how), functools.partial(plain_statistics, **how)
+            yield Check("token_statistics", f"head ({N}, {V}, {H}), {name}", head(N, V, H), leaves, *pair)
+
+
+def divergence_checks() -> Iterator[Check]:
+    def ours(x: Inputs, kind: str) -> Any:
+        if "logits" in x:
+            return divergence(x["logits"], x["teacher_logits"], kind=kind)
+        student = LinearLogits(x["hidden"], x["weight"])
+        return divergence(student, LinearLogits(x["teacher_hidden"], x["teacher_weight"]), kind=kind)
+
+    def plain(x: Inputs, kind: str) -> Any:
+        teacher = upcast(x["teacher_logits"]) if "logits" in x else logits_of(x, "teacher_hidden", "teacher_weight")
+        return divergence_specification.divergence(logits_of(x), teacher, kind)
+
+    for kind in KINDS:
+        pair = functools.partial(ours, kind=kind), functools.partial(plain, kind=kind)
+        for N, V in ROW_SHAPES[1:]:
+            x = rows(N, V)
+            x["teacher_logits"] = x["logits"] + normal(N, V)
+            yield Check("divergence", f"logits ({N}, {V}), {kind}", x, ("logits",), *pair)
+        for N, V, H in HEAD_SHAPES[1:]:
+            x = head(N, V, H)
+            teacher = {
+                "teacher_hidden": x["hidden"] + 0.3 * normal(N, H),
+                "teacher_weight": x["weight"] + 0.1 * normal(V, H),
+            }
+            yield Check("divergence", f"heads ({N}, {V}, {H}), {kind}", x | teacher, ("hidden", "weight"), *pair)
+
+
+def checks() -> Iterator[Check]:
+    torch.manual_seed(0)
+    yield from row_checks()
+    yield from head_checks()
+    yield from divergence_checks()
+
+
+def run(function: Function, check: Check, x: Inputs) -> dict[str, Tensor]:
+    """Results, and gradients under upstream gradients that differ per result and per token."""
+    x = x | {name: x[name].detach().requires_grad_() for name in check.leaves}
+    out = function(x)
+    outs = {"loss": out} if isinstance(out, Tensor) else dict(zip(STATISTICS, out, strict=True))
+    wanted = [name for name in check.leaves if not (name == "bias" and not uses_bias(check))]
+    upstream = [
+        torch.linspace(0.5, 1.5, t.numel(), dtype=torch.float64).view(t.shape).to(t.device, t.dtype)
+        for t in outs.values()
+    ]
+    grads = torch.autograd.grad(list(outs.values()), [x[name] for name in wanted], upstream)
+    found = outs | {f"d_{name}": g for name, g in zip(wanted, grads, strict=True)}
+    return {name: t.detach() for name, t in found.items()}
+
+
+def uses_bias(check: Check) -> bool:
+    return check.primitive != "divergence"
+
+
+def verdict(check: Check, dtype: torch.dtype, device: str, backend: settings.Backend) -> tuple[float, str]:
+    """The largest relative error against float64, and what is wrong, if anything."""
+    x = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in check.inputs.items()}
+    exact = run(check.plain, check, {name: v.double() if v.is_floating_point() else v for name, v in x.items()})
+    yardstick = run(check.plain, check, x)
+    try:
+        with settings.backend(backend):
+            got = run(check.ours, check, x)
+        errors = [relative_error(got[name], exact[name]) for name in got]
+        for name, value in got.items():
+            assert_accurate(value, yardstick[name].to(value.dtype), exact[name], name)
+    except AssertionError as failure:
+        return max(errors), str(failure)
+    except Exception as failure:
+        return float("nan"), f"{type(failure).__name__}: {failure}".splitlines()[0]
+    return max(errors), ""
+
+
+def size(check: Check) -> int:
+    """How many logits."""
+    if "logits" in check.inputs:
+        return check.inputs["logits"].numel()
+    return check.inputs["hidden"].shape[0] * check.inputs["weight"].shape[0]
+
+
+def large_check(device: str, backend: settings.Backend) -> str:
+    """More than 2³¹ logits: the first and the last rows, where a 32-bit offset wraps; what is wrong, if anything."""
+    N, V = 2**31 // 128_256 + 65, 128_256
+    logits = torch.empty(N, V, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
+    target = torch.randint(V, (N,), device=device)
+    with settings.backend(backend):
+        loss = cross_entropy(logits, target, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), logits)
+
+    def plain(rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = logits[rows].detach().to(dtype).requires_grad_()
+        found = F.cross_entropy(x, target[rows], reduction="none")
+        return found.detach(), torch.autograd.grad(found.sum(), x)[0]
+
+    try:
+        for rows in (slice(0, 16), slice(N - 16, N)):
+            ours = (loss[rows].detach(), gradient[rows])
+            for name, *each in zip(
+                ("loss", "d_logits"), ours, plain(rows, torch.bfloat16), plain(rows, torch.float64), strict=True
+            ):
+                assert_accurate(*each, name)
+    except AssertionError as failure:
+        return str(failure)
+    return ""
