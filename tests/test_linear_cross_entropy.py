@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
-from fused_losses import routes
+from fused_losses import planning, routes
+from fused_losses.chunked import linear_softmax
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
@@ -15,6 +16,14 @@ from fused_losses.reference.tolerance import assert_accurate
 N, C, H = 13, 37, 9  # nothing a multiple of anything
 ROUTES = ["gradients_in_forward", "recompute"]
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Chunks, slices and tiles so small that a small problem has several."""
+    monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
+    monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
+    monkeypatch.setattr(linear_softmax, "TILE", 8)
 
 
 def problem(dtype=torch.float32, device="cpu", tokens=N, classes=C, size=2.0):
@@ -116,6 +125,24 @@ def test_other_dtypes(name, dtype, route, backend, device):
         pytest.skip("Triton computes in fp32, and its interpreter gets bfloat16 wrong")
     torch.manual_seed(3)
     compare(OPTIONS[name], "mean", route, backend, dtype, device)
+
+
+@pytest.mark.parametrize("accumulate", [None, "fp32"])
+def test_sums_over_chunks_in_sixteen_bits(accumulate, device):
+    tokens, classes, workspace = 40, 3000, 2_500_000
+    hidden, weight, _, target = problem(torch.bfloat16, device, tokens, classes)
+    target.clamp_(min=0)
+    planned = planning.plan(
+        tokens, classes, H, torch.bfloat16, workspace=workspace, accumulate=accumulate, backend="torch"
+    )
+    assert 3 <= planned.chunks <= 8
+    assert planned.accumulate == (torch.float32 if accumulate else torch.bfloat16)
+
+    def ours(h, w):
+        how = {"workspace": workspace, "accumulate": accumulate, "backend": "torch"}
+        return linear_cross_entropy(h, w, target, reduction="sum", route="gradients_in_forward", **how)
+
+    check(ours, lambda h, w: F.cross_entropy(h @ w.T, target, reduction="sum"), (hidden, weight))
 
 
 @pytest.mark.parametrize("route", ROUTES)

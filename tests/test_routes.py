@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_losses import routes
+from fused_losses import planning, routes
+from fused_losses.chunked import linear_softmax
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.routes import (
     Head,
@@ -23,6 +24,14 @@ from fused_losses.routes import (
 N, V, H, R, K = 19, 41, 7, 3, 2
 DIFFERENTIABLE = ("log_probs", "logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
 OUTPUTS = (*DIFFERENTIABLE, "max_logit", "is_top1")
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Chunks, slices and tiles so small that a small problem has several."""
+    monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
+    monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
+    monkeypatch.setattr(linear_softmax, "TILE", 8)
 
 
 def head(dtype=torch.float32, device="cpu", **options):

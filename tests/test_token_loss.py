@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fused_losses import routes
+from fused_losses import planning, routes
 from fused_losses import token_loss as module
+from fused_losses.chunked import linear_softmax
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_loss as reference
 from fused_losses.reference.tolerance import assert_accurate
@@ -13,6 +14,14 @@ from fused_losses.token_statistics import token_statistics
 
 N, V, H = 23, 37, 9
 ALL = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "max_logit", "is_top1")
+
+
+@pytest.fixture(autouse=True)
+def _small_pieces(monkeypatch):
+    """Chunks, slices and tiles so small that a small problem has several."""
+    monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
+    monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
+    monkeypatch.setattr(linear_softmax, "TILE", 8)
 
 
 def problem(dtype=torch.float32, device="cpu", K=None):
