@@ -61,10 +61,11 @@ def softmax_rows_fwd_config(dtype: torch.dtype, vocabulary_contiguous: bool) -> 
     """``BLOCK_N, BLOCK_V, VEC, num_warps``.
 
     One row per program where its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any.
-    Where rows are adjacent instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced.
+    Where rows are adjacent instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced;
+    every option on 4 warps spills 368 bytes.
     """
     if not vocabulary_contiguous:
-        return 32, 64, 8, 4
+        return 32, 64, 8, 8
     return (1, 4096, 4, 8) if dtype == torch.float32 else (1, 8192, 8, 8)
 
 
@@ -86,7 +87,8 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
     With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: whole, it spills 192 bytes with
     every option, and 120 plain. The low-rank product takes a stage of shared memory of its own, and on sm_100 a second
     accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
-    128×128×32; with all statistics half of that, which otherwise spills 96 bytes on sm_80 and 228 on gfx942.
+    128×128×32; all statistics take half the tile, which otherwise spills: 96 bytes on sm_80, 228 on gfx942, 120 on sm_100,
+    and 16 on sm_90 with the low-rank product.
 
     It must not depend on N, so that no token's numbers do.
     """
@@ -98,25 +100,25 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
         return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
     if not tma:
         return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
-    if arch == "sm_100" and (low_rank or all_statistics):
-        return MatrixTile(128, 128, 64, 8, 4, parts=4, splits=splits)
+    if (low_rank or all_statistics) if arch == "sm_100" else (low_rank and all_statistics):
+        return MatrixTile(128, 128, 64, 8, 4, parts=2, splits=splits)
     return MatrixTile(128, 256, 64, 8, 3 if low_rank else 4, parts=4, splits=splits)
 
 
-def linear_softmax_d_logits_config(arch: str, tma: bool, low_rank: bool, softcap: bool) -> MatrixTile:
-    """The recomputed tile, chosen as the streaming one is.
+def linear_softmax_d_logits_config(arch: str, tma: bool, options: bool) -> MatrixTile:
+    """The recomputed tile, chosen as the streaming one is; ``options`` are bias, softcap, column weights and low rank.
 
-    With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. The tile is half as wide where the
-    low-rank product or the softcap would spill (16 bytes on sm_80, 104 to 156 on gfx942) or not fit tensor memory (sm_100).
+    With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. With options it is half as wide:
+    it would spill (8 to 72 bytes on sm_80, sm_90 and sm_100, 104 to 156 on gfx942) or not fit tensor memory (sm_100).
     """
     splits = SPLITS[arch]
     if arch == "interpreter":
         return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
+    block_v = 128 if tma and options else 256 if tma else 64 if options else 128
     if arch == "gfx942":
-        return MatrixTile(128, 64 if low_rank or softcap else 128, 64, 8, 2, splits=splits)
+        return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
     if not tma:
-        return MatrixTile(128, 64 if low_rank or softcap else 128, 32, 8, 4, splits=splits)
-    block_v = 128 if arch == "sm_100" and low_rank else 256
+        return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
     return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64, splits=splits)
 
 
@@ -134,13 +136,14 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
         def matrix(block: int) -> str:
             return f"tensordesc<{dtype}[{block}, {tile.block_k}]>" if tma else f"*{dtype}:16"
 
-        optional = {"bias_ptr": f"*{dtype}:16", "column_weight_ptr": "*fp32:16", "temperature_ptr": "*fp32:16"}
+        optional = {"bias_ptr": f"*{dtype}:16", "column_weight_ptr": "*fp32:16"}
         return dict(
             hidden=matrix(tile.block_n),
             weight=matrix(tile.block_v),
             low_rank_u=matrix(tile.block_n) if low_rank else None,
             low_rank_b=matrix(tile.block_v) if low_rank else None,
             **(optional if options else dict.fromkeys(optional)),
+            temperature_ptr="*fp32:16",
             ids_ptr="*i64:16",
             N="i32",
             V="i32:16",
@@ -161,7 +164,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             HAS_BIAS=options,
             HAS_IDS=True,
             HAS_COLUMN_WEIGHT=options,
-            HAS_TEMPERATURE=options,
+            HAS_TEMPERATURE=True,
             HAS_SOFTCAP=options,
             TMA=tma,
             UPCAST=False,
@@ -187,7 +190,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
     for tma in (True, False) if has_tma else (False,):
         for options, low_rank, level in few if has_tma and not tma else choices:
             label = "TMA" if tma else "pointers"
-            label += (", bias softcap temperature weights" if options else "") + (" low-rank" if low_rank else "")
+            label += (", bias softcap weights" if options else "") + (" low-rank" if low_rank else "")
             tile = linear_softmax_fwd_config(arch, tma, low_rank, level == 2)
             yield Shipped(
                 f"linear_softmax_fwd {('log-probs', 'entropy', 'all')[level]}, {label}",
@@ -199,7 +202,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
                 tile.num_stages,
                 matrix=True,
             )
-            tile = linear_softmax_d_logits_config(arch, tma, low_rank, softcap=options)
+            tile = linear_softmax_d_logits_config(arch, tma, options)
             used = ("ac", "abc", "abecd")[level]
             yield Shipped(
                 f"linear_softmax_d_logits {used}, {label}",

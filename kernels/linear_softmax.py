@@ -664,7 +664,8 @@ def linear_softmax_d_logits(
     logsumexp, a, b, e, c, d = _dense(logsumexp, a, b, e, c, d)
     arch = architecture(hidden.device)
     tma = _tma_fits(arch, hidden, weight, low_rank_u, low_rank_b, out)
-    config = linear_softmax_d_logits_config(arch, tma, low_rank is not None, softcap is not None)
+    options = any(x is not None for x in (bias, softcap, column_weight, low_rank))
+    config = linear_softmax_d_logits_config(arch, tma, options)
     items = triton.cdiv(N, config.block_n) * config.splits
     _linear_softmax_d_logits_kernel[(min(items, programs(hidden.device)) if tma else items,)](
         _operand(hidden, (config.block_n, config.block_k), tma),
