@@ -78,7 +78,7 @@ def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Col
     largest = z.detach().amax(-1, keepdim=True).clamp(min=FLOOR)  # cancels out of every statistic but logsumexp
     shifted = z - largest
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
-    shifted_is_read = {"entropy", "sum_log_probs"} & set(outputs)
+    shifted_is_read = z.requires_grad or {"entropy", "sum_log_probs"} & set(outputs)
     e = shifted.exp() if shifted_is_read else shifted.exp_()
     total = e.sum(-1).to(wide)
     log_total = total.log()
