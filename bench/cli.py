@@ -158,9 +158,10 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
     if args.resume and args.json is None:
         raise ValueError("--resume needs --json FILE")
     result: dict[str, Any] = {"command": "fused-losses " + shlex.join(argv), **environment(device)}
-    result |= {"complete": False, "rows": []}
+    result |= {"complete": False, "unfinished": 0, "rows": []}
     if args.resume and args.json.exists():
-        result["rows"] = [row for row in json.loads(args.json.read_text())["rows"] if row["status"] != "interrupted"]
+        before = json.loads(args.json.read_text())
+        result["rows"] = before["rows"][: len(before["rows"]) - before["unfinished"]]
     rows: list[Row] = result["rows"]
     done = {(row["case"], *problem_key(row)) for row in rows}
     wanted = [(name, problem) for name in names for problem in problems]
@@ -182,6 +183,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
                 measure(case, problem, contenders, modes, seconds, rows, progress.now)
             except KeyboardInterrupt:
                 interrupted = True
+                result["unfinished"] = len(rows) - start  # kept, and measured again by --resume
             except torch.OutOfMemoryError:
                 rows.append(as_row(problem) | {"case": name, "mode": "", "contender": "all", "status": "oom"})
             for peer, reason in skipped:
@@ -326,7 +328,7 @@ def run_compare(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_check(args: argparse.Namespace, argv: list[str]) -> int:
-    from .check import LARGEST, checks, large_check, size, verdict
+    from .check import LARGEST, checks, large_check, verdict
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     interpreted = device == "cpu" and settings.triton_interpreted()
@@ -345,7 +347,7 @@ def run_check(args: argparse.Namespace, argv: list[str]) -> int:
             *([] if slow else [torch.bfloat16]),
         ]  # the interpreter is wrong about bfloat16
         largest = LARGEST["interpreter" if slow else device]
-        todo += [(check, dtype, backend) for check in everything if size(check) <= largest for dtype in dtypes]
+        todo += [(check, dtype, backend) for check in everything if check.logits <= largest for dtype in dtypes]
     table, wrong = [], []
     interrupted = False
     try:

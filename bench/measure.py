@@ -84,6 +84,9 @@ def measure(
                 row |= {"status": "failed", "reason": str(failure)}
             except torch.OutOfMemoryError:
                 row |= {"status": "oom", "reason": "out of memory"}
+            except KeyboardInterrupt:
+                row |= {"status": "interrupted", "reason": "interrupted while it was checked"}
+                raise
             except Exception as failure:  # a peer may fail in any way; the others go on
                 row |= {"status": "error", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
         if mode != "memory":

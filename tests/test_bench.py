@@ -1,0 +1,323 @@
+"""The command as a user runs it."""
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+
+from fused_losses.bench import cli, measure, report
+from fused_losses.bench import cross_entropy as case
+from fused_losses.bench.peers import Peer
+from fused_losses.bench.problem import Contender
+
+SMALL = ["--vocab", "50", "--hidden", "8", "--tokens", "6", "--device", "cpu", "--inputs", "peaked", "--seconds", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(monkeypatch):
+    monkeypatch.setattr("fused_losses.bench.timing.LEAST_ROUNDS", 2)
+
+
+def bench(*arguments, peers="none"):
+    return cli.main(["bench", *arguments, *SMALL, "--peers", peers])
+
+
+@pytest.mark.parametrize("name", cli.CASES)
+def test_every_case_is_checked_and_kept(name, tmp_path, capsys):
+    file = tmp_path / "new folder" / "result.json"
+    modes = ["forward", "full"] if name == "cross_entropy" else ["full"]
+    assert bench(name, "--json", str(file), "--mode", ",".join(modes)) == 0
+    result = json.loads(file.read_text())
+    assert result["complete"]
+    assert {"command", "commit", "device", "versions", "python"} <= set(result)
+    rows = [row for row in result["rows"] if row["status"] == "ok"]
+    assert {row["mode"] for row in rows} == set(modes)
+    assert {"eager", "fused_losses"} <= {row["contender"] for row in rows}
+    for row in rows:
+        assert row["peak_bytes"] > 0
+        assert 0 < row["to_eager"]["low"] <= row["to_eager"]["median"] <= row["to_eager"]["high"]
+        assert row["of_floor"] > 0
+        assert "ms" not in json.dumps(row), "a CPU has no times, only ratios"
+        assert "loss" in row["errors"] or "result 0" in row["errors"]
+        assert ("d_weight" in row["errors"] or "d_logits" in row["errors"]) == (row["mode"] == "full")
+    printed = capsys.readouterr().out
+    assert f"{name}: 50x8" in printed
+    assert " ms" not in printed
+
+
+def test_the_case_alone_is_short_for_bench(capsys):
+    assert cli.main(["cross_entropy", *SMALL, "--peers", "none", "--mode", "memory"]) == 0
+    assert "fused_losses in place" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["bench", "cross_entropy", "--shape", "gpt9"], "unknown shape 'gpt9'; choose from A, B, C"),
+        (["bench", "cross_entropy", "--vocab", "5"], "belong together"),
+        (["bench", "cross_entropy", "--dtype", "int8"], "unknown --dtype 'int8'"),
+        (["bench", "cross_entropy", "--mode", "backwards"], "unknown --mode"),
+        (["bench", "cross_entropy", "--peers", "ligre"], "unknown --peers 'ligre'"),
+        (["bench", "cross_entropy", "--tokens", "many"], "whole numbers"),
+        (["bench", "cross_entropy", "--resume"], "--resume needs --json"),
+        (["plan", "--shape", "B", "--budget", "lots"], "'256MiB'"),
+        (["report", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_a_wrong_argument_says_what_to_do(arguments, says, capsys):
+    assert cli.main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["bench"], ["bench", "cross_enthropy"], ["bench", "cross_entropy", "--fast"]]
+)
+def test_a_wrong_flag_prints_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    assert stopped.value.code == 2
+    assert "usage" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_asking_for_one_is_an_error(capsys):
+    assert cli.main(["bench", "cross_entropy", "--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().err
+
+
+def test_a_peer_that_cannot_run_is_skipped_with_the_reason(tmp_path, monkeypatch):
+    def absent():
+        raise ModuleNotFoundError("No module named 'absent'")
+
+    def broken():
+        def call(x):
+            raise RuntimeError("needs sm_90")
+
+        return call
+
+    peers = (cli.PEERS["cross_entropy"][0], Peer("absent", absent, gpu=False), Peer("broken", broken, gpu=False))
+    monkeypatch.setitem(cli.PEERS, "cross_entropy", peers)
+    file = tmp_path / "r.json"
+    assert bench("cross_entropy", "--json", str(file), "--mode", "full", peers="liger_kernel,absent,broken") == 0
+    rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"]}
+    assert (rows["liger_kernel"]["status"], rows["liger_kernel"]["reason"]) == ("skipped", "runs on a GPU only")
+    assert rows["absent"]["status"] == "skipped"
+    assert "No module named 'absent'" in rows["absent"]["reason"]
+    assert rows["broken"]["status"] == "error"
+    assert "needs sm_90" in rows["broken"]["reason"]
+    assert rows["fused_losses"]["status"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("break_it", "named"),
+    [
+        (lambda loss, x: loss * 1.001, "loss"),
+        (lambda loss, x: loss + 1e-3 * (x["logits"] - x["logits"].detach()).sum(), "d_logits"),  # the value stays right
+    ],
+)
+def test_a_wrong_result_is_red_not_timed_and_fails(break_it, named, tmp_path, capsys, monkeypatch):
+    wrong = Contender("fused_losses", lambda x: break_it(case.eager(x), x))
+    monkeypatch.setattr(case, "OURS", (wrong,))
+    file = tmp_path / "r.json"
+    assert bench("cross_entropy", "--json", str(file), "--mode", "full") == 1
+    eager, ours = json.loads(file.read_text())["rows"]
+    assert eager["status"] == "ok"
+    assert ours["status"] == "failed"
+    assert ours["reason"].startswith(named)
+    assert "to_eager" not in ours
+    assert "peak_bytes" not in ours
+    assert cli.is_red(ours)
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
+    def too_large(x):
+        raise torch.OutOfMemoryError("tried to allocate 1 TiB")
+
+    monkeypatch.setattr(case, "OURS", (Contender("fused_losses large", too_large), *case.OURS))
+    file = tmp_path / "r.json"
+    assert bench("cross_entropy", "--json", str(file), "--mode", "full") == 0
+    rows = {row["contender"]: row["status"] for row in json.loads(file.read_text())["rows"]}
+    assert rows == {
+        "eager": "ok",
+        "fused_losses large": "oom",
+        "fused_losses": "ok",
+        "fused_losses in place": "ok",
+    }
+
+
+def test_where_eager_does_not_fit_fewer_rows_are_checked(tmp_path, monkeypatch):
+    def eager(x):
+        if len(x["logits"]) > 3:
+            raise torch.OutOfMemoryError
+        return torch.nn.functional.cross_entropy(x["logits"], x["target"])
+
+    monkeypatch.setattr(case, "eager", eager)
+    file = tmp_path / "r.json"
+    assert bench("cross_entropy", "--json", str(file), "--mode", "full") == 0
+    rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"]}
+    assert rows["eager"]["status"] == "oom"
+    assert rows["fused_losses"]["status"] == "ok"
+    assert rows["fused_losses"]["rows_checked"] == [3, 6]
+
+
+@pytest.mark.parametrize("calls", [2, 5])
+def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypatch, capsys):
+    """Interrupted while it checks, and while it times."""
+    count = 0
+
+    def interrupt(x):
+        nonlocal count
+        count += x["logits"].shape[0] == 7
+        if count == calls:
+            raise KeyboardInterrupt
+        return torch.nn.functional.cross_entropy(x["logits"], x["target"])
+
+    monkeypatch.setattr(case, "OURS", (Contender("fused_losses", interrupt),))
+    file = tmp_path / "r.json"
+    arguments = ["cross_entropy", "--mode", "full", "--tokens", "6,7", "--json", str(file), "--resume"]
+    command = ["bench", *arguments, *[a for a in SMALL if a not in ("--tokens", "6")], "--peers", "none"]
+    assert cli.main(command) == 130
+    assert "interrupted" in capsys.readouterr().err
+    result = json.loads(file.read_text())
+    assert not result["complete"]
+    assert [row["status"] for row in result["rows"] if row["tokens"] == 6] == ["ok", "ok"]
+    eager, ours = [row for row in result["rows"] if row["tokens"] == 7]
+    assert (eager["status"], ours["status"]) == ("ok", "ok" if calls == 5 else "interrupted")
+    assert ours.get("rounds") == (1 if calls == 5 else None)
+    count = 100
+    assert cli.main(command) == 0
+    result = json.loads(file.read_text())
+    assert result["complete"]
+    assert sorted((row["tokens"], row["contender"], row["status"]) for row in result["rows"]) == [
+        (6, "eager", "ok"),
+        (6, "fused_losses", "ok"),
+        (7, "eager", "ok"),
+        (7, "fused_losses", "ok"),
+    ]
+
+
+def test_float64_reference_by_parts_is_the_whole():
+    problem = cli.Problem(cli.Shape("small", 40, 8), 12, torch.float32, "peaked", "cpu")
+    for name in ("linear_cross_entropy", "token_statistics", "divergence"):
+        module = importlib.import_module(f"fused_losses.bench.{name}")
+        x = module.inputs(problem)
+        with pytest.MonkeyPatch.context() as patch:
+            whole = measure.exact_results(module, x, 12, 40)
+            patch.setattr(measure, "EXACT_ELEMENTS", 5 * 40)
+            parts = measure.exact_results(module, x, 12, 40)
+        for result in whole:
+            torch.testing.assert_close(parts[result], whole[result])
+            assert whole[result].dtype == torch.float64
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    file = tmp_path_factory.mktemp("bench") / "linear.json"
+    arguments = ["bench", "linear_cross_entropy", *SMALL, "--tokens", "6,12", "--mode", "full", "--peers", "none"]
+    assert cli.main([*arguments, "--json", str(file)]) == 0
+    return file.read_text()
+
+
+@pytest.fixture
+def results(tmp_path, measured):
+    file = tmp_path / "results" / "linear.json"
+    file.parent.mkdir()
+    file.write_text(measured)
+    return file
+
+
+def test_report_renders_tables_pictures_and_the_readme(results, capsys):
+    readme = results.parent / "README.md"
+    readme.write_text(f"above\n{report.BEGIN}\nstale\n{report.END}\nbelow\n")
+    assert cli.main(["report", str(results.parent), "--into", str(readme)]) == 0
+    text = (results.parent / "report.md").read_text()
+    result = json.loads(results.read_text())
+    peak = next(row for row in result["rows"] if row["contender"] == "fused_losses")["peak_bytes"]
+    assert f"{peak / 2**20:.1f}" in text
+    assert result["command"] in text
+    assert report.WAITING in text
+    for picture in capsys.readouterr().out.split():
+        assert (results.parent / picture).stat().st_size > 500
+    assert (results.parent / "memory-cpu-linear_cross_entropy-50x8-float32.png").exists()
+    into = readme.read_text()
+    assert into.startswith("above\n")
+    assert into.endswith("below\n")
+    assert "stale" not in into
+    assert "linear_cross_entropy, 50x8, 12 tokens" in into
+
+
+def test_report_needs_no_matplotlib(results, monkeypatch, capsys):
+    monkeypatch.setattr("fused_losses.bench.plot.MATPLOTLIB", False)
+    assert cli.main(["report", str(results)]) == 0
+    assert "matplotlib" in capsys.readouterr().err
+    assert (results.parent / "report.md").exists()
+
+
+def test_compare_finds_what_became_slower_larger_or_wrong(results, capsys):
+    result = json.loads(results.read_text())
+    worse = results.with_name("worse.json")
+
+    def compared(change):
+        copy = json.loads(results.read_text())
+        change(next(row for row in copy["rows"] if row["contender"] == "fused_losses"))
+        worse.write_text(json.dumps(copy))
+        status = cli.main(["compare", str(results), str(worse), "--threshold", "0.1"])
+        return status, capsys.readouterr().out
+
+    assert cli.main(["compare", str(results), str(results)]) == 0
+    assert f"0 of {len(result['rows'])} worse" in capsys.readouterr().out
+    assert compared(lambda row: row.update(peak_bytes=int(row["peak_bytes"] * 1.05)))[0] == 0
+    for change in (
+        lambda row: row.update(peak_bytes=int(row["peak_bytes"] * 1.2)),
+        lambda row: row["to_eager"].update(median=row["to_eager"]["median"] * 1.2),
+        lambda row: row.update(status="failed"),
+    ):
+        status, printed = compared(change)
+        assert status == 1
+        assert f"1 of {len(result['rows'])} worse" in printed
+
+
+def test_plan_prints_the_route_and_the_largest_batch(capsys):
+    arguments = ["plan", "--shape", "llama3-8b", "--tokens", "8192", "--budget", "4GiB", "--tflops", "500"]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "gradients_in_forward" in printed
+    assert f"{6 * 8192 * 128256 * 4096 / 500e9:.1f} ms" in printed
+    most = int(printed.split("largest batch")[1].split()[0])
+    shape, budget = cli.shapes.find("llama3-8b"), 4 * 2**30
+
+    def peak(tokens):
+        free = budget - cli.gradient_bytes(shape, tokens, torch.bfloat16)
+        return cli.plan(tokens, shape.vocab, shape.hidden, torch.bfloat16, workspace=free).peak
+
+    assert peak(most) <= budget < peak(most + 1)
+
+
+def test_check_prints_a_table_and_what_to_report(capsys, monkeypatch):
+    from fused_losses.bench import check
+
+    found = [c for c in check.checks() if c.primitive == "cross_entropy" and "(3, 17)" in c.name]
+    monkeypatch.setattr(check, "checks", lambda: iter(found))
+    assert cli.main(["check", "--backend", "torch"]) == 0
+    assert f"{3 * len(found)} checks, 0 failed" in capsys.readouterr().out
+    broken = found[0]._replace(ours=lambda x: 1.1 * found[0].ours(x))
+    monkeypatch.setattr(check, "checks", lambda: iter([broken, found[1]]))
+    assert cli.main(["check", "--backend", "torch"]) == 1
+    printed = capsys.readouterr().out
+    assert "6 checks, 3 failed" in printed
+    assert "Please report" in printed
+    assert "allowed" in printed
+
+
+def test_peaked_inputs_are_like_a_trained_models():
+    """Most targets likely, some not: a mean loss of a few nats, where random inputs give log V."""
+    problem = cli.Problem(cli.Shape("small", 5000, 64), 256, torch.float32, "peaked", "cpu")
+    for name in ("cross_entropy", "linear_cross_entropy"):
+        module = importlib.import_module(f"fused_losses.bench.{name}")
+        x = module.inputs(problem)
+        assert 0.5 < module.eager(x) < 4
+        x = module.inputs(dataclasses.replace(problem, distribution="random"))
+        assert 8 < module.eager(x) < 11
