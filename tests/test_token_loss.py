@@ -1,10 +1,11 @@
 """token_loss: the user's function at the price of a cross entropy, equal to the same loss on token statistics."""
 
+import importlib
+
 import pytest
 import torch
 
-from fused_losses import planning, routes
-from fused_losses import token_loss as module
+from fused_losses import planning, routes, settings
 from fused_losses.chunked import linear_softmax
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_loss as reference
@@ -12,6 +13,7 @@ from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import token_statistics
 
+module = importlib.import_module("fused_losses.token_loss")  # the package's attribute of that name is the function
 N, V, H = 23, 37, 9
 ALL = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "max_logit", "is_top1")
 
@@ -22,6 +24,8 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
     monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
     monkeypatch.setattr(linear_softmax, "TILE", 8)
+    with settings.route("gradients_in_forward"):  # whatever the workspace
+        yield
 
 
 def problem(dtype=torch.float32, device="cpu", K=None):
@@ -288,6 +292,16 @@ def test_frozen_weight_costs_no_product(monkeypatch):
     assert weight.grad is None
 
 
+def test_where_no_chunk_fits_it_is_token_statistics_after_all(monkeypatch):
+    hidden, weight, bias, index = problem()
+    monkeypatch.setattr(module, "loss_and_gradients", None)
+    with settings.route(None):
+        loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index, workspace=1)
+    expected, _ = reference.token_loss(dft, hidden @ weight.T + bias, index)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
+
+
 def test_a_second_backward_and_its_derivative():
     hidden, weight, bias, index = problem()
     loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index)
@@ -323,7 +337,8 @@ def test_fullgraph():
 
 
 def test_under_a_loss_scale_in_fp16(backend, device):
-    hidden, weight, bias, index = problem(torch.float16, device)
+    problems = [problem(torch.float16, device)[:3] for _ in range(4)]
+    index = problem(device=device)[3]
     tiny = torch.full((N,), 2.0**-20, device=device)  # as a mean over a million tokens has
 
     def ours(h, w, b):
@@ -337,11 +352,12 @@ def test_under_a_loss_scale_in_fp16(backend, device):
         loss, aux = reference.token_loss(lambda s, t: -t * s.log_probs, z, index, tiny)
         return 2.0**16 * loss, aux
 
-    check(ours, plain, [(hidden, weight, bias)])
+    check(ours, plain, problems)
 
 
 def test_coefficients_that_grow_from_chunk_to_chunk_in_fp16(backend, device):
-    hidden, weight, bias, index = problem(torch.float16, device)
+    problems = [problem(torch.float16, device)[:3] for _ in range(4)]
+    index = problem(device=device)[3]
     growing = torch.logspace(-6, 3, N, device=device)
 
     def ours(h, w, b):
@@ -353,7 +369,7 @@ def test_coefficients_that_grow_from_chunk_to_chunk_in_fp16(backend, device):
         z = (h @ w.T + b).to(torch.promote_types(h.dtype, torch.float32))
         return reference.token_loss(lambda s, t: -t * s.log_probs, z, index, growing)
 
-    check(ours, plain, [(hidden, weight, bias)])
+    check(ours, plain, problems)
 
 
 def test_bad_input():
