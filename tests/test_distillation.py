@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_bytes
 
+from fused_losses.bench.memory import peak_bytes
 from fused_losses.distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.linear_logits import LinearLogits

@@ -6,8 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory import peak_bytes
 
+from fused_losses.bench.memory import peak_bytes
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import divergence as reference

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_bytes
 from torch import Tensor
 
+from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.planning import MiB, plan

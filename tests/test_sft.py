@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from memory import peak_bytes
 
 from fused_losses import sft
+from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import sft as reference
 from fused_losses.reference.tolerance import assert_accurate
