@@ -18,6 +18,7 @@ import torch
 
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
+from .library_tiles import tile_rows
 from .numerics import statistics_dtype
 from .settings import Route
 from .settings import route as route_setting
@@ -168,7 +169,7 @@ class _Sizes:
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
-        if self.backend == "triton":  # 32-bit heads only, and in forward only, where there is no gradient yet
+        if self.backend == "triton":
             return 0
         rows, columns = min(self.tokens, TILE), min(self.vocab, TILE)
         factors = (rows + columns) * self.hidden if self.dtype.itemsize == 2 else 0
@@ -244,6 +245,11 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     }
     end = {"gradients": d_hidden + d_weight, "d_hidden in fp32": d_hidden_sum if wide != dtype else 0}
     parts = slices if sum(slices.values()) >= sum(end.values()) else end
+    if (
+        sizes.backend == "triton" and wide == dtype
+    ):  # 32-bit heads make their logits with the library, before any gradient
+        forward = {"logits of a tile": min(N, tile_rows(V, dtype.itemsize)) * V * dtype.itemsize}
+        parts = parts if sum(parts.values()) >= sum(forward.values()) else forward
     return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, why)
 
 

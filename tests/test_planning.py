@@ -18,7 +18,8 @@ def test_peak_is_gradients_and_at_most_the_budget(shape, dtype, backend, workspa
     N, V, H = shape
     p = plan(*shape, dtype, workspace=workspace, backend=backend, per_token=per_token)
     gradients = (N + V) * H * dtype.itemsize
-    assert gradients <= p.peak <= gradients + p.budget
+    assert p.peak <= gradients + p.budget
+    assert gradients <= p.peak
     assert p.peak == sum(p.parts.values())
     assert p.chunk * p.chunks >= (N if p.route == "gradients_in_forward" else V)
     assert (p.route == "recompute") >= per_token
@@ -62,6 +63,13 @@ def test_fp32_sums_are_counted():
     assert "asked for" in str(p)
     assert plan(*QWEN, workspace="2GiB").accumulate == torch.bfloat16
     assert plan(*LLAMA, workspace="4GiB", accumulate="fp32").accumulate is None  # one chunk: nothing to sum
+
+
+def test_fp16_gradients_wait_for_their_scale_in_fp32():
+    p = plan(2048, 65536, 64, torch.float16)
+    assert (p.route, p.chunks, p.accumulate) == ("gradients_in_forward", 1, torch.float32)
+    assert "overflow float16" in str(plan(2048, 65536, 64, torch.float16, workspace="100MiB"))
+    assert p.peak >= (2048 + 65536) * 64 * (2 + 4)
 
 
 def test_fp32_heads_sum_exactly_in_any_number_of_chunks():
