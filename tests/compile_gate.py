@@ -37,8 +37,15 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"\bv_mfma_\w+"),
 }
 
-# (configuration, target) -> why it may spill, measured: the bytes, and what the alternative cost.
-ALLOWED: dict[tuple[str, str], str] = {}
+# (configuration, target) -> bytes it may spill. All of these are scalar registers that gfx942 keeps in lanes of vector
+# registers: measured with Triton 3.6 and 3.7, their private segment is 0 bytes, so no memory is touched.
+ALLOWED: dict[tuple[str, str], int] = {
+    ("linear_softmax_fwd log-probs, pointers, bias softcap weights low-rank", "gfx942"): 320,
+    ("linear_softmax_fwd all, pointers, bias softcap weights", "gfx942"): 8,
+    ("linear_softmax_fwd all, pointers, bias softcap weights low-rank", "gfx942"): 56,
+    ("linear_softmax_d_logits ac, pointers, bias softcap weights low-rank", "gfx942"): 8,
+    ("linear_softmax_d_logits abecd, pointers, bias softcap weights low-rank", "gfx942"): 40,
+}
 
 
 class Report(NamedTuple):
@@ -87,8 +94,7 @@ def amd_report(assembly: str) -> tuple[int, int, str]:
     def count(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
 
-    # Scalar registers spill into lanes of vector registers; what does not fit there shows up in the private segment.
-    spilled = max(4 * count("vgpr_spill_count"), count("private_segment_fixed_size"))
+    spilled = max(4 * (count("vgpr_spill_count") + count("sgpr_spill_count")), count("private_segment_fixed_size"))
     return count("vgpr_count"), spilled, assembly
 
 
@@ -108,7 +114,7 @@ def check(config: Shipped, target_name: str) -> Report:
     shared, trouble = kernel.metadata.shared, []
     found = re.search(target.matrix_instruction, code)
     instruction = (found[0] if found else "") if config.matrix else "-"
-    if spilled and (config.name, target_name) not in ALLOWED:
+    if spilled > ALLOWED.get((config.name, target_name), 0):
         trouble.append(f"spills {spilled} bytes")
     if shared > target.shared_limit:
         trouble.append(f"{shared} bytes of shared memory, limit {target.shared_limit}")
