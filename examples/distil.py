@@ -133,7 +133,7 @@ def of_top_tokens(teacher: TinyTransformer, k: int = 16) -> Callable[[TinyTransf
     return loss
 
 
-def distil(teacher_steps: int = 200, steps: int = 150, teacher_hidden: int = 96, hidden: int = 24) -> dict[str, Curve]:
+def distil(teacher_steps: int = 150, steps: int = 120, teacher_hidden: int = 96, hidden: int = 24) -> dict[str, Curve]:
     torch.manual_seed(0)
     text = read_text()
     teacher = TinyTransformer(text.vocab, hidden=teacher_hidden, layers=2)

@@ -13,8 +13,16 @@ from fused_losses import policy, preference
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
-FAMILIES = ["sft", "kl", "preference", "policy", "reward"]
-OTHERS = ["cross_entropy", "linear_cross_entropy", "token_statistics", "token_loss", "sequences", "modules"]
+FAMILIES = ["sft", "kl", "preference", "policy", "reward", "distillation"]
+OTHERS = [
+    "cross_entropy",
+    "linear_cross_entropy",
+    "token_statistics",
+    "token_loss",
+    "sequences",
+    "divergence",
+    "modules",
+]
 MODULES = {name: importlib.import_module(f"fused_losses.{name}") for name in FAMILIES + OTHERS}
 PUBLIC = {
     name: thing
@@ -45,6 +53,11 @@ def arguments():
     values |= {
         "logits": torch.randn(B, S, V),
         "labels": ids.masked_fill(ids > 1, 2),
+        "student_logits": torch.randn(B, S, V),
+        "teacher_logits": torch.randn(B, S, V),
+        "teacher_ids": torch.arange(3).expand(B, S, 3),
+        "teacher_log_probs": torch.rand(B, S, 3).log() - 2,
+        "k": 3,
         "index": ids,
         "inputs": ids,
         "input_ids": ids,
