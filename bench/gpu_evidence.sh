@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Evidence on a GPU: one command per step, each under eight minutes, none of which needs a network.
+#
+#   bench/gpu_evidence.sh              every step that has no result yet
+#   bench/gpu_evidence.sh check tests  those steps
+#   bench/gpu_evidence.sh list         the steps, and which are done
+#
+# PY        the Python with torch (default python3)
+# RESULTS   where results go (default bench/results/<device>)
+# WHEELS    folder of peers' wheels, at most 60 MiB (default .wheels; bench/peers.txt says which); without it they are skipped
+#
+# A step that is cut off keeps what it has and goes on from there next time. The script fails if a step failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PY=${PY:-python3}
+WHEELS=${WHEELS:-.wheels}
+LIMIT=${LIMIT:-470}
+export PYTHONUNBUFFERED=1
+FUSED_LOSSES_COMMIT=${FUSED_LOSSES_COMMIT:-$(git rev-parse HEAD 2>/dev/null || true)}
+[ -n "$FUSED_LOSSES_COMMIT" ] && export FUSED_LOSSES_COMMIT
+
+CLI="$PY -m fused_losses.bench"
+HEADS="llama3-8b gemma2-2b qwen3-1.7b" # A, B and C
+STEPS="check tests memcheck racecheck cross_entropy"
+for case in linear_cross_entropy token_statistics divergence; do
+    for head in $HEADS; do STEPS="$STEPS $case-$head"; done
+done
+STEPS="$STEPS dpo grpo memory report"
+
+# Text output goes to NAME.txt once the step has run to its end; whatever it says of failures is kept, and fails the script.
+text() {
+    local name=$1 status
+    shift
+    timeout -k 20 "$LIMIT" "$@" 2>&1 | tee "$RESULTS/$name.partial"
+    status=${PIPESTATUS[0]}
+    echo "exit status $status" | tee -a "$RESULTS/$name.partial"
+    mv "$RESULTS/$name.partial" "$RESULTS/$name.txt"
+    return "$status"
+}
+
+bench() {
+    local name=$1
+    shift
+    timeout -k 20 "$LIMIT" $CLI bench "$@" --device cuda --resume --json "$RESULTS/$name.json"
+}
+
+sanitize() {
+    command -v compute-sanitizer >/dev/null || { echo "$1: compute-sanitizer is not installed"; return 1; }
+    # Without PyTorch's caching allocator every tensor has bounds of its own.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 text "$1" compute-sanitizer --tool "$1" --error-exitcode 9 \
+        $CLI check --backend triton --largest 5000
+}
+
+step() {
+    case $1 in
+        check) text check $CLI check ;;
+        tests) text tests "$PY" -m pytest -q -p no:cacheprovider tests ;;
+        memcheck | racecheck) sanitize "$1" ;;
+        cross_entropy) bench "$1" cross_entropy --shape llama2-7b,llama3-8b,gemma2-2b --tokens 8192 ;;
+        dpo | grpo) bench "$1" "$1" --shape llama3-8b --mode full --inputs peaked ;;
+        memory) bench "$1" linear_cross_entropy token_statistics --shape llama3-8b --mode memory --inputs peaked \
+            --tokens 1024,2048,4096,8192,16384 ;;
+        report) $CLI report "$RESULTS" ;;
+        *-*) bench "$1" "${1%%-*}" --shape "${1#*-}" --seconds 8 ;;
+        *) echo "no step $1; the steps are: $STEPS" >&2; return 2 ;;
+    esac
+}
+
+finished() {
+    [ -f "$RESULTS/$1.txt" ] || grep -q '"complete": true' "$RESULTS/$1.json" 2>/dev/null
+}
+
+if [ -z "${RESULTS:-}" ]; then
+    DEVICE=$("$PY" -c 'from fused_losses.bench.environment import folder_name; print(folder_name("cuda"))' 2>/dev/null) || {
+        echo "no GPU that $PY's PyTorch can use; nothing is measured" >&2
+        exit 2
+    }
+    RESULTS=bench/results/$DEVICE
+fi
+mkdir -p "$RESULTS"
+if [ "${1:-}" = list ]; then
+    for name in $STEPS; do finished "$name" && echo "$name: done" || echo "$name: not measured yet"; done
+    exit
+fi
+if [ -d "$WHEELS" ]; then
+    [ "$(du -sm "$WHEELS" | cut -f1)" -le 60 ] || { echo "$WHEELS holds more than 60 MiB" >&2; exit 2; }
+    SITE=$(mktemp -d)
+    "$PY" -m pip install -q --no-index --no-deps --no-compile --target "$SITE" "$WHEELS"/*.whl && export PYTHONPATH="$SITE${PYTHONPATH:+:$PYTHONPATH}"
+else
+    echo "no folder $WHEELS: peers that are not installed are skipped"
+fi
+
+failed=0
+for name in ${*:-$STEPS}; do
+    if [ $# -eq 0 ] && finished "$name"; then
+        echo "$name: done"
+        continue
+    fi
+    echo "== $name"
+    step "$name" || { failed=1; echo "$name: FAILED or cut off; run it again to go on" >&2; }
+done
+exit $failed
