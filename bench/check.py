@@ -154,6 +154,11 @@ def head_checks() -> Iterator[Check]:
         "z-loss, softcap, scale": {"z_loss": 1e-3, "softcap": 5.0, "scale": 0.7},
         "per token": {"reduction": "none"},
     }
+    of_logits: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "softcap, scale": {"softcap": 5.0, "scale": 0.7},
+        "temperature": {"temperature": 0.6},
+    }
 
     def ours(x: Inputs, **how: Any) -> Any:
         return linear_cross_entropy(x["hidden"], x["weight"], x["target"], linear_bias=x["bias"], **how)
@@ -174,20 +179,10 @@ def head_checks() -> Iterator[Check]:
                 leaves,
                 *pair,
             )
-        for name, how in {
-            "plain": {},
-            "softcap, scale": {"softcap": 5.0, "scale": 0.7},
-            "temperature": {"temperature": 0.6},
-        }.items():
+        for name, how in of_logits.items():
             pair = functools.partial(statistics, **how), functools.partial(plain_statistics, **how)
-            yield Check(
-                "token_statistics",
-                f"head ({N}, {V}, {H}), {name}",
-                N * V,
-                functools.partial(head, N, V, H),
-                leaves,
-                *pair,
-            )
+            name = f"head ({N}, {V}, {H}), {name}"
+            yield Check("token_statistics", name, N * V, functools.partial(head, N, V, H), leaves, *pair)
 
 
 def divergence_checks() -> Iterator[Check]:
@@ -265,9 +260,8 @@ def verdict(check: Check, dtype: torch.dtype, device: str, backend: settings.Bac
     return max(errors), ""
 
 
-def large_check(device: str, backend: settings.Backend) -> str:
+def large_check(device: str, backend: settings.Backend, N: int = 2**31 // 128_256 + 65, V: int = 128_256) -> str:
     """More than 2³¹ logits: the first and the last rows, where a 32-bit offset wraps; what is wrong, if anything."""
-    N, V = 2**31 // 128_256 + 65, 128_256
     logits = torch.empty(N, V, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
     target = torch.randint(V, (N,), device=device)
     with settings.backend(backend):
@@ -281,11 +275,9 @@ def large_check(device: str, backend: settings.Backend) -> str:
 
     try:
         for rows in (slice(0, 16), slice(N - 16, N)):
-            ours = (loss[rows].detach(), gradient[rows])
-            for name, *each in zip(
-                ("loss", "d_logits"), ours, plain(rows, torch.bfloat16), plain(rows, torch.float64), strict=True
-            ):
-                assert_accurate(*each, name)
+            (eager, d_eager), (exact, d_exact) = plain(rows, torch.bfloat16), plain(rows, torch.float64)
+            assert_accurate(loss[rows].detach(), eager, exact, "loss")
+            assert_accurate(gradient[rows], d_eager, d_exact, "d_logits")
     except AssertionError as failure:
         return str(failure)
     return ""

@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try:
         return args.run(args, argv)
-    except (ValueError, FileNotFoundError) as failure:
+    except (ValueError, OSError) as failure:
         print(f"fused-losses {args.command}: {failure}", file=sys.stderr)
         return 2
 
@@ -339,9 +339,8 @@ def run_check(args: argparse.Namespace, argv: list[str]) -> int:
     interpreted = device == "cpu" and settings.triton_interpreted()
     everything = [check for check in checks() if args.primitive in (None, check.primitive)]
     todo: list[Any] = []
-    for backend in (
-        [args.backend] if args.backend else ["torch"] if device == "cpu" and not interpreted else ["triton", "torch"]
-    ):
+    backends: list[settings.Backend] = ["torch"] if device == "cpu" and not interpreted else ["triton", "torch"]
+    for backend in [args.backend] if args.backend else backends:
         settings.resolve_backend(
             torch.empty(0, device=device), backend
         )  # an impossible choice raises here, and says why

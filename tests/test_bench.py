@@ -3,6 +3,10 @@
 import dataclasses
 import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +314,39 @@ def test_check_prints_a_table_and_what_to_report(capsys, monkeypatch):
     assert "6 checks, 3 failed" in printed
     assert "Please report" in printed
     assert "allowed" in printed
+
+
+def test_check_of_many_logits_looks_at_both_ends(monkeypatch):
+    from fused_losses.bench import check
+
+    assert check.large_check("cpu", "torch", N=40, V=60) == ""
+
+    def wraps(logits, target, reduction):
+        loss = torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
+        return torch.cat([loss[:-1], loss[:1]])
+
+    monkeypatch.setattr(check, "cross_entropy", wraps)
+    assert check.large_check("cpu", "torch", N=40, V=60).startswith("loss")
+
+
+def evidence(results, *steps):
+    script = Path(__file__).parent.parent / "bench" / "gpu_evidence.sh"
+    environment = {**os.environ, "PY": sys.executable, "RESULTS": str(results)}
+    return subprocess.run([script, *steps], env=environment, capture_output=True, text=True)
+
+
+def test_the_evidence_script_says_what_is_not_measured_yet(tmp_path):
+    before = evidence(tmp_path, "list").stdout.splitlines()
+    assert len(before) > 10
+    assert all(line.endswith(": not measured yet") for line in before)
+    (tmp_path / "dpo.json").write_text('{\n "complete": true\n}')
+    (tmp_path / "grpo.json").write_text('{\n "complete": false\n}')
+    (tmp_path / "check.txt").write_text("")
+    done = [line for line in evidence(tmp_path, "list").stdout.splitlines() if line.endswith(": done")]
+    assert done == ["check: done", "dpo: done"]
+    unknown = evidence(tmp_path, "chekc")
+    assert unknown.returncode == 1
+    assert "no step chekc" in unknown.stderr
 
 
 def test_peaked_inputs_are_like_a_trained_models():
