@@ -172,6 +172,8 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
     wanted = [(name, problem) for name in names for problem in problems]
     seconds = args.seconds if args.seconds is not None else 2 if args.quick else 10
     interrupted = False
+    if args.backend:
+        check_backend(args.backend, device)
     settings.backend(args.backend)
     with Progress(len(wanted)) as progress:
         for name, problem in wanted:
@@ -332,6 +334,14 @@ def run_compare(args: argparse.Namespace, argv: list[str]) -> int:
     return int(any(worse))
 
 
+def check_backend(backend: settings.Backend, device: str) -> None:
+    """Say now, not once per row, that a backend cannot run here, and why."""
+    try:
+        settings.resolve_backend(torch.empty(0, device=device), backend)
+    except RuntimeError as failure:
+        raise ValueError(failure) from None
+
+
 def run_check(args: argparse.Namespace, argv: list[str]) -> int:
     from .check import LARGEST, checks, large_check, verdict
 
@@ -341,9 +351,7 @@ def run_check(args: argparse.Namespace, argv: list[str]) -> int:
     todo: list[Any] = []
     backends: list[settings.Backend] = ["torch"] if device == "cpu" and not interpreted else ["triton", "torch"]
     for backend in [args.backend] if args.backend else backends:
-        settings.resolve_backend(
-            torch.empty(0, device=device), backend
-        )  # an impossible choice raises here, and says why
+        check_backend(backend, device)
         slow = interpreted and backend == "triton"
         dtypes = [
             torch.float32,
