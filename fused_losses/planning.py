@@ -254,7 +254,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
 
 
 def _even(total: int, most: int) -> int:
-    """The size of equal pieces of ``total`` no larger than ``most``, rounded to what matrix products like where that fits."""
+    """The size of equal pieces of ``total`` no larger than ``most``, a multiple of what matrix products like."""
     if most >= total:
         return total
     size = math.ceil(total / math.ceil(total / most))
@@ -262,7 +262,7 @@ def _even(total: int, most: int) -> int:
         rounded = math.ceil(size / multiple) * multiple
         if rounded <= most:
             return rounded
-    return size
+    return most // 32 * 32 or size
 
 
 def _plan(

@@ -128,11 +128,13 @@ def test_gradients_move_into_grad_without_a_copy(head, retain_graph):
 def test_cheaper_than_eager_on_a_cpu(head):
     hidden, weight, target = head
 
-    def timed(call):
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
+    def eager():
+        return torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), (hidden, weight))
 
-    ours = [timed(lambda: step("mean", head)) for _ in range(3)]
-    eager = [timed(lambda: torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), head[:2])) for _ in range(3)]
-    assert min(ours) <= 0.6 * min(eager)
+    spent = {"ours": 0.0, "eager": 0.0}
+    for _ in range(3):  # in turns, so that whatever else runs here slows both
+        for name, call in (("eager", eager), ("ours", lambda: step("mean", head))):
+            start = time.process_time()
+            call()
+            spent[name] += time.process_time() - start
+    assert spent["ours"] <= 0.6 * spent["eager"], spent
