@@ -20,16 +20,19 @@ from .numerics import statistics_dtype, wide_dtype
 
 
 class RowStatistics(NamedTuple):
-    """Statistics of ``N`` rows, ``None`` where not asked for; fp32 (float64 for float64 logits) unless noted."""
+    """Statistics of ``N`` rows; ``None`` where not asked for.
 
-    log_probs: Tensor | None = None  # (N, K) logp at each id, never positive
-    # (N,) float64: rounding it to fp32 costs |logsumexp|·6e-8 of relative error in every probability of the row.
-    logsumexp: Tensor | None = None
-    entropy: Tensor | None = None  # (N,) −Σ p logp
-    log_sum_sq_probs: Tensor | None = None  # (N,) log Σ p²
+    What a row's gradient is built from is float64: rounded to fp32, ``logsumexp`` alone would cost |logsumexp|·6e-8 of
+    relative error in every probability of the row.
+    """
+
+    log_probs: Tensor | None = None  # (N, K) fp32 (float64 for float64 logits): logp at each id, never positive
+    logsumexp: Tensor | None = None  # (N,) float64
+    entropy: Tensor | None = None  # (N,) float64, −Σ p logp
+    log_sum_sq_probs: Tensor | None = None  # (N,) float64, log Σ p²
     sum_log_probs: Tensor | None = None  # (N,) float64, Σ u logp, u the column weights or 1; see label_weights
     weight_sum: Tensor | None = None  # (N,) float64, Σ u, with probabilities only
-    max_logit: Tensor | None = None  # (N,)
+    max_logit: Tensor | None = None  # (N,) fp32 (float64 for float64 logits)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
 
 
@@ -46,10 +49,9 @@ def label_weights(
 def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
     """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
     dtype = statistics_dtype(like.dtype)
-    wide = wide_dtype(like.device)
-    dtypes = {"logsumexp": wide, "sum_log_probs": wide, "weight_sum": wide, "is_top1": torch.bool}
+    dtypes = {"max_logit": dtype, "is_top1": torch.bool}
     room: dict[str, Tensor] = {
-        name: like.new_empty(rows, dtype=dtypes.get(name, dtype))
+        name: like.new_empty(rows, dtype=dtypes.get(name, wide_dtype(like.device)))
         for name in RowStatistics._fields
         if name == "logsumexp" or (name in outputs and name != "log_probs")
     }

@@ -189,10 +189,12 @@ class _PerToken:
         dtype = found.log_probs.dtype
         values: dict[str, Tensor | None] = {name: getattr(found, name, None) for name in TokenStatistics._fields}
         values["log_probs"] = found.log_probs[:, 0] if self.single else found.log_probs
-        values["logsumexp"] = found.logsumexp.to(dtype)
         if found.sum_log_probs is not None:
-            values["mean_logits"] = (found.sum_log_probs / self.vocab + found.logsumexp).to(dtype)
-        seen = TokenStatistics(**{name: values[name] for name in self.statistics})
+            values["mean_logits"] = found.sum_log_probs / self.vocab + found.logsumexp
+        asked = {name: values[name] for name in self.statistics}
+        seen = TokenStatistics(
+            **{n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in asked.items()}
+        )
         names = [name for name in DIFFERENTIABLE if name in self.statistics]
         per_token = [x[rows] for x in self.per_token]
 

@@ -360,7 +360,7 @@ def token_statistics(
         value = getattr(found, "sum_log_probs" if name == "mean_logits" else name)
         if name == "mean_logits":
             value = (value / V + found.logsumexp).detach()
-        if name in ("logsumexp", "mean_logits"):
+        if value.is_floating_point():
             value = value.to(statistics_dtype(logits.dtype))
         values[name] = value.view(index.shape if name == "log_probs" and index is not None else tokens)
     return TokenStatistics(**values)

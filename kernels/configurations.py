@@ -223,8 +223,9 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             )
     tile = linear_softmax_fwd_config(arch, False, False, False)
     scalars = {"N": "i32", "V": "i32:16", "K": "i32", "HAS_IDS": True, "ENTROPY": True}
+    row_sums = ("logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
     sizes = {"SPLITS": tile.splits, "BLOCK_SPLITS": 1 << (tile.splits - 1).bit_length(), "BLOCK_N": 64}
-    floats = ("partials", "split_weight", "log_probs", "entropy", "log_sum_sq_probs", "max_logit")
+    floats = ("partials", "split_weight", "log_probs", "max_logit")
     for everything in (False, True):
         yield Shipped(
             f"linear_softmax combine, {'all' if everything else 'entropy'}",
@@ -232,8 +233,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             {f"{name}_ptr": "*fp32:16" for name in floats}
             | {
                 "ids_ptr": "*i64:16",
-                "logsumexp_ptr": "*fp64:16",
-                "sum_log_probs_ptr": "*fp64:16",
+                **dict.fromkeys((f"{name}_ptr" for name in row_sums), "*fp64:16"),
                 "is_top1_ptr": "*i1:16",
             }
             | dict.fromkeys(("LOG_SUM_SQ_PROBS", "SUM_LOG_PROBS", "MAX_LOGIT", "IS_TOP1"), everything)
@@ -274,8 +274,9 @@ def _softmax_rows() -> Iterator[Shipped]:
             f"softmax_rows_fwd {label}",
             module._softmax_rows_fwd_kernel,
             common
-            | dict.fromkeys(("log_probs_ptr", "entropy_ptr", "log_sum_sq_probs_ptr", "max_logit_ptr"), "*fp32:16")
-            | {"sum_log_probs_ptr": "*fp64:16", "weight_sum_ptr": "*fp64:16", "is_top1_ptr": "*i1:16"}
+            | dict.fromkeys(("log_probs_ptr", "max_logit_ptr"), "*fp32:16")
+            | dict.fromkeys(("entropy_ptr", "log_sum_sq_probs_ptr", "sum_log_probs_ptr", "weight_sum_ptr"), "*fp64:16")
+            | {"is_top1_ptr": "*i1:16"}
             | dict.fromkeys(statistics, everything)
             | {"BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V, "VEC": VEC},
             num_warps,

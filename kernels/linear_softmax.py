@@ -33,6 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
 from .configurations import architecture, linear_softmax_d_logits_config, linear_softmax_fwd_config, programs
+from .elementwise import tanh
 
 FLOOR = tl.constexpr(-1e30)
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -44,16 +45,6 @@ ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full 
 def _exp(x):
     # tl.exp spends three more instructions on results below 2⁻¹²⁶, which no sum here can see.
     return tl.exp2(x * LOG2E)
-
-
-@triton.jit
-def tanh(x):
-    # Near 0 a polynomial (relative error 7e-9) keeps the accuracy that (1 − q)/(1 + q) loses to cancellation; one division.
-    s = x * x
-    near = x * s * (-0.3333326 + s * (0.1333083 + s * (-0.05368802 + s * (0.02046942 - s * 0.00551516)))) + x
-    q = _exp(-2 * tl.abs(x))
-    far = (1 - q) / (1 + q)
-    return tl.where(tl.abs(x) < 0.65, near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -271,8 +262,8 @@ def _combine_splits_kernel(
     ids_ptr,  # (N, K) int64
     log_probs_ptr,  # (N, K): holds the logits at the ids
     logsumexp_ptr,  # (N,) float64
-    entropy_ptr,  # (N,)
-    log_sum_sq_probs_ptr,  # (N,)
+    entropy_ptr,  # (N,) float64
+    log_sum_sq_probs_ptr,  # (N,) float64
     sum_log_probs_ptr,  # (N,) float64
     max_logit_ptr,  # (N,)
     is_top1_ptr,  # (N,) bool
@@ -311,16 +302,16 @@ def _combine_splits_kernel(
             at = n.to(tl.int64) * K + k
             y = tl.load(ids_ptr + at, mask=inside, other=-1)
             z_y = tl.load(log_probs_ptr + at, mask=inside, other=0.0)
-            log_prob = tl.where((y >= 0) & (y < V), (z_y - largest) - log_total.to(tl.float32), 0.0)
-            tl.store(log_probs_ptr + at, log_prob, mask=inside)
+            log_prob = ((z_y - largest).to(tl.float64) - log_total).to(tl.float32)
+            tl.store(log_probs_ptr + at, tl.where((y >= 0) & (y < V), log_prob, 0.0), mask=inside)
     if ENTROPY:
         shifted = tl.load(partial + 2 * SPLITS * N, mask=here, other=0.0)
         mean_shifted = tl.sum(rescale * (shifted + moved * split_total), 0) / total
-        entropy = log_total.to(tl.float32) - mean_shifted
+        entropy = log_total - mean_shifted.to(tl.float64)
         tl.store(entropy_ptr + n, tl.where(skipped, 0.0, entropy), mask=inside)
     if LOG_SUM_SQ_PROBS:
         total_sq = tl.sum(rescale * rescale * tl.load(partial + 3 * SPLITS * N, mask=here, other=0.0), 0)
-        log_sum_sq = tl.log(total_sq) - 2 * log_total.to(tl.float32)
+        log_sum_sq = tl.log(total_sq.to(tl.float64)) - 2 * log_total
         tl.store(log_sum_sq_probs_ptr + n, tl.where(skipped, 0.0, log_sum_sq), mask=inside)
     if SUM_LOG_PROBS:
         split_weight = tl.load(split_weight_ptr + split, mask=split < SPLITS, other=0.0).to(tl.float64)

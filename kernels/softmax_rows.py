@@ -48,8 +48,8 @@ def _softmax_rows_fwd_kernel(
     probabilities_ptr,  # (B, V, S)
     log_probs_ptr,  # (N, K)
     logsumexp_ptr,  # (N,) float64
-    entropy_ptr,  # (N,)
-    log_sum_sq_probs_ptr,  # (N,)
+    entropy_ptr,  # (N,) float64
+    log_sum_sq_probs_ptr,  # (N,) float64
     sum_log_probs_ptr,  # (N,) float64
     weight_sum_ptr,  # (N,) float64
     max_logit_ptr,  # (N,)
@@ -158,11 +158,11 @@ def _softmax_rows_fwd_kernel(
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
     if ENTROPY:
         row_shifted = tl.sum((rescale * (total_shifted + moved * total)).to(tl.float64), 1)
-        entropy = (log_total - row_shifted / row_total).to(tl.float32)
+        entropy = log_total - row_shifted / row_total
         tl.store(entropy_ptr + row, tl.where(skipped, 0.0, entropy), mask=row_inside)
     if LOG_SUM_SQ_PROBS:
         row_sq = tl.sum((total_sq * (rescale * rescale)).to(tl.float64), 1)
-        log_sum_sq = (tl.log(row_sq) - 2 * log_total).to(tl.float32)
+        log_sum_sq = tl.log(row_sq) - 2 * log_total
         tl.store(log_sum_sq_probs_ptr + row, tl.where(skipped, 0.0, log_sum_sq), mask=row_inside)
     if SUM_LOG_PROBS:
         moved_weight = moved.to(tl.float64) * weight_seen.to(tl.float64)

@@ -133,7 +133,7 @@ def assert_statistics(head, ours):
         if name == "is_top1" and value is not None:
             assert torch.equal(value, exact.is_top1)
         elif value is not None:
-            assert_accurate(value, getattr(eager, name), getattr(exact, name), name)
+            assert_accurate(value, getattr(eager, name).to(value.dtype), getattr(exact, name), name)
 
 
 def random_coefficients(head, names="abecd"):

@@ -26,35 +26,54 @@ def excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
 
 
 def of_kind(
-    s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor, beta: float, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Element by element: the term of the divergence, and g and h, each up to a constant of the row and 0 at probability 0;
-    ``s g`` instead of g for the kinds in ``G_WEIGHED``, ``t h`` instead of h for those in ``H_WEIGHED``."""
-    d = (log_t - log_s).masked_fill_((s == 0) & (t == 0), 0)
-    teacher_larger = d > 0
-    w = d.abs().neg_().expm1_()
-    difference = torch.where(teacher_larger, -t, s).mul_(w)  # t − s
-    if kind == "forward_kl":
-        return excess(t, s, d), -difference, d.masked_fill(t == 0, 0)
-    if kind == "reverse_kl":
-        return excess(s, t, -d), -d.masked_fill(s == 0, 0), difference
+    s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor, beta: float, kind: str, wanted: tuple[bool, bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Element by element: the term of the divergence, and of g and h those wanted, each up to a constant of the row and 0 at
+    probability 0; ``s g`` instead of g for the kinds in ``G_WEIGHED``, ``t h`` instead of h for those in ``H_WEIGHED``."""
+    of_student, of_teacher = wanted
+    g = h = None
     if kind == "cross_entropy":
-        minus_log_s = -log_s.masked_fill(log_s == -math.inf, 0)
-        return t * minus_log_s, -t.masked_fill(log_s == -math.inf, 0), minus_log_s.masked_fill(t == 0, 0)
+        infinite = log_s == -math.inf
+        minus_log_s = -log_s.masked_fill(infinite, 0)
+        g = -t.masked_fill(infinite, 0) if of_student else None
+        h = minus_log_s.masked_fill(t == 0, 0) if of_teacher else None
+        return t * minus_log_s, g, h
+    d = (log_t - log_s).masked_fill_((s == 0) & (t == 0), 0)
     if kind == "tvd":
         h = d.sign().mul_(0.5)
-        return difference.abs_().mul_(0.5), -h, h
+        return _difference(s, t, d)[0].abs_().mul_(0.5), -h, h
+    if kind == "forward_kl":
+        g = -_difference(s, t, d)[0] if of_student else None
+        h = d.masked_fill(t == 0, 0) if of_teacher else None
+        return excess(t, s, d), g, h
+    if kind == "reverse_kl":
+        g = -d.masked_fill(s == 0, 0) if of_student else None
+        h = _difference(s, t, d)[0] if of_teacher else None
+        return excess(s, t, -d), g, h
+    difference, w, teacher_larger = _difference(s, t, d)
     m = beta * t + (1 - beta) * s
     larger = (
         torch.where(teacher_larger, (1 - beta) * w, beta * w).log1p_().neg_()
     )  # log of the larger of t and s, over m
     t_over_m = torch.where(teacher_larger, larger, d + larger)
     if kind == "skewed_kl":
-        h = (t_over_m - beta * (1 - beta) * difference.div_(m)).masked_fill_(t == 0, 0)
-        return excess(t, m, t_over_m), ((beta - 1) * (t / m)).masked_fill_(s == 0, 0), h
+        if of_student:
+            g = ((beta - 1) * (t / m)).masked_fill_(s == 0, 0)
+        if of_teacher:
+            h = (t_over_m - beta * (1 - beta) * difference.div_(m)).masked_fill_(t == 0, 0)
+        return excess(t, m, t_over_m), g, h
     s_over_m = torch.where(teacher_larger, larger - d, larger)
     value = beta * excess(t, m, t_over_m) + (1 - beta) * excess(s, m, s_over_m)
-    return value, s_over_m.mul_(1 - beta).masked_fill_(s == 0, 0), t_over_m.mul_(beta).masked_fill_(t == 0, 0)
+    g = s_over_m.mul_(1 - beta).masked_fill_(s == 0, 0) if of_student else None
+    h = t_over_m.mul_(beta).masked_fill_(t == 0, 0) if of_teacher else None
+    return value, g, h
+
+
+def _difference(s: Tensor, t: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``t − s``, and what it is made of: ``expm1(−|d|)``, and where ``t > s``."""
+    teacher_larger = d > 0
+    w = d.abs().neg_().expm1_()
+    return torch.where(teacher_larger, -t, s).mul_(w), w, teacher_larger
 
 
 def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,6 +117,7 @@ def divergence_rows(
     N, dtype = student.shape[0] * student.shape[2], statistics_dtype(student.dtype)
     divergence = student.new_empty(N, dtype=dtype)
     nll = student.new_empty(N, dtype=dtype) if labels else None
+    wanted = (d_student is not None, d_teacher is not None)
 
     def of(x: Tensor | None, rows: slice) -> Tensor | None:
         return None if x is None else x[rows]
@@ -114,7 +134,7 @@ def divergence_rows(
         log_t, _, _ = _log_softmax(z_t / temperature)
         del z_t
         s, t = log_s.exp(), log_t.exp()
-        value, g, h = of_kind(s, t, log_s, log_t, beta, kind)
+        value, g, h = of_kind(s, t, log_s, log_t, beta, kind, wanted)
         del log_s, log_t
         total = value.sum(-1, dtype=wide_dtype(student.device)).to(dtype)
         divergence[rows] = total if skip is None else total.masked_fill(skip[:, 0], 0)
@@ -129,6 +149,7 @@ def divergence_rows(
             nll[rows] = at_label.masked_fill(~inside, 0).squeeze(-1).to(dtype)
         if s_out is not None:
             assert soft is not None
+            assert g is not None
             dz = _gradient(g, s, soft[rows, None] / temperature, kind in G_WEIGHED)
             if hard is not None and ids is not None:
                 dz += hard[rows, None] * p
@@ -137,6 +158,7 @@ def divergence_rows(
             s_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(s_out.shape))
         if t_out is not None:
             assert soft is not None
+            assert h is not None
             dz = _gradient(h, t, soft[rows, None] / temperature, kind in H_WEIGHED).mul_(t_slope)
             t_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(t_out.shape))
     return divergence, nll

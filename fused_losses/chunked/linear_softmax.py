@@ -106,9 +106,13 @@ def linear_softmax_fwd(
     return RowStatistics(
         log_probs=log_probs,
         logsumexp=finished(logsumexp, torch.float64),
-        entropy=finished(log_total - weighted / total) if "entropy" in outputs else None,
-        log_sum_sq_probs=finished(squares.log() - 2 * log_total) if "log_sum_sq_probs" in outputs else None,
-        sum_log_probs=finished(column_sum - weight_sum * logsumexp) if "sum_log_probs" in outputs else None,
+        entropy=finished(log_total - weighted / total, torch.float64) if "entropy" in outputs else None,
+        log_sum_sq_probs=finished(squares.log() - 2 * log_total, torch.float64)
+        if "log_sum_sq_probs" in outputs
+        else None,
+        sum_log_probs=finished(column_sum - weight_sum * logsumexp, torch.float64)
+        if "sum_log_probs" in outputs
+        else None,
         max_logit=finished(max_logit) if "max_logit" in outputs else None,
         is_top1=finished(top1 == ids[:, 0], torch.bool) if "is_top1" in outputs and ids is not None else None,
     )

@@ -94,9 +94,9 @@ def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Col
         log_probs = label_shifted - log_total[:, None]
         found["log_probs"] = finish(log_probs.masked_fill(~inside, 0))
     if "entropy" in outputs:
-        found["entropy"] = finish(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1) / total)
+        found["entropy"] = finish(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1) / total, wide)
     if "log_sum_sq_probs" in outputs:
-        found["log_sum_sq_probs"] = finish((e * e).sum(-1).to(wide).log() - 2 * log_total)
+        found["log_sum_sq_probs"] = finish((e * e).sum(-1).to(wide).log() - 2 * log_total, wide)
     if "sum_log_probs" in outputs:
         weight_sum = z.new_full((), V) if u is None else u.sum(-1, dtype=wide)
         weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
