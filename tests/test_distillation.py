@@ -372,6 +372,17 @@ def test_sparse_is_dense_when_all_ids_are_there(kind, tail, device):
     assert (sparse.student_mass[~shown] == 0).all()
 
 
+def test_sparse_bucket_of_a_peaked_teacher(device):
+    """What is left to the tail is small and is not rounded away."""
+    student, teacher = torch.randn(2, 6, 30, device=device) * 12
+    student.requires_grad_()
+    top = teacher_topk(teacher, 6)
+    exact, *_ = reference.sparse_distillation_loss(student.double(), top.ids, top.log_probs.double())
+    found = sparse_distillation_loss(student, *top, reduction="none").loss
+    torch.testing.assert_close(found.double(), exact, rtol=1e-3, atol=1e-6)
+    assert (sparse_distillation_loss(student, *top).teacher_mass > 0.99).all()
+
+
 def test_sparse_support_of_the_student(device):
     leaves, labels, lazy, whole = heads(device)
     student, teacher = lazy(leaves)

@@ -267,26 +267,27 @@ def heads(device, dtype=torch.float32, N=7, V=50, teacher_V=None, options=True):
         leaves += [torch.randn(N, H, device=device), torch.randn(v, H, device=device), torch.randn(v, device=device)]
         leaves += [torch.randn(N, 2, device=device), torch.randn(v, 2, device=device) * 0.3]
     leaves = [x.to(dtype).requires_grad_() for x in leaves]
-    T = torch.rand(N, device=device) + 0.5
+    T, teacher_T = torch.rand(2, N, device=device) + 0.5
 
     def make(leaves):
         if not options:
             return LinearLogits(*leaves[:2]), LinearLogits(*leaves[5:7])
-        t = T.to(leaves[0].dtype if leaves[0].dtype == torch.float64 else torch.float32)
+        dtype = leaves[0].dtype if leaves[0].dtype == torch.float64 else torch.float32
+        t, teacher_t = T.to(dtype), teacher_T.to(dtype)
         return (
-            LinearLogits(*leaves[:3], low_rank=tuple(leaves[3:5]), scale=0.7, softcap=4.0),
-            LinearLogits(*leaves[5:8], low_rank=tuple(leaves[8:]), scale=1.2, softcap=6.0, temperature=t),
+            LinearLogits(*leaves[:3], low_rank=tuple(leaves[3:5]), scale=0.7, softcap=4.0, temperature=t),
+            LinearLogits(*leaves[5:8], low_rank=tuple(leaves[8:]), scale=1.2, softcap=6.0, temperature=teacher_t),
         )
 
     def whole(leaves):
         found = []
-        for i, (scale, softcap, temperature) in enumerate(((0.7, 4.0, None), (1.2, 6.0, T))):
+        for i, (scale, softcap, temperature) in enumerate(((0.7, 4.0, T), (1.2, 6.0, teacher_T))):
             hidden, weight, bias, u, B = leaves[5 * i : 5 * i + 5]
             if not options:
                 found.append(hidden @ weight.T)
                 continue
             z = softcap * torch.tanh((hidden @ weight.T + u @ B.T + bias) * scale / softcap)
-            found.append(z if temperature is None else z / temperature[:, None].to(z.dtype))
+            found.append(z / temperature[:, None].to(z.dtype))
         return found
 
     return leaves, make, whole
