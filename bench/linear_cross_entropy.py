@@ -33,6 +33,7 @@ OURS = (
     ours("fused_losses 1GiB", workspace="1GiB", route="gradients_in_forward"),
     ours("fused_losses 256MiB", workspace="256MiB", route="gradients_in_forward"),
     ours("fused_losses recompute", route="recompute"),
+    ours("fused_losses 32MiB", workspace="32MiB", route="recompute"),
 )
 
 

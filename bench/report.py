@@ -97,42 +97,45 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def summary(results: Sequence[dict[str, Any]]) -> str:
-    """One line per problem: eager, the fastest and the smallest of ours, and the best peer in each."""
-    lines = []
+    """One line per problem, on peaked inputs: ours as called by default, the least memory of ours, eager and the fastest peer.
+
+    Of problems that were only weighed, not timed, the one with the most tokens.
+    """
+    lines: dict[tuple[Any, ...], list[str]] = {}
     for result in results:
-        for key, rows in groups(result["rows"]).items():
-            case, shape, _, _, tokens, dtype, inputs = key
+        for (case, shape, _, _, tokens, dtype, inputs), rows in sorted(groups(result["rows"]).items()):
             full = [row for row in rows if row["mode"] in ("full", "memory") and row["status"] == "ok"]
-            eager = next((row for row in full if row["contender"] == "eager"), None)
-            ours = [row for row in full if row["contender"].startswith("fused_losses")]
-            peers = [row for row in full if row not in ours and row is not eager]
-            if not ours or (
-                inputs == "random" and any((*key[:-1], "peaked") == other for other in groups(result["rows"]))
-            ):
+            by_name = {row["contender"]: row for row in full}
+            if inputs != "peaked" or "fused_losses" not in by_name:
                 continue
-            timed = [row for row in ours if "to_eager" in row or "ms" in row]
-            fastest = min(timed, key=speed) if timed else None
-            smallest = min(ours, key=lambda row: row["peak_bytes"])
-            rival = min((row for row in peers if speed(row) < math.inf), key=speed, default=None)
-            lines.append(
-                [
-                    f"{case}, {shape}, {tokens} tokens, {dtype}",
-                    result["device"],
-                    time_cell(fastest) if fastest else "",
-                    f"{fastest['of_floor']:.2f}" if fastest and "of_floor" in fastest else "",
-                    f"{(fastest or smallest)['peak_bytes'] / MiB:.0f}",
-                    f"{smallest['peak_bytes'] / MiB:.0f}",
-                    f"{eager['peak_bytes'] / MiB:.0f}" if eager else "out of memory",
-                    f"{rival['contender']}: {time_cell(rival)}, {rival['peak_bytes'] / MiB:.0f} MiB" if rival else "",
-                ]
-            )
-    columns = ("loss and gradients", "device", "time", "of floor", "peak MiB", "least MiB", "eager MiB", "fastest peer")
-    text = markdown_table(columns, lines)
+            ours, eager = by_name["fused_losses"], by_name.get("eager")
+            least = min(row["peak_bytes"] for row in full if row["contender"].startswith("fused_losses"))
+            peers = [
+                r
+                for r in full
+                if r is not eager and not r["contender"].startswith("fused_losses") and speed(r) < math.inf
+            ]
+            rival = min(peers, key=speed, default=None)
+            timed = ours["mode"] == "full"
+            lines[(result["device"], case, shape, dtype, tokens if timed else 0)] = [
+                f"{case}, {shape}, {tokens} tokens, {dtype}",
+                time_cell(ours),
+                f"{ours['of_floor']:.2f}" if "of_floor" in ours else "",
+                f"{ours['peak_bytes'] / MiB:.0f}",
+                f"{least / MiB:.0f}",
+                f"{eager['peak_bytes'] / MiB:.0f}" if eager else "out of memory",
+                f"{rival['contender']}: {time_cell(rival)}, {rival['peak_bytes'] / MiB:.0f} MiB" if rival else "",
+            ]
+    columns = ("loss and gradients", "time", "of the floor", "peak MiB", "at least", "eager's", "fastest peer")
+    tables = []
+    for device in dict.fromkeys(key[0] for key in lines):
+        table = markdown_table(columns, [line for key, line in lines.items() if key[0] == device])
+        tables.append(f"{device}; peaks are above the inputs and include the gradients:\n\n{table}")
     if not any("clocks" in result for result in results):
-        text += (
-            f"\n\nOn a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
+        tables.append(
+            f"On a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
         )
-    return text
+    return "\n\n".join(tables)
 
 
 def speed(row: Row) -> float:
