@@ -76,19 +76,19 @@ def _difference(s: Tensor, t: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor
     return torch.where(teacher_larger, -t, s).mul_(w), w, teacher_larger
 
 
-def _log_softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of rows ``(n, V)``, which are overwritten; and each row's maximum and log of its sum ``(n, 1)``."""
+def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of rows ``(n, V)``; and each row's maximum and the log of its sum ``(n, 1)``."""
+    z = z if temperature == 1 else z / temperature
     largest = z.amax(-1, keepdim=True).clamp_(min=FLOOR)
-    shifted = z.sub_(largest)
-    log_total = shifted.exp().sum(-1, keepdim=True, dtype=wide_dtype(z.device)).log_()
+    shifted = z - largest
+    log_total = shifted.exp().sum(-1, keepdim=True).to(wide_dtype(z.device)).log_()
     hi = log_total.to(z.dtype)
     return shifted.sub_(hi).sub_((log_total - hi).to(z.dtype)), largest, log_total
 
 
 def _gradient(slope: Tensor, p: Tensor, soft: Tensor, weighed: bool) -> Tensor:
     """``soft·p_j (g_j − Σ p g)`` from g, or from ``p g``."""
-    wide = wide_dtype(p.device)
-    mean = (slope if weighed else p * slope).sum(-1, keepdim=True, dtype=wide).to(p.dtype)
+    mean = (slope if weighed else p * slope).sum(-1, keepdim=True)
     dz = slope - p * mean if weighed else p * (slope - mean)
     return dz.mul_(soft).masked_fill_(mean.isinf(), 0)  # an infinite divergence has no slope there
 
@@ -130,18 +130,18 @@ def divergence_rows(
         z_t, t_slope = transform(
             t_rows.reshape(-1, V).to(dtype), of(teacher_temperature, rows), teacher_scale, teacher_softcap
         )
-        log_s, s_largest, s_log_total = _log_softmax(z_s / temperature)
-        log_t, _, _ = _log_softmax(z_t / temperature)
+        log_s, s_largest, s_log_total = _log_softmax(z_s, temperature)
+        log_t, _, _ = _log_softmax(z_t, temperature)
         del z_t
         s, t = log_s.exp(), log_t.exp()
         value, g, h = of_kind(s, t, log_s, log_t, beta, kind, wanted)
         del log_s, log_t
-        total = value.sum(-1, dtype=wide_dtype(student.device)).to(dtype)
+        total = value.sum(-1)
         divergence[rows] = total if skip is None else total.masked_fill(skip[:, 0], 0)
         p = s
         if nll is not None and ids is not None:
             if temperature != 1:
-                log_p, s_largest, s_log_total = _log_softmax(z_s.clone())
+                log_p, s_largest, s_log_total = _log_softmax(z_s, 1)
                 p = log_p.exp_()
             y = ids[rows, None]
             inside = (y >= 0) & (y < V)
