@@ -231,7 +231,7 @@ def problem_key(row: Row) -> tuple[Any, ...]:
 
 
 def is_red(row: Row) -> bool:
-    return row["status"] in ("failed", "error")
+    return row["status"] in ("failed", "inaccurate", "error")
 
 
 def save(result: dict[str, Any], file: Path | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .measure import Row
+from .measure import TIMED, Row
 
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 GiB = 2**30
@@ -50,7 +50,7 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
     for row in rows:
         if (
             row["mode"] == "full"
-            and row["status"] == "ok"
+            and row["status"] in TIMED
             and row["inputs"] == "peaked"
             and ("ms" in row or "to_eager" in row)
         ):
@@ -90,7 +90,7 @@ def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
     """Per case and head with several numbers of tokens: peaks above inputs, with both gradients."""
     found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
     for row in rows:
-        if row["mode"] in ("full", "memory") and "peak_bytes" in row and row["status"] in ("ok", "interrupted"):
+        if row["mode"] in ("full", "memory") and "peak_bytes" in row and row["status"] in (*TIMED, "interrupted"):
             lines = found.setdefault((row["case"], row["shape"], row["dtype"]), {})
             lines.setdefault(row["contender"], {})[row["tokens"]] = row["peak_bytes"] / GiB
     written = []

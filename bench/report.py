@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot
-from .measure import Row
+from .measure import TIMED, Row
 
 MiB = 2**20
 COLUMNS = ("contender", "mode", "time", "rate", "of floor", "peak MiB", "loss error", "gradient error", "status")
@@ -48,7 +48,7 @@ def cells(row: Row) -> list[str]:
         f"{row['peak_bytes'] / MiB:.1f}" if "peak_bytes" in row else "",
         f"{max(of_results):.1e}" if of_results else "",
         f"{max(of_gradients):.1e}" if of_gradients else "",
-        row["status"].upper() if row["status"] in ("failed", "oom", "error") else row["status"],
+        row["status"].upper() if row["status"] in ("failed", "inaccurate", "oom", "error") else row["status"],
     ]
 
 
@@ -104,7 +104,7 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     lines: dict[tuple[Any, ...], list[str]] = {}
     for result in results:
         for (case, shape, _, _, tokens, dtype, inputs), rows in sorted(groups(result["rows"]).items()):
-            full = [row for row in rows if row["mode"] in ("full", "memory") and row["status"] == "ok"]
+            full = [row for row in rows if row["mode"] in ("full", "memory") and row["status"] in TIMED]
             by_name = {row["contender"]: row for row in full}
             if inputs != "peaked" or "fused_losses" not in by_name:
                 continue
@@ -182,14 +182,14 @@ def compare(before: Path, after: Path, threshold: float) -> tuple[list[list[str]
     table, worse = [], []
     for key, a in old.items():
         b = new.get(key)
-        if b is None or a["status"] != "ok":
+        if b is None or a["status"] not in TIMED:
             continue
         changes = []
         for measure_of in (speed, lambda row: row.get("peak_bytes", math.inf)):
             x, y = measure_of(a), measure_of(b)
             changes.append(y / x - 1 if 0 < x < math.inf and y < math.inf else 0.0)
-        regressed = b["status"] != "ok" or max(changes) > threshold
-        status = b["status"] if b["status"] != "ok" else "worse" if regressed else "ok"
+        regressed = b["status"] not in TIMED or max(changes) > threshold
+        status = b["status"] if b["status"] not in TIMED else "worse" if regressed else "ok"
         table.append([", ".join(map(str, key)), *(f"{change:+.1%}" for change in changes), status])
         worse.append(regressed)
     if not table:

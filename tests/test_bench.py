@@ -136,6 +136,25 @@ def test_a_wrong_result_is_red_not_timed_and_fails(break_it, named, tmp_path, ca
     assert "FAILED" in capsys.readouterr().out
 
 
+def test_an_inaccurate_peer_is_red_and_timed_but_a_wrong_one_is_not(tmp_path, monkeypatch, capsys):
+    peers = tuple(
+        Peer(name, lambda f=factor: lambda x: f * case.eager(x), gpu=False)
+        for name, factor in (("rounds", 1.0001), ("wrong", 1.1), ("empty", float("nan")))
+    )
+    monkeypatch.setitem(cli.PEERS, "cross_entropy", peers)
+    file = tmp_path / "r.json"
+    assert bench("cross_entropy", "--json", str(file), "--mode", "full", peers="rounds,wrong,empty") == 0
+    rows = {row["contender"]: row for row in json.loads(file.read_text())["rows"]}
+    assert {name: rows[name]["status"] for name in ("rounds", "wrong", "empty")} == {
+        "rounds": "inaccurate",
+        "wrong": "failed",
+        "empty": "failed",
+    }
+    assert [name for name, row in rows.items() if "to_eager" not in row] == ["wrong", "empty"]
+    assert cli.is_red(rows["rounds"])
+    assert "INACCURATE" in capsys.readouterr().out
+
+
 def test_out_of_memory_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
     def too_large(x):
         raise torch.OutOfMemoryError("tried to allocate 1 TiB")
