@@ -295,8 +295,9 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) 
         gradient = gradient.clone()
     if dtype.itemsize > 2:
         return gradient.mul_(scale)
-    # A 0-dim factor of mul would be rounded to 16 bits first; this multiplies in fp32, in place, without a copy.
-    torch._amp_foreach_non_finite_check_and_unscale_([gradient], scale.new_zeros(1), scale.reshape(()).float())
+    # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies its factors then.
+    for piece in gradient.view(-1).split(max(1, gradient.numel() if gradient.is_cuda else BLOCK * BLOCK)):
+        piece.mul_(scale.reshape(1))
     return gradient
 
 

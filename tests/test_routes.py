@@ -270,6 +270,14 @@ def test_scaled_rounds_once(dtype, wider):
         assert not torch.equal(out, gradient * scale.to(dtype))  # what a 0-dim factor would do
 
 
+def test_scaled_needs_nothing_that_a_gpu_lacks(monkeypatch):
+    """PyTorch's loss-scaling operator has no bfloat16 on CUDA, and a CPU cannot show that."""
+    monkeypatch.delattr(torch, "_amp_foreach_non_finite_check_and_unscale_")
+    gradient = torch.randn(2**20 + 7).to(torch.bfloat16)
+    expected = (gradient.float() * torch.tensor(1 / 3)).bfloat16()
+    assert torch.equal(scaled(gradient, torch.tensor(1 / 3), torch.bfloat16, in_place=True), expected)
+
+
 def test_scaled_in_place_is_the_same_memory_and_out_of_place_is_not():
     for dtype in (torch.float32, torch.bfloat16):
         gradient = torch.randn(5, 3).to(dtype)
