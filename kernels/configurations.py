@@ -10,7 +10,8 @@ that is absent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -50,6 +51,17 @@ def architecture(device: torch.device) -> str:
     major = torch.cuda.get_device_capability(device)[0]
     # Consumer Blackwell (12.x) has Ampere's matrix instructions and its amount of shared memory.
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
+
+
+def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device, wherever the tensors are: make that the device of the first argument."""
+
+    @functools.wraps(launch)
+    def launched(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return launch(first, *args, **kwargs)
+
+    return launched
 
 
 def programs(device: torch.device) -> int:

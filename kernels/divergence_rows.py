@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .configurations import divergence_rows_config
+from .configurations import divergence_rows_config, on_its_device
 from .elementwise import final_logits, final_logits_slope
 
 FLOOR = tl.constexpr(-1e30)
@@ -321,6 +321,7 @@ def _divergence_rows_kernel(
                 tl.store(out, dx.to(d_teacher_ptr.dtype.element_ty), mask=inside)
 
 
+@on_its_device
 def divergence_rows(
     student,  # (B, ≥ V, S), any strides
     teacher,  # (B, ≥ V, S), any strides; V is the smaller of the two sizes

@@ -32,7 +32,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
-from .configurations import architecture, linear_softmax_d_logits_config, linear_softmax_fwd_config, programs
+from .configurations import (
+    architecture,
+    linear_softmax_d_logits_config,
+    linear_softmax_fwd_config,
+    on_its_device,
+    programs,
+)
 from .elementwise import tanh
 
 FLOOR = tl.constexpr(-1e30)
@@ -377,6 +383,7 @@ def _strides(*matrices):
     return [stride for x in matrices for stride in ((0, 0) if x is None else x.stride())]
 
 
+@on_its_device
 def linear_softmax_fwd(
     hidden,  # (N, H) bf16 or fp16
     weight,  # (V, H)
@@ -625,6 +632,7 @@ def _linear_softmax_d_logits_kernel(
             v_start = tl.where(last, v_start + BLOCK_V, v_start)
 
 
+@on_its_device
 def linear_softmax_d_logits(
     hidden,  # (N, H) bf16 or fp16
     weight,  # (V, H): a slice of the head's rows, as bias, low_rank's B and column_weight are

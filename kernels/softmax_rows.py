@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..row_statistics import empty_statistics
-from .configurations import softmax_rows_bwd_config, softmax_rows_fwd_config
+from .configurations import on_its_device, softmax_rows_bwd_config, softmax_rows_fwd_config
 from .elementwise import final_logits, final_logits_slope
 
 FLOOR = tl.constexpr(-1e30)
@@ -189,6 +189,7 @@ def _softmax_rows_fwd_kernel(
             tl.store(log_probs_ptr + row * K + k, tl.where(found, log_prob, 0.0), mask=row_inside)
 
 
+@on_its_device
 def softmax_rows_fwd(
     logits,  # (B, V, S), any strides
     ids,  # (N, K) int64 or None
@@ -346,6 +347,7 @@ def _softmax_rows_bwd_kernel(
     )
 
 
+@on_its_device
 def softmax_rows_bwd(
     logits,  # (B, V, S), any strides
     ids,  # (N, K) int64 or None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fused_losses.kernels import linear_softmax as kernel
+from fused_losses.kernels import softmax_rows
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.row_statistics import RowStatistics
 
@@ -421,6 +422,19 @@ def test_strided_inputs(device):
     assert not wide.hidden.is_contiguous()
     assert wide.weight.stride() == (1, 203)
     assert_statistics(wide, wide.forward())
+
+
+def test_launches_on_the_device_of_its_tensors(device, monkeypatch):
+    """Whichever is current; the other kernels' launchers share the decorator."""
+    seen = []
+    device_of = torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or device_of(x))
+    head = Head(device)
+    head.d_logits(head.forward().logsumexp, random_coefficients(head, "ac"))
+    logits = head.weight.float()[..., None]
+    logsumexp = softmax_rows.softmax_rows_fwd(logits, None, None, None, outputs=()).logsumexp
+    softmax_rows.softmax_rows_bwd(logits, None, None, None, logsumexp, logits[:, 0, 0], None, None, None, None)
+    assert [x.data_ptr() for x in seen] == [head.hidden.data_ptr()] * 2 + [logits.data_ptr()] * 2
 
 
 def test_no_rows_and_a_vocabulary_of_one(device):
