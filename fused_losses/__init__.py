@@ -5,6 +5,8 @@ primitives stand beneath every loss: :func:`token_statistics`, :func:`cross_entr
 short plain PyTorch on top, one family per module.
 """
 
+import torch.compiler.config
+
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
 from .divergence import divergence
@@ -70,6 +72,9 @@ from .token_loss import token_loss
 from .token_statistics import TokenStatistics, selective_log_softmax, token_statistics
 
 __version__ = "0.1.0"
+
+# torch.compile's caches on disk know an operator by its name: a graph that another version compiled must not be found.
+torch.compiler.config.cache_key_tag += f"fused-losses-{__version__}"
 
 __all__ = [
     "CrossEntropyLoss",
