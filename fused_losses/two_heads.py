@@ -64,11 +64,8 @@ def vocab_of(head: Head) -> int:
 
 
 class Chunks(NamedTuple):
-    """How the tokens are cut, and what is held beside inputs and gradients."""
-
     tokens: int  # in a chunk
     sums: tuple[torch.dtype, torch.dtype]  # of each side's weight gradient over the chunks
-    workspace: int  # bytes
 
 
 def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
@@ -95,9 +92,10 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
             extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself
             if not head.hidden.is_cuda:
                 per_token += (H + TILE) * wide.itemsize
-                fixed = TILE * H * wide.itemsize  # a tile of the weight, upcast
+                fixed = max(fixed, TILE * H * wide.itemsize)  # a tile of the weight, upcast
     if backend == "torch":
-        fixed += ROW_TEMPORARIES * 4 * min(max(CHUNK_ELEMENTS, V), M * V)
+        itemsize = statistics_dtype(heads[0].hidden.dtype).itemsize
+        fixed += ROW_TEMPORARIES * itemsize * min(max(CHUNK_ELEMENTS, V), M * V)
 
     def tokens(held: int) -> int:
         most = max((workspace - held) // max(per_token, 1), FEWEST_TOKENS)
@@ -107,13 +105,13 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
         rounded = math.ceil(even / 32) * 32
         return rounded if rounded <= most else even
 
-    n, held = tokens(fixed), fixed
+    n = tokens(fixed)
     many = -(-M // max(n, 1)) > MANY_CHUNKS
-    if many and extra:
-        n, held = tokens(fixed + extra), fixed + extra
+    if many or any(head.hidden.dtype == torch.float16 for head in heads):
+        n = tokens(fixed + extra)
     dtypes = (head.hidden.dtype for head in heads)
     sums = tuple(statistics_dtype(dtype) if many or dtype == torch.float16 else dtype for dtype in dtypes)
-    return Chunks(n, sums, n * per_token + held)  # type: ignore[arg-type]
+    return Chunks(n, sums)  # type: ignore[arg-type]
 
 
 def project(head: Head, out: Tensor) -> Tensor:
@@ -138,7 +136,7 @@ def project(head: Head, out: Tensor) -> Tensor:
 class _Side:
     """One head: room for a chunk of its logits and their gradient, and for the gradients of its inputs."""
 
-    def __init__(self, head: Head, V: int, M: int, n: int, wanted: Sequence[bool], sums: torch.dtype) -> None:
+    def __init__(self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype) -> None:
         self.head, self.V, self.wanted = head, V, any(wanted)
         hidden = head.hidden
         dtype, wide = hidden.dtype, statistics_dtype(hidden.dtype)
@@ -216,7 +214,7 @@ def both_heads(
     M = N if keep is None else keep.shape[0]
     cut = chunks_of(heads, M, wanted, workspace, backend)
     parts = (wanted[:5], wanted[5:])
-    sides = [_Side(h, V, M, min(cut.tokens, M), w, s) for h, w, s in zip(heads, parts, cut.sums, strict=True)]
+    sides = [_Side(h, V, min(cut.tokens, M), w, s) for h, w, s in zip(heads, parts, cut.sums, strict=True)]
     factor: Tensor | None = None  # at which float16 gradients neither vanish nor overflow
     if any(s.wanted and s.head.hidden.dtype == torch.float16 for s in sides) and N:
         largest = torch.stack([t.abs().amax() for t in (soft, hard) if t is not None]).amax().clamp(2.0**-60, 2.0**60)
