@@ -37,7 +37,7 @@ DTYPES = {
 }
 DISTRIBUTIONS = ("random", "peaked")
 # Real heads, small enough for two cores; on a GPU the three of the published comparisons.
-CPU_SHAPES, CPU_TOKENS, QUICK_TOKENS = "smollm2-135m", 1024, 128
+CPU_SHAPES, CPU_TOKENS, QUICK_TOKENS = "smollm2-135m", 1024, 64
 GPU_SHAPES = "llama3-8b,gemma2-2b,qwen3-1.7b"
 
 
@@ -72,13 +72,15 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--dtype", help="bfloat16, float16, float32, several with commas; default bfloat16, on a CPU float32"
     )
-    sub.add_argument("--mode", default="forward,full", help=f"of {', '.join(MODES)}; memory is full without timing")
+    sub.add_argument("--mode", help=f"of {', '.join(MODES)}; default forward,full; memory is full without timing")
     sub.add_argument("--inputs", default="random,peaked", help=", ".join(DISTRIBUTIONS))
     sub.add_argument("--peers", default="all", help="all, none, or names with commas")
     sub.add_argument("--backend", choices=("triton", "torch"), help="of ours; default what serves the device")
     sub.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
-    sub.add_argument("--seconds", type=float, help="of timing per table; default 10, 2 with --quick")
-    sub.add_argument("--quick", action="store_true", help="real work, but little of it: under a minute on two cores")
+    sub.add_argument("--seconds", type=float, help="of timing per mode; default 10, 1 with --quick")
+    sub.add_argument(
+        "--quick", action="store_true", help="real work, but little of it: under a minute a case on two cores"
+    )
     sub.add_argument("--json", type=Path, metavar="FILE", help="keep the rows, and what they depend on")
     sub.add_argument("--resume", action="store_true", help="skip what --json FILE has already")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="picture of time and memory, PNG")
@@ -159,7 +161,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
         for dtype in one_of("--dtype", args.dtype or ("float32" if device == "cpu" else "bfloat16"), list(DTYPES))
         for distribution in one_of("--inputs", "peaked" if args.quick else args.inputs, DISTRIBUTIONS)
     ]
-    modes = one_of("--mode", args.mode, MODES)
+    modes = one_of("--mode", args.mode or ("full" if args.quick else "forward,full"), MODES)
     if args.resume and args.json is None:
         raise ValueError("--resume needs --json FILE")
     result: dict[str, Any] = {"command": "fused-losses " + shlex.join(argv), **environment(device)}
@@ -170,7 +172,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
     rows: list[Row] = result["rows"]
     done = {(row["case"], *problem_key(row)) for row in rows}
     wanted = [(name, problem) for name in names for problem in problems]
-    seconds = args.seconds if args.seconds is not None else 2 if args.quick else 10
+    seconds = args.seconds if args.seconds is not None else 1 if args.quick else 10
     interrupted = False
     if args.backend:
         check_backend(args.backend, device)

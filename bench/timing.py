@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 FLUSH_BYTES = 512 * 2**20  # several times any L2
 WARM_UP = {"cuda": 3, "cpu": 1}
-LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 
 
 def once(run: Run, device: str, flush: torch.Tensor | None) -> Sample:
@@ -62,7 +62,7 @@ def once(run: Run, device: str, flush: torch.Tensor | None) -> Sample:
 def interleave(runs: Sequence[Run], device: str, seconds: float) -> Iterator[dict[str, Sample]]:
     """Rounds of one sample per run, after the warm-up, until ``seconds`` have passed.
 
-    At least 5 rounds and at most 100, each starting with another run. A caller that is interrupted keeps the rounds it has.
+    At least 3 rounds and at most 100, each starting with another run. A caller that is interrupted keeps the rounds it has.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
     for _ in range(WARM_UP[device]):
