@@ -29,7 +29,7 @@ import triton.language as tl
 from .configurations import divergence_rows_config, on_its_device
 from .elementwise import final_logits, final_logits_slope
 
-FLOOR = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(-3.4028234663852886e38)  # the least fp32, with which trainers mask
 SKIP = tl.constexpr(-100)
 NEAR = tl.constexpr(0.25)  # where the polynomials below are exact to fp32
 

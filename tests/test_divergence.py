@@ -169,6 +169,18 @@ def test_logits_of_minus_infinity(kind, backend, device):
         assert (found[2][1] == 0).all()
 
 
+def test_logits_masked_with_the_least_number(backend, device):
+    """As trainers mask: no mass where one logit is, a uniform row where all are."""
+    student, teacher = pair(device, tokens=(2,), V=33)
+    student[0, 3] = teacher[0, 3] = torch.finfo(torch.float32).min
+    student[1] = torch.finfo(torch.float32).min
+    upstream = torch.ones(2, device=device)
+    found = value_and_gradients(divergence, student, teacher, upstream, kind="jsd", backend=backend)
+    exact = value_and_gradients(reference.divergence, student.double(), teacher.double(), upstream, kind="jsd")
+    for ours, theirs in zip(found, exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
+
+
 def test_masked_tokens_are_not_read(backend, device):
     student, teacher = pair(device)
     student[0, 1] = teacher[1, 2] = math.nan
