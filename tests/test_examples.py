@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from fused_losses.settings import strict
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in ("tiny_transformer", "distil"))
+# The tests of the integrations run those that need another library.
+OTHERS = {"tiny_transformer", "distil", *(path.stem for path in EXAMPLES.glob("train_with_*.py"))}
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Inside other people's trainers, one module per library; each imports its library only when called."""

@@ -1,0 +1,83 @@
+"""What the integrations share: versions, attributes that are put back, and heads that return :class:`LinearLogits`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..linear_logits import LinearHead, LinearLogits
+
+_MISSING = object()
+
+
+def check_version(library: str, tested: str) -> None:
+    """Raise if ``library`` is missing; warn if it is not of the ``tested`` minor version."""
+    try:
+        found = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        raise ImportError(
+            f"{library} is not installed: pip install '{library}=={tested}.*', the version this is tested with"
+        ) from None
+    if found != tested and not found.startswith(f"{tested}."):
+        warnings.warn(
+            f"{library} {found} is untested with fused_losses: compare a step's loss with and without it, or install "
+            f"{library}=={tested}.*",
+            stacklevel=3,
+        )
+
+
+class Patches:
+    """Attributes of other modules that are replaced until :meth:`undo`."""
+
+    def __init__(self) -> None:
+        self._originals: list[tuple[Any, str, Any]] = []
+
+    def __bool__(self) -> bool:
+        return bool(self._originals)
+
+    def replace(self, owner: Any, name: str, value: Any) -> None:
+        original = vars(owner).get(name, _MISSING)  # a staticmethod stays one
+        if original is _MISSING:
+            self.undo()
+            raise AttributeError(f"{owner} has no {name}: its library changed, and this integration does not know it")
+        self._originals.append((owner, name, original))
+        setattr(owner, name, value)
+
+    def undo(self) -> None:
+        while self._originals:
+            setattr(*self._originals.pop())
+
+
+@contextmanager
+def lazy_logits(*models: nn.Module) -> Iterator[None]:
+    """Inside, the heads of ``models``, wrapped or not, return :class:`LinearLogits`.
+
+    The model's own scale and softcap then act on those. A head that is not a plain ``nn.Linear`` goes on making logits, with
+    a warning that names it.
+    """
+    with ExitStack() as stack:
+        for model in models:
+            owner: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
+            head = owner.get_output_embeddings()
+            if isinstance(head, LinearHead) or hasattr(head, "lazy"):  # or already changed by integrations.transformers
+                continue
+            plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+            if not plain or "forward" in vars(head):
+                warnings.warn(f"the logits are made: the head of {type(owner).__name__} is {type(head)}", stacklevel=3)
+                continue
+            head.forward = _LazyForward(head)
+            stack.callback(vars(head).pop, "forward")
+        yield
+
+
+class _LazyForward:
+    def __init__(self, head: nn.Linear) -> None:
+        self.head = head
+
+    def __call__(self, input: Tensor) -> LinearLogits:
+        return LinearLogits(input, self.head.weight, self.head.bias, module=self.head)
