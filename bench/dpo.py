@@ -37,8 +37,12 @@ def inputs(problem: Problem) -> Inputs:
 
 
 def loss(log_probs: Tensor, reference_log_probs: Tensor, of: Any = dpo_loss, **options: Any) -> Tensor:
-    """DPO of token log-probabilities ``(B, 2, S)``."""
-    policy, reference = log_probs.sum(-1), reference_log_probs.sum(-1)
+    """DPO of token log-probabilities ``(B, 2, S)``.
+
+    Everyone sums them in float64: the rounding of a long sum in fp32 exceeds that of the log-probabilities, and the check
+    would see nothing else.
+    """
+    policy, reference = (x.sum(-1, dtype=torch.float64) for x in (log_probs, reference_log_probs))
     return of(policy[:, 0], policy[:, 1], reference[:, 0], reference[:, 1], beta=0.1, **options)[0]
 
 

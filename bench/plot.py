@@ -45,7 +45,7 @@ def problem(row: Row) -> str:
 
 
 def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
-    """Time against memory, one picture per problem (``file`` with a number where there are several); lower left is better."""
+    """Time against memory, lower left is better; one picture per problem, named by it where there are several."""
     found: dict[str, list[Row]] = {}
     for row in rows:
         if (
@@ -59,8 +59,10 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
         print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
         return []
     written = []
-    for number, (name, points) in enumerate(found.items()):
+    for name, points in found.items():
         on_gpu = "ms" in points[0]
+        case, shape, tokens = (points[0][key] for key in ("case", "shape", "tokens"))
+        its_file = file.with_stem(f"{file.stem}-{case}-{shape}-{tokens}") if len(found) > 1 else file
         figure, ax = axes(name, "ms" if on_gpu else "time, ratio to eager in the same run", "peak above inputs, GiB")
         for row in points:
             x = row["ms" if on_gpu else "to_eager"]["median"]
@@ -70,7 +72,7 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
             )
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
-        written.append(finish(figure, file.with_stem(f"{file.stem}-{number + 1}") if len(found) > 1 else file))
+        written.append(finish(figure, its_file))
     return written
 
 
