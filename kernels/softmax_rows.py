@@ -27,7 +27,7 @@ from ..row_statistics import empty_statistics
 from .configurations import on_its_device, softmax_rows_bwd_config, softmax_rows_fwd_config
 from .elementwise import final_logits, final_logits_slope
 
-FLOOR = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(-3.4028234663852886e38)  # the least fp32, with which trainers mask
 SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 
 
@@ -118,7 +118,7 @@ def _softmax_rows_fwd_kernel(
         z = tl.reshape(z, (BLOCK_N, LANES, VEC))
         tile_largest = tl.max(z, 2)
         now_largest = tl.maximum(largest, tile_largest)
-        moved = largest - now_largest
+        moved = tl.maximum(largest - now_largest, FLOOR)  # finite: it meets a total of 0
         shifted = z - now_largest[:, :, None]
         e = tl.exp(shifted)
         rescale = tl.exp(moved)
@@ -150,7 +150,7 @@ def _softmax_rows_fwd_kernel(
 
     # The lanes meet. From here on there are a few numbers per row, put together in float64 and rounded once.
     row_largest = tl.max(largest, 1)
-    moved = largest - row_largest[:, None]
+    moved = tl.maximum(largest - row_largest[:, None], FLOOR)
     rescale = tl.exp(moved)
     row_total = tl.sum((total * rescale).to(tl.float64), 1)
     log_total = tl.log(row_total)
@@ -173,7 +173,7 @@ def _softmax_rows_fwd_kernel(
             tl.store(weight_sum_ptr + row, row_weight, mask=row_inside)
     if MAX_LOGIT:
         max_logit = tl.where(tl.sum(nans, 1) > 0, float("nan"), row_largest)
-        max_logit = tl.where(max_logit == FLOOR, float("-inf"), max_logit)
+        max_logit = tl.where(row_total == 0, float("-inf"), max_logit)
         tl.store(max_logit_ptr + row, tl.where(skipped, 0.0, max_logit), mask=row_inside)
     if IS_TOP1:
         row_top = tl.min(tl.where(largest == row_largest[:, None], top, V), 1)

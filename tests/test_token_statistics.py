@@ -121,6 +121,19 @@ def test_special_logits(bad, backend, device):
         )
 
 
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e31, 1e38])
+def test_rows_of_one_huge_value_are_uniform(value, backend, device):
+    """Trainers mask with the least number of a dtype, now and then a whole row."""
+    x, ids = torch.full((2, 5000), value, device=device), torch.tensor([3, 4999], device=device)
+    found = token_statistics(x, ids, NAMES, backend=backend)
+    uniform = torch.full((2,), math.log(5000), device=device)
+    torch.testing.assert_close(found.log_probs, -uniform)
+    torch.testing.assert_close(found.entropy, uniform)
+    torch.testing.assert_close(found.log_sum_sq_probs, -uniform)
+    for name in ("logsumexp", "mean_logits", "max_logit"):
+        torch.testing.assert_close(getattr(found, name), torch.full((2,), value, device=device))
+
+
 def test_peaked_rows(backend, device):
     """14 % of such rows have positive log-probs where logsumexp is subtracted after rounding."""
     x = torch.randn(64, 90, device=device) * 3

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype
-from .softmax_rows import FLOOR, row_chunks, transform
+from .softmax_rows import floor, row_chunks, transform
 
 G_WEIGHED = ("forward_kl", "cross_entropy")
 H_WEIGHED = ("reverse_kl",)
@@ -79,7 +79,7 @@ def _difference(s: Tensor, t: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor
 def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities of rows ``(n, V)``; and each row's maximum and the log of its sum ``(n, 1)``."""
     z = z if temperature == 1 else z / temperature
-    largest = z.amax(-1, keepdim=True).clamp_(min=FLOOR)
+    largest = z.amax(-1, keepdim=True).clamp_(min=floor(z.dtype))
     shifted = z - largest
     log_total = shifted.exp().sum(-1, keepdim=True).to(wide_dtype(z.device)).log_()
     hi = log_total.to(z.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics import statistics_dtype
 from ..row_statistics import RowStatistics
-from .softmax_rows import FLOOR, skipped, softmax_rows_bwd, transform
+from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
 TILE = 1024  # tokens and vocabulary entries of a tile: 4 MiB in fp32
@@ -57,7 +57,7 @@ def linear_softmax_fwd(
     outputs: Collection[str],
 ) -> RowStatistics:
     N, V, dtype = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
-    largest = hidden.new_full((N,), FLOOR, dtype=dtype)
+    largest = hidden.new_full((N,), floor(dtype), dtype=dtype)
     total, weighted, squares, column_sum = hidden.new_zeros((4, N), dtype=torch.float64)
     max_logit = hidden.new_full((N,), -torch.inf, dtype=dtype)
     top1 = torch.zeros(N, dtype=torch.int64, device=hidden.device)

@@ -12,7 +12,6 @@ from ..numerics import statistics_dtype, wide_dtype
 from ..row_statistics import RowStatistics, empty_statistics, label_weights
 
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32: 2 MiB, which stays in a core's cache
-FLOOR = -1e30  # the running maximum of nothing; finite, so that −inf logits never meet −inf − −inf
 
 
 def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -26,6 +25,11 @@ def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ..
             views = [None if t is None else t[part].transpose(1, 2) for t in (logits, *others)]
             start = b * S + s
             yield slice(start, start + views[0].shape[:2].numel()), *views
+
+
+def floor(dtype: torch.dtype) -> float:
+    """The running maximum of nothing: finite, so that −inf logits never meet −inf − −inf, and no finite logit is less."""
+    return torch.finfo(dtype).min
 
 
 def transform(
@@ -75,7 +79,7 @@ def softmax_rows_fwd(
 def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Collection[str]) -> RowStatistics:
     """The statistics of logits ``(n, V)`` that are already in their final form and precision. Differentiable."""
     V, wide = z.shape[1], wide_dtype(z.device)
-    largest = z.detach().amax(-1, keepdim=True).clamp(min=FLOOR)  # cancels out of every statistic but logsumexp
+    largest = z.detach().amax(-1, keepdim=True).clamp(min=floor(z.dtype))  # cancels out of every statistic but logsumexp
     shifted = z - largest
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
     shifted_is_read = z.requires_grad or {"entropy", "sum_log_probs"} & set(outputs)
