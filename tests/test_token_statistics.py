@@ -229,6 +229,18 @@ def test_wrong_temperature(device):
         selective_log_softmax(x.requires_grad_(), ids, temperature=torch.ones(2, 5, device=device, requires_grad=True))
 
 
+def test_temperature_is_not_rounded_to_the_default_dtype(device):
+    x, ids = logits_and_ids(device)
+    expected = reference.selective_log_softmax(x.double() / 0.7, ids)
+    torch.testing.assert_close(selective_log_softmax(x.double(), ids, temperature=0.7), expected, rtol=1e-12, atol=0)
+    once = selective_log_softmax(x, ids, temperature=0.7)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(selective_log_softmax(x, ids, temperature=0.7), once)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_no_tokens(backend, device):
     x = torch.randn(0, 7, device=device, requires_grad=True)
     found = token_statistics(x, torch.zeros(0, dtype=torch.long, device=device), NAMES, backend=backend)
