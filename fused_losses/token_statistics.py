@@ -218,7 +218,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
     if not ctx.needs_input_grad[0]:
         return None, *constants, d_probabilities, *rest
-    out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
+    shared = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
+    out = logits.detach() if ctx.inplace_backward and not shared else torch.empty_like(logits)
     softmax_rows_grad(
         logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, probabilities, label_smoothing, scale, softcap,
         ctx.backend, out,
@@ -418,7 +419,8 @@ def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size
     if not isinstance(logits, Tensor):
         return logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature), None
     if not isinstance(temperature, Tensor):
-        return logits, torch.full((tokens.numel(),), temperature, device=logits.device)
+        dtype = statistics_dtype(logits.dtype)
+        return logits, torch.full((tokens.numel(),), temperature, dtype=dtype, device=logits.device)
     return logits, temperature.expand(tokens).reshape(-1)
 
 

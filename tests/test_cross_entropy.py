@@ -434,6 +434,15 @@ def test_inplace_backward(backend, device):
         other.backward()
 
 
+def test_inplace_backward_of_rows_that_share_memory(backend, device):
+    x = torch.randn(1, 9, device=device, requires_grad=True)
+    target = torch.tensor([1, 2, -100, 4], device=device)
+    for options in ({}, {"inplace_backward": True}):
+        loss = cross_entropy((x * 1).expand(4, 9), target, backend=backend, **options)
+        (grad,) = torch.autograd.grad(loss, x)
+        torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(x.expand(4, 9), target), x)[0])
+
+
 def test_no_gradients_when_disabled(backend, device):
     x = torch.randn(4, 9, device=device, requires_grad=True)
     target = torch.tensor([1, 2, 3, 4], device=device)
