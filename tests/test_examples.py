@@ -13,7 +13,7 @@ from fused_losses.settings import strict
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 # The tests of the integrations run those that need another library.
-OTHERS = {"tiny_transformer", "distil", *(path.stem for path in EXAMPLES.glob("train_with_*.py"))}
+OTHERS = {"tiny_transformer", "distil", "demo", *(path.stem for path in EXAMPLES.glob("train_with_*.py"))}
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
 
 
