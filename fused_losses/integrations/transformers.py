@@ -1,0 +1,225 @@
+"""Models of transformers whose logits are never made where only a loss reads them.
+
+:func:`apply` changes two things of a model, and :func:`unapply` takes them back: the head returns
+:class:`~fused_losses.linear_logits.LinearLogits` when it is told to, and a hook on the model tells it. The model's own
+``forward``, its scale or softcap, its loss function, ``Trainer`` and custom losses go on as they were, on logits that are
+not there.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..linear_logits import LinearLogits
+from .patching import check_version
+
+TESTED = "5.23"
+_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_WRITES_INTO_LOGITS = {"ChameleonForConditionalGeneration"}
+
+
+class _Applied(NamedTuple):
+    head: nn.Module  # what the model calls
+    linears: list[Any]  # which of its layers make logits: several where PEFT keeps copies
+    hooks: list[Any]
+
+
+def apply(model: Any) -> Any:
+    """Let the head of ``model`` return :class:`LinearLogits` where a loss is all that will read its logits.
+
+    That is in every forward with ``labels``, training or evaluation, and, for losses outside the model (``compute_loss_func``,
+    label smoothing, your own loop), in every forward in training mode with gradients. All others, among them generation,
+    cached steps and a ``Trainer`` that keeps predictions for ``compute_metrics``, get real logits.
+
+    Call it after PEFT and before DDP, FSDP or ``accelerator.prepare``; ``Trainer`` does the latter itself.
+
+    Args:
+        model: a causal or encoder-decoder language model of transformers, or a PEFT model around one. LoRA on the head becomes
+            a low-rank term of the logits, in the head's dtype.
+
+    Returns:
+        ``model`` itself, changed.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError: this model, its head or the adapter on its head is of a kind whose logits are not understood; the message
+            names it, and nothing was changed.
+
+    Warns:
+        UserWarning: a version of transformers that this was not tested with.
+
+    Example:
+        >>> from fused_losses.integrations.transformers import apply
+        >>> apply(model)  # doctest: +SKIP
+        >>> Trainer(model, arguments, train_dataset=data).train()  # doctest: +SKIP
+    """
+    check_version("transformers", TESTED)
+    owner = _owner(model)
+    unapply(owner)
+    labels_at = _position_of_labels(owner)
+    head = owner.get_output_embeddings()
+    linears = _linears(owner, head)
+    for linear in linears:
+        linear.lazy = False
+        linear.forward = MethodType(_linear_forward, linear)
+    if head not in linears and hasattr(head, "lora_A"):
+        head.forward = MethodType(_lora_forward, head)
+    before = owner.register_forward_pre_hook(functools.partial(_before, labels_at), with_kwargs=True)
+    after = owner.register_forward_hook(_after, always_call=True)
+    owner._fused_losses = _Applied(head, linears, [before, after])
+    return model
+
+
+def unapply(model: Any) -> Any:
+    """Give ``model`` its own head back; without :func:`apply` before, nothing happens."""
+    owner = _owner(model)
+    applied = owner.__dict__.pop("_fused_losses", None)
+    if applied is not None:
+        for hook in applied.hooks:
+            hook.remove()
+        for module in [applied.head, *applied.linears]:
+            module.__dict__.pop("forward", None)
+            module.__dict__.pop("lazy", None)
+    return model
+
+
+# When
+
+
+def _before(labels_at: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    applied = model._fused_losses
+    if model.get_output_embeddings() is not applied.head:
+        raise RuntimeError(
+            f"the head of {type(model).__name__} was replaced after fused_losses' apply(model), by PEFT or by "
+            "resize_token_embeddings: call apply(model) again"
+        )
+    labels = kwargs.get("labels", args[labels_at] if len(args) > labels_at else None)
+    trains = model.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None
+    lazy = _trainer_drops_logits()
+    if lazy is None:
+        lazy = labels is not None or trains
+    for linear in applied.linears:
+        linear.lazy = lazy
+
+
+def _after(model: Any, args: Any, output: Any) -> None:
+    for linear in model._fused_losses.linears:
+        linear.lazy = False
+
+
+def _trainer_drops_logits() -> bool | None:
+    """Whether the ``Trainer.prediction_step`` that waits for this forward wants the loss only; None: none waits."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
+            return bool(frame.f_locals["prediction_loss_only"])
+        frame = frame.f_back
+    return None
+
+
+# How
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor | LinearLogits:
+    return LinearLogits(input, self.weight, self.bias, module=self) if self.lazy else nn.Linear.forward(self, input)
+
+
+def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | LinearLogits:
+    linear = self.get_base_layer()
+    names = [name for name in self.active_adapters if name in self.lora_A]
+    if not linear.lazy or self.disable_adapters or self.merged or not names or kwargs.get("adapter_names") is not None:
+        return type(self).forward(self, x, *args, **kwargs)
+    us, Bs = [], []
+    for name in names:
+        _refuse_variant(self, name)
+        A, B = self.lora_A[name], self.lora_B[name]
+        dropped = self.lora_dropout[name](self._cast_input_dtype(x, A.weight.dtype))
+        us.append((A(dropped) * self.scaling[name]).to(x.dtype))
+        Bs.append(B.weight.to(x.dtype))
+    low_rank = (torch.cat(us, -1), torch.cat(Bs, -1))
+    return LinearLogits(x, linear.weight, linear.bias, low_rank=low_rank, module=linear)
+
+
+# Whom not
+
+
+def _owner(model: Any) -> Any:
+    """The model of transformers, inside PEFT's wrapper or not."""
+    PreTrainedModel = importlib.import_module("transformers").PreTrainedModel
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(inner, PreTrainedModel):
+        raise TypeError(
+            f"{type(inner).__name__} is not a model of transformers, nor PEFT's wrapper around one: pass the model itself, "
+            "before DDP, FSDP or torch.compile wrap it"
+        )
+    return inner
+
+
+def _position_of_labels(owner: Any) -> int:
+    """Where ``labels`` stands among the arguments; raises unless ``owner`` computes its loss from what its head returns."""
+    name, forward = type(owner).__name__, inspect.unwrap(type(owner).forward)
+    parameters = list(inspect.signature(forward).parameters)[1:]
+    kinds = {c.__name__ for c in type(owner).__mro__}
+    if not any(kind.endswith(_KINDS) for kind in kinds) or "labels" not in parameters:
+        raise TypeError(
+            f"{name} is no language model that takes labels: {', '.join('…' + kind for kind in _KINDS)} are"
+        )
+    if kinds & _WRITES_INTO_LOGITS:
+        raise TypeError(f"{name} writes into its logits, which LinearLogits cannot follow")
+    if "forward" in vars(owner) or forward.__module__ not in {c.__module__ for c in type(owner).__mro__}:
+        raise TypeError(
+            f"the forward of {name} was replaced by {inspect.unwrap(owner.forward).__module__}: undo that, or call "
+            "fused_losses' apply first"
+        )
+    return parameters.index("labels")
+
+
+def _linears(owner: Any, head: Any) -> list[Any]:
+    """The layers whose outputs are the logits, or the adapted part of them."""
+    name = f"the head of {type(owner).__name__}"
+    kind = f"{type(head).__module__}.{type(head).__name__}"
+    found = [head]
+    if kind == "peft.utils.other.ModulesToSaveWrapper":
+        found = [head.original_module, *head.modules_to_save.values()]
+    elif kind == "peft.tuners.lora.layer.Linear":
+        for adapter in head.lora_A:
+            _refuse_variant(head, adapter)
+        found = [head.get_base_layer()]
+    for linear in found:
+        if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{name} is {_kind(linear)}, not torch.nn.Linear: its logits are made as before; nothing changed"
+            )
+        if "forward" in vars(linear):
+            raise TypeError(f"{name} has a forward of its own, as accelerate's device_map puts there: nothing changed")
+        weight: Any = linear.weight
+        plain = type(weight.data) is Tensor or hasattr(weight, "device_mesh")
+        if not plain or not weight.is_floating_point() or weight.element_size() < 2:
+            raise TypeError(f"{name} is quantised ({type(weight.data).__name__}, {weight.dtype}): nothing changed")
+    return found
+
+
+def _refuse_variant(head: Any, adapter: str) -> None:
+    variant: Callable[..., Any] | None = head.lora_variant.get(adapter) if hasattr(head, "lora_variant") else None
+    if variant is not None:
+        kind = type(variant).__name__.removesuffix("LinearVariant")
+        raise TypeError(
+            f"the head's adapter {adapter!r} is {kind}: of LoRA and its kin only plain LoRA is a low-rank term"
+        )
+    if head.lora_B[adapter].bias is not None:
+        raise TypeError(f"the head's adapter {adapter!r} has lora_bias: train the head's own bias instead")
+
+
+def _kind(module: Any) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"
