@@ -118,7 +118,7 @@ def token_loss(
         chosen_backend = resolve_backend(head.hidden, backend)
         H, dtype = head.hidden.shape[1], head.hidden.dtype
         chosen = plan(N, V, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
-        if chosen.route == "gradients_in_forward":
+        if chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)):
             with logits.gathered():
                 head, _ = ready(head, None)
                 wanted = [t is not None and t.requires_grad for t in head.inputs]

@@ -265,8 +265,10 @@ def test_all_ignored_and_empty(backend, device):
         hidden, weight, bias, index = problem(device=device)
         index = index[:n].fill_(-100)
         leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
-        loss, _ = token_loss(dft, LinearLogits(hidden[:n], weight, bias), index, backend=backend)
+        logits = LinearLogits(hidden[:n], weight, bias)
+        loss, aux = token_loss(lambda s: (dft(s), {"dft": dft(s)}), logits, index, backend=backend)
         assert loss == 0
+        assert torch.equal(aux["dft"], torch.zeros(n, device=device))  # there for logging, though fn has seen no token
         for g in torch.autograd.grad(loss, leaves):
             assert not g.any()
 
