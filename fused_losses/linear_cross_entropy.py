@@ -218,6 +218,8 @@ def linear_logits_cross_entropy(
         raise ValueError("a softcap after a temperature is not a LinearLogits: give the softcap to LinearLogits")
     probabilities = target.shape == logits.shape
     if probabilities:
+        if ignore_index >= 0:
+            raise RuntimeError(f"ignore_index is not supported for floating point target; got {ignore_index}")
         target = target.movedim(logits.vocab_dim, -1)
     u, B = low_rank or (None, None)
     with logits.gathered():
@@ -411,7 +413,9 @@ def _hard(
         backend=chosen_backend,
     )
     known = token_weights is None or not token_weights.requires_grad
-    known = known and (main_grad is None or promised is not None) and not transforms_active()
+    if main_grad is not None:  # of a weight that trains alone, backward must find something to do
+        known = known and promised is not None and (wanted[0] or any(wanted[2:]))
+    known = known and not transforms_active()
     if chosen.route == "gradients_in_forward" and known and any(wanted):
         head, column_weight = ready(head, weight if label_smoothing else None)
         keep, zero_ignored = kept_tokens(ids, drop_ignored)

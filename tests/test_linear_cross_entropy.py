@@ -384,6 +384,14 @@ def test_main_grad(route, dtype):
     assert_accurate(main_grad, 1 + eager[2].float(), 1 + exact[2], "main_grad")
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_main_grad_of_a_weight_that_trains_alone(route):
+    hidden, weight, _, target = problem()
+    main_grad, extra = torch.zeros(C, H), {"grad_scale": 1.0} if route == "gradients_in_forward" else {}
+    linear_cross_entropy(hidden, weight.requires_grad_(), target, route=route, main_grad=main_grad, **extra).backward()
+    torch.testing.assert_close(main_grad, torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), weight)[0])
+
+
 # Rows that do not count
 
 
@@ -613,6 +621,12 @@ def test_autocast_casts_as_pytorch_does():
     assert loss.dtype == d_hidden.dtype == d_weight.dtype == torch.float32
     assert torch.equal(loss, expected[0])
     assert torch.equal(d_weight, expected[2].float())
+
+
+def test_probabilities_ignore_no_index():
+    hidden, weight, _, _ = problem()
+    with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+        F.cross_entropy(LinearLogits(hidden, weight), torch.rand(len(hidden), C), ignore_index=2)
 
 
 @pytest.mark.parametrize("route", ROUTES)
