@@ -38,7 +38,7 @@ class FusedLinearForPPO(nn.Module):
         >>> hidden, weight, ids = torch.ones(1, 3, 4), torch.eye(5, 4), torch.tensor([[0, 1, 4]])
         >>> log_probs, entropy = FusedLinearForPPO()(hidden, weight, ids, temperature=2.0)
         >>> log_probs
-        tensor([[-1.5289, -1.5289, -2.0289]])
+        tensor([[-1.5275, -1.5275, -2.0275]])
     """
 
     def __init__(self, chunk_size: int = 512) -> None:
