@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .numerics import statistics_dtype, wide_dtype
+from .numerics import autocast_dtype, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
 from .token_statistics import rows_statistics, target_ids
@@ -232,8 +232,7 @@ def _understood(
 
 def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     """What PyTorch returns: the promoted dtype, where autocast lifts 16-bit tensors to fp32 first."""
-    kind = input.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    autocast = autocast_dtype(input.device) is not None
     dtypes = [t.dtype for t in (input, target, weight) if t is not None and t.is_floating_point()]
     return functools.reduce(torch.promote_types, (statistics_dtype(d) if autocast else d for d in dtypes))
 

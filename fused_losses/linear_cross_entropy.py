@@ -23,7 +23,7 @@ from .cross_entropy import (
     row_shares,
 )
 from .linear_logits import LinearLogits
-from .numerics import statistics_dtype
+from .numerics import autocast_dtype, statistics_dtype
 from .planning import plan
 from .routes import (
     Head,
@@ -145,8 +145,7 @@ def linear_cross_entropy(
     if group is not None:
         raise NotImplementedError("linear_cross_entropy does not support group= yet: gather the vocabulary first")
     result_dtype = input.dtype
-    if torch.is_autocast_enabled(input.device.type):
-        cast = torch.get_autocast_dtype(input.device.type)
+    if (cast := autocast_dtype(input.device)) is not None:
         result_dtype = statistics_dtype(cast)
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)

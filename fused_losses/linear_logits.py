@@ -33,7 +33,7 @@ from .linear_logits_checks import (
     refuse_reentrant_checkpoint,
     versions,
 )
-from .numerics import statistics_dtype, upcast
+from .numerics import full_precision, statistics_dtype, upcast
 from .token_statistics import linear_logits_statistics, target_ids
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
@@ -348,7 +348,7 @@ class LinearLogits(LazyTensor):
         """The logits themselves, differentiable, in ``dtype``."""
         if self.group is not None:
             raise NotImplementedError("logits whose vocabulary is shared by a group of ranks cannot be materialised")
-        with self.gathered(), torch.autocast(self.device.type, enabled=False):
+        with self.gathered(), full_precision(self.device):
             z = self.gather_in_backward(_project(self.rows(), self, self.weight, self.bias))
         return z.to(self.dtype).view(*self.token_shape, self.rest.vocab).movedim(-1, self.vocab_dim)
 
@@ -532,7 +532,7 @@ class LinearLogits(LazyTensor):
         """Without a softcap the sum of the logits is linear: the projection on the sum of the head's rows."""
         hidden, temperature, low_rank = self.rows()
         dtype = statistics_dtype(hidden.dtype)
-        with self.gathered(), torch.autocast(self.device.type, enabled=False):
+        with self.gathered(), full_precision(self.device):
             total = hidden.to(dtype) @ self.weight.sum(0, dtype=dtype)
         if low_rank is not None:
             total = total + low_rank[0].to(dtype) @ low_rank[1].sum(0, dtype=dtype)
@@ -551,7 +551,7 @@ class LinearLogits(LazyTensor):
         width = min(V, max(1, room // 1024))
         height = max(1, room // width)
         values, ids = rows.hidden.new_empty(N, k, dtype=dtype), rows.hidden.new_empty(N, k, dtype=torch.int64)
-        with torch.no_grad(), self.gathered(), torch.autocast(self.device.type, enabled=False):
+        with torch.no_grad(), self.gathered(), full_precision(self.device):
             for part in slices(N, height):
                 temperature = None if rows.temperature is None else rows.temperature[part]
                 best = rows.hidden.new_empty(part.stop - part.start, 0, dtype=dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointFunction
 
-from .numerics import statistics_dtype
+from .numerics import autocast_dtype, statistics_dtype
 
 
 def versions(**tensors: Tensor | None) -> dict[str, int]:
@@ -60,9 +60,9 @@ def check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor 
 
 
 def autocast(hidden: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
-    if not torch.is_autocast_enabled(hidden.device.type):
+    dtype = autocast_dtype(hidden.device)
+    if dtype is None:
         return hidden, *others
-    dtype = torch.get_autocast_dtype(hidden.device.type)
     return tuple(
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in (hidden, *others)

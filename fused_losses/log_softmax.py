@@ -29,7 +29,7 @@ from torch.utils import _pytree as pytree
 
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number, per_token_number
 from .linear_logits import LinearLogits, same_logits
-from .numerics import statistics_dtype, upcast
+from .numerics import autocast_dtype, statistics_dtype, upcast
 
 
 class _Form(NamedTuple):
@@ -209,7 +209,7 @@ def _logits(x: LazyTensor) -> Any:
 
 def _label(x: LazyTensor) -> torch.dtype:
     """The dtype of a loss of ``x``: autocast asks for fp32."""
-    return torch.promote_types(x.dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    return torch.promote_types(x.dtype, torch.float32) if autocast_dtype(x.device) else x.dtype
 
 
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
@@ -217,7 +217,7 @@ def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) ->
     base = _logits(x)
     if dim is None or dim % x.ndim != x.vocab_dim or base is NotImplemented:
         return NotImplemented
-    if dtype is None and torch.is_autocast_enabled(x.device.type):  # whose rule for softmax depends on the device
+    if dtype is None and autocast_dtype(x.device):  # whose rule for softmax depends on the device
         dtype = torch.softmax(torch.empty(1, dtype=x.dtype, device=x.device), 0).dtype
     return LazyExpression(base, form, label=dtype or x.dtype)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -19,3 +21,15 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def upcast(x: Tensor) -> Tensor:
     """``x`` in the precision statistics are computed in; no copy where it already is."""
     return x.to(statistics_dtype(x.dtype))
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast casts to on ``device``; None where it is off, or unknown as on ``meta``."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Inside it autocast has nothing to decide."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()

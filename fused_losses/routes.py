@@ -11,8 +11,7 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from .autodiff import SMALL, check_differentiable, differentiable_gradients, tra
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
-from .numerics import statistics_dtype
+from .numerics import full_precision, statistics_dtype
 from .planning import plan
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
 from .settings import Backend, resolve_backend
@@ -137,13 +136,6 @@ def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Ba
     """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
     (N, H), V = head.hidden.shape, head.weight.shape[0]
     return plan(N, V, H, head.hidden.dtype, workspace=workspace, per_token=per_token, backend=backend).budget
-
-
-@contextlib.contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside an operator autocast has nothing to decide."""
-    with torch.autocast(device.type, enabled=False):
-        yield
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

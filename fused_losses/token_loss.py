@@ -14,12 +14,11 @@ from torch import Tensor
 
 from .autodiff import transforms_active
 from .linear_logits import LinearLogits
-from .numerics import statistics_dtype
+from .numerics import full_precision, statistics_dtype
 from .planning import plan
 from .routes import (
     Head,
     check_head,
-    full_precision,
     kept_tokens,
     loss_and_gradients,
     ready,

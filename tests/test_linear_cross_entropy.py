@@ -597,6 +597,17 @@ def test_transforms_and_forward_mode():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_meta_tensors(reduction):
+    hidden, weight = (torch.empty(s, H, device="meta", requires_grad=True) for s in (9, C))
+    target = torch.empty(9, dtype=torch.long, device="meta")
+    loss = linear_cross_entropy(hidden, weight, target, reduction=reduction)
+    assert loss.shape == (() if reduction == "mean" else (9,))
+    assert [g.shape for g in torch.autograd.grad(loss.sum(), (hidden, weight))] == [(9, H), (C, H)]
+    assert F.cross_entropy(LinearLogits(hidden, weight), target, reduction=reduction).shape == loss.shape
+    assert LinearLogits(hidden, weight, softcap=3.0).log_softmax(-1)[:, 2].device.type == "meta"
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_second_derivatives_of_large_heads_are_refused(reduction):
     hidden = torch.randn(70, 2).requires_grad_()
     loss = linear_cross_entropy(
