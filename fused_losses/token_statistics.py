@@ -168,7 +168,10 @@ def differentiable_softmax_rows(
     def rows(t: Tensor) -> Tensor:
         return t.transpose(1, 2).reshape(-1, V).to(statistics_dtype(logits.dtype))
 
-    z, _ = chunked_softmax_rows.transform(rows(logits), temperature, scale, softcap)
+    x, skip = rows(logits), chunked_softmax_rows.skipped(ids)
+    if skip is not None:  # a nan there must not reach a gradient
+        x = x.masked_fill(skip[:, None], 0)
+    z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
     u = label_weights(column_weight, None if probabilities is None else rows(probabilities), label_smoothing, V)
     return chunked_softmax_rows.row_statistics(z, ids, u, outputs)
 

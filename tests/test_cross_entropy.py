@@ -489,6 +489,18 @@ def test_second_derivatives_and_forward_mode():
     torch.testing.assert_close(torch.func.grad(hard)(x), torch.autograd.grad(hard(x), x)[0].detach(), check_dtype=True)
 
 
+def test_nan_in_an_ignored_row_reaches_no_derivative():
+    x, target = torch.randn(3, 5, dtype=torch.float64), torch.tensor([1, -100, 2])
+    expected = torch.func.grad(lambda x: F.cross_entropy(x, target))(x)
+    x[1] = math.nan
+    torch.testing.assert_close(torch.func.grad(lambda x: cross_entropy(x, target))(x), expected)
+    leaf = x.requires_grad_()
+    (once,) = torch.autograd.grad(cross_entropy(leaf, target), leaf, create_graph=True)
+    (twice,) = torch.autograd.grad(once.square().sum(), leaf)
+    torch.testing.assert_close(once, expected)
+    assert twice.isfinite().all()
+
+
 def test_second_derivatives_of_large_logits_are_refused(device):
     x = torch.randn(2, 2**21 + 1, device=device, requires_grad=True)
     (grad,) = torch.autograd.grad(cross_entropy(x, torch.tensor([0, 1], device=device)), x)
