@@ -1,8 +1,8 @@
 """Choices that hold for many calls: each is an argument of the functions it concerns, and a setting here.
 
 A setting takes effect when it is constructed and is restored when a ``with`` block around it ends:
-``workspace("256MiB")`` alone lasts for the process, ``with workspace("256MiB"):`` for the block. An argument beats the
-setting.
+``workspace("256MiB")`` alone lasts for the process, ``with workspace("256MiB"):`` for the block. All threads see it. An
+argument beats the setting.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ Route = Literal["gradients_in_forward", "recompute"]
 
 class _Setting:
     value: ClassVar[Any] = None
+    _blocks: ClassVar[list[_Setting]]  # those that are open, in the order they were opened in
+
+    def __init_subclass__(cls) -> None:
+        cls._blocks = []
 
     def __init__(self, value: Any) -> None:
         self._previous = type(self).value
@@ -31,10 +35,15 @@ class _Setting:
         return value
 
     def __enter__(self) -> None:
-        pass
+        self._blocks.append(self)
 
     def __exit__(self, *exc: object) -> None:
-        type(self).value = self._previous
+        at = self._blocks.index(self)
+        del self._blocks[at]
+        if at == len(self._blocks):
+            type(self).value = self._previous
+        else:  # another thread's block, opened later, is still open: it will restore what was before this one
+            self._blocks[at]._previous = self._previous
 
 
 def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:

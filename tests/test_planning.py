@@ -94,6 +94,16 @@ def test_settings_hold_for_a_block_and_arguments_beat_them():
     assert plan(*LLAMA).route == "gradients_in_forward"
 
 
+def test_blocks_of_two_threads_leave_nothing_behind():
+    first, second = settings.workspace("1MiB"), settings.workspace("2MiB")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__()
+    assert settings.workspace.value == 2 * MiB
+    second.__exit__()
+    assert settings.workspace.value is None
+
+
 def test_per_token_refuses_gradients_in_forward_only_as_an_argument():
     with pytest.raises(ValueError, match="per-token outputs take route='recompute'"):
         plan(*LLAMA, per_token=True, route="gradients_in_forward")

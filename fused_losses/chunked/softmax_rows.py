@@ -22,7 +22,7 @@ def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ..
     for b in range(0, B, step_b):
         for s in range(0, S, step_s):
             part = (slice(b, b + step_b), slice(None), slice(s, s + step_s))
-            views = [None if t is None else t[part].transpose(1, 2) for t in (logits, *others)]
+            views: list[Any] = [None if t is None else t[part].transpose(1, 2) for t in (logits, *others)]
             start = b * S + s
             yield slice(start, start + views[0].shape[:2].numel()), *views
 
