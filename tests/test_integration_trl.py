@@ -11,7 +11,7 @@ import torch
 import fused_losses
 
 trl = pytest.importorskip("trl")
-pytest.importorskip("peft")
+peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -250,7 +250,7 @@ def run(make, folder, **settings):
 UNCOMPARED = ("runtime", "per_second", "step_time", "time", "mfu", "throughput", "tokens_per")
 
 
-def assert_same(make, folder, **settings):
+def assert_same(make, folder, rtol=1e-4, **settings):
     expected = run(make, folder, **settings)
     integration.apply()
     with fused_losses.strict():
@@ -261,7 +261,9 @@ def assert_same(make, folder, **settings):
         assert a.keys() == b.keys()
         for name in a:
             if not any(word in name for word in UNCOMPARED):
-                torch.testing.assert_close(a[name], b[name], rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+                torch.testing.assert_close(
+                    a[name], b[name], rtol=rtol, atol=rtol / 10, msg=lambda m, n=name: f"{n}: {m}"
+                )
     return found
 
 
@@ -293,6 +295,38 @@ CASES = {
 def test_same_losses_gradient_norms_and_metrics(folder, name):
     make, settings = CASES[name]
     assert_same(make, folder, **settings)
+
+
+@pytest.mark.parametrize("make", [cpo, orpo, gkd], ids=lambda f: f.__name__)
+def test_same_evaluation(folder, make):
+    expected = make(folder).evaluate(make(folder).train_dataset)
+    integration.apply()
+    with fused_losses.strict():
+        found = make(folder).evaluate(make(folder).train_dataset)
+    for name in expected.keys() & found.keys():
+        if not any(word in name for word in UNCOMPARED):
+            torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+    assert "eval_loss" in found
+
+
+@pytest.mark.parametrize("setting", ["gradient_checkpointing", "gradient_accumulation_steps", "bf16", "peft"])
+@pytest.mark.parametrize("make", [orpo, gkd], ids=lambda f: f.__name__)
+def test_other_ways_to_train(folder, make, setting, monkeypatch):
+    from_pretrained = transformers.AutoModelForCausalLM.from_pretrained
+
+    def adapted(*args, **kwargs):
+        torch.manual_seed(0)
+        return peft.get_peft_model(from_pretrained(*args, **kwargs), peft.LoraConfig(task_type="CAUSAL_LM"))
+
+    settings = {
+        "gradient_checkpointing": {"gradient_checkpointing": True},
+        "gradient_accumulation_steps": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2},
+        "bf16": {"bf16": True, "rtol": 2e-2},
+        "peft": {},
+    }
+    if setting == "peft":
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", adapted)
+    assert_same(make, folder, **settings[setting])
 
 
 # The two functions of TRL's that are replaced, on their own.
