@@ -16,7 +16,7 @@ from fused_losses.linear_logits import LinearLogits
 
 transformers = pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
-from fused_losses.integrations.transformers import apply, unapply  # noqa: E402
+from fused_losses.integrations.transformers import TESTED, apply, unapply  # noqa: E402
 
 V, B, S = 64, 2, 10
 TINY = {
@@ -591,3 +591,12 @@ def test_the_example(capsys):
     out = capsys.readouterr().out
     assert float(out.partition("evaluation loss ")[2].split()[0]) < 0.1
     assert "[48, 49, 50, 51]" in out
+
+
+def test_the_page_calls_what_exists():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = page.partition("\n## transformers\n")[2].partition("\n## ")[0]
+    names = {"model": tiny()}
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    assert isinstance(names["model"](IDS, labels=LABELS).logits, LinearLogits)
+    assert f"Tested with transformers {TESTED}" in section
