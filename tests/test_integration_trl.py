@@ -1,5 +1,6 @@
 """TRL's trainers give the same numbers with fused losses and without, and hold no logits: TRL 1.16 where it is installed."""
 
+import gc
 import importlib.metadata
 import pathlib
 import runpy
@@ -56,7 +57,9 @@ def folder(tmp_path_factory):
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
     llama().save_pretrained(path)
-    return path
+    gc.freeze()  # every run of a trainer collects garbage, which takes half a second while all modules are looked through
+    yield path
+    gc.unfreeze()
 
 
 def llama(seed=0, **settings):
