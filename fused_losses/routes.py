@@ -25,7 +25,7 @@ from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import full_precision, statistics_dtype
 from .planning import plan
-from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, where_ids_stand
 from .settings import Backend, resolve_backend
 from .settings import drop_ignored as drop_ignored_setting
 from .token_statistics import softmax_rows, softmax_rows_grad
@@ -117,14 +117,15 @@ def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
 def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:
     """Which tokens to project, and whether ignored ones among them must be zeroed.
 
-    Counting them is a host synchronisation; where that cannot be (``torch.compile``, graph capture) or must not
+    Counting them is a host synchronisation; where that cannot be (``torch.compile``, ``vmap``, graph capture) or must not
     (``drop_ignored=False``) every token is projected.
     """
     if ids is None:
         return None, False
     if drop_ignored is None:
         drop_ignored = drop_ignored_setting.value
-    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode((ids,)) is not None or ids.is_meta:
+    traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode((ids,)) is not None or ids.is_meta
+    if traced or transforms_active():
         drop_ignored = False
     if not drop_ignored or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None, True
@@ -344,13 +345,6 @@ def only(found: Sequence[Tensor | None], outputs: Sequence[str], ids: bool) -> R
     """What was asked for of a :class:`RowStatistics`, ``logsumexp`` and, with ids, ``log_probs``."""
     asked = {"logsumexp", "log_probs" if ids else "", *outputs}
     return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
-
-
-def where_ids_stand(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
-    """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
-    if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:
-        return upstream
-    return upstream._replace(log_probs=upstream.log_probs.masked_fill(ids == -100, 0))
 
 
 def _absent(like: Tensor) -> Tensor:

@@ -22,10 +22,9 @@ from .routes import (
     kept_tokens,
     loss_and_gradients,
     ready,
-    where_ids_stand,
     with_gradients,
 )
-from .row_statistics import Coefficients, RowStatistics, coefficients
+from .row_statistics import Coefficients, RowStatistics, coefficients, where_ids_stand
 from .settings import Backend, resolve_backend
 from .token_statistics import TokenStatistics, target_ids, token_statistics
 

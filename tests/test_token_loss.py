@@ -325,6 +325,19 @@ def test_transforms_go_through_plain_pytorch():
     torch.testing.assert_close(torch.func.grad(ours)(hidden), expected)
 
 
+def test_gradients_per_sample():
+    hidden, weight, _, index = problem()
+    hidden, index = hidden[:22].view(2, 11, H), index[:22].view(2, 11)
+
+    def loss(h, y):
+        return token_loss(dft, LinearLogits(h, weight), y)[0]
+
+    each = torch.func.vmap(torch.func.grad(loss))(hidden, index)
+    for h, y, g in zip(hidden, index, each, strict=True):
+        torch.testing.assert_close(g, torch.func.grad(loss)(h, y))
+        assert (g[y == -100] == 0).all()
+
+
 def test_fullgraph():
     torch._dynamo.reset()
     hidden, weight, bias, index = problem()
