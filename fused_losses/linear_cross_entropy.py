@@ -152,8 +152,9 @@ def linear_cross_entropy(
     D = math.prod(dims)
     hidden = input.reshape(-1, input.shape[-1])
     if temperature is not None:
-        temperature = torch.as_tensor(temperature, dtype=statistics_dtype(input.dtype), device=input.device)
-        temperature = temperature.expand(tokens).reshape(-1)
+        if not isinstance(temperature, Tensor):  # filled there: a copy from the host would wait
+            temperature = input.new_full((), temperature, dtype=statistics_dtype(input.dtype))
+        temperature = temperature.to(input.device, statistics_dtype(input.dtype)).expand(tokens).reshape(-1)
     weights: Sequence[Tensor] = linear_weight.reshape(C, D, -1).unbind(1) if dims else [linear_weight]
     biases: Sequence[Tensor | None] = [linear_bias]
     if dims:
@@ -513,7 +514,10 @@ def _soft(
         rows = slice(start, start + n)
         part = head.tokens(rows)
         arguments = (part.hidden, part.weight, part.bias, part.u, part.B, probabilities[rows], part.temperature)
-        found = checkpoint(chunk, *arguments, use_reentrant=False) if recompute else chunk(*arguments)
+        if recompute:  # nothing is random here, and reading a GPU's random state waits for it
+            found = checkpoint(chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            found = chunk(*arguments)
         losses.append(found[0])
         lses.append(found[1])
     return torch.cat(losses), torch.cat(lses)

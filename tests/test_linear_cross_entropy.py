@@ -634,6 +634,12 @@ def test_autocast_casts_as_pytorch_does():
     assert torch.equal(d_weight, expected[2].float())
 
 
+def test_probabilities_leave_the_random_state_alone(monkeypatch):
+    hidden, weight, _, _ = problem()
+    monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("read the random state"))
+    linear_cross_entropy(hidden.requires_grad_(), weight, torch.full((len(hidden), C), 1 / C), workspace=1).backward()
+
+
 def test_probabilities_ignore_no_index():
     hidden, weight, _, _ = problem()
     with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):

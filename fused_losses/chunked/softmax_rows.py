@@ -79,7 +79,8 @@ def softmax_rows_fwd(
 def row_statistics(z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Collection[str]) -> RowStatistics:
     """The statistics of logits ``(n, V)`` that are already in their final form and precision. Differentiable."""
     V, wide = z.shape[1], wide_dtype(z.device)
-    largest = z.detach().amax(-1, keepdim=True).clamp(min=floor(z.dtype))  # cancels out of every statistic but logsumexp
+    # Cancels out of every statistic but logsumexp.
+    largest = z.detach().amax(-1, keepdim=True).clamp(min=floor(z.dtype))
     shifted = z - largest
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
     shifted_is_read = z.requires_grad or {"entropy", "sum_log_probs"} & set(outputs)
