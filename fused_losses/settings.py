@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 Backend = Literal["triton", "torch"]
 Route = Literal["gradients_in_forward", "recompute"]
 
@@ -124,13 +125,12 @@ def resolve_backend(tensor: Tensor, choice: Backend | None = None) -> Backend:
         if choice == "triton":
             raise RuntimeError("backend='triton' computes in fp32; float64 runs on backend='torch', also on a GPU")
         return "torch"
-    installed = importlib.util.find_spec("triton") is not None
     if choice == "triton":
-        if not installed:
+        if not TRITON_INSTALLED:
             raise RuntimeError("backend='triton' needs the package triton, which is not installed")
         if not tensor.is_cuda and not triton_interpreted():
             raise RuntimeError(
                 f"backend='triton' needs tensors on a CUDA or ROCm device, got {tensor.device}; move them there, "
                 "use backend='torch', or set TRITON_INTERPRET=1 before the first import to run Triton's interpreter"
             )
-    return choice or ("triton" if tensor.is_cuda and installed else "torch")
+    return choice or ("triton" if tensor.is_cuda and TRITON_INSTALLED else "torch")
