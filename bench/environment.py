@@ -78,11 +78,14 @@ def commit() -> dict[str, Any]:
     """The commit, and whether tracked files differ from it. FUSED_LOSSES_COMMIT names it for a copy without its history."""
     if "FUSED_LOSSES_COMMIT" in os.environ:
         return {"commit": os.environ["FUSED_LOSSES_COMMIT"], "modified": None}
-    here = str(Path(__file__).resolve().parent)
-    revision = _output("git", "-C", here, "rev-parse", "HEAD").strip()
+    root = str(Path(__file__).resolve().parent.parent)
+    revision = _output("git", "-C", root, "rev-parse", "HEAD").strip()
     if not revision:
         return {"commit": None, "modified": None}
-    return {"commit": revision, "modified": bool(_output("git", "-C", here, "status", "--porcelain", "-uno").strip())}
+    changed = _output(
+        "git", "-C", root, "status", "--porcelain", "-uno", "--", ".", ":!bench/results"
+    )  # new results are no change
+    return {"commit": revision, "modified": bool(changed.strip())}
 
 
 def _output(*command: str) -> str:
