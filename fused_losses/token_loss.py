@@ -109,15 +109,16 @@ def token_loss(
             raise NotImplementedError(
                 "token_loss of LinearLogits with group= is not supported yet: use token_statistics"
             )
-        rows = logits.rows()
-        u, B = rows.low_rank or (None, None)
-        head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
-        check_head(head)
-        chosen_backend = resolve_backend(head.hidden, backend)
-        H, dtype = head.hidden.shape[1], head.hidden.dtype
-        chosen = plan(N, V, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
-        if chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)):
-            with logits.gathered():
+        with logits.gathered():
+            rows = logits.rows()
+            u, B = rows.low_rank or (None, None)
+            head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+            check_head(head)
+            chosen_backend = resolve_backend(head.hidden, backend)
+            H, dtype = head.hidden.shape[1], head.hidden.dtype
+            chosen = plan(N, V, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
+            in_forward = chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
+            if in_forward:
                 head, _ = ready(head, None)
                 wanted = [t is not None and t.requires_grad for t in head.inputs]
                 with torch.no_grad(), full_precision(head.hidden.device):
@@ -128,6 +129,7 @@ def token_loss(
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
                 value = loss_of.total(head.hidden)
                 loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
+        if in_forward:
             return logits.gather_in_backward(loss), loss_of.aux_at(tokens)
 
     found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)

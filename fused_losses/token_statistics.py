@@ -442,10 +442,10 @@ def linear_logits_statistics(
     """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
     from .routes import Head, linear_statistics
 
-    rows = logits.rows()
-    u, B = rows.low_rank or (None, None)
-    head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
     with logits.gathered():
+        rows = logits.rows()
+        u, B = rows.low_rank or (None, None)
+        head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
         found = linear_statistics(head, ids, column_weight, **options)
     assert found.logsumexp is not None
     logits.gather_in_backward(found.logsumexp)  # every output comes from one node

@@ -15,6 +15,7 @@ from fused_losses import settings
 from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.token_loss import token_loss
 
 B, S, V, H, R = 2, 5, 11, 6, 3
 IDS = torch.tensor([[0, 3, 10, 3, 1], [5, 5, 2, 9, 7]])
@@ -1010,6 +1011,20 @@ def test_zero3_parameters_are_gathered(monkeypatch, frozen):
     if not frozen:
         torch.testing.assert_close(hidden.grad, same.grad)
     torch.testing.assert_close(module.weight.grad, weight.grad)
+
+    logits = LinearLogits(hidden.detach(), whole, module=module)  # what follows reads the weight's shape
+    for use in (
+        lambda z: F.log_softmax(z, -1).gather(-1, FEW),
+        lambda z: z.logsumexp(-1),
+        lambda z: token_loss(lambda s: -s.log_probs, z, FEW[..., 0])[0],
+    ):
+        expected = use(logits)
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                module.weight.data = whole.detach().clone()
+                again = LinearLogits(hidden.detach(), module.weight, module=module)
+                module.weight.data = torch.empty(0)
+                torch.testing.assert_close(use(again), expected)
 
 
 # Bad input
