@@ -197,7 +197,7 @@ def teacher_topk(
     tokens, V = logits.shape[:-1], logits.shape[-1]
     if not 1 <= k <= V:
         raise ValueError(f"k must be between 1 and the vocabulary of logits {tuple(logits.shape)}, got {k}")
-    with torch.no_grad():
+    with torch.no_grad(), gathered(logits), full_precision(logits.device):
         if isinstance(logits, Tensor):
             found = logits.detach().topk(k).indices
             return TopK(found, selective_log_softmax(logits.detach(), found, temperature=temperature))
@@ -206,15 +206,14 @@ def teacher_topk(
         n = max(1, min(N, budget([head], workspace) // (3 * V * dtype.itemsize)))  # logits, scaled logits, exponentials
         ids = head.hidden.new_empty(N, k, dtype=torch.int64)
         log_probs = head.hidden.new_empty(N, k, dtype=dtype)
-        with gathered(logits), full_precision(head.hidden.device):
-            for start in range(0, N, n):
-                rows = slice(start, start + n)
-                chunk = head.tokens(rows)
-                z = project(chunk, chunk.hidden.new_empty(len(chunk.hidden), V, dtype=dtype))
-                z = transform(z, chunk.temperature, head.scale, head.softcap)[0].div_(temperature)
-                top = z.topk(k)
-                ids[rows] = top.indices
-                log_probs[rows] = (top.values - z.logsumexp(-1, keepdim=True)).clamp_(max=0)
+        for start in range(0, N, n):
+            rows = slice(start, start + n)
+            chunk = head.tokens(rows)
+            z = project(chunk, chunk.hidden.new_empty(len(chunk.hidden), V, dtype=dtype))
+            z = transform(z, chunk.temperature, head.scale, head.softcap)[0].div_(temperature)
+            top = z.topk(k)
+            ids[rows] = top.indices
+            log_probs[rows] = (top.values - z.logsumexp(-1, keepdim=True)).clamp_(max=0)
     return TopK(ids.view(*tokens, k), log_probs.view(*tokens, k))
 
 

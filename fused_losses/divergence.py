@@ -239,11 +239,11 @@ def token_divergence(
             return _differentiable(*rows, ids, labels, which)
         found, nll = divergence_rows(*rows, ids, labels, *which, resolve_backend(student, backend))
         return found, nll if labels else None
-    heads = (as_head(student), as_head(teacher))
-    if transforms_active():
-        return differentiable_two_heads(*heads, ids, labels, which)
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
+        heads = (as_head(student), as_head(teacher))
+        if transforms_active():
+            return differentiable_two_heads(*heads, ids, labels, which)
         found, nll = two_heads_rows(
             *heads[0].inputs, *heads[1].inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored,
             which.kind, pack_options(*heads, which), labels, budget(heads, workspace),
@@ -272,11 +272,11 @@ def summed_divergence(
     if tensors or transforms_active() or route_setting.parse(route or route_setting.value) == "recompute":
         found, nll = token_divergence(student, teacher, ids, hard != 0, which, **how)
         return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
-    heads = (as_head(student), as_head(teacher))
-    inputs = (*heads[0].inputs, *heads[1].inputs)
-    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
+        heads = (as_head(student), as_head(teacher))
+        inputs = (*heads[0].inputs, *heads[1].inputs)
+        wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
         loss, *_ = two_heads_loss(
             *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, which.kind,
             pack_options(*heads, which), float(soft), float(hard), hard != 0, wanted, budget(heads, workspace),

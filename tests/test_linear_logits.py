@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_losses import settings
+from fused_losses.distillation import teacher_topk
+from fused_losses.divergence import divergence
 from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 from fused_losses.reference.tolerance import assert_accurate
@@ -1017,6 +1019,9 @@ def test_zero3_parameters_are_gathered(monkeypatch, frozen):
         lambda z: F.log_softmax(z, -1).gather(-1, FEW),
         lambda z: z.logsumexp(-1),
         lambda z: token_loss(lambda s: -s.log_probs, z, FEW[..., 0])[0],
+        lambda z: divergence(z, torch.zeros(B, S, V)),
+        lambda z: divergence(torch.zeros(B, S, V), z),
+        lambda z: teacher_topk(z, 2).log_probs,
     ):
         expected = use(logits)
         for gradients in (True, False):
