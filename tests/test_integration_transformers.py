@@ -7,8 +7,10 @@ import runpy
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from fused_losses import settings
 from fused_losses.bench.memory import peak_bytes
@@ -122,6 +124,57 @@ def test_same_loss_and_gradients(name):
     assert (head.weight is lazy.get_input_embeddings().weight) == bool(lazy.config.tie_word_embeddings)
 
 
+def tiny_of(config_class, model_class):
+    """A tiny model of any class, and its loss after ``backward``; None where TINY and EXPERTS do not fit it."""
+    latent = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+    more = EXPERTS | latent | {"num_local_experts": 4, "n_routed_experts": 4, "is_decoder": True, "d_model": 16}
+    few = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "pad_token_id")
+    gpt2 = {"n_embd": 16, "n_head": 2, "n_layer": 2}
+    for options in (TINY | more | gpt2, {name: TINY[name] for name in few} | {"d_model": 16} | gpt2):
+        try:
+            config = config_class(**options)
+            with torch.device("meta"):
+                size = sum(p.numel() for p in model_class(config).parameters())
+            if size < 3e7:
+                torch.manual_seed(0)
+                model = model_class(config).eval()
+                loss = model(input_ids=IDS, labels=LABELS).loss
+                loss.backward()
+                return model, loss.detach()
+        except Exception:  # as many kinds as there are models
+            continue
+    return None
+
+
+@pytest.mark.slow
+def test_every_causal_class_that_can_be_made_tiny():
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    ran, refused = set(), set()
+    for config_class, model_classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+        model_class = model_classes[0] if isinstance(model_classes, tuple) else model_classes
+        made = None if model_class.__name__ in ran else tiny_of(config_class, model_class)
+        if made is None:
+            continue
+        eager, loss = made
+        lazy = copy.deepcopy(eager)
+        lazy.zero_grad()
+        try:
+            apply(lazy)
+        except TypeError:
+            refused.add(model_class.__name__)
+            continue
+        with settings.strict():
+            output = lazy(input_ids=IDS, labels=LABELS)
+            output.loss.backward()
+        ran.add(model_class.__name__)
+        assert isinstance(output.logits, LinearLogits), model_class
+        torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-4, msg=model_class.__name__)
+        torch.testing.assert_close(gradients(lazy), gradients(eager), rtol=1e-3, atol=1e-4, msg=model_class.__name__)
+    assert refused == {"BertGenerationDecoder"}
+    assert len(ran) >= 120
+
+
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [("gemma2", "final_logit_softcapping", 2.0), ("granite", "logits_scaling", 2.0), ("cohere", "logit_scale", 0.5)],
@@ -182,29 +235,38 @@ def test_a_loss_outside_the_model_trains_without_labels():
 
 
 def test_real_logits_where_no_loss_reads_them():
-    eager = tiny("gemma2")
+    eager = tiny("gemma2").eval()
     lazy = apply(copy.deepcopy(eager))
-    for model in (eager, lazy):
-        model.eval()
-    assert torch.equal(lazy(IDS).logits, eager(IDS).logits)
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    for training in (False, True):
-        made, expected = (model.train(training).generate(IDS, **options) for model in (lazy, eager))
-        assert torch.equal(made.sequences, expected.sequences)
-        assert all(map(torch.equal, made.logits, expected.logits))
-    with torch.no_grad():
-        assert torch.equal(lazy.train()(IDS).logits, eager.train()(IDS).logits)
-    cache = lazy(IDS, use_cache=True, labels=LABELS).past_key_values
-    assert type(lazy(IDS[:, :1], past_key_values=cache).logits) is torch.Tensor
+    with settings.strict():  # or equal() would make them
+        assert torch.equal(lazy(IDS).logits, eager(IDS).logits)
+        for training in (False, True):
+            made, expected = (model.train(training).generate(IDS, **options) for model in (lazy, eager))
+            assert torch.equal(made.sequences, expected.sequences)
+            assert all(map(torch.equal, made.logits, expected.logits))
+        with torch.no_grad():
+            assert torch.equal(lazy(IDS).logits, eager(IDS).logits)  # in training mode
+        cache = lazy(IDS, use_cache=True, labels=LABELS).past_key_values
+        assert type(lazy(IDS[:, :1], past_key_values=cache).logits) is torch.Tensor
+
+
+def test_labels_in_evaluation():
+    eager = tiny("gemma2").eval()
+    lazy = apply(copy.deepcopy(eager))
     with torch.no_grad(), settings.strict():
-        found = lazy.eval()(IDS, labels=LABELS)
+        found = lazy(IDS, labels=LABELS)
     assert isinstance(found.logits, LinearLogits)
-    assert_same(eager.eval()(IDS, labels=LABELS).loss.detach(), found.loss)
-    assert type(lazy(IDS).logits) is torch.Tensor
+    assert_same(eager(IDS, labels=LABELS).loss.detach(), found.loss)
+    assert isinstance(lazy(IDS, None, None, None, None, LABELS).logits, LinearLogits)  # by position
+
+
+def test_the_head_itself_makes_logits():
+    lazy, hidden = apply(tiny()), torch.randn(B, S, 16)
+    lazy(IDS, labels=LABELS)
+    assert type(lazy.lm_head(hidden)) is torch.Tensor
     with pytest.raises(ValueError, match="target"):
         lazy(IDS, labels=LABELS[:, 1:])
-    assert type(lazy(IDS).logits) is torch.Tensor  # also after a forward that raised
-    assert isinstance(lazy(IDS, None, None, None, None, LABELS).logits, LinearLogits)  # labels by position
+    assert type(lazy.lm_head(hidden)) is torch.Tensor
 
 
 def test_gradient_checkpointing():
@@ -226,6 +288,44 @@ def test_compiles_without_a_break():
     found.loss.backward()
     assert_same(expected.loss, found.loss)
     assert_same(gradients(eager), gradients(lazy._orig_mod))
+
+
+def wrapped_in_ddp(model):
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def sharded(model):
+    for layer in model.model.layers:
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def head_sharded_by_itself(model):
+    fully_shard(model.lm_head)
+    return sharded(model)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [wrapped_in_ddp, sharded, head_sharded_by_itself])
+def test_wrapped_after_apply(wrap, one_rank):
+    eager = tiny("gemma2", tie_word_embeddings=wrap is not head_sharded_by_itself)
+    lazy = apply(copy.deepcopy(eager))
+    wrapped = wrap(lazy)
+    with settings.strict():
+        found = wrapped(input_ids=IDS, labels=LABELS)
+        found.loss.backward()
+    assert isinstance(found.logits, LinearLogits)
+    expected = eager(input_ids=IDS, labels=LABELS)
+    expected.loss.backward()
+    assert_same(expected.loss, found.loss)
+    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients(lazy).items()}
+    assert_same(gradients(eager), whole)
 
 
 # Back again
@@ -282,6 +382,12 @@ def device_mapped():
     return model
 
 
+def tensor_parallel():
+    model = tiny()
+    model._tp_size = 2
+    return model
+
+
 def patched():
     model = tiny()
     model.forward = lambda **inputs: None
@@ -314,6 +420,7 @@ REFUSED = {
     "quantised_weight": (quantised, "the head of LlamaForCausalLM is quantised .*float8"),
     "two_layers": (lambda: with_head(nn.Sequential(nn.Linear(16, V))), "torch.nn.modules.container.Sequential"),
     "device_map": (device_mapped, "device_map"),
+    "tensor_parallel": (tensor_parallel, "LlamaForCausalLM is split by tensor parallelism"),
     "patched": (patched, "the forward of LlamaForCausalLM was replaced by test_integration_transformers"),
     "patched_class": (
         lambda: Patched(transformers.LlamaConfig(**TINY)),

@@ -177,6 +177,8 @@ def _position_of_labels(owner: Any) -> int:
         )
     if kinds & _WRITES_INTO_LOGITS:
         raise TypeError(f"{name} writes into its logits, which LinearLogits cannot follow")
+    if (getattr(owner, "tp_size", None) or 1) > 1:
+        raise TypeError(f"{name} is split by tensor parallelism: its head has a share of the vocabulary only")
     if "forward" in vars(owner) or forward.__module__ not in {c.__module__ for c in type(owner).__mro__}:
         raise TypeError(
             f"the forward of {name} was replaced by {inspect.unwrap(owner.forward).__module__}: undo that, or call "
