@@ -520,7 +520,7 @@ def test_a_head_of_another_kind_keeps_its_logits(folder):
         assert isinstance(model(ids).logits, torch.Tensor)
 
 
-def test_a_lazy_head_is_put_back_and_keeps_a_softcap():
+def test_a_lazy_head_is_put_back_and_keeps_a_bias_and_a_softcap():
     config = transformers.Gemma2Config(
         vocab_size=64,
         hidden_size=16,
@@ -532,6 +532,7 @@ def test_a_lazy_head_is_put_back_and_keeps_a_softcap():
         final_logit_softcapping=0.5,
     )
     model, ids = transformers.Gemma2ForCausalLM(config), torch.arange(4, 12)[None]
+    model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 64))
     with patching.lazy_logits(torch.nn.Sequential(model)), fused_losses.strict():
         lazy = model(ids).logits.log_softmax(-1).gather(-1, ids[..., None])
     logits = model(ids).logits
