@@ -401,8 +401,15 @@ def quantised():
     return model
 
 
+def forward_from_elsewhere(self, input_ids=None, labels=None):
+    """As other packages put into a class of transformers."""
+
+
+forward_from_elsewhere.__module__ = "elsewhere"
+
+
 class Patched(transformers.LlamaForCausalLM):
-    forward = LinearLogits.materialize
+    forward = forward_from_elsewhere
 
 
 REFUSED = {
@@ -424,7 +431,7 @@ REFUSED = {
     "patched": (patched, "the forward of LlamaForCausalLM was replaced by test_integration_transformers"),
     "patched_class": (
         lambda: Patched(transformers.LlamaConfig(**TINY)),
-        "Patched is no language model|the forward of Patched was replaced by fused_losses",
+        "the forward of Patched was replaced by elsewhere",
     ),
 }
 
