@@ -25,11 +25,12 @@ def upcast(x: Tensor) -> Tensor:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast casts to on ``device``; None where it is off, or unknown as on ``meta``."""
-    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-    return torch.get_autocast_dtype(device.type) if on else None
+    # Asked of the type's name and not of PyTorch: its older compilers do not trace torch.amp.is_autocast_available.
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Inside it autocast has nothing to decide."""
-    known = torch.amp.is_autocast_available(device.type)
-    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

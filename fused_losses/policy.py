@@ -384,7 +384,11 @@ def entropy_mask(
         everyone = [torch.empty_like(values) for _ in lengths]
         dist.all_gather(everyone, values, group)
         values = torch.cat(everyone)
-    return (entropy >= values.nanquantile(1 - top_entropy_quantile)) & shown
+    # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
+    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).double()
+    around = torch.stack([rank.floor(), rank.ceil()]).long()
+    low, high = values.sort().values.gather(0, around)  # nan last
+    return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown
 
 
 def mismatch_weight(
