@@ -122,7 +122,7 @@ def linear_cross_entropy(
     Example:
         >>> hidden, head = torch.eye(2, requires_grad=True), torch.tensor([[2.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
         >>> linear_cross_entropy(hidden, head, torch.tensor([0, -100]))
-        tensor(0.1698, grad_fn=<DivBackward0>)
+        tensor(0.1698, grad_fn=<WhereBackward0>)
     """
     if linear_weight.dim() < 2:
         raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
@@ -365,10 +365,10 @@ def heads_cross_entropy(
         values.append(value)
         found.append(statistics_of_head)
     loss = torch.stack(values, -1)
-    if reduction == "none":
-        loss = loss.view(positions)
-    else:
-        loss = loss.sum() if reduction == "sum" else loss.sum() / total
+    loss = loss.view(positions) if reduction == "none" else loss.sum()
+    if reduction == "mean":  # of nothing: nan, whose gradient is 0 and not 0·∞
+        some = counted.any()
+        loss = torch.where(some, loss / torch.where(some, total, 1), torch.nan)
     if not return_statistics:
         return loss, None
     log_probs, logsumexp, is_top1 = (torch.stack(list(part), -1).view(positions) for part in zip(*found, strict=True))
