@@ -190,11 +190,10 @@ def _position_of_labels(owner: Any) -> int:
 def _linears(owner: Any, head: Any) -> list[Any]:
     """The layers whose outputs are the logits, or the adapted part of them."""
     name = f"the head of {type(owner).__name__}"
-    kind = f"{type(head).__module__}.{type(head).__name__}"
     found = [head]
-    if kind == "peft.utils.other.ModulesToSaveWrapper":
+    if _kind(head) == "peft.utils.other.ModulesToSaveWrapper":
         found = [head.original_module, *head.modules_to_save.values()]
-    elif kind == "peft.tuners.lora.layer.Linear":
+    elif _kind(head) == "peft.tuners.lora.layer.Linear":
         for adapter in head.lora_A:
             _refuse_variant(head, adapter)
         found = [head.get_base_layer()]
