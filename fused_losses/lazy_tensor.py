@@ -199,7 +199,7 @@ def _materialised(name: str, arguments: Any) -> Any:
     for x in found.values():
         _report(name, x)
     tensors = {key: x.materialize() for key, x in found.items()}
-    return tree_map(lambda x: tensors.get(id(x), x), arguments, is_leaf=is_lazy)
+    return tree_map(lambda x: tensors[id(x)] if is_lazy(x) else x, arguments, is_leaf=is_lazy)
 
 
 def is_lazy(x: Any) -> bool:

@@ -98,10 +98,11 @@ class _Rest:
     views: list[int]  # shared by views of one another: how often one was changed in place
 
     def __init__(self, **values: Any) -> None:
-        self.__dict__.update(values)
+        for name, value in values.items():
+            setattr(self, name, value)
 
     def but(self, **changes: Any) -> _Rest:
-        return _Rest(**{**self.__dict__, **changes})
+        return _Rest(**{name: getattr(self, name) for name in _Rest.__annotations__} | changes)
 
 
 @dataclass(eq=False, init=False, repr=False)
