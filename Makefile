@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/ready
 endif
 
-.PHONY: demo test test-all lint types gate bench gpu-evidence
+.PHONY: demo test test-all integrations lint types gate bench report gpu-wheels gpu-evidence
 
 demo: $(READY)
 	PYTHONPATH=. $(PY) examples/demo.py
@@ -18,6 +18,11 @@ test: $(READY)
 
 test-all: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto
+
+# The trainers themselves, in the versions the integrations are tested with.
+integrations: $(READY)
+	$(PY) -m pip install -q -c constraints.txt -e '.[test,integrations]'
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto -m "not slow" tests/test_integration_*.py
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -30,10 +35,19 @@ gate: $(READY)
 	PYTHONPATH=. $(PY) tests/compile_gate.py
 
 bench: $(READY)
-	PYTHONPATH=. $(PY) -m fused_losses.bench bench all --quick
+	PYTHONPATH=. $(PY) -m pytest tests/test_benchmarks.py --benchmark-only --benchmark-columns=median
+	PYTHONPATH=. $(PY) -m fused_losses.bench all --quick
 
+report: $(READY)
+	PYTHONPATH=. $(PY) -m fused_losses.bench report bench/results/cpu --into README.md
+
+# On a machine with a network, before gpu-evidence on one without: the peers' wheels.
+gpu-wheels: $(READY)
+	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .wheels -r bench/peers.txt
+
+# Each step runs under eight minutes and goes on where it stopped; STEPS="check tests" chooses.
 gpu-evidence:
-	bash bench/gpu_evidence.sh $(PY)
+	PY=$(PY) bench/gpu_evidence.sh $(STEPS)
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)

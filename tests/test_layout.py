@@ -110,7 +110,7 @@ def test_built_packages_hold_the_whole_tree(kind, tmp_path):
         with tarfile.open(built) as archive:
             names = set(archive.getnames())
         prefix = built.name.removesuffix(".tar.gz") + "/"
-    for folder in ("", "chunked/", "kernels/", "reference/", "bench/"):
+    for folder in ("", "chunked/", "integrations/", "kernels/", "reference/", "bench/"):
         for path in (ROOT / "fused_losses" / folder).glob("*.py"):
             assert f"{prefix}fused_losses/{folder}{path.name}" in names
     assert f"{prefix}fused_losses/py.typed" in names
