@@ -1,5 +1,6 @@
 """What the README says runs."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_before_and_after_are_equal():
     """The code at the top, as it stands: one of its first two lines, then the rest."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     before, after, *rest = (line for line in block.splitlines() if line)
     results = []
     for first in (before, after):
@@ -39,9 +40,16 @@ def test_every_make_target_exists():
 
 
 def test_every_name_exists():
-    names = re.findall(r"`(\w+)(?:\(.*?\))?`", README.partition("## What is in it")[2].partition("## Numbers")[0])
+    names = re.findall(r"`(\w+)(?:\(.*?\))?`", README.partition("## What is in it")[2].partition("## In a trainer")[0])
     missing = [n for n in names if not hasattr(fused_losses, n) and n not in ("num_items_in_batch", "print")]
     assert not missing, missing
+
+
+def test_every_integration_it_names_exists():
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names = re.findall(r"from (fused_losses\.integrations\.\w+) import apply", block)
+    assert len(names) == 4
+    assert all(callable(importlib.import_module(name).apply) for name in names)
 
 
 def test_every_file_it_links_to_exists():
