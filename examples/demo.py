@@ -84,7 +84,9 @@ def main() -> None:
         return loss.detach()
 
     starts = torch.randint(0, len(text) - options.length, (options.steps, options.batch))
-    for step in track(range(options.steps), f"{text.max() + 1} words, {options.batch} × {options.length} tokens a step"):
+    for step in track(
+        range(options.steps), f"{text.max() + 1} words, {options.batch} × {options.length} tokens a step"
+    ):
         ids = torch.stack([text[s : s + options.length] for s in starts[step]]).to(device)
         for name in models:
             if gpu:

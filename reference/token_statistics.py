@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def token_statistics(logits: Tensor, index: Tensor | None = None, temperature: float | Tensor = 1.0) -> dict[str, Tensor]:
+def token_statistics(
+    logits: Tensor, index: Tensor | None = None, temperature: float | Tensor = 1.0
+) -> dict[str, Tensor]:
     """Every statistic of logits ``(…, V)`` for ids ``(…)`` or ``(…, K)``; tokens whose ids are all −100 give 0."""
     z = logits / (temperature[..., None] if isinstance(temperature, Tensor) and temperature.ndim else temperature)
     logp = z.log_softmax(-1)
