@@ -12,7 +12,7 @@ from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.planning import MiB, plan
 from fused_losses.token_loss import token_loss
-from fused_losses.token_statistics import selective_log_softmax
+from fused_losses.token_statistics import selective_log_softmax, token_statistics
 
 N, V, H = 2048, 65536, 64
 GRADIENTS = (N + V) * H * 4
@@ -138,3 +138,13 @@ def test_cheaper_than_eager_on_a_cpu(head):
             call()
             spent[name] += time.process_time() - start
     assert spent["ours"] <= 0.6 * spent["eager"], spent
+
+
+@pytest.mark.slow
+def test_statistics_of_a_long_batch_hold_sixteen_mebibytes(device):
+    """32 768 tokens × 151 936 entries, whose logits are 9.3 GiB in bf16."""
+    h, w = torch.randn(32768, 8, device=device), torch.randn(151936, 8, device=device)
+    ids = torch.randint(0, 151936, (32768,), device=device)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: token_statistics(LinearLogits(h, w), ids, ("log_probs", "entropy")), device)
+    assert peak < 16 * 2**20

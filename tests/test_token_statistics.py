@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_statistics as reference
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.token_statistics import TokenStatistics, selective_log_softmax, token_statistics
@@ -246,3 +247,47 @@ def test_no_tokens(backend, device):
     found = token_statistics(x, torch.zeros(0, dtype=torch.long, device=device), NAMES, backend=backend)
     assert all(t.shape == (0,) for t in found)
     assert torch.autograd.grad(found.log_probs.sum(), x)[0].shape == (0, 7)
+
+
+def grpo_by_hand(logp, entropy, old, advantages, mask):
+    ratio = (logp - old).exp()
+    clipped = ratio.clamp(0.8, 1.2)
+    loss = -torch.minimum(ratio * advantages[:, None], clipped * advantages[:, None]) - 0.01 * entropy
+    return (loss * mask).sum() / mask.sum()
+
+
+def dpo_by_hand(logp, entropy, reference_logp, _, mask):
+    ratios = ((logp - reference_logp) * mask).sum(-1)
+    chosen, rejected = ratios.chunk(2)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("loss", [grpo_by_hand, dpo_by_hand])
+def test_losses_written_by_hand_on_a_head(loss, dtype, backend, device):
+    """Ten lines on log-probs and entropy, no logits anywhere, equal to float64 on whole logits through backward."""
+    hidden, weight = torch.randn(4, 12, 32, device=device).to(dtype), torch.randn(97, 32, device=device).to(dtype)
+    ids = torch.randint(0, 97, (4, 12), device=device)
+    mask = (torch.rand(4, 12, device=device) < 0.8).float()
+    advantages = torch.randn(4, device=device)
+
+    def run(of, h, w):
+        leaves = [t.detach().clone().requires_grad_() for t in (h, w)]
+        logp, entropy = of(*leaves)
+        noise = 0.5 * torch.randn(4, 12, generator=torch.Generator().manual_seed(1)).to(logp)
+        value = loss(logp, entropy, exact_logp.to(logp) + noise, advantages.to(logp), mask.to(logp))
+        return value, *torch.autograd.grad(value, leaves)
+
+    def ours(h, w):
+        found = token_statistics(LinearLogits(h, w), ids, ("log_probs", "entropy"), backend=backend)
+        return found.log_probs, found.entropy
+
+    def whole(h, w):
+        found = reference.token_statistics(h @ w.T, ids)
+        return found["log_probs"], found["entropy"]
+
+    exact_logp = whole(hidden.double(), weight.double())[0].detach()
+    results = run(ours, hidden, weight), run(whole, hidden, weight), run(whole, hidden.double(), weight.double())
+    torch.testing.assert_close(results[0][0].double(), results[2][0], rtol=1e-5, atol=1e-5)
+    for name, got, eager, exact in zip(("hidden", "weight"), *(r[1:] for r in results), strict=True):
+        assert_accurate(got, eager, exact, name)
