@@ -10,7 +10,7 @@ def tanh(x):
     # 1 − 2q/(1 + q) loses to cancellation; one division.
     s = x * x
     near = x * s * (-0.3333326 + s * (0.1333083 + s * (-0.05368802 + s * (0.02046942 - s * 0.00551516)))) + x
-    q = tl.exp(-2 * tl.abs(x))
+    q = tl.exp2(-2.8853900817779268 * tl.abs(x))  # exp(−2|x|): tl.exp takes three more instructions for results near 0
     far = 1 - 2 * q / (1 + q)
     return tl.where(tl.abs(x) < 0.65, near, tl.where(x < 0, -far, far))
 
