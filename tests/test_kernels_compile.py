@@ -35,7 +35,8 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
     reports = json.loads((tmp_path / "gate.json").read_text())
     assert {report["target"] for report in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert len(reports) <= 120, "the gate's budget is 120 compiles"
-    assert sum(report["matrix_instruction"] != "-" for report in reports) > 60
+    matrix = [report["target"] for report in reports if report["matrix_instruction"] != "-"]
+    assert all(matrix.count(target) >= 12 for target in ("sm_80", "sm_90", "sm_100", "gfx942")), matrix
 
 
 def test_the_gate_sees_spills_shared_memory_and_missing_instructions():
