@@ -15,7 +15,7 @@ from ..row_statistics import RowStatistics
 from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
-TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, three of which fit a 16 MiB budget with the rows
+TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of which a few are alive at once
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
