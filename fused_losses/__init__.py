@@ -70,6 +70,7 @@ from .settings import backend, drop_ignored, route, strict, workspace
 from .sft import dft, sft_loss
 from .token_loss import token_loss
 from .token_statistics import TokenStatistics, selective_log_softmax, token_statistics
+from .vocab_parallel import VocabParallel
 
 __version__ = "0.1.0"
 
@@ -94,6 +95,7 @@ __all__ = [
     "TokenStatistics",
     "ValueLoss",
     "VanillaKTOLoss",
+    "VocabParallel",
     "aggregate",
     "backend",
     "bco_loss",

@@ -32,6 +32,15 @@ def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
         )
 
 
+def refuse_shard(shard: str, shape: Sequence[int]) -> None:
+    """Raise if the logits whose derivative these would be are shared out over ranks."""
+    if shard:
+        raise RuntimeError(
+            f"double backward, forward-mode AD and functorch transforms hold whole logits, and {tuple(shape)} is a shard "
+            "that a group of ranks shares: gather the vocabulary for them"
+        )
+
+
 def differentiable_gradients(
     fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:

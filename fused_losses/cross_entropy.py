@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .numerics import autocast_dtype, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
-from .token_statistics import rows_statistics, target_ids
+from .token_statistics import rows_statistics, shard_of, target_ids
+from .vocab_parallel import VocabShard, summed_in_backward
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -79,6 +80,7 @@ def cross_entropy(
     softcap: float | None = None,
     inplace_backward: bool = False,
     return_statistics: bool = False,
+    group: Any = None,
     backend: Backend | None = None,
 ) -> Any:
     r"""``torch.nn.functional.cross_entropy`` that keeps one number per row instead of a second tensor of logits.
@@ -110,6 +112,8 @@ def cross_entropy(
         inplace_backward: write the gradient over the logits. Anything else that still needs them in backward, a second
             backward of this loss too, then raises. Ignored under ``torch.compile``.
         return_statistics: also return :class:`CrossEntropyStatistics`, for accuracy and perplexity without a second pass.
+        group: the ranks that share the classes, a process group or a :class:`VocabParallel`; ``input`` (and class
+            probabilities) are then this rank's shard along the class dimension, all else is that of the whole.
         backend: ``"triton"`` or ``"torch"``; by default what serves the device.
 
     Returns:
@@ -126,6 +130,8 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    class_dim = 0 if input.ndim == 1 else 1
+    shard = shard_of(input, group, class_dim)
     if not isinstance(input, Tensor):
         from .linear_cross_entropy import linear_logits_cross_entropy
 
@@ -141,7 +147,16 @@ def cross_entropy(
             return_statistics=return_statistics,
             backend=backend,
         )
-    if not _understood(input, target, weight, ignore_index, reduction, label_smoothing):
+    if shard is not None and shard.size < input.shape[class_dim]:
+        input = input.narrow(class_dim, 0, shard.size)  # what is beyond is padding
+    if not _understood(input, target, weight, ignore_index, reduction, label_smoothing, shard):
+        if shard is not None:
+            raise ValueError(
+                f"a shard of {shard.size} of {shard.vocab} classes needs input (C_r), (N, C_r) or (N, C_r, d1, …), class "
+                "indices or probabilities of the shard's classes, and a weight for all classes; got input "
+                f"{input.dtype} {tuple(input.shape)}, target {target.dtype} {tuple(target.shape)}, weight "
+                f"{None if weight is None else tuple(weight.shape)}, reduction {reduction!r}, label_smoothing {label_smoothing}"
+            )
         # PyTorch's own error, or, where it does accept this, PyTorch's own answer.
         loss = F.cross_entropy(
             input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
@@ -153,15 +168,17 @@ def cross_entropy(
             )
         return loss
 
-    C = input.shape[0 if input.ndim == 1 else 1]
+    C = input.shape[class_dim] if shard is None else shard.vocab
+    of_columns = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
     probabilities = None
     positions = target.shape
     if target.shape == input.shape:
         probabilities = as_rows(target)
         positions = input.shape[:-1] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
         if weight is not None and weight.requires_grad:  # PyTorch differentiates it here, and only here
-            probabilities = ((1 - label_smoothing) * probabilities + label_smoothing / C) * weight[:, None]
-            weight, label_smoothing = None, 0.0
+            assert of_columns is not None
+            probabilities = ((1 - label_smoothing) * probabilities + label_smoothing / C) * of_columns[:, None]
+            of_columns, label_smoothing = None, 0.0
         ids = None
         outputs: tuple[str, ...] = ("sum_log_probs",)
     else:
@@ -170,13 +187,14 @@ def cross_entropy(
     statistics = rows_statistics(
         as_rows(input),
         ids,
-        weight,
+        of_columns,
         probabilities=probabilities,
         label_smoothing=label_smoothing if ids is None else 0.0,
         softcap=softcap,
         outputs=outputs,
         inplace_backward=inplace_backward,
         backend=backend,
+        shard=shard,
     )
     dtype = statistics_dtype(input.dtype)
     if ids is None:
@@ -213,7 +231,13 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def _understood(
-    input: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    shard: VocabShard | None,
 ) -> bool:
     """Whether the shapes and dtypes are those of the documented contract."""
     if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
@@ -221,7 +245,8 @@ def _understood(
     if input.ndim == 0 or not input.is_floating_point() or input.device != target.device:
         return False
     C = input.shape[0 if input.ndim == 1 else 1]
-    if C == 0 or (weight is not None and (weight.shape != (C,) or weight.device != input.device)):
+    classes = C if shard is None else shard.vocab
+    if classes == 0 or (weight is not None and (weight.shape != (classes,) or weight.device != input.device)):
         return False
     if target.shape == input.shape:
         return target.is_floating_point() and ignore_index < 0

@@ -29,6 +29,7 @@ from .routes import (
     Head,
     budget,
     check_head,
+    head_of,
     kept_tokens,
     linear_loss,
     linear_statistics,
@@ -38,6 +39,7 @@ from .routes import (
 )
 from .settings import Backend, Route, resolve_backend
 from .token_statistics import rows_statistics, target_ids
+from .vocab_parallel import packed, summed_in_backward, vocab_shard
 
 
 def linear_cross_entropy(
@@ -101,7 +103,8 @@ def linear_cross_entropy(
         token_weights: τ, one factor per position, shaped like class indices. ``mean`` divides by the same number as without.
         out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
         return_statistics: also return :class:`CrossEntropyStatistics`.
-        group: vocabulary-parallel heads, not available yet.
+        group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; ``linear_weight`` and
+            ``linear_bias`` (and class probabilities) are then this rank's shard, all else is that of the whole.
         backend: ``"triton"`` or ``"torch"``; by default what serves the device.
         route: ``"gradients_in_forward"`` or ``"recompute"``; by default the fastest that fits.
         workspace: bytes or ``"256MiB"`` that may be held beside inputs, outputs and gradients.
@@ -142,8 +145,10 @@ def linear_cross_entropy(
             f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
             f"(N, {input.shape[-1]}), got {'unbatched ' if not tokens else ''}input with shape {tuple(input.shape)}"
         )
-    if group is not None:
-        raise NotImplementedError("linear_cross_entropy does not support group= yet: gather the vocabulary first")
+    shard = vocab_shard(group, C)
+    if shard is not None:  # what is beyond is padding
+        C, linear_weight = shard.size, linear_weight[: shard.size]
+        linear_bias = None if linear_bias is None else linear_bias[: shard.size]
     result_dtype = input.dtype
     if (cast := autocast_dtype(input.device)) is not None:
         result_dtype = statistics_dtype(cast)
@@ -160,7 +165,7 @@ def linear_cross_entropy(
     if dims:
         biases = [None] * D if linear_bias is None else linear_bias.reshape(C, D).unbind(1)
     heads = [
-        Head(hidden, w, b, temperature=temperature, scale=scale, softcap=softcap)
+        Head(hidden, w, b, temperature=temperature, scale=scale, softcap=softcap, shard=shard)
         for w, b in zip(weights, biases, strict=True)
     ]
     probabilities = target.shape == (*tokens, C, *dims)
@@ -209,30 +214,19 @@ def linear_logits_cross_entropy(
     **options: Any,
 ) -> Any:
     """:func:`fused_losses.cross_entropy` of logits that do not exist, wherever their vocabulary dimension stands."""
-    if logits.group is not None:
-        raise NotImplementedError("cross entropy of LinearLogits with group= is not supported yet")
     if softcap is not None and logits.softcap is not None:
         raise ValueError(f"the logits already have a softcap of {logits.softcap}; got another, {softcap}")
-    hidden, temperature, low_rank = logits.rows()
-    if softcap is not None and temperature is not None:
+    if softcap is not None and logits.rows().temperature is not None:
         raise ValueError("a softcap after a temperature is not a LinearLogits: give the softcap to LinearLogits")
-    probabilities = target.shape == logits.shape
+    tokens, start_and_stop = logits.token_shape, logits.vocab_range
+    shard_shape = (*tokens[: logits.vocab_dim], start_and_stop[1] - start_and_stop[0], *tokens[logits.vocab_dim :])
+    probabilities = target.shape == shard_shape
     if probabilities:
         if ignore_index >= 0:
             raise RuntimeError(f"ignore_index is not supported for floating point target; got {ignore_index}")
         target = target.movedim(logits.vocab_dim, -1)
-    u, B = low_rank or (None, None)
     with logits.gathered():
-        head = Head(
-            hidden,
-            logits.weight,
-            logits.bias,
-            u,
-            B,
-            temperature,
-            logits.scale,
-            softcap or logits.softcap,
-        )
+        head = head_of(logits)._replace(softcap=softcap or logits.softcap)
         loss, statistics = heads_cross_entropy(
             [head],
             target,
@@ -271,7 +265,7 @@ def heads_cross_entropy(
     grad_scale: float | Tensor | None = None,
 ) -> tuple[Tensor, CrossEntropyStatistics | None]:
     """The loss in fp32 or wider, reduced, and its statistics."""
-    hidden, C = heads[0].hidden, heads[0].weight.shape[0]
+    hidden, C, shard = heads[0].hidden, heads[0].vocab, heads[0].shard
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
     for head in heads:
         check_head(head)
@@ -321,7 +315,8 @@ def heads_cross_entropy(
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
-        targets = target.reshape(N, D, C).unbind(1)
+        targets = target.reshape(N, D, heads[0].weight.shape[0]).unbind(1)
+        weight = weight if weight is None or shard is None else weight[shard.part]
         pairs = [_soft(h, t, weight, label_smoothing, z_loss, **how) for h, t in zip(heads, targets, strict=True)]
         loss = torch.stack([p[0] for p in pairs], 1)
         logsumexp = torch.stack([p[1] for p in pairs], 1)
@@ -398,12 +393,13 @@ def _hard(
 
     ``promised``: the upstream gradient of the sum, where the caller vouches for it.
     """
-    (N, H), C = head.hidden.shape, head.weight.shape[0]
+    (N, H), C = head.hidden.shape, head.vocab
+    weight = weight if weight is None or head.shard is None else weight[head.shard.part]
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in head.inputs]
     chosen_backend = resolve_backend(head.hidden, backend)
     chosen = plan(
         N,
-        C,
+        head.weight.shape[0],
         H,
         head.hidden.dtype,
         per_token=not summed,
@@ -429,7 +425,7 @@ def _hard(
         if main_grad is None:
             loss, log_probs, logsumexp, is_top1, *_ = linear_loss(
                 *head.inputs, ids.contiguous(), column_weight, head.temperature, *of, keep, zero_ignored, head.scale,
-                head.softcap, top1, *tail,
+                head.softcap, top1, *tail, packed(head.shard),
             )  # fmt: skip
         else:
             assert promised is not None
@@ -477,6 +473,9 @@ def _soft(
 ) -> tuple[Tensor, Tensor]:
     """The loss and ``logsumexp`` ``(N,)`` with class probabilities: they are as large as the logits, so a chunk at a time."""
     N, C = head.hidden.shape[0], head.weight.shape[0]
+    if head.shard is not None and not head.shard.partial:
+        hidden, u = (None if t is None else summed_in_backward(t, head.shard) for t in (head.hidden, head.u))
+        head = head._replace(hidden=hidden, u=u)  # type: ignore[arg-type]
     room = budget(head, workspace, False, resolve_backend(head.hidden, backend))
     n = max(1, room // (2 * max(C, 1) * head.hidden.dtype.itemsize))  # the logits and their gradient
 
@@ -503,6 +502,7 @@ def _soft(
             softcap=head.softcap,
             outputs=("sum_log_probs",),
             backend=backend,
+            shard=head.shard,
         )
         assert found.sum_log_probs is not None
         assert found.logsumexp is not None

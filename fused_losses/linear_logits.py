@@ -35,6 +35,7 @@ from .linear_logits_checks import (
 )
 from .numerics import full_precision, statistics_dtype, upcast
 from .token_statistics import linear_logits_statistics, target_ids
+from .vocab_parallel import VocabShard, best_of, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 
@@ -87,7 +88,7 @@ class _Rest:
     softcap: float | None
     temperature: float | Tensor
     low_rank: tuple[Tensor, Tensor] | None
-    group: Any
+    shard: VocabShard | None
     module: Any
     vocab: int
     vocab_dim: int
@@ -125,7 +126,9 @@ class LinearLogits(LazyTensor):
       after checking that nothing changed since construction. Results ``(N,)`` go back with ``.view(token_shape)``.
     - ``weight (V, H)``, ``bias (V,) | None``: already cast (autocast) and cut to the rows selected; detached where the
       logits need no gradient.
-    - ``scale``: float; ``softcap``: float or None; ``group``, ``module``: as given.
+    - ``scale``: float; ``softcap``: float or None; ``module``: as given.
+    - ``vocab_range``: the ids whose rows ``weight`` holds, all but where a ``group`` shares the vocabulary; ``shard``: the same
+      with the group, or None.
     - ``dtype``: the label: what functions with PyTorch's name round their result to. Not the dtype of ``hidden``.
     - ``token_shape``: ``shape`` without the vocabulary; ``vocab_dim``: where the vocabulary stands in ``shape``, ≥ 0;
       ``hidden`` is always ``(*token_shape, H)``, with the vocabulary's dimension taken out and H put last.
@@ -141,7 +144,9 @@ class LinearLogits(LazyTensor):
         softcap: bound ``c`` of the logits; None: no bound.
         temperature: a number, or a tensor with one number per token, which gets no gradient.
         low_rank: ``(u, B)``, ``(…, R)`` and ``(V, R)``: a LoRA update, ``u = s·dropout(h)Aᵀ``.
-        group: process group whose ranks hold equal consecutive shares of the vocabulary.
+        group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`: ``weight``, ``bias`` and ``B``
+            are this rank's rows, ``shape[-1]`` is the size of the whole vocabulary. Hidden states and every index are the same
+            on all ranks, and so is every result; the gradient of ``hidden`` is summed over them.
         module: the module that owns the weight, where it is sharded between uses (FSDP2's ``fully_shard(head)``,
             DeepSpeed ZeRO-3): the weight is gathered through it in forward and in backward.
 
@@ -176,8 +181,11 @@ class LinearLogits(LazyTensor):
                 raise TypeError("LinearLogits needs the head's weight (V, H)")
             u, B = low_rank or (None, None)
             check_whereabouts(weight, module)
+            shard = vocab_shard(group, weight.shape[0])
+            if shard is not None and shard.size < weight.shape[0]:  # what is beyond is padding
+                weight, bias, B = (None if t is None else t[: shard.size] for t in (weight, bias, B))
             hidden, weight, bias, u, B = autocast(hidden, weight, bias, u, B)
-            check_shapes(hidden, weight, bias, u, B)
+            check_shapes(hidden, weight, bias, u, B, empty=shard is not None)
             if not isinstance(temperature, Tensor) and temperature == 0:
                 raise ValueError("temperature must not be 0")
             if softcap is not None and softcap <= 0:
@@ -197,9 +205,9 @@ class LinearLogits(LazyTensor):
                 softcap=softcap,
                 temperature=per_token_temperature(temperature, hidden),
                 low_rank=None if u is None else (u, B),
-                group=group,
+                shard=shard,
                 module=module,
-                vocab=weight.shape[0] * (1 if group is None else group.size()),
+                vocab=weight.shape[0] if shard is None else shard.vocab,
                 vocab_dim=hidden.ndim - 1,
                 dtype=hidden.dtype,
                 frozen=frozen,
@@ -252,8 +260,18 @@ class LinearLogits(LazyTensor):
         return u, B.detach() if self.rest.detached else B
 
     @property
+    def shard(self) -> VocabShard | None:
+        return self.rest.shard
+
+    @property
     def group(self) -> Any:
-        return self.rest.group
+        """The process group that shares the vocabulary, or None."""
+        return None if self.shard is None else self.shard.process_group()
+
+    @property
+    def vocab_range(self) -> tuple[int, int]:
+        """The ids whose rows of the head this rank holds."""
+        return (0, self.rest.vocab) if self.shard is None else (self.shard.start, self.shard.stop)
 
     @property
     def module(self) -> Any:
@@ -303,7 +321,7 @@ class LinearLogits(LazyTensor):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.check()
-        rest = self.rest.but(group=None, module=None, detached=True, frozen=False, versions={}, views=[0])
+        rest = self.rest.but(shard=None, module=None, detached=True, frozen=False, versions={}, views=[0])
         for name in ("weight", "bias"):
             value = getattr(rest, name)
             setattr(rest, name, None if value is None else value.detach())
@@ -347,8 +365,11 @@ class LinearLogits(LazyTensor):
 
     def materialize(self) -> Tensor:
         """The logits themselves, differentiable, in ``dtype``."""
-        if self.group is not None:
-            raise NotImplementedError("logits whose vocabulary is shared by a group of ranks cannot be materialised")
+        if self.shard is not None:
+            raise NotImplementedError(
+                f"logits {tuple(self.shape)} whose vocabulary is shared by a group of ranks are on none of them: ask for "
+                "log-probabilities, statistics, top-k or a loss instead, or gather the head and leave group= away"
+            )
         with self.gathered(), full_precision(self.device):
             z = self.gather_in_backward(_project(self.rows(), self, self.weight, self.bias))
         return z.to(self.dtype).view(*self.token_shape, self.rest.vocab).movedim(-1, self.vocab_dim)
@@ -366,20 +387,34 @@ class LinearLogits(LazyTensor):
         """``output``, before whose backward the weight is made whole again."""
         if self.module is None or torch.compiler.is_compiling() or output.grad_fn is None:
             return output
-        if hasattr(self.module, "unshard"):  # FSDP2 frees the weight itself, once it has reduced the gradient
-            output.grad_fn.register_prehook(lambda _: self.module.unshard())
+        module = self.module
+        if hasattr(module, "unshard"):  # FSDP2 frees the weight itself, once it has reduced the gradient
+            output.grad_fn.register_prehook(lambda _: module.unshard())
             return output
+        if getattr(module, "ds_grads_remaining", 0):
+            # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
+            # it when that of its output came. What came out, it did not know for tensors: these are.
+            with torch.enable_grad():
+                fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
+            output.grad_fn.register_prehook(lambda _: fetch(torch.zeros(())) and None)
+            return output
+        waiting: list[Tensor] = []
         undo: list[Callable[[], Any]] = []
 
         def release(*_: Any) -> None:
             while undo:
                 undo.pop()()
 
+        def accumulated(parameter: Tensor) -> None:
+            waiting[:] = [p for p in waiting if p is not parameter]
+            if not waiting:
+                release()
+
         def gather(_: Any) -> None:
             undo.append(self._gather())
-            weight = self.rest.weight  # must be whole until its gradient was accumulated
-            if weight.requires_grad and weight.is_leaf:
-                undo.append(weight.register_post_accumulate_grad_hook(release).remove)
+            # A parameter must be whole until its gradient was accumulated.
+            waiting[:] = [p for p in module.parameters() if p.requires_grad]
+            undo.extend(p.register_post_accumulate_grad_hook(accumulated).remove for p in waiting)
             torch.autograd.Variable._execution_engine.queue_callback(release)
 
         output.grad_fn.register_prehook(gather)
@@ -445,8 +480,10 @@ class LinearLogits(LazyTensor):
         return self._but(self.hidden.detach(), True, detached=True, frozen=False, low_rank=low_rank)
 
     def columns(self, key: slice | Tensor) -> Any:
-        if self.group is not None:
-            return NotImplemented
+        from .log_softmax import LazyExpression
+
+        if self.shard is not None:
+            return LazyExpression(self).columns(key)
         with self.gathered():
             weight = self.rest.weight[key]
             bias = None if self.rest.bias is None else self.rest.bias[key]
@@ -484,6 +521,7 @@ class LinearLogits(LazyTensor):
             return LazyExpression(self).shifted(offset)
         bias = per_entry_number(self, offset)
         linear = self.softcap is None and not isinstance(self.temperature, Tensor) and self.scale != 0
+        linear = linear and self.shard is None
         if bias is NotImplemented or not linear or (self.rest.detached and bias.requires_grad):
             return NotImplemented
         bias = (bias.to(statistics_dtype(self.hidden.dtype)) / self.scale).to(self.hidden.dtype)
@@ -519,13 +557,13 @@ class LinearLogits(LazyTensor):
         return found["log_probs"]
 
     def vocab_sum(self) -> Tensor:
-        if self.softcap is None and self.group is None:
+        if self.softcap is None and self.shard is None:
             return self._linear_sum()
         return self.statistic("sum_log_probs") + self.statistic("logsumexp") * self.rest.vocab
 
     def sum_log_probs(self) -> Tensor:
         """Sum over the vocabulary of the log-probabilities."""
-        if self.softcap is None and self.group is None:
+        if self.softcap is None and self.shard is None:
             return self._linear_sum() - self.statistic("logsumexp") * self.rest.vocab
         return self.statistic("sum_log_probs")
 
@@ -544,14 +582,13 @@ class LinearLogits(LazyTensor):
 
     def topk_ids(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
         """The ``k`` largest logits and their ids, ``(*token_shape, k)``, a workspace of logits at a time."""
-        if self.group is not None:
-            raise NotImplementedError("argmax, max and topk over a vocabulary that is shared by a group of ranks")
         rows, dtype = self.rows(), statistics_dtype(self.hidden.dtype)
-        N, V = len(rows.hidden), self.rest.vocab
+        N, V = len(rows.hidden), self.rest.weight.shape[0]
         room = (settings.workspace.value or 2**28) // (4 * dtype.itemsize)  # a tile, its transform and what topk needs
         width = min(V, max(1, room // 1024))
         height = max(1, room // width)
-        values, ids = rows.hidden.new_empty(N, k, dtype=dtype), rows.hidden.new_empty(N, k, dtype=torch.int64)
+        values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
+        ids = values.new_zeros(N, k, dtype=torch.int64)
         with torch.no_grad(), self.gathered(), full_precision(self.device):
             for part in slices(N, height):
                 temperature = None if rows.temperature is None else rows.temperature[part]
@@ -562,12 +599,10 @@ class LinearLogits(LazyTensor):
                     tile, _ = transform(tile, temperature, self.scale, self.softcap)
                     found = torch.arange(columns.start, columns.stop, device=tile.device).expand(tile.shape)
                     both, both_ids = torch.cat([best, tile], -1), torch.cat([best_ids, found], -1)
-                    if k == 1:  # the first of equals, as argmax has it; topk gives any
-                        best, at = both.max(-1, keepdim=True) if largest else both.min(-1, keepdim=True)
-                    else:
-                        best, at = both.topk(min(k, both.shape[-1]), largest=largest)
-                    best_ids = both_ids.gather(-1, at)
-                values[part], ids[part] = best, best_ids
+                    best, best_ids = best_of(both, both_ids, k, largest)
+                values[part, : best.shape[1]], ids[part, : best.shape[1]] = best, best_ids
+            if self.shard is not None:
+                values, ids = self.shard.topk(values, ids, largest)
         return values.view(*self.token_shape, k), ids.view(*self.token_shape, k)
 
 
@@ -662,7 +697,7 @@ def _one_head(a: LinearLogits, b: LinearLogits) -> bool:
     x, y = a.rest, b.rest
     low_rank = x.low_rank is y.low_rank or (x.low_rank and y.low_rank and x.low_rank[1] is y.low_rank[1])
     same = x.weight is y.weight and x.bias is y.bias and x.scale == y.scale and x.softcap == y.softcap
-    return bool(same and low_rank) and x.group is y.group and x.detached == y.detached
+    return bool(same and low_rank) and x.shard == y.shard and x.detached == y.detached
 
 
 def same_logits(a: LinearLogits, b: LinearLogits) -> bool:

@@ -39,11 +39,16 @@ def check_whereabouts(weight: Tensor, module: Any) -> None:
         )
 
 
-def check_shapes(hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None) -> None:
+def check_shapes(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *, empty: bool = False
+) -> None:
+    """``empty``: a rank may hold no rows of the head."""
     if not hidden.is_floating_point():
         raise TypeError(f"hidden {tuple(hidden.shape)} must be of a floating dtype, got {hidden.dtype}")
     shapes = f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)}"
-    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1] or weight.shape[0] == 0:
+    if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"expected hidden (…, H) and weight (V, H) of one H, got {shapes}")
+    if weight.shape[0] == 0 and not empty:
         raise ValueError(f"expected hidden (…, H) and weight (V, H) of one H, got {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")

@@ -11,24 +11,36 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import library_tiles
-from .autodiff import SMALL, check_differentiable, differentiable_gradients, transforms_active
+from .autodiff import SMALL, check_differentiable, differentiable_gradients, refuse_shard, transforms_active
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import full_precision, statistics_dtype
 from .planning import plan
-from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, where_ids_stand
+from .row_statistics import (
+    Coefficients,
+    RowStatistics,
+    coefficients,
+    empty_statistics,
+    total_weight,
+    where_ids_stand,
+)
 from .settings import Backend, resolve_backend
 from .settings import drop_ignored as drop_ignored_setting
 from .token_statistics import softmax_rows, softmax_rows_grad
+from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
+
+if TYPE_CHECKING:
+    from .linear_logits import LinearLogits
 
 BLOCK = 1024  # of a 16-bit matrix that is upcast, or of the vocabulary that is multiplied, at a time on a CPU
 HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smallest numbers, far below its largest
@@ -45,6 +57,12 @@ class Head(NamedTuple):
     temperature: Tensor | None = None  # (N,)
     scale: float = 1.0
     softcap: float | None = None
+    shard: VocabShard | None = None  # whose rows weight, bias and B are; None: the whole vocabulary's
+
+    @property
+    def vocab(self) -> int:
+        """The size of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -78,6 +96,14 @@ class Head(NamedTuple):
     @property
     def low_rank(self) -> tuple[Tensor, Tensor] | None:
         return None if self.u is None or self.B is None else (self.u, self.B)
+
+
+def head_of(logits: LinearLogits) -> Head:
+    rows = logits.rows()
+    u, B = rows.low_rank or (None, None)
+    return Head(
+        rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, logits.shard
+    )
 
 
 def check_head(head: Head) -> None:
@@ -139,6 +165,12 @@ def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Ba
     return plan(N, V, H, head.hidden.dtype, workspace=workspace, per_token=per_token, backend=backend).budget
 
 
+def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
+    """Of a gradient of hidden made in forward: as wide as its scale, which is unknown yet, or its sum over ranks asks for."""
+    summed = shard is not None and not shard.partial
+    return statistics_dtype(dtype) if dtype == torch.float16 or summed else dtype
+
+
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``out = a b`` if ``first``, else ``out += a b``; an fp32 ``out`` of 16-bit factors sees no rounded product."""
     if out.dtype == a.dtype:
@@ -186,7 +218,7 @@ def loss_and_gradients(
         M, V, H, dtype, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend
     )
     sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
-    per_token = wide if dtype == torch.float16 else dtype
+    per_token = per_token_dtype(dtype, head.shard)
 
     def room(i: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
@@ -200,10 +232,12 @@ def loss_and_gradients(
     d_bias = room(2, wide)
     logits_room = hidden.new_empty(min(chosen.chunk, M), V)
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
+    local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
+    pending: list[tuple[Any, Callable[[], Any] | None]] = []  # sums over ranks under way, and what then remains to do
     for start in range(0, M, max(chosen.chunk, 1)):
         part = slice(start, min(start + chosen.chunk, M))
         rows: slice | Tensor = part if keep is None else keep[part]
-        of_ids = None if ids is None else ids[rows]
+        of_ids = None if local_ids is None else local_ids[rows]
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_room[: part.stop - part.start]
         for columns in slices(V, V if logits.is_cuda else BLOCK):  # on a CPU a third faster: the result stays in cache
@@ -215,28 +249,32 @@ def loss_and_gradients(
             if chunk.u is not None and piece.B is not None:
                 logits[:, columns].addmm_(chunk.u, piece.B.t())
         seen = (logits.unsqueeze(-1), of_ids, column_weight, chunk.temperature)
-        found = softmax_rows(*seen, None, 0.0, head.scale, head.softcap, ",".join(outputs), False, backend)
-        statistics = only(found, outputs, ids is not None)
+        names = with_weight_sum(outputs, head.shard)
+        found = softmax_rows(
+            *seen, None, 0.0, head.scale, head.softcap, ",".join(names), False, backend, packed(head.shard)
+        )
+        statistics = only(found, names, ids is not None)
         assert statistics.logsumexp is not None
         terms = of_chunk(statistics, rows)
         if dtype == torch.float16 and main_grad is None:
             terms, factor = _away_from_zero(terms, factor, [d_weight, d_bias, d_B])
         a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
-        softmax_rows_grad(
-            *seen,
-            statistics.logsumexp,
-            a,
-            b,
-            e,
-            c,
-            d,
-            None,
-            0.0,
-            head.scale,
-            head.softcap,
-            backend,
-            logits.unsqueeze(-1),
-        )
+        if V:
+            softmax_rows_grad(
+                *seen,
+                statistics.logsumexp,
+                a,
+                b,
+                e,
+                c,
+                d,
+                None,
+                0.0,
+                head.scale,
+                head.softcap,
+                backend,
+                logits.unsqueeze(-1),
+            )
         first = start == 0
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
             if total is not None and matrix is not None:
@@ -244,14 +282,24 @@ def loss_and_gradients(
                 add_product(product, logits, matrix, first=True)
                 if factor is not None:
                     product /= factor
+                place: Callable[[], Any] | None = None
                 if keep is not None:
-                    total.index_copy_(0, keep[part], product)
+                    place = functools.partial(total.index_copy_, 0, keep[part], product)
+                sums_begun = [] if head.shard is None else head.shard.sum_over_ranks(product)
+                if sums_begun:
+                    pending.append((sums_begun[0], place))
+                elif place is not None:
+                    place()
         for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
             if total is not None and matrix is not None:
                 add_product(total, logits.t(), matrix, first=first and total is not main_grad)
         if d_bias is not None:
             partial = column_sums(logits, wide)
             d_bias = partial if first else d_bias.add_(partial)
+    for sum_begun, then in pending:
+        sum_begun.wait()
+        if then is not None:
+            then()
     if factor is not None:
         for total in (d_weight, d_bias, d_B):
             if total is not None:
@@ -396,7 +444,7 @@ def loss_of_head(
             value += of_square[rows] * lse.square()
             upstream = upstream._replace(logsumexp=2 * of_square[rows] * lse)
         loss[rows] = value
-        return coefficients(upstream, statistics, head.weight.shape[0], column_weight, dtype)
+        return coefficients(upstream, statistics, head.vocab, column_weight, dtype)
 
     with full_precision(head.hidden.device):
         gradients = loss_and_gradients(
@@ -439,6 +487,7 @@ def linear_loss(
     workspace: int,
     accumulate: str | None,
     backend: str,
+    shard: str = "",  # a VocabShard; ids are those of the whole vocabulary
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``, and its gradients.
 
@@ -446,7 +495,7 @@ def linear_loss(
         the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``is_top1 (N,)``, and the gradient of each of the first
         five arguments; 0-dim where absent or not ``wanted``.
     """
-    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     return loss_of_head(
         head, ids, column_weight, (of_log_probs, of_sum_log_probs, of_square), keep, zero_ignored, top1, wanted, workspace,
         accumulate, backend,
@@ -475,6 +524,7 @@ def _(
     workspace: int,
     accumulate: str | None,
     backend: str,
+    shard: str = "",
 ) -> tuple[Tensor, ...]:
     dtype = hidden.dtype
     wide = statistics_dtype(dtype)
@@ -493,7 +543,7 @@ def _(
             backend=backend,
         )
         sums = chosen.accumulate or dtype
-    per_token = wide if dtype == torch.float16 else dtype
+    per_token = per_token_dtype(dtype, VocabShard.unpacked(shard))
     dtypes = (per_token, sums, wide, per_token, sums)
     return (
         of_log_probs.new_empty(()),
@@ -517,18 +567,19 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     N, V = hidden.shape[0], weight.shape[0]
     # A second derivative starts again from the inputs, so they are kept where it is offered.
     saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
-    ctx.rest = (N, V, hidden.dtype, inputs[13], inputs[14])
+    ctx.rest = (N, V, hidden.dtype, inputs[13], inputs[14], inputs[20])
     ctx.save_for_backward(*output[4:], *saved)
 
 
 def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 15
+    rest = (None,) * 16
     if g is None:
-        return (None,) * 20
+        return (None,) * 21
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     gradients, inputs = stored[:5], stored[5:]
-    N, V, dtype, scale, softcap = ctx.rest
+    N, V, dtype, scale, softcap, shard = ctx.rest
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_shard(shard, (N, V))
         check_differentiable(N, V, dtype)
         ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[5:]
 
@@ -603,23 +654,34 @@ def linear_rows(
     outputs: str,  # names of RowStatistics, separated by commas
     workspace: int,
     backend: str,
+    shard: str = "",  # a VocabShard; ids are local to it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`; 0-dim where not asked for."""
-    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
-    with full_precision(hidden.device):
-        found = linear_module(backend, hidden.dtype).linear_softmax_fwd(
-            head.hidden,
-            weight,
-            bias,
-            head.low_rank,
-            ids_kept,
-            column_weight,
-            head.temperature,
-            scale=scale,
-            softcap=softcap,
-            outputs=outputs.split(","),
-        )
+
+    def statistics_of(outputs: Collection[str]) -> RowStatistics:
+        with full_precision(hidden.device):
+            return linear_module(backend, hidden.dtype).linear_softmax_fwd(
+                head.hidden,
+                weight,
+                bias,
+                head.low_rank,
+                ids_kept,
+                column_weight,
+                head.temperature,
+                scale=scale,
+                softcap=softcap,
+                outputs=outputs,
+            )
+
+    names = outputs.split(",")
+    if head.shard is None:
+        found = statistics_of(names)
+    else:
+        weight_sum = total_weight(column_weight, weight.shape[0])
+        M = head.hidden.shape[0]
+        found = merged_statistics(statistics_of, hidden, M, ids_kept, weight_sum, names, head.shard)
     if keep is not None:
         N = hidden.shape[0]
         found = RowStatistics(
@@ -652,6 +714,7 @@ def _(
     outputs: str,
     workspace: int,
     backend: str,
+    shard: str = "",
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     return tuple(_present(s, hidden) for s in room)
@@ -681,11 +744,12 @@ def linear_rows_grad(
     wanted: list[bool],
     workspace: int,
     backend: str,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
     (N, H), V, dtype = hidden.shape, weight.shape[0], hidden.dtype
     wide = statistics_dtype(dtype)
-    whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap)
+    whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids = _projected(whole, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
 
@@ -703,7 +767,8 @@ def linear_rows_grad(
     chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
     slice_room = hidden.new_empty(M * chosen.chunk)
     with full_precision(hidden.device):
-        for start in range(0, V if M else 0, chosen.chunk):
+        sums_begun = [] if V or not M or head.shard is None else head.shard.sum_over_ranks(d_hidden, d_u)
+        for start in range(0, V if M else 0, max(chosen.chunk, 1)):
             part = slice(start, min(start + chosen.chunk, V))
             piece = head.columns(part)
             d_logits = slice_room[: M * (part.stop - start)].view(M, -1)
@@ -725,6 +790,8 @@ def linear_rows_grad(
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
                     add_product(total, d_logits, matrix, first=start == 0)
+            if head.shard is not None and part.stop == V:  # while the products below run
+                sums_begun = head.shard.sum_over_ranks(d_hidden, d_u)
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
                 if total is not None and matrix is not None:
                     add_product(total[part], d_logits.t(), matrix, first=True)
@@ -733,6 +800,8 @@ def linear_rows_grad(
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
     del slice_room
+    for sum_begun in sums_begun:
+        sum_begun.wait()
 
     def returned(t: Tensor | None) -> Tensor:
         if t is None:
@@ -748,7 +817,7 @@ def linear_rows_grad(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    main_grad, wanted = rest[4], rest[-3]
+    main_grad, wanted = rest[4], rest[14]
     inputs = (hidden, weight, bias, u, B)
     return tuple(
         _absent(hidden) if t is None or not want or (i == 1 and main_grad is not None) else torch.empty_like(t)
@@ -762,22 +831,23 @@ def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1)
     # Not a saved tensor: other backwards add to it in between.
     ctx.main_grad = inputs[9]
-    ctx.rest, ctx.outputs, ctx.workspace, ctx.backend = inputs[10:13], inputs[13], inputs[14], inputs[15]
+    ctx.rest, (ctx.outputs, ctx.workspace, ctx.backend, ctx.shard) = inputs[10:13], inputs[13:]
     # Copies of what backward reads: the caller may write into what it was given.
-    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs)
+    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
     ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None))
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 11
+    nothing = (None,) * 12
     if all(g is None for g in grads):
-        return (None,) * 16
+        return (None,) * 17
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    saved, (logsumexp, entropy, log_sum_sq_probs) = stored[:9], stored[9:]
+    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
     _, scale, softcap = ctx.rest
     dtype = statistics_dtype(inputs[0].dtype)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
 
         def fn(*of: Tensor) -> list[Tensor]:
             head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
@@ -785,7 +855,12 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
             return [_present(s, logsumexp) for s in found]
 
         return *differentiable_gradients(fn, inputs, grads), *nothing
-    found = RowStatistics(logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs)
+    found = RowStatistics(
+        logsumexp=logsumexp,
+        entropy=entropy,
+        log_sum_sq_probs=log_sum_sq_probs,
+        weight_sum=weight_sum if weight_sum.ndim else None,
+    )
     upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
@@ -802,6 +877,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         list(ctx.needs_input_grad[:5]),
         ctx.workspace,
         ctx.backend,
+        ctx.shard,
     )
     return *(None if g.ndim == 0 else g for g in gradients), *nothing
 
@@ -820,12 +896,19 @@ def linear_statistics(
     backend: Backend | None = None,
     main_grad: Tensor | None = None,
 ) -> RowStatistics:
-    """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``."""
+    """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``.
+
+    Of a shard, column weights are its columns' and ids those of the whole vocabulary.
+    """
     if transforms_active():
+        refuse_shard(packed(head.shard), head.hidden.shape)
         return differentiable_statistics(head, ids, column_weight, outputs)
     head, column_weight = ready(head, column_weight)
     keep, zero_ignored = kept_tokens(ids, drop_ignored)
     chosen = resolve_backend(head.hidden, backend)
+    outputs = with_weight_sum(outputs, head.shard)
+    if head.shard is not None and ids is not None:
+        ids = head.shard.local(ids)
     found = linear_rows(
         *head.inputs,
         None if ids is None else ids.contiguous(),
@@ -839,6 +922,7 @@ def linear_statistics(
         ",".join(outputs),
         budget(head, workspace, True, chosen),
         chosen,
+        packed(head.shard),
     )
     return only(found, outputs, ids is not None)
 

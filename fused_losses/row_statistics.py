@@ -31,7 +31,7 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None = None  # (N,) float64, −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) float64, log Σ p²
     sum_log_probs: Tensor | None = None  # (N,) float64, Σ u logp, u the column weights or 1; see label_weights
-    weight_sum: Tensor | None = None  # (N,) float64, Σ u, with probabilities only
+    weight_sum: Tensor | None = None  # (N,) float64, Σ u, where it differs by row or is shared out over ranks
     max_logit: Tensor | None = None  # (N,) fp32 (float64 for float64 logits)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
 
@@ -44,6 +44,11 @@ def label_weights(
         return column_weight
     u = (1 - label_smoothing) * probabilities + label_smoothing / vocab
     return u if column_weight is None else u * column_weight
+
+
+def total_weight(column_weight: Tensor | None, vocab: int) -> Tensor | float:
+    """``Σ_j u_j`` of weights that are the same in every row."""
+    return vocab if column_weight is None else column_weight.sum(dtype=wide_dtype(column_weight.device))
 
 
 def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
@@ -106,8 +111,8 @@ def coefficients(
         assert statistics.log_sum_sq_probs is not None
         a, e = plus(a, -2 * g), 2 * g * torch.exp(-statistics.log_sum_sq_probs)
     if (g := upstream.sum_log_probs) is not None:
-        total: Tensor | int | None = statistics.weight_sum
+        total: Tensor | float | None = statistics.weight_sum
         if total is None:
-            total = vocab if column_weight is None else column_weight.sum(dtype=g.dtype)
+            total = total_weight(column_weight, vocab)
         a, d = plus(a, -g * total), g
     return Coefficients(*(None if t is None else t.to(dtype).contiguous() for t in (a, b, e, c, d)))

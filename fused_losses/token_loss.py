@@ -17,8 +17,8 @@ from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype
 from .planning import plan
 from .routes import (
-    Head,
     check_head,
+    head_of,
     kept_tokens,
     loss_and_gradients,
     ready,
@@ -26,7 +26,7 @@ from .routes import (
 )
 from .row_statistics import Coefficients, RowStatistics, coefficients, where_ids_stand
 from .settings import Backend, resolve_backend
-from .token_statistics import TokenStatistics, target_ids, token_statistics
+from .token_statistics import TokenStatistics, shard_of, target_ids, token_statistics
 
 DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
 
@@ -37,6 +37,7 @@ def token_loss(
     index: Tensor,
     *per_token: Tensor,
     statistics: Sequence[str] = ("log_probs",),
+    group: Any = None,
     backend: Backend | None = None,
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
@@ -60,6 +61,7 @@ def token_loss(
             ``drop_ignored=False`` and under ``torch.compile`` they do, with statistics of 0, and count 0).
         per_token: tensors ``(…)`` or ``(…, m)``, cut to the tokens ``fn`` sees. They get no gradient.
         statistics: names of :class:`TokenStatistics`.
+        group: as for :func:`token_statistics`.
         backend, workspace, drop_ignored, accumulate: as for :func:`linear_cross_entropy`.
 
     Returns:
@@ -75,7 +77,8 @@ def token_loss(
         >>> loss
         tensor(0.)
     """
-    tokens, V = logits.shape[:-1], logits.shape[-1]
+    shard = shard_of(logits, group)
+    tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
     for x in per_token:
         if x.shape[: len(tokens)] != tokens or x.ndim > len(tokens) + 1:
             raise ValueError(
@@ -105,18 +108,12 @@ def token_loss(
             raise ValueError(
                 f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
             )
-        if logits.group is not None:
-            raise NotImplementedError(
-                "token_loss of LinearLogits with group= is not supported yet: use token_statistics"
-            )
         with logits.gathered():
-            rows = logits.rows()
-            u, B = rows.low_rank or (None, None)
-            head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+            head = head_of(logits)
             check_head(head)
             chosen_backend = resolve_backend(head.hidden, backend)
-            H, dtype = head.hidden.shape[1], head.hidden.dtype
-            chosen = plan(N, V, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
+            (rows, H), dtype = head.weight.shape, head.hidden.dtype
+            chosen = plan(N, rows, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
             in_forward = chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
             if in_forward:
                 head, _ = ready(head, None)
@@ -132,7 +129,7 @@ def token_loss(
         if in_forward:
             return logits.gather_in_backward(loss), loss_of.aux_at(tokens)
 
-    found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
+    found = token_statistics(logits, index, statistics, group=group, backend=backend, workspace=workspace)
     part: slice | Tensor = slice(None) if keep is None else keep
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)
     value = loss_of(TokenStatistics(*parts), part)

@@ -13,11 +13,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autodiff import check_differentiable, differentiable_gradients, transforms_active
+from .autodiff import check_differentiable, differentiable_gradients, refuse_shard, transforms_active
 from .chunked import softmax_rows as chunked_softmax_rows
 from .numerics import statistics_dtype
-from .row_statistics import RowStatistics, coefficients, empty_statistics, label_weights, where_ids_stand
+from .row_statistics import (
+    RowStatistics,
+    coefficients,
+    empty_statistics,
+    label_weights,
+    total_weight,
+    where_ids_stand,
+)
 from .settings import Backend, resolve_backend
+from .vocab_parallel import VocabShard, merged_statistics, packed, vocab_shard, with_weight_sum
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -78,19 +86,30 @@ def softmax_rows(
     outputs: str,  # names of RowStatistics, separated by commas
     inplace_backward: bool,
     backend: str,
+    shard: str = "",  # a VocabShard; ids are local to it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`; an empty tensor stands for what was not asked for."""
-    statistics = rows_module(backend).softmax_rows_fwd(
-        logits,
-        ids,
-        column_weight,
-        temperature,
-        probabilities=probabilities,
-        label_smoothing=label_smoothing,
-        scale=scale,
-        softcap=softcap,
-        outputs=outputs.split(","),
-    )
+
+    def statistics_of(outputs: Collection[str]) -> RowStatistics:
+        return rows_module(backend).softmax_rows_fwd(
+            logits,
+            ids,
+            column_weight,
+            temperature,
+            probabilities=probabilities,
+            label_smoothing=label_smoothing,
+            scale=scale,
+            softcap=softcap,
+            outputs=outputs,
+        )
+
+    names, part = outputs.split(","), VocabShard.unpacked(shard)
+    if part is None:
+        statistics = statistics_of(names)
+    else:
+        weight_sum = None if probabilities is not None else total_weight(column_weight, logits.shape[1])
+        rows = logits.shape[0] * logits.shape[2]
+        statistics = merged_statistics(statistics_of, logits, rows, ids, weight_sum, names, part)
     return tuple(logits.new_empty(0) if s is None else s for s in statistics)  # type: ignore[return-value]
 
 
@@ -107,6 +126,7 @@ def _(
     outputs: str,
     inplace_backward: bool,
     backend: str,
+    shard: str = "",
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(logits, logits.shape[0] * logits.shape[2], ids, outputs.split(","))
     return tuple(logits.new_empty(0) if s is None else s for s in room)
@@ -177,7 +197,17 @@ def differentiable_softmax_rows(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ids, column_weight, temperature, probabilities, *ctx.options, ctx.inplace_backward, ctx.backend = inputs
+    (
+        logits,
+        ids,
+        column_weight,
+        temperature,
+        probabilities,
+        *ctx.options,
+        ctx.inplace_backward,
+        ctx.backend,
+        ctx.shard,
+    ) = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[5:])  # weight_sum, max_logit, is_top1
     # Copies of what backward reads: the caller may write into what it was given.
@@ -189,8 +219,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, ids, column_weight, temperature, probabilities, *own = ctx.saved_tensors
     label_smoothing, scale, softcap, outputs = ctx.options
     constants = (None,) * 3
-    rest = (None,) * 6
+    rest = (None,) * 7
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_shard(ctx.shard, logits.shape)
 
         def statistics(x: Tensor, t: Tensor | None) -> list[Tensor]:
             found = differentiable_softmax_rows(
@@ -206,7 +237,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logsumexp=logsumexp,
         entropy=entropy,
         log_sum_sq_probs=log_sum_sq_probs,
-        weight_sum=None if probabilities is None else weight_sum,
+        weight_sum=weight_sum if weight_sum.numel() else None,
     )
     asked = {"log_probs", "logsumexp", *outputs.split(",")}  # a compiled graph sends zeros for the others
     upstream = RowStatistics(*(g if n in asked else None for n, g in zip(RowStatistics._fields, grads, strict=True)))
@@ -223,6 +254,8 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return None, *constants, d_probabilities, *rest
     shared = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
     out = logits.detach() if ctx.inplace_backward and not shared else torch.empty_like(logits)
+    if logits.shape[1] == 0:  # an empty shard
+        return out, *constants, d_probabilities, *rest
     softmax_rows_grad(
         logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, probabilities, label_smoothing, scale, softcap,
         ctx.backend, out,
@@ -246,8 +279,12 @@ def rows_statistics(
     outputs: Sequence[str],
     inplace_backward: bool = False,
     backend: Backend | None = None,
+    shard: VocabShard | None = None,
 ) -> RowStatistics:
     """Differentiable :class:`RowStatistics` of logits ``(B, V, S)``; rows are ``n = b·S + s``, ids ``(N, K)``.
+
+    With a ``shard`` the logits, column weights and probabilities are its columns, ids are those of the whole vocabulary, and
+    so are the statistics.
 
     With class probabilities ``(B, V, S)``, ``u`` is ``column_weight·((1 − label_smoothing)·probabilities + label_smoothing/V)``
     in each row, and ``weight_sum`` is returned too.
@@ -255,12 +292,17 @@ def rows_statistics(
     for name, constant in (("column_weight", column_weight), ("temperature", temperature)):
         if constant is not None and constant.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
-    if probabilities is not None:
-        outputs = (*outputs, "weight_sum")
+    outputs = with_weight_sum(outputs, shard) if probabilities is None else (*outputs, "weight_sum")
+    if shard is not None:
+        ids = None if ids is None else shard.local(ids)
+        if probabilities is not None and label_smoothing:
+            probabilities = (1 - label_smoothing) * probabilities + label_smoothing / shard.vocab
+            label_smoothing = 0.0
     dtype = statistics_dtype(logits.dtype)
     column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
     temperature = None if temperature is None else temperature.detach().to(dtype).contiguous()
     if transforms_active():
+        refuse_shard(packed(shard), logits.shape)
         return differentiable_softmax_rows(
             logits, ids, column_weight, temperature, probabilities, label_smoothing, scale, softcap, outputs
         )
@@ -276,6 +318,7 @@ def rows_statistics(
         ",".join(outputs),
         inplace_backward and not torch.compiler.is_compiling(),
         resolve_backend(logits, backend),
+        packed(shard),
     )
     asked = {"logsumexp", "log_probs" if ids is not None else "", *outputs}
     return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
@@ -287,6 +330,7 @@ def token_statistics(
     outputs: Collection[str] = ("log_probs",),
     *,
     temperature: float | Tensor = 1.0,
+    group: Any = None,
     backend: Backend | None = None,
     workspace: int | str | None = None,
 ) -> TokenStatistics:
@@ -315,6 +359,8 @@ def token_statistics(
             K ids gives 0. Without an index, ``log_probs`` and ``is_top1`` cannot be asked for.
         outputs: names from the table.
         temperature: a number, or one number per token ``(…)``; it gets no gradient.
+        group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; ``logits`` is then this
+            rank's shard ``(…, V_r)``, index and results are those of the whole. A :class:`LinearLogits` has its own.
         backend: ``"triton"`` or ``"torch"``; by default what serves the device.
         workspace: bytes to use beside inputs and results, for a :class:`LinearLogits`.
 
@@ -338,7 +384,8 @@ def token_statistics(
     unknown = set(outputs) - set(TokenStatistics._fields)
     if unknown:
         raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
-    tokens, V = logits.shape[:-1], logits.shape[-1]
+    shard = shard_of(logits, group)
+    tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
     if logits.ndim == 0 or (index is not None and index.shape not in (tokens, tokens + index.shape[-1:])):
         raise ValueError(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, "
@@ -356,7 +403,9 @@ def token_statistics(
     # mean_logits = mean logp + logsumexp
     rows_outputs = ["sum_log_probs" if name == "mean_logits" else name for name in outputs]
     if isinstance(logits, Tensor):
-        found = rows_statistics(_as_rows(logits), ids, None, per_token, outputs=rows_outputs, backend=backend)
+        found = rows_statistics(
+            _as_rows(logits), ids, None, per_token, outputs=rows_outputs, backend=backend, shard=shard
+        )
     else:
         found = linear_logits_statistics(logits, ids, outputs=rows_outputs, backend=backend, workspace=workspace)
     values: dict[str, Tensor] = {}
@@ -376,6 +425,7 @@ def selective_log_softmax(
     *,
     temperature: float | Tensor = 1.0,
     row_mask: Tensor | None = None,
+    group: Any = None,
     backend: Backend | None = None,
     workspace: int | str | None = None,
 ) -> Tensor:
@@ -391,7 +441,7 @@ def selective_log_softmax(
         index: ``(…)``, or ``(…, K)`` for K ids per token; −100 gives 0 with gradient 0.
         temperature: a number, or one number per token ``(…)``.
         row_mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
-        backend, workspace: as for :func:`token_statistics`.
+        group, backend, workspace: as for :func:`token_statistics`.
 
     Returns:
         Log-probabilities shaped like ``index``, never positive; fp32, or float64 for float64 logits.
@@ -404,10 +454,19 @@ def selective_log_softmax(
         keep = row_mask != 0
         index = index.masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
     found = token_statistics(
-        logits, index, ("log_probs",), temperature=temperature, backend=backend, workspace=workspace
+        logits, index, ("log_probs",), temperature=temperature, group=group, backend=backend, workspace=workspace
     )
     assert found.log_probs is not None
     return found.log_probs
+
+
+def shard_of(logits: Tensor | LinearLogits, group: Any, dim: int = -1) -> VocabShard | None:
+    """The part of the vocabulary that ``logits`` hold, where ``group`` shares it."""
+    if isinstance(logits, Tensor):
+        return vocab_shard(group, logits.shape[dim] if logits.ndim else 0)
+    if group is not None:
+        raise ValueError("a LinearLogits knows the group that shares its vocabulary: give group= to its constructor")
+    return logits.shard
 
 
 def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:
@@ -440,12 +499,10 @@ def linear_logits_statistics(
     logits: LinearLogits, ids: Tensor | None, column_weight: Tensor | None = None, **options: Any
 ) -> RowStatistics:
     """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
-    from .routes import Head, linear_statistics
+    from .routes import head_of, linear_statistics
 
     with logits.gathered():
-        rows = logits.rows()
-        u, B = rows.low_rank or (None, None)
-        head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+        head = head_of(logits)
         found = linear_statistics(head, ids, column_weight, **options)
     assert found.logsumexp is not None
     logits.gather_in_backward(found.logsumexp)  # every output comes from one node

@@ -1,0 +1,265 @@
+r"""A vocabulary shared out over the ranks of a process group: each holds some rows of the head, none holds the logits.
+
+A rank's own rows give the statistics of its part of a token's logits, and a few numbers per token and rank are all that the
+whole needs. With :math:`lse_r` a rank's logsumexp and :math:`w_r = e^{lse_r - lse}` its share of the probability:
+
+.. math::
+    lse = \log\sum_r e^{lse_r}, \quad \log p_y = \log p_y^r + lse_r - lse, \quad H = \sum_r w_r (H_r + lse - lse_r), \quad
+    \log\sum p^2 = \log\sum_r w_r^2 e^{lss_r}, \quad \sum u \log p = \sum_r \big(s_r + (lse_r - lse) \textstyle\sum u_r\big)
+
+Every rank gathers those numbers and puts them together in the same order, so that all hold the same bits. From there on the
+gradient of a rank's logits is its own business; the gradient of hidden is a sum over ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .numerics import statistics_dtype
+from .row_statistics import RowStatistics, empty_statistics
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """What to pass as ``group=`` where the group alone does not say which part of the vocabulary this rank holds.
+
+    A bare process group stands for ``VocabParallel(group)``: every rank holds as many consecutive rows, in rank order.
+
+    Args:
+        group: the ranks that share the vocabulary.
+        vocab_range: ``(start, stop)``, the ids of this rank's rows; what the shard holds beyond them is padding. By default
+            from ``rank·rows`` on, as many as there are rows. May be empty.
+        vocab_size: V, of all ranks together; by default the rows of all. Smaller, the last rows are padding.
+        partial_gradient: leave the gradient of hidden a partial sum. For hidden states gathered by something that sums over
+            ranks in backward, such as a reduce-scatter.
+
+    Example:
+        >>> VocabParallel(None, vocab_range=(0, 3), vocab_size=5).shard(rows=4)
+        Traceback (most recent call last):
+        ValueError: group is None: pass a process group, or call without group= for a whole vocabulary
+    """
+
+    group: Any
+    vocab_range: tuple[int, int] | None = None
+    vocab_size: int | None = None
+    partial_gradient: bool = False
+
+    def shard(self, rows: int) -> VocabShard:
+        """What a shard of ``rows`` rows holds."""
+        if self.group is None:
+            raise ValueError("group is None: pass a process group, or call without group= for a whole vocabulary")
+        rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        vocab = rows * ranks if self.vocab_size is None else self.vocab_size
+        if self.vocab_range is None:
+            start, stop = (min(at * rows, vocab) for at in (rank, rank + 1))
+        elif self.vocab_size is None:
+            raise ValueError(f"vocab_range {self.vocab_range} needs vocab_size, the rows of all {ranks} ranks together")
+        else:
+            start, stop = self.vocab_range
+        if not 0 <= start <= stop <= vocab or stop - start > rows:
+            raise ValueError(
+                f"rank {rank} of {ranks} holds {rows} rows, which cannot be the ids {(start, stop)} of {vocab}"
+            )
+        return VocabShard(self.group.group_name, start, stop, vocab, self.partial_gradient)
+
+
+def vocab_shard(group: Any, rows: int) -> VocabShard | None:
+    """What a ``group=`` argument says of a shard of ``rows`` rows; None for None."""
+    if group is None or isinstance(group, VocabShard):
+        return group
+    return (group if isinstance(group, VocabParallel) else VocabParallel(group)).shard(rows)
+
+
+class VocabShard(NamedTuple):
+    """The ids ``[start, stop)`` of ``vocab``, this rank's share of a group, which is known by its name."""
+
+    group: str
+    start: int
+    stop: int
+    vocab: int
+    partial: bool
+
+    @property
+    def size(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def part(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def packed(self) -> str:
+        """As an operator takes it."""
+        return ":".join(str(x) for x in (*self[1:4], int(self.partial), self.group))
+
+    @classmethod
+    def unpacked(cls, text: str) -> VocabShard | None:
+        if not text:
+            return None
+        start, stop, vocab, partial, group = text.split(":", 4)
+        return cls(group, int(start), int(stop), int(vocab), partial == "1")
+
+    def local(self, ids: Tensor) -> Tensor:
+        """Ids counted from this rank's first row; −100 stays, and an id of another rank becomes ``size``, no row at all."""
+        mine = (ids >= self.start) & (ids < self.stop)
+        return torch.where(mine, ids - self.start, self.size).masked_fill(ids == -100, -100)
+
+    def process_group(self) -> Any:
+        return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``x`` of every rank, ``(R, *x.shape)``."""
+        group = self.process_group()
+        ranks = dist.get_world_size(group)
+        out = x.new_empty(ranks * x.numel())
+        dist.all_gather_into_tensor(out, x.reshape(-1).contiguous(), group=group)
+        return out.view(ranks, *x.shape)
+
+    def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
+        """The best of every rank's ``(N, k)``, by ids of the whole vocabulary."""
+        both, both_ids = (self.gather(t).movedim(0, 1).flatten(1) for t in (values, ids + self.start))
+        return best_of(both, both_ids, values.shape[1], largest)
+
+    def sum_over_ranks(self, *tensors: Tensor | None) -> list[Any]:
+        """Begin to add those that are there up over the ranks, in place; ``wait()`` on what is returned."""
+        present = [] if self.partial else [t for t in tensors if t is not None]
+        return [dist.all_reduce(t, group=self.process_group(), async_op=True) for t in present]
+
+
+class _SummedInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: VocabShard) -> Tensor:
+        ctx.shard = shard
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        total = grad.to(statistics_dtype(grad.dtype), copy=True)
+        for sum_begun in ctx.shard.sum_over_ranks(total):
+            sum_begun.wait()
+        return total.to(grad.dtype), None
+
+
+def summed_in_backward(x: Tensor, shard: VocabShard) -> Tensor:
+    """``x``, the same on all ranks, whose gradient is the sum of theirs."""
+    return _SummedInBackward.apply(x, shard)
+
+
+def best_of(values: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest or smallest of ``(N, m)`` and their ids, fewer where ``m < k``; a single one is the first of equals."""
+    if k == 1:
+        best, at = values.max(-1, keepdim=True) if largest else values.min(-1, keepdim=True)
+    else:
+        best, at = values.topk(min(k, values.shape[-1]), largest=largest)
+    return best, ids.gather(-1, at)
+
+
+def packed(shard: VocabShard | None) -> str:
+    return "" if shard is None else shard.packed()
+
+
+def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequence[str]:
+    """``outputs`` with what their gradient needs where the weights are shared out too."""
+    return (*outputs, "weight_sum") if shard is not None and "sum_log_probs" in outputs else outputs
+
+
+@functools.lru_cache
+def _header(shard: VocabShard, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor([*shard[1:4]], device=device, dtype=dtype)
+
+
+def _check_ranges(shard: VocabShard, found: Tensor) -> None:
+    """Raise on every rank where the shards of all, ``(R, 3)``, are not the vocabulary once, in order."""
+    start, stop, vocab = found.unbind(1)
+    fits = (start[1:] == stop[:-1]).all() & (start[0] == 0) & (stop[-1] == vocab[-1]) & (vocab == vocab[0]).all()
+    if found.device.type != "cpu":
+        torch._assert_async(fits)
+    elif not fits:
+        ranges = [(int(a), int(b)) for a, b in zip(start, stop, strict=True)]
+        raise ValueError(
+            f"the ranks of a group must hold consecutive parts of one vocabulary in rank order, from 0 to its size; got "
+            f"{ranges} of {[int(v) for v in vocab]}"
+        )
+
+
+def _statistics_of_nothing(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
+    found = empty_statistics(like, rows, ids, outputs)
+    minus_infinity = ("logsumexp", "log_sum_sq_probs", "max_logit")
+    pairs = zip(RowStatistics._fields, found, strict=True)
+    return RowStatistics(*(None if t is None else t.fill_(-torch.inf if n in minus_infinity else 0) for n, t in pairs))
+
+
+def merged_statistics(
+    of_mine: Callable[[Collection[str]], RowStatistics],
+    like: Tensor,
+    rows: int,
+    ids: Tensor | None,  # (N, K), local
+    weight_sum: Tensor | float | None,  # Σ u of this rank's columns; None: of_mine gives it
+    outputs: Collection[str],
+    shard: VocabShard,
+) -> RowStatistics:
+    """Statistics of the whole rows from ``of_mine(outputs)``, those of this rank's columns."""
+    needed = {*outputs} | ({"max_logit"} if "is_top1" in outputs else set())
+    needed -= {"weight_sum"} if weight_sum is not None else set()
+    mine = of_mine(sorted(needed)) if shard.size else _statistics_of_nothing(like, rows, ids, needed)
+    lse = mine.logsumexp
+    assert lse is not None
+    if mine.log_probs is not None and ids is not None:
+        mine = mine._replace(log_probs=mine.log_probs.masked_fill(ids >= shard.size, -torch.inf))
+    if mine.sum_log_probs is not None and weight_sum is not None:
+        total = weight_sum if isinstance(weight_sum, Tensor) else lse.new_full((), weight_sum)
+        mine = mine._replace(weight_sum=total.to(lse.dtype).expand(rows))
+    parts = {name: t for name, t in mine._asdict().items() if t is not None}
+    flat = torch.cat([_header(shard, lse.device, lse.dtype), *(t.reshape(-1).to(lse.dtype) for t in parts.values())])
+    gathered = shard.gather(flat)
+    _check_ranges(shard, gathered[:, :3])
+    columns = gathered[:, 3:].split([t.numel() for t in parts.values()], 1)
+    whole = _whole({name: x.view(-1, *t.shape) for (name, t), x in zip(parts.items(), columns, strict=True)})
+    skip = None if ids is None else (ids == -100).all(-1)
+
+    def finished(name: str) -> Tensor | None:
+        if name not in (*outputs, "logsumexp") and (name != "log_probs" or ids is None):
+            return None
+        value = whole[name]
+        if name == "log_probs" and ids is not None:
+            value = value.masked_fill(ids == -100, 0).to(parts[name].dtype)
+        elif skip is not None:
+            value = value.masked_fill(skip, 0)
+        return value.to(parts[name].dtype)
+
+    return RowStatistics(*(finished(name) for name in RowStatistics._fields))
+
+
+def _whole(of: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The module's equations; each argument is ``(R, N)``, ``log_probs`` ``(R, N, K)``."""
+    lse = of["logsumexp"].logsumexp(0)
+    less = of["logsumexp"] - lse  # ≤ 0
+    share, gone = less.exp(), less == -torch.inf  # a rank all of whose logits are −inf has no statistics of its own
+    whole = {"logsumexp": lse}
+
+    def total(terms: Tensor, where_gone: float | Tensor) -> Tensor:
+        return torch.where(gone, where_gone, terms).sum(0)
+
+    if "log_probs" in of:
+        log_probs = torch.where(gone[..., None], -torch.inf, of["log_probs"] + less[..., None])
+        whole["log_probs"] = log_probs.amax(0).clamp(max=0)
+    if "entropy" in of:
+        whole["entropy"] = total(share * (of["entropy"] - less), 0.0)
+    if "log_sum_sq_probs" in of:
+        whole["log_sum_sq_probs"] = torch.where(gone, -torch.inf, of["log_sum_sq_probs"] + 2 * less).logsumexp(0)
+    if "sum_log_probs" in of:
+        weight_sum = of["weight_sum"]
+        no_weight = torch.where(weight_sum == 0, 0.0, -torch.inf).to(lse.dtype)
+        whole["weight_sum"] = weight_sum.sum(0)
+        whole["sum_log_probs"] = total(of["sum_log_probs"] + weight_sum * less, no_weight)
+    if "max_logit" in of:
+        whole["max_logit"], first = of["max_logit"].max(0)
+        if "is_top1" in of:
+            whole["is_top1"] = of["is_top1"].gather(0, first[None])[0]
+    return whole
