@@ -399,7 +399,7 @@ def _hard(
     chosen_backend = resolve_backend(head.hidden, backend)
     chosen = plan(
         N,
-        head.weight.shape[0],
+        head.planned_vocab,
         H,
         head.hidden.dtype,
         per_token=not summed,
@@ -472,7 +472,7 @@ def _soft(
     workspace: int | str | None,
 ) -> tuple[Tensor, Tensor]:
     """The loss and ``logsumexp`` ``(N,)`` with class probabilities: they are as large as the logits, so a chunk at a time."""
-    N, C = head.hidden.shape[0], head.weight.shape[0]
+    N, C = head.hidden.shape[0], head.planned_vocab
     if head.shard is not None and not head.shard.partial:
         hidden, u = (None if t is None else summed_in_backward(t, head.shard) for t in (head.hidden, head.u))
         head = head._replace(hidden=hidden, u=u)  # type: ignore[arg-type]

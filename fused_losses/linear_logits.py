@@ -585,7 +585,7 @@ class LinearLogits(LazyTensor):
         rows, dtype = self.rows(), statistics_dtype(self.hidden.dtype)
         N, V = len(rows.hidden), self.rest.weight.shape[0]
         room = (settings.workspace.value or 2**28) // (4 * dtype.itemsize)  # a tile, its transform and what topk needs
-        width = min(V, max(1, room // 1024))
+        width = max(1, min(V, room // 1024))
         height = max(1, room // width)
         values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
         ids = values.new_zeros(N, k, dtype=torch.int64)

@@ -19,7 +19,8 @@ def versions(**tensors: Tensor | None) -> dict[str, int]:
 
 
 def is_whole(weight: Tensor) -> bool:
-    return weight.numel() > 0 and weight.untyped_storage().size() > 0
+    """Whether the head's weight is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
+    return weight.ndim == 2 and (weight.shape[0] == 0 or weight.untyped_storage().size() > 0)
 
 
 def is_distributed() -> bool:

@@ -250,7 +250,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     ):  # 32-bit heads make their logits with the library, before any gradient
         forward = {"logits of a tile": min(N, tile_rows(V, dtype.itemsize)) * V * dtype.itemsize}
         parts = parts if sum(parts.values()) >= sum(forward.values()) else forward
-    return _plan(sizes, "recompute", v, max(1, -(-V // v)), None, parts, why)
+    return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why)
 
 
 def _even(total: int, most: int) -> int:

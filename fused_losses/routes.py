@@ -25,7 +25,7 @@ from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import full_precision, statistics_dtype
-from .planning import plan
+from .planning import Plan, plan
 from .row_statistics import (
     Coefficients,
     RowStatistics,
@@ -63,6 +63,11 @@ class Head(NamedTuple):
     def vocab(self) -> int:
         """The size of the whole vocabulary."""
         return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
+    @property
+    def planned_vocab(self) -> int:
+        """The rows that a plan counts on; all ranks that share a vocabulary must plan alike."""
+        return self.weight.shape[0] if self.shard is None else self.shard.even_size
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
@@ -161,8 +166,15 @@ def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor |
 
 def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Backend) -> int:
     """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
-    (N, H), V = head.hidden.shape, head.weight.shape[0]
+    (N, H), V = head.hidden.shape, head.planned_vocab
     return plan(N, V, H, head.hidden.dtype, workspace=workspace, per_token=per_token, backend=backend).budget
+
+
+def forward_plan(head: Head, tokens: int, workspace: int, accumulate: str | None, backend: str) -> Plan:
+    """Chunks for the ``tokens`` of a head that are projected, on route ``gradients_in_forward``."""
+    how: dict[str, Any] = {"workspace": workspace, "accumulate": accumulate, "backend": backend}
+    V, H, dtype = head.planned_vocab, head.hidden.shape[1], head.hidden.dtype
+    return plan(tokens, V, H, dtype, route="gradients_in_forward", **how)
 
 
 def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
@@ -212,11 +224,9 @@ def loss_and_gradients(
     ``of_chunk(statistics, rows)`` sees each chunk once, in order, and says how its loss depends on its statistics.
     """
     hidden, weight, dtype = head.hidden, head.weight, head.hidden.dtype
-    (N, H), V, wide = hidden.shape, weight.shape[0], statistics_dtype(hidden.dtype)
+    N, V, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
     M = N if keep is None else keep.shape[0]
-    chosen = plan(
-        M, V, H, dtype, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend
-    )
+    chosen = forward_plan(head, M, workspace, accumulate, backend)
     sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
     per_token = per_token_dtype(dtype, head.shard)
 
@@ -240,7 +250,9 @@ def loss_and_gradients(
         of_ids = None if local_ids is None else local_ids[rows]
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_room[: part.stop - part.start]
-        for columns in slices(V, V if logits.is_cuda else BLOCK):  # on a CPU a third faster: the result stays in cache
+        for columns in slices(
+            V, max(V, 1) if logits.is_cuda else BLOCK
+        ):  # on a CPU a third faster: the result stays in cache
             piece = chunk.columns(columns)
             if piece.bias is None:
                 torch.mm(chunk.hidden, piece.weight.t(), out=logits[:, columns])
@@ -528,22 +540,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     dtype = hidden.dtype
     wide = statistics_dtype(dtype)
-    N, V = hidden.shape[0], weight.shape[0]
-    M = N if keep is None else keep.shape[0]
-    sums = wide
-    if dtype != torch.float16:
-        chosen = plan(
-            M,
-            V,
-            hidden.shape[1],
-            dtype,
-            route="gradients_in_forward",
-            workspace=workspace,
-            accumulate=accumulate,
-            backend=backend,
-        )
-        sums = chosen.accumulate or dtype
-    per_token = per_token_dtype(dtype, VocabShard.unpacked(shard))
+    N = hidden.shape[0]
+    head = Head(hidden, weight, shard=VocabShard.unpacked(shard))
+    chosen = forward_plan(head, N if keep is None else keep.shape[0], workspace, accumulate, backend)
+    sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
+    per_token = per_token_dtype(dtype, head.shard)
     dtypes = (per_token, sums, wide, per_token, sums)
     return (
         of_log_probs.new_empty(()),

@@ -112,8 +112,8 @@ def token_loss(
             head = head_of(logits)
             check_head(head)
             chosen_backend = resolve_backend(head.hidden, backend)
-            (rows, H), dtype = head.weight.shape, head.hidden.dtype
-            chosen = plan(N, rows, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
+            V_planned, H, dtype = head.planned_vocab, head.hidden.shape[1], head.hidden.dtype
+            chosen = plan(N, V_planned, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
             in_forward = chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
             if in_forward:
                 head, _ = ready(head, None)

@@ -67,7 +67,7 @@ class VocabParallel:
             raise ValueError(
                 f"rank {rank} of {ranks} holds {rows} rows, which cannot be the ids {(start, stop)} of {vocab}"
             )
-        return VocabShard(self.group.group_name, start, stop, vocab, self.partial_gradient)
+        return VocabShard(self.group.group_name, start, stop, vocab, ranks, self.partial_gradient)
 
 
 def vocab_shard(group: Any, rows: int) -> VocabShard | None:
@@ -84,6 +84,7 @@ class VocabShard(NamedTuple):
     start: int
     stop: int
     vocab: int
+    ranks: int
     partial: bool
 
     @property
@@ -91,19 +92,25 @@ class VocabShard(NamedTuple):
         return self.stop - self.start
 
     @property
+    def even_size(self) -> int:
+        """How many ids a rank has where they are shared out evenly."""
+        return -(-self.vocab // self.ranks)
+
+    @property
     def part(self) -> slice:
         return slice(self.start, self.stop)
 
     def packed(self) -> str:
         """As an operator takes it."""
-        return ":".join(str(x) for x in (*self[1:4], int(self.partial), self.group))
+        return ":".join(str(x) for x in (*self[1:5], int(self.partial), self.group))
 
     @classmethod
     def unpacked(cls, text: str) -> VocabShard | None:
         if not text:
             return None
-        start, stop, vocab, partial, group = text.split(":", 4)
-        return cls(group, int(start), int(stop), int(vocab), partial == "1")
+        *numbers, group = text.split(":", 5)
+        start, stop, vocab, ranks, partial = map(int, numbers)
+        return cls(group, start, stop, vocab, ranks, bool(partial))
 
     def local(self, ids: Tensor) -> Tensor:
         """Ids counted from this rank's first row; −100 stays, and an id of another rank becomes ``size``, no row at all."""
@@ -116,10 +123,12 @@ class VocabShard(NamedTuple):
     def gather(self, x: Tensor) -> Tensor:
         """``x`` of every rank, ``(R, *x.shape)``."""
         group = self.process_group()
-        ranks = dist.get_world_size(group)
-        out = x.new_empty(ranks * x.numel())
-        dist.all_gather_into_tensor(out, x.reshape(-1).contiguous(), group=group)
-        return out.view(ranks, *x.shape)
+        out = x.new_empty(self.ranks * x.numel())
+        all_gather = (
+            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        )  # its name before torch 2.13
+        all_gather(out, x.reshape(-1).contiguous(), group=group)
+        return out.view(self.ranks, *x.shape)
 
     def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
         """The best of every rank's ``(N, k)``, by ids of the whole vocabulary."""
