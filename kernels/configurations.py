@@ -317,44 +317,54 @@ def _divergence_rows() -> Iterator[Shipped]:
     BLOCK_V, VEC, num_warps = divergence_rows_config()
     optional = dict.fromkeys(("student_temperature_ptr", "teacher_temperature_ptr", "hard_ptr", "nll_ptr"), "*fp32:16")
     flags = ("HARD", "TEMPERATURE", "STUDENT_TEMPERATURE", "TEACHER_TEMPERATURE", "STUDENT_SOFTCAP", "TEACHER_SOFTCAP")
-    for kind in ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd", "cross_entropy"):
-        for gradients in ("student", "both") if kind == "jsd" else ("both",):  # jsd is the one with most to hold
-            everything = gradients == "both"
-            d_student, d_teacher = gradients != "none", gradients == "both"
-            strides = {
-                f"{x}_stride_{dim}": 1 if dim == "v" else "i32:16" if dim == "b" else 0
-                for x in ("student", "teacher", "d_student", "d_teacher")
-                for dim in "bvs"
-            }
-            yield Shipped(
-                f"divergence_rows {kind}, gradients of {gradients}{', every option' if everything else ''}",
-                module._divergence_rows_kernel,
-                strides
-                | (optional if everything else dict.fromkeys(optional))
-                | dict(
-                    student_ptr="*fp32:16",
-                    teacher_ptr="*fp32:16",
-                    ids_ptr="*i64:16",
-                    soft_ptr="*fp32:16" if d_student else None,
-                    divergence_ptr="*fp32:16",
-                    d_student_ptr="*bf16:16" if d_student else None,
-                    d_teacher_ptr="*bf16:16" if d_teacher else None,
-                    V="i32:16",
-                    S=1,
-                    temperature="fp32",
-                    beta="fp32",
-                    student_scale="fp32",
-                    student_softcap="fp32",
-                    teacher_scale="fp32",
-                    teacher_softcap="fp32",
-                    KIND=tl.constexpr(kind),  # a bare string would be a type
-                    HAS_IDS=True,
-                    **{f"HAS_{flag}": everything for flag in flags},
-                    D_STUDENT=d_student,
-                    D_TEACHER=d_teacher,
-                    BLOCK_V=BLOCK_V,
-                    VEC=VEC,
-                ),
-                num_warps=num_warps,
-                num_stages=3,
-            )
+    kinds = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd", "cross_entropy")
+    # jsd is the one with most to hold
+    choices = [("jsd", "all", False), *((kind, "all", True) for kind in kinds)]
+    choices += [("jsd", step, True) for step in ("normalizers", "sums", "gradients")]
+    for kind, step, everything in choices:
+        strides = {
+            f"{x}_stride_{dim}": 1 if dim == "v" else "i32:16" if dim == "b" else 0
+            for x in ("student", "teacher", "d_student", "d_teacher")
+            for dim in "bvs"
+        }
+        whole, writes = step == "all", step in ("all", "gradients")
+        yield Shipped(
+            f"divergence_rows {kind}, "
+            + (
+                f"{step} of a slice"
+                if not whole
+                else f"gradients of {'both, every option' if everything else 'student'}"
+            ),
+            module._divergence_rows_kernel,
+            strides
+            | (optional if everything else dict.fromkeys(optional))
+            | dict(
+                student_ptr="*fp32:16",
+                teacher_ptr="*fp32:16",
+                ids_ptr="*i64:16",
+                soft_ptr="*fp32:16" if writes else None,
+                divergence_ptr="*fp32:16" if whole else None,
+                normalizers_ptr=None if whole else "*fp64:16",
+                sums_ptr=None if whole or step == "normalizers" else "*fp64:16",
+                d_student_ptr="*bf16:16" if writes else None,
+                d_teacher_ptr="*bf16:16" if writes and everything else None,
+                V="i32:16",
+                S=1,
+                temperature="fp32",
+                beta="fp32",
+                student_scale="fp32",
+                student_softcap="fp32",
+                teacher_scale="fp32",
+                teacher_softcap="fp32",
+                STEP=tl.constexpr(step),  # a bare string would be a type
+                KIND=tl.constexpr(kind),
+                HAS_IDS=True,
+                **{f"HAS_{flag}": everything for flag in flags},
+                D_STUDENT=True,
+                D_TEACHER=everything,
+                BLOCK_V=BLOCK_V,
+                VEC=VEC,
+            ),
+            num_warps=num_warps,
+            num_stages=3,
+        )

@@ -9,6 +9,7 @@ per row:
 
 One program per row goes over it twice, three times with gradients: both maxima and sums; then the divergence and the mean
 slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``.
+Where ranks share the vocabulary these are three steps, and between them the ranks put together what each found in its slice.
 
 Never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with ``r = log(a/b)``,
 the same number since both rows sum to 1. Each term is ≥ 0 (clamped there against its rounding), a polynomial in r near 0, and
@@ -145,9 +146,9 @@ def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _mean_slope(lanes):
+def _mean_slope(total):
     """``Σ p g`` of a row, and whether it is infinite, as the divergence then is."""
-    slope = tl.sum(lanes.to(tl.float64), 0).to(tl.float32)
+    slope = total.to(tl.float32)
     return slope, tl.abs(slope) == float("inf")
 
 
@@ -162,6 +163,8 @@ def _divergence_rows_kernel(
     hard_ptr,  # (N,)
     divergence_ptr,  # (N,)
     nll_ptr,  # (N,)
+    normalizers_ptr,  # (4 or 6, N) float64
+    sums_ptr,  # (4, N) float64
     d_student_ptr,  # (B, V, S), may be student_ptr: each element is read by the lane that writes it
     d_teacher_ptr,  # (B, V, S), may be teacher_ptr
     V,
@@ -184,6 +187,7 @@ def _divergence_rows_kernel(
     student_softcap,
     teacher_scale,
     teacher_softcap,
+    STEP: tl.constexpr,
     KIND: tl.constexpr,
     HAS_IDS: tl.constexpr,
     HAS_HARD: tl.constexpr,
@@ -200,7 +204,7 @@ def _divergence_rows_kernel(
     LANES: tl.constexpr = BLOCK_V // VEC
     G_WEIGHED: tl.constexpr = KIND == "forward_kl" or KIND == "cross_entropy"
     H_WEIGHED: tl.constexpr = KIND == "reverse_kl"
-    row = tl.program_id(0).to(tl.int64)
+    row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     y = row
     if HAS_IDS:
         y = tl.load(ids_ptr + row)
@@ -215,71 +219,111 @@ def _divergence_rows_kernel(
     if HAS_TEACHER_TEMPERATURE:
         teacher_temperature = tl.load(teacher_temperature_ptr + row).to(tl.float32)
 
-    s_largest = tl.full((LANES,), FLOOR, tl.float32)
-    t_largest = tl.full((LANES,), FLOOR, tl.float32)
-    hard_largest = tl.full((LANES,), FLOOR, tl.float32)
-    s_total = tl.zeros((LANES,), tl.float32)
-    t_total = tl.zeros((LANES,), tl.float32)
-    hard_total = tl.zeros((LANES,), tl.float32)  # of the student at temperature 1
     v_end = tl.where(active, V, 0)  # a skipped row reads nothing
-    for v_start in range(0, v_end, BLOCK_V):
-        v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        inside = v < V
-        x = tl.load(student_row + v * student_stride_v, mask=inside, other=0.0).to(tl.float32)
-        z = _final(x, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE)
-        z = tl.where(inside, z, float("-inf"))
+    if STEP == "sums" or STEP == "gradients":
+        s_max = tl.load(normalizers_ptr + row).to(tl.float32)
+        s_log_total = tl.load(normalizers_ptr + N + row)
+        t_max = tl.load(normalizers_ptr + 2 * N + row).to(tl.float32)
+        t_log_total = tl.load(normalizers_ptr + 3 * N + row)
+        hard_max, hard_log_total = s_max, s_log_total
         if HAS_HARD and HAS_TEMPERATURE:
-            hard_largest, hard_total = _advance(z, hard_largest, hard_total, LANES, VEC)
-        s_largest, s_total = _advance(_over(z, temperature, HAS_TEMPERATURE), s_largest, s_total, LANES, VEC)
-        x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
-        z = _final(x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE)
-        z = tl.where(inside, _over(z, temperature, HAS_TEMPERATURE), float("-inf"))
-        t_largest, t_total = _advance(z, t_largest, t_total, LANES, VEC)
-    s_max, s_log_total = _meet(s_largest, s_total)
-    t_max, t_log_total = _meet(t_largest, t_total)
+            hard_max = tl.load(normalizers_ptr + 4 * N + row).to(tl.float32)
+            hard_log_total = tl.load(normalizers_ptr + 5 * N + row)
+    else:
+        s_largest = tl.full((LANES,), FLOOR, tl.float32)
+        t_largest = tl.full((LANES,), FLOOR, tl.float32)
+        hard_largest = tl.full((LANES,), FLOOR, tl.float32)
+        s_total = tl.zeros((LANES,), tl.float32)
+        t_total = tl.zeros((LANES,), tl.float32)
+        hard_total = tl.zeros((LANES,), tl.float32)  # of the student at temperature 1
+        for v_start in range(0, v_end, BLOCK_V):
+            v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
+            inside = v < V
+            x = tl.load(student_row + v * student_stride_v, mask=inside, other=0.0).to(tl.float32)
+            z = _final(
+                x, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
+            )
+            z = tl.where(inside, z, float("-inf"))
+            if HAS_HARD and HAS_TEMPERATURE:
+                hard_largest, hard_total = _advance(z, hard_largest, hard_total, LANES, VEC)
+            s_largest, s_total = _advance(_over(z, temperature, HAS_TEMPERATURE), s_largest, s_total, LANES, VEC)
+            x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
+            z = _final(
+                x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE
+            )
+            z = tl.where(inside, _over(z, temperature, HAS_TEMPERATURE), float("-inf"))
+            t_largest, t_total = _advance(z, t_largest, t_total, LANES, VEC)
+        s_max, s_log_total = _meet(s_largest, s_total)
+        t_max, t_log_total = _meet(t_largest, t_total)
+        hard_max, hard_log_total = s_max, s_log_total
+        if HAS_HARD and HAS_TEMPERATURE:
+            hard_max, hard_log_total = _meet(hard_largest, hard_total)
+    if STEP == "normalizers":
+        tl.store(normalizers_ptr + row, s_max.to(tl.float64))
+        tl.store(normalizers_ptr + N + row, s_log_total)
+        tl.store(normalizers_ptr + 2 * N + row, t_max.to(tl.float64))
+        tl.store(normalizers_ptr + 3 * N + row, t_log_total)
+        if HAS_HARD and HAS_TEMPERATURE:
+            tl.store(normalizers_ptr + 4 * N + row, hard_max.to(tl.float64))
+            tl.store(normalizers_ptr + 5 * N + row, hard_log_total)
     s_hi = s_log_total.to(tl.float32)
     s_lo = (s_log_total - s_hi.to(tl.float64)).to(tl.float32)
     t_hi = t_log_total.to(tl.float32)
     t_lo = (t_log_total - t_hi.to(tl.float64)).to(tl.float32)
-    hard_max, hard_log_total = s_max, s_log_total
-    if HAS_HARD and HAS_TEMPERATURE:
-        hard_max, hard_log_total = _meet(hard_largest, hard_total)
 
-    values = tl.zeros((LANES,), tl.float32)
-    s_slopes = tl.zeros((LANES,), tl.float32)
-    t_slopes = tl.zeros((LANES,), tl.float32)
-    for v_start in range(0, v_end, BLOCK_V):
-        v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
-        inside = v < V
-        x = tl.load(student_row + v * student_stride_v, mask=inside, other=0.0).to(tl.float32)
-        z = _final(x, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE)
-        log_s = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - s_max) - s_hi) - s_lo, float("-inf"))
-        x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
-        z = _final(x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE)
-        log_t = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - t_max) - t_hi) - t_lo, float("-inf"))
-        s = tl.exp(log_s)
-        t = tl.exp(log_t)
-        value, g, h = _of_kind(s, t, log_s, log_t, beta, KIND)
-        values += _folded(value, LANES, VEC)
-        if D_STUDENT:
-            s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
-        if D_TEACHER:
-            t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
-    divergence = tl.sum(values.to(tl.float64), 0).to(tl.float32)
-    tl.store(divergence_ptr + row, tl.where(active, divergence, 0.0))
-    if HAS_HARD:
-        found = (y >= 0) & (y < V)
-        x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
-        z_y = _final(
-            x_y, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
-        )
-        nll = (hard_log_total - (z_y - hard_max).to(tl.float64)).to(tl.float32)
-        tl.store(nll_ptr + row, tl.where(found, nll, 0.0))
+    if STEP == "gradients":
+        s_slope = tl.load(sums_ptr + 2 * N + row)
+        t_slope = tl.load(sums_ptr + 3 * N + row)
+    if STEP == "all" or STEP == "sums":
+        values = tl.zeros((LANES,), tl.float32)
+        s_slopes = tl.zeros((LANES,), tl.float32)
+        t_slopes = tl.zeros((LANES,), tl.float32)
+        for v_start in range(0, v_end, BLOCK_V):
+            v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
+            inside = v < V
+            x = tl.load(student_row + v * student_stride_v, mask=inside, other=0.0).to(tl.float32)
+            z = _final(
+                x, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
+            )
+            log_s = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - s_max) - s_hi) - s_lo, float("-inf"))
+            x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
+            z = _final(
+                x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE
+            )
+            log_t = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - t_max) - t_hi) - t_lo, float("-inf"))
+            s = tl.exp(log_s)
+            t = tl.exp(log_t)
+            value, g, h = _of_kind(s, t, log_s, log_t, beta, KIND)
+            values += _folded(value, LANES, VEC)
+            if D_STUDENT:
+                s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
+            if D_TEACHER:
+                t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
+        divergence = tl.sum(values.to(tl.float64), 0)
+        s_slope = tl.sum(s_slopes.to(tl.float64), 0)
+        t_slope = tl.sum(t_slopes.to(tl.float64), 0)
+        if STEP == "all":
+            tl.store(divergence_ptr + row, tl.where(active, divergence.to(tl.float32), 0.0))
+        else:
+            tl.store(sums_ptr + row, tl.where(active, divergence, 0.0))
+            tl.store(sums_ptr + 2 * N + row, s_slope)
+            tl.store(sums_ptr + 3 * N + row, t_slope)
+        if HAS_HARD:
+            found = (y >= 0) & (y < V)
+            x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
+            z_y = _final(
+                x_y, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
+            )
+            nll = hard_log_total - (z_y - hard_max).to(tl.float64)
+            if STEP == "all":
+                tl.store(nll_ptr + row, tl.where(found, nll.to(tl.float32), 0.0))
+            else:
+                tl.store(sums_ptr + N + row, tl.where(found, nll, 0.0))
 
-    if D_STUDENT or D_TEACHER:
+    if (D_STUDENT or D_TEACHER) and (STEP == "all" or STEP == "gradients"):
         soft = tl.load(soft_ptr + row) / temperature
-        s_mean, s_infinite = _mean_slope(s_slopes)
-        t_mean, t_infinite = _mean_slope(t_slopes)
+        s_mean, s_infinite = _mean_slope(s_slope)
+        t_mean, t_infinite = _mean_slope(t_slope)
         hard = 0.0
         hard_hi = hard_log_total.to(tl.float32)
         hard_lo = (hard_log_total - hard_hi.to(tl.float64)).to(tl.float32)
@@ -341,11 +385,17 @@ def divergence_rows(
     hard=None,  # (N,) and those of −log p
     d_student=None,  # (B, V, S) to write the gradient to; may be student itself
     d_teacher=None,  # (B, V, S)
+    # For a slice of the vocabulary; "normalizers" and "sums" write what is the slice's, "gradients" takes those of the whole
+    step="all",
+    normalizers=None,  # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of the teacher, over
+    # the temperature; (6, N) with labels and a temperature: then of the student at temperature 1
+    sums=None,  # (4, N) float64: divergence, −log p at the slice's ids, Σ p g of the student, Σ p h of the teacher
+    slopes=(False, False),  # which of the last two to make
 ):
     B, V, S = student.shape[0], min(student.shape[1], teacher.shape[1]), student.shape[2]
     N = B * S
-    divergence = student.new_empty(N, dtype=torch.float32)
-    nll = student.new_empty(N, dtype=torch.float32) if labels else None
+    divergence = student.new_empty(N, dtype=torch.float32) if step == "all" else None
+    nll = student.new_empty(N, dtype=torch.float32) if labels and step == "all" else None
     if N == 0:
         return divergence, nll
     BLOCK_V, VEC, num_warps = divergence_rows_config()
@@ -359,6 +409,8 @@ def divergence_rows(
         hard,
         divergence,
         nll,
+        normalizers,
+        sums,
         d_student,
         d_teacher,
         V,
@@ -373,6 +425,7 @@ def divergence_rows(
         student_softcap or 1.0,
         teacher_scale,
         teacher_softcap or 1.0,
+        STEP=step,
         KIND=kind,
         HAS_IDS=ids is not None,
         HAS_HARD=labels,
@@ -381,8 +434,8 @@ def divergence_rows(
         HAS_TEACHER_TEMPERATURE=teacher_temperature is not None,
         HAS_STUDENT_SOFTCAP=student_softcap is not None,
         HAS_TEACHER_SOFTCAP=teacher_softcap is not None,
-        D_STUDENT=d_student is not None,
-        D_TEACHER=d_teacher is not None,
+        D_STUDENT=d_student is not None or slopes[0],
+        D_TEACHER=d_teacher is not None or slopes[1],
         BLOCK_V=BLOCK_V,
         VEC=VEC,
         num_warps=num_warps,

@@ -1,5 +1,6 @@
 """Divergence between two sets of logits: every kind, both gradients, tensors and heads, on both backends."""
 
+import itertools
 import math
 
 import pytest
@@ -8,10 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fused_losses.bench.memory import peak_bytes
+from fused_losses.chunked.divergence_rows import whole_normalizers
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.two_heads import divergence_module
 
 BETA = 0.3
 
@@ -242,6 +245,97 @@ def test_float64_takes_any_derivative(kind):
 
     assert torch.autograd.gradcheck(fn, (student, teacher), check_forward_ad=True, check_batched_grad=False)
     assert torch.autograd.gradgradcheck(fn, (student, teacher))
+
+
+def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, hard=None, gradients=(), **options):
+    """What ``divergence_rows`` gives for whole rows, from slices of the vocabulary as ranks hold them."""
+    slices = [slice(*ends) for ends in itertools.pairwise(cuts)]
+    N = student.shape[0] * student.shape[2]
+    labels = options.get("labels", False)
+    T = options["temperature"]
+
+    def step(name, i, part, **more):
+        local = None if ids is None else torch.where((ids >= part.start) & (ids < part.stop), ids - part.start, 9999)
+        local = None if ids is None else local.masked_fill(ids == -100, -100)
+        given = {"step": name, "normalizers": normalizers[i], "sums": sums[i]} | options | more
+        rows(student[:, part], teacher[:, part], local, *temperatures, **given)
+
+    normalizers = student.new_full((len(slices), 6 if labels and T != 1 else 4, N), math.nan, dtype=torch.float64)
+    sums = student.new_zeros(len(slices), 4, N, dtype=torch.float64)
+    for i, part in enumerate(slices):
+        step("normalizers", i, part)
+    normalizers[:] = whole_normalizers(normalizers)
+    for i, part in enumerate(slices):
+        step("sums", i, part, slopes=("d_student" in gradients, "d_teacher" in gradients))
+    sums[:] = sums.sum(0)
+    written = {name: torch.full_like(student, math.nan) for name in gradients}
+    for i, part in enumerate(slices):
+        room = {name: x[:, part] for name, x in written.items()}
+        step("gradients", i, part, soft=soft, hard=hard, **room)
+    return sums[0, 0], sums[0, 1] if labels else None, *written.values()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("everything", [False, True])
+@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
+def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backend, device):
+    if backend == "triton" and (dtype == torch.float64 or (dtype == torch.float16 and kind != "jsd")):
+        pytest.skip("the kernel computes in fp32, and reads float16 alike for every kind")
+    student, teacher = (x.unsqueeze(-1) for x in pair(device, dtype, tokens=(7,), V=203))
+    student[0, 3] = teacher[0, 3] = -math.inf
+    student[1, :60] = teacher[1, :60] = -math.inf  # all that the first slices hold
+    student[2, 120] = -math.inf
+    teacher[3, 5] = -math.inf
+    student[4] = teacher[4] = math.nan
+    student[5, 140], teacher[5, 140] = 40.0, 39.0  # all the mass
+    ids = torch.tensor([0, 202, 59, 60, -100, 140, 12], device=device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    T, teacher_T, soft, hard = (torch.rand(4, 7, device=device, dtype=wide) + 0.5).unbind()
+    how = {"kind": kind, "beta": BETA, "labels": True, "temperature": 1.0}
+    temperatures = (None, None)
+    if everything:
+        how |= {"temperature": 2.5, "student_softcap": 8.0, "student_scale": 0.7}
+        temperatures = (T, teacher_T)
+    rows = divergence_module(backend).divergence_rows
+    found = rows_by_slices(
+        rows, student, teacher, ids, (0, 0, 59, 128, 203), *temperatures, soft=soft, hard=hard,
+        gradients=("d_student", "d_teacher"), **how,
+    )  # fmt: skip
+
+    def whole(*given):
+        student, teacher, T, teacher_T, soft, hard = given
+        gradients = {"d_student": torch.empty_like(student), "d_teacher": torch.empty_like(teacher)}
+        module = divergence_module("torch" if student.dtype == torch.float64 else backend)
+        values = module.divergence_rows(student, teacher, ids, T, teacher_T, soft=soft, hard=hard, **how, **gradients)
+        return *values, *gradients.values()
+
+    given = (student, teacher, *temperatures, soft, hard)
+    exact = whole(*(None if t is None else t.double() for t in given))
+    names = ("divergence", "nll", "d_student", "d_teacher")
+    for name, ours, theirs, true in zip(names, found, whole(*given), exact, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(ours, true)
+        else:
+            assert_accurate(ours.to(theirs.dtype), theirs, true, name)
+    assert not (found[0] < 0).any()
+    infinite = {"forward_kl": not everything, "reverse_kl": True}
+    assert found[0].isinf().any() == infinite.get(kind, False)
+
+
+def test_slices_of_rows_masked_with_the_least_number(backend, device):
+    """Their log-sums are lost beside such a maximum, in float64 too: slices hand on both."""
+    rows = divergence_module(backend).divergence_rows
+    student = torch.full((1, 40, 1), torch.finfo(torch.float32).min, device=device)
+    soft = torch.ones(1, device=device)
+    teacher = torch.randn(1, 40, 1, device=device)
+    found = rows_by_slices(
+        rows, student, teacher, None, (0, 7, 40), None, None, kind="jsd", temperature=1.0, soft=soft,
+        gradients=("d_student", "d_teacher"),
+    )  # fmt: skip
+    exact = value_and_gradients(reference.divergence, torch.zeros(1, 40), teacher[..., 0].cpu().double(), torch.ones(1),
+                                kind="jsd")  # fmt: skip
+    for ours, true in zip((found[0], *found[2:]), exact, strict=True):
+        torch.testing.assert_close(ours.double().cpu().view(true.shape), true.double(), rtol=1e-4, atol=1e-6)
 
 
 def test_compiles_without_a_break(backend, device):

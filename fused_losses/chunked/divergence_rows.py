@@ -76,19 +76,28 @@ def _difference(s: Tensor, t: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor
     return torch.where(teacher_larger, -t, s).mul_(w), w, teacher_larger
 
 
-def _log_softmax(z: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of rows ``(n, V)``; and each row's maximum and the log of its sum ``(n, 1)``."""
+def _log_softmax(z: Tensor, temperature: float, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities of rows ``(n, V)``; and each row's maximum and the log of its sum ``(n, 1)``, unless they are known,
+    ``(2, n)``."""
     z = z if temperature == 1 else z / temperature
-    largest = z.amax(-1, keepdim=True).clamp_(min=floor(z.dtype))
-    shifted = z - largest
-    log_total = shifted.exp().sum(-1, keepdim=True).to(wide_dtype(z.device)).log_()
+    if known is None:
+        largest = z.amax(-1, keepdim=True).clamp_(min=floor(z.dtype))
+        shifted = z - largest
+        log_total = shifted.exp().sum(-1, keepdim=True).to(wide_dtype(z.device)).log_()
+    else:
+        largest, log_total = known[0, :, None].to(z.dtype), known[1, :, None]
+        shifted = z - largest
     hi = log_total.to(z.dtype)
     return shifted.sub_(hi).sub_((log_total - hi).to(z.dtype)), largest, log_total
 
 
-def _gradient(slope: Tensor, p: Tensor, soft: Tensor, weighed: bool) -> Tensor:
+def _slope_sum(slope: Tensor, p: Tensor, weighed: bool) -> Tensor:
+    """``Σ p g`` from g, or from ``p g``."""
+    return (slope if weighed else p * slope).sum(-1, keepdim=True)
+
+
+def _gradient(slope: Tensor, p: Tensor, mean: Tensor, soft: Tensor, weighed: bool) -> Tensor:
     """``soft·p_j (g_j − Σ p g)`` from g, or from ``p g``."""
-    mean = (slope if weighed else p * slope).sum(-1, keepdim=True)
     dz = slope - p * mean if weighed else p * (slope - mean)
     return dz.mul_(soft).masked_fill_(mean.isinf(), 0)  # an infinite divergence has no slope there
 
@@ -112,15 +121,30 @@ def divergence_rows(
     hard: Tensor | None = None,  # (N,) and those of −log p
     d_student: Tensor | None = None,  # (B, V, S) to write the gradient to; may be student itself
     d_teacher: Tensor | None = None,  # (B, V, S)
-) -> tuple[Tensor, Tensor | None]:
+    # For a slice of the vocabulary; "normalizers" and "sums" write what is the slice's, "gradients" takes those of the whole
+    step: str = "all",
+    normalizers: Tensor
+    | None = None,  # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of
+    # the teacher, over the temperature; (6, N) with labels and a temperature: then of the student at temperature 1
+    sums: Tensor
+    | None = None,  # (4, N) float64: divergence, −log p at the slice's ids, Σ p g of the student, Σ p h of the
+    # teacher
+    slopes: tuple[bool, bool] = (False, False),  # which of the last two to make
+) -> tuple[Tensor | None, Tensor | None]:
     V = min(student.shape[1], teacher.shape[1])
     N, dtype = student.shape[0] * student.shape[2], statistics_dtype(student.dtype)
-    divergence = student.new_empty(N, dtype=dtype)
-    nll = student.new_empty(N, dtype=dtype) if labels else None
-    wanted = (d_student is not None, d_teacher is not None)
+    divergence = student.new_empty(N, dtype=dtype) if step == "all" else None
+    nll = student.new_empty(N, dtype=dtype) if labels and step == "all" else None
+    wanted = (d_student is not None or slopes[0], d_teacher is not None or slopes[1])
+    if V == 0:  # a slice of nothing
+        if step == "normalizers" and normalizers is not None:
+            normalizers[::2], normalizers[1::2] = floor(dtype), -math.inf
+        elif step == "sums" and sums is not None:
+            sums.zero_()
+        return divergence, nll
 
     def of(x: Tensor | None, rows: slice) -> Tensor | None:
-        return None if x is None else x[rows]
+        return None if x is None else x[..., rows]
 
     for rows, s_rows, t_rows, s_out, t_out in row_chunks(student[:, :V], teacher[:, :V], d_student, d_teacher):
         skip = None if ids is None else (ids[rows] == -100)[:, None]
@@ -130,27 +154,55 @@ def divergence_rows(
         z_t, t_slope = transform(
             t_rows.reshape(-1, V).to(dtype), of(teacher_temperature, rows), teacher_scale, teacher_softcap
         )
-        log_s, s_largest, s_log_total = _log_softmax(z_s, temperature)
-        log_t, _, _ = _log_softmax(z_t, temperature)
+        known = of(normalizers, rows) if step in ("sums", "gradients") else None
+        log_s, s_largest, s_log_total = _log_softmax(z_s, temperature, None if known is None else known[:2])
+        log_t, t_largest, t_log_total = _log_softmax(z_t, temperature, None if known is None else known[2:4])
         del z_t
+        if step == "normalizers":
+            assert normalizers is not None
+            found = [s_largest, s_log_total, t_largest, t_log_total]
+            if labels and temperature != 1:
+                found += _log_softmax(z_s, 1)[1:]
+            for room, value in zip(normalizers, found, strict=True):
+                room[rows] = value.squeeze(-1)
+            continue
         s, t = log_s.exp(), log_t.exp()
         value, g, h = of_kind(s, t, log_s, log_t, beta, kind, wanted)
         del log_s, log_t
-        total = value.sum(-1)
-        divergence[rows] = total if skip is None else total.masked_fill(skip[:, 0], 0)
         p = s
-        if nll is not None and ids is not None:
+        if labels and ids is not None:
             if temperature != 1:
-                log_p, s_largest, s_log_total = _log_softmax(z_s, 1)
+                log_p, s_largest, s_log_total = _log_softmax(z_s, 1, None if known is None else known[4:])
                 p = log_p.exp_()
             y = ids[rows, None]
             inside = (y >= 0) & (y < V)
             at_label = s_log_total - (z_s.gather(-1, y.clamp(0, V - 1)) - s_largest)
-            nll[rows] = at_label.masked_fill(~inside, 0).squeeze(-1).to(dtype)
+            at_label = at_label.masked_fill(~inside, 0).squeeze(-1)
+        if step != "gradients":
+            total = value.sum(-1)
+            total = total if skip is None else total.masked_fill(skip[:, 0], 0)
+            if divergence is not None:
+                divergence[rows] = total
+            if nll is not None:
+                nll[rows] = at_label.to(dtype)
+        if step == "sums":
+            assert sums is not None
+            sums[0, rows] = total.to(sums.dtype)
+            if labels:
+                sums[1, rows] = at_label
+            for room, slope, weights, weighed in (
+                (sums[2], g, s, kind in G_WEIGHED),
+                (sums[3], h, t, kind in H_WEIGHED),
+            ):
+                if slope is not None:
+                    room[rows] = _slope_sum(slope, weights, weighed).squeeze(-1).to(sums.dtype)
+            continue
         if s_out is not None:
             assert soft is not None
             assert g is not None
-            dz = _gradient(g, s, soft[rows, None] / temperature, kind in G_WEIGHED)
+            weighed = kind in G_WEIGHED
+            mean = _slope_sum(g, s, weighed) if sums is None else sums[2, rows, None].to(dtype)
+            dz = _gradient(g, s, mean, soft[rows, None] / temperature, weighed)
             if hard is not None and ids is not None:
                 dz += hard[rows, None] * p
                 dz.scatter_add_(-1, y.clamp(0, V - 1), -hard[rows, None].masked_fill(~inside, 0))
@@ -159,9 +211,20 @@ def divergence_rows(
         if t_out is not None:
             assert soft is not None
             assert h is not None
-            dz = _gradient(h, t, soft[rows, None] / temperature, kind in H_WEIGHED).mul_(t_slope)
+            weighed = kind in H_WEIGHED
+            mean = _slope_sum(h, t, weighed) if sums is None else sums[3, rows, None].to(dtype)
+            dz = _gradient(h, t, mean, soft[rows, None] / temperature, weighed).mul_(t_slope)
             t_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(t_out.shape))
     return divergence, nll
+
+
+def whole_normalizers(of_slices: Tensor) -> Tensor:
+    """The normalizers of rows ``(4 or 6, N)`` from those of their slices ``(R, 4 or 6, N)``."""
+    largest, log_total = of_slices[:, ::2], of_slices[:, 1::2]
+    whole = torch.empty_like(of_slices[0])
+    whole[::2] = largest.amax(0)
+    whole[1::2] = (log_total.exp() * (largest - whole[::2]).exp()).sum(0).log()
+    return whole
 
 
 def differentiable_rows(
