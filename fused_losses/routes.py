@@ -200,7 +200,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if x.is_cuda or x.dtype == dtype:
+    if x.is_cuda or x.dtype == dtype or x.shape[1] == 0:
         return x.sum(0, dtype=dtype)
     return torch.cat([x[:, i : i + BLOCK].sum(0, dtype=dtype) for i in range(0, x.shape[1], BLOCK)])
 

@@ -386,6 +386,8 @@ def token_statistics(
         raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
     shard = shard_of(logits, group)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
+    if shard is not None and isinstance(logits, Tensor):
+        logits = logits[..., : shard.size]  # what is beyond is padding
     if logits.ndim == 0 or (index is not None and index.shape not in (tokens, tokens + index.shape[-1:])):
         raise ValueError(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, "
