@@ -385,9 +385,16 @@ class LinearLogits(LazyTensor):
 
     def gather_in_backward(self, output: Tensor) -> Tensor:
         """``output``, before whose backward the weight is made whole again."""
-        if self.module is None or torch.compiler.is_compiling() or output.grad_fn is None:
-            return output
         module = self.module
+        if torch.compiler.is_compiling() or output.grad_fn is None or (module is None and not is_distributed()):
+            return output
+        if module is None:
+
+            def check(_: Any) -> None:
+                self._gather()  # raises where the weight is not whole
+
+            output.grad_fn.register_prehook(check)
+            return output
         if hasattr(module, "unshard"):  # FSDP2 frees the weight itself, once it has reduced the gradient
             output.grad_fn.register_prehook(lambda _: module.unshard())
             return output
@@ -411,6 +418,8 @@ class LinearLogits(LazyTensor):
                 release()
 
         def gather(_: Any) -> None:
+            if is_whole(self.rest.weight):
+                return
             undo.append(self._gather())
             # A parameter must be whole until its gradient was accumulated.
             waiting[:] = [p for p in module.parameters() if p.requires_grad]
@@ -572,7 +581,7 @@ class LinearLogits(LazyTensor):
         hidden, temperature, low_rank = self.rows()
         dtype = statistics_dtype(hidden.dtype)
         with self.gathered(), full_precision(self.device):
-            total = hidden.to(dtype) @ self.weight.sum(0, dtype=dtype)
+            total = self.gather_in_backward(hidden.to(dtype) @ self.weight.sum(0, dtype=dtype))
         if low_rank is not None:
             total = total + low_rank[0].to(dtype) @ low_rank[1].sum(0, dtype=dtype)
         if self.bias is not None:

@@ -27,11 +27,16 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def check_whereabouts(weight: Tensor, module: Any) -> None:
+def check_whereabouts(weight: Any, module: Any) -> None:
     if hasattr(weight, "device_mesh"):
         raise TypeError(
             f"the head's weight {tuple(weight.shape)} is a DTensor, sharded outside its module's forward: make the "
             "LinearLogits inside that forward (LinearHead does), or pass weight.full_tensor()"
+        )
+    if hasattr(weight, "ds_id") and weight.ndim == 1:
+        raise ValueError(
+            f"the head's weight {tuple(weight.ds_shape)} is partitioned by ZeRO-3 outside its module's forward: make the "
+            "LinearLogits inside that forward (LinearHead does) or inside GatheredParameters, and pass module=<that module>"
         )
     if getattr(module, "_is_replica", False):
         raise RuntimeError(
