@@ -23,7 +23,7 @@ from . import library_tiles
 from .autodiff import SMALL, check_differentiable, differentiable_gradients, refuse_shard, transforms_active
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.linear_softmax import slices
-from .chunked.softmax_rows import row_statistics, skipped, transform
+from .chunked.softmax_rows import CHUNK_ELEMENTS, row_statistics, skipped, transform
 from .numerics import full_precision, statistics_dtype
 from .planning import Plan, plan
 from .row_statistics import (
@@ -250,9 +250,8 @@ def loss_and_gradients(
         of_ids = None if local_ids is None else local_ids[rows]
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_room[: part.stop - part.start]
-        for columns in slices(
-            V, max(V, 1) if logits.is_cuda else BLOCK
-        ):  # on a CPU a third faster: the result stays in cache
+        # On a CPU a third faster: the result stays in cache.
+        for columns in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
             piece = chunk.columns(columns)
             if piece.bias is None:
                 torch.mm(chunk.hidden, piece.weight.t(), out=logits[:, columns])
