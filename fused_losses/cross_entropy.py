@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from .numerics import autocast_dtype, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
-from .token_statistics import rows_statistics, shard_of, target_ids
-from .vocab_parallel import VocabShard, summed_in_backward
+from .token_statistics import rows_statistics, target_ids
+from .vocab_parallel import VocabShard, local_part, local_target, summed_in_backward
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -131,7 +131,8 @@ def cross_entropy(
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     class_dim = 0 if input.ndim == 1 else 1
-    shard = shard_of(input, group, class_dim)
+    input, shard = local_part(input, group, class_dim)
+    target = local_target(target)
     if not isinstance(input, Tensor):
         from .linear_cross_entropy import linear_logits_cross_entropy
 
@@ -147,8 +148,6 @@ def cross_entropy(
             return_statistics=return_statistics,
             backend=backend,
         )
-    if shard is not None and shard.size < input.shape[class_dim]:
-        input = input.narrow(class_dim, 0, shard.size)  # what is beyond is padding
     if not _understood(input, target, weight, ignore_index, reduction, label_smoothing, shard):
         if shard is not None:
             raise ValueError(

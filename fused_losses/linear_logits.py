@@ -35,7 +35,7 @@ from .linear_logits_checks import (
 )
 from .numerics import full_precision, statistics_dtype, upcast
 from .token_statistics import linear_logits_statistics, target_ids
-from .vocab_parallel import VocabShard, best_of, vocab_shard
+from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 
@@ -146,7 +146,8 @@ class LinearLogits(LazyTensor):
         low_rank: ``(u, B)``, ``(…, R)`` and ``(V, R)``: a LoRA update, ``u = s·dropout(h)Aᵀ``.
         group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`: ``weight``, ``bias`` and ``B``
             are this rank's rows, ``shape[-1]`` is the size of the whole vocabulary. Hidden states and every index are the same
-            on all ranks, and so is every result; the gradient of ``hidden`` is summed over them.
+            on all ranks, and so is every result; the gradient of ``hidden`` is summed over them. Where ``hidden`` and
+            ``weight`` are DTensors their placements say all this: see :mod:`fused_losses.tensor_parallel`.
         module: the module that owns the weight, where it is sharded between uses (FSDP2's ``fully_shard(head)``,
             DeepSpeed ZeRO-3): the weight is gathered through it in forward and in backward.
 
@@ -181,6 +182,12 @@ class LinearLogits(LazyTensor):
                 raise TypeError("LinearLogits needs the head's weight (V, H)")
             u, B = low_rank or (None, None)
             check_whereabouts(weight, module)
+            if is_dtensor(hidden) or is_dtensor(weight):
+                from .tensor_parallel import local_head
+
+                if group is not None:
+                    raise ValueError(f"DTensors know the ranks that share the vocabulary: leave group={group} away")
+                hidden, weight, bias, u, B, group = local_head(hidden, weight, bias, u, B)
             shard = vocab_shard(group, weight.shape[0])
             if shard is not None and shard.size < weight.shape[0]:  # what is beyond is padding
                 weight, bias, B = (None if t is None else t[: shard.size] for t in (weight, bias, B))

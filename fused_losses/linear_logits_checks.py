@@ -28,11 +28,6 @@ def is_distributed() -> bool:
 
 
 def check_whereabouts(weight: Any, module: Any) -> None:
-    if hasattr(weight, "device_mesh"):
-        raise TypeError(
-            f"the head's weight {tuple(weight.shape)} is a DTensor, sharded outside its module's forward: make the "
-            "LinearLogits inside that forward (LinearHead does), or pass weight.full_tensor()"
-        )
     if hasattr(weight, "ds_id") and weight.ndim == 1:
         raise ValueError(
             f"the head's weight {tuple(weight.ds_shape)} is partitioned by ZeRO-3 outside its module's forward: make the "

@@ -26,7 +26,8 @@ from .routes import (
 )
 from .row_statistics import Coefficients, RowStatistics, coefficients, where_ids_stand
 from .settings import Backend, resolve_backend
-from .token_statistics import TokenStatistics, shard_of, target_ids, token_statistics
+from .token_statistics import TokenStatistics, target_ids, token_statistics
+from .vocab_parallel import local_part, local_target
 
 DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
 
@@ -77,7 +78,8 @@ def token_loss(
         >>> loss
         tensor(0.)
     """
-    shard = shard_of(logits, group)
+    logits, shard = local_part(logits, group)
+    index = local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
     for x in per_token:
         if x.shape[: len(tokens)] != tokens or x.ndim > len(tokens) + 1:
@@ -129,6 +131,7 @@ def token_loss(
         if in_forward:
             return logits.gather_in_backward(loss), loss_of.aux_at(tokens)
 
+    group = shard if isinstance(logits, Tensor) else None
     found = token_statistics(logits, index, statistics, group=group, backend=backend, workspace=workspace)
     part: slice | Tensor = slice(None) if keep is None else keep
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)

@@ -25,7 +25,7 @@ from .row_statistics import (
     where_ids_stand,
 )
 from .settings import Backend, resolve_backend
-from .vocab_parallel import VocabShard, merged_statistics, packed, vocab_shard, with_weight_sum
+from .vocab_parallel import VocabShard, local_part, local_target, merged_statistics, packed, with_weight_sum
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -384,10 +384,9 @@ def token_statistics(
     unknown = set(outputs) - set(TokenStatistics._fields)
     if unknown:
         raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
-    shard = shard_of(logits, group)
+    logits, shard = local_part(logits, group)
+    index = index if index is None else local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
-    if shard is not None and isinstance(logits, Tensor):
-        logits = logits[..., : shard.size]  # what is beyond is padding
     if logits.ndim == 0 or (index is not None and index.shape not in (tokens, tokens + index.shape[-1:])):
         raise ValueError(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, "
@@ -462,13 +461,9 @@ def selective_log_softmax(
     return found.log_probs
 
 
-def shard_of(logits: Tensor | LinearLogits, group: Any, dim: int = -1) -> VocabShard | None:
+def shard_of(logits: Tensor | LinearLogits, group: Any) -> VocabShard | None:
     """The part of the vocabulary that ``logits`` hold, where ``group`` shares it."""
-    if isinstance(logits, Tensor):
-        return vocab_shard(group, logits.shape[dim] if logits.ndim else 0)
-    if group is not None:
-        raise ValueError("a LinearLogits knows the group that shares its vocabulary: give group= to its constructor")
-    return logits.shard
+    return local_part(logits, group)[1]
 
 
 def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:

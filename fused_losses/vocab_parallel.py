@@ -77,6 +77,33 @@ def vocab_shard(group: Any, rows: int) -> VocabShard | None:
     return (group if isinstance(group, VocabParallel) else VocabParallel(group)).shard(rows)
 
 
+def is_dtensor(x: Any) -> bool:
+    return hasattr(x, "device_mesh")
+
+
+def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard | None]:
+    """This rank's part of logits whose classes stand in ``dim``, without padding, and where ``group`` or the placements of a
+    DTensor share them, which it is."""
+    if not isinstance(logits, Tensor):
+        if group is not None:
+            raise ValueError(
+                "a LinearLogits knows the group that shares its vocabulary: give group= to its constructor"
+            )
+        return logits, logits.shard
+    if is_dtensor(logits):
+        from .tensor_parallel import local_logits
+
+        if group is not None:
+            raise ValueError(f"a DTensor knows the ranks that share its classes: leave group={group} away")
+        logits, group = local_logits(logits, dim)  # type: ignore[arg-type]
+    shard = vocab_shard(group, logits.shape[dim] if logits.ndim else 0)
+    return logits if shard is None else logits.narrow(dim, 0, shard.size), shard
+
+
+def local_target(target: Tensor) -> Tensor:
+    return target.to_local() if is_dtensor(target) else target  # type: ignore[attr-defined]
+
+
 class VocabShard(NamedTuple):
     """The ids ``[start, stop)`` of ``vocab``, this rank's share of a group, which is known by its name."""
 
