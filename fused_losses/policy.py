@@ -183,10 +183,11 @@ def aggregate(
                                                                                        ``seq-mean-token-sum-norm``
     ============================  ===================================================  ==============================
 
-    verl's hyphenated names are understood too. Under data parallelism, where gradients are averaged over ``dp_size``
-    ranks, the global counts make the gradient that of one process with the whole batch. TRL's gradient accumulation:
-    divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch ·
-    accumulation / steps_per_generation`` and ``dp_size = num_processes``.
+    verl's hyphenated names are understood too. Where gradients are averaged over ranks, the counts of the global batch make
+    the gradient that of one process with the whole batch: their sum over ranks together with ``dp_size``, or their average,
+    :func:`count_per_rank`, without. So do they over micro-batches, whose losses are then added. TRL's gradient accumulation:
+    divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch · accumulation /
+    steps_per_generation`` and ``dp_size = num_processes``.
 
     Source: TRL 1.16 ``GRPOTrainer``; verl 0.9 ``agg_loss``; OpenRLHF 0.11 ``aggregate_loss``.
 
@@ -198,7 +199,8 @@ def aggregate(
         batch_num_tokens: for ``token_mean``, unmasked tokens of the global batch; ``None``: of this one.
         global_batch_size: for ``seq_mean_*``, sequences of the global batch; ``None``: of this one.
         dp_size: number of ranks the gradient will be averaged over; only with a global count, or ``token_sum``.
-        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``.
+        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``: to be given
+            where ranks or micro-batches are padded to different lengths.
         count_empty: whether a fully masked sequence counts, as 0, in :math:`\mathrm{mean}_B` (default, TRL) or is left
             out of it (verl, OpenRLHF 0.11).
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -183,17 +184,32 @@ def sequence_log_probs(
 
 
 def shift_labels(
-    labels: Tensor, ignore_index: int = -100, *, cu_seqlens: Tensor | None = None, position_ids: Tensor | None = None
+    labels: Tensor,
+    ignore_index: int = -100,
+    *,
+    cu_seqlens: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    context_group: dist.ProcessGroup | None = None,
+    zigzag: bool = False,
 ) -> Tensor:
     """Labels moved one place to the left: at each position the token that follows it in the same document.
 
     Logits then stay whole. To slice the last position off them would cost a logits-sized copy in backward.
 
+    Where ranks share the sequence (context parallelism), the token that follows a part's last one is the first of another
+    rank's part: the ranks tell each other the first label of each of their parts, one or two numbers per row. Who holds whole
+    labels can shift them first and split them afterwards instead, with the same result.
+
     Args:
-        labels: ``(B, S)`` or packed ``(1, total)`` token ids.
+        labels: ``(B, S)`` or packed ``(1, total)`` token ids; this rank's part of them.
         ignore_index: what stands where no token follows: at the end of each row and of each document.
-        cu_seqlens: borders of a packed row's documents, as for :func:`sums_and_counts`.
+        cu_seqlens: borders of a packed row's documents, as for :func:`sums_and_counts`. Ranks that share the row need those of
+            the whole row, and equal parts of it.
         position_ids: as ``labels``, instead of ``cu_seqlens``: a document starts at every 0.
+        context_group: the ranks that share the sequences; each holds at least one token of every row.
+        zigzag: of ``2R`` equal chunks, rank ``r`` of ``R`` holds ``r`` and ``2R − 1 − r``, one behind the other, so that causal
+            attention costs all ranks the same (ring attention's zigzag, PyTorch's ``context_parallel`` with load balancing);
+            otherwise the ranks hold consecutive parts, in their order.
 
     Returns:
         The shape and dtype of ``labels``.
@@ -202,15 +218,31 @@ def shift_labels(
         >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
         tensor([[   2,    3, -100,    5, -100]])
     """
-    next_labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    rank, ranks = (
+        (0, 1) if context_group is None else (dist.get_rank(context_group), dist.get_world_size(context_group))
+    )
+    zigzag = zigzag and ranks > 1
+    mine = [rank, 2 * ranks - 1 - rank] if zigzag else [rank]  # which chunks of the whole row these are
+    if labels.shape[-1] % len(mine):
+        raise ValueError(f"zigzag labels are two chunks of equal length, got {tuple(labels.shape)}")
+    chunks = labels.unflatten(-1, (len(mine), -1))  # (B, chunks, length)
+    length = chunks.shape[-1]
+    # Nobody predicts a document's first token.
     if position_ids is not None:
-        last = F.pad(position_ids[..., 1:] == 0, (0, 1), value=True)
+        chunks = chunks.masked_fill(position_ids.reshape(chunks.shape) == 0, ignore_index)
     elif cu_seqlens is not None:
-        document = torch.searchsorted(cu_seqlens, torch.arange(labels.shape[-1], device=labels.device), right=True)
-        last = F.pad(document[1:] != document[:-1], (0, 1), value=True)
-    else:
-        return next_labels
-    return next_labels.masked_fill(last, ignore_index)
+        first = torch.tensor(mine, device=labels.device).unsqueeze(-1) * length
+        place = first + torch.arange(length, device=labels.device)
+        chunks = chunks.masked_fill(torch.isin(place, cu_seqlens), ignore_index)
+    following = torch.full_like(chunks[..., 0], ignore_index)  # (B, chunks)
+    if ranks > 1:
+        firsts = [torch.empty_like(following) for _ in range(ranks)]
+        dist.all_gather(firsts, chunks[..., 0].contiguous(), context_group)
+        in_order = [firsts[r][..., 0] for r in range(ranks)]
+        in_order += [firsts[r][..., 1] for r in reversed(range(ranks))] if zigzag else []
+        in_order.append(following[..., 0])
+        following = torch.stack([in_order[chunk + 1] for chunk in mine], -1)
+    return torch.cat([chunks[..., 1:], following.unsqueeze(-1)], -1).flatten(-2)
 
 
 def concatenate_pairs(

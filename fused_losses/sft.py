@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from .cross_entropy import cross_entropy
@@ -58,6 +59,8 @@ def sft_loss(
     cu_seqlens: Tensor | None = None,
     position_ids: Tensor | None = None,
     num_sequences: int | None = None,
+    context_group: dist.ProcessGroup | None = None,
+    zigzag: bool = False,
 ) -> Tensor:
     r"""Cross entropy of each token given those before it; the shift by one happens inside.
 
@@ -73,8 +76,8 @@ def sft_loss(
         logits: ``(B, S, V)``, or ``(S, V)``.
         labels: ``(B, S)``, or ``(S,)``: token ids, not shifted.
         ignore_index: the label of what is not trained on.
-        num_items_in_batch: replaces :math:`n`, for a batch spread over several calls. Summed over them, the losses are
-            then the batch's.
+        num_items_in_batch: replaces :math:`n`, for a batch spread over several calls: summed over them, the losses are then
+            the batch's. Spread over ranks whose gradients are averaged: :func:`count_per_rank` of the labels counted.
         average: see above.
         loss_type: ``"dft"`` weighs each token as :func:`dft` does.
         nan_when_empty: nan instead of 0 where :math:`n` is 0.
@@ -83,6 +86,10 @@ def sft_loss(
         position_ids: instead of ``cu_seqlens``; in rows ``(B, S)`` too.
         num_sequences: with ``position_ids`` and ``average="sequence"``: the number of documents, so that it need not be
             waited for.
+        context_group: the ranks that each hold a part of every sequence, in ``logits`` and ``labels`` alike, see
+            :func:`shift_labels`; :math:`n` and :math:`w_b` are then those of whole sequences, and the loss is this rank's
+            share: the sum over ranks is the loss. Packed rows have no ``average="sequence"`` then.
+        zigzag: which parts those are.
 
     Returns:
         Scalar, fp32 (float64 for float64), differentiable in ``logits``.
@@ -100,7 +107,16 @@ def sft_loss(
         )
     if average not in ("token", "sequence") or loss_type not in ("nll", "dft"):
         raise ValueError(f"average is 'token' or 'sequence', loss_type 'nll' or 'dft', got {average!r}, {loss_type!r}")
-    target = shift_labels(labels, ignore_index, cu_seqlens=cu_seqlens, position_ids=position_ids)
+    if context_group is not None and average == "sequence" and (cu_seqlens is not None or position_ids is not None):
+        raise ValueError("average='sequence' of packed rows that are split over a context_group is not supported")
+    target = shift_labels(
+        labels,
+        ignore_index,
+        cu_seqlens=cu_seqlens,
+        position_ids=position_ids,
+        context_group=context_group,
+        zigzag=zigzag,
+    )
     counted = target != ignore_index
     count = counted.sum()
     if average == "token" and loss_type == "nll" and not isinstance(logits, Tensor):
@@ -113,9 +129,13 @@ def sft_loss(
         if average == "sequence":
             packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
             sums, counts = sums_and_counts(losses, counted, **packing, num_sequences=num_sequences)
+            if context_group is not None:
+                dist.all_reduce(counts, group=context_group)
             losses, count = sums / counts.clamp(min=1), (counts > 0).sum()
         total = losses.sum()
     if num_items_in_batch is not None:
         count = torch.as_tensor(num_items_in_batch, device=total.device)
-    loss = total / count.clamp(min=1)
+    elif context_group is not None and average == "token":
+        dist.all_reduce(count, group=context_group)
+    loss = total / (count + (count == 0))
     return loss.masked_fill(count == 0, torch.nan) if nan_when_empty else loss

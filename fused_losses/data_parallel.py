@@ -1,0 +1,65 @@
+r"""What to divide by where a batch is spread over ranks, or over several backward passes.
+
+DDP and FSDP2 average the gradients of their ranks. Where each rank takes the mean over its own tokens, a token of a rank with
+few of them weighs more than others, and the average is not the gradient of the whole batch. It is where every rank divides
+its *sum* by one number: since gradients are averaged, by the average of the counts,
+
+.. math:: \frac1R \sum_r \frac{s_r}{\bar n} = \frac{\sum_r s_r}{\sum_r n_r}, \qquad \bar n = \frac1R \sum_r n_r
+
+which :func:`count_per_rank` makes. A rank that has nothing to train on must still take part, with a sum of 0. With gradient
+accumulation the counts of all micro-batches are added first, and no loss is divided by the number of micro-batches.
+
+======================================  ========================================================================
+what is averaged over                   how to divide by it
+======================================  ========================================================================
+labels                                  ``sft_loss`` and ``distillation_loss(num_items_in_batch=n)``
+labels, any cross entropy               ``cross_entropy(…, reduction="sum") / n``; ``token_loss(…) / n``
+tokens of a policy loss                 ``batch_num_tokens=n`` of ``aggregate``, ``grpo_loss``, ``value_loss``
+sequences of a policy loss              ``global_batch_size=n`` there; with ``count_empty=False`` those that have tokens
+pairs, answers                          ``dpo_loss``, ``kto_loss``, ``pairwise_reward_loss`` …: the sum of
+                                        ``reduction="none"``, ``/ n``
+======================================  ========================================================================
+
+======================================  ========================================================================
+elsewhere                               the same
+======================================  ========================================================================
+verl ``batch_num_tokens``, ``dp_size``  ``aggregate`` takes the sum over ranks too, together with ``dp_size``
+TRL ``num_items_in_batch / world``      :math:`\bar n`, as it stands
+transformers ``num_items_in_batch``     the sum over ranks (``average_tokens_across_devices``); its ``Trainer`` multiplies
+                                        the loss by the number of processes
+gradients summed, not averaged          :math:`R\,\bar n`
+======================================  ========================================================================
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    r"""The average of a count over ranks: what each of them divides its sum by where gradients are averaged.
+
+    .. math:: \bar n = \frac1R \sum_r n_r
+
+    Source: verl 0.9's ``batch_num_tokens / dp_size``; TRL 1.16's and transformers' ``num_items_in_batch``, over processes.
+
+    Args:
+        count: of this rank, of all its micro-batches together, on the device of the group's backend; a scalar, or several
+            counts in one tensor.
+        group: the ranks that gradients are averaged over; ``None``: all, where ``torch.distributed`` runs.
+
+    Returns:
+        As ``count``, fp32, the same bits on all ranks. One all-reduce; nothing waits for the device.
+
+    Example:
+        >>> labels = torch.tensor([[5, 6, -100, 8]])
+        >>> count_per_rank((labels[:, 1:] != -100).sum())
+        tensor(2.)
+    """
+    ranks = 1
+    if dist.is_available() and dist.is_initialized():
+        count, ranks = count.clone(), dist.get_world_size(group)
+        dist.all_reduce(count, group=group)
+    return count.to(torch.float32) / ranks
