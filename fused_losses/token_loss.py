@@ -128,11 +128,13 @@ def token_loss(
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
                 value = loss_of.total(head.hidden)
                 loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
+            else:  # in here: how often the weight is gathered must not depend on whether this rank has tokens
+                found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:
             return logits.gather_in_backward(loss), loss_of.aux_at(tokens)
-
-    group = shard if isinstance(logits, Tensor) else None
-    found = token_statistics(logits, index, statistics, group=group, backend=backend, workspace=workspace)
+    else:
+        group = shard if isinstance(logits, Tensor) else None
+        found = token_statistics(logits, index, statistics, group=group, backend=backend, workspace=workspace)
     part: slice | Tensor = slice(None) if keep is None else keep
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)
     value = loss_of(TokenStatistics(*parts), part)
