@@ -27,7 +27,7 @@ from .settings import workspace as workspace_setting
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
 RECOMPUTE_BUDGET = 256 * MiB  # a larger slice of the vocabulary no longer makes recompute faster
-ROW_TEMPORARIES = 2  # copies of a chunk of rows that the PyTorch row primitive holds at once
+ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
@@ -164,8 +164,7 @@ class _Sizes:
         """What the row primitive holds beside ``elements`` logits."""
         if self.backend == "triton":
             return 0
-        copies = ROW_TEMPORARIES + (self.dtype.itemsize == 2)
-        return copies * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
+        return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
