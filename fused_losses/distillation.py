@@ -18,6 +18,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .chunked.softmax_rows import transform
@@ -27,16 +28,18 @@ from .divergence import (
     check_logits,
     chosen_divergence,
     gathered,
+    shared_vocabulary,
     summed_divergence,
     token_divergence,
 )
 from .linear_logits import LinearLogits
-from .numerics import statistics_dtype, upcast
+from .numerics import statistics_dtype, upcast, wide_dtype
 from .routes import full_precision
 from .settings import Backend, Route
 from .token_loss import token_loss
-from .token_statistics import TokenStatistics, selective_log_softmax, target_ids
-from .two_heads import Divergence, budget, project
+from .token_statistics import TokenStatistics, selective_log_softmax, shard_of, target_ids
+from .two_heads import Divergence, budget, gather_parts, planned_vocab, project
+from .vocab_parallel import VocabShard
 
 
 def distillation_loss(
@@ -53,6 +56,7 @@ def distillation_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
+    group: Any = None,
     backend: Backend | None = None,
     route: Route | None = None,
     workspace: int | str | None = None,
@@ -81,7 +85,7 @@ def distillation_loss(
         ignore_index: the label of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 where there are none), ``"sum"``, or ``"none"``.
         num_items_in_batch: replaces the mean's count, for a batch spread over several calls.
-        backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
+        group, backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
         route: ``"recompute"`` makes a head's gradients in backward, for a mean or sum too.
 
     Returns:
@@ -102,16 +106,17 @@ def distillation_loss(
         raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
     which = chosen_divergence(kind, beta, temperature)
     check_logits(student_logits, teacher_logits, labels.shape)
+    shards = shared_vocabulary(student_logits, teacher_logits, group)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     ids = _counted(labels, ignore_index)
     if hard_weight:
-        vocab = min(student_logits.shape[-1], teacher_logits.shape[-1])
+        vocab = min(student_logits.shape[-1], teacher_logits.shape[-1]) if shards[0] is None else shards[0].vocab
         ids = target_ids(labels.reshape(-1), vocab, ignore_index)
     if reduction == "none":
-        found, nll = token_divergence(student_logits, teacher_logits, ids, bool(hard_weight), which, **how)
+        found, nll = token_divergence(student_logits, teacher_logits, ids, bool(hard_weight), which, shards, **how)
         return (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
-    loss = summed_divergence(student_logits, teacher_logits, ids, soft, hard_weight, which, route=route, **how)
+    loss = summed_divergence(student_logits, teacher_logits, ids, soft, hard_weight, which, shards, route=route, **how)
     return loss / _count(ids, num_items_in_batch) if reduction == "mean" else loss
 
 
@@ -121,6 +126,7 @@ def kd_loss(
     label: Tensor,
     ignore_index: int = -100,
     *,
+    group: Any = None,
     backend: Backend | None = None,
     workspace: int | str | None = None,
 ) -> Tensor:
@@ -137,7 +143,7 @@ def kd_loss(
         teacher_logits: ``(…, V)`` of the same tokens.
         label: ``(…)``; only which tokens have one matters.
         ignore_index: the label of tokens that do not count.
-        backend, workspace: as for :func:`fused_losses.divergence.divergence`.
+        group, backend, workspace: as for :func:`fused_losses.divergence.divergence`.
 
     Returns:
         Scalar, fp32, or float64 for a float64 student.
@@ -149,7 +155,10 @@ def kd_loss(
     check_logits(logits, teacher_logits, label.shape)
     ids = _counted(label, ignore_index)
     which = Divergence("cross_entropy", 0.5, 1.0)
-    total = summed_divergence(logits, teacher_logits, ids, 1.0, 0.0, which, backend=backend, workspace=workspace)
+    shards = shared_vocabulary(logits, teacher_logits, group)
+    total = summed_divergence(
+        logits, teacher_logits, ids, 1.0, 0.0, which, shards, backend=backend, workspace=workspace
+    )
     return total / (ids != -100).sum()
 
 
@@ -169,7 +178,12 @@ class TopK(NamedTuple):
 
 
 def teacher_topk(
-    logits: Tensor | LinearLogits, k: int, *, temperature: float = 1.0, workspace: int | str | None = None
+    logits: Tensor | LinearLogits,
+    k: int,
+    *,
+    temperature: float = 1.0,
+    group: Any = None,
+    workspace: int | str | None = None,
 ) -> TopK:
     r"""Ids and log-probabilities of each token's ``k`` likeliest continuations: what a teacher has to send.
 
@@ -181,6 +195,8 @@ def teacher_topk(
         logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`; gets no gradient.
         k: how many, at most ``V``.
         temperature: of the distribution.
+        group: as for :func:`fused_losses.divergence.divergence`; the ids are those of the whole vocabulary, and every rank
+            sends ``k`` of its own.
         workspace: bytes of logits that may exist at a time, of a :class:`LinearLogits`.
 
     Returns:
@@ -194,27 +210,44 @@ def teacher_topk(
         TopK(ids=tensor([1, 2]), log_probs=tensor([-0.4076, -1.4076]))
     """
     check_logits(logits, logits, None)
-    tokens, V = logits.shape[:-1], logits.shape[-1]
+    tokens, shard = logits.shape[:-1], shard_of(logits, group)
+    V = logits.shape[-1] if shard is None else shard.vocab
     if not 1 <= k <= V:
-        raise ValueError(f"k must be between 1 and the vocabulary of logits {tuple(logits.shape)}, got {k}")
+        raise ValueError(f"k must be between 1 and the vocabulary {V} of logits {tuple(logits.shape)}, got {k}")
     with torch.no_grad(), gathered(logits), full_precision(logits.device):
         if isinstance(logits, Tensor):
-            found = logits.detach().topk(k).indices
-            return TopK(found, selective_log_softmax(logits.detach(), found, temperature=temperature))
-        head, dtype = as_head(logits.detach()), statistics_dtype(logits.hidden.dtype)
-        N = len(head.hidden)
-        n = max(1, min(N, budget([head], workspace) // (3 * V * dtype.itemsize)))  # logits, scaled logits, exponentials
+            mine = logits.detach() if shard is None else logits.detach()[..., : shard.size]
+            _, found = _top(mine.reshape(tokens.numel(), mine.shape[-1]), k, shard)
+            found = found.view(*tokens, k)
+            return TopK(found, selective_log_softmax(logits.detach(), found, temperature=temperature, group=group))
+        head, dtype = as_head(logits.detach(), shard), statistics_dtype(logits.hidden.dtype)
+        N, per_token = (
+            len(head.hidden),
+            3 * planned_vocab([head]) * dtype.itemsize,
+        )  # logits, scaled logits, exponentials
+        n = max(1, min(N, budget([head], workspace) // per_token))
         ids = head.hidden.new_empty(N, k, dtype=torch.int64)
         log_probs = head.hidden.new_empty(N, k, dtype=dtype)
         for start in range(0, N, n):
             rows = slice(start, start + n)
             chunk = head.tokens(rows)
-            z = project(chunk, chunk.hidden.new_empty(len(chunk.hidden), V, dtype=dtype))
+            z = project(chunk, chunk.hidden.new_empty(len(chunk.hidden), len(head.weight), dtype=dtype))
             z = transform(z, chunk.temperature, head.scale, head.softcap)[0].div_(temperature)
-            top = z.topk(k)
-            ids[rows] = top.indices
-            log_probs[rows] = (top.values - z.logsumexp(-1, keepdim=True)).clamp_(max=0)
+            values, ids[rows] = _top(z, k, shard)
+            total = z.logsumexp(-1)
+            if shard is not None:
+                total = gather_parts(shard, total.to(wide_dtype(z.device))).logsumexp(0).to(dtype)
+            log_probs[rows] = (values - total[:, None]).clamp_(max=0)
     return TopK(ids.view(*tokens, k), log_probs.view(*tokens, k))
+
+
+def _top(z: Tensor, k: int, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
+    """The ``k`` largest of the whole vocabulary and their ids, ``(N, k)``, from this rank's columns ``(N, V)``."""
+    values, ids = z.topk(min(k, z.shape[1]))
+    if shard is None:
+        return values, ids
+    missing = k - values.shape[1]
+    return shard.topk(F.pad(values, (0, missing), value=-math.inf), F.pad(ids, (0, missing)), largest=True)
 
 
 class SparseDistillation(NamedTuple):
@@ -240,6 +273,7 @@ def sparse_distillation_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_items_in_batch: Tensor | int | None = None,
+    group: Any = None,
     backend: Backend | None = None,
     workspace: int | str | None = None,
 ) -> SparseDistillation:
@@ -269,7 +303,7 @@ def sparse_distillation_loss(
         ignore_index: the label of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 where there are none), ``"sum"``, or ``"none"``.
         num_items_in_batch: replaces the mean's count.
-        backend, workspace: as for :func:`fused_losses.divergence.divergence`.
+        group, backend, workspace: as for :func:`fused_losses.divergence.divergence`.
 
     Returns:
         :class:`SparseDistillation`: the loss, never negative, and both masses, fp32 or float64.
@@ -323,13 +357,13 @@ def sparse_distillation_loss(
         lazy: Any = student_logits
         at_temperature = lazy if temperature == 1 else lazy / temperature
         loss, masses = token_loss(
-            of_token, at_temperature, ids, log_t, ids != -100, backend=backend, workspace=workspace
+            of_token, at_temperature, ids, log_t, ids != -100, group=group, backend=backend, workspace=workspace
         )
         if not masses:  # no token at all
             masses = dict.fromkeys(("student_mass", "teacher_mass"), loss.new_zeros(tokens))
     else:
         log_s = selective_log_softmax(
-            student_logits, ids, temperature=temperature, backend=backend, workspace=workspace
+            student_logits, ids, temperature=temperature, group=group, backend=backend, workspace=workspace
         )
         loss, masses = of_token(TokenStatistics(log_s), log_t, ids != -100)
         loss = loss if reduction == "none" else loss.sum()

@@ -24,20 +24,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .autodiff import differentiable_gradients, transforms_active
+from .autodiff import differentiable_gradients, refuse_shard, transforms_active
 from .numerics import statistics_dtype
-from .routes import Head, check_head, kept_tokens, ready
+from .routes import Head, check_head, head_of, kept_tokens, ready
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
-from .two_heads import (
-    Divergence,
-    budget,
-    differentiable_two_heads,
-    divergence_module,
-    pack_options,
-    two_heads_loss,
-    two_heads_rows,
-)
+from .token_statistics import shard_of
+from .two_heads import Divergence, budget, compare_rows, differentiable_two_heads, pack, two_heads_loss, two_heads_rows
+from .vocab_parallel import VocabShard, packed
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -58,24 +52,28 @@ def divergence_rows(
     beta: float,
     temperature: float,
     backend: str,
+    shard: str = "",  # a VocabShard: columns [0, size) of the logits are its, ids are those of the whole vocabulary
 ) -> tuple[Tensor, Tensor]:
     """``divergence (N,)`` and the student's ``−log p (N,)`` at ids, 0-dim without labels."""
-    found, nll = divergence_module(backend).divergence_rows(
-        student, teacher, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=labels
-    )
+    found, nll = compare_rows(
+        backend, *_of_shard(shard, student, teacher, ids), None, None, kind=kind, beta=beta, temperature=temperature,
+        labels=labels,
+    )  # fmt: skip
     return found, found.new_zeros(()) if nll is None else nll
+
+
+def _of_shard(
+    shard: str, student: Tensor, teacher: Tensor, ids: Tensor | None
+) -> tuple[VocabShard | None, Tensor, Tensor, Tensor | None]:
+    part = VocabShard.unpacked(shard)
+    if part is None:
+        return None, student, teacher, ids
+    return part, student[:, : part.size], teacher[:, : part.size], None if ids is None else part.local(ids)
 
 
 @divergence_rows.register_fake
 def _(
-    student: Tensor,
-    teacher: Tensor,
-    ids: Tensor | None,
-    labels: bool,
-    kind: str,
-    beta: float,
-    temperature: float,
-    backend: str,
+    student: Tensor, teacher: Tensor, ids: Tensor | None, labels: bool, *options: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     found = student.new_empty(student.shape[0] * student.shape[2], dtype=statistics_dtype(student.dtype))
     return found, torch.empty_like(found) if labels else found.new_zeros(())
@@ -93,16 +91,18 @@ def divergence_rows_grad(
     temperature: float,
     wanted: list[bool],
     backend: str,
+    shard: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The gradients of student and teacher, 0-dim where not ``wanted``."""
-    V = min(student.shape[1], teacher.shape[1])
+    part, *logits, ids = _of_shard(shard, student, teacher, ids)
+    V = min(x.shape[1] for x in logits)
     whole = [torch.empty_like(x) if want else None for x, want in zip((student, teacher), wanted, strict=True)]
     for x in whole:
         if x is not None:
             x[:, V:] = 0
     d_student, d_teacher = (None if x is None else x[:, :V] for x in whole)
-    divergence_module(backend).divergence_rows(
-        student, teacher, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=hard is not None,
+    compare_rows(
+        backend, part, *logits, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=hard is not None,
         soft=soft, hard=hard, d_student=d_student, d_teacher=d_teacher,
     )  # fmt: skip
     first, second = (soft.new_zeros(()) if x is None else x for x in whole)
@@ -111,7 +111,7 @@ def divergence_rows_grad(
 
 @divergence_rows_grad.register_fake
 def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    wanted = rest[-2]
+    wanted = rest[6]
     first, second = (
         torch.empty_like(x) if want else x.new_zeros(()) for x, want in zip((student, teacher), wanted, strict=True)
     )
@@ -120,16 +120,17 @@ def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    student, teacher, ids, ctx.labels, *ctx.which, ctx.backend = inputs
+    student, teacher, ids, ctx.labels, *ctx.which, ctx.backend, ctx.shard = inputs
     ctx.save_for_backward(student, teacher, ids)
 
 
 def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 6
+    rest = (None,) * 7
     if d_divergence is None and d_nll is None:
         return None, None, *rest
     student, teacher, ids = ctx.saved_tensors
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_shard(ctx.shard, student.shape)
 
         def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:
             found, nll = _differentiable(student, teacher, ids, ctx.labels, Divergence(*ctx.which))
@@ -141,7 +142,7 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
     assert soft is not None
     gradients = divergence_rows_grad(
         student, teacher, ids, soft.contiguous(), None if hard is None else hard.contiguous(), *ctx.which,
-        list(ctx.needs_input_grad[:2]), ctx.backend,
+        list(ctx.needs_input_grad[:2]), ctx.backend, ctx.shard,
     )  # fmt: skip
     return *(None if g.ndim == 0 else g for g in gradients), *rest
 
@@ -160,23 +161,49 @@ def _differentiable(
 
 
 def _logits_as_head(logits: Tensor) -> Head:
-    return Head(logits.reshape(-1, logits.shape[-1]), None)  # type: ignore[arg-type]
+    return Head(logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]), None)  # type: ignore[arg-type]
 
 
-def as_head(logits: Tensor | LinearLogits) -> Head:
+def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> Head:
+    """The tokens of logits of which the columns of the shard are meant."""
     if isinstance(logits, Tensor):
-        return _logits_as_head(logits)
-    rows = logits.rows()
-    u, B = rows.low_rank or (None, None)
-    head = Head(rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap)
+        return _logits_as_head(logits)._replace(shard=shard)
+    head = head_of(logits)._replace(shard=shard)
     check_head(head)
     return ready(head, None)[0]
+
+
+Shards = tuple[VocabShard | None, VocabShard | None]
+
+
+def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, group: Any) -> Shards:
+    """The part of the vocabulary that either side holds, cut to the smaller vocabulary; None where they hold all of it."""
+    sides = (student, teacher)
+    some_tensor = isinstance(student, Tensor) or isinstance(teacher, Tensor)
+    found = [shard_of(x, group if isinstance(x, Tensor) or not some_tensor else None) for x in sides]
+    first, second = found
+    if first is None and second is None:
+        return None, None
+    if first is not None and second is not None:
+        V = min(first.vocab, second.vocab)
+        first, second = (s._replace(start=min(s.start, V), stop=min(s.stop, V), vocab=V) for s in (first, second))
+        if first._replace(partial=second.partial) == second:
+            return first, second
+    names = [
+        f"{name} {tuple(x.shape)} "
+        + ("whole" if s is None else f"ids {(s.start, s.stop)} of {s.vocab} in group {s.group!r}")
+        for name, x, s in zip(("student_logits", "teacher_logits"), sides, found, strict=True)
+    ]
+    raise ValueError(
+        f"both sides must share the vocabulary alike, this rank holds {' and '.join(names)}: pass group= for tensors, with "
+        "VocabParallel(vocab_range=, vocab_size=) where shards are uneven"
+    )
 
 
 def _as_rows(logits: Tensor) -> Tensor:
     """``(…, V)`` as ``(B, V, S)``: a view wherever strides allow."""
     if logits.ndim <= 2:
-        return logits.reshape(-1, logits.shape[-1]).unsqueeze(-1)
+        return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]).unsqueeze(-1)
     return logits.flatten(0, -3).transpose(1, 2)
 
 
@@ -206,10 +233,6 @@ def check_logits(
             raise ValueError(
                 f"the vocabulary of {name} {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
             )
-        if logits.group is not None:
-            raise NotImplementedError(
-                "divergences of LinearLogits with group= are not supported: gather the vocabulary"
-            )
     found = student.shape[:-1]
     if teacher.shape[:-1] != found or (tokens is not None and tokens != found):
         raise ValueError(
@@ -227,27 +250,29 @@ def token_divergence(
     ids: Tensor | None,  # (N,) int64, −100: skipped
     labels: bool,
     which: Divergence,
+    shards: Shards,
     *,
     backend: Backend | None = None,
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``(N,)`` divergences, and with ``labels`` the student's ``−log p`` at ids, differentiable in both sides."""
+    if transforms_active():
+        refuse_shard(packed(shards[0]), student.shape)
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         rows = (_as_rows(student), _as_rows(teacher))
         if transforms_active():
             return _differentiable(*rows, ids, labels, which)
-        found, nll = divergence_rows(*rows, ids, labels, *which, resolve_backend(student, backend))
+        found, nll = divergence_rows(*rows, ids, labels, *which, resolve_backend(student, backend), packed(shards[0]))
         return found, nll if labels else None
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
-        heads = (as_head(student), as_head(teacher))
+        heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         if transforms_active():
             return differentiable_two_heads(*heads, ids, labels, which)
         found, nll = two_heads_rows(
             *heads[0].inputs, *heads[1].inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored,
-            which.kind, pack_options(*heads, which), labels, budget(heads, workspace),
-            resolve_backend(heads[0].hidden, backend),
+            *pack(*heads, which), labels, budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
         )  # fmt: skip
     _gather_in_backward(found, student, teacher)
     return found, nll if labels else None
@@ -260,6 +285,7 @@ def summed_divergence(
     soft: float,
     hard: float,
     which: Divergence,
+    shards: Shards,
     *,
     backend: Backend | None = None,
     workspace: int | str | None = None,
@@ -270,17 +296,16 @@ def summed_divergence(
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     if tensors or transforms_active() or route_setting.parse(route or route_setting.value) == "recompute":
-        found, nll = token_divergence(student, teacher, ids, hard != 0, which, **how)
+        found, nll = token_divergence(student, teacher, ids, hard != 0, which, shards, **how)
         return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
-        heads = (as_head(student), as_head(teacher))
+        heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         inputs = (*heads[0].inputs, *heads[1].inputs)
         wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
         loss, *_ = two_heads_loss(
-            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, which.kind,
-            pack_options(*heads, which), float(soft), float(hard), hard != 0, wanted, budget(heads, workspace),
-            resolve_backend(heads[0].hidden, backend),
+            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which),
+            float(soft), float(hard), hard != 0, wanted, budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
         )  # fmt: skip
     return _gather_in_backward(loss, student, teacher)
 
@@ -304,6 +329,7 @@ def divergence(
     beta: float = 0.5,
     temperature: float = 1.0,
     mask: Tensor | None = None,
+    group: Any = None,
     backend: Backend | None = None,
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
@@ -327,6 +353,9 @@ def divergence(
         beta: the teacher's share of the mixture, for ``jsd`` and ``skewed_kl``.
         temperature: of both sides; the gradient's factor ``temperature²`` is not put back.
         mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
+        group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; tensors of logits are then
+            this rank's columns. A :class:`LinearLogits` was given its own. Both sides must be shared out alike; ranks
+            exchange a few numbers per token, and every result is the same on all of them.
         backend: ``"triton"`` or ``"torch"``; by default what serves the device.
         workspace: bytes to use beside inputs and results, for a :class:`LinearLogits`.
         drop_ignored: take masked tokens out before the products (True), or zero them, without a synchronisation (False).
@@ -336,7 +365,7 @@ def divergence(
         other side is −inf and this one is not; then the gradient of the side that has mass there is 0 in that row.
 
     Raises:
-        ValueError: shapes or devices that do not fit, an unknown kind, ``beta`` outside [0, 1].
+        ValueError: shapes, devices or shares of the vocabulary that do not fit, an unknown kind, ``beta`` outside [0, 1].
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
@@ -349,6 +378,7 @@ def divergence(
     ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)
     found, _ = token_divergence(
         student_logits, teacher_logits, ids, False, chosen_divergence(kind, beta, temperature),
-        backend=backend, workspace=workspace, drop_ignored=drop_ignored,
+        shared_vocabulary(student_logits, teacher_logits, group), backend=backend, workspace=workspace,
+        drop_ignored=drop_ignored,
     )  # fmt: skip
     return found.view(tokens)

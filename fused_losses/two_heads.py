@@ -9,10 +9,14 @@ product over a side's logits:
 - per-token results (:func:`two_heads_rows`) keep nothing but the inputs, and backward makes the logits again: ``2NVH`` more.
 
 A side may also be a tensor of logits: a :class:`Head` whose ``hidden`` is them and whose ``weight`` is None.
+
+Where ranks share the vocabulary each makes its own slice of the logits, and they exchange the normalizers and the sums of each
+token's slices (:func:`compare_rows`), and sum up the gradients of hidden and u.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -20,14 +24,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autodiff import check_differentiable, differentiable_gradients
-from .chunked.divergence_rows import differentiable_rows
+from .autodiff import check_differentiable, differentiable_gradients, refuse_shard
+from .chunked.divergence_rows import differentiable_rows, whole_normalizers
 from .chunked.linear_softmax import TILE, logits_tile, slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS, transform
 from .numerics import statistics_dtype, wide_dtype
 from .planning import FEWEST_TOKENS, MANY_CHUNKS
-from .routes import HEADROOM, Head, add_product, column_sums, full_precision, scale_gradients
+from .routes import HEADROOM, Head, add_product, column_sums, full_precision, per_token_dtype, scale_gradients
 from .settings import workspace as workspace_setting
+from .vocab_parallel import VocabShard, _check_ranges, _header, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
 ROW_TEMPORARIES = 16  # copies of a chunk of rows that the PyTorch row primitive holds at once
@@ -59,8 +64,59 @@ def divergence_module(backend: str) -> Any:
     return divergence_rows
 
 
+def gather_parts(shard: VocabShard, x: Tensor) -> Tensor:
+    """``x`` of every rank, ``(R, *x.shape)``; raises on all where they do not hold the vocabulary once."""
+    header = _header(shard, x.device, x.dtype)
+    found = shard.gather(torch.cat([header, x.reshape(-1)]))
+    _check_ranges(shard, found[:, : len(header)])
+    return found[:, len(header) :].view(shard.ranks, *x.shape)
+
+
+def compare_rows(
+    backend: str,
+    shard: VocabShard | None,
+    student: Tensor,  # (B, V, S), all of the vocabulary or the shard's slice of it
+    teacher: Tensor,  # (B, V, S)
+    ids: Tensor | None,  # (N,), counted from the slice's first column
+    *temperatures: Tensor | None,  # (N,), of student and teacher
+    soft: Tensor | None = None,
+    hard: Tensor | None = None,
+    d_student: Tensor | None = None,
+    d_teacher: Tensor | None = None,
+    **which: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """``divergence_rows`` of the whole vocabulary."""
+    rows = functools.partial(divergence_module(backend).divergence_rows, student, teacher, ids, *temperatures, **which)
+    gradients = {"soft": soft, "hard": hard, "d_student": d_student, "d_teacher": d_teacher}
+    if shard is None:
+        return rows(**gradients)
+    N, dtype, wide = student.shape[0] * student.shape[2], statistics_dtype(student.dtype), wide_dtype(student.device)
+    slopes = (d_student is not None, d_teacher is not None)
+    labels = which["labels"]
+    normalizers = student.new_empty(6 if labels and which["temperature"] != 1 else 4, N, dtype=wide)
+    rows(step="normalizers", normalizers=normalizers)
+    normalizers = whole_normalizers(gather_parts(shard, normalizers))
+    sums = student.new_zeros(4, N, dtype=wide)
+    rows(step="sums", normalizers=normalizers, sums=sums, slopes=slopes)
+    sums = shard.gather(sums if any(slopes) else sums[:2]).sum(0)
+    if any(slopes):
+        rows(step="gradients", normalizers=normalizers, sums=sums, **gradients)
+    return sums[0].to(dtype, copy=True), sums[1].to(dtype, copy=True) if labels else None
+
+
 def vocab_of(head: Head) -> int:
+    """How many columns of logits a head yields here."""
     return head.hidden.shape[1] if head.weight is None else head.weight.shape[0]
+
+
+def compared_vocab(student: Head, teacher: Head) -> int:
+    """How many of them are compared."""
+    return min(map(vocab_of, (student, teacher))) if student.shard is None else student.shard.size
+
+
+def planned_vocab(heads: Sequence[Head]) -> int:
+    """How many of them plans count on, which are alike on all ranks that share the vocabulary."""
+    return min(vocab_of(head) if head.shard is None else head.shard.even_size for head in heads)
 
 
 class Chunks(NamedTuple):
@@ -73,13 +129,19 @@ def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
     found = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
     if found is not None:
         return found
-    inputs = [t for head in heads if head.weight is not None for t in head.inputs if t is not None and t.requires_grad]
-    return max(DEFAULT_BUDGET, sum(t.numel() * t.element_size() for t in inputs))
+    gradients = 0
+    for head in heads:
+        for t in head.inputs if head.weight is not None else ():
+            if t is not None and t.requires_grad:
+                of_tokens = t is head.hidden or t is head.u
+                rows = len(t) if of_tokens or head.shard is None else head.shard.even_size
+                gradients += rows * t.shape[1:].numel() * t.element_size()
+    return max(DEFAULT_BUDGET, gradients)
 
 
 def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspace: int, backend: str) -> Chunks:
     """Cut ``M`` tokens into few chunks whose logits and gradients fit the workspace."""
-    V = min(vocab_of(head) for head in heads)
+    V = planned_vocab(heads)
     per_token = extra = fixed = 0
     for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True):
         if head.weight is None:
@@ -133,6 +195,13 @@ def project(head: Head, out: Tensor) -> Tensor:
     return out if bias is None else out.add_(bias)
 
 
+def total_dtypes(head: Head, sums: torch.dtype) -> tuple[torch.dtype, ...]:
+    """In what the gradients of a head's inputs are made."""
+    dtype = head.hidden.dtype
+    per_token = dtype if head.weight is None else per_token_dtype(dtype, head.shard)
+    return per_token, sums, statistics_dtype(dtype), per_token, sums
+
+
 class _Side:
     """One head: room for a chunk of its logits and their gradient, and for the gradients of its inputs."""
 
@@ -145,17 +214,18 @@ class _Side:
         self.room = None if self.direct else hidden.new_empty(n, V, dtype=wide)
         in_place = self.direct or wide == dtype
         self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V)
-        per_token = wide if dtype == torch.float16 and not self.direct else dtype
-        dtypes = (per_token, sums, wide, per_token, sums)
         self.totals: list[Tensor | None] = [
             like.new_zeros(like.shape, dtype=t) if want and like is not None else None
-            for like, t, want in zip(head.inputs, dtypes, wanted, strict=True)
+            for like, t, want in zip(head.inputs, total_dtypes(head, sums), wanted, strict=True)
         ]
+        self.begun: list[
+            tuple[Any, Tensor, slice | Tensor, Tensor]
+        ] = []  # sums over ranks: of a product, for total[rows]
 
     def logits(self, rows: slice | Tensor, ignored: Tensor | None) -> Tensor:
         self.chunk = self.cut.tokens(rows, None if self.direct else ignored)
         if self.direct:
-            return self.chunk.hidden
+            return self.chunk.hidden[:, : self.V]
         assert self.room is not None
         return project(self.chunk, self.room[: len(self.chunk.hidden)])
 
@@ -181,17 +251,26 @@ class _Side:
             return
         for total, matrix in ((d_hidden, self.cut.weight), (d_u, self.cut.B)):
             if total is not None and matrix is not None:
-                if isinstance(rows, slice):
-                    add_product(total[rows], d_logits, matrix, first=True)
-                else:
-                    product = total.new_empty(len(d_logits), matrix.shape[1])
-                    add_product(product, d_logits, matrix, first=True)
+                product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])
+                add_product(product, d_logits, matrix, first=True)
+                sums_begun = [] if self.head.shard is None else self.head.shard.sum_over_ranks(product)
+                if sums_begun:
+                    self.begun.append((sums_begun[0], total, rows, product))
+                elif not isinstance(rows, slice):
                     total.index_copy_(0, rows, product)
         for total, matrix in ((d_weight, self.chunk.hidden), (d_B, self.chunk.u)):
             if total is not None and matrix is not None:
                 add_product(total[: self.V], d_logits.t(), matrix, first=first)
         if d_bias is not None:
             d_bias[: self.V] += column_sums(d_logits, d_bias.dtype)
+
+    def finished(self) -> list[Tensor | None]:
+        """The gradients of the inputs, once all ranks have added theirs."""
+        for sum_begun, total, rows, product in self.begun:
+            sum_begun.wait()
+            if not isinstance(rows, slice):
+                total.index_copy_(0, rows, product)
+        return self.totals
 
 
 def both_heads(
@@ -200,17 +279,18 @@ def both_heads(
     ids: Tensor | None,  # (N,), −100: skipped
     keep: Tensor | None,  # (M,) tokens to project; None: all
     zero_ignored: bool,
+    which: Divergence,
     soft: Tensor | None,  # (N,) factors of the divergences' gradients
     hard: Tensor | None,  # (N,) and of those of −log p
     labels: bool,
-    which: Divergence,
     wanted: Sequence[bool],  # gradients of the inputs of either head
     workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """``divergence (N,)``, ``−log p (N,)`` of the student, and the gradient of each input or None, its dtype or a wider one."""
-    heads = (student, teacher)
-    N, V, dtype = student.hidden.shape[0], min(map(vocab_of, heads)), statistics_dtype(student.hidden.dtype)
+    heads, shard = (student, teacher), student.shard
+    N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
+    ids = ids if ids is None or shard is None else shard.local(ids)
     M = N if keep is None else keep.shape[0]
     cut = chunks_of(heads, M, wanted, workspace, backend)
     parts = (wanted[:5], wanted[5:])
@@ -234,7 +314,9 @@ def both_heads(
             ignored = of_ids == -100 if zero_ignored and of_ids is not None else None
             logits = [side.logits(rows, ignored) for side in sides]
             d_logits = [side.d_logits(x, rows) for side, x in zip(sides, logits, strict=True)]
-            found, found_nll = divergence_module(backend).divergence_rows(
+            found, found_nll = compare_rows(
+                backend,
+                shard,
                 *(x.unsqueeze(-1) for x in logits),
                 of_ids,
                 *(side.chunk.temperature for side in sides),
@@ -246,11 +328,11 @@ def both_heads(
                 d_teacher=None if d_logits[1] is None else d_logits[1].unsqueeze(-1),
             )
             divergence[rows] = found
-            if nll is not None:
+            if nll is not None and found_nll is not None:
                 nll[rows] = found_nll
             for side, d in zip(sides, d_logits, strict=True):
                 side.add(d, rows, first=start == 0)
-    totals = [total for side in sides for total in side.totals]
+    totals = [total for side in sides for total in side.finished()]
     if factor is not None:
         totals = [None if t is None else t.div_(factor) for t in totals]
     return divergence, nll, totals
@@ -278,21 +360,47 @@ def differentiable_two_heads(
     return differentiable_rows(final(student), final(teacher), ids, labels=labels, **which._asdict())
 
 
-Options = list[float]  # scales, softcaps (0: none) of student and teacher; beta, temperature
+# What the operators take first, and then _Problem.of(arguments[:IN_PROBLEM]).
+PROBLEM = """
+    Tensor s_hidden, Tensor? s_weight, Tensor? s_bias, Tensor? s_u, Tensor? s_B,
+    Tensor t_hidden, Tensor? t_weight, Tensor? t_bias, Tensor? t_u, Tensor? t_B,
+    Tensor? s_temperature, Tensor? t_temperature, Tensor? ids, Tensor? keep,
+    bool zero_ignored, str kind, float[] options, str[] shards
+"""
+IN_PROBLEM, INPUTS, TENSORS = 18, 10, 14
 
 
-def pack_options(student: Head, teacher: Head, which: Divergence) -> Options:
+def pack(student: Head, teacher: Head, which: Divergence) -> tuple[str, list[float], list[str]]:
+    """kind, options and shards."""
     of = (student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, which.beta, which.temperature)
-    return [float(x) for x in of]
+    return which.kind, [float(x) for x in of], [packed(student.shard), packed(teacher.shard)]
 
 
-def _unpack(
-    inputs: Sequence[Tensor | None], temperatures: Sequence[Tensor | None], kind: str, options: Options
-) -> tuple[Head, Head, Divergence]:
-    s_scale, s_softcap, t_scale, t_softcap, beta, temperature = options
-    student = Head(*inputs[:5], temperature=temperatures[0], scale=s_scale, softcap=s_softcap or None)  # type: ignore
-    teacher = Head(*inputs[5:], temperature=temperatures[1], scale=t_scale, softcap=t_softcap or None)  # type: ignore
-    return student, teacher, Divergence(kind, beta, temperature)
+class _Problem(NamedTuple):
+    student: Head
+    teacher: Head
+    ids: Tensor | None  # (N,)
+    keep: Tensor | None  # (M,)
+    zero_ignored: bool
+    which: Divergence
+
+    @classmethod
+    def of(cls, arguments: Sequence[Any]) -> _Problem:
+        *temperatures, ids, keep, zero_ignored, kind, options, shards = arguments[INPUTS:]
+        s_scale, s_softcap, t_scale, t_softcap, beta, temperature = options
+        s_shard, t_shard = map(VocabShard.unpacked, shards)
+        student = Head(*arguments[:5], temperatures[0], s_scale, s_softcap or None, s_shard)  # type: ignore[call-arg]
+        teacher = Head(*arguments[5:INPUTS], temperatures[1], t_scale, t_softcap or None, t_shard)  # type: ignore[call-arg]
+        return cls(student, teacher, ids, keep, zero_ignored, Divergence(kind, beta, temperature))
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.student.inputs + self.teacher.inputs
+
+    def differentiable(self, inputs: Sequence[Tensor | None], labels: bool) -> tuple[Tensor, Tensor | None]:
+        """Divergence and −log p of other inputs, as :func:`differentiable_two_heads`."""
+        student, teacher = self.student.with_inputs(inputs[:5]), self.teacher.with_inputs(inputs[5:])
+        return differentiable_two_heads(student, teacher, self.ids, labels, self.which)
 
 
 def _present(t: Tensor | None, like: Tensor) -> Tensor:
@@ -302,95 +410,72 @@ def _present(t: Tensor | None, like: Tensor) -> Tensor:
 # A sum over tokens: the gradients are made in forward.
 
 
-@torch.library.custom_op("fused_losses::two_heads_loss", mutates_args=())
-def two_heads_loss(
-    s_hidden: Tensor,  # (N, H), or logits (N, V) without a weight
-    s_weight: Tensor | None,  # (V, H)
-    s_bias: Tensor | None,  # (V,)
-    s_u: Tensor | None,  # (N, R)
-    s_B: Tensor | None,  # (V, R)
-    t_hidden: Tensor,  # as the student's, of sizes of its own
-    t_weight: Tensor | None,
-    t_bias: Tensor | None,
-    t_u: Tensor | None,
-    t_B: Tensor | None,
-    s_temperature: Tensor | None,  # (N,)
-    t_temperature: Tensor | None,  # (N,)
-    ids: Tensor | None,  # (N,)
-    keep: Tensor | None,  # (M,)
-    zero_ignored: bool,
-    kind: str,
-    options: list[float],
-    soft: float,
-    hard: float,
-    labels: bool,
-    wanted: list[bool],
-    workspace: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``Σ_n soft·divergence + hard·(−log p)``, and the gradient of each of the first ten arguments, 0-dim where absent or not
-    ``wanted``."""
-    inputs = (s_hidden, s_weight, s_bias, s_u, s_B, t_hidden, t_weight, t_bias, t_u, t_B)
-    student, teacher, which = _unpack(inputs, (s_temperature, t_temperature), kind, options)
-    dtype = statistics_dtype(s_hidden.dtype)
-    per_token = [s_hidden.new_full((len(s_hidden),), x, dtype=dtype) for x in (soft, hard)]
+@torch.library.custom_op(
+    "fused_losses::two_heads_loss",
+    mutates_args=(),
+    schema=f"({PROBLEM}, float soft, float hard, bool labels, bool[] wanted, int workspace, str backend) -> "
+    f"({', '.join(['Tensor'] * (1 + INPUTS))})",
+)
+def two_heads_loss(*arguments: Any) -> tuple[Tensor, ...]:
+    """``Σ_n soft·divergence + hard·(−log p)``, and the gradient of each of the inputs, 0-dim where absent or not ``wanted``."""
+    problem = _Problem.of(arguments[:IN_PROBLEM])
+    soft, hard, labels, wanted, workspace, backend = arguments[IN_PROBLEM:]
+    hidden = problem.student.hidden
+    dtype = statistics_dtype(hidden.dtype)
+    per_token = [hidden.new_full((len(hidden),), x, dtype=dtype) for x in (soft, hard)]
     divergence, nll, gradients = both_heads(
-        student, teacher, ids, keep, zero_ignored, per_token[0], per_token[1] if labels else None, labels, which, wanted,
-        workspace, backend,
-    )  # fmt: skip
+        *problem, per_token[0], per_token[1] if labels else None, labels, wanted, workspace, backend
+    )
     total = soft * divergence if nll is None else soft * divergence + hard * nll
     loss = total.sum(dtype=wide_dtype(total.device)).to(dtype)
-    return loss, *(_present(g, loss) for g in gradients)  # type: ignore[return-value]
+    return loss, *(_present(g, loss) for g in gradients)
 
 
 @two_heads_loss.register_fake
-def _(*args: Any) -> tuple[Tensor, ...]:
-    inputs, (s_temperature, t_temperature, _, keep, _, kind, options) = args[:10], args[10:17]
-    wanted, workspace, backend = args[20:]
-    student, teacher, _ = _unpack(inputs, (s_temperature, t_temperature), kind, options)
-    N = len(student.hidden)
-    M = N if keep is None else keep.shape[0]
-    loss = student.hidden.new_empty((), dtype=statistics_dtype(student.hidden.dtype))
-    gradients: list[Tensor] = []
-    for head, sums in zip(
-        (student, teacher), chunks_of((student, teacher), M, wanted, workspace, backend).sums, strict=True
-    ):
-        dtype, wide = head.hidden.dtype, statistics_dtype(head.hidden.dtype)
-        per_token = wide if dtype == torch.float16 and head.weight is not None else dtype
-        for like, dtype in zip(head.inputs, (per_token, sums, wide, per_token, sums), strict=True):
-            given = like is not None and wanted[len(gradients)]
-            gradients.append(torch.empty_like(like, dtype=dtype) if given else loss.new_zeros(()))  # type: ignore
-    return loss, *gradients
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _Problem.of(arguments[:IN_PROBLEM])
+    *_, wanted, workspace, backend = arguments
+    heads = (problem.student, problem.teacher)
+    M = len(heads[0].hidden) if problem.keep is None else problem.keep.shape[0]
+    loss = heads[0].hidden.new_empty((), dtype=statistics_dtype(heads[0].hidden.dtype))
+    sums = chunks_of(heads, M, wanted, workspace, backend).sums
+    dtypes = [dtype for head, s in zip(heads, sums, strict=True) for dtype in total_dtypes(head, s)]
+    return loss, *(
+        torch.empty_like(like, dtype=dtype) if want and like is not None else loss.new_zeros(())
+        for like, dtype, want in zip(problem.inputs, dtypes, wanted, strict=True)
+    )
 
 
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:10], inputs[20], strict=True)]
-    ctx.kind, ctx.options, ctx.soft, ctx.hard, ctx.labels = inputs[15:20]
+    ctx.soft, ctx.hard, ctx.labels, wanted, *_ = inputs[IN_PROBLEM:]
+    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:INPUTS], wanted, strict=True)]
+    ctx.options = inputs[TENSORS:IN_PROBLEM]
     # A second derivative starts again from the inputs, so they are kept where it is offered.
     small = inputs[0].dtype == torch.float64
-    ctx.save_for_backward(*output[1:], *(inputs[:13] if small else ()))
+    ctx.save_for_backward(*output[1:], *(inputs[:TENSORS] if small else ()))
 
 
 def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    rest = (None,) * 13
+    rest = (None,) * (IN_PROBLEM - INPUTS + 6)
     if g is None:
-        return (None,) * 23
-    gradients, inputs = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        return *(None,) * INPUTS, *rest
+    gradients, tensors = ctx.saved_tensors[:INPUTS], ctx.saved_tensors[INPUTS:]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        if not inputs:
+        refuse_shard("".join(ctx.options[-1]), gradients[0].shape)
+        if not tensors:
             raise RuntimeError(
                 "gradients made in forward can be differentiated again in float64 only; got "
                 f"{[tuple(t.shape) for t in gradients if t.ndim]}. Use divergence() per token, for small inputs"
             )
+        problem = _Problem.of((*tensors, *ctx.options))
 
-        def fn(*of: Tensor) -> list[Tensor]:
-            student, teacher, which = _unpack(of, inputs[10:12], ctx.kind, ctx.options)
-            divergence, nll = differentiable_two_heads(student, teacher, inputs[12], ctx.labels, which)
+        def fn(*inputs: Tensor) -> list[Tensor]:
+            divergence, nll = problem.differentiable(inputs, ctx.labels)
             return [(ctx.soft * divergence if nll is None else ctx.soft * divergence + ctx.hard * nll).sum()]
 
-        return *differentiable_gradients(fn, inputs[:10], [g]), *rest
+        return *differentiable_gradients(fn, problem.inputs, [g]), *rest
     return *scale_gradients(gradients, ctx.dtypes, g), *rest
 
 
@@ -400,113 +485,76 @@ two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
 # Per-token results: backward makes the logits again.
 
 
-@torch.library.custom_op("fused_losses::two_heads_rows", mutates_args=())
-def two_heads_rows(
-    s_hidden: Tensor,  # as for two_heads_loss
-    s_weight: Tensor | None,
-    s_bias: Tensor | None,
-    s_u: Tensor | None,
-    s_B: Tensor | None,
-    t_hidden: Tensor,
-    t_weight: Tensor | None,
-    t_bias: Tensor | None,
-    t_u: Tensor | None,
-    t_B: Tensor | None,
-    s_temperature: Tensor | None,
-    t_temperature: Tensor | None,
-    ids: Tensor | None,
-    keep: Tensor | None,
-    zero_ignored: bool,
-    kind: str,
-    options: list[float],
-    labels: bool,
-    workspace: int,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "fused_losses::two_heads_rows",
+    mutates_args=(),
+    schema=f"({PROBLEM}, bool labels, int workspace, str backend) -> (Tensor, Tensor)",
+)
+def two_heads_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
     """``divergence (N,)`` and ``−log p (N,)``, 0-dim without labels."""
-    inputs = (s_hidden, s_weight, s_bias, s_u, s_B, t_hidden, t_weight, t_bias, t_u, t_B)
-    student, teacher, which = _unpack(inputs, (s_temperature, t_temperature), kind, options)
-    divergence, nll, _ = both_heads(
-        student, teacher, ids, keep, zero_ignored, None, None, labels, which, [False] * 10, workspace, backend
-    )
+    labels, workspace, backend = arguments[IN_PROBLEM:]
+    problem = _Problem.of(arguments[:IN_PROBLEM])
+    divergence, nll, _ = both_heads(*problem, None, None, labels, [False] * INPUTS, workspace, backend)
     return divergence, _present(nll, divergence)
 
 
 @two_heads_rows.register_fake
-def _(s_hidden: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    found = s_hidden.new_empty(len(s_hidden), dtype=statistics_dtype(s_hidden.dtype))
-    return found, torch.empty_like(found) if args[16] else found.new_zeros(())
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    hidden, labels = arguments[0], arguments[IN_PROBLEM]
+    found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
+    return found, torch.empty_like(found) if labels else found.new_zeros(())
 
 
-@torch.library.custom_op("fused_losses::two_heads_rows_grad", mutates_args=())
-def two_heads_rows_grad(
-    s_hidden: Tensor,
-    s_weight: Tensor | None,
-    s_bias: Tensor | None,
-    s_u: Tensor | None,
-    s_B: Tensor | None,
-    t_hidden: Tensor,
-    t_weight: Tensor | None,
-    t_bias: Tensor | None,
-    t_u: Tensor | None,
-    t_B: Tensor | None,
-    s_temperature: Tensor | None,
-    t_temperature: Tensor | None,
-    ids: Tensor | None,
-    keep: Tensor | None,
-    soft: Tensor,  # (N,)
-    hard: Tensor | None,  # (N,)
-    zero_ignored: bool,
-    kind: str,
-    options: list[float],
-    wanted: list[bool],
-    workspace: int,
-    backend: str,
-) -> list[Tensor]:
-    """The gradients of the first ten arguments, 0-dim where absent or not ``wanted``."""
-    inputs = (s_hidden, s_weight, s_bias, s_u, s_B, t_hidden, t_weight, t_bias, t_u, t_B)
-    student, teacher, which = _unpack(inputs, (s_temperature, t_temperature), kind, options)
-    *_, gradients = both_heads(
-        student, teacher, ids, keep, zero_ignored, soft, hard, hard is not None, which, wanted, workspace, backend
-    )
-    pairs = zip(gradients, inputs, strict=True)
+@torch.library.custom_op(
+    "fused_losses::two_heads_rows_grad",
+    mutates_args=(),
+    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, bool[] wanted, int workspace, str backend) -> Tensor[]",
+)
+def two_heads_rows_grad(*arguments: Any) -> list[Tensor]:
+    """The gradients of the inputs, 0-dim where absent or not ``wanted``; factors of the divergences' and of those of −log p."""
+    soft, hard, wanted, workspace, backend = arguments[IN_PROBLEM:]
+    problem = _Problem.of(arguments[:IN_PROBLEM])
+    *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend)
+    pairs = zip(gradients, problem.inputs, strict=True)
     return [_present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs]
 
 
 @two_heads_rows_grad.register_fake
-def _(*args: Any) -> list[Tensor]:
-    inputs, soft, wanted = args[:10], args[14], args[19]
+def _(*arguments: Any) -> list[Tensor]:
+    soft, _, wanted, *_ = arguments[IN_PROBLEM:]
     return [
         soft.new_zeros(()) if t is None or not want else torch.empty_like(t)
-        for t, want in zip(inputs, wanted, strict=True)
+        for t, want in zip(arguments[:INPUTS], wanted, strict=True)
     ]
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    ctx.zero_ignored, ctx.kind, ctx.options, ctx.labels, ctx.workspace, ctx.backend = inputs[14:]
-    ctx.save_for_backward(*inputs[:14])
+    ctx.options = inputs[TENSORS:IN_PROBLEM]
+    ctx.labels, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
+    ctx.save_for_backward(*inputs[:TENSORS])
 
 
 def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Any, ...]:
-    rest = (None,) * 10
+    rest = (None,) * (IN_PROBLEM - INPUTS + 3)
     if d_divergence is None and d_nll is None:
-        return (None,) * 20
-    inputs, (s_temperature, t_temperature, ids, keep) = ctx.saved_tensors[:10], ctx.saved_tensors[10:]
+        return *(None,) * INPUTS, *rest
+    arguments = (*ctx.saved_tensors, *ctx.options)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        problem = _Problem.of(arguments)
+        refuse_shard("".join(ctx.options[-1]), problem.student.hidden.shape)
 
-        def fn(*of: Tensor) -> list[Tensor]:
-            student, teacher, which = _unpack(of, (s_temperature, t_temperature), ctx.kind, ctx.options)
-            divergence, nll = differentiable_two_heads(student, teacher, ids, ctx.labels, which)
+        def fn(*inputs: Tensor) -> list[Tensor]:
+            divergence, nll = problem.differentiable(inputs, ctx.labels)
             return [divergence, _present(nll, divergence)]
 
-        return *differentiable_gradients(fn, inputs, (d_divergence, d_nll)), *rest
+        return *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)), *rest
     hard = d_nll if ctx.labels else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
     gradients = two_heads_rows_grad(
-        *inputs, s_temperature, t_temperature, ids, keep, soft.contiguous(), None if hard is None else hard.contiguous(),
-        ctx.zero_ignored, ctx.kind, ctx.options, list(ctx.needs_input_grad[:10]), ctx.workspace, ctx.backend,
+        *arguments, soft.contiguous(), None if hard is None else hard.contiguous(), list(ctx.needs_input_grad[:INPUTS]),
+        ctx.workspace, ctx.backend,
     )  # fmt: skip
     return *(None if g.ndim == 0 else g for g in gradients), *rest
 

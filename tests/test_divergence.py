@@ -506,7 +506,7 @@ def test_head_operator_contract(device):
     leaves, _, _ = heads(device, N=4, V=9)
     ids = torch.tensor([1, -100, 0, 2], device=device)
     options = [0.7, 4.0, 1.0, 0.0, 0.5, 1.5]
-    shared = (*leaves, None, torch.ones(4, device=device), ids, None, True, "jsd", options)
+    shared = (*leaves, None, torch.ones(4, device=device), ids, None, True, "jsd", options, ["", ""])
     torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, (*shared, True, 2**20, "torch"))
     wanted = [True] * 5 + [False] * 5
     torch.library.opcheck(
