@@ -1,18 +1,21 @@
 """The head under FSDP2 and DDP with the loss outside the model: every parameter moves as in one process."""
 
-import datetime
-import os
-import tempfile
+from collections import Counter
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from ranks import needs_ranks, run
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.debug import CommDebugMode
 
 from fused_losses import settings
 from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.token_loss import token_loss
+
+pytestmark = needs_ranks
 
 RANKS, STEPS = 2, 3
 B, S, V, H = 2, 5, 13, 8
@@ -43,7 +46,9 @@ def step_loss(name, logits, ids):
         logp = F.log_softmax(logits / 0.8, -1)
         entropy = -(logp.exp() * logp).sum(-1)
         return (
-            -(logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * torch.linspace(0.5, 1.5, S - 1)).mean()
+            -(
+                logp.gather(-1, ids.unsqueeze(-1)).squeeze(-1) * torch.linspace(0.5, 1.5, S - 1, device=ids.device)
+            ).mean()
             - 0.1 * entropy.mean()
         )
     # Several passes over the weight in one backward, one of them through materialised logits.
@@ -71,15 +76,7 @@ def train(model, wrapped, loss, batches):
     }
 
 
-def fully_shard_model(model):
-    from torch.distributed.fsdp import fully_shard
-
-    return fully_shard(model)
-
-
 def fully_shard_head(model):
-    from torch.distributed.fsdp import fully_shard
-
     fully_shard(model.head)
     fully_shard(model.layer)
     return fully_shard(model)
@@ -87,8 +84,6 @@ def fully_shard_head(model):
 
 def fully_shard_output_dtype(model):
     """FSDP2 casts what the model returns: that must reach neither the weight nor the numbers."""
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
     return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float32))
 
 
@@ -97,7 +92,7 @@ def ddp(**options):
 
 
 WRAPPERS = {
-    "fully_shard_model": fully_shard_model,
+    "fully_shard_model": fully_shard,
     "fully_shard_head": fully_shard_head,
     "fully_shard_output_dtype": fully_shard_output_dtype,
     "ddp": ddp(),
@@ -106,9 +101,9 @@ WRAPPERS = {
 }
 
 
-def prepare(case, **options):
+def prepare(case, kind=Model, **options):
     """A model in which every trained parameter is used, unless DDP is asked to find those that are not."""
-    model = Model(**options)
+    model = kind(**options)
     for parameter in model.unused.parameters():
         parameter.requires_grad_(case == "ddp_find_unused")
     return model
@@ -136,33 +131,128 @@ def batches(rank):
     return ids if rank is None else ids[:, rank * B : (rank + 1) * B]
 
 
-def work(rank, port, folder):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, timeout=datetime.timedelta(seconds=60))
+# What is sent, and what is left, in a step
+
+
+class Eager(Model):
+    """With logits."""
+
+    def __init__(self):
+        super().__init__()
+        head = nn.Linear(H, V, dtype=torch.float64)
+        head.weight, head.bias = self.head.weight, self.head.bias
+        self.head = head
+
+    def forward(self, ids):
+        return 4 * torch.tanh(super().forward(ids) / 4)
+
+
+# Loss and how often it reads the weight in forward. Whoever reads it twice gathers it twice: nothing stays whole between.
+PASSES = {"mean": 1, "per_token": 1, "token_loss": 1, "several": 3, "evaluation": 1}
+
+
+def shard_head(model, **options):
+    fully_shard(model.head, **options)
+    return fully_shard(model)
+
+
+SHARDS = {
+    "head": shard_head,
+    "head, kept whole": lambda model: shard_head(model, reshard_after_forward=False),
+    "model": fully_shard,
+}
+
+
+def reading(name, logits, ids):
+    if name == "token_loss":
+        return token_loss(lambda s: -s.log_probs * s.entropy.exp(), logits, ids, statistics=("log_probs", "entropy"))[0]
+    if name == "several" and isinstance(logits, torch.Tensor):
+        return F.cross_entropy(logits.transpose(1, 2), ids) + logits.logsumexp(-1).mean() + logits.square().mean()
+    if name == "per_token" and isinstance(logits, LinearLogits):
+        return -logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).mean()
+    return step_loss(name if name == "several" else "mean", logits, ids)
+
+
+def sent(model, loss, ids, steps=2):
+    """Gathers and reductions of the last step, and how many bytes of the head were whole behind each of its parts."""
+    for _ in range(steps):
+        left = []
+        with CommDebugMode() as communication, torch.set_grad_enabled(loss != "evaluation"):
+            logits = model(ids)
+            lazy = isinstance(logits, LinearLogits)
+            left += [logits.rest.weight.untyped_storage().size()] if lazy else []
+            value = reading(loss, logits, ids)
+            left += [logits.rest.weight.untyped_storage().size()] if lazy else []
+            if loss != "evaluation":
+                value.backward()
+            left += [logits.rest.weight.untyped_storage().size()] if lazy else []
+        counts = {str(op).split(".")[-1]: n for op, n in communication.get_comm_counts().items()}
+    return counts, left
+
+
+# Gradients of several micro-batches, summed in fp32
+
+
+def accumulate_in_fsdp(ids):
+    """FSDP2 with parameters in bf16 sums in the dtype it reduces in."""
+    model = Model().float()
+    model.unused.requires_grad_(False)
+    fully_shard(model.head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    for at, part in enumerate(ids):
+        model.head.set_requires_gradient_sync(at == len(ids) - 1)
+        hidden = model.embed(part).bfloat16()
+        step_loss("mean", model.head(hidden), part).backward()
+    return model.head.weight.grad.full_tensor()
+
+
+def main_grad_of(model, ids):
+    """Megatron's way: a hook moves each bf16 gradient to a sum in fp32, which the ranks reduce themselves."""
+    model = model.bfloat16()
+    weight = model.head.weight
+    weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+
+    def move(parameter):
+        parameter.main_grad += parameter.grad
+        parameter.grad = None
+
+    weight.register_post_accumulate_grad_hook(move)
+    for part in ids:
+        step_loss("mean", model.head(model.embed(part)), part).backward()
+    assert weight.grad is None
+    return weight.main_grad
+
+
+def bf16_gradients(ids):
+    for part in ids:
+        model = Model().bfloat16()
+        step_loss("mean", model.head(model.embed(part)), part).backward()
+        yield model.head.weight.grad
+
+
+def work(device):
     found = {}
+    mine = batches(dist.get_rank()).to(device)
     for case, loss, variant in CASES:
-        model = freeze(prepare(case, **VARIANTS[variant]), variant)
+        model = freeze(prepare(case, **VARIANTS[variant]), variant).to(device)
         try:
-            found[case, loss, variant] = train(model, WRAPPERS[case](model), loss, batches(rank))
+            found[case, loss, variant] = train(model, WRAPPERS[case](model), loss, mine)
         except Exception as error:
             found[case, loss, variant] = repr(error)
-    torch.save(found, f"{folder}/{rank}")
-    dist.barrier()
-    dist.destroy_process_group()
+    for shards, wrap in SHARDS.items():
+        for loss in PASSES:
+            found["sent", shards, loss] = [
+                sent(wrap(prepare("", kind=kind).to(device)), loss, mine[0]) for kind in (Model, Eager)
+            ]
+    found["fsdp sum"] = accumulate_in_fsdp(mine)
+    found["main_grad"] = main_grad_of(Model(), mine)
+    return found
 
 
 @pytest.fixture(scope="module")
 def trained():
-    with tempfile.TemporaryDirectory() as folder:
-        with __import__("socket").socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        mp.spawn(work, (port, folder), nprocs=RANKS)
-        return [torch.load(f"{folder}/{rank}") for rank in range(RANKS)]
+    return run(work, RANKS)
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 @pytest.mark.parametrize(("case", "loss", "variant"), CASES)
 def test_trains_as_one_process_does(trained, case, loss, variant):
     model = freeze(prepare(case, **VARIANTS[variant]), variant)
@@ -175,3 +265,27 @@ def test_trains_as_one_process_does(trained, case, loss, variant):
             torch.testing.assert_close(found[name], expected[name], msg=lambda m, name=name: f"{name}: {m}")
             moved = parameter.requires_grad and not name.startswith("unused")
             assert torch.equal(found[name], start[name]) != moved, name
+
+
+@pytest.mark.parametrize("loss", PASSES)
+@pytest.mark.parametrize("shards", SHARDS)
+def test_gathers_once_for_each_pass_and_reduces_once(trained, shards, loss):
+    for found in trained:
+        (counts, left), (eager, _) = found["sent", shards, loss]
+        groups = 1 if shards == "model" else 2
+        assert eager.get("_reduce_scatter_base_", 0) == (0 if loss == "evaluation" else groups)
+        expected = Counter(eager)
+        expected["_allgather_base_"] += PASSES[loss] if shards == "head" else 0
+        assert Counter(counts) == expected
+        kept = shards != "head"  # until the gradients are reduced
+        assert [size > 0 for size in left] == [kept, kept, kept and loss == "evaluation"]
+
+
+def test_gradients_of_micro_batches_are_summed_in_fp32(trained):
+    each = [list(bf16_gradients(batches(rank))) for rank in range(RANKS)]
+    for rank, found in enumerate(trained):
+        exact = sum(grad.float() for grad in each[rank])
+        torch.testing.assert_close(found["main_grad"], exact, rtol=0, atol=0)
+        assert not torch.equal(sum(each[rank]).float(), exact)  # as .grad would sum them
+        mean = sum(grad.float() for grads in each for grad in grads) / RANKS
+        torch.testing.assert_close(found["fsdp sum"], mean)
