@@ -254,6 +254,8 @@ def layouts():
 def shifted_parts(device, group):
     found = {}
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    with pytest.raises(ValueError, match=r"two chunks of equal length, got \(1, 3\)"):
+        sequences.shift_labels(torch.zeros(1, 3), context_group=group, zigzag=True)
     for (name, (labels, packing)), zigzag in itertools.product(layouts().items(), (False, True)):
         mine = {k: x if k == "cu_seqlens" else split(x, rank, ranks, zigzag) for k, x in packing.items()}
         labels = split(labels, rank, ranks, zigzag).to(device)
@@ -469,6 +471,13 @@ def test_what_split_sequences_cannot_have():
             torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), average="sequence", context_group=object(),
             cu_seqlens=torch.tensor([0, 4]),
         )  # fmt: skip
+
+
+def test_a_rank_may_have_less_than_one_token_to_divide_by():
+    logits, labels = torch.randn(1, 3, V), torch.tensor([[1, 2, -100]])
+    whole = sft.sft_loss(logits, labels)
+    torch.testing.assert_close(sft.sft_loss(logits, labels, num_items_in_batch=torch.tensor(0.25)), 4 * whole)
+    assert sft.sft_loss(logits, torch.full((1, 3), -100), num_items_in_batch=0) == 0
 
 
 def test_one_process_counts_for_itself():
