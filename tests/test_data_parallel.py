@@ -7,12 +7,13 @@ import itertools
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import needs_ranks, run
+from ranks import needs_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses import data_parallel, distillation, policy, preference, reward, sequences, sft
+from fused_losses.bench.ranks import run
 from fused_losses.linear_logits import LinearHead
 from fused_losses.sequences import sequence_log_probs
 from fused_losses.token_loss import token_loss

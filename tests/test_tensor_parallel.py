@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import needs_ranks, run
+from ranks import needs_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_losses
 from fused_losses import LinearHead, LinearLogits, settings
+from fused_losses.bench.ranks import run
 from fused_losses.tensor_parallel import VocabParallelHead
 
 B, S, V, H = 4, 6, 50, 8

@@ -6,14 +6,14 @@ import itertools
 import time
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import needs_ranks, run
+from ranks import needs_ranks
 
 import fused_losses
 from fused_losses import LinearLogits, VocabParallel, settings
+from fused_losses.bench.ranks import TIMEOUT, collectives, run
 from fused_losses.chunked.softmax_rows import row_statistics
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.vocab_parallel import _whole
@@ -317,33 +317,16 @@ def test_other_answers(ranks):
 
 
 def bytes_sent(device):
-    """What a rank puts on the wire for a token, by collective, over vocabularies of different sizes."""
+    """What a rank puts on the wire, by collective, over vocabularies of different sizes."""
     sent = {}
-
-    def counted(collective, of):
-        @functools.wraps(collective)
-        def call(*tensors, **options):
-            key["now"].append((collective.__name__, of(tensors).numel() * of(tensors).element_size()))
-            return collective(*tensors, **options)
-
-        return call
-
-    key = {"now": []}
-    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    originals = {name: getattr(dist, name) for name in dir(dist) if callable(getattr(dist, name))}
-    collectives = {gather: lambda t: t[1], "all_reduce": lambda t: t[0]}
-    others = ("broadcast", "all_gather", "reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single")
-    for name, of in (collectives | {name: lambda t: t[0] for name in others}).items():
-        setattr(dist, name, counted(originals[name], of))
     for vocab in (V, 8 * V):
         for name in ("mean", "none", "token_loss"):
             for dtype in (torch.bfloat16, torch.float32):
-                tensors, x = inputs(dtype, vocab)
+                tensors, x = ({n: t.to(device) for n, t in of.items()} for of in inputs(dtype, vocab))
                 half = vocab // 2
                 mine, x = of_shard(tensors, x, slice(dist.get_rank() * half, (dist.get_rank() + 1) * half))
-                key["now"] = []
-                gradients(LOSSES[name], functools.partial(lazy, group=dist.group.WORLD), mine, x)
-                sent[vocab, name, dtype] = key["now"]
+                with collectives() as sent[vocab, name, dtype]:
+                    gradients(LOSSES[name], functools.partial(lazy, group=dist.group.WORLD), mine, x)
     return sent
 
 
@@ -426,7 +409,7 @@ def test_a_rank_that_raises_ends_the_others():
     assert "out of bounds for 20 classes" in found[1][0]
     for rank, (error, seconds) in enumerate(found):
         assert rank == 1 or "RuntimeError" in error, error
-        assert seconds < ranks.TIMEOUT.total_seconds() / 2
+        assert seconds < TIMEOUT.total_seconds() / 2
 
 
 @pytest.mark.parametrize("hole", [False, True], ids=["finite", "minus_infinity"])

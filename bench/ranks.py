@@ -1,0 +1,75 @@
+"""Run a function in real processes that form a process group: NCCL where each has a GPU, else gloo."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = datetime.timedelta(seconds=60)
+SENT = {  # collectives, and which argument is what a rank hands over
+    "all_gather_single": 1,
+    "all_gather_into_tensor": 1,
+    "all_gather": 1,
+    "all_reduce": 0,
+    "reduce_scatter_tensor": 1,
+    "all_to_all_single": 1,
+    "broadcast": 0,
+}
+
+
+def _process(rank: int, ranks: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    gpus = torch.cuda.device_count() >= ranks
+    if gpus:
+        torch.cuda.set_device(rank)
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when a module with @triton.jit is imported
+    store = dist.FileStore(f"{folder}/store", ranks)
+    dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    torch.save(fn(torch.device("cuda", rank) if gpus else torch.device("cpu"), *args), f"{folder}/{rank}")
+    if together:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run(fn: Callable[..., Any], ranks: int, *args: Any, together: bool = True) -> list[Any]:
+    """What ``fn(device, *args)``, a function of a module, returns on each of ``ranks`` processes; ``together``: none ends
+    before the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_process, (ranks, folder, fn, args, together), nprocs=ranks)
+        return [torch.load(f"{folder}/{rank}", map_location="cpu", weights_only=False) for rank in range(ranks)]
+
+
+@contextmanager
+def collectives() -> Iterator[list[tuple[str, int]]]:
+    """The name of each collective called inside, and the bytes this rank handed to it."""
+    calls: list[tuple[str, int]] = []
+
+    def counted(name: str, at: int) -> Callable[..., Any]:
+        collective = getattr(dist, name)
+
+        @functools.wraps(collective)
+        def call(*tensors: Any, **options: Any) -> Any:
+            calls.append((name, tensors[at].numel() * tensors[at].element_size()))
+            return collective(*tensors, **options)
+
+        return call
+
+    originals = {name: getattr(dist, name) for name in SENT if hasattr(dist, name)}
+    for name in originals:
+        setattr(dist, name, counted(name, SENT[name]))
+    try:
+        yield calls
+    finally:
+        for name, collective in originals.items():
+            setattr(dist, name, collective)
