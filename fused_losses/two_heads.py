@@ -35,7 +35,7 @@ from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, _check_ranges, _header, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
-ROW_TEMPORARIES = 16  # copies of a chunk of rows that the PyTorch row primitive holds at once
+ROW_TEMPORARIES = 17  # copies of a chunk of rows that the PyTorch row primitive holds at once
 
 
 class Divergence(NamedTuple):

@@ -168,7 +168,8 @@ def divergence_rows(
             continue
         s, t = log_s.exp(), log_t.exp()
         value, g, h = of_kind(s, t, log_s, log_t, beta, kind, wanted)
-        del log_s, log_t
+        total = value.sum(-1)
+        del log_s, log_t, value
         p = s
         if labels and ids is not None:
             if temperature != 1:
@@ -179,7 +180,6 @@ def divergence_rows(
             at_label = s_log_total - (z_s.gather(-1, y.clamp(0, V - 1)) - s_largest)
             at_label = at_label.masked_fill(~inside, 0).squeeze(-1)
         if step != "gradients":
-            total = value.sum(-1)
             total = total if skip is None else total.masked_fill(skip[:, 0], 0)
             if divergence is not None:
                 divergence[rows] = total
@@ -196,7 +196,7 @@ def divergence_rows(
             ):
                 if slope is not None:
                     room[rows] = _slope_sum(slope, weights, weighed).squeeze(-1).to(sums.dtype)
-            continue
+            del slope, weights
         if s_out is not None:
             assert soft is not None
             assert g is not None
@@ -208,6 +208,7 @@ def divergence_rows(
                 dz.scatter_add_(-1, y.clamp(0, V - 1), -hard[rows, None].masked_fill(~inside, 0))
             dz *= s_slope
             s_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(s_out.shape))
+            del dz
         if t_out is not None:
             assert soft is not None
             assert h is not None
@@ -215,6 +216,8 @@ def divergence_rows(
             mean = _slope_sum(h, t, weighed) if sums is None else sums[3, rows, None].to(dtype)
             dz = _gradient(h, t, mean, soft[rows, None] / temperature, weighed).mul_(t_slope)
             t_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(t_out.shape))
+            del dz
+        del z_s, s, t, p, g, h  # the next chunk needs their room
     return divergence, nll
 
 

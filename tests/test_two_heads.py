@@ -1,0 +1,185 @@
+"""How two heads' tokens are cut into chunks, in what their gradients are summed, and that the memory is as planned."""
+
+import itertools
+
+import pytest
+import torch
+
+from fused_losses import two_heads
+from fused_losses.bench.memory import peak_bytes
+from fused_losses.chunked.linear_softmax import TILE
+from fused_losses.chunked.softmax_rows import CHUNK_ELEMENTS
+from fused_losses.reference import divergence as reference
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.routes import Head
+from fused_losses.settings import workspace
+from fused_losses.two_heads import DEFAULT_BUDGET, FEWEST_TOKENS, Divergence, both_heads, budget, chunks_of
+from fused_losses.vocab_parallel import VocabShard
+
+ALL, STUDENT, NONE = [True] * 10, [True] * 5 + [False] * 5, [False] * 10
+
+
+def head(tokens, vocab, hidden=8, dtype=torch.float32, shard=None):
+    rows = vocab if shard is None else shard.size
+    return Head(torch.randn(tokens, hidden).to(dtype), torch.randn(rows, hidden).to(dtype), shard=shard)
+
+
+def logits(tokens, vocab, dtype=torch.float32):
+    return Head(torch.randn(tokens, vocab).to(dtype), None)
+
+
+def per_token(vocab, dtype, wanted, hidden=8):
+    """Bytes that a token of a chunk takes on a CPU: its logits, their gradient in 16 bits, and factors that are upcast."""
+    if dtype == torch.float32:
+        return 4 * vocab
+    return 4 * vocab + 2 * vocab * wanted + 4 * (hidden + TILE)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wanted", "of_token"),
+    [
+        (torch.float32, ALL, 2 * per_token(100, torch.float32, True)),
+        (torch.bfloat16, ALL, 2 * per_token(100, torch.bfloat16, True)),
+        (torch.bfloat16, STUDENT, per_token(100, torch.bfloat16, True) + per_token(100, torch.bfloat16, False)),
+        (torch.bfloat16, NONE, 2 * per_token(100, torch.bfloat16, False)),
+    ],
+)
+def test_the_largest_chunk_that_fits(dtype, wanted, of_token):
+    heads = (head(4096, 100, dtype=dtype), head(4096, 100, dtype=dtype))
+    tile = 0 if dtype == torch.float32 else TILE * 8 * 4
+    for tokens in (512, 2048):
+        assert chunks_of(heads, 4096, wanted, of_token * tokens + tile, "triton").tokens == tokens
+        assert chunks_of(heads, 4096, wanted, of_token * tokens + tile - 1, "triton").tokens < tokens
+    assert chunks_of(heads, 4096, wanted, of_token * 4096 + tile, "triton").tokens == 4096
+    # The row primitive of the torch backend holds a few chunks of rows.
+    rows = two_heads.ROW_TEMPORARIES * 4 * min(CHUNK_ELEMENTS, 4096 * 100)
+    assert chunks_of(heads, 4096, wanted, of_token * 512 + tile + rows, "torch").tokens == 512
+
+
+def test_chunks_are_even_and_few():
+    heads = (head(1000, 100), head(1000, 100))
+    of_token = 2 * per_token(100, torch.float32, True)
+    assert chunks_of(heads, 1000, ALL, of_token * 600, "triton").tokens == 512  # 600 and 400 would be 2 as well
+    assert chunks_of(heads, 1000, ALL, of_token * 501, "triton").tokens == 500  # 512 do not fit
+    assert chunks_of(heads, 1000, ALL, 1, "triton").tokens == FEWEST_TOKENS
+    assert chunks_of(heads, 5, ALL, 1, "triton").tokens == 5
+    assert chunks_of(heads, 0, ALL, 1, "triton").tokens == 0
+
+
+def test_tensors_of_logits_take_no_room():
+    one = chunks_of(
+        (head(4096, 100), logits(4096, 100)), 4096, ALL, per_token(100, torch.float32, True) * 512, "triton"
+    )
+    assert one.tokens == 512
+    # Vocabularies of different size are cut to the smaller.
+    cut = chunks_of(
+        (head(4096, 400), logits(4096, 100)), 4096, ALL, per_token(100, torch.float32, True) * 512, "triton"
+    )
+    assert cut == one
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "chunks", "sums"),
+    [
+        ((torch.bfloat16, torch.bfloat16), 8, (torch.bfloat16, torch.bfloat16)),
+        ((torch.bfloat16, torch.bfloat16), 9, (torch.float32, torch.float32)),
+        ((torch.float16, torch.bfloat16), 1, (torch.float32, torch.bfloat16)),
+        ((torch.float32, torch.float64), 1, (torch.float32, torch.float64)),
+    ],
+)
+def test_sums_over_chunks(dtypes, chunks, sums):
+    tokens = 64 * chunks
+    heads = tuple(head(tokens, 100, dtype=dtype) for dtype in dtypes)
+    extra = sum(100 * 8 * 4 for s, d in zip(sums, dtypes, strict=True) if s != d)
+    few = chunks == 1
+    found = chunks_of(
+        heads, tokens, ALL, 2**30 if few else 64 * 2 * per_token(100, dtypes[0], True) + TILE * 32, "triton"
+    )
+    assert found.sums == sums
+    if not few:
+        assert (-(-tokens // found.tokens) > 8) == (extra > 0)
+
+
+def test_budget():
+    heads = (head(16, 50), head(16, 70))
+    assert budget(heads, "1MiB") == 2**20
+    with workspace(12345):
+        assert budget(heads, None) == 12345
+    assert budget(heads, None) == DEFAULT_BUDGET
+    for t in (heads[0].hidden, heads[1].weight):
+        t.requires_grad_()
+    large = heads[1]._replace(weight=torch.empty(2**20, 200, device="meta").requires_grad_())
+    assert budget((heads[0], large), None) == 2**20 * 200 * 4 + 16 * 8 * 4
+
+
+def test_ranks_plan_alike():
+    """However uneven their shards: they exchange numbers chunk by chunk."""
+    ends, V, N = (0, 0, 3_000_000, 3_000_010, 4_000_000), 4_000_000, 4096
+    found = set()
+    for start, stop in itertools.pairwise(ends):
+        shard = VocabShard("group", start, stop, V, 4, False)
+        weight = torch.empty(stop - start, 128, device="meta").requires_grad_()
+        of_rank = (Head(torch.empty(N, 128, device="meta"), weight, shard=shard),) * 2
+        room = budget(of_rank, None)
+        found.add((room, chunks_of(of_rank, N, ALL, room, "triton")))
+    ((room, chunks),) = found
+    assert room == 2 * 1_000_000 * 128 * 4
+    assert chunks.tokens < N
+
+
+def of_heads(heads, soft, wanted, workspace, kind="jsd"):
+    which = Divergence(kind, 0.5, 1.0)
+    return both_heads(*heads, None, None, False, which, soft, None, False, wanted, workspace, "torch")
+
+
+@pytest.mark.parametrize(("chunks", "sums"), [(4, torch.bfloat16), (12, torch.float32)])
+def test_gradients_summed_over_chunks_are_accurate(chunks, sums, monkeypatch):
+    monkeypatch.setattr(two_heads, "FEWEST_TOKENS", 8)
+    torch.manual_seed(0)
+    N = 8 * chunks
+    heads = (head(N, 60, dtype=torch.bfloat16), head(N, 60, dtype=torch.bfloat16))
+    soft = torch.rand(N)
+    divergence, _, gradients = of_heads(heads, soft, ALL, 1)
+    assert gradients[1].dtype == gradients[6].dtype == sums
+    eager, exact = [], []
+    for dtype, found in ((torch.bfloat16, eager), (torch.float64, exact)):
+        leaves = [t.to(dtype).requires_grad_() for h in heads for t in h.inputs[:2]]
+        values = reference.divergence(
+            (leaves[0] @ leaves[1].T).to(torch.promote_types(dtype, torch.float32)),
+            (leaves[2] @ leaves[3].T).to(torch.promote_types(dtype, torch.float32)), "jsd",
+        )  # fmt: skip
+        found += [values.detach(), *torch.autograd.grad((values * soft).sum(), leaves)]
+    ours = [divergence, *(g.to(torch.bfloat16) for g in (gradients[0], gradients[1], gradients[5], gradients[6]))]
+    names = ("divergence", "student hidden", "student weight", "teacher hidden", "teacher weight")
+    for name, a, b, c in zip(names, ours, eager, exact, strict=True):
+        assert_accurate(a, b.to(a.dtype), c, name)
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e7])
+def test_float16_gradients_neither_vanish_nor_overflow(size, monkeypatch):
+    """An upstream gradient of any size: the gradients are made at a power of two where float16 holds them."""
+    monkeypatch.setattr(two_heads, "FEWEST_TOKENS", 8)
+    torch.manual_seed(0)
+    heads = (head(24, 60, dtype=torch.float16), head(24, 60, dtype=torch.float16))
+    *_, gradients = of_heads(heads, torch.full((24,), size), ALL, 1)
+    doubles = [h.with_inputs(None if t is None else t.double() for t in h.inputs) for h in heads]
+    *_, exact = of_heads(doubles, torch.full((24,), size, dtype=torch.float64), ALL, 2**30)
+    for ours, true in zip(gradients, exact, strict=True):
+        assert (ours is None) == (true is None)
+        if ours is not None:
+            assert ours.dtype == torch.float32
+            assert (ours - true).norm() < 2e-3 * true.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["jsd", "skewed_kl", "reverse_kl"])
+def test_memory_is_the_workspace(kind, dtype):
+    N, V, H, room = 4096, 2048, 8, 48 * 2**20
+    heads = (head(N, V, H, dtype), head(N, V, H, dtype))
+    soft = torch.ones(N)
+    chunks = chunks_of(heads, N, ALL, room, "torch")
+    assert chunks.tokens < N
+    results = sum(t.numel() * t.element_size() for h in heads for t in h.inputs[:2]) + N * 4
+    peak = peak_bytes(lambda: of_heads(heads, soft, ALL, room, kind))
+    assert peak < room + results + 2**20, f"{peak / 2**20:.1f} MiB"
+    assert peak > room / 2  # which is used, too
