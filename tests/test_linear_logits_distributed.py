@@ -6,12 +6,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import needs_ranks, run
+from ranks import needs_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fused_losses import settings
+from fused_losses.bench.ranks import run
 from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.token_loss import token_loss
 
