@@ -7,10 +7,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import needs_ranks, run
+from ranks import needs_ranks
 
 import fused_losses
 from fused_losses import LinearLogits, VocabParallel, settings, two_heads
+from fused_losses.bench.ranks import run
 from fused_losses.divergence import KINDS
 from fused_losses.reference.tolerance import assert_accurate
 
