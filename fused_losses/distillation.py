@@ -37,9 +37,9 @@ from .numerics import statistics_dtype, upcast, wide_dtype
 from .routes import full_precision
 from .settings import Backend, Route
 from .token_loss import token_loss
-from .token_statistics import TokenStatistics, selective_log_softmax, shard_of, target_ids
-from .two_heads import Divergence, budget, gather_parts, planned_vocab, project
-from .vocab_parallel import VocabShard
+from .token_statistics import TokenStatistics, selective_log_softmax, target_ids
+from .two_heads import Divergence, budget, planned_vocab, project
+from .vocab_parallel import VocabShard, local_part
 
 
 def distillation_loss(
@@ -210,7 +210,7 @@ def teacher_topk(
         TopK(ids=tensor([1, 2]), log_probs=tensor([-0.4076, -1.4076]))
     """
     check_logits(logits, logits, None)
-    tokens, shard = logits.shape[:-1], shard_of(logits, group)
+    tokens, shard = logits.shape[:-1], local_part(logits, group)[1]
     V = logits.shape[-1] if shard is None else shard.vocab
     if not 1 <= k <= V:
         raise ValueError(f"k must be between 1 and the vocabulary {V} of logits {tuple(logits.shape)}, got {k}")
@@ -221,10 +221,8 @@ def teacher_topk(
             found = found.view(*tokens, k)
             return TopK(found, selective_log_softmax(logits.detach(), found, temperature=temperature, group=group))
         head, dtype = as_head(logits.detach(), shard), statistics_dtype(logits.hidden.dtype)
-        N, per_token = (
-            len(head.hidden),
-            3 * planned_vocab([head]) * dtype.itemsize,
-        )  # logits, scaled logits, exponentials
+        N = len(head.hidden)
+        per_token = 3 * planned_vocab([head]) * dtype.itemsize  # logits, scaled logits, exponentials
         n = max(1, min(N, budget([head], workspace) // per_token))
         ids = head.hidden.new_empty(N, k, dtype=torch.int64)
         log_probs = head.hidden.new_empty(N, k, dtype=dtype)
@@ -236,7 +234,7 @@ def teacher_topk(
             values, ids[rows] = _top(z, k, shard)
             total = z.logsumexp(-1)
             if shard is not None:
-                total = gather_parts(shard, total.to(wide_dtype(z.device))).logsumexp(0).to(dtype)
+                total = shard.gather_checked(total.to(wide_dtype(z.device))).logsumexp(0).to(dtype)
             log_probs[rows] = (values - total[:, None]).clamp_(max=0)
     return TopK(ids.view(*tokens, k), log_probs.view(*tokens, k))
 

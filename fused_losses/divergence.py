@@ -29,9 +29,8 @@ from .numerics import statistics_dtype
 from .routes import Head, check_head, head_of, kept_tokens, ready
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
-from .token_statistics import shard_of
 from .two_heads import Divergence, budget, compare_rows, differentiable_two_heads, pack, two_heads_loss, two_heads_rows
-from .vocab_parallel import VocabShard, packed
+from .vocab_parallel import VocabShard, is_dtensor, local_part, packed
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -180,7 +179,7 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
     """The part of the vocabulary that either side holds, cut to the smaller vocabulary; None where they hold all of it."""
     sides = (student, teacher)
     some_tensor = isinstance(student, Tensor) or isinstance(teacher, Tensor)
-    found = [shard_of(x, group if isinstance(x, Tensor) or not some_tensor else None) for x in sides]
+    found = [local_part(x, group if isinstance(x, Tensor) or not some_tensor else None)[1] for x in sides]
     first, second = found
     if first is None and second is None:
         return None, None
@@ -227,6 +226,11 @@ def check_logits(
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if not logits.ndim or not logits.dtype.is_floating_point:
             raise ValueError(f"{name} must be floating point (…, V), got {logits.dtype} {tuple(logits.shape)}")
+        if is_dtensor(logits):
+            raise TypeError(
+                f"{name} {tuple(logits.shape)} is a DTensor, {logits.placements}: pass to_local(), and group= where the "  # type: ignore[union-attr]
+                "vocabulary is shared"
+            )
         if isinstance(logits, Tensor):
             continue
         if logits.vocab_dim != logits.ndim - 1:

@@ -461,11 +461,6 @@ def selective_log_softmax(
     return found.log_probs
 
 
-def shard_of(logits: Tensor | LinearLogits, group: Any) -> VocabShard | None:
-    """The part of the vocabulary that ``logits`` hold, where ``group`` shares it."""
-    return local_part(logits, group)[1]
-
-
 def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:
     """``logits`` and one temperature per row ``(N,)``; a :class:`LinearLogits` takes it in."""
     if isinstance(temperature, Tensor) and temperature.ndim > 0:

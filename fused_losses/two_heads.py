@@ -32,7 +32,7 @@ from .numerics import statistics_dtype, wide_dtype
 from .planning import FEWEST_TOKENS, MANY_CHUNKS
 from .routes import HEADROOM, Head, add_product, column_sums, full_precision, per_token_dtype, scale_gradients
 from .settings import workspace as workspace_setting
-from .vocab_parallel import VocabShard, _check_ranges, _header, packed
+from .vocab_parallel import VocabShard, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
 ROW_TEMPORARIES = 17  # copies of a chunk of rows that the PyTorch row primitive holds at once
@@ -64,14 +64,6 @@ def divergence_module(backend: str) -> Any:
     return divergence_rows
 
 
-def gather_parts(shard: VocabShard, x: Tensor) -> Tensor:
-    """``x`` of every rank, ``(R, *x.shape)``; raises on all where they do not hold the vocabulary once."""
-    header = _header(shard, x.device, x.dtype)
-    found = shard.gather(torch.cat([header, x.reshape(-1)]))
-    _check_ranges(shard, found[:, : len(header)])
-    return found[:, len(header) :].view(shard.ranks, *x.shape)
-
-
 def compare_rows(
     backend: str,
     shard: VocabShard | None,
@@ -95,7 +87,7 @@ def compare_rows(
     labels = which["labels"]
     normalizers = student.new_empty(6 if labels and which["temperature"] != 1 else 4, N, dtype=wide)
     rows(step="normalizers", normalizers=normalizers)
-    normalizers = whole_normalizers(gather_parts(shard, normalizers))
+    normalizers = whole_normalizers(shard.gather_checked(normalizers))
     sums = student.new_zeros(4, N, dtype=wide)
     rows(step="sums", normalizers=normalizers, sums=sums, slopes=slopes)
     sums = shard.gather(sums if any(slopes) else sums[:2]).sum(0)

@@ -157,6 +157,13 @@ class VocabShard(NamedTuple):
         all_gather(out, x.reshape(-1).contiguous(), group=group)
         return out.view(self.ranks, *x.shape)
 
+    def gather_checked(self, x: Tensor) -> Tensor:
+        """:meth:`gather` of floating point numbers; raises on all ranks where they do not hold the vocabulary once."""
+        header = _header(self, x.device, x.dtype)
+        found = self.gather(torch.cat([header, x.reshape(-1)]))
+        _check_ranges(found[:, : len(header)])
+        return found[:, len(header) :].view(self.ranks, *x.shape)
+
     def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
         """The best of every rank's ``(N, k)``, by ids of the whole vocabulary."""
         both, both_ids = (self.gather(t).movedim(0, 1).flatten(1) for t in (values, ids + self.start))
@@ -210,7 +217,7 @@ def _header(shard: VocabShard, device: torch.device, dtype: torch.dtype) -> Tens
     return torch.tensor([*shard[1:4]], device=device, dtype=dtype)
 
 
-def _check_ranges(shard: VocabShard, found: Tensor) -> None:
+def _check_ranges(found: Tensor) -> None:
     """Raise on every rank where the shards of all, ``(R, 3)``, are not the vocabulary once, in order."""
     start, stop, vocab = found.unbind(1)
     fits = (start[1:] == stop[:-1]).all() & (start[0] == 0) & (stop[-1] == vocab[-1]) & (vocab == vocab[0]).all()
@@ -252,10 +259,8 @@ def merged_statistics(
         total = weight_sum if isinstance(weight_sum, Tensor) else lse.new_full((), weight_sum)
         mine = mine._replace(weight_sum=total.to(lse.dtype).expand(rows))
     parts = {name: t for name, t in mine._asdict().items() if t is not None}
-    flat = torch.cat([_header(shard, lse.device, lse.dtype), *(t.reshape(-1).to(lse.dtype) for t in parts.values())])
-    gathered = shard.gather(flat)
-    _check_ranges(shard, gathered[:, :3])
-    columns = gathered[:, 3:].split([t.numel() for t in parts.values()], 1)
+    gathered = shard.gather_checked(torch.cat([t.reshape(-1).to(lse.dtype) for t in parts.values()]))
+    columns = gathered.split([t.numel() for t in parts.values()], 1)
     whole = _whole({name: x.view(-1, *t.shape) for (name, t), x in zip(parts.items(), columns, strict=True)})
     skip = None if ids is None else (ids == -100).all(-1)
 
