@@ -8,6 +8,7 @@ short plain PyTorch on top, one family per module.
 import torch.compiler.config
 
 from .cross_entropy import CrossEntropyLoss, cross_entropy
+from .data_parallel import count_per_rank
 from .distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
 from .divergence import divergence
 from .kl import k1, k2, k3, kl_biased, kl_estimate, kl_penalty, kl_unbiased
@@ -100,6 +101,7 @@ __all__ = [
     "backend",
     "bco_loss",
     "concatenate_pairs",
+    "count_per_rank",
     "cpo_loss",
     "cross_entropy",
     "dft",

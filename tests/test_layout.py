@@ -17,7 +17,8 @@ FAMILIES = (
 PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_statistics")  # have cases in bench/ too
 INFRASTRUCTURE = {
     "__init__", "autodiff", "lazy_tensor", "lazy_views", "library_tiles", "linear_logits_checks", "log_softmax", "modules",
-    "numerics", "planning", "routes", "row_statistics", "settings", "two_heads",
+    "numerics", "planning", "routes", "row_statistics", "settings", "two_heads", "vocab_parallel", "tensor_parallel",
+    "data_parallel",
 }  # fmt: skip
 
 
