@@ -24,15 +24,16 @@ def _few_rounds(monkeypatch):
     monkeypatch.setattr("fused_losses.bench.timing.LEAST_ROUNDS", 2)
 
 
-def bench(*arguments, peers="none"):
-    return cli.main(["bench", *arguments, *SMALL, "--peers", peers])
+def bench(name, *arguments, peers="none"):
+    return cli.main(["bench", name, *SMALL, *arguments, "--peers", peers])
 
 
 @pytest.mark.parametrize("name", cli.CASES)
 def test_every_case_is_checked_and_kept(name, tmp_path, capsys):
     file = tmp_path / "new folder" / "result.json"
     modes = ["forward", "full"] if name == "cross_entropy" else ["full"]
-    assert bench(name, "--json", str(file), "--mode", ",".join(modes)) == 0
+    # On 6 tokens one right result in ten is twice as far from float64 as eager PyTorch.
+    assert bench(name, "--tokens", "192", "--json", str(file), "--mode", ",".join(modes)) == 0
     result = json.loads(file.read_text())
     assert result["complete"]
     assert {"command", "commit", "device", "versions", "python"} <= set(result)
@@ -333,6 +334,18 @@ def test_check_prints_a_table_and_what_to_report(capsys, monkeypatch):
     assert "6 checks, 3 failed" in printed
     assert "Please report" in printed
     assert "allowed" in printed
+
+
+def test_check_pools_draws_where_plain_pytorch_is_exact_by_luck():
+    from fused_losses.bench import check
+
+    (one,) = (c for c in check.checks() if c.name == "logits (37, 129)")
+    assert check.verdict(one, torch.float32, "cpu", "torch")[1] == ""  # of one draw d_logits is too far
+
+    def wrong(x):
+        return tuple(t * (1 + 1e-6) for t in one.ours(x))
+
+    assert "log_probs" in check.verdict(one._replace(ours=wrong), torch.float32, "cpu", "torch")[1]
 
 
 def test_check_of_many_logits_looks_at_both_ends(monkeypatch):
