@@ -222,7 +222,9 @@ class LinearLogits(LazyTensor):
                 versions=versions(weight=weight, bias=bias, u=u, B=B),
                 views=[0],
             )
-            hidden = hidden if detached or plain else _Identity.apply(hidden, weight, bias, u, B)
+            # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
+            used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
+            hidden = hidden if detached or plain else _Identity.apply(hidden, *used)
         elif hidden.dtype != rest.weight.dtype:  # an output cast
             rest = rest.but(dtype=hidden.dtype)
             hidden = hidden.to(rest.weight.dtype)

@@ -1,5 +1,6 @@
 """The head under DeepSpeed's ZeRO-3 with the loss outside the model: every parameter moves as in one process."""
 
+import contextlib
 import os
 
 import pytest
@@ -87,6 +88,8 @@ VARIANTS = {
     "frozen_weight": {},
     "accumulation": {},
     "outside": {},
+    "two_forwards": {},
+    "then_evaluated": {},
     "eager": {},
 }
 # As it comes, ZeRO-3 keeps what a step needs again soon; with parameters this small that is all of them.
@@ -146,22 +149,28 @@ def train_sharded(case, device):
     steps = 2 if variant == "accumulation" else 1
     model = prepare(variant).to(device)
     engine = engine_of(model, zero3, steps)
-    left, gathers = [], []
+    left = []
     for ids in batches(torch.distributed.get_rank()):
         for part in ids.to(device).split(B // steps):
-            with CommDebugMode() as communication, settings.strict():
-                logits = engine(part)
+            # CommDebugMode does not bear a second forward.
+            counting = CommDebugMode() if variant in ("bias", "eager") else contextlib.nullcontext()
+            with counting, settings.strict():
+                parts = part.split(1) if variant == "two_forwards" else [part]
+                logits = [engine(x) for x in parts]
+                if variant == "then_evaluated":
+                    with torch.no_grad():
+                        engine(part)
                 left += sizes(model)
-                value = step_loss(loss, logits, part)
+                value = sum(step_loss(loss, z, x) for z, x in zip(logits, parts, strict=True)) / len(parts)
                 left += sizes(model)
                 engine.backward(value * (B * (S - 1)) ** -(loss == "token_loss"))
                 left += sizes(model)
-            gathers.append(communication.get_total_counts())
+            gathers = 0 if variant not in ("bias", "eager") else counting.get_total_counts()
             engine.step()
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
     engine.destroy()
-    return parameters, any(left), gathers[-1]
+    return parameters, any(left), gathers
 
 
 def not_gathered(device):
