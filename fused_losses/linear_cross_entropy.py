@@ -155,7 +155,7 @@ def linear_cross_entropy(
         input, linear_weight = input.to(cast), linear_weight.to(cast)
         linear_bias = None if linear_bias is None else linear_bias.to(cast)
     D = math.prod(dims)
-    hidden = input.reshape(-1, input.shape[-1])
+    hidden = input.reshape(tokens.numel(), input.shape[-1])
     if temperature is not None:
         if not isinstance(temperature, Tensor):  # filled there: a copy from the host would wait
             temperature = input.new_full((), temperature, dtype=statistics_dtype(input.dtype))
@@ -473,7 +473,7 @@ def _soft(
 ) -> tuple[Tensor, Tensor]:
     """The loss and ``logsumexp`` ``(N,)`` with class probabilities: they are as large as the logits, so a chunk at a time."""
     N, C = head.hidden.shape[0], head.planned_vocab
-    if head.shard is not None and not head.shard.partial:
+    if head.shard is not None:
         hidden, u = (None if t is None else summed_in_backward(t, head.shard) for t in (head.hidden, head.u))
         head = head._replace(hidden=hidden, u=u)  # type: ignore[arg-type]
     room = budget(head, workspace, False, resolve_backend(head.hidden, backend))
@@ -491,13 +491,18 @@ def _soft(
         logits = torch.nn.functional.linear(hidden, w, bias)
         if u is not None and B is not None:
             logits = logits + u @ B.t()
+        of_columns, smoothing = weight, label_smoothing
+        if weight is not None and weight.requires_grad:  # PyTorch differentiates it here, and only here
+            classes = len(w) if head.shard is None else head.shard.vocab
+            t = ((1 - smoothing) * t + smoothing / classes) * weight
+            of_columns, smoothing = None, 0.0
         found = rows_statistics(
             logits.unsqueeze(-1),
             None,
-            weight,
+            of_columns,
             temperature,
             probabilities=t.unsqueeze(-1),
-            label_smoothing=label_smoothing,
+            label_smoothing=smoothing,
             scale=head.scale,
             softcap=head.softcap,
             outputs=("sum_log_probs",),

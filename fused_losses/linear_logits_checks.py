@@ -20,7 +20,7 @@ def versions(**tensors: Tensor | None) -> dict[str, int]:
 
 def is_whole(weight: Tensor) -> bool:
     """Whether the head's weight is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
-    return weight.ndim == 2 and (weight.shape[0] == 0 or weight.untyped_storage().size() > 0)
+    return weight.ndim == 2 and (weight.numel() == 0 or weight.untyped_storage().size() > 0)
 
 
 def is_distributed() -> bool:

@@ -80,12 +80,12 @@ class workspace(_Setting):
 
     @staticmethod
     def parse(value: int | str | None) -> int | None:
-        if not isinstance(value, str):
+        if value is None or (isinstance(value, int) and value >= 0):
             return value
         units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-        match = re.fullmatch(r"\s*([\d.]+)\s*(\w+)\s*", value)
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(\w+)\s*", value) if isinstance(value, str) else None
         if not match or match[2] not in units:
-            raise ValueError(f"workspace takes bytes or a string such as '256MiB', got {value!r}")
+            raise ValueError(f"workspace takes bytes, 0 or more, or a string such as '256MiB', got {value!r}")
         return int(float(match[1]) * units[match[2]])
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .autodiff import transforms_active
 from .linear_logits import LinearLogits
-from .numerics import full_precision, statistics_dtype
+from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import plan
 from .routes import (
     check_head,
@@ -138,7 +138,7 @@ def token_loss(
     part: slice | Tensor = slice(None) if keep is None else keep
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)
     value = loss_of(TokenStatistics(*parts), part)
-    return value.sum(), loss_of.aux_at(tokens)
+    return value.sum(dtype=wide_dtype(value.device)).to(value.dtype), loss_of.aux_at(tokens)
 
 
 class _PerToken:
@@ -220,7 +220,9 @@ class _PerToken:
         return coefficients(upstream, found, self.vocab, None, dtype)
 
     def total(self, like: Tensor) -> Tensor:
-        return like.new_zeros((), dtype=statistics_dtype(like.dtype)) if self.loss is None else self.loss.sum()
+        if self.loss is None:
+            return like.new_zeros((), dtype=statistics_dtype(like.dtype))
+        return self.loss.sum(dtype=wide_dtype(like.device)).to(self.loss.dtype)
 
     def aux_at(self, tokens: torch.Size) -> dict[str, Tensor]:
         return {name: x.view(tokens) for name, x in self.aux.items()}

@@ -392,6 +392,8 @@ def token_statistics(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, "
             f"got {None if index is None else tuple(index.shape)}"
         )
+    if index is not None and index.ndim > len(tokens) and index.shape[-1] == 0:
+        raise ValueError(f"index {tuple(index.shape)} has no id per token; give one or more")
     if index is None and {"log_probs", "is_top1"} & set(outputs):
         raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {(*tokens, 'K')}; got None")
     if index is not None and (index.is_floating_point() or index.dtype == torch.bool):

@@ -209,6 +209,40 @@ def test_class_probabilities_in_chunks(reduction, softcap, backend, device):
     check(ours, plain, (hidden, weight, bias))
 
 
+@pytest.mark.parametrize("workspace", [None, 3 * 2 * C * 4])
+def test_class_weights_of_class_probabilities_train(workspace, device):
+    hidden, weight, _, _ = problem(device=device)
+    target = torch.rand(N, C, device=device).softmax(-1)
+    class_weight = torch.rand(C, device=device) + 0.5
+
+    def ours(h, w, u):
+        return linear_cross_entropy(h, w, target, weight=u, label_smoothing=0.1, workspace=workspace)
+
+    def plain(h, w, u):
+        return reference.linear_cross_entropy(h, w, target.to(h.dtype), weight=u, label_smoothing=0.1)
+
+    check(ours, plain, (hidden, weight, class_weight))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_without_hidden_features_the_bias_is_the_logits(route, reduction):
+    hidden, weight = torch.empty(N, 0), torch.empty(C, 0)
+    bias, target = torch.randn(C), torch.randint(C, (N,))
+
+    def ours(h, w, b):
+        return linear_cross_entropy(
+            h, w, target, linear_bias=b, reduction=reduction, route=None if reduction == "none" else route
+        )
+
+    def plain(h, w, b):
+        return F.cross_entropy(F.linear(h, w, b), target, reduction=reduction)
+
+    check(ours, plain, (hidden, weight, bias))
+    of_logits = F.cross_entropy(LinearLogits(hidden, weight, bias), target)
+    torch.testing.assert_close(of_logits, F.cross_entropy(bias.expand(N, C), target))
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_three_dimensional_input(route):
     hidden, weight, bias, target = problem(tokens=12)

@@ -1,5 +1,7 @@
 """The plan fits its budget, prefers the cheaper route, and says why."""
 
+import re
+
 import pytest
 import torch
 
@@ -130,3 +132,13 @@ def test_the_table_names_every_part_and_the_reason():
     text = str(plan(*LLAMA))
     for word in ("8192 tokens", "128256 vocabulary", "2 of 4096 tokens", "logits of a chunk", "peak", "6NVH against"):
         assert word in text
+
+
+@pytest.mark.parametrize("workspace", ["1.5.2MiB", "MiB", ".MiB", "-5MiB", "5", "", -5, 1.5])
+def test_a_wrong_workspace_is_named(workspace):
+    with pytest.raises(ValueError, match=f"256MiB.*{re.escape(repr(workspace))}"):
+        plan(*LLAMA, workspace=workspace)
+
+
+def test_workspaces():
+    assert [settings.workspace.parse(w) for w in (0, "0B", "1.5GiB", " 2 KB ")] == [0, 0, 3 * 2**29, 2000]

@@ -387,6 +387,19 @@ def test_coefficients_that_grow_from_chunk_to_chunk_in_fp16(backend, device):
     check(ours, plain, problems)
 
 
+@pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
+def test_many_tokens_are_summed_in_float64(route):
+    hidden, weight, bias, index = problem()
+    values = torch.ones(N)
+    values[0], values[-1] = 2.0**25, -(2.0**25)  # in fp32 the ones beside it are lost
+    index = index.clamp(min=0)
+    with settings.route(route):
+        loss, _ = token_loss(
+            lambda s, t: t + 0 * s.log_probs, LinearLogits(hidden.requires_grad_(), weight, bias), index, values
+        )
+    assert loss.item() == N - 2
+
+
 def test_bad_input():
     hidden, weight, bias, index = problem()
     logits = LinearLogits(hidden.requires_grad_(), weight, bias)

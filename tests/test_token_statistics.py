@@ -212,6 +212,7 @@ def test_same_bits_whatever_stands_around(backend, device):
         (None, ("log_probs",), ValueError, "need an index"),
         (torch.zeros(2, 5, dtype=torch.long), ("perplexity",), ValueError, "perplexity"),
         (torch.zeros(2, 5), ("log_probs",), TypeError, "float32"),
+        (torch.zeros(2, 5, 0, dtype=torch.long), ("log_probs",), ValueError, r"\(2, 5, 0\) has no id"),
         (torch.full((2, 5), 7), ("log_probs",), IndexError, "out of bounds"),
     ],
 )
