@@ -20,6 +20,7 @@ SENT = {  # collectives, and which argument is what a rank hands over
     "all_gather_into_tensor": 1,
     "all_gather": 1,
     "all_reduce": 0,
+    "reduce_scatter_single": 1,
     "reduce_scatter_tensor": 1,
     "all_to_all_single": 1,
     "broadcast": 0,

@@ -186,7 +186,7 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
     if first is not None and second is not None:
         V = min(first.vocab, second.vocab)
         first, second = (s._replace(start=min(s.start, V), stop=min(s.stop, V), vocab=V) for s in (first, second))
-        if first._replace(partial=second.partial) == second:
+        if first[:5] == second[:5]:  # whatever becomes of the gradient of hidden
             return first, second
     names = [
         f"{name} {tuple(x.shape)} "

@@ -89,6 +89,7 @@ class _Rest:
     temperature: float | Tensor
     low_rank: tuple[Tensor, Tensor] | None
     shard: VocabShard | None
+    gathered: tuple[int, int]  # where hidden lay when it was gathered from ranks, and its tokens
     module: Any
     vocab: int
     vocab_dim: int
@@ -213,6 +214,7 @@ class LinearLogits(LazyTensor):
                 temperature=per_token_temperature(temperature, hidden),
                 low_rank=None if u is None else (u, B),
                 shard=shard,
+                gathered=(0, 0),
                 module=module,
                 vocab=weight.shape[0] if shard is None else shard.vocab,
                 vocab_dim=hidden.ndim - 1,
@@ -225,6 +227,8 @@ class LinearLogits(LazyTensor):
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
             hidden = hidden if detached or plain else _Identity.apply(hidden, *used)
+            if shard is not None and shard.inner and not torch.compiler.is_compiling():
+                rest.gathered = hidden.data_ptr(), hidden.shape[:-1].numel()
         elif hidden.dtype != rest.weight.dtype:  # an output cast
             rest = rest.but(dtype=hidden.dtype)
             hidden = hidden.to(rest.weight.dtype)
@@ -270,7 +274,13 @@ class LinearLogits(LazyTensor):
 
     @property
     def shard(self) -> VocabShard | None:
-        return self.rest.shard
+        """What of a shared vocabulary is here, and whether ``hidden`` is still all that was gathered, token for token."""
+        shard = self.rest.shard
+        if shard is None or shard.inner == 0:
+            return shard
+        whole = not torch.compiler.is_compiling() and self.hidden.is_contiguous()
+        whole = whole and (self.hidden.data_ptr(), self.hidden.shape[:-1].numel()) == self.rest.gathered
+        return shard if whole else shard._replace(outer=0, inner=0)
 
     @property
     def group(self) -> Any:

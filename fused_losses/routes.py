@@ -179,8 +179,11 @@ def forward_plan(head: Head, tokens: int, workspace: int, accumulate: str | None
 
 def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
     """Of a gradient of hidden made in forward: as wide as its scale, which is unknown yet, or its sum over ranks asks for."""
-    summed = shard is not None and not shard.partial
-    return statistics_dtype(dtype) if dtype == torch.float16 or summed else dtype
+    return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
+
+
+def begin_sums(shard: VocabShard, *tensors: Tensor | None) -> list[Callable[[], Any]]:
+    return [shard.begin_sum(t) for t in tensors if t is not None]
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -243,7 +246,7 @@ def loss_and_gradients(
     logits_room = hidden.new_empty(min(chosen.chunk, M), V)
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
     local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
-    pending: list[tuple[Any, Callable[[], Any] | None]] = []  # sums over ranks under way, and what then remains to do
+    pending: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []  # sums over ranks, and what follows
     for start in range(0, M, max(chosen.chunk, 1)):
         part = slice(start, min(start + chosen.chunk, M))
         rows: slice | Tensor = part if keep is None else keep[part]
@@ -296,9 +299,8 @@ def loss_and_gradients(
                 place: Callable[[], Any] | None = None
                 if keep is not None:
                     place = functools.partial(total.index_copy_, 0, keep[part], product)
-                sums_begun = [] if head.shard is None else head.shard.sum_over_ranks(product)
-                if sums_begun:
-                    pending.append((sums_begun[0], place))
+                if head.shard is not None:
+                    pending.append((head.shard.begin_sum(product), place))
                 elif place is not None:
                     place()
         for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
@@ -307,8 +309,8 @@ def loss_and_gradients(
         if d_bias is not None:
             partial = column_sums(logits, wide)
             d_bias = partial if first else d_bias.add_(partial)
-    for sum_begun, then in pending:
-        sum_begun.wait()
+    for end_sum, then in pending:
+        end_sum()
         if then is not None:
             then()
     if factor is not None:
@@ -767,7 +769,7 @@ def linear_rows_grad(
     chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
     slice_room = hidden.new_empty(M * chosen.chunk)
     with full_precision(hidden.device):
-        sums_begun = [] if V or not M or head.shard is None else head.shard.sum_over_ranks(d_hidden, d_u)
+        pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
         for start in range(0, V if M else 0, max(chosen.chunk, 1)):
             part = slice(start, min(start + chosen.chunk, V))
             piece = head.columns(part)
@@ -791,7 +793,7 @@ def linear_rows_grad(
                 if total is not None and matrix is not None:
                     add_product(total, d_logits, matrix, first=start == 0)
             if head.shard is not None and part.stop == V:  # while the products below run
-                sums_begun = head.shard.sum_over_ranks(d_hidden, d_u)
+                pending = begin_sums(head.shard, d_hidden, d_u)
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
                 if total is not None and matrix is not None:
                     add_product(total[part], d_logits.t(), matrix, first=True)
@@ -800,8 +802,8 @@ def linear_rows_grad(
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
     del slice_room
-    for sum_begun in sums_begun:
-        sum_begun.wait()
+    for end_sum in pending:
+        end_sum()
 
     def returned(t: Tensor | None) -> Tensor:
         if t is None:

@@ -21,26 +21,26 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
-from .vocab_parallel import VocabParallel
+from .vocab_parallel import VocabParallel, VocabShard
 
 
 def is_shard(placement: Placement, dim: int) -> bool:
     return type(placement) is Shard and placement.dim == dim
 
 
-def part_of_vocabulary(mesh: DeviceMesh, at: int | None, vocab: int, partial_gradient: bool = False) -> Any:
-    """``group=`` of what ``Shard`` leaves to this rank on dimension ``at`` of the mesh: as ``torch.chunk`` cuts."""
+def part_of_vocabulary(mesh: DeviceMesh, at: int | None, vocab: int) -> VocabShard | None:
+    """What ``Shard`` leaves to this rank on dimension ``at`` of the mesh: it cuts as ``torch.chunk`` does."""
     if at is None:
         return None
     most = -(-vocab // mesh.size(at))
     start = min(mesh.get_local_rank(at) * most, vocab)
-    return VocabParallel(mesh.get_group(at), (start, min(start + most, vocab)), vocab, partial_gradient)
+    return VocabParallel(mesh.get_group(at), (start, min(start + most, vocab)), vocab).shard(most)
 
 
 def local_head(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Any]:
-    """This rank's part of a head of DTensors, and the ``group=`` that its vocabulary is shared in."""
+    """This rank's part of a head of DTensors, and what it holds of a vocabulary that is shared."""
     of = {"hidden": hidden, "weight": weight, "bias": bias, "low_rank[0]": u, "low_rank[1]": B}
     shown = ", ".join(
         f"{name} {tuple(t.shape)} {t.placements if isinstance(t, DTensor) else 'a plain tensor'}"
@@ -68,13 +68,11 @@ def local_head(
         Replicate() if i == at or type(p) is not Shard or p.dim == hidden.ndim - 1 else p
         for i, p in enumerate(hidden.placements)
     ]
-    gathered = at is not None and type(hidden.placements[at]) is Shard
 
     def of_tokens(t: Any) -> Any:
         if t is None:
             return None
-        gradient = [Partial() if gathered and i == at else p for i, p in enumerate(tokens)]
-        return t.redistribute(placements=tokens).to_local(grad_placements=gradient)
+        return t.redistribute(placements=tokens).to_local(grad_placements=tokens)
 
     def of_vocabulary(t: Any) -> Any:
         if t is None:
@@ -83,12 +81,20 @@ def local_head(
         gradient = [Partial() if isinstance(p, Shard) else mine for p, mine in zip(tokens, placements, strict=True)]
         return t.redistribute(placements=placements).to_local(grad_placements=gradient)
 
-    group = part_of_vocabulary(mesh, at, weight.shape[0], gathered)
-    return of_tokens(hidden), of_vocabulary(weight), of_vocabulary(bias), of_tokens(u), of_vocabulary(B), group
+    local = of_tokens(hidden)
+    shard = part_of_vocabulary(mesh, at, weight.shape[0])
+    sharded = None if at is None else hidden.placements[at]
+    if shard is not None and type(sharded) is Shard:
+        dim = sharded.dim
+        alike = u is None or u.placements == hidden.placements  # type: ignore[attr-defined]
+        if dim < hidden.ndim - 1 and local.shape[dim] % shard.ranks == 0 and alike:
+            inner = local.shape[dim] // shard.ranks * local.shape[dim + 1 : -1].numel()
+            shard = shard._replace(outer=local.shape[:dim].numel(), inner=inner)
+    return local, of_vocabulary(weight), of_vocabulary(bias), of_tokens(u), of_vocabulary(B), shard
 
 
-def local_logits(logits: DTensor, dim: int) -> tuple[Tensor, Any]:
-    """This rank's part of logits whose classes stand in ``dim``, and the ``group=`` that shares them."""
+def local_logits(logits: DTensor, dim: int) -> tuple[Tensor, VocabShard | None]:
+    """This rank's part of logits whose classes stand in ``dim``, and what of them it holds where they are shared."""
     dim %= logits.ndim
     shared = [at for at, p in enumerate(logits.placements) if is_shard(p, dim)]
     if len(shared) > 1 or not all(type(p) is Shard or isinstance(p, Replicate) for p in logits.placements):

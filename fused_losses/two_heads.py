@@ -245,9 +245,8 @@ class _Side:
             if total is not None and matrix is not None:
                 product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])
                 add_product(product, d_logits, matrix, first=True)
-                sums_begun = [] if self.head.shard is None else self.head.shard.sum_over_ranks(product)
-                if sums_begun:
-                    self.begun.append((sums_begun[0], total, rows, product))
+                if self.head.shard is not None:
+                    self.begun.append((self.head.shard.begin_sum(product), total, rows, product))
                 elif not isinstance(rows, slice):
                     total.index_copy_(0, rows, product)
         for total, matrix in ((d_weight, self.chunk.hidden), (d_B, self.chunk.u)):
@@ -258,8 +257,8 @@ class _Side:
 
     def finished(self) -> list[Tensor | None]:
         """The gradients of the inputs, once all ranks have added theirs."""
-        for sum_begun, total, rows, product in self.begun:
-            sum_begun.wait()
+        for end_sum, total, rows, product in self.begun:
+            end_sum()
             if not isinstance(rows, slice):
                 total.index_copy_(0, rows, product)
         return self.totals

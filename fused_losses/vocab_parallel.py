@@ -37,8 +37,6 @@ class VocabParallel:
         vocab_range: ``(start, stop)``, the ids of this rank's rows; what the shard holds beyond them is padding. By default
             from ``rank·rows`` on, as many as there are rows. May be empty.
         vocab_size: V, of all ranks together; by default the rows of all. Smaller, the last rows are padding.
-        partial_gradient: leave the gradient of hidden a partial sum. For hidden states gathered by something that sums over
-            ranks in backward, such as a reduce-scatter.
 
     Example:
         >>> VocabParallel(None, vocab_range=(0, 3), vocab_size=5).shard(rows=4)
@@ -49,7 +47,6 @@ class VocabParallel:
     group: Any
     vocab_range: tuple[int, int] | None = None
     vocab_size: int | None = None
-    partial_gradient: bool = False
 
     def shard(self, rows: int) -> VocabShard:
         """What a shard of ``rows`` rows holds."""
@@ -67,7 +64,7 @@ class VocabParallel:
             raise ValueError(
                 f"rank {rank} of {ranks} holds {rows} rows, which cannot be the ids {(start, stop)} of {vocab}"
             )
-        return VocabShard(self.group.group_name, start, stop, vocab, ranks, self.partial_gradient)
+        return VocabShard(self.group.group_name, start, stop, vocab, ranks)
 
 
 def vocab_shard(group: Any, rows: int) -> VocabShard | None:
@@ -112,7 +109,9 @@ class VocabShard(NamedTuple):
     stop: int
     vocab: int
     ranks: int
-    partial: bool
+    # Where hidden was gathered from tokens (outer, ranks, inner), of whose gradient each rank wants its own; (0, 0): of all.
+    outer: int = 0
+    inner: int = 0
 
     @property
     def size(self) -> int:
@@ -129,15 +128,14 @@ class VocabShard(NamedTuple):
 
     def packed(self) -> str:
         """As an operator takes it."""
-        return ":".join(str(x) for x in (*self[1:5], int(self.partial), self.group))
+        return ":".join(str(x) for x in (*self[1:], self.group))
 
     @classmethod
     def unpacked(cls, text: str) -> VocabShard | None:
         if not text:
             return None
-        *numbers, group = text.split(":", 5)
-        start, stop, vocab, ranks, partial = map(int, numbers)
-        return cls(group, start, stop, vocab, ranks, bool(partial))
+        *numbers, group = text.split(":", 6)
+        return cls(group, *map(int, numbers))
 
     def local(self, ids: Tensor) -> Tensor:
         """Ids counted from this rank's first row; −100 stays, and an id of another rank becomes ``size``, no row at all."""
@@ -169,10 +167,25 @@ class VocabShard(NamedTuple):
         both, both_ids = (self.gather(t).movedim(0, 1).flatten(1) for t in (values, ids + self.start))
         return best_of(both, both_ids, values.shape[1], largest)
 
-    def sum_over_ranks(self, *tensors: Tensor | None) -> list[Any]:
-        """Begin to add those that are there up over the ranks, in place; ``wait()`` on what is returned."""
-        present = [] if self.partial else [t for t in tensors if t is not None]
-        return [dist.all_reduce(t, group=self.process_group(), async_op=True) for t in present]
+    def begin_sum(self, x: Tensor) -> Callable[[], Any]:
+        """Begin to add ``x``, a row for each token, up over the ranks, in place; what is returned ends it.
+
+        Where these are all tokens and each rank wants its own, the other rows are left as they were.
+        """
+        group = self.process_group()
+        if self.inner == 0 or len(x) != self.outer * self.ranks * self.inner:
+            return dist.all_reduce(x, group=group, async_op=True).wait
+        of_rank = x.view(self.outer, self.ranks, self.inner, -1).transpose(0, 1)
+        mine = torch.empty_like(of_rank[0], memory_format=torch.contiguous_format)
+        reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        parts = of_rank.contiguous()
+        work = reduce_scatter(mine.view(-1), parts.view(-1), group=group, async_op=True)
+
+        def end() -> None:
+            work.wait()
+            of_rank[dist.get_rank(group)] = mine
+
+        return end
 
 
 class _SummedInBackward(torch.autograd.Function):
@@ -184,8 +197,7 @@ class _SummedInBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         total = grad.to(statistics_dtype(grad.dtype), copy=True)
-        for sum_begun in ctx.shard.sum_over_ranks(total):
-            sum_begun.wait()
+        ctx.shard.begin_sum(total)()
         return total.to(grad.dtype), None
 
 

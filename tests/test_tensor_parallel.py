@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_losses
 from fused_losses import LinearHead, LinearLogits, settings
-from fused_losses.bench.ranks import run
+from fused_losses.bench.ranks import collectives, run
 from fused_losses.tensor_parallel import VocabParallelHead
 
 B, S, V, H = 4, 6, 50, 8
@@ -125,6 +125,44 @@ def test_placements_equal_one_process():
         for of_rank in found:
             torch.testing.assert_close(of_rank[str(case)]["logits"], expected, msg=lambda m, c=case: f"{c}: {m}")
             torch.testing.assert_close(of_rank[str(case)]["loss"], loss.detach())
+
+
+def sums_of_gradients(device):
+    """How the gradient of hidden states that are sharded by tokens is summed, while the product for the weight runs."""
+    mesh = init_device_mesh(device.type, (4,))
+    tensors, _ = inputs()
+    target = torch.randint(0, V, (B, 8), device=device, generator=torch.Generator(device).manual_seed(1))
+    whole = torch.randn(B, 8, H, dtype=torch.float64, generator=torch.Generator().manual_seed(2)).to(device)
+    weight = tensors["weight"].to(device)
+    uses = {
+        "flattened": lambda z: F.cross_entropy(z.flatten(0, 1), target.flatten()),
+        "classes first": lambda z: F.cross_entropy(z.transpose(1, 2), target),
+        "per token": lambda z: fused_losses.selective_log_softmax(z, target).square().sum(),
+        "sliced": lambda z: F.cross_entropy(z[:, :-1].flatten(0, 1), target[:, 1:].flatten()),
+        "some ignored": lambda z: F.cross_entropy(z.transpose(1, 2), target.masked_fill(target < 9, -100)),
+        "reordered": lambda z: fused_losses.selective_log_softmax(z.transpose(0, 1), target.T).square().sum(),
+    }
+    found = {}
+    for dim in (0, 1):
+        for name, use in uses.items():
+            hidden = distribute_tensor(whole, mesh, [Shard(dim)]).requires_grad_()
+            with collectives() as calls:
+                use(LinearLogits(hidden, distribute_tensor(weight, mesh, [Shard(0)]))).backward()
+            leaf = whole.clone().requires_grad_()
+            use(F.linear(leaf, weight)).backward()
+            torch.testing.assert_close(hidden.grad.full_tensor(), leaf.grad)
+            found[dim, name] = [(what.split("_")[1], size) for what, size in calls if "gather" not in what]
+    return found
+
+
+@needs_ranks
+def test_a_gradient_of_all_tokens_is_reduce_scattered():
+    (found, *_) = run(sums_of_gradients, 4)
+    for (dim, name), calls in found.items():
+        if name in ("flattened", "classes first", "per token"):
+            assert calls == [("scatter", B * 8 * H * 8)], (dim, name)
+        else:
+            assert [what for what, _ in calls] == ["reduce"], (dim, name)
 
 
 def refusals(device):

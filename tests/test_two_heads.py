@@ -117,7 +117,7 @@ def test_ranks_plan_alike():
     ends, V, N = (0, 0, 3_000_000, 3_000_010, 4_000_000), 4_000_000, 4096
     found = set()
     for start, stop in itertools.pairwise(ends):
-        shard = VocabShard("group", start, stop, V, 4, False)
+        shard = VocabShard("group", start, stop, V, 4)
         weight = torch.empty(stop - start, 128, device="meta").requires_grad_()
         of_rank = (Head(torch.empty(N, 128, device="meta"), weight, shard=shard),) * 2
         room = budget(of_rank, None)

@@ -1,0 +1,38 @@
+"""The code on docs/distributed.md runs, in a group of one."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+PAGE = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
+def test_its_code_runs_from_top_to_bottom(one_rank):
+    names = {"torch": torch, "dist": dist}
+    assert len(BLOCKS) > 1
+    for block in BLOCKS:
+        exec(block, names)
+
+
+def test_what_it_links_to_exists():
+    headings = {
+        re.sub(r"[^\w\- ]", "", h.replace("`", "")).strip().lower().replace(" ", "-")
+        for h in re.findall(r"^#+ (.*)", PAGE, re.M)
+    }
+    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http"):
+            assert (Path(__file__).parents[1] / "docs" / target).exists(), target
