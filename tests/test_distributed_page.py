@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from fused_losses.bench.distributed import on_paper
+from fused_losses.bench.shapes import SHAPES
+
 PAGE = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
@@ -26,12 +29,17 @@ def test_its_code_runs_from_top_to_bottom(one_rank):
         exec(block, names)
 
 
+def test_its_table_is_what_the_formulas_give():
+    assert "\n".join(on_paper(SHAPES["llama3-8b"])) in PAGE
+
+
 def test_what_it_links_to_exists():
     headings = {
         re.sub(r"[^\w\- ]", "", h.replace("`", "")).strip().lower().replace(" ", "-")
         for h in re.findall(r"^#+ (.*)", PAGE, re.M)
     }
-    for target in re.findall(r"\]\(([^)]+)\)", PAGE):
+    prose = re.sub(r"```.*?```|`[^`\n]*`", "code", PAGE, flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)]+)\)", prose):
         if target.startswith("#"):
             assert target[1:] in headings, target
         elif not target.startswith("http"):
