@@ -21,7 +21,7 @@ from ..token_statistics import token_statistics
 from .environment import environment
 from .memory import peak_bytes
 from .ranks import collectives, run
-from .shapes import SHAPES
+from .shapes import SHAPES, Shape
 
 MiB = 2**20
 NUMBER = 8  # bytes of one number of a token: they are exchanged in float64
@@ -84,7 +84,7 @@ def measured(device: torch.device, tokens: int, vocab: int, hidden: int) -> dict
     return found
 
 
-def on_paper(tokens: int, vocab: int, hidden: int, ranks: int) -> list[float]:
+def formulas(tokens: int, vocab: int, hidden: int, ranks: int) -> list[float]:
     """MiB of a rank's weight and its gradient, of all else at the peak, bytes a token on the wire, GFLOP a token."""
     rows = -(-vocab // ranks)
     share = rows * hidden * 2
@@ -94,6 +94,19 @@ def on_paper(tokens: int, vocab: int, hidden: int, ranks: int) -> list[float]:
     gather = (ranks - 1) * LOSSES["cross entropy"][1] * NUMBER
     reduce = 2 * (ranks - 1) / ranks * hidden * SUM
     return [2 * share / MiB, rest / MiB, gather, reduce, 6 * rows * hidden / 1e9]
+
+
+def on_paper(shape: Shape) -> list[str]:
+    """The formulas for a head on up to 1024 ranks, as a table."""
+    lines = [
+        f"{shape.name}: {shape.tokens} tokens, vocabulary {shape.vocab}, hidden {shape.hidden}, bf16, for each rank\n",
+        "| ranks | weight and gradient, MiB | else at the peak, MiB | gather, B/token | sum, B/token | GFLOP/token |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for ranks in (1, 2, 4, 8, 16, 64, 256, 1024):
+        weight, rest, gather, reduce, flops = formulas(shape.tokens, shape.vocab, shape.hidden, ranks)
+        lines.append(f"| {ranks} | {weight:.1f} | {rest:.0f} | {gather:.0f} | {reduce:.0f} | {flops:.3f} |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -119,17 +132,8 @@ def main(argv: list[str] | None = None) -> None:
             cells = (sent["gather"] / N, NUMBER * numbers, sent["reduce"] / N, SUM * H)
             print(f"| {name} | {ranks} | " + " | ".join(f"{x:.1f}" for x in cells), end=" | ")
             print(f"{peak / MiB:.1f}, {larger_peak / MiB:.1f} |")
-    shape = SHAPES[options.shape]
-    print(
-        f"\n{shape.name}: {shape.tokens} tokens, vocabulary {shape.vocab}, hidden {shape.hidden}, bf16, for each rank"
-    )
-    print(
-        "\n| ranks | weight and gradient, MiB | else at the peak, MiB | gather, B/token | sum, B/token | GFLOP/token |"
-    )
-    print("| ---: | ---: | ---: | ---: | ---: | ---: |")
-    for ranks in (1, 2, 4, 8, 16, 64, 256, 1024):
-        weight, rest, gather, reduce, flops = on_paper(shape.tokens, shape.vocab, shape.hidden, ranks)
-        print(f"| {ranks} | {weight:.1f} | {rest:.0f} | {gather:.0f} | {reduce:.0f} | {flops:.3f} |")
+    print()
+    print("\n".join(on_paper(SHAPES[options.shape])))
 
 
 if __name__ == "__main__":
