@@ -79,8 +79,8 @@ class workspace(_Setting):
     """
 
     @staticmethod
-    def parse(value: int | str | None) -> int | None:
-        if value is None or (isinstance(value, int) and value >= 0):
+    def parse(value: int | torch.SymInt | str | None) -> Any:
+        if value is None or (isinstance(value, (int, torch.SymInt)) and value >= 0):
             return value
         units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(\w+)\s*", value) if isinstance(value, str) else None
