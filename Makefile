@@ -14,10 +14,10 @@ demo: $(READY)
 
 # The kernels run in Triton's interpreter where there is no GPU, so a test process each core is what takes the time.
 test: $(READY)
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto -m "not slow"
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto --dist loadgroup -m "not slow"
 
 test-all: $(READY)
-	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto --dist loadgroup
 
 # The trainers themselves, in the versions the integrations are tested with.
 integrations: $(READY)

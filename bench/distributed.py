@@ -84,6 +84,10 @@ def measured(device: torch.device, tokens: int, vocab: int, hidden: int) -> dict
     return found
 
 
+def of_both(device: torch.device, tokens: int, vocab: int, hidden: int) -> list[dict[str, tuple[int, dict[str, int]]]]:
+    return [measured(device, tokens, size, hidden) for size in (vocab, 8 * vocab)]
+
+
 def formulas(tokens: int, vocab: int, hidden: int, ranks: int) -> list[float]:
     """MiB of a rank's weight and its gradient, of all else at the peak, bytes a token on the wire, GFLOP a token."""
     rows = -(-vocab // ranks)
@@ -124,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
     print("\n| loss | ranks | gathered | expected | summed | expected | peak above inputs, MiB |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     for ranks in (2, 4):
-        of_vocab = [run(measured, ranks, N, vocab, H)[0] for vocab in (V, 8 * V)]
+        of_vocab = run(of_both, ranks, N, V, H)[0]
         for name, (_, numbers) in LOSSES.items():
             (peak, sent), (larger_peak, larger_sent) = (found[name] for found in of_vocab)
             if sent != larger_sent:

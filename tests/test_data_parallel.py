@@ -20,7 +20,7 @@ from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import selective_log_softmax
 
 count_per_rank = data_parallel.count_per_rank
-pytestmark = needs_ranks
+pytestmark = [needs_ranks, pytest.mark.xdist_group("data_parallel")]  # its processes are started once
 
 STEPS, V, H, S = 3, 11, 6, 7
 # Sequences of each rank's micro-batches: uneven, and the last rank of four has nothing to train on.

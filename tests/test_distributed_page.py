@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fused_losses.bench.distributed import on_paper
+from fused_losses.bench.distributed import LOSSES, main, on_paper
 from fused_losses.bench.shapes import SHAPES
 
 PAGE = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encoding="utf-8")
@@ -44,3 +44,16 @@ def test_what_it_links_to_exists():
             assert target[1:] in headings, target
         elif not target.startswith("http"):
             assert (Path(__file__).parents[1] / "docs" / target).exists(), target
+
+
+def test_what_is_counted_is_what_the_formulas_give(capsys):
+    main(["--tokens", "64", "--vocab", "512", "--hidden", "16"])
+    rows = [
+        line.split("|")[1:-1]
+        for line in capsys.readouterr().out.splitlines()
+        if line.startswith("| log") or "entropy" in line
+    ]
+    assert len(rows) == 2 * len(LOSSES)
+    for _, _, gathered, expected_gather, summed, expected_sum, _ in rows:
+        assert float(summed) == float(expected_sum)
+        assert float(gathered) == pytest.approx(float(expected_gather), abs=0.5)  # and 24 bytes for a step

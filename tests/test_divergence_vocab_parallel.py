@@ -15,6 +15,7 @@ from fused_losses.bench.ranks import run
 from fused_losses.divergence import KINDS
 from fused_losses.reference.tolerance import assert_accurate
 
+pytestmark = pytest.mark.xdist_group("divergence_vocab_parallel")  # its processes are started once
 N, V, TEACHER_V, H, TEACHER_H, R = 45, 50, 61, 8, 11, 3
 SPLITS = {  # where each rank's part of the vocabulary begins; the last holds the rest of the teacher's too
     2: {"even": (0, 25), "uneven": (0, 7), "empty": (0, 50)},

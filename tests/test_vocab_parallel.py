@@ -18,6 +18,7 @@ from fused_losses.chunked.softmax_rows import row_statistics
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.vocab_parallel import _whole
 
+pytestmark = pytest.mark.xdist_group("vocab_parallel")  # its processes are started once
 N, V, H, R = 67, 50, 24, 3  # R: of the low-rank update
 SOFTCAP, SCALE = 6.0, 0.7
 SPLITS = {  # where each rank's part of the vocabulary begins
