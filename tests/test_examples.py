@@ -2,12 +2,16 @@
 
 import copy
 import importlib
+import os
 import pathlib
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import needs_ranks
 
 from fused_losses.settings import strict
 
@@ -26,8 +30,25 @@ def _importable(monkeypatch):
 def test_runs(name, capsys):
     runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
+    assert not torch.distributed.is_initialized()
     assert len(lines) == 5
     assert "nan" not in "".join(lines)
+
+
+@needs_ranks
+def test_tensor_parallel_is_what_one_process_does():
+    """Under torchrun, on a mesh of 2 × 2."""
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
+    script = str(EXAMPLES / "tensor_parallel.py")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0"]
+    alone, together = (
+        subprocess.run(
+            [*command, script], env=environment, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
+        for command in ([sys.executable], [*torchrun, "--rdzv-endpoint", "localhost:0", "--rdzv-backend", "c10d"])
+    )
+    assert len(set(alone.splitlines())) == 5
+    assert together == alone
 
 
 def load(name, **model):
