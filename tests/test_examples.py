@@ -40,12 +40,12 @@ def test_tensor_parallel_is_what_one_process_does():
     """Under torchrun, on a mesh of 2 × 2."""
     environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"}
     script = str(EXAMPLES / "tensor_parallel.py")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", "--master-port", "0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
     alone, together = (
         subprocess.run(
             [*command, script], env=environment, capture_output=True, text=True, check=True, timeout=120
         ).stdout
-        for command in ([sys.executable], [*torchrun, "--rdzv-endpoint", "localhost:0", "--rdzv-backend", "c10d"])
+        for command in ([sys.executable], torchrun)
     )
     assert len(set(alone.splitlines())) == 5
     assert together == alone
