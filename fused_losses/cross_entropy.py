@@ -130,9 +130,11 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    class_dim = 0 if input.ndim == 1 else 1
+    class_dim, given = 0 if input.ndim == 1 else 1, input.shape
     input, shard = local_part(input, group, class_dim)
     target = local_target(target)
+    if shard is not None and group is not None and target.shape == given:  # padded as the input
+        target = target.narrow(class_dim, 0, shard.size)
     if not isinstance(input, Tensor):
         from .linear_cross_entropy import linear_logits_cross_entropy
 
@@ -281,11 +283,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         inplace_backward: bool = False,
+        group: Any = None,
         backend: Backend | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap = z_loss, softcap
-        self.inplace_backward, self.backend = inplace_backward, backend
+        self.inplace_backward, self.group, self.backend = inplace_backward, group, backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -298,5 +301,6 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             z_loss=self.z_loss,
             softcap=self.softcap,
             inplace_backward=self.inplace_backward,
+            group=self.group,
             backend=self.backend,
         )

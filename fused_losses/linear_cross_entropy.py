@@ -39,7 +39,7 @@ from .routes import (
 )
 from .settings import Backend, Route, resolve_backend
 from .token_statistics import rows_statistics, target_ids
-from .vocab_parallel import packed, summed_in_backward, vocab_shard
+from .vocab_parallel import is_dtensor, local_target, packed, summed_in_backward, vocab_shard
 
 
 def linear_cross_entropy(
@@ -104,7 +104,8 @@ def linear_cross_entropy(
         out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
         return_statistics: also return :class:`CrossEntropyStatistics`.
         group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; ``linear_weight`` and
-            ``linear_bias`` (and class probabilities) are then this rank's shard, all else is that of the whole.
+            ``linear_bias`` (and class probabilities) are then this rank's shard, all else is that of the whole. Where
+            ``input`` and head are DTensors their placements say it: see :mod:`fused_losses.tensor_parallel`.
         backend: ``"triton"`` or ``"torch"``; by default what serves the device.
         route: ``"gradients_in_forward"`` or ``"recompute"``; by default the fastest that fits.
         workspace: bytes or ``"256MiB"`` that may be held beside inputs, outputs and gradients.
@@ -127,6 +128,13 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, head, torch.tensor([0, -100]))
         tensor(0.1698, grad_fn=<WhereBackward0>)
     """
+    if is_dtensor(input) or is_dtensor(linear_weight):
+        from .tensor_parallel import local_head
+
+        if group is not None:
+            raise ValueError(f"DTensors know the ranks that share the vocabulary: leave group={group} away")
+        input, linear_weight, linear_bias, _, _, group = local_head(input, linear_weight, linear_bias, None, None)
+        target = local_target(target)
     if linear_weight.dim() < 2:
         raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
     if input.dim() < 1:
@@ -147,6 +155,9 @@ def linear_cross_entropy(
         )
     shard = vocab_shard(group, C)
     if shard is not None:  # what is beyond is padding
+        if target.shape == (*tokens, C, *dims):
+            target = target.narrow(len(tokens), 0, shard.size)
+        main_grad = None if main_grad is None else main_grad[: shard.size]
         C, linear_weight = shard.size, linear_weight[: shard.size]
         linear_bias = None if linear_bias is None else linear_bias[: shard.size]
     result_dtype = input.dtype
@@ -160,7 +171,7 @@ def linear_cross_entropy(
         if not isinstance(temperature, Tensor):  # filled there: a copy from the host would wait
             temperature = input.new_full((), temperature, dtype=statistics_dtype(input.dtype))
         temperature = temperature.to(input.device, statistics_dtype(input.dtype)).expand(tokens).reshape(-1)
-    weights: Sequence[Tensor] = linear_weight.reshape(C, D, -1).unbind(1) if dims else [linear_weight]
+    weights: Sequence[Tensor] = linear_weight.reshape(C, D, input.shape[-1]).unbind(1) if dims else [linear_weight]
     biases: Sequence[Tensor | None] = [linear_bias]
     if dims:
         biases = [None] * D if linear_bias is None else linear_bias.reshape(C, D).unbind(1)
@@ -316,7 +327,7 @@ def heads_cross_entropy(
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
         targets = target.reshape(N, D, heads[0].weight.shape[0]).unbind(1)
-        weight = weight if weight is None or shard is None else weight[shard.part]
+        weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
         pairs = [_soft(h, t, weight, label_smoothing, z_loss, **how) for h, t in zip(heads, targets, strict=True)]
         loss = torch.stack([p[0] for p in pairs], 1)
         logsumexp = torch.stack([p[1] for p in pairs], 1)

@@ -89,7 +89,7 @@ class _Rest:
     temperature: float | Tensor
     low_rank: tuple[Tensor, Tensor] | None
     shard: VocabShard | None
-    gathered: tuple[int, int]  # where hidden lay when it was gathered from ranks, and its tokens
+    gathered: Tensor | None  # hidden as gathered from ranks: held, so that nothing else comes to lie there
     module: Any
     vocab: int
     vocab_dim: int
@@ -118,8 +118,8 @@ class LinearLogits(LazyTensor):
     ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error).
 
     It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. It can be pickled and
-    copied, detached and without ``group`` and ``module``. Built inside reentrant checkpointing it raises, since no
-    gradient would reach it there; pass ``use_reentrant=False``.
+    copied, detached and without ``module``; of a ``group`` a copy keeps the name. Built inside reentrant checkpointing it
+    raises, since no gradient would reach it there; pass ``use_reentrant=False``.
 
     What the fused operations read:
 
@@ -214,7 +214,7 @@ class LinearLogits(LazyTensor):
                 temperature=per_token_temperature(temperature, hidden),
                 low_rank=None if u is None else (u, B),
                 shard=shard,
-                gathered=(0, 0),
+                gathered=None,
                 module=module,
                 vocab=weight.shape[0] if shard is None else shard.vocab,
                 vocab_dim=hidden.ndim - 1,
@@ -228,7 +228,7 @@ class LinearLogits(LazyTensor):
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
             hidden = hidden if detached or plain else _Identity.apply(hidden, *used)
             if shard is not None and shard.inner and not torch.compiler.is_compiling():
-                rest.gathered = hidden.data_ptr(), hidden.shape[:-1].numel()
+                rest.gathered = hidden.detach()
         elif hidden.dtype != rest.weight.dtype:  # an output cast
             rest = rest.but(dtype=hidden.dtype)
             hidden = hidden.to(rest.weight.dtype)
@@ -278,8 +278,9 @@ class LinearLogits(LazyTensor):
         shard = self.rest.shard
         if shard is None or shard.inner == 0:
             return shard
-        whole = not torch.compiler.is_compiling() and self.hidden.is_contiguous()
-        whole = whole and (self.hidden.data_ptr(), self.hidden.shape[:-1].numel()) == self.rest.gathered
+        hidden, gathered = self.hidden, self.rest.gathered
+        whole = gathered is not None and not torch.compiler.is_compiling() and hidden.is_contiguous()
+        whole = whole and (hidden.data_ptr(), hidden.numel()) == (gathered.data_ptr(), gathered.numel())
         return shard if whole else shard._replace(outer=0, inner=0)
 
     @property
@@ -340,7 +341,10 @@ class LinearLogits(LazyTensor):
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.check()
-        rest = self.rest.but(shard=None, module=None, detached=True, frozen=False, versions={}, views=[0])
+        shard = self.shard and self.shard._replace(outer=0, inner=0)
+        rest = self.rest.but(
+            shard=shard, gathered=None, module=None, detached=True, frozen=False, versions={}, views=[0]
+        )
         for name in ("weight", "bias"):
             value = getattr(rest, name)
             setattr(rest, name, None if value is None else value.detach())
@@ -521,6 +525,8 @@ class LinearLogits(LazyTensor):
         )
 
     def column(self, at: int | Tensor) -> Any:
+        if self.shard is not None:
+            return super().column(at)
         return self.columns(torch.as_tensor(at, device=self.device).view(1)).materialize().squeeze(self.vocab_dim)
 
     def scaled(self, factor: Any) -> Any:

@@ -84,7 +84,9 @@ def local_head(
     local = of_tokens(hidden)
     shard = part_of_vocabulary(mesh, at, weight.shape[0])
     sharded = None if at is None else hidden.placements[at]
-    if shard is not None and type(sharded) is Shard:
+    # Where a later dimension of the mesh cuts this rank's tokens again, they are no part of those that were gathered.
+    cut_again = at is not None and sharded in hidden.placements[at + 1 :]
+    if shard is not None and type(sharded) is Shard and not cut_again:
         dim = sharded.dim
         alike = u is None or u.placements == hidden.placements  # type: ignore[attr-defined]
         if dim < hidden.ndim - 1 and local.shape[dim] % shard.ranks == 0 and alike:

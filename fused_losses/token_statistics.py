@@ -245,7 +245,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape
-        x = logits.transpose(1, 2).reshape(-1, V).to(dtype)
+        x = logits.transpose(1, 2).reshape(B * S, V).to(dtype)
         z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
         d_t = (upstream.sum_log_probs * (1 - label_smoothing))[:, None].to(dtype) * (z - logsumexp[:, None]).to(dtype)
         d_t = d_t if column_weight is None else d_t * column_weight

@@ -53,6 +53,8 @@ class VocabParallel:
         if self.group is None:
             raise ValueError("group is None: pass a process group, or call without group= for a whole vocabulary")
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if rank < 0:
+            raise ValueError(f"this process, rank {dist.get_rank()}, is not in the group that shares the vocabulary")
         vocab = rows * ranks if self.vocab_size is None else self.vocab_size
         if self.vocab_range is None:
             start, stop = (min(at * rows, vocab) for at in (rank, rank + 1))
@@ -60,7 +62,7 @@ class VocabParallel:
             raise ValueError(f"vocab_range {self.vocab_range} needs vocab_size, the rows of all {ranks} ranks together")
         else:
             start, stop = self.vocab_range
-        if not 0 <= start <= stop <= vocab or stop - start > rows:
+        if not 0 <= start <= stop <= vocab or stop - start > rows or vocab == 0:
             raise ValueError(
                 f"rank {rank} of {ranks} holds {rows} rows, which cannot be the ids {(start, stop)} of {vocab}"
             )
@@ -173,9 +175,9 @@ class VocabShard(NamedTuple):
         Where these are all tokens and each rank wants its own, the other rows are left as they were.
         """
         group = self.process_group()
-        if self.inner == 0 or len(x) != self.outer * self.ranks * self.inner:
+        if self.inner == 0 or x.shape[:-1].numel() != self.outer * self.ranks * self.inner:
             return dist.all_reduce(x, group=group, async_op=True).wait
-        of_rank = x.view(self.outer, self.ranks, self.inner, -1).transpose(0, 1)
+        of_rank = x.view(self.outer, self.ranks, self.inner, x.shape[-1]).transpose(0, 1)
         mine = torch.empty_like(of_rank[0], memory_format=torch.contiguous_format)
         reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         parts = of_rank.contiguous()
@@ -273,7 +275,9 @@ def merged_statistics(
     parts = {name: t for name, t in mine._asdict().items() if t is not None}
     gathered = shard.gather_checked(torch.cat([t.reshape(-1).to(lse.dtype) for t in parts.values()]))
     columns = gathered.split([t.numel() for t in parts.values()], 1)
-    whole = _whole({name: x.view(-1, *t.shape) for (name, t), x in zip(parts.items(), columns, strict=True)})
+    whole = _whole(
+        {name: x.reshape(shard.ranks, *t.shape) for (name, t), x in zip(parts.items(), columns, strict=True)}
+    )
     skip = None if ids is None else (ids == -100).all(-1)
 
     def finished(name: str) -> Tensor | None:

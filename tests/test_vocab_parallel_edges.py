@@ -1,0 +1,239 @@
+"""A shared vocabulary where something is missing, padded, copied, moved or cut twice: as in one process, on every rank."""
+
+import copy
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import needs_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+import fused_losses
+from fused_losses import LinearLogits, VocabParallel, linear_cross_entropy
+from fused_losses.bench.ranks import run
+
+N, V, H = 14, 12, 6
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def targets(*shape, vocab=V):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(7))
+
+
+# Each case: (tensors that all ranks hold, tensors of which each holds its part of a dimension, loss).
+
+
+def with_class_weights(whole, shared, **of):
+    return linear_cross_entropy(
+        whole["hidden"], shared["weight"], shared["target"], weight=whole["classes"], label_smoothing=0.1, **of
+    )
+
+
+def in_k_dimensions(whole, shared, **of):
+    return linear_cross_entropy(whole["hidden"], shared["weight"], targets(N, 3), linear_bias=shared["bias"], **of)
+
+
+def without_tokens(whole, shared, **of):
+    return linear_cross_entropy(whole["hidden"][:0], shared["weight"], shared["target"][:0], reduction="sum", **of)
+
+
+def all_ignored(whole, shared, **of):
+    ids = targets(N) * 0 - 100
+    return linear_cross_entropy(whole["hidden"], shared["weight"], ids, reduction="sum", workspace=1, **of)
+
+
+def ignored_log_probs(whole, shared, **of):
+    logits = LinearLogits(whole["hidden"], shared["weight"], **of)
+    return fused_losses.selective_log_softmax(logits, targets(N) * 0 - 100).sum()
+
+
+HEAD = {"hidden": (N, H)}, {"weight": ((V, H), 0), "target": ((N, V), 1)}
+CASES = {
+    "class weights": ({"hidden": (N, H), "classes": (V,)}, HEAD[1], with_class_weights),
+    "K dimensions": ({"hidden": (N, H)}, {"weight": ((V, 3, H), 0), "bias": ((V, 3), 0)}, in_k_dimensions),
+    "no tokens": (*HEAD, without_tokens),
+    "all ignored": (*HEAD, all_ignored),
+    "log-probabilities, all ignored": (*HEAD, ignored_log_probs),
+}
+SPLITS = {"uneven": (0, 5, V), "empty": (0, V, V)}
+
+
+def gradients(case, part=slice(None), **of):
+    whole, shared, loss = CASES[case]
+    whole = {name: randn(*shape, seed=i).requires_grad_() for i, (name, shape) in enumerate(whole.items())}
+    shared = {
+        name: randn(*shape, seed=10 + i).movedim(dim, 0)[part].movedim(0, dim).clone().requires_grad_()
+        for i, (name, (shape, dim)) in enumerate(shared.items())
+    }
+    value = loss(whole, shared, **of)
+    value.backward()
+    return value.detach(), {n: t.grad for n, t in whole.items()}, {n: t.grad for n, t in shared.items()}
+
+
+def cases_on_a_rank(device):
+    found = {}
+    for split, cuts in SPLITS.items():
+        start, stop = cuts[dist.get_rank() :][:2]
+        for case in CASES:
+            group = VocabParallel(dist.group.WORLD, (start, stop), V)
+            found[split, case] = gradients(case, slice(start, stop), group=group)
+    return found
+
+
+@functools.cache
+def cases_on_ranks():
+    return run(cases_on_a_rank, 2)
+
+
+@needs_ranks
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_process(case, split):
+    value, whole, shared = gradients(case)
+    of_ranks = [found[split, case] for found in cases_on_ranks()]
+    for name, (_, dim) in CASES[case][1].items():
+        parts = [of_rank[2][name] for of_rank in of_ranks]
+        if shared[name] is None:
+            assert parts == [None, None]
+        else:
+            torch.testing.assert_close(torch.cat(parts, dim), shared[name], msg=lambda m, n=name: f"{n}: {m}")
+    for of_rank in of_ranks:
+        torch.testing.assert_close(of_rank[0], value)
+        for name, expected in whole.items():
+            torch.testing.assert_close(of_rank[1][name], expected, msg=lambda m, n=name: f"{n}: {m}")
+    if case == "class weights":
+        assert whole["classes"].ne(0).all()
+
+
+def answers(device):
+    rank, group = dist.get_rank(), dist.group.WORLD
+    hidden, weight, ids = randn(3, 4, H), randn(V, H, seed=1), targets(3, 4)
+    z, x = LinearLogits(hidden, weight.chunk(2)[rank], group=group), F.linear(hidden, weight)
+    same = torch.testing.assert_close
+    same(z[..., 9], x[..., 9])
+    same(z[:, -1, 2], x[:, -1, 2])
+    same(z.select(-1, -2), x[..., -2])
+    for other in (copy.deepcopy(z), pickle.loads(pickle.dumps(z)), copy.copy(z[1:])):
+        assert other.vocab_range == z.vocab_range
+        same(other.logsumexp(-1), x[-len(other) :].logsumexp(-1))
+        assert torch.equal(other.argmax(-1), x[-len(other) :].argmax(-1))
+    loss = fused_losses.CrossEntropyLoss(label_smoothing=0.1, group=group)
+    same(loss(x.flatten(0, 1).chunk(2, 1)[rank], ids.flatten()), F.cross_entropy(x.mT, ids, label_smoothing=0.1))
+
+    # Padded as the head is: its main_grad, and class probabilities.
+    padding = VocabParallel(group, vocab_size=V - 2)
+    shard, main_grad = weight.chunk(2)[rank].requires_grad_(), torch.zeros(V // 2, H, dtype=torch.float64)
+    probabilities = F.pad(randn(3, 4, V - 2, seed=2).softmax(-1), (0, 2), value=torch.nan)
+    small, small_ids = weight[:-2].detach().requires_grad_(), ids.clamp(max=V - 3)
+    linear_cross_entropy(hidden, shard, small_ids, group=padding, main_grad=main_grad).backward()
+    F.cross_entropy(F.linear(hidden, small).mT, small_ids).backward()
+    same(main_grad, F.pad(small.grad, (0, 0, 0, 2)).chunk(2)[rank])
+    expected = F.cross_entropy(x[..., :-2].flatten(0, 1), probabilities[..., :-2].flatten(0, 1))
+    mine = probabilities.chunk(2, -1)[rank]
+    same(linear_cross_entropy(hidden, shard, mine, group=padding).detach(), expected)
+    logits = F.pad(x[..., :-2], (0, 2), value=torch.nan).chunk(2, -1)[rank].flatten(0, 1)
+    same(fused_losses.cross_entropy(logits, mine.flatten(0, 1), group=padding), expected)
+
+    with pytest.raises(ValueError, match="cannot be the ids"):
+        LinearLogits(hidden, weight[:0], group=group)
+    return True
+
+
+@needs_ranks
+def test_answers_and_copies():
+    assert run(answers, 2) == [True, True]
+
+
+def subgroup(device):
+    """Ranks 1 and 3 share the vocabulary."""
+    hidden, weight = randn(5, H), randn(V, H, seed=1)
+    group = dist.new_group([1, 3])
+    if dist.get_rank() not in (1, 3):
+        for which in (group, VocabParallel(group, (0, 3), V)):
+            with pytest.raises(ValueError, match=f"rank {dist.get_rank()}, is not in the group"):
+                LinearLogits(hidden, weight[:3], group=which)
+        return None
+    at = dist.get_group_rank(group, dist.get_rank())
+    leaf = hidden.clone().requires_grad_()
+    F.cross_entropy(LinearLogits(leaf, weight.chunk(2)[at], group=group), targets(5)).backward()
+    return leaf.grad
+
+
+B, S, TOKENS = 4, 8, 32  # as many classes as tokens
+
+
+def tokens_on_meshes(device):
+    """The gradient of hidden states that are sharded by tokens, and of class weights, on meshes of one and two dimensions."""
+    hidden, weight, ids = randn(B, S, H), randn(TOKENS, H, seed=1), targets(B, S, vocab=TOKENS)
+    factors = torch.linspace(-1, 1, B * S, dtype=torch.float64).view(B, S)
+    line, square = init_device_mesh(device.type, (4,)), init_device_mesh(device.type, (2, 2))
+
+    def compare(use, mesh, of_hidden, of_weight, whole=hidden, part=lambda t: t):
+        leaf = distribute_tensor(whole, mesh, of_hidden).requires_grad_()
+        head = distribute_tensor(weight, mesh, of_weight).requires_grad_()
+        use(LinearLogits(leaf, head), part).backward()
+        one, one_head = whole.clone().requires_grad_(), weight.clone().requires_grad_()
+        use(F.linear(one, one_head), lambda t: t).backward()
+        torch.testing.assert_close(leaf.grad.full_tensor(), one.grad)
+        torch.testing.assert_close(head.grad.full_tensor(), one_head.grad)
+
+    def log_probs(z, part):
+        return (fused_losses.selective_log_softmax(z, part(ids)) * part(factors)).sum()
+
+    def rolled(z, part):
+        for _ in range(5):  # each frees the one before, and may come to lie where hidden lay
+            z = z.roll(1, 1)
+        return log_probs(z, part)
+
+    compare(rolled, line, [Shard(1)], [Shard(0)])
+    for cut in (Shard(0), Shard(1)):
+        compare(log_probs, square, [cut, cut], [Replicate(), Shard(0)], part=lambda t, d=cut.dim: half(t, d, square, 0))
+        compare(log_probs, square, [cut, cut], [Shard(0), Replicate()], part=lambda t, d=cut.dim: half(t, d, square, 1))
+
+    classes = randn(TOKENS, seed=3).requires_grad_()
+    probabilities = randn(B * S, TOKENS, seed=4).softmax(-1)
+    flat = distribute_tensor(hidden.flatten(0, 1), line, [Shard(0)]).requires_grad_()
+    head = distribute_tensor(weight, line, [Shard(0)])
+    mine = probabilities.chunk(4, 1)[dist.get_rank()]
+    loss = linear_cross_entropy(flat, head, mine, weight=classes)
+    loss.backward()
+    one, one_classes = hidden.flatten(0, 1).clone().requires_grad_(), classes.detach().clone().requires_grad_()
+    expected = F.cross_entropy(F.linear(one, weight), probabilities, weight=one_classes)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(flat.grad.full_tensor(), one.grad)
+    torch.testing.assert_close(classes.grad, one_classes.grad)
+    nothing = distribute_tensor(hidden[:0], line, [Shard(1)]).requires_grad_()
+    z = LinearLogits(nothing, head)
+    F.cross_entropy(z.mT, probabilities.new_zeros(0, TOKENS // 4, S), reduction="sum").backward()
+    assert nothing.grad.shape == (0, S, H)
+    with pytest.raises(ValueError, match="leave group="):
+        linear_cross_entropy(flat, head, ids.flatten(), group=dist.group.WORLD)
+    with pytest.raises(TypeError, match="or none of them"):
+        linear_cross_entropy(hidden, head, ids)
+    return True
+
+
+def half(t, dim, mesh, at):
+    return t.chunk(2, dim)[mesh.get_local_rank(at)]
+
+
+def four_ranks(device):
+    return subgroup(device), tokens_on_meshes(device)
+
+
+@needs_ranks
+def test_a_group_of_some_ranks_and_tokens_on_meshes():
+    found = run(four_ranks, 4)
+    leaf = randn(5, H).requires_grad_()
+    F.cross_entropy(F.linear(leaf, randn(V, H, seed=1)), targets(5)).backward()
+    for rank in (1, 3):
+        torch.testing.assert_close(found[rank][0], leaf.grad)
+    assert all(of_meshes for _, of_meshes in found)
