@@ -112,7 +112,8 @@ class VocabParallelHead(ParallelStyle):
     """How ``parallelize_module`` shares the vocabulary of a :class:`LinearHead` over a mesh dimension.
 
     Weight, bias and ``lora_B`` become ``Shard(0)``; the head returns a :class:`LinearLogits` of the whole vocabulary, the same
-    on all ranks, of which each holds its rows.
+    on all ranks, of which each holds its rows. ``parallelize_module`` makes new parameters: tie an embedding again afterwards,
+    ``model.lm_head.weight = model.embed.weight``.
 
     Args:
         input_layouts: how the hidden states come: ``Replicate()``, or ``Shard(1)`` where the layers before are sequence
@@ -144,6 +145,10 @@ class VocabParallelHead(ParallelStyle):
             module.register_parameter(key, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
     def _prepare(self, module: nn.Module, inputs: Sequence[Any], mesh: DeviceMesh) -> tuple[Any, ...]:
+        if not inputs:
+            raise TypeError(
+                f"the hidden states are the first argument of a {type(module).__name__}: do not give their name"
+            )
         hidden, *rest = inputs
         if not isinstance(hidden, DTensor):
             hidden = DTensor.from_local(hidden, mesh, [self.input_layouts], run_check=False)

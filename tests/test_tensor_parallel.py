@@ -185,6 +185,8 @@ def refusals(device):
         )
     with pytest.raises(TypeError, match="LinearHead"):
         parallelize_module(nn.Linear(H, V), mesh, VocabParallelHead())
+    with pytest.raises(TypeError, match="first argument"):
+        parallelize_module(LinearHead(H, V), mesh, VocabParallelHead())(input=hidden)
     return True
 
 
