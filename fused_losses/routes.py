@@ -767,13 +767,13 @@ def linear_rows_grad(
     d_hidden, d_u = room(0, M, wide), room(3, M, wide)
     d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
     chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
-    slice_room = hidden.new_empty(M * chosen.chunk)
+    slice_room = hidden.new_empty(M, -(-min(chosen.chunk, V) // 16) * 16)  # rows that a kernel can write in whole words
     with full_precision(hidden.device):
         pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
         for start in range(0, V if M else 0, max(chosen.chunk, 1)):
             part = slice(start, min(start + chosen.chunk, V))
             piece = head.columns(part)
-            d_logits = slice_room[: M * (part.stop - start)].view(M, -1)
+            d_logits = slice_room[:, : part.stop - start]
             linear_module(backend, hidden.dtype).linear_softmax_d_logits(
                 piece.hidden,
                 piece.weight,

@@ -93,14 +93,25 @@ def divergence_rows_config() -> tuple[int, int, int]:
     return 1024, 4, 8
 
 
-def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statistics: bool) -> MatrixTile:
+def odd_rows_config(splits: int) -> MatrixTile:
+    """Where rows do not start at multiples of 16 elements each is read by itself: that takes the registers of a larger tile.
+
+    128 rows on 8 warps spill 8 to 200 bytes so, 64 on 4 warps up to 272.
+    """
+    return MatrixTile(64, 64, 32, 8, 3, splits=splits)
+
+
+def linear_softmax_fwd_config(
+    arch: str, tma: bool, low_rank: bool, options: bool, all_statistics: bool, odd_rows: bool
+) -> MatrixTile:
     """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
 
     With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: whole, it spills 192 bytes with
     every option, and 120 plain. The low-rank product takes a stage of shared memory of its own, and on sm_100 a second
     accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
     128×128×32; all statistics take half the tile, which otherwise spills: 96 bytes on sm_80, 228 on gfx942, 120 on sm_100,
-    and 16 on sm_90 with the low-rank product.
+    and 120 on sm_90 with bias, softcap and column weights and a vocabulary that is no multiple of 16; on sm_100 a quarter with
+    the low-rank product too (40 bytes otherwise).
 
     It must not depend on N, so that no token's numbers do.
     """
@@ -108,16 +119,20 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
     if arch == "interpreter":
         return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
     block_v = 64 if all_statistics else 128
+    if odd_rows and not tma:
+        return odd_rows_config(splits)
     if arch == "gfx942":
         return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
     if not tma:
         return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
-    if (low_rank or all_statistics) if arch == "sm_100" else (low_rank and all_statistics):
+    if low_rank and all_statistics and arch == "sm_100":
+        return MatrixTile(128, 64, 64, 8, 4, splits=splits)
+    if (low_rank or all_statistics) if arch == "sm_100" else (options and all_statistics):
         return MatrixTile(128, 128, 64, 8, 4, parts=2, splits=splits)
     return MatrixTile(128, 256, 64, 8, 3 if low_rank else 4, parts=4, splits=splits)
 
 
-def linear_softmax_d_logits_config(arch: str, tma: bool, options: bool) -> MatrixTile:
+def linear_softmax_d_logits_config(arch: str, tma: bool, options: bool, odd_rows: bool) -> MatrixTile:
     """The recomputed tile, chosen as the streaming one is; ``options`` are bias, softcap, column weights and low rank.
 
     With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. With options it is half as wide:
@@ -126,6 +141,8 @@ def linear_softmax_d_logits_config(arch: str, tma: bool, options: bool) -> Matri
     splits = SPLITS[arch]
     if arch == "interpreter":
         return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
+    if odd_rows and not tma:
+        return odd_rows_config(splits)
     block_v = 128 if tma and options else 256 if tma else 64 if options else 128
     if arch == "gfx942":
         return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
@@ -144,7 +161,11 @@ def shipped(arch: str) -> Iterator[Shipped]:
 def _linear_softmax(arch: str) -> Iterator[Shipped]:
     from . import linear_softmax as module  # which reads its configurations from this file
 
-    def common(tma: bool, tile: MatrixTile, options: bool, low_rank: bool, dtype: str = "bf16") -> dict[str, Any]:
+    def common(
+        tma: bool, tile: MatrixTile, options: bool, low_rank: bool, odd_rows: bool, odd_vocab: bool, dtype: str = "bf16"
+    ) -> dict[str, Any]:
+        size = "i32" if odd_rows else "i32:16"
+
         def matrix(block: int) -> str:
             return f"tensordesc<{dtype}[{block}, {tile.block_k}]>" if tma else f"*{dtype}:16"
 
@@ -158,17 +179,17 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             temperature_ptr="*fp32:16",
             ids_ptr="*i64:16",
             N="i32",
-            V="i32:16",
-            H="i32:16",
-            R="i32:16",
+            V="i32" if odd_vocab else "i32:16",
+            H=size,
+            R=size,
             K="i32" if options else 1,
-            hidden_stride_n="i32:16",
+            hidden_stride_n=size,
             hidden_stride_h=1,
-            weight_stride_v="i32:16",
+            weight_stride_v=size,
             weight_stride_h=1,
-            u_stride_n="i32:16",
+            u_stride_n=size,
             u_stride_r=1 if low_rank else "i32:16",
-            b_stride_v="i32:16",
+            b_stride_v=size,
             b_stride_r=1 if low_rank else "i32:16",
             scale="fp32",
             softcap="fp32",
@@ -188,7 +209,8 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             PARTS=tile.parts,
         )
 
-    # (options, low rank, level of statistics and coefficients); one fewer level where pointers are the variant of odd sizes.
+    # (options, low rank, level of statistics and coefficients). A vocabulary that is no multiple of 16 asks for more registers:
+    # it is what is compiled but for the two plainest. Odd rows are all that pointers are for beside a copy engine.
     choices = [
         (False, False, 0),
         (False, False, 1),
@@ -199,41 +221,44 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
     ]
     few = [(False, False, 1), (True, False, 2), (True, True, 2)]
     has_tma = arch in ("sm_90", "sm_100")
-    for tma in (True, False) if has_tma else (False,):
-        for options, low_rank, level in few if has_tma and not tma else choices:
-            label = "TMA" if tma else "pointers"
-            label += (", bias softcap weights" if options else "") + (" low-rank" if low_rank else "")
-            tile = linear_softmax_fwd_config(arch, tma, low_rank, level == 2)
-            yield Shipped(
-                f"linear_softmax_fwd {('log-probs', 'entropy', 'all')[level]}, {label}",
-                module._linear_softmax_fwd_kernel,
-                common(tma, tile, options, low_rank)
-                | {"logits_at_ids_ptr": "*fp32:16", "partials_ptr": "*fp32:16", "split_weight_ptr": "*fp32:16"}
-                | {"ENTROPY": level >= 1, "ALL": level == 2},
-                tile.num_warps,
-                tile.num_stages,
-                matrix=True,
-            )
-            tile = linear_softmax_d_logits_config(arch, tma, options)
-            used = ("ac", "abc", "abecd")[level]
-            yield Shipped(
-                f"linear_softmax_d_logits {used}, {label}",
-                module._linear_softmax_d_logits_kernel,
-                common(tma, tile, options, low_rank)
-                | {f"{x}_ptr": "*fp32:16" if x in used else None for x in "abecd"}
-                | {f"HAS_{x.upper()}": x in used for x in "abecd"}
-                | {
-                    "out": f"tensordesc<bf16[{tile.block_n}, {tile.block_v // tile.parts}]>" if tma else "*bf16:16",
-                    "logsumexp_ptr": "*fp64:16",
-                    "out_stride_n": "i32:16",
-                    "out_stride_v": 1,
-                    "vocab_start": "i32:16",
-                },
-                tile.num_warps,
-                tile.num_stages,
-                matrix=True,
-            )
-    tile = linear_softmax_fwd_config(arch, False, False, False)
+    variants = (
+        [(True, False, choices), (False, True, few)] if has_tma else [(False, False, choices), (False, True, few[2:])]
+    )
+    for tma, odd_rows, (options, low_rank, level) in [(*v[:2], choice) for v in variants for choice in v[2]]:
+        odd_vocab = odd_rows or options or level == 2
+        label = "TMA" if tma else "pointers, odd rows" if odd_rows else "pointers"
+        label += (", bias softcap weights" if options else "") + (" low-rank" if low_rank else "")
+        tile = linear_softmax_fwd_config(arch, tma, low_rank, options, level == 2, odd_rows)
+        yield Shipped(
+            f"linear_softmax_fwd {('log-probs', 'entropy', 'all')[level]}, {label}",
+            module._linear_softmax_fwd_kernel,
+            common(tma, tile, options, low_rank, odd_rows, odd_vocab)
+            | {"logits_at_ids_ptr": "*fp32:16", "partials_ptr": "*fp32:16", "split_weight_ptr": "*fp32:16"}
+            | {"ENTROPY": level >= 1, "ALL": level == 2},
+            tile.num_warps,
+            tile.num_stages,
+            matrix=True,
+        )
+        tile = linear_softmax_d_logits_config(arch, tma, options, odd_rows)
+        used = ("ac", "abc", "abecd")[level]
+        yield Shipped(
+            f"linear_softmax_d_logits {used}, {label}",
+            module._linear_softmax_d_logits_kernel,
+            common(tma, tile, options, low_rank, odd_rows, odd_vocab)
+            | {f"{x}_ptr": "*fp32:16" if x in used else None for x in "abecd"}
+            | {f"HAS_{x.upper()}": x in used for x in "abecd"}
+            | {
+                "out": f"tensordesc<bf16[{tile.block_n}, {tile.block_v // tile.parts}]>" if tma else "*bf16:16",
+                "logsumexp_ptr": "*fp64:16",
+                "out_stride_n": "i32:16",
+                "out_stride_v": 1,
+                "vocab_start": "i32:16",
+            },
+            tile.num_warps,
+            tile.num_stages,
+            matrix=True,
+        )
+    tile = linear_softmax_fwd_config(arch, False, False, False, False, False)
     scalars = {"N": "i32", "V": "i32:16", "K": "i32", "HAS_IDS": True, "ENTROPY": True}
     row_sums = ("logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
     sizes = {"SPLITS": tile.splits, "BLOCK_SPLITS": 1 << (tile.splits - 1).bit_length(), "BLOCK_N": 64}

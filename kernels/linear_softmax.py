@@ -356,6 +356,11 @@ def _checked(hidden, weight, bias, low_rank):
     return hidden, weight, u, b
 
 
+def _odd_rows(*matrices):
+    """Whether some rows do not start at multiples of 16 elements."""
+    return any(x.stride(0) % 16 for x in matrices if x is not None)
+
+
 def _tma_fits(arch, *matrices):
     """Whether the copy engine can read and write them: adjacent columns, 16-byte-aligned rows."""
     return arch in ("sm_90", "sm_100", "interpreter") and all(
@@ -404,7 +409,9 @@ def linear_softmax_fwd(
     statistics_entropy = statistics_all or "entropy" in outputs
     arch = architecture(hidden.device)
     tma = _tma_fits(arch, hidden, weight, u, b)
-    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, statistics_all)
+    options = any(x is not None for x in (bias, softcap, column_weight))
+    odd_rows = _odd_rows(hidden, weight, u, b)
+    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, options, statistics_all, odd_rows)
     V, H = weight.shape
     K = 0 if ids is None else ids.shape[1]
     rows = min(max(hidden.shape[0], 1), ROWS_PER_LAUNCH)
@@ -656,7 +663,7 @@ def linear_softmax_d_logits(
     hidden, weight, low_rank_u, low_rank_b = _checked(hidden, weight, bias, low_rank)
     (N, H), V = hidden.shape, weight.shape[0]
     if out is None:
-        out = hidden.new_empty(N, triton.cdiv(V, 8) * 8)[:, :V]
+        out = hidden.new_empty(N, triton.cdiv(V, 16) * 16)[:, :V]
     if N == 0:
         return out
     bias, ids, column_weight, temperature = _dense(bias, ids, column_weight, temperature)
@@ -664,7 +671,8 @@ def linear_softmax_d_logits(
     arch = architecture(hidden.device)
     tma = _tma_fits(arch, hidden, weight, low_rank_u, low_rank_b, out)
     options = any(x is not None for x in (bias, softcap, column_weight, low_rank))
-    config = linear_softmax_d_logits_config(arch, tma, options)
+    odd_rows = _odd_rows(hidden, weight, low_rank_u, low_rank_b, out)
+    config = linear_softmax_d_logits_config(arch, tma, options, odd_rows)
     items = triton.cdiv(N, config.block_n) * config.splits
     _linear_softmax_d_logits_kernel[(min(items, programs(hidden.device)) if tma else items,)](
         _operand(hidden, (config.block_n, config.block_k), tma),
