@@ -622,7 +622,7 @@ class LinearLogits(LazyTensor):
         width = max(1, min(V, room // 1024))
         height = max(1, room // width)
         values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
-        ids = values.new_zeros(N, k, dtype=torch.int64)
+        ids = values.new_full((N, k), -1, dtype=torch.int64)  # where a shard has less than k
         with torch.no_grad(), self.gathered(), full_precision(self.device):
             for part in slices(N, height):
                 temperature = None if rows.temperature is None else rows.temperature[part]

@@ -165,9 +165,15 @@ class VocabShard(NamedTuple):
         return found[:, len(header) :].view(self.ranks, *x.shape)
 
     def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-        """The best of every rank's ``(N, k)``, by ids of the whole vocabulary."""
-        both, both_ids = (self.gather(t).movedim(0, 1).flatten(1) for t in (values, ids + self.start))
-        return best_of(both, both_ids, values.shape[1], largest)
+        """The best of every rank's ``(N, k)``, by ids of the whole vocabulary; negative ids are of no entry."""
+        k, ids = values.shape[1], torch.where(ids < 0, ids, ids + self.start)
+        both, both_ids = (self.gather(t).movedim(0, 1).flatten(1) for t in (values, ids))
+        last = (both_ids < 0).byte().argsort(stable=True)  # no entry is behind all entries, those of −inf too
+        both, both_ids = both.gather(-1, last), both_ids.gather(-1, last)
+        if k == 1:
+            return best_of(both, both_ids, k, largest)
+        at = both.argsort(stable=True, descending=largest)[:, :k]
+        return both.gather(-1, at), both_ids.gather(-1, at)
 
     def begin_sum(self, x: Tensor) -> Callable[[], Any]:
         """Begin to add ``x``, a row for each token, up over the ranks, in place; what is returned ends it.

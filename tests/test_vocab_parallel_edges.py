@@ -124,6 +124,14 @@ def answers(device):
         assert other.vocab_range == z.vocab_range
         same(other.logsumexp(-1), x[-len(other) :].logsumexp(-1))
         assert torch.equal(other.argmax(-1), x[-len(other) :].argmax(-1))
+    # Entries of −inf are entries still, and a shard has fewer of them than are asked for.
+    bias = torch.zeros(V, dtype=torch.float64).index_fill_(0, torch.tensor([0, 7]), -torch.inf)
+    holed = LinearLogits(hidden, weight.chunk(2)[rank], bias.chunk(2)[rank], group=group)
+    for largest in (True, False):
+        values, found = holed.topk(V, -1, largest)
+        assert torch.equal(found.sort(-1).values, torch.arange(V).expand(3, 4, V))
+        same(values, (x + bias).topk(V, -1, largest).values)
+
     loss = fused_losses.CrossEntropyLoss(label_smoothing=0.1, group=group)
     same(loss(x.flatten(0, 1).chunk(2, 1)[rank], ids.flatten()), F.cross_entropy(x.mT, ids, label_smoothing=0.1))
 
