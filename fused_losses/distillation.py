@@ -245,7 +245,7 @@ def _top(z: Tensor, k: int, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
     if shard is None:
         return values, ids
     missing = k - values.shape[1]
-    return shard.topk(F.pad(values, (0, missing), value=-math.inf), F.pad(ids, (0, missing)), largest=True)
+    return shard.topk(F.pad(values, (0, missing), value=-math.inf), F.pad(ids, (0, missing), value=-1), largest=True)
 
 
 class SparseDistillation(NamedTuple):

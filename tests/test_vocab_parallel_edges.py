@@ -131,6 +131,22 @@ def answers(device):
         values, found = holed.topk(V, -1, largest)
         assert torch.equal(found.sort(-1).values, torch.arange(V).expand(3, 4, V))
         same(values, (x + bias).topk(V, -1, largest).values)
+    found = fused_losses.teacher_topk((x + bias).chunk(2, -1)[rank], V, group=group).ids
+    assert torch.equal(found.sort(-1).values, torch.arange(V).expand(3, 4, V))
+    for backend in ("eager", "aot_eager"):
+        leaf, shard = hidden.clone().requires_grad_(), weight.chunk(2)[rank].clone().requires_grad_()
+
+        def loss(leaf, shard):
+            z = LinearLogits(leaf, shard, group=group)
+            entropy = fused_losses.token_statistics(z, outputs=("entropy",)).entropy.sum()
+            return entropy + linear_cross_entropy(leaf, shard, ids, group=group)
+
+        torch.compile(loss, backend=backend, fullgraph=True)(leaf, shard).backward()
+        one, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        p = F.linear(one, head).log_softmax(-1)
+        (F.nll_loss(p.mT, ids) - (p.exp() * p).sum()).backward()
+        same(leaf.grad, one.grad)
+        same(shard.grad, head.grad.chunk(2)[rank])
 
     loss = fused_losses.CrossEntropyLoss(label_smoothing=0.1, group=group)
     same(loss(x.flatten(0, 1).chunk(2, 1)[rank], ids.flatten()), F.cross_entropy(x.mT, ids, label_smoothing=0.1))
