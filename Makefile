@@ -39,7 +39,7 @@ bench: $(READY)
 	PYTHONPATH=. $(PY) -m fused_losses.bench all --quick
 
 report: $(READY)
-	PYTHONPATH=. $(PY) -m fused_losses.bench report bench/results/cpu --into README.md
+	PYTHONPATH=. $(PY) -m fused_losses.bench report bench/results --into README.md
 
 # On a machine with a network, before gpu-evidence on one without: the peers' wheels.
 gpu-wheels: $(READY)

@@ -68,7 +68,8 @@ def head(N: int, V: int, H: int) -> Inputs:
     hidden = normal(N, H) + (4 + 2 * normal(N, 1)) * weight[target]
     if N > 2:
         target[1] = -100
-    return {"hidden": hidden, "weight": weight, "bias": normal(V), "target": target}
+    x = {"hidden": hidden, "weight": weight, "bias": normal(V), "target": target}
+    return x | {"class_weight": torch.rand(V, dtype=torch.float64) + 0.5, "low": normal(N, 3), "rank": normal(V, 3)}
 
 
 def logits_of(x: Inputs, hidden: str = "hidden", weight: str = "weight", bias: str | None = None) -> Tensor:
@@ -85,6 +86,7 @@ def row_checks() -> Iterator[Check]:
         "z-loss, softcap": {"z_loss": 1e-3, "softcap": 5.0},
         "sum": {"reduction": "sum"},
         "per token": {"reduction": "none"},
+        "all options, per token": {"label_smoothing": 0.1, "weight": True, "z_loss": 1e-3, "reduction": "none"},
     }
 
     def ours(x: Inputs, weight: bool = False, **how: Any) -> Any:
@@ -135,14 +137,20 @@ def images() -> Inputs:
     return {"logits": 3 * normal(7, 33, 5), "target": torch.randint(33, (7, 5))}
 
 
-def statistics(x: Inputs, **how: Any) -> Any:
+def statistics(x: Inputs, low_rank: bool = False, **how: Any) -> Any:
+    if low_rank:
+        how["low_rank"] = x["low"], x["rank"]
     logits = x["logits"] if "logits" in x else LinearLogits(x["hidden"], x["weight"], x["bias"], **how)
     found = token_statistics(logits, x["target"], STATISTICS)
     return tuple(getattr(found, name) for name in STATISTICS)
 
 
-def plain_statistics(x: Inputs, scale: float = 1.0, softcap: float | None = None, temperature: Any = 1.0) -> Any:
+def plain_statistics(
+    x: Inputs, scale: float = 1.0, softcap: float | None = None, temperature: Any = 1.0, low_rank: bool = False
+) -> Any:
     z = scale * logits_of(x, bias="bias")
+    if low_rank:
+        z = z + upcast(F.linear(x["low"], x["rank"]))
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     found = token_statistics_specification.token_statistics(z, x["target"], temperature)
     return tuple(found[name] for name in STATISTICS)
@@ -155,7 +163,7 @@ def head_checks() -> Iterator[Check]:
         "recompute": {"route": "recompute"},
         "several chunks": {"route": "gradients_in_forward", "workspace": 100_000},
         "several slices": {"route": "recompute", "workspace": 100_000},
-        "label smoothing": {"label_smoothing": 0.1},
+        "label smoothing, class weights": {"label_smoothing": 0.1, "weight": True},
         "z-loss, softcap, scale": {"z_loss": 1e-3, "softcap": 5.0, "scale": 0.7},
         "per token": {"reduction": "none"},
     }
@@ -163,15 +171,20 @@ def head_checks() -> Iterator[Check]:
         "plain": {},
         "softcap, scale": {"softcap": 5.0, "scale": 0.7},
         "temperature": {"temperature": 0.6},
+        "low rank": {"low_rank": True},
     }
 
-    def ours(x: Inputs, **how: Any) -> Any:
+    def ours(x: Inputs, weight: bool = False, **how: Any) -> Any:
+        if weight:
+            how["weight"] = x["class_weight"]
         return linear_cross_entropy(x["hidden"], x["weight"], x["target"], linear_bias=x["bias"], **how)
 
-    def plain(x: Inputs, scale: float = 1.0, **how: Any) -> Any:
+    def plain(x: Inputs, scale: float = 1.0, weight: bool = False, **how: Any) -> Any:
         for ours_alone in ("route", "workspace"):
             how.pop(ours_alone, None)
-        return cross_entropy_specification.cross_entropy(scale * logits_of(x, bias="bias"), x["target"], **how)
+        logits = scale * logits_of(x, bias="bias")
+        class_weight = x["class_weight"].to(logits.dtype) if weight else None
+        return cross_entropy_specification.cross_entropy(logits, x["target"], class_weight, **how)
 
     for N, V, H in HEAD_SHAPES:
         for name, how in options.items():
@@ -186,8 +199,9 @@ def head_checks() -> Iterator[Check]:
             )
         for name, how in of_logits.items():
             pair = functools.partial(statistics, **how), functools.partial(plain_statistics, **how)
+            wanted = (*leaves, "low", "rank") if "low_rank" in how else leaves
             name = f"head ({N}, {V}, {H}), {name}"
-            yield Check("token_statistics", name, N * V, functools.partial(head, N, V, H), leaves, *pair)
+            yield Check("token_statistics", name, N * V, functools.partial(head, N, V, H), wanted, *pair)
 
 
 def divergence_checks() -> Iterator[Check]:
@@ -246,14 +260,15 @@ def uses_bias(check: Check) -> bool:
     return check.primitive != "divergence"
 
 
-def verdict(check: Check, dtype: torch.dtype, device: str, backend: settings.Backend) -> tuple[float, str]:
+def verdict(
+    check: Check, dtype: torch.dtype, device: str, backend: settings.Backend, most: int = MOST_DRAWS
+) -> tuple[float, str]:
     """The largest relative error against float64, and what is wrong, if anything.
 
-    Over several draws, small shapes most: on a few numbers plain PyTorch can be exact by luck, and is no yardstick then.
+    Over several draws, small shapes ``most``: on a few numbers plain PyTorch can be exact by luck, and is no yardstick then.
     """
     pooled: dict[str, list[tuple[Tensor, ...]]] = {}
     try:
-        most = FEWEST_DRAWS if backend == "triton" and device == "cpu" else MOST_DRAWS  # the interpreter is slow
         for seed in range(min(most, max(FEWEST_DRAWS, POOLED // check.logits))):
             torch.manual_seed(seed)
             x = {name: v.to(device, dtype if v.is_floating_point() else v.dtype) for name, v in check.inputs().items()}

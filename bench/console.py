@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 RICH = importlib.util.find_spec("rich") is not None
@@ -45,7 +46,8 @@ class Progress:
             from rich.console import Console
             from rich.progress import Progress as Bar
 
-            self.bar = Bar(console=Console(stderr=True), transient=True)
+            # Rich would otherwise send what is printed to a file or a pipe to the terminal of the bar.
+            self.bar = Bar(console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
             self.task = self.bar.add_task("", total=total)
 
     def __enter__(self) -> Progress:
@@ -58,6 +60,13 @@ class Progress:
             self.bar.stop()
         elif self.shown:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """While something else is printed."""
+        self.__exit__()
+        yield
+        self.__enter__()
 
     def now(self, text: str) -> None:
         if self.bar is not None:

@@ -19,7 +19,7 @@ FLOOR, PARTS = "bytes", True
 def inputs(problem: Problem) -> Inputs:
     """Logits ``(N, V)``: standard normal; ``peaked`` raises the target's by N(log V + 2, 4²)."""
     N, V = problem.tokens, problem.shape.vocab
-    generator = torch.Generator(problem.device).manual_seed(0)
+    generator = torch.Generator(problem.device).manual_seed(problem.seed)
     logits = torch.randn(N, V, generator=generator, device=problem.device, dtype=problem.dtype)
     target = torch.randint(V, (N,), generator=generator, device=problem.device)
     if problem.distribution == "peaked":

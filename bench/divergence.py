@@ -21,7 +21,7 @@ FLOOR, PARTS = "flops", True
 def inputs(problem: Problem) -> Inputs:
     """The teacher has a head of its own, of the student's size; its hidden states are the student's and a tenth of noise."""
     x = head_inputs(problem, (problem.tokens,))
-    generator = torch.Generator(problem.device).manual_seed(1)
+    generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
     for name, of in (("teacher_hidden", "hidden"), ("teacher_weight", "weight")):
         noise = torch.randn(x[of].shape, generator=generator, device=problem.device, dtype=problem.dtype)
         x[name] = x[of] + 0.1 * x[of].std() * noise

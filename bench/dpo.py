@@ -31,7 +31,7 @@ def inputs(problem: Problem) -> Inputs:
     """Hidden states ``(B, 2, S, H)``, chosen and rejected; the reference's are the policy's and a tenth of noise."""
     count, length = pairs(problem)
     x = head_inputs(problem, (count, 2, length))
-    generator = torch.Generator(problem.device).manual_seed(1)
+    generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
     noise = torch.randn(x["hidden"].shape, generator=generator, device=problem.device, dtype=problem.dtype)
     return x | {"reference_hidden": x["hidden"] + 0.1 * noise}
 

@@ -58,7 +58,11 @@ def device_name(device: str) -> str:
 
 def folder_name(device: str) -> str:
     """Where results of this machine go under ``bench/results``."""
-    return "cpu" if device == "cpu" else re.sub(r"\W+", "-", device_name(device).lower()).strip("-")
+    return "cpu" if device == "cpu" else slug(device_name(device))
+
+
+def slug(name: str) -> str:
+    return re.sub(r"\W+", "-", name.lower()).strip("-")
 
 
 def installed(name: str) -> str | None:

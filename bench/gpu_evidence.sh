@@ -2,11 +2,12 @@
 # Evidence on a GPU: one command per step, each under eight minutes, none of which needs a network.
 #
 #   bench/gpu_evidence.sh              every step that has no result yet
-#   bench/gpu_evidence.sh check tests  those steps
+#   bench/gpu_evidence.sh tests dpo    those steps
 #   bench/gpu_evidence.sh list         the steps, and which are done
 #
 # PY        the Python with torch (default python3)
 # RESULTS   where results go (default bench/results/<device>)
+# TESTS     files of the step "tests" (default all)
 # WHEELS    folder of peers' wheels, at most 60 MiB (default .wheels; bench/peers.txt says which); without it they are skipped
 #
 # A step that is cut off keeps what it has and goes on from there next time. The script fails if a step failed.
@@ -21,7 +22,9 @@ FUSED_LOSSES_COMMIT=${FUSED_LOSSES_COMMIT:-$(git rev-parse HEAD 2>/dev/null || t
 
 CLI="$PY -m fused_losses.bench"
 HEADS="llama3-8b gemma2-2b qwen3-1.7b" # A, B and C
-STEPS="check tests memcheck racecheck cross_entropy"
+STEPS=""
+for primitive in cross_entropy linear_cross_entropy token_statistics divergence; do STEPS="$STEPS check-$primitive"; done
+STEPS="$STEPS tests memcheck racecheck cross_entropy"
 for case in linear_cross_entropy token_statistics divergence; do
     for head in $HEADS; do STEPS="$STEPS $case-$head"; done
 done
@@ -39,6 +42,29 @@ text() {
     return "$status"
 }
 
+# A file at a time: those that ran to their end are not run again. tests.txt has the outcome of each.
+tests() {
+    local failed=0 start=$SECONDS file left name
+    mkdir -p "$RESULTS/tests"
+    for file in ${TESTS:-tests/test_*.py}; do
+        name=tests/$(basename "$file" .py)
+        if [ ! -f "$RESULTS/$name.txt" ]; then
+            left=$((LIMIT - SECONDS + start))
+            [ "$left" -gt 10 ] || return 124
+            LIMIT=$left text "$name" "$PY" -m pytest -q -p no:cacheprovider "$file"
+            if [ ! -f "$RESULTS/$name.txt" ]; then
+                [ "$left" -eq "$LIMIT" ] || return 124        # with all of the time, next time
+                mv "$RESULTS/$name.partial" "$RESULTS/$name.txt" # it had all of it: it is too slow, and said so
+            fi
+        fi
+        grep -qE '^exit status (0|5)$' "$RESULTS/$name.txt" || failed=1
+    done
+    for file in "$RESULTS"/tests/*.txt; do
+        echo "$(basename "$file" .txt): $(tail -n 2 "$file" | tr '\n' ' ')"
+    done | tee "$RESULTS/tests.txt"
+    return $failed
+}
+
 bench() {
     local name=$1
     shift
@@ -54,10 +80,10 @@ sanitize() {
 
 step() {
     case $1 in
-        check) text check $CLI check ;;
-        tests) text tests "$PY" -m pytest -q -p no:cacheprovider tests ;;
+        check-*) text "$1" $CLI check --primitive "${1#check-}" ;;
+        tests) tests ;;
         memcheck | racecheck) sanitize "$1" ;;
-        cross_entropy) bench "$1" cross_entropy --shape llama2-7b,llama3-8b,gemma2-2b --tokens 8192 ;;
+        cross_entropy) bench "$1" cross_entropy --shape llama2-7b,llama3-8b,gemma2-2b,qwen3-1.7b --seconds 5 ;;
         dpo | grpo) bench "$1" "$1" --shape llama3-8b --mode full --inputs peaked ;;
         memory) bench "$1" linear_cross_entropy token_statistics --shape llama3-8b --mode memory --inputs peaked \
             --tokens 1024,2048,4096,8192,16384 ;;

@@ -33,7 +33,7 @@ def inputs(problem: Problem) -> Inputs:
     advantages alternate in sign."""
     count, length = answers(problem)
     x = head_inputs(problem, (count, length))
-    generator = torch.Generator(problem.device).manual_seed(1)
+    generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
     x["old_log_probs"] = torch.stack(
         [  # one answer at a time: all their logits at once may not fit
             F.linear(h, x["weight"]).float().log_softmax(-1).gather(-1, y[:, None])[:, 0]

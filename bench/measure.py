@@ -3,9 +3,9 @@
 A row is a plain dict, ready for JSON. Its ``status``:
 
 - ``ok``;
-- ``failed``: not within the tolerance rule; never timed;
-- ``inaccurate``: a peer not within that rule, but computing the same function (``SAME_FUNCTION``): red, and timed all the same,
-  since a peer left out for a rounding would say more of the table than of the peer;
+- ``failed``: ours not within the tolerance rule, or another function; red, never timed;
+- ``inaccurate``: a peer beyond that rule, which is ours to keep, but computing the same function (``SAME_FUNCTION``), which is
+  what it is checked for: timed, since a peer left out for a rounding would say more of the table than of the peer;
 - ``oom``, ``error``, ``skipped``: with a ``reason``;
 - ``interrupted``: checked, but not timed to the end.
 
@@ -14,15 +14,18 @@ On a CPU a row has ratios to eager in the same run, never a time.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference.tolerance import assert_accurate
+from .environment import clocks
 from .memory import peak_bytes
 from .problem import Contender, Inputs, Problem, Work
 from .timing import Run, Sample, interleave, quartiles
@@ -33,6 +36,7 @@ SAME_FUNCTION = (
 )
 TIMED = ("ok", "inaccurate")
 MODES = ("forward", "full", "memory")
+DRAWS, DRAWN_TOKENS, DRAWN_VOCAB = 8, 64, 4096  # beside the problem itself, to judge a loss by
 EXACT_ELEMENTS = 2**25  # logits at a time in float64
 COMPARED_ELEMENTS = 2**22  # of each tensor; of a larger one, evenly spaced rows
 FLOOR_ELEMENTS = 2**30  # logits in the bare products that measure the floor
@@ -49,12 +53,14 @@ def measure(
 ) -> None:
     """Append one row per mode and contender to ``rows``, as they come: what was done before an exception stays there."""
     device = problem.device
-    progress("inputs")
-    x = case.inputs(problem)
-    progress("float64 reference")
-    yardstick, checked = eager_results(case, x)
-    exact = exact_results(case, x, checked, problem.shape.vocab)
-    total = x[case.ROWS[0]].shape[0]
+    with out_of_memory():
+        progress("inputs")
+        x = case.inputs(problem)
+        progress("float64 reference")
+        yardstick, checked = eager_results(case, x)
+        exact = exact_results(case, x, checked, problem.shape.vocab)
+        total = x[case.ROWS[0]].shape[0]
+        draws = small_draws(case, problem, problem.tokens * checked // total) if "loss" in exact else []
     for mode in modes:
         with_gradients = mode != "forward"
         group = []
@@ -80,7 +86,12 @@ def measure(
                 got = results(case, runnable(case, contender, cut(case, x, 0, checked), with_gradients))
                 row["errors"] = {name: relative_error(got[name], exact[name]) for name in got}
                 row["rows_checked"] = [checked, total]
-                row |= judged(got, yardstick, exact, contender.name)
+                row |= judged(
+                    pooled(got, [loss(case, contender, draw.x, with_gradients) for draw in draws]),
+                    pooled(yardstick, [draw.eager for draw in draws]),
+                    pooled(exact, [draw.exact for draw in draws]),
+                    contender.name,
+                )
                 del got
                 if row["status"] == "failed":
                     continue
@@ -95,6 +106,35 @@ def measure(
                 row |= {"status": "error", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
         if mode != "memory":
             time_rows(case, problem, x, runs, group, seconds, progress)
+
+
+class Draw(NamedTuple):
+    x: Inputs
+    eager: Tensor
+    exact: Tensor
+
+
+def small_draws(case: ModuleType, problem: Problem, most_tokens: int) -> list[Draw]:
+    """More losses to judge one by: on a single number eager PyTorch can be exact by luck."""
+    shape = problem.shape._replace(vocab=min(problem.shape.vocab, DRAWN_VOCAB))
+    small = dataclasses.replace(problem, shape=shape, tokens=min(max(1, most_tokens), DRAWN_TOKENS))
+    found = []
+    for seed in range(2, 2 * DRAWS + 1, 2):
+        x = case.inputs(dataclasses.replace(small, seed=seed))
+        eager = loss(case, Contender("eager", case.eager), x, False)
+        found.append(Draw(x, eager, exact_results(case, x, x[case.ROWS[0]].shape[0], shape.vocab)["loss"]))
+    return found
+
+
+def loss(case: ModuleType, contender: Contender, x: Inputs, with_gradients: bool) -> Tensor:
+    run = runnable(case, contender, x, with_gradients)
+    with out_of_memory():
+        return run.forward(run.prepare()).detach()
+
+
+def pooled(found: dict[str, Tensor], more: list[Tensor]) -> dict[str, Tensor]:
+    """With the losses of the small draws beside the loss."""
+    return found | {"loss": torch.stack([found["loss"], *more])} if more else found
 
 
 def judged(got: dict[str, Tensor], yardstick: dict[str, Tensor], exact: dict[str, Tensor], contender: str) -> Row:
@@ -135,6 +175,7 @@ def time_rows(
             if row["status"] in TIMED and not samples[row["contender"]]:
                 row |= {"status": "oom", "reason": "out of memory while timed"}
     finally:
+        warm = clocks() if problem.device == "cuda" else None
         floor_rate = None
         if samples[floor.name]:
             floor_rate = floor_work / quartiles([s.full for s in samples[floor.name]])["median"]
@@ -146,6 +187,8 @@ def time_rows(
                 row |= {"status": "interrupted", "reason": "interrupted before it was timed"}
                 continue
             row |= figures(found, samples.get("eager", []), work, case.FLOOR, floor_rate, problem.device)
+            if problem.device == "cuda":
+                row["clocks"] = warm
             if case.PARTS and mode == "full":
                 row["parts"] = {
                     part: figures(
@@ -197,6 +240,16 @@ def floor_run(bound: str, problem: Problem) -> tuple[Run, float]:
     return Run("floor", lambda: None, products, None), 6 * N * V * H
 
 
+def measured_rates(problem: Problem) -> tuple[float, float]:
+    """TFLOP/s of bare products and GB/s of a copy, as the floor is measured; in a second on a GPU."""
+    found = []
+    for bound in ("flops", "bytes"):
+        run, work = floor_run(bound, problem)
+        seconds = [round["floor"].full for round in interleave([run], problem.device, 0)]
+        found.append(work / quartiles(seconds)["median"])
+    return found[0] / 1e12, found[1] / 1e9
+
+
 def runnable(case: ModuleType, contender: Contender, x: Inputs, with_gradients: bool) -> Run:
     def prepare() -> Inputs:
         fresh = {name: v.clone() if name in contender.destroys else v for name, v in x.items()}
@@ -216,8 +269,20 @@ def gradients(case: ModuleType, x: Inputs, out: Any) -> tuple[Tensor, ...]:
 
 
 def step(run: Run, prepared: Inputs) -> Any:
-    out = run.forward(prepared)
-    return out, run.backward(prepared, out) if run.backward is not None else ()
+    with out_of_memory():
+        out = run.forward(prepared)
+        return out, run.backward(prepared, out) if run.backward is not None else ()
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """One name for it: the allocator of a CPU raises a plain RuntimeError."""
+    try:
+        yield
+    except RuntimeError as failure:
+        if "can't allocate memory" in str(failure):
+            raise torch.OutOfMemoryError(str(failure)) from None
+        raise
 
 
 def results(case: ModuleType, run: Run) -> dict[str, Tensor]:

@@ -49,10 +49,10 @@ def fla_cross_entropy() -> Call:
     return lambda x: cross_entropy_loss(x["logits"], x["target"])[0].mean()
 
 
-def torch_linear_cross_entropy() -> Call:
+def torch_linear_cross_entropy(**chunks: Any) -> Call:
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions(**chunks)
     return lambda x: F.linear_cross_entropy(x["hidden"], x["weight"], x["target"], options=options)
 
 
@@ -166,6 +166,11 @@ PEERS: dict[str, tuple[Peer, ...]] = {
     ),
     "linear_cross_entropy": (
         Peer("F.linear_cross_entropy", torch_linear_cross_entropy, gpu=False),
+        Peer(
+            "F.linear_cross_entropy 2048",
+            lambda: torch_linear_cross_entropy(batch_chunk_size=2048, chunking_method=None),
+            gpu=False,
+        ),
         Peer("liger_kernel", liger_linear_cross_entropy),
         Peer("liger_kernel 8", lambda: liger_linear_cross_entropy(8)),
         Peer("liger_kernel 16", lambda: liger_linear_cross_entropy(16)),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .environment import slug
 from .measure import TIMED, Row
 
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
@@ -36,6 +37,12 @@ def finish(figure: Any, file: Path) -> Path:
     return file
 
 
+def drawing() -> bool:
+    if not MATPLOTLIB:
+        print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
+    return MATPLOTLIB
+
+
 def ours(row: Row) -> bool:
     return row["contender"].startswith("fused_losses")
 
@@ -46,20 +53,17 @@ def problem(row: Row) -> str:
 
 def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
     """Time against memory, lower left is better; one picture per problem, named by it where there are several."""
+    if not drawing():
+        return []
     found: dict[str, list[Row]] = {}
     for row in rows:
-        if (
-            row["mode"] == "full"
-            and row["status"] in TIMED
-            and row["inputs"] == "peaked"
-            and ("ms" in row or "to_eager" in row)
-        ):
+        if row["mode"] == "full" and row["status"] in TIMED and ("ms" in row or "to_eager" in row):
             found.setdefault(problem(row), []).append(row)
-    if not MATPLOTLIB:
-        print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
-        return []
+    if not found:
+        print("no picture of time and memory: it shows loss and gradients, timed (--mode full)", file=sys.stderr)
     written = []
     for name, points in found.items():
+        points = [row for row in points if row["inputs"] == "peaked"] or points
         on_gpu = "ms" in points[0]
         case, shape, tokens = (points[0][key] for key in ("case", "shape", "tokens"))
         its_file = file.with_stem(f"{file.stem}-{case}-{shape}-{tokens}") if len(found) > 1 else file
@@ -112,15 +116,15 @@ def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
 
 
 def all_pictures(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    if not MATPLOTLIB:
-        print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
+    if not drawing():
         return []
     written = []
     for device in dict.fromkeys(result["device"] for result in results):
         rows = [row for result in results if result["device"] == device for row in result["rows"]]
-        where = "gpu" if any("ms" in row for row in rows) else "cpu"
+        where = slug(device) if any("ms" in row for row in rows) else "cpu"
         written += memory_against_tokens(rows, folder / f"memory-{where}.png")
-        written += frontier(rows, folder / f"frontier-{where}.png")
+        if any(row["mode"] == "full" for row in rows):
+            written += frontier(rows, folder / f"frontier-{where}.png")
         if any("of_floor" in row for row in rows):
             written.append(fraction_of_floor(rows, folder / f"floor-{where}.png"))
     return written

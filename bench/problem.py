@@ -32,6 +32,7 @@ class Problem:
     dtype: torch.dtype
     distribution: str  # "random" or "peaked"
     device: str
+    seed: int = 0
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -64,7 +65,7 @@ def head_inputs(problem: Problem, tokens: tuple[int, ...]) -> Inputs:
     mean loss is a few nats.
     """
     V, H = problem.shape.vocab, problem.shape.hidden
-    generator = torch.Generator(problem.device).manual_seed(0)
+    generator = torch.Generator(problem.device).manual_seed(problem.seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator, device=problem.device)

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import plot
 from .measure import TIMED, Row
+from .shapes import ALIASES
 
 MiB = 2**20
 COLUMNS = ("contender", "mode", "time", "rate", "of floor", "peak MiB", "loss error", "gradient error", "status")
 BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
 WAITING = "not measured yet"
+HEAD = "linear_cross_entropy"
+GOALS = (  # what, case, contender, mode, part, its floor over that of the case, fraction of it that is wanted
+    ("cross entropy of logits, of 6NV bytes copied", "cross_entropy", "fused_losses", "full", "", 1, 0.92),
+    ("gradients in forward, of 6NVH", "linear_cross_entropy", "fused_losses", "full", "", 1, 0.93),
+    ("recompute: forward, of 2NVH", "linear_cross_entropy", "fused_losses recompute", "forward", "", 1, 0.90),
+    ("recompute: backward, of 6NVH", "token_statistics", "fused_losses", "full", "backward", 1.5, 0.90),
+    ("divergence, of 8NVH", "divergence", "fused_losses", "full", "", 1, 0.80),
+)
 
 
 def spread(x: dict[str, float], digits: int = 3) -> str:
@@ -144,6 +154,52 @@ def speed(row: Row) -> float:
     return row["to_eager"]["median"] if "to_eager" in row else math.inf
 
 
+def goals(results: Sequence[dict[str, Any]]) -> str:
+    """On shapes A, B and C, peaked bf16: the fractions of the floor that are wanted, and peers no worse in time and memory."""
+    tables = []
+    for device in dict.fromkeys(r["device"] for r in results if "clocks" in r) or [f"On a GPU: {WAITING}"]:
+        found: dict[tuple[str, ...], Row] = {}
+        for result in results:
+            if result["device"] == device:
+                for row in result["rows"]:
+                    if (
+                        (row["dtype"], row["inputs"]) == ("bfloat16", "peaked")
+                        and row["status"] in TIMED
+                        and "ms" in row
+                    ):
+                        found[row["case"], row["shape"], row["mode"], row["contender"]] = row
+        lines = []
+        for what, case, contender, mode, part, floors, goal in GOALS:
+            rows = [found.get((case, shape, mode, contender), {}) for shape in ALIASES.values()]
+            fractions = [(row.get("parts", {}).get(part, {}) if part else row).get("of_floor") for row in rows]
+            cells = [f"{f * floors:.2f}{'' if f * floors >= goal else ' missed'}" if f else WAITING for f in fractions]
+            lines.append([what, f"{goal:.2f}", *cells])
+        heads = [
+            [
+                row
+                for (case, its_shape, mode, _), row in found.items()
+                if (case, its_shape, mode) == (HEAD, shape, "full")
+            ]
+            for shape in ALIASES.values()
+        ]
+        lines.append(["peers at or below a point of ours, head's cross entropy", "none", *map(rivals, heads)])
+        tables.append(f"{device}\n\n" + markdown_table(("fraction of the floor", "wanted", *ALIASES), lines))
+    return "\n\n".join(tables)
+
+
+def rivals(rows: Sequence[Row]) -> str:
+    """The peers that are as fast as one of ours and as small."""
+    ours = [row for row in rows if row["contender"].startswith("fused_losses")]
+    peers = [row for row in rows if row not in ours]
+    if not ours or not peers:
+        return WAITING
+    return ", ".join(p["contender"] for p in peers if any(no_worse(p, row) for row in ours)) or "none"
+
+
+def no_worse(a: Row, b: Row) -> bool:
+    return speed(a) <= speed(b) and a["peak_bytes"] <= b["peak_bytes"]
+
+
 def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[Path]:
     """Write ``report.md`` and its pictures; returns the files written."""
     results = load(paths)
@@ -151,6 +207,7 @@ def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[P
     out.mkdir(parents=True, exist_ok=True)
     pictures = plot.all_pictures(results, out)
     parts = ["# Results", summary(results)]
+    parts += ["## Goals on a GPU", goals(results)]
     parts += [f"![{picture.stem}]({picture.name})" for picture in pictures]
     for result in results:
         parts += [f"## {result['file'].stem}", heading(result)]
@@ -168,7 +225,12 @@ def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[P
         if BEGIN not in text or END not in text:
             raise ValueError(f"{into} has no lines {BEGIN} and {END} to write between")
         before, after = text[: text.index(BEGIN) + len(BEGIN)], text[text.index(END) :]
-        into.write_text(f"{before}\n{summary(results)}\n{after}")
+        links = [
+            f'<img src="{os.path.relpath(picture, into.parent)}" width="49%">'
+            for picture in pictures
+            if picture.name.startswith(("memory-", "frontier-")) and f"-{HEAD}-" in picture.name
+        ]
+        into.write_text("\n".join([before, summary(results), *(["", *links] if links else []), after]))
         written.append(into)
     return written
 
@@ -177,8 +239,14 @@ def compare(before: Path, after: Path, threshold: float) -> tuple[list[list[str]
     """Rows of both files side by side, and which of them grew in time or memory by more than ``threshold``, or broke.
 
     Times of a GPU are compared as they are, those of a CPU as ratios to eager.
+
+    Raises:
+        ValueError: they are of different devices, or have no rows in common.
     """
-    old, new = ({row_key(row): row for row in load([path])[0]["rows"]} for path in (before, after))
+    first, second = load([before, after])
+    if first["device"] != second["device"]:
+        raise ValueError(f"{before} is of {first['device']}, {after} of {second['device']}: not comparable")
+    old, new = ({row_key(row): row for row in result["rows"]} for result in (first, second))
     table, worse = [], []
     for key, a in old.items():
         b = new.get(key)

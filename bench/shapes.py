@@ -18,6 +18,7 @@ class Shape(NamedTuple):
 SHAPES = {
     shape.name: shape
     for shape in (
+        Shape("stories15m", 32_000, 288),
         Shape("smollm2-135m", 49_152, 576),
         Shape("gpt2", 50_257, 768),
         Shape("gemma3-270m", 262_144, 640),

@@ -24,7 +24,7 @@ FLOOR, PARTS = "flops", True
 def inputs(problem: Problem) -> Inputs:
     """``upstream`` ``(N, 2)``: standard normal gradients of the two outputs, over the number of tokens."""
     x = head_inputs(problem, (problem.tokens,))
-    generator = torch.Generator(problem.device).manual_seed(1)
+    generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
     x["upstream"] = torch.randn(problem.tokens, 2, generator=generator, device=problem.device) / problem.tokens
     return x
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,7 +138,23 @@ def test_a_wrong_result_is_red_not_timed_and_fails(break_it, named, tmp_path, ca
     assert "FAILED" in capsys.readouterr().out
 
 
-def test_an_inaccurate_peer_is_red_and_timed_but_a_wrong_one_is_not(tmp_path, monkeypatch, capsys):
+def test_a_loss_is_judged_among_others_where_eager_is_exact_by_luck():
+    exact = torch.linspace(1, 2, 5, dtype=torch.float64)
+    ours, eager = (exact * (1 + 3e-7)).float(), (exact * (1 - 3e-7)).float()
+    eager[0] = exact[0]
+
+    def status(found, draws):
+        of = [{"loss": t[0]} for t in found]
+        return measure.judged(
+            *(measure.pooled(f, list(t[1:draws])) for f, t in zip(of, found, strict=True)), "fused_losses"
+        )
+
+    assert status((ours, eager, exact), 1)["status"] == "failed"
+    assert status((ours, eager, exact), 5)["status"] == "ok"
+    assert status((ours + 1e-5, eager, exact), 5)["status"] == "failed"
+
+
+def test_an_inaccurate_peer_is_named_and_timed_but_a_wrong_one_is_red_and_not(tmp_path, monkeypatch, capsys):
     peers = tuple(
         Peer(name, lambda f=factor: lambda x: f * case.eager(x), gpu=False)
         for name, factor in (("rounds", 1.0001), ("wrong", 1.1), ("empty", float("nan")))
@@ -152,7 +169,7 @@ def test_an_inaccurate_peer_is_red_and_timed_but_a_wrong_one_is_not(tmp_path, mo
         "empty": "failed",
     }
     assert [name for name, row in rows.items() if "to_eager" not in row] == ["wrong", "empty"]
-    assert cli.is_red(rows["rounds"])
+    assert [name for name, row in rows.items() if cli.is_red(row)] == ["wrong", "empty"]
     assert "INACCURATE" in capsys.readouterr().out
 
 
@@ -172,6 +189,22 @@ def test_out_of_memory_is_a_row_and_the_rest_goes_on(tmp_path, monkeypatch):
     }
 
 
+def test_a_cpu_out_of_memory_is_out_of_memory(tmp_path, monkeypatch):
+    large = Contender("fused_losses large", lambda x: torch.empty(2**50))
+    monkeypatch.setattr(case, "OURS", (large, *case.OURS))
+    file = tmp_path / "r.json"
+    arguments = ["--json", str(file), "--mode", "full", "--tokens", f"{2**45},6"]
+    assert bench("cross_entropy", *arguments) == 0
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["tokens"], row["contender"], row["status"]) for row in rows] == [
+        (2**45, "all", "oom"),
+        (6, "eager", "ok"),
+        (6, "fused_losses large", "oom"),
+        (6, "fused_losses", "ok"),
+        (6, "fused_losses in place", "ok"),
+    ]
+
+
 def test_where_eager_does_not_fit_fewer_rows_are_checked(tmp_path, monkeypatch):
     def eager(x):
         if len(x["logits"]) > 3:
@@ -187,7 +220,7 @@ def test_where_eager_does_not_fit_fewer_rows_are_checked(tmp_path, monkeypatch):
     assert rows["fused_losses"]["rows_checked"] == [3, 6]
 
 
-@pytest.mark.parametrize("calls", [2, 5])
+@pytest.mark.parametrize("calls", [2, 13])
 def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypatch, capsys):
     """Interrupted while it checks, and while it times."""
     count = 0
@@ -209,8 +242,8 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypa
     assert not result["complete"]
     assert [row["status"] for row in result["rows"] if row["tokens"] == 6] == ["ok", "ok"]
     eager, ours = [row for row in result["rows"] if row["tokens"] == 7]
-    assert (eager["status"], ours["status"]) == ("ok", "ok" if calls == 5 else "interrupted")
-    assert ours.get("rounds") == (1 if calls == 5 else None)
+    assert (eager["status"], ours["status"]) == ("ok", "ok" if calls == 13 else "interrupted")
+    assert ours.get("rounds") == (1 if calls == 13 else None)
     count = 100
     assert cli.main(command) == 0
     result = json.loads(file.read_text())
@@ -221,6 +254,51 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypa
         (7, "eager", "ok"),
         (7, "fused_losses", "ok"),
     ]
+
+
+@pytest.mark.parametrize("where", ["the import of a peer", "another command"])
+def test_an_interrupt_leaves_no_traceback(where, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    if where == "another command":
+        monkeypatch.setattr(cli, "plan", interrupt)
+        assert cli.main(["plan", "--shape", "A"]) == 130
+    else:
+        monkeypatch.setitem(cli.PEERS, "cross_entropy", (Peer("slow", interrupt, gpu=False),))
+        assert bench("cross_entropy", "--json", str(tmp_path / "r.json"), peers="slow") == 130
+        assert not json.loads((tmp_path / "r.json").read_text())["complete"]
+    assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no terminals")
+@pytest.mark.parametrize("rich", [True, False])
+def test_in_a_terminal_a_bar_moves_and_a_pipe_gets_the_table(rich):
+    """The bar is on stderr, a terminal; the tables go where stdout goes."""
+    import pty
+
+    hide = "" if rich else "sys.modules['rich'] = None; import importlib.util as u; f = u.find_spec; "
+    hide += "" if rich else "u.find_spec = lambda name, *a: None if name == 'rich' else f(name, *a); "
+    code = f"import sys; {hide}from fused_losses.bench import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "bench", "cross_entropy", *SMALL, "--mode", "memory", "--peers", "none"]
+    ours, theirs = pty.openpty()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, text=True, cwd=Path(__file__).parent.parent)
+    os.close(theirs)
+    shown = b""
+    while chunk := read(ours):
+        shown += chunk
+    assert done.returncode == 0, shown
+    assert "fused_losses in place" in done.stdout
+    assert "\x1b" not in done.stdout
+    assert (b"100%" if rich else b"[0/1] cross_entropy: 50x8") in shown
+    assert b"fused_losses in place  memory" not in shown
+
+
+def read(terminal):
+    try:
+        return os.read(terminal, 65536)
+    except OSError:  # Linux's end of a terminal
+        return b""
 
 
 def test_float64_reference_by_parts_is_the_whole():
@@ -280,6 +358,66 @@ def test_report_needs_no_matplotlib(results, monkeypatch, capsys):
     assert (results.parent / "report.md").exists()
 
 
+@pytest.mark.parametrize("mode", ["full", "forward"])
+def test_plot_draws_or_says_why_not(mode, tmp_path, capsys):
+    picture = tmp_path / "p.png"
+    assert bench("cross_entropy", "--inputs", "random", "--mode", mode, "--plot", str(picture)) == 0
+    printed = capsys.readouterr()
+    assert picture.exists() == (mode == "full")
+    assert str(picture) in printed.out if mode == "full" else "--mode full" in printed.err
+
+
+def test_the_readme_is_what_report_renders(tmp_path):
+    root = Path(__file__).parent.parent
+    before = (root / "README.md").read_text()
+    shutil.copytree(root / "bench/results", tmp_path / "bench/results", ignore=shutil.ignore_patterns("*.png"))
+    readme = tmp_path / "README.md"
+    readme.write_text(before)
+    written = report.report([tmp_path / "bench/results"], None, readme)
+    assert readme.read_text() == before, "make report"
+    for file in written:
+        committed = root / file.relative_to(tmp_path)
+        assert committed.exists(), "make report"
+        assert file.suffix != ".md" or committed.read_text() == file.read_text(), "make report"
+    pictures = {file.name for file in (root / "bench/results").glob("**/*.png")}
+    assert pictures == {file.name for file in written if file.suffix == ".png"}
+
+
+def on_gpu(case, shape, contender, mode="full", ms=10.0, **more):
+    row = {"case": case, "shape": shape, "vocab": 5, "hidden": 5, "tokens": 5, "dtype": "bfloat16", "inputs": "peaked"}
+    row |= {"mode": mode, "contender": contender, "status": "ok", "peak_bytes": 100, "of_floor": 0.95}
+    return row | {"ms": {"median": ms, "low": ms, "high": ms}, "tflops": 1.0, "gbps": 1.0} | more
+
+
+def test_goals_are_judged_by_what_was_measured():
+    linear = [on_gpu("linear_cross_entropy", "gemma2-2b", name) for name in ("fused_losses", "eager")]
+    rows = [
+        on_gpu("cross_entropy", "llama3-8b", "fused_losses", of_floor=0.93),
+        on_gpu("cross_entropy", "gemma2-2b", "fused_losses", of_floor=0.91),
+        on_gpu("token_statistics", "llama3-8b", "fused_losses", parts={"backward": {"of_floor": 0.62}}),
+        *linear,
+        on_gpu("linear_cross_entropy", "gemma2-2b", "quack", peak_bytes=101),
+        on_gpu("linear_cross_entropy", "gemma2-2b", "liger_kernel", ms=10.1),
+        on_gpu("linear_cross_entropy", "llama3-8b", "fused_losses"),
+        on_gpu("linear_cross_entropy", "llama3-8b", "quack", ms=11),
+    ]
+    lines = report.goals([{"device": "G", "clocks": "", "rows": rows}]).splitlines()
+    found = {line.split(" | ")[0].removeprefix("| "): line.strip("| ").split(" | ")[2:] for line in lines}
+    waiting = report.WAITING
+    assert found["cross entropy of logits, of 6NV bytes copied"] == ["0.93", "0.91 missed", waiting]
+    assert found["recompute: backward, of 6NVH"] == ["0.93", waiting, waiting]
+    assert found["divergence, of 8NVH"] == [waiting] * 3
+    assert found["peers at or below a point of ours, head's cross entropy"] == ["none", "eager", waiting]
+    assert waiting in report.goals([{"device": "C", "rows": []}])
+
+
+def test_compare_refuses_two_devices(results, capsys):
+    other = results.with_name("other.json")
+    other.write_text(json.dumps(json.loads(results.read_text()) | {"device": "another"}))
+    assert cli.main(["compare", str(results), str(other)]) == 2
+    assert "not comparable" in capsys.readouterr().err
+
+
 def test_compare_finds_what_became_slower_larger_or_wrong(results, capsys):
     result = json.loads(results.read_text())
     worse = results.with_name("worse.json")
@@ -305,11 +443,16 @@ def test_compare_finds_what_became_slower_larger_or_wrong(results, capsys):
 
 
 def test_plan_prints_the_route_and_the_largest_batch(capsys):
-    arguments = ["plan", "--shape", "llama3-8b", "--tokens", "8192", "--budget", "4GiB", "--tflops", "500"]
+    rates = ["--tflops", "500", "--gbps", "2000"]
+    arguments = ["plan", "--shape", "llama3-8b", "--tokens", "8192", "--budget", "4GiB", *rates]
     assert cli.main(arguments) == 0
     printed = capsys.readouterr().out
     assert "gradients_in_forward" in printed
-    assert f"{6 * 8192 * 128256 * 4096 / 500e9:.1f} ms" in printed
+    products = 6 * 8192 * 128256 * 4096 / 500e9
+    passes = 4 * 8192 * 128256 / 2e9  # in one chunk: the logits read and written
+    assert [line.split()[1] for line in printed.splitlines() if " ms " in line] == [
+        f"{ms:.1f}" for ms in (products + passes, products, passes)
+    ]
     most = int(printed.split("largest batch")[1].split()[0])
     shape, budget = cli.shapes.find("llama3-8b"), 4 * 2**30
 
@@ -318,6 +461,14 @@ def test_plan_prints_the_route_and_the_largest_batch(capsys):
         return cli.plan(tokens, shape.vocab, shape.hidden, torch.bfloat16, workspace=free).peak
 
     assert peak(most) <= budget < peak(most + 1)
+
+
+def test_plan_predicts_a_time_without_being_told_rates(capsys, monkeypatch):
+    assert cli.main(["plan", "--shape", "C"]) == 0
+    if not torch.cuda.is_available():
+        assert "ms predicted on an H200" in capsys.readouterr().out
+    problem = cli.Problem(cli.Shape("small", 64, 16), 32, torch.float32, "random", "cpu")
+    assert min(measure.measured_rates(problem)) > 0
 
 
 def test_check_prints_a_table_and_what_to_report(capsys, monkeypatch):
@@ -361,9 +512,9 @@ def test_check_of_many_logits_looks_at_both_ends(monkeypatch):
     assert "d_logits" in check.large_check("cpu", "torch", N=40, V=60)
 
 
-def evidence(results, *steps):
+def evidence(results, *steps, **variables):
     script = Path(__file__).parent.parent / "bench" / "gpu_evidence.sh"
-    environment = {**os.environ, "PY": sys.executable, "RESULTS": str(results)}
+    environment = {**os.environ, "PY": sys.executable, "RESULTS": str(results), **variables}
     return subprocess.run([script, *steps], env=environment, capture_output=True, text=True)
 
 
@@ -373,12 +524,30 @@ def test_the_evidence_script_says_what_is_not_measured_yet(tmp_path):
     assert all(line.endswith(": not measured yet") for line in before)
     (tmp_path / "dpo.json").write_text('{\n "complete": true\n}')
     (tmp_path / "grpo.json").write_text('{\n "complete": false\n}')
-    (tmp_path / "check.txt").write_text("")
+    (tmp_path / "check-divergence.txt").write_text("")
     done = [line for line in evidence(tmp_path, "list").stdout.splitlines() if line.endswith(": done")]
-    assert done == ["check: done", "dpo: done"]
+    assert done == ["check-divergence: done", "dpo: done"]
     unknown = evidence(tmp_path, "chekc")
     assert unknown.returncode == 1
     assert "no step chekc" in unknown.stderr
+
+
+def test_the_evidence_script_runs_tests_a_file_at_a_time(tmp_path):
+    good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
+    good.write_text("def test_it(): pass\n")
+    bad.write_text("def test_it(): assert False\n")
+    results = tmp_path / "results"
+    assert evidence(results, "tests", TESTS=f"{bad} {good}").returncode == 1
+    outcomes = (results / "tests.txt").read_text().splitlines()
+    assert [(line.split()[:3], line.split()[-1]) for line in outcomes] == [
+        (["test_bad:", "1", "failed"], "1"),
+        (["test_good:", "1", "passed"], "0"),
+    ]
+    bad.write_text("")  # what ran to its end is not run again
+    again = evidence(results, "tests", TESTS=f"{bad} {good}")
+    assert again.returncode == 1
+    assert "1 passed" in again.stdout
+    assert "== tests" in again.stdout
 
 
 def test_peaked_inputs_are_like_a_trained_models():
