@@ -69,23 +69,31 @@ def programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def softmax_rows_fwd_config(dtype: torch.dtype, vocabulary_contiguous: bool) -> tuple[int, int, int, int]:
-    """``BLOCK_N, BLOCK_V, VEC, num_warps``.
+def softmax_rows_fwd_config(
+    dtype: torch.dtype, vocabulary_contiguous: bool, options: bool
+) -> tuple[int, int, int, int]:
+    """``BLOCK_N, BLOCK_V, VEC, num_warps``; ``options``: weights, or statistics beyond log-probabilities and entropy.
 
     One row per program where its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any.
-    Where rows are adjacent instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced;
-    every option on 4 warps spills 368 bytes.
+    With options a row that starts anywhere would spill so (112 to 1352 bytes), and takes 8 logits a lane. Where rows are
+    adjacent instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced; every option on 4 warps spills
+    368 bytes.
     """
     if not vocabulary_contiguous:
         return 32, 64, 8, 8
+    if options:
+        return 1, 2048, 2, 8
     return (1, 4096, 4, 8) if dtype == torch.float32 else (1, 8192, 8, 8)
 
 
-def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool) -> tuple[int, int, int]:
-    """``BLOCK_N, BLOCK_V, num_warps``: as forward, with half the tile, since each program writes as much as it reads."""
+def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool, options: bool) -> tuple[int, int, int]:
+    """``BLOCK_N, BLOCK_V, num_warps``: as forward, with half the tile, since each program writes as much as it reads.
+
+    ``options``: coefficients beyond those of log-probabilities. On 4 warps they spill 16 to 160 bytes.
+    """
     if not vocabulary_contiguous:
-        return 32, 64, 4
-    return (1, 2048, 4) if dtype == torch.float32 else (1, 4096, 4)
+        return 32, 64, 8 if options else 4
+    return 1, 2048 if dtype == torch.float32 else 4096, 8 if options else 4
 
 
 def divergence_rows_config() -> tuple[int, int, int]:
@@ -294,19 +302,22 @@ def _softmax_rows() -> Iterator[Shipped]:
             "logits_ptr": logits,
             "ids_ptr": "*i64:16",
             "logsumexp_ptr": "*fp64:16",
-            **dict.fromkeys(("column_weight_ptr", "temperature_ptr"), "*fp32:16" if everything else None),
+            "temperature_ptr": "*fp32:16",
+            "column_weight_ptr": "*fp32:16" if everything else None,
             "probabilities_ptr": logits if everything else None,
-            **dict.fromkeys(("N", "V"), "i32:16"),
-            "S": 1 if vocabulary_contiguous else "i32:16",
+            **dict.fromkeys(
+                ("N", "V"), "i32"
+            ),  # rows that start anywhere, as those of 50 257 logits do, ask for most registers
+            "S": 1 if vocabulary_contiguous else "i32",
             "K": "i32" if everything else 1,
-            **{f"{x}_stride_{dim}": "i32:16" for x in ("logits", "probabilities") for dim in "bvs"},
+            **{f"{x}_stride_{dim}": "i32" for x in ("logits", "probabilities") for dim in "bvs"},
             f"logits_stride_{'v' if vocabulary_contiguous else 's'}": 1,
             f"probabilities_stride_{'v' if vocabulary_contiguous else 's'}": 1,
             **dict.fromkeys(("label_smoothing", "scale", "softcap"), "fp32"),
             "HAS_IDS": True,
-            **{f"HAS_{flag}": everything for flag in flags},
+            **{f"HAS_{flag}": everything or flag in ("TEMPERATURE", "SOFTCAP") for flag in flags},
         }
-        BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(dtype, vocabulary_contiguous)
+        BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(dtype, vocabulary_contiguous, everything)
         yield Shipped(
             f"softmax_rows_fwd {label}",
             module._softmax_rows_fwd_kernel,
@@ -315,11 +326,12 @@ def _softmax_rows() -> Iterator[Shipped]:
             | dict.fromkeys(("entropy_ptr", "log_sum_sq_probs_ptr", "sum_log_probs_ptr", "weight_sum_ptr"), "*fp64:16")
             | {"is_top1_ptr": "*i1:16"}
             | dict.fromkeys(statistics, everything)
+            | {"ENTROPY": True}
             | {"BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V, "VEC": VEC},
             num_warps,
             num_stages=3,
         )
-        BLOCK_N, BLOCK_V, num_warps = softmax_rows_bwd_config(dtype, vocabulary_contiguous)
+        BLOCK_N, BLOCK_V, num_warps = softmax_rows_bwd_config(dtype, vocabulary_contiguous, everything)
         used = "abecd" if everything else "ac"
         yield Shipped(
             f"softmax_rows_bwd {label}",
@@ -348,7 +360,7 @@ def _divergence_rows() -> Iterator[Shipped]:
     choices += [("jsd", step, True) for step in ("normalizers", "sums", "gradients")]
     for kind, step, everything in choices:
         strides = {
-            f"{x}_stride_{dim}": 1 if dim == "v" else "i32:16" if dim == "b" else 0
+            f"{x}_stride_{dim}": 1 if dim == "v" else "i32" if dim == "b" else 0
             for x in ("student", "teacher", "d_student", "d_teacher")
             for dim in "bvs"
         }
@@ -373,7 +385,7 @@ def _divergence_rows() -> Iterator[Shipped]:
                 sums_ptr=None if whole or step == "normalizers" else "*fp64:16",
                 d_student_ptr="*bf16:16" if writes else None,
                 d_teacher_ptr="*bf16:16" if writes and everything else None,
-                V="i32:16",
+                V="i32",
                 S=1,
                 temperature="fp32",
                 beta="fp32",

@@ -207,7 +207,9 @@ def softmax_rows_fwd(
     out = empty_statistics(logits, N, ids, outputs)
     if N == 0:
         return out
-    BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, logits.stride(1) == 1)
+    options = column_weight is not None or probabilities is not None
+    options = options or not {"log_sum_sq_probs", "sum_log_probs", "max_logit", "is_top1"}.isdisjoint(outputs)
+    BLOCK_N, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, logits.stride(1) == 1, options)
     _softmax_rows_fwd_kernel[(triton.cdiv(N, BLOCK_N),)](
         logits,
         ids,
@@ -372,7 +374,8 @@ def softmax_rows_bwd(
     out = torch.empty_like(logits) if out is None else out
     if N == 0:
         return out
-    BLOCK_N, BLOCK_V, num_warps = softmax_rows_bwd_config(logits.dtype, logits.stride(1) == 1)
+    options = any(x is not None for x in (b, e, d))
+    BLOCK_N, BLOCK_V, num_warps = softmax_rows_bwd_config(logits.dtype, logits.stride(1) == 1, options)
     _softmax_rows_bwd_kernel[(triton.cdiv(N, BLOCK_N) * triton.cdiv(V, BLOCK_V),)](
         logits,
         ids,

@@ -49,6 +49,7 @@ ALLOWED: dict[tuple[str, str], int] = {
     ("linear_softmax_d_logits ac, pointers, bias softcap weights low-rank", "gfx942"): 128,
     ("linear_softmax_d_logits abecd, pointers, bias softcap weights low-rank", "gfx942"): 172,
     ("linear_softmax_d_logits abecd, pointers, odd rows, bias softcap weights low-rank", "gfx942"): 104,
+    ("softmax_rows_fwd columns, every option", "gfx942"): 120,
 }
 
 
