@@ -340,6 +340,10 @@ def heads_cross_entropy(
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
         return loss, statistics if return_statistics else None
 
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
+        )
     ids = target_ids(target.reshape(N, D), C, ignore_index)
     shares = row_shares(ids.reshape(-1), weight, dtype).view(N, D)
     counted = ids != -100

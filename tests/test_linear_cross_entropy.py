@@ -748,6 +748,7 @@ def test_module_is_pytorchs():
         ({"target": torch.full((N,), C)}, IndexError, "Target 37 is out of bounds"),
         ({"target": torch.full((N,), -1)}, IndexError, "Target -1 is out of bounds"),
         ({"weight": torch.ones(C + 1)}, RuntimeError, r"all 37 classes.*\(38,\)"),
+        ({"weight": torch.ones(C, requires_grad=True)}, RuntimeError, "derivative for weight"),
         ({"reduction": "average"}, ValueError, "average is not a valid value"),
         ({"label_smoothing": 1.5}, RuntimeError, "between 0.0 and 1.0"),
         ({"token_weights": torch.ones(N - 1)}, ValueError, r"token_weights \(13,\), got \(12,\)"),
