@@ -34,7 +34,6 @@ def peaks(whole: Any, ids: torch.Tensor, workspace: str) -> list[int]:
     """Of training before and after, of evaluation before and after."""
 
     def train() -> None:
-        whole.zero_grad()
         whole(input_ids=ids, labels=ids).loss.backward()
 
     def evaluate() -> Any:
@@ -46,6 +45,7 @@ def peaks(whole: Any, ids: torch.Tensor, workspace: str) -> list[int]:
         unapply(whole)
         found.append(peak_bytes(step))
         apply(whole)
+        whole.zero_grad()  # outside: what it frees would be taken off the peak
         with settings.workspace(workspace):
             found.append(peak_bytes(step))
     return found
