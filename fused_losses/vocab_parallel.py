@@ -151,9 +151,8 @@ class VocabShard(NamedTuple):
         """``x`` of every rank, ``(R, *x.shape)``."""
         group = self.process_group()
         out = x.new_empty(self.ranks * x.numel())
-        all_gather = (
-            getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        )  # its name before torch 2.13
+        # The first is its name from torch 2.13 on.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(out, x.reshape(-1).contiguous(), group=group)
         return out.view(self.ranks, *x.shape)
 
