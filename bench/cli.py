@@ -23,7 +23,7 @@ from .environment import device_name, environment
 from .measure import MODES, Row, measure, measured_rates
 from .peers import PEERS
 from .problem import Contender, Problem
-from .report import COLUMNS, cells, compare, report
+from .report import COLUMNS, cells, compare, reasons, report
 from .shapes import Shape
 
 CASES = ("cross_entropy", "linear_cross_entropy", "token_statistics", "divergence", "dpo", "grpo")
@@ -217,6 +217,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
                 rows.append(row | {"reason": reason})
             with progress.away():
                 show_table(title, COLUMNS, [cells(row) for row in rows[start:]], [is_red(row) for row in rows[start:]])
+                print("".join(f"  {line}\n" for line in reasons(rows[start:])), end="", flush=True)
             save(result, args.json)
             if interrupted:
                 break

@@ -62,6 +62,11 @@ def cells(row: Row) -> list[str]:
     ]
 
 
+def reasons(rows: Sequence[Row]) -> list[str]:
+    """Why rows have no figures, or are not as they should be; each once."""
+    return list(dict.fromkeys(f"{r['contender']}: {r['status']}, {r['reason']}" for r in rows if "reason" in r))
+
+
 def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Result files, and those of folders.
 
@@ -215,9 +220,8 @@ def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[P
             case, shape, vocab, hidden, tokens, dtype, inputs = key
             parts.append(f"### {case}: {shape} (V {vocab}, H {hidden}), {tokens} tokens, {dtype}, {inputs} inputs")
             parts.append(markdown_table(COLUMNS, [cells(row) for row in rows if row["status"] != "skipped"]))
-            reasons = [f"{row['contender']}: {row['status']}, {row['reason']}" for row in rows if "reason" in row]
-            if reasons:
-                parts.append("\n".join(f"- {reason}" for reason in dict.fromkeys(reasons)))
+            if why := reasons(rows):
+                parts.append("\n".join(f"- {reason}" for reason in why))
     (out / "report.md").write_text("\n\n".join(parts) + "\n")
     written = [out / "report.md", *pictures]
     if into is not None:

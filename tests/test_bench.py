@@ -93,7 +93,7 @@ def test_without_a_gpu_asking_for_one_is_an_error(capsys):
     assert "no GPU" in capsys.readouterr().err
 
 
-def test_a_peer_that_cannot_run_is_skipped_with_the_reason(tmp_path, monkeypatch):
+def test_a_peer_that_cannot_run_is_skipped_with_the_reason(tmp_path, monkeypatch, capsys):
     def absent():
         raise ModuleNotFoundError("No module named 'absent'")
 
@@ -113,6 +113,9 @@ def test_a_peer_that_cannot_run_is_skipped_with_the_reason(tmp_path, monkeypatch
     assert "No module named 'absent'" in rows["absent"]["reason"]
     assert rows["broken"]["status"] == "error"
     assert "needs sm_90" in rows["broken"]["reason"]
+    printed = capsys.readouterr().out
+    assert "liger_kernel: skipped, runs on a GPU only" in printed
+    assert "broken: error, RuntimeError: needs sm_90" in printed
     assert rows["fused_losses"]["status"] == "ok"
 
 
