@@ -155,8 +155,10 @@ def runs(ranks, split, number):
     """The interpreter is slow, and 4 processes are many for 2 cores."""
     _, dtype, kind, options = CASES[number]
     if options.get("backend") == "triton":
-        return (ranks, split) == (2, "empty") or (ranks, split) == (2, "uneven")
-    return ranks == 2 or (dtype == torch.float64 and (kind == "head" or split == "uneven"))
+        return (ranks, split) == (2, "uneven")
+    if ranks == 2:
+        return split != "even" or dtype == torch.float64
+    return split != "even" and dtype == torch.float64 and (kind == "head" or split == "uneven")
 
 
 def found_on_a_rank(device, ranks):

@@ -16,6 +16,7 @@ import fused_losses
 from fused_losses import LinearLogits, VocabParallel, linear_cross_entropy
 from fused_losses.bench.ranks import run
 
+pytestmark = pytest.mark.xdist_group("vocab_parallel_edges")  # its processes are started once
 N, V, H = 14, 12, 6
 
 
