@@ -46,6 +46,7 @@ def test_what_it_links_to_exists():
             assert (Path(__file__).parents[1] / "docs" / target).exists(), target
 
 
+@pytest.mark.slow
 def test_what_is_counted_is_what_the_formulas_give(capsys):
     main(["--tokens", "64", "--vocab", "512", "--hidden", "16"])
     rows = [
