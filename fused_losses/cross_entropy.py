@@ -176,10 +176,6 @@ def cross_entropy(
     if target.shape == input.shape:
         probabilities = as_rows(target)
         positions = input.shape[:-1] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
-        if weight is not None and weight.requires_grad:  # PyTorch differentiates it here, and only here
-            assert of_columns is not None
-            probabilities = ((1 - label_smoothing) * probabilities + label_smoothing / C) * of_columns[:, None]
-            of_columns, label_smoothing = None, 0.0
         ids = None
         outputs: tuple[str, ...] = ("sum_log_probs",)
     else:

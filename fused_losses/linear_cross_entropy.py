@@ -131,9 +131,7 @@ def linear_cross_entropy(
     if is_dtensor(input) or is_dtensor(linear_weight):
         from .tensor_parallel import local_head
 
-        if group is not None:
-            raise ValueError(f"DTensors know the ranks that share the vocabulary: leave group={group} away")
-        input, linear_weight, linear_bias, _, _, group = local_head(input, linear_weight, linear_bias, None, None)
+        input, linear_weight, linear_bias, _, _, group = local_head(input, linear_weight, linear_bias, group=group)
         target = local_target(target)
     if linear_weight.dim() < 2:
         raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
@@ -229,9 +227,10 @@ def linear_logits_cross_entropy(
         raise ValueError(f"the logits already have a softcap of {logits.softcap}; got another, {softcap}")
     if softcap is not None and logits.rows().temperature is not None:
         raise ValueError("a softcap after a temperature is not a LinearLogits: give the softcap to LinearLogits")
-    tokens, start_and_stop = logits.token_shape, logits.vocab_range
-    shard_shape = (*tokens[: logits.vocab_dim], start_and_stop[1] - start_and_stop[0], *tokens[logits.vocab_dim :])
-    probabilities = target.shape == shard_shape
+    start, stop = logits.vocab_range
+    here = list(logits.shape)
+    here[logits.vocab_dim] = stop - start
+    probabilities = target.shape == torch.Size(here)
     if probabilities:
         if ignore_index >= 0:
             raise RuntimeError(f"ignore_index is not supported for floating point target; got {ignore_index}")
@@ -506,18 +505,13 @@ def _soft(
         logits = torch.nn.functional.linear(hidden, w, bias)
         if u is not None and B is not None:
             logits = logits + u @ B.t()
-        of_columns, smoothing = weight, label_smoothing
-        if weight is not None and weight.requires_grad:  # PyTorch differentiates it here, and only here
-            classes = len(w) if head.shard is None else head.shard.vocab
-            t = ((1 - smoothing) * t + smoothing / classes) * weight
-            of_columns, smoothing = None, 0.0
         found = rows_statistics(
             logits.unsqueeze(-1),
             None,
-            of_columns,
+            weight,
             temperature,
             probabilities=t.unsqueeze(-1),
-            label_smoothing=smoothing,
+            label_smoothing=label_smoothing,
             scale=head.scale,
             softcap=head.softcap,
             outputs=("sum_log_probs",),

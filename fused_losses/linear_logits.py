@@ -186,9 +186,7 @@ class LinearLogits(LazyTensor):
             if is_dtensor(hidden) or is_dtensor(weight):
                 from .tensor_parallel import local_head
 
-                if group is not None:
-                    raise ValueError(f"DTensors know the ranks that share the vocabulary: leave group={group} away")
-                hidden, weight, bias, u, B, group = local_head(hidden, weight, bias, u, B)
+                hidden, weight, bias, u, B, group = local_head(hidden, weight, bias, u, B, group=group)
             shard = vocab_shard(group, weight.shape[0])
             if shard is not None and shard.size < weight.shape[0]:  # what is beyond is padding
                 weight, bias, B = (None if t is None else t[: shard.size] for t in (weight, bias, B))

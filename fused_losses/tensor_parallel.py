@@ -37,10 +37,22 @@ def part_of_vocabulary(mesh: DeviceMesh, at: int | None, vocab: int) -> VocabSha
     return VocabParallel(mesh.get_group(at), (start, min(start + most, vocab)), vocab).shard(most)
 
 
+def refuse_group(group: Any) -> None:
+    if group is not None:
+        raise ValueError(f"DTensors know the ranks that share their vocabulary: leave group={group} away")
+
+
 def local_head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    u: Tensor | None = None,
+    B: Tensor | None = None,
+    *,
+    group: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Any]:
     """This rank's part of a head of DTensors, and what it holds of a vocabulary that is shared."""
+    refuse_group(group)
     of = {"hidden": hidden, "weight": weight, "bias": bias, "low_rank[0]": u, "low_rank[1]": B}
     shown = ", ".join(
         f"{name} {tuple(t.shape)} {t.placements if isinstance(t, DTensor) else 'a plain tensor'}"
@@ -95,8 +107,9 @@ def local_head(
     return local, of_vocabulary(weight), of_vocabulary(bias), of_tokens(u), of_vocabulary(B), shard
 
 
-def local_logits(logits: DTensor, dim: int) -> tuple[Tensor, VocabShard | None]:
+def local_logits(logits: DTensor, dim: int, group: Any) -> tuple[Tensor, VocabShard | None]:
     """This rank's part of logits whose classes stand in ``dim``, and what of them it holds where they are shared."""
+    refuse_group(group)
     dim %= logits.ndim
     shared = [at for at, p in enumerate(logits.placements) if is_shard(p, dim)]
     if len(shared) > 1 or not all(type(p) is Shard or isinstance(p, Replicate) for p in logits.placements):

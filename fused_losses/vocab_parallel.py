@@ -92,9 +92,7 @@ def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard 
     if is_dtensor(logits):
         from .tensor_parallel import local_logits
 
-        if group is not None:
-            raise ValueError(f"a DTensor knows the ranks that share its classes: leave group={group} away")
-        logits, group = local_logits(logits, dim)  # type: ignore[arg-type]
+        logits, group = local_logits(logits, dim, group)  # type: ignore[arg-type]
     shard = vocab_shard(group, logits.shape[dim] if logits.ndim else 0)
     return logits if shard is None else logits.narrow(dim, 0, shard.size), shard
 
