@@ -1,16 +1,14 @@
 """The modules compute what the references do, under OpenRLHF's names, and import as theirs do."""
 
 import inspect
-import os
-import pathlib
-import tempfile
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import needs_ranks
 
 from fused_losses import modules
+from fused_losses.bench.ranks import run
 from fused_losses.reference import policy as reference_policy
 from fused_losses.reference import preference as reference_preference
 from fused_losses.reference import reward as reference_reward
@@ -74,22 +72,19 @@ def ring_logits(rank):
     return torch.randn(1, RING_S // 2, RING_V, dtype=torch.float64, generator=generator)
 
 
-def ring_rank(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def ring_rank(device):
     results = {}
     for name, labels in RING_LABELS.items():
-        logits = ring_logits(rank).requires_grad_()
-        loss = modules.GPTLMLoss(dist.group.WORLD)(logits, labels)
+        logits = ring_logits(dist.get_rank()).to(device).requires_grad_()
+        loss = modules.GPTLMLoss(dist.group.WORLD)(logits, labels.to(device))
         loss.backward()
         results[name] = (loss.detach(), logits.grad)
-    torch.save(results, os.path.join(folder, f"{rank}.pt"))
-    dist.destroy_process_group()
+    return results
 
 
+@needs_ranks
 def test_gpt_lm_loss_on_a_ring():
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(ring_rank, (folder,), nprocs=2)
-        results = [torch.load(pathlib.Path(folder) / f"{rank}.pt") for rank in range(2)]
+    results = run(ring_rank, 2)
     for name, labels in RING_LABELS.items():
         local, grads = [], []
         for rank in range(2):

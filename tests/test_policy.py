@@ -2,16 +2,16 @@
 
 import functools
 import math
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import needs_ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses.reference.policy as reference
+from fused_losses.bench import ranks
 from fused_losses.kl import kl_estimate
 from fused_losses.policy import (
     LOSS_TYPES,
@@ -592,25 +592,20 @@ def test_entropy_mask(top):
     assert not keep[DATA["mask"] == 0].any()
 
 
-def _entropy_mask_on(rank, port, entropy, mask, results):
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    rows, columns = (slice(0, 2), slice(0, 7)) if rank == 0 else (slice(2, 6), slice(0, 6))
-    results[rank] = entropy_mask(entropy[rows, columns], 0.3, mask[rows, columns])
-    torch.distributed.destroy_process_group()
+def _entropy_mask_of_a_rank(device, entropy, mask):
+    first = torch.distributed.get_rank() == 0
+    rows, columns = (slice(0, 2), slice(0, 7)) if first else (slice(2, 6), slice(0, 6))
+    return entropy_mask(entropy[rows, columns].to(device), 0.3, mask[rows, columns].to(device))
 
 
+@needs_ranks
 def test_entropy_mask_over_all_ranks():
     """Ranks of different batch and length share one quantile."""
     entropy, mask = DATA["entropy"].clone(), DATA["mask"].clone()
     entropy[:2] += 1
     mask[2:, 6] = 0
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    with mp.Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_entropy_mask_on, (port, entropy, mask, results), nprocs=2)
-        both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
+    results = ranks.run(_entropy_mask_of_a_rank, 2, entropy, mask)
+    both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
     assert torch.equal(both, entropy_mask(entropy, 0.3, mask))
     assert not torch.equal(both[:2], entropy_mask(entropy[:2], 0.3, mask[:2]))
 
