@@ -145,12 +145,22 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     tables = []
     for device in dict.fromkeys(key[0] for key in lines):
         table = markdown_table(columns, [line for key, line in lines.items() if key[0] == device])
-        tables.append(f"{device}; peaks are above the inputs and include the gradients:\n\n{table}")
+        made = made_with([result for result in results if result["device"] == device])
+        tables.append(f"{device}, {made}; peaks are above the inputs and include the gradients:\n\n{table}")
     if not any("clocks" in result for result in results):
         tables.append(
             f"On a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
         )
     return "\n\n".join(tables)
+
+
+def made_with(results: Sequence[dict[str, Any]]) -> str:
+    """The versions and commits of one device's results, each once."""
+    versions = {
+        f"{name} {r['versions'][name]}" for r in results for name in ("torch", "triton") if name in r["versions"]
+    }
+    commits = dict.fromkeys((r["commit"] or "unknown")[:7] for r in sorted(results, key=lambda r: r["date"]))
+    return ", ".join([*sorted(versions), f"commit{'s' * (len(commits) > 1)} {' and '.join(commits)}"])
 
 
 def speed(row: Row) -> float:
