@@ -1,72 +1,212 @@
-"""Peak memory of a training step and of an evaluation with transformers, before and after ``apply``, as a Markdown table.
+"""Peak memory of one step inside a library, before and after ``apply``, as a Markdown table.
 
-python -m fused_losses.bench.trainers [--tokens 1024] [--workspace 64MiB]; two layers of hidden size 64 before the vocabularies
-of three models, so that little but logits is held.
+python -m fused_losses.bench.trainers [transformers|trl|verl|openrlhf] [--tokens 1024] [--vocab V] [--workspace 64MiB]; hidden
+size 64 before the vocabulary, two layers and fp32 where nothing else is said, so that little but logits is held.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
+from unittest.mock import MagicMock
 
 import torch
+from torch import Tensor, nn
 
 from .. import settings
-from ..integrations.transformers import apply, unapply
-from .environment import environment
+from ..integrations.patching import check_version
+from .environment import environment, installed
 from .memory import peak_bytes
 
-MODELS = {"Llama 3": ("Llama", 128_256), "Qwen 3": ("Qwen3", 151_936), "Gemma 2, softcap": ("Gemma2", 256_000)}
-MiB = 2**20
+LLAMA3 = 128_256
+MODELS = {"Llama 3": ("Llama", LLAMA3), "Qwen 3": ("Qwen3", 151_936), "Gemma 2, softcap": ("Gemma2", 256_000)}
+HIDDEN = 64
 
 
-def model(family: str, vocab: int, tokens: int) -> Any:
+class Case(NamedTuple):
+    cells: list[str]  # of the table's row, before what is counted
+    module: nn.Module  # whose parameters get the gradients
+    steps: list[Callable[[], Any]]
+    target: tuple[Any, ...] = ()  # what `apply` and `unapply` take
+
+
+def model(vocab: int, tokens: int, family: str = "Llama") -> Any:
     import transformers
 
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
+    sizes = {"hidden_size": HIDDEN, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 32}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": tokens}
     config = getattr(transformers, f"{family}Config")
     return getattr(transformers, f"{family}ForCausalLM")(config(vocab_size=vocab, tie_word_embeddings=True, **sizes))
 
 
-def peaks(whole: Any, ids: torch.Tensor, workspace: str) -> list[int]:
-    """Of training before and after, of evaluation before and after."""
-
-    def train() -> None:
+def of_transformers(tokens: int, vocab: int | None) -> Iterator[Case]:
+    def train(whole: Any, ids: Tensor) -> None:
         whole(input_ids=ids, labels=ids).loss.backward()
 
-    def evaluate() -> Any:
+    def evaluate(whole: Any, ids: Tensor) -> Any:
         with torch.no_grad():
             return whole(input_ids=ids, labels=ids).loss
 
+    for name, (family, own) in MODELS.items():
+        size = vocab or own
+        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            ids, whole = torch.randint(3, size, (2, tokens // 2)), model(size, tokens, family).to(dtype)
+            cells = [f"{name}, {size}" if short == "fp32" else "", short, mebibytes(tokens * size * dtype.itemsize)]
+            yield Case(cells, whole, [partial(train, whole, ids), partial(evaluate, whole, ids)], (whole,))
+
+
+def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
+    """One loss and its gradients, of four sequences that are all completion, or all but one token where a prompt must be."""
+    import datasets
+    import tokenizers
+    import trl
+    from transformers import PreTrainedTokenizerFast
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    vocab = vocab or LLAMA3
+    ids = torch.randint(4, vocab, (4, tokens // 4))
+    mask, signs = torch.ones_like(ids), torch.tensor([1, -1, 1, -1])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    labelled, completed = batch | {"labels": ids}, batch | {"completion_mask": mask}
+    pairs = {f"{name}_{key}": x[i::2] for i, name in enumerate(("chosen", "rejected")) for key, x in labelled.items()}
+    unpaired = completed | {f"KL_{key}": x for key, x in completed.items()} | {"label": signs > 0}
+    parts = {"prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1]}
+    parts |= {"completion_ids": ids[:, 1:], "completion_mask": mask[:, 1:]}
+    scored = parts | {"advantages": signs.float(), "num_items_in_batch": mask[:, 1:].sum()}
+    teacher, reference = {"teacher_model": model(vocab, tokens)}, {"ref_model": model(vocab, tokens)}
+    reward = {"reward_funcs": lambda completions, **columns: [0.0] * len(completions)}
+    trainers: list[tuple[str, Any, Any, str, dict[str, Any], dict[str, Any]]] = [
+        ("CPO", CPOTrainer, CPOConfig, "prompt chosen rejected", {}, pairs),
+        ("ORPO", ORPOTrainer, ORPOConfig, "prompt chosen rejected", {}, pairs),
+        ("GKD, two sets of logits", GKDTrainer, GKDConfig, "messages", teacher, labelled),
+        ("online DPO, without its generation", OnlineDPOTrainer, OnlineDPOConfig, "prompt", reference | reward, parts),
+        ("SFT", trl.SFTTrainer, trl.SFTConfig, "prompt completion", {}, labelled),
+        ("DPO", trl.DPOTrainer, trl.DPOConfig, "prompt chosen rejected", reference, completed),
+        ("KTO", trl.KTOTrainer, trl.KTOConfig, "prompt completion label", reference, unpaired),
+        ("GRPO, without its generation", trl.GRPOTrainer, trl.GRPOConfig, "prompt", reward, scored),
+    ]
+
+    # A trainer wants a tokenizer and a row of text. What it makes of them is not used: its batches are those above.
+    special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    words = tokenizers.models.WordLevel({word: i for i, word in enumerate(special.values())}, "<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), **special)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    row = {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "label": True, "messages": turns}
+    plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []}
+    datasets.disable_progress_bars()
+
+    def step(trainer: Any, inputs: dict[str, Any]) -> None:
+        if isinstance(trainer, OnlineDPOTrainer):  # whose compute_loss generates too
+            trainer._forward(trainer.model, *inputs.values()).sum().backward()
+        else:
+            trainer.compute_loss(trainer.model, dict(inputs)).backward()
+
+    with tempfile.TemporaryDirectory() as folder:
+        for name, trainer_class, config, columns, models, inputs in trainers:
+            trainer = trainer_class(
+                model=model(vocab, tokens),
+                args=config(output_dir=folder, **plain),
+                train_dataset=datasets.Dataset.from_list([{column: row[column] for column in columns.split()}] * 8),
+                processing_class=tokenizer,
+                **models,
+            )
+            trainer.model.train()
+            trainer.current_gradient_accumulation_steps = 1  # `train` sets it
+            yield Case([name], trainer.model, [partial(step, trainer, inputs)])
+
+
+def of_verl(tokens: int, vocab: int | None) -> Iterator[Case]:
+    """The head alone: both outputs, both gradients."""
+    import verl.utils.experimental.torch_functional as heads
+
+    vocab = vocab or LLAMA3
+    ids = torch.randint(vocab, (tokens,))
+    inputs = nn.ParameterList([torch.randn(tokens, HIDDEN), torch.randn(vocab, HIDDEN)])
+
+    def step() -> None:
+        log_probs, entropy = heads.FusedLinearForPPO()(*inputs, ids)
+        (log_probs.sum() + entropy.sum()).backward()
+
+    yield Case(["FusedLinearForPPO"], inputs, [step])
+
+
+def of_openrlhf(tokens: int, vocab: int | None) -> Iterator[Case]:
+    """Log-probs of four sequences, all of whose tokens but the first are actions."""
+    if importlib.util.find_spec("flash_attn") is None:  # it needs a GPU; nothing of it runs here
+        for name in ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"):
+            sys.modules[name] = MagicMock(__spec__=importlib.machinery.ModuleSpec(name, None))
+    from openrlhf.models import Actor
+
+    vocab = vocab or LLAMA3
+    actor = Actor(model(vocab, tokens))
+    actor.packing_samples = False
+    ids = torch.randint(vocab, (4, tokens // 4))
+    mask = torch.ones_like(ids)
+    yield Case(["Actor"], actor, [lambda: actor(ids, mask[:, 1:], attention_mask=mask).sum().backward()])
+
+
+LIBRARIES = {
+    "transformers": (
+        of_transformers,
+        "vocabulary of | dtype | logits | training, before | after | evaluation, before | after",
+    ),
+    "trl": (of_trl, "trainer | before | after"),
+    "verl": (of_verl, "head | before | after"),
+    "openrlhf": (of_openrlhf, "model | before | after"),
+}
+
+
+def peaks(case: Case, integration: Any, workspace: str) -> list[int]:
+    """Of each step before and after."""
     found = []
-    for step in (train, evaluate):
-        unapply(whole)
-        found.append(peak_bytes(step))
-        apply(whole)
-        whole.zero_grad()  # outside: what it frees would be taken off the peak
-        with settings.workspace(workspace):
-            found.append(peak_bytes(step))
+    for step in case.steps:
+        for change in (integration.unapply, integration.apply):
+            change(*case.target)
+            case.module.zero_grad()  # outside: what it frees would be taken off the peak
+            with settings.workspace(workspace):
+                found.append(peak_bytes(step))
+    integration.unapply(*case.target)
     return found
 
 
+def mebibytes(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("library", nargs="?", choices=LIBRARIES, default="transformers")
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--vocab", type=int, help=f"default: {LLAMA3}, with transformers that of each model")
     parser.add_argument("--workspace", default="64MiB")
     options = parser.parse_args(argv)
+    integration = importlib.import_module(f"fused_losses.integrations.{options.library}")
+    try:
+        check_version(options.library, integration.TESTED)
+    except ImportError as error:
+        raise SystemExit(str(error)) from None
     where = environment("cpu")
-    print(f"{where['device']}; torch {where['versions']['torch']}; commit {str(where['commit'])[:12]}\n")
-    print("| vocabulary of | dtype | logits | training, before | after | evaluation, before | after |")
-    print("|---|---|---|---|---|---|---|")
-    for name, (family, vocab) in MODELS.items():
-        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-            ids = torch.randint(3, vocab, (2, options.tokens // 2))
-            logits = options.tokens * vocab * dtype.itemsize
-            found = peaks(model(family, vocab, options.tokens).to(dtype), ids, options.workspace)
-            sizes = " | ".join(f"{size / MiB:.0f} MiB" for size in (logits, *found))
-            print(f"| {f'{name}, {vocab}' if short == 'fp32' else ''} | {short} | {sizes} |", flush=True)
+    versions = {name: installed(name) for name in ("torch", "transformers", options.library)}
+    changed = " and changes to it" if where["modified"] else ""
+    print(f"{where['device']}; {', '.join(f'{name} {version}' for name, version in versions.items())}; ", end="")
+    print(f"commit {str(where['commit'])[:12]}{changed}\n")
+    cases, header = LIBRARIES[options.library]
+    print(f"| {header} |\n|{'---|' * (header.count('|') + 1)}")
+    for case in cases(options.tokens, options.vocab):
+        sizes = map(mebibytes, peaks(case, integration, options.workspace))
+        print(f"| {' | '.join([*case.cells, *sizes])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 import copy
 import importlib.metadata
 import pathlib
+import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from fused_losses import settings
+from fused_losses.bench import trainers
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_logits import LinearLogits
 
@@ -696,6 +700,37 @@ def test_a_step_holds_at_least_the_logits_less(name):
         with settings.workspace("256KiB"):
             after = peak_bytes(step)
         assert before - after >= batch * length * vocab * 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "packages"),
+    [(6, ["transformers"]), (8, ["trl", "datasets"]), (1, ["verl"]), (1, ["openrlhf", "deepspeed", "pylatexenc"])],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_the_command_that_counts_before_and_after(rows, packages):
+    for package in packages:
+        pytest.importorskip(package)
+    command = [sys.executable, "-m", "fused_losses.bench.trainers", packages[0]]
+    small = ["--tokens", "256", "--vocab", "8192", "--workspace", "1MiB"]
+    done = subprocess.run(command + small, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    table = [[int(size) for size in re.findall(r"(\d+) MiB", line)] for line in done.stdout.splitlines()]
+    counted = [sizes[len(sizes) % 2 :] for sizes in table if sizes]  # in transformers' the logits stand first
+    assert len(counted) == rows
+    for sizes in counted:
+        for before, after in zip(sizes[::2], sizes[1::2], strict=True):
+            assert 0 < after < before
+
+
+@pytest.mark.parametrize("library", ["transformers", "trl", "verl", "openrlhf"])
+def test_the_command_names_a_missing_library(library, monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    tested = importlib.import_module(f"fused_losses.integrations.{library}").TESTED
+    with pytest.raises(SystemExit, match=f"^{library} is not installed: .*{library}=={tested}"):
+        trainers.main([library])
 
 
 def test_the_example(capsys):
