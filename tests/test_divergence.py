@@ -322,6 +322,38 @@ def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backen
     assert found[0].isinf().any() == infinite.get(kind, False)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
+def test_slices_are_as_accurate_as_eager_whole_rows(kind, backend, device):
+    """Enough rows that the tolerance is not a matter of luck."""
+    N, V, cuts = 32, 203, (0, 3, 71, 203)
+    student, teacher = pair(device, tokens=(N,), V=V)
+    student[:6, 3:71] = teacher[:6, 3:71] = -math.inf  # all of a slice
+    student[6:10, 90] = teacher[6:10, 90] = -math.inf
+    ids = torch.randint(0, V, (N,), device=device)
+    ids[:6], ids[6:10] = ids[:6].clamp(min=71), torch.tensor([0, 2, 3, 202], device=device)
+    soft, hard = (torch.rand(2, N, device=device) + 0.5).unbind()
+    found = rows_by_slices(
+        divergence_module(backend).divergence_rows, student.unsqueeze(-1), teacher.unsqueeze(-1), ids, cuts, None, None,
+        soft=soft, hard=hard, gradients=("d_student", "d_teacher"), kind=kind, beta=BETA, temperature=3.0, labels=True,
+    )  # fmt: skip
+
+    def whole(of_logits, dtype):
+        # e^−9999 is 0 in float64 too, and unlike −inf times 0 it is.
+        leaves = [x.to(dtype).clamp(min=-9999).requires_grad_() for x in (student, teacher)]
+        if kind == "cross_entropy":
+            log_s, log_t = ((x / 3.0).log_softmax(-1) for x in leaves)
+            value = -(log_t.exp() * log_s).sum(-1)
+        else:
+            value = of_logits(*leaves, kind=kind, beta=BETA, temperature=3.0)
+        nll = -leaves[0].log_softmax(-1).gather(-1, ids[:, None])[:, 0]
+        return value, nll, *torch.autograd.grad((soft * value + hard * nll).sum(), leaves)
+
+    names = ("divergence", "nll", "d_student", "d_teacher")
+    theirs, exact = whole(eager, torch.float32), whole(reference.divergence, torch.float64)
+    for name, ours, yardstick, true in zip(names, found, theirs, exact, strict=True):
+        assert_accurate(ours.to(torch.float32).view(true.shape), yardstick, true, name)
+
+
 def test_slices_of_rows_masked_with_the_least_number(backend, device):
     """Their log-sums are lost beside such a maximum, in float64 too: slices hand on both."""
     rows = divergence_module(backend).divergence_rows
