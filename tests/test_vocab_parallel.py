@@ -423,8 +423,10 @@ def test_parts_of_a_row_make_the_whole(hole):
         z[:5, :10] = -torch.inf  # a whole part of some rows
         z[5:, 3] = -torch.inf
     ids = torch.randint(0, 30, (9, 2))
+    z[7:, [4, 20]], ids[7:, 0] = 40.0, torch.tensor([4, 20])  # of equals in two parts the first is on top
     names = ["entropy", "log_sum_sq_probs", "max_logit", "is_top1", "sum_log_probs"]
     exact = row_statistics(z, ids, None, names)
+    assert exact.is_top1[7:].tolist() == [True, False]
     parts = []
     for part in (slice(0, 10), slice(10, 11), slice(11, 30)):
         mine = (ids >= part.start) & (ids < part.stop)

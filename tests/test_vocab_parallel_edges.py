@@ -28,13 +28,25 @@ def targets(*shape, vocab=V):
     return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(7))
 
 
+OPTIONS = {"label_smoothing": 0.1, "z_loss": 0.2}
+
 # Each case: (tensors that all ranks hold, tensors of which each holds its part of a dimension, loss).
 
 
 def with_class_weights(whole, shared, **of):
     return linear_cross_entropy(
-        whole["hidden"], shared["weight"], shared["target"], weight=whole["classes"], label_smoothing=0.1, **of
+        whole["hidden"], shared["weight"], shared["target"], weight=whole["classes"], softcap=3.0, **OPTIONS, **of
     )
+
+
+def of_logits(whole, shared, **of):
+    """Softcap and all, with probabilities and with classes."""
+    logits, classes = shared["logits"], whole["classes"]
+    soft = fused_losses.cross_entropy(logits, shared["target"], classes, softcap=3.0, **OPTIONS, **of)
+    loss, found = fused_losses.cross_entropy(
+        logits, targets(N), classes.detach(), softcap=2.0, return_statistics=True, **OPTIONS, **of
+    )
+    return soft + loss + (found.logsumexp * found.is_top1 + found.log_probs).sum()
 
 
 def in_k_dimensions(whole, shared, **of):
@@ -55,10 +67,20 @@ def ignored_log_probs(whole, shared, **of):
     return fused_losses.selective_log_softmax(logits, targets(N) * 0 - 100).sum()
 
 
+def below_zero(whole, shared, **of):
+    logits = LinearLogits(whole["hidden"], shared["weight"], shared["bias"] - 50, **of)
+    ids = targets(N)
+    ids[::2] = logits.argmax(-1)[::2]
+    found = fused_losses.token_statistics(logits, ids, ("log_probs", "max_logit", "is_top1"))
+    return (found.log_probs * found.is_top1 + found.max_logit).sum()
+
+
 HEAD = {"hidden": (N, H)}, {"weight": ((V, H), 0), "target": ((N, V), 1)}
 CASES = {
     "class weights": ({"hidden": (N, H), "classes": (V,)}, HEAD[1], with_class_weights),
+    "logits": ({"classes": (V,)}, {"logits": ((N, V), 1), "target": ((N, V), 1)}, of_logits),
     "K dimensions": ({"hidden": (N, H)}, {"weight": ((V, 3, H), 0), "bias": ((V, 3), 0)}, in_k_dimensions),
+    "logits below zero": ({"hidden": (N, H)}, {"weight": ((V, H), 0), "bias": ((V,), 0)}, below_zero),
     "no tokens": (*HEAD, without_tokens),
     "all ignored": (*HEAD, all_ignored),
     "log-probabilities, all ignored": (*HEAD, ignored_log_probs),
@@ -109,7 +131,7 @@ def test_equals_one_process(case, split):
         torch.testing.assert_close(of_rank[0], value)
         for name, expected in whole.items():
             torch.testing.assert_close(of_rank[1][name], expected, msg=lambda m, n=name: f"{n}: {m}")
-    if case == "class weights":
+    if "classes" in whole:
         assert whole["classes"].ne(0).all()
 
 
@@ -156,10 +178,13 @@ def answers(device):
     padding = VocabParallel(group, vocab_size=V - 2)
     shard, main_grad = weight.chunk(2)[rank].requires_grad_(), torch.zeros(V // 2, H, dtype=torch.float64)
     probabilities = F.pad(randn(3, 4, V - 2, seed=2).softmax(-1), (0, 2), value=torch.nan)
-    small, small_ids = weight[:-2].detach().requires_grad_(), ids.clamp(max=V - 3)
-    linear_cross_entropy(hidden, shard, small_ids, group=padding, main_grad=main_grad).backward()
-    F.cross_entropy(F.linear(hidden, small).mT, small_ids).backward()
+    small, small_ids, bias = weight[:-2].detach().requires_grad_(), ids.clamp(max=V - 3), randn(V, seed=3)
+    mine = bias.chunk(2)[rank].clone().requires_grad_()
+    linear_cross_entropy(hidden, shard, small_ids, linear_bias=mine, group=padding, main_grad=main_grad).backward()
+    bias.requires_grad_()
+    F.cross_entropy(F.linear(hidden, small, bias[:-2]).mT, small_ids).backward()
     same(main_grad, F.pad(small.grad, (0, 0, 0, 2)).chunk(2)[rank])
+    same(mine.grad, bias.grad.chunk(2)[rank])
     expected = F.cross_entropy(x[..., :-2].flatten(0, 1), probabilities[..., :-2].flatten(0, 1))
     mine = probabilities.chunk(2, -1)[rank]
     same(linear_cross_entropy(hidden, shard, mine, group=padding).detach(), expected)
