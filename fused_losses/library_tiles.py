@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .chunked.linear_softmax import LowRank, slices
-from .numerics import statistics_dtype
 from .row_statistics import RowStatistics, empty_statistics
 
 TILE_BYTES = 2**26  # of logits, forward
@@ -43,15 +42,20 @@ def linear_softmax_fwd(
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Collection[str],
+    kept: Tensor | None = None,  # (N, v), written: the first v logits of each row
 ) -> RowStatistics:
     from .kernels.softmax_rows import softmax_rows_fwd
 
     N, V = hidden.shape[0], weight.shape[0]
     out = empty_statistics(hidden, N, ids, outputs)
     n = min(N, tile_rows(V, hidden.dtype.itemsize))
-    room = hidden.new_empty(n, V, dtype=statistics_dtype(hidden.dtype))
+    whole = kept is not None and kept.shape[1] >= V
+    room = hidden.new_empty(0 if whole else n, V)
     for rows in slices(N, max(n, 1)):
-        logits = _logits(hidden, weight, bias, low_rank, rows, room[: rows.stop - rows.start])
+        tile = kept[rows, :V] if kept is not None and whole else room[: rows.stop - rows.start]
+        logits = _logits(hidden, weight, bias, low_rank, rows, tile)
+        if kept is not None and not whole:
+            kept[rows] = logits[:, : kept.shape[1]]
         found = softmax_rows_fwd(
             logits.unsqueeze(-1),
             None if ids is None else ids[rows],

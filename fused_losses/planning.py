@@ -5,7 +5,8 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
 - ``gradients_in_forward`` (``6NVH``): a chunk of tokens at a time, logits, loss and gradients in one go. It needs to know the
   loss of each token up to one common factor, so it serves sums and means.
 - ``recompute`` (``8NVH``): forward keeps a few numbers per token; backward makes the logits again, a slice of the vocabulary
-  at a time. It serves any upstream gradient per token, and it needs the least memory.
+  at a time. It serves any upstream gradient per token, and it needs the least memory. Logits of as many vocabulary entries as
+  the budget holds are kept from forward and not made again: down to ``6NVH``.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from .settings import workspace as workspace_setting
 
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
-RECOMPUTE_BUDGET = 256 * MiB  # a larger slice of the vocabulary no longer makes recompute faster
+RECOMPUTE_BUDGET = (
+    256 * MiB
+)  # held from forward to backward, so more is for the caller to give; nor is a larger slice faster
 ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
@@ -44,6 +47,7 @@ class Plan:
     route: Route
     chunk: int  # tokens at a time on "gradients_in_forward", vocabulary entries at a time on "recompute"
     chunks: int
+    kept: int  # vocabulary entries whose logits "recompute" keeps from forward
     accumulate: torch.dtype | None  # of the sum of d_weight over chunks; None: written once
     budget: int  # bytes
     parts: dict[str, int] = field(repr=False)  # bytes held at the peak, by what holds them
@@ -56,7 +60,9 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        return (6 if self.route == "gradients_in_forward" else 8) * self.tokens * self.vocab * self.hidden
+        if self.route == "gradients_in_forward":
+            return 6 * self.tokens * self.vocab * self.hidden
+        return (8 * self.vocab - 2 * self.kept) * self.tokens * self.hidden
 
     def __str__(self) -> str:
         unit = "tokens" if self.route == "gradients_in_forward" else "vocabulary entries"
@@ -65,6 +71,7 @@ class Plan:
             ("head", f"{self.tokens} tokens x {self.vocab} vocabulary x {self.hidden} hidden, {name}"),
             ("route", f"{self.route}, {self.flops / 1e12:.3g} TFLOP"),
             ("chunks", f"{self.chunks} of {self.chunk} {unit}"),
+            *([("kept", f"logits of {self.kept} vocabulary entries from forward")] if self.kept else []),
             ("d_weight", "written once" if self.accumulate is None else f"summed over chunks in {self.accumulate}"),
             ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
             *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
@@ -89,6 +96,8 @@ def plan(
     r"""Choose the fastest way to a head's gradients within a budget of workspace, and predict its peak memory.
 
     .. math:: \text{workspace} \le \max(\text{bytes of } d\_hidden + d\_weight,\ 512\,\text{MiB}) \quad\text{by default}
+
+    Route ``recompute`` may hold logits from forward to backward, once per call, and takes 256 MiB by default.
 
     On route ``gradients_in_forward`` ``d_weight`` is written once where one chunk fits; else summed over chunks, in its own
     16-bit dtype for up to 8 of them and in fp32 beyond.
@@ -132,16 +141,22 @@ def plan(
         )
     route = route_setting.parse(route or route_setting.value)
     gradients = (tokens + vocab) * hidden * dtype.itemsize
-    budget = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
-    if budget is None:
-        budget = max(gradients, DEFAULT_BUDGET)
-    sizes = _Sizes(tokens, vocab, hidden, dtype, budget, backend)
+    given = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
+
+    def sizes(default: int) -> _Sizes:
+        return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend)
+
     if per_token:
-        return _recompute(sizes, "recompute: the upstream gradient of a token is known in backward only")
-    if route == "recompute":
-        return _recompute(sizes, "recompute: asked for")
-    forward, objection = _gradients_in_forward(sizes, accumulate, asked=route is not None)
-    return forward if forward is not None else _recompute(sizes, f"recompute: {objection}")
+        reason = "the upstream gradient of a token is known in backward only"
+    elif route == "recompute":
+        reason = "asked for"
+    else:
+        forward, reason = _gradients_in_forward(
+            sizes(max(gradients, DEFAULT_BUDGET)), accumulate, asked=route is not None
+        )
+        if forward is not None:
+            return forward
+    return _recompute(sizes(RECOMPUTE_BUDGET), f"recompute: {reason}")
 
 
 @dataclass(frozen=True)
@@ -231,25 +246,35 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     d_hidden, d_weight = sizes.gradients(dtype)
     d_hidden_sum = sizes.gradients(wide)[0]
     tile = sizes.tile()
-    free = min(sizes.budget, RECOMPUTE_BUDGET) - (d_hidden_sum - d_hidden) - tile
-    most = free // max(N * dtype.itemsize, 1)
+    free = sizes.budget - (d_hidden_sum - d_hidden) - tile
+    most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)
     if most < min(V, FEWEST_COLUMNS):
         why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
-    v = _even(V, max(most, FEWEST_COLUMNS))
-    slices = {
-        "d_weight": d_weight,
-        "d_hidden": d_hidden_sum,
+    most = max(most, FEWEST_COLUMNS)
+    if wide == dtype:  # the room of the first slice's logits is that of every slice's gradient
+        v = kept = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
+    else:  # logits are never rounded to 16 bits: theirs is a room beside the gradient's
+        v = _even(V, most)
+        whole_slices = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
+        kept = min(V, whole_slices * v)
+    room = {
         "d_logits of a slice": N * v * dtype.itemsize,
-        "tile": tile,
+        "logits kept": N * kept * wide.itemsize if wide != dtype else 0,
     }
-    end = {"gradients": d_hidden + d_weight, "d_hidden in fp32": d_hidden_sum if wide != dtype else 0}
+    slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **room, "tile": tile}
+    held = room["logits kept"] if wide != dtype else N * kept * dtype.itemsize
+    end = {
+        "gradients": d_hidden + d_weight,
+        "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,
+        "logits kept": held,
+    }
     parts = slices if sum(slices.values()) >= sum(end.values()) else end
-    if (
-        sizes.backend == "triton" and wide == dtype
-    ):  # 32-bit heads make their logits with the library, before any gradient
-        forward = {"logits of a tile": min(N, tile_rows(V, dtype.itemsize)) * V * dtype.itemsize}
+    if sizes.backend == "triton" and wide == dtype:  # 32-bit heads make their logits with the library
+        forward = {"logits kept": held}
+        if kept < V:
+            forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * V * dtype.itemsize
         parts = parts if sum(parts.values()) >= sum(forward.values()) else forward
-    return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why)
+    return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why, kept)
 
 
 def _even(total: int, most: int) -> int:
@@ -272,6 +297,7 @@ def _plan(
     accumulate: torch.dtype | None,
     parts: dict[str, int],
     why: Sequence[str],
+    kept: int = 0,
 ) -> Plan:
     return Plan(
         sizes.tokens,
@@ -281,6 +307,7 @@ def _plan(
         route,
         chunk,
         chunks,
+        kept,
         accumulate,
         sizes.budget,
         {part: size for part, size in parts.items() if size},

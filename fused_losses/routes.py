@@ -6,7 +6,8 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
   time: logits, statistics, loss, gradient of the logits over the logits, and its products with weight and hidden. Backward
   multiplies by the upstream gradient. Recomputing the forward (activation checkpointing) doubles its cost.
 - ``recompute`` (:func:`linear_statistics`, ``8NVH``): for per-token results. Forward keeps a few numbers per token;
-  backward makes the logits' gradient again, a slice of the vocabulary at a time.
+  backward makes the logits' gradient again, a slice of the vocabulary at a time. What room that takes forward leaves full of
+  logits, so that as much is not made again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from .row_statistics import (
 )
 from .settings import Backend, resolve_backend
 from .settings import drop_ignored as drop_ignored_setting
-from .token_statistics import softmax_rows, softmax_rows_grad
+from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
 
 if TYPE_CHECKING:
@@ -145,6 +146,10 @@ def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
     return linear_softmax
 
 
+def traced(t: Tensor) -> bool:
+    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
+
+
 def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:
     """Which tokens to project, and whether ignored ones among them must be zeroed.
 
@@ -155,8 +160,7 @@ def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor |
         return None, False
     if drop_ignored is None:
         drop_ignored = drop_ignored_setting.value
-    traced = torch.compiler.is_compiling() or torch._guards.detect_fake_mode((ids,)) is not None or ids.is_meta
-    if traced or transforms_active():
+    if traced(ids) or transforms_active():
         drop_ignored = False
     if not drop_ignored or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None, True
@@ -175,6 +179,27 @@ def forward_plan(head: Head, tokens: int, workspace: int, accumulate: str | None
     how: dict[str, Any] = {"workspace": workspace, "accumulate": accumulate, "backend": backend}
     V, H, dtype = head.planned_vocab, head.hidden.shape[1], head.hidden.dtype
     return plan(tokens, V, H, dtype, route="gradients_in_forward", **how)
+
+
+def recompute_plan(head: Head, tokens: int, workspace: int, backend: str) -> Plan:
+    V, H, dtype = head.planned_vocab, head.hidden.shape[1], head.hidden.dtype
+    return plan(tokens, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
+
+
+def kept_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
+    """How many columns of logits forward keeps; none where no backward follows, or none whose shapes are known yet."""
+    if (
+        traced(head.hidden)
+        or not torch.is_grad_enabled()
+        or not any(t is not None and t.requires_grad for t in head.inputs)
+    ):
+        return 0
+    return min(recompute_plan(head, tokens, workspace, backend).kept, head.weight.shape[0])
+
+
+def room_of_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows that a kernel can write in whole words: up to 15 columns more."""
+    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype)
 
 
 def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
@@ -355,6 +380,11 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) 
     return gradient
 
 
+def read_again(saved: Tensor) -> bool:
+    """Whether another backward may follow this one and read what forward saved."""
+    return traced(saved) or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
 @torch.library.custom_op("fused_losses::scaled_gradient", mutates_args=())
 def scaled_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return scaled(gradient, scale, dtype, in_place=False)
@@ -372,10 +402,10 @@ def scale_gradients(
 
     In place where the graph is about to be freed: they are read this once, and memory is not doubled.
     """
-    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode((upstream,)) is not None:
+    if traced(upstream):
         pairs = zip(gradients, dtypes, strict=True)
         return [None if dtype is None else scaled_gradient(g, upstream, dtype) for g, dtype in pairs]
-    in_place = not torch._C._autograd._get_current_graph_task_keep_graph()
+    in_place = not read_again(upstream)
     pairs = zip(gradients, dtypes, strict=True)
     return [None if dtype is None else scaled(g, upstream, dtype, in_place) for g, dtype in pairs]
 
@@ -654,13 +684,16 @@ def linear_rows(
     scale: float,
     softcap: float | None,
     outputs: str,  # names of RowStatistics, separated by commas
+    columns: int,  # of logits that are kept for backward
     workspace: int,
     backend: str,
     shard: str = "",  # a VocabShard; ids are local to it
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:class:`RowStatistics`; 0-dim where not asked for."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
+    M = head.hidden.shape[0]
+    kept = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         with full_precision(hidden.device):
@@ -675,6 +708,7 @@ def linear_rows(
                 scale=scale,
                 softcap=softcap,
                 outputs=outputs,
+                kept=kept,
             )
 
     names = outputs.split(",")
@@ -682,14 +716,13 @@ def linear_rows(
         found = statistics_of(names)
     else:
         weight_sum = total_weight(column_weight, weight.shape[0])
-        M = head.hidden.shape[0]
         found = merged_statistics(statistics_of, hidden, M, ids_kept, weight_sum, names, head.shard)
     if keep is not None:
         N = hidden.shape[0]
         found = RowStatistics(
             *(None if s is None else s.new_zeros(N, *s.shape[1:]).index_copy_(0, keep, s) for s in found)
         )
-    return tuple(_present(s, hidden) for s in found)  # type: ignore[return-value]
+    return tuple(_present(s, hidden) for s in (*found, kept))  # type: ignore[return-value]
 
 
 def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
@@ -714,15 +747,18 @@ def _(
     scale: float,
     softcap: float | None,
     outputs: str,
+    columns: int,
     workspace: int,
     backend: str,
     shard: str = "",
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
-    return tuple(_present(s, hidden) for s in room)
+    M = hidden.shape[0] if keep is None else keep.shape[0]
+    kept = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+    return tuple(_present(s, hidden) for s in (*room, kept))
 
 
-@torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad"})
+@torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad", "kept"})
 def linear_rows_grad(
     hidden: Tensor,
     weight: Tensor,
@@ -734,6 +770,7 @@ def linear_rows_grad(
     temperature: Tensor | None,
     keep: Tensor | None,
     main_grad: Tensor | None,
+    kept: Tensor | None,  # (M, v) the first logits of each row, written over
     logsumexp: Tensor,  # (N,) float64
     a: Tensor | None,  # (N,)
     b: Tensor | None,  # (N,)
@@ -749,7 +786,7 @@ def linear_rows_grad(
     shard: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
-    (N, H), V, dtype = hidden.shape, weight.shape[0], hidden.dtype
+    N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     wide = statistics_dtype(dtype)
     whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids = _projected(whole, ids, keep, zero_ignored)
@@ -766,29 +803,34 @@ def linear_rows_grad(
 
     d_hidden, d_u = room(0, M, wide), room(3, M, wide)
     d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
-    chosen = plan(M, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
-    slice_room = hidden.new_empty(M, -(-min(chosen.chunk, V) // 16) * 16)  # rows that a kernel can write in whole words
+    chunk = max(recompute_plan(whole, M, workspace, backend).chunk, 1)
+    in_place = kept is not None and kept.dtype == dtype
+    slice_room = kept if in_place else room_of_logits(hidden, M, min(chunk, V), dtype)
+    assert slice_room is not None
     with full_precision(hidden.device):
         pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
-        for start in range(0, V if M else 0, max(chosen.chunk, 1)):
-            part = slice(start, min(start + chosen.chunk, V))
+        for start in range(0, V if M else 0, chunk):
+            part = slice(start, min(start + chunk, V))
             piece = head.columns(part)
             d_logits = slice_room[:, : part.stop - start]
-            linear_module(backend, hidden.dtype).linear_softmax_d_logits(
-                piece.hidden,
-                piece.weight,
-                piece.bias,
-                piece.low_rank,
-                ids,
-                None if column_weight is None else column_weight[part],
-                piece.temperature,
-                logsumexp,
-                *terms,
-                scale=scale,
-                softcap=softcap,
-                vocab_start=start,
-                out=d_logits,
-            )
+            u_part = None if column_weight is None else column_weight[part]
+            how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": start}
+            if kept is not None and part.stop <= kept.shape[1]:
+                rows_module(backend).softmax_rows_bwd(
+                    kept[:, part, None],
+                    ids,
+                    u_part,
+                    piece.temperature,
+                    logsumexp,
+                    *terms,
+                    **how,
+                    out=d_logits[..., None],
+                )
+            else:
+                linear_module(backend, hidden.dtype).linear_softmax_d_logits(
+                    piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, u_part, piece.temperature, logsumexp,
+                    *terms, **how, out=d_logits,
+                )  # fmt: skip
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
                     add_product(total, d_logits, matrix, first=start == 0)
@@ -819,7 +861,7 @@ def linear_rows_grad(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    main_grad, wanted = rest[4], rest[14]
+    main_grad, wanted = rest[4], rest[15]
     inputs = (hidden, weight, bias, u, B)
     return tuple(
         _absent(hidden) if t is None or not want or (i == 1 and main_grad is not None) else torch.empty_like(t)
@@ -829,22 +871,24 @@ def _(
 
 def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    found = RowStatistics(*output)
-    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1)
+    *statistics, kept = output
+    found = RowStatistics(*statistics)
+    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, kept)
     # Not a saved tensor: other backwards add to it in between.
     ctx.main_grad = inputs[9]
-    ctx.rest, (ctx.outputs, ctx.workspace, ctx.backend, ctx.shard) = inputs[10:13], inputs[13:]
+    ctx.rest, (ctx.outputs, _, ctx.workspace, ctx.backend, ctx.shard) = inputs[10:13], inputs[13:]
     # Copies of what backward reads: the caller may write into what it was given.
     own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
-    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None))
+    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None), kept)
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 12
+    nothing = (None,) * 13
+    grads = grads[:-1]
     if all(g is None for g in grads):
-        return (None,) * 17
+        return (None,) * 18
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum) = stored[:9], stored[9:]
+    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, kept) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
     _, scale, softcap = ctx.rest
     dtype = statistics_dtype(inputs[0].dtype)
@@ -866,9 +910,14 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+    if kept.ndim == 0:
+        kept = None
+    elif read_again(kept):
+        kept = kept.clone()
     gradients = linear_rows_grad(
         *saved,
         ctx.main_grad,
+        kept,
         logsumexp,
         a,
         b,
@@ -911,6 +960,8 @@ def linear_statistics(
     outputs = with_weight_sum(outputs, head.shard)
     if head.shard is not None and ids is not None:
         ids = head.shard.local(ids)
+    M = head.hidden.shape[0] if keep is None else keep.shape[0]
+    room = budget(head, workspace, True, chosen)
     found = linear_rows(
         *head.inputs,
         None if ids is None else ids.contiguous(),
@@ -922,11 +973,12 @@ def linear_statistics(
         head.scale,
         head.softcap,
         ",".join(outputs),
-        budget(head, workspace, True, chosen),
+        kept_columns(head, M, room, chosen),
+        room,
         chosen,
         packed(head.shard),
     )
-    return only(found, outputs, ids is not None)
+    return only(found[:-1], outputs, ids is not None)
 
 
 def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:

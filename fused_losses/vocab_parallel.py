@@ -94,7 +94,9 @@ def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard 
 
         logits, group = local_logits(logits, dim, group)  # type: ignore[arg-type]
     shard = vocab_shard(group, logits.shape[dim] if logits.ndim else 0)
-    return logits if shard is None else logits.narrow(dim, 0, shard.size), shard
+    if shard is None or shard.size == logits.shape[dim]:  # the gradient of a view of all would be copied
+        return logits, shard
+    return logits.narrow(dim, 0, shard.size), shard
 
 
 def local_target(target: Tensor) -> Tensor:

@@ -93,15 +93,12 @@ def _part(x, PART: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-            PART: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
-    """The columns of one part, their ``tanh(scale·(x + bias)/softcap)`` or, without softcap, ``x + bias``."""
+def _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+    """The columns of one part, and their logits before scale and softcap."""
     x = _part(acc, PART, PARTS)
     v = v_start + PART * x.shape[1] + tl.arange(0, x.shape[1])
     if HAS_BIAS:
         x += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-    if HAS_SOFTCAP:
-        x = tanh(x * (scale / softcap))
     return v, x
 
 
@@ -136,11 +133,14 @@ def _linear_softmax_fwd_kernel(
     logits_at_ids_ptr,  # (N, K), written where the id is a column
     partials_ptr,  # (2, 3 or 6; SPLITS; N): largest, total, total_shifted, total_sq, weighted, top
     split_weight_ptr,  # (SPLITS,) Σ u over a split's columns
+    kept_ptr,  # (N, kept_columns), written: logits before scale and softcap
     N,
     V,
     H,
     R,
     K,
+    kept_columns,
+    kept_stride_n,
     hidden_stride_n,
     hidden_stride_h,
     weight_stride_v,
@@ -159,6 +159,7 @@ def _linear_softmax_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALL: tl.constexpr,
+    KEEP: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -211,7 +212,15 @@ def _linear_softmax_fwd_kernel(
                         y = tl.load(ids_ptr + n.to(tl.int64) * K + j, mask=inside, other=-1)
                         ids_here += tl.max(((y >= v_start) & (y < v_start + BLOCK_V)).to(tl.int32), 0)
                 for part in tl.static_range(PARTS):
-                    v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
+                    v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
+                    if KEEP:  # noqa: SIM102, a branch at compile time
+                        if v_start < kept_columns:
+                            # One 64-bit address a tile; what is added to it fits 32 bits.
+                            tile = kept_ptr + row.to(tl.int64) * kept_stride_n
+                            within = tl.arange(0, BLOCK_N)[:, None] * kept_stride_n + v[None, :]
+                            tl.store(tile + within, x, mask=inside[:, None] & (v < kept_columns)[None, :])
+                    if HAS_SOFTCAP:
+                        x = tanh(x * (scale / softcap))
                     z = x * factor[:, None] + tl.where(v < V, 0.0, float("-inf"))[None, :]
                     if ids_here > 0:
                         for j in range(K):
@@ -401,6 +410,7 @@ def linear_softmax_fwd(
     scale=1.0,
     softcap=None,
     outputs,
+    kept=None,  # (N, v) fp32, written: the first v logits of each row, before scale and softcap
 ):
     hidden, weight, u, b = _checked(hidden, weight, bias, low_rank)
     out = empty_statistics(hidden, hidden.shape[0], ids, outputs)
@@ -411,7 +421,8 @@ def linear_softmax_fwd(
     tma = _tma_fits(arch, hidden, weight, u, b)
     options = any(x is not None for x in (bias, softcap, column_weight))
     odd_rows = _odd_rows(hidden, weight, u, b)
-    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, options, statistics_all, odd_rows)
+    keep = kept is not None
+    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, options, statistics_all, odd_rows, keep)
     V, H = weight.shape
     K = 0 if ids is None else ids.shape[1]
     rows = min(max(hidden.shape[0], 1), ROWS_PER_LAUNCH)
@@ -439,11 +450,14 @@ def linear_softmax_fwd(
             part_out.log_probs,
             partials,
             split_weight,
+            of(kept),
             N,
             V,
             H,
             0 if u is None else u.shape[1],
             K,
+            0 if kept is None else min(kept.shape[1], V),
+            0 if kept is None else kept.stride(0),
             *_strides(h, weight, h_u, b),
             scale,
             softcap or 1.0,
@@ -455,6 +469,7 @@ def linear_softmax_fwd(
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=statistics_entropy,
             ALL=statistics_all,
+            KEEP=keep,
             TMA=tma,
             UPCAST=triton_interpreted(),
             SPLITS=config.splits,
@@ -602,7 +617,9 @@ def _linear_softmax_d_logits_kernel(
                 if HAS_IDS:
                     active = inside & ~_rows_skipped(ids_ptr, n, inside, K)
                 for part in tl.static_range(PARTS):
-                    v, x = _capped(acc, bias_ptr, v_start, V, scale, softcap, HAS_BIAS, HAS_SOFTCAP, part, PARTS)
+                    v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
+                    if HAS_SOFTCAP:
+                        x = tanh(x * (scale / softcap))
                     logp = x * factor[:, None] - hi[:, None]
                     p = _exp(logp)
                     bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))

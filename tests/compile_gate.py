@@ -42,6 +42,10 @@ TARGETS = {
 ALLOWED: dict[tuple[str, str], int] = {
     ("linear_softmax_fwd log-probs, pointers, bias softcap weights low-rank", "gfx942"): 608,
     ("linear_softmax_fwd all, pointers", "gfx942"): 40,
+    ("linear_softmax_fwd entropy, pointers, keeping logits", "gfx942"): 16,
+    ("linear_softmax_fwd all, pointers, keeping logits", "gfx942"): 100,
+    ("linear_softmax_fwd all, pointers, bias softcap weights, keeping logits", "gfx942"): 168,
+    ("linear_softmax_fwd all, pointers, bias softcap weights low-rank, keeping logits", "gfx942"): 224,
     ("linear_softmax_fwd all, pointers, bias softcap weights", "gfx942"): 140,
     ("linear_softmax_fwd all, pointers, bias softcap weights low-rank", "gfx942"): 212,
     ("linear_softmax_fwd all, pointers, odd rows, bias softcap weights low-rank", "gfx942"): 132,

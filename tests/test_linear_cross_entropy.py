@@ -58,26 +58,27 @@ def check(ours, plain, inputs):
     return results
 
 
+GENERATOR = torch.Generator().manual_seed(0)  # the same options whatever was imported before
 OPTIONS = {
     "plain": {},
-    "weight": {"weight": torch.rand(C) + 0.5},
+    "weight": {"weight": torch.rand(C, generator=GENERATOR) + 0.5},
     "smoothing": {"label_smoothing": 0.2},
-    "weight and smoothing": {"weight": torch.rand(C) + 0.5, "label_smoothing": 0.2},
+    "weight and smoothing": {"weight": torch.rand(C, generator=GENERATOR) + 0.5, "label_smoothing": 0.2},
     "z_loss": {"z_loss": 0.1},
-    "z_loss and weight": {"z_loss": 0.1, "weight": torch.rand(C) + 0.5},
+    "z_loss and weight": {"z_loss": 0.1, "weight": torch.rand(C, generator=GENERATOR) + 0.5},
     "scale": {"scale": 0.3},
     "softcap": {"softcap": 3.0},
-    "temperature": {"temperature": torch.rand(N) + 0.5},
+    "temperature": {"temperature": torch.rand(N, generator=GENERATOR) + 0.5},
     "ignore_index": {"ignore_index": 5},
-    "token_weights": {"token_weights": torch.randn(N)},
+    "token_weights": {"token_weights": torch.randn(N, generator=GENERATOR)},
     "everything": {
-        "weight": torch.rand(C) + 0.5,
+        "weight": torch.rand(C, generator=GENERATOR) + 0.5,
         "label_smoothing": 0.1,
         "z_loss": 0.05,
         "scale": 0.5,
         "softcap": 5.0,
-        "temperature": torch.rand(N) + 0.5,
-        "token_weights": torch.rand(N) + 0.5,
+        "temperature": torch.rand(N, generator=GENERATOR) + 0.5,
+        "token_weights": torch.rand(N, generator=GENERATOR) + 0.5,
     },
 }
 

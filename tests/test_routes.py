@@ -315,8 +315,8 @@ def test_kept_tokens():
 
 @pytest.fixture
 def out_of_place(monkeypatch):
-    """opcheck compares outputs after a backward, which scales the gradients among them in place."""
-    monkeypatch.setattr(routes, "scaled", lambda g, scale, dtype, in_place: scaled(g, scale, dtype, in_place=False))
+    """opcheck compares outputs after a backward, which writes over the gradients and logits among them."""
+    monkeypatch.setattr(routes, "read_again", lambda saved: True)
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
@@ -330,17 +330,19 @@ def test_opcheck_linear_loss(keep, dtype, out_of_place):
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
-def test_opcheck_linear_rows(keep):
-    hidden, weight = torch.randn(4, H).requires_grad_(), torch.randn(9, H).requires_grad_()
+@pytest.mark.parametrize("columns", [0, 16])
+def test_opcheck_linear_rows(keep, columns, out_of_place):
+    hidden, weight = torch.randn(4, H).requires_grad_(), torch.randn(16, H).requires_grad_()
     ids = torch.tensor([[1], [-100], [3], [8]])
-    rest = (None, None, None, ids, None, None, keep, None, keep is None, 1.0, None, "entropy", 2**20, "torch")
+    rest = (None, None, None, ids, None, None, keep, None, keep is None, 1.0, None, "entropy", columns, 2**20, "torch")
     torch.library.opcheck(linear_rows, (hidden, weight, *rest))
 
 
 @pytest.mark.parametrize("main_grad", [None, torch.zeros(9, H)])
-def test_opcheck_linear_rows_grad(main_grad):
+@pytest.mark.parametrize("kept", [None, torch.randn(4, 9)])
+def test_opcheck_linear_rows_grad(main_grad, kept):
     hidden, weight, ids = torch.randn(4, H), torch.randn(9, H), torch.tensor([[1], [2], [3], [8]])
-    head = (hidden, weight, None, None, None, ids, None, None, None, main_grad)
+    head = (hidden, weight, None, None, None, ids, None, None, None, main_grad, kept)
     terms = (torch.zeros(4, dtype=torch.float64), torch.ones(4), None, None, torch.ones(4, 1), None)
     wanted = [True, main_grad is None, False, False, False]
     torch.library.opcheck(linear_rows_grad, (*head, *terms, False, 1.0, None, wanted, 2**20, "torch"))
