@@ -174,6 +174,13 @@ def answers(device):
     loss = fused_losses.CrossEntropyLoss(label_smoothing=0.1, group=group)
     same(loss(x.flatten(0, 1).chunk(2, 1)[rank], ids.flatten()), F.cross_entropy(x.mT, ids, label_smoothing=0.1))
 
+    mine = x.flatten(0, 1).chunk(2, 1)[rank].clone().requires_grad_()
+    fused_losses.cross_entropy(mine, ids.flatten(), inplace_backward=True, group=group).backward()
+    one = x.flatten(0, 1).requires_grad_()
+    F.cross_entropy(one, ids.flatten()).backward()
+    same(mine.grad, one.grad.chunk(2, 1)[rank])
+    assert mine.grad.data_ptr() == mine.data_ptr()
+
     # Padded as the head is: its main_grad, and class probabilities.
     padding = VocabParallel(group, vocab_size=V - 2)
     shard, main_grad = weight.chunk(2)[rank].requires_grad_(), torch.zeros(V // 2, H, dtype=torch.float64)
