@@ -57,6 +57,7 @@ PLACEMENTS = {
     "data": ((4,), [Shard(0)], [Replicate()], [Replicate()]),
     "data_and_vocabulary": ((2, 2), [Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
     "data_and_sequence": ((2, 2), [Shard(0), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
+    "sequence_over_columns": ((2, 2), [Shard(1), Replicate()], [Shard(0), Replicate()], [Shard(0), Replicate()]),
     "two_replicas": ((2, 2), [Replicate(), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
 }
 
@@ -94,7 +95,31 @@ def local_gradients(device):
             loss = -fused_losses.selective_log_softmax(leaf, wrapped).sum()
         loss.backward()
         found[str(placement)] = {"logits": leaf.grad.full_tensor().movedim(classes, 2), "loss": loss.detach()}
+
+    for layout in (Replicate(), Shard(0)):
+        head = parallelize_module(updated_head().to(device), mesh, VocabParallelHead(input_layouts=layout))
+        leaf = tensors["hidden"].chunk(4 if layout.is_shard() else 1)[dist.get_rank() if layout.is_shard() else 0]
+        gradients = gradients_of_head(head, leaf, target)
+        found["head", str(layout)] = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     return found
+
+
+def updated_head():
+    """A LoRA update beside a weight that is frozen."""
+    head = LinearHead(H, V, dtype=torch.float64, rank=3, alpha=6.0)
+    g = torch.Generator().manual_seed(5)
+    for parameter in head.parameters():
+        parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=g)
+    head.weight.requires_grad_(False)
+    return head
+
+
+def gradients_of_head(head, hidden, target):
+    leaf = hidden.clone().requires_grad_()
+    loss = loss_of(head(leaf), target)
+    loss.backward()
+    trained = {name: p.grad for name, p in head.named_parameters() if p.grad is not None}
+    return trained | {"hidden": leaf.grad, "loss": loss.detach()}
 
 
 @needs_ranks
@@ -117,6 +142,12 @@ def test_placements_equal_one_process():
             total = found[0][case]["loss"] + found[2][case]["loss"]
         torch.testing.assert_close(total, loss.detach())
         assert of_hidden
+    expected = gradients_of_head(updated_head(), tensors["hidden"], target)
+    assert set(expected) == {"bias", "lora_A", "lora_B", "hidden", "loss"}
+    for rank, of_rank in enumerate(found):
+        torch.testing.assert_close(of_rank["head", str(Replicate())], expected)
+        expected_part = expected | {"hidden": expected["hidden"][rank : rank + 1]}
+        torch.testing.assert_close(of_rank["head", str(Shard(0))], expected_part)
     whole = F.linear(tensors["hidden"], tensors["weight"], tensors["bias"]).requires_grad_()
     mean = F.cross_entropy(whole.movedim(2, 1), target, label_smoothing=0.1)
     nll = F.cross_entropy(whole.movedim(2, 1), target, reduction="sum")
