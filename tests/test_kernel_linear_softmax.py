@@ -46,7 +46,7 @@ class Head:
                 x.copy_((x * 4).round() / 4)
         return self
 
-    def forward(self, outputs=STATISTICS, rows=slice(None)) -> RowStatistics:
+    def forward(self, outputs=STATISTICS, rows=slice(None), kept=None) -> RowStatistics:
         return kernel.linear_softmax_fwd(
             self.hidden[rows],
             self.weight,
@@ -58,6 +58,7 @@ class Head:
             scale=self.scale,
             softcap=self.softcap,
             outputs=outputs,
+            kept=kept,
         )
 
     def d_logits(self, logsumexp, coefficients, columns=slice(0, None), rows=slice(None), out=None):
@@ -462,3 +463,20 @@ def test_other_dtypes_and_shapes_are_refused(device):
         kernel.linear_softmax_fwd(h.half(), w.half(), w[:4, 0], None, None, None, None, outputs=())
     with pytest.raises(ValueError, match="low_rank"):
         kernel.linear_softmax_fwd(h.half(), w.half(), None, (h.half(), w.half()[:, :2]), None, None, None, outputs=())
+
+
+@pytest.mark.parametrize("variant", ["descriptors", "pointers"])
+@pytest.mark.parametrize("columns", [1, 100, 203, 208])
+@pytest.mark.parametrize("outputs", [(), ("entropy",), STATISTICS], ids=["log-probs", "entropy", "all"])
+def test_logits_are_kept_before_scale_and_softcap(variant, columns, outputs, device, monkeypatch):
+    monkeypatch.setattr(kernel, "ROWS_PER_LAUNCH", 16)  # two launches, which must not write each other's rows
+    head = Head(device, variant, **OPTIONS["everything"])
+    kept = torch.full((head.hidden.shape[0] + 1, 208), 7.0, device=device)
+    found = head.forward(outputs, kept=kept[:-1, :columns])
+    for a, b in zip(found, head.forward(outputs), strict=True):
+        assert a is b is None or torch.equal(a, b)
+    exact, eager = head.logits(torch.float64)[1].detach(), head.logits(torch.float32)[1].detach()
+    width = min(columns, exact.shape[1])
+    assert_accurate(kept[:-1, :width], eager[:, :width], exact[:, :width], "kept")
+    assert (kept[:-1, width:] == 7).all()
+    assert (kept[-1] == 7).all()

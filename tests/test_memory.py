@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fused_losses import planning
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
@@ -95,6 +96,29 @@ def test_sixteen_bit_peak_is_as_planned(accumulate, device):
     assert planned.chunks > 1
     peak = peak_bytes(call, device)
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
+@pytest.mark.parametrize("workspace", ["8MiB", "40MiB", "200MiB"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_kept_logits_are_planned(dtype, workspace, ignored, device, monkeypatch):
+    monkeypatch.setattr(
+        planning, "RECOMPUTE_BUDGET", 6 * MiB
+    )  # a slice's room: 16-bit heads keep logits in what is beyond
+    hidden = torch.randn(512, 32, dtype=dtype, device=device).requires_grad_()
+    weight = torch.randn(30000, 32, dtype=dtype, device=device).requires_grad_()
+    target = torch.randint(0, 30000, (512,), device=device)
+    target[:ignored] = -100
+    backend = "triton" if device == "cuda" else "torch"
+    planned = plan(512 - ignored, 30000, 32, dtype, workspace=workspace, per_token=True, backend=backend)
+
+    def call():
+        out = selective_log_softmax(LinearLogits(hidden, weight), target, workspace=workspace)
+        return torch.autograd.grad(out.sum(), (hidden, weight))
+
+    peak = peak_bytes(call, device)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+    assert (planned.kept > 0) == (dtype == torch.float32 or workspace != "8MiB"), str(planned)
 
 
 def test_no_grad_holds_a_tile(head):

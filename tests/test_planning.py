@@ -50,6 +50,23 @@ def test_recompute_needs_less_and_keeps_its_slices_small():
     assert p.flops == 8 / 6 * plan(*LLAMA).flops
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_larger_budget_recomputes_less(dtype):
+    plans = [plan(*LLAMA, dtype, per_token=True, workspace=w) for w in (None, "1GiB", "2GiB", "16GiB")]
+    flops = [p.flops / plan(*LLAMA).flops for p in plans]
+    assert flops == sorted(flops, reverse=True)
+    assert len({*flops}) == 4
+    assert flops[-1] == 1  # nothing is made again
+    assert plans[-1].kept == LLAMA[1]
+    for p in plans:
+        held = p.tokens * p.kept * 4
+        assert p.flops == (8 * p.vocab - 2 * p.kept) * p.tokens * p.hidden
+        assert held <= p.budget
+        assert (f"logits of {p.kept} vocabulary entries" in str(p)) == (p.kept > 0)
+    assert plans[0].peak <= plan(*LLAMA, dtype, per_token=True, workspace="256MiB").peak
+    assert (plans[0].kept > 0) == (dtype == torch.float32)  # there its room is that of the first slice's gradient
+
+
 def test_sixteen_bit_sums_end_at_eight_chunks():
     most = plan(*LLAMA, workspace=8192 // 8 * 128256 * 2)
     assert (most.chunks, most.accumulate) == (8, torch.bfloat16)

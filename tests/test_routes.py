@@ -1,5 +1,7 @@
 """The operators under the linear losses: statistics and gradients of a head, and how gradients are scaled and summed."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -96,14 +98,18 @@ def at(h, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 3.0}], ids=["plain", "capped"])
-@pytest.mark.parametrize("drop_ignored", [True, False])
-def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, backend, device):
+@pytest.mark.parametrize(
+    ("drop_ignored", "workspace"),
+    [(True, N * 16 * 4), (False, N * 16 * 4), (True, "1MiB")],
+    ids=["drop", "zero", "keep"],
+)
+def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, workspace, backend, device):
     if backend == "triton" and (dtype == torch.float64 or (dtype == torch.bfloat16 and device == "cpu")):
         pytest.skip("Triton computes in fp32, and its interpreter gets bfloat16 wrong")
     h, u = head(dtype, device, **options), torch.randn(V, device=device)
     ids = some_top1(h, some_ids(device))
     found = linear_statistics(
-        h, ids, u, outputs=OUTPUTS, drop_ignored=drop_ignored, backend=backend, workspace=N * 16 * 4
+        h, ids, u, outputs=OUTPUTS, drop_ignored=drop_ignored, backend=backend, workspace=workspace
     )
     exact_head, eager_head = at(h, torch.float64), at(h, dtype)
     exact, eager = plain_statistics(exact_head, ids, u), plain_statistics(eager_head, ids, u)
@@ -126,6 +132,45 @@ def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, backend,
             torch.testing.assert_close(a, c)
         else:
             assert_accurate(a, b, c, f"d_{name}")
+
+
+@pytest.mark.parametrize(("kept", "made"), [(0, 41), (16, 25), (32, 9), (41, 0)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_what_forward_keeps_is_not_made_again(kept, made, dtype, backend, device, monkeypatch):
+    """The same values bit for bit, and gradients from the kept logits for as many columns."""
+    h, u, ids = head(dtype, device, scale=0.5, softcap=3.0), torch.randn(V, device=device), some_ids(device)
+    tile_of = routes.linear_module(backend, dtype)
+    d_logits, columns = tile_of.linear_softmax_d_logits, []
+
+    def counted(hidden, weight, *rest, **options):
+        columns.append(weight.shape[0])
+        return d_logits(hidden, weight, *rest, **options)
+
+    monkeypatch.setattr(tile_of, "linear_softmax_d_logits", counted)
+    found, gradients = [], []
+    for entries in (0, kept):
+        small = planning.plan(N, V, H, dtype, route="recompute", workspace=1)
+        plan = dataclasses.replace(small, kept=entries, chunk=max(16, entries) if dtype == torch.float32 else 16)
+        monkeypatch.setattr(routes, "recompute_plan", lambda *_, plan=plan: plan)
+        columns.clear()
+        found.append(linear_statistics(h, ids, u, outputs=OUTPUTS, backend=backend)._asdict())
+        gradients.append(differentiated(found[-1], h))
+    assert sum(columns) == made
+    for name in OUTPUTS:
+        assert torch.equal(found[0][name], found[1][name]), name
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=2e-6)
+
+
+def test_kept_logits_outlive_a_backward_that_keeps_the_graph(backend, device):
+    h, ids = head(device=device), some_ids(device)
+    found = linear_statistics(h, ids, outputs=("entropy",), backend=backend)
+    total = (found.log_probs.sum(-1) * found.entropy).sum()
+    first = torch.autograd.grad(total, h.inputs, retain_graph=True)
+    second = torch.autograd.grad(total, h.inputs)
+    for a, b in zip(first, second, strict=True):
+        assert a.abs().max() > 0.1
+        assert torch.equal(a, b)
 
 
 def test_top1_is_the_first_maximum(backend, device):
