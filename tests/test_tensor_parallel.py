@@ -57,7 +57,6 @@ PLACEMENTS = {
     "data": ((4,), [Shard(0)], [Replicate()], [Replicate()]),
     "data_and_vocabulary": ((2, 2), [Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
     "data_and_sequence": ((2, 2), [Shard(0), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
-    "sequence_over_columns": ((2, 2), [Shard(1), Replicate()], [Shard(0), Replicate()], [Shard(0), Replicate()]),
     "two_replicas": ((2, 2), [Replicate(), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
 }
 
@@ -73,6 +72,8 @@ def local_gradients(device):
             for (name, t), p in zip(tensors.items(), placements, strict=True)
         }
         logits = LinearLogits(leaves["hidden"], leaves["weight"], leaves["bias"], softcap=8.0)
+        start, stop = logits.vocab_range
+        assert (stop - start < V) == any(p.is_shard() for p in placements[1]), f"{case}: {(start, stop)}"
         of_rank = target
         if shape == (4,) and logits.shape[0] == 1:
             of_rank = target[dist.get_rank() :][:1]
@@ -98,6 +99,7 @@ def local_gradients(device):
 
     for layout in (Replicate(), Shard(0)):
         head = parallelize_module(updated_head().to(device), mesh, VocabParallelHead(input_layouts=layout))
+        assert head.lora_A.placements == (Replicate(),)
         leaf = tensors["hidden"].chunk(4 if layout.is_shard() else 1)[dist.get_rank() if layout.is_shard() else 0]
         gradients = gradients_of_head(head, leaf, target)
         found["head", str(layout)] = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}

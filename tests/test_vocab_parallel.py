@@ -272,6 +272,16 @@ def other_answers(device, ranks):
     ):
         torch.testing.assert_close(ours, theirs)
 
+    def by_mean(s):
+        return s.log_probs * s.mean_logits + s.is_top1
+
+    trained = mine | {"hidden": tensors["hidden"].clone().requires_grad_()}
+    ours, theirs = (
+        fused_losses.token_loss(by_mean, logits, x["target"], statistics=("log_probs", "mean_logits", "is_top1"))[0]
+        for logits in (lazy(trained, VocabParallel(dist.group.WORLD, (start, stop), V)), whole)
+    )
+    torch.testing.assert_close(ours.detach(), theirs)
+
     # Padding: beyond its ids a shard may hold rows, which are never read.
     per_rank = 16 if ranks == 4 else 32
     padded = {name: F.pad(tensors[name].T, (0, per_rank * ranks - V), value=torch.nan).T for name in ("weight", "B")}

@@ -256,6 +256,7 @@ def tokens_on_meshes(device):
     compare(rolled(2), line, [Shard(1)], [Shard(0)])
     compare(rolled(3), line, [Shard(1)], [Shard(0)])
     for cut in (Shard(0), Shard(1)):
+        compare(log_probs, square, [cut, Replicate()], [Shard(0), Replicate()])
         compare(log_probs, square, [cut, cut], [Replicate(), Shard(0)], part=lambda t, d=cut.dim: half(t, d, square, 0))
         compare(log_probs, square, [cut, cut], [Shard(0), Replicate()], part=lambda t, d=cut.dim: half(t, d, square, 1))
 
