@@ -16,9 +16,7 @@ from fused_losses.bench.ranks import run
 from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.token_loss import token_loss
 
-pytestmark = needs_ranks
-
-pytestmark = pytest.mark.xdist_group("linear_logits_distributed")  # its processes are started once
+pytestmark = [needs_ranks, pytest.mark.xdist_group("linear_logits_distributed")]  # its processes are started once
 RANKS, STEPS = 2, 3
 B, S, V, H = 2, 5, 13, 8
 
