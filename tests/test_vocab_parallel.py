@@ -268,6 +268,7 @@ def other_answers(device, ranks):
         (z.gather(-1, x["ids"].clamp(min=0)), whole.gather(-1, x["ids"].clamp(min=0))),
         (z.log_softmax(-1).mean(-1), whole.log_softmax(-1).mean(-1)),
         (z.sum(-1), whole.sum(-1)),
+        ((z + 2).sum(-1), (whole + 2).sum(-1)),
         (z.logsumexp(-1), whole.logsumexp(-1)),
     ):
         torch.testing.assert_close(ours, theirs)

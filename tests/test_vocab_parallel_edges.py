@@ -39,6 +39,16 @@ def with_class_weights(whole, shared, **of):
     )
 
 
+def of_tokens(whole, shared, **of):
+    """What differs by token."""
+    per_token = randn(N, seed=8).abs() + 0.5
+    loss, found = linear_cross_entropy(
+        whole["hidden"], shared["weight"], targets(N), linear_bias=shared["bias"], scale=0.7, temperature=per_token,
+        token_weights=per_token, return_statistics=True, **OPTIONS, **of,
+    )  # fmt: skip
+    return loss + (found.logsumexp * found.is_top1 + found.log_probs).sum()
+
+
 def of_logits(whole, shared, **of):
     """Softcap and all, with probabilities and with classes."""
     logits, classes = shared["logits"], whole["classes"]
@@ -79,6 +89,7 @@ HEAD = {"hidden": (N, H)}, {"weight": ((V, H), 0), "target": ((N, V), 1)}
 CASES = {
     "class weights": ({"hidden": (N, H), "classes": (V,)}, HEAD[1], with_class_weights),
     "logits": ({"classes": (V,)}, {"logits": ((N, V), 1), "target": ((N, V), 1)}, of_logits),
+    "tokens": ({"hidden": (N, H)}, {"weight": ((V, H), 0), "bias": ((V,), 0)}, of_tokens),
     "K dimensions": ({"hidden": (N, H)}, {"weight": ((V, 3, H), 0), "bias": ((V, 3), 0)}, in_k_dimensions),
     "logits below zero": ({"hidden": (N, H)}, {"weight": ((V, H), 0), "bias": ((V,), 0)}, below_zero),
     "no tokens": (*HEAD, without_tokens),
