@@ -29,7 +29,16 @@ from .numerics import statistics_dtype
 from .routes import Head, check_head, head_of, kept_tokens, ready
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
-from .two_heads import Divergence, budget, compare_rows, differentiable_two_heads, pack, two_heads_loss, two_heads_rows
+from .two_heads import (
+    Divergence,
+    budget,
+    compare_rows,
+    differentiable_two_heads,
+    pack,
+    tokens_left,
+    two_heads_loss,
+    two_heads_rows,
+)
 from .vocab_parallel import VocabShard, is_dtensor, local_part, packed
 
 if TYPE_CHECKING:
@@ -274,9 +283,13 @@ def token_divergence(
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         if transforms_active():
             return differentiable_two_heads(*heads, ids, labels, which)
-        found, nll = two_heads_rows(
-            *heads[0].inputs, *heads[1].inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored,
-            *pack(*heads, which), labels, budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
+        inputs = (*heads[0].inputs, *heads[1].inputs)
+        wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
+        M = len(heads[0].hidden) if keep is None else len(keep)
+        how = (budget(heads, workspace), resolve_backend(heads[0].hidden, backend))
+        found, nll, *_ = two_heads_rows(
+            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which), labels,
+            wanted, tokens_left(heads, M, wanted, labels, *how), *how,
         )  # fmt: skip
     _gather_in_backward(found, student, teacher)
     return found, nll if labels else None

@@ -6,7 +6,8 @@ product over a side's logits:
 
 - a sum over tokens (:func:`two_heads_loss`) makes its gradients in forward: ``6NVH`` for a side that trains, ``2NVH`` for one
   that does not. Backward multiplies by the upstream gradient.
-- per-token results (:func:`two_heads_rows`) keep nothing but the inputs, and backward makes the logits again: ``2NVH`` more.
+- per-token results (:func:`two_heads_rows`) make the logits again in backward, ``2NVH`` more for each side. But the room of a
+  chunk forward leaves full: of the gradient, as if each token's upstream gradient were 1, which backward only multiplies.
 
 A side may also be a tensor of logits: a :class:`Head` whose ``hidden`` is them and whose ``weight`` is None.
 
@@ -30,7 +31,17 @@ from .chunked.linear_softmax import TILE, logits_tile, slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS, transform
 from .numerics import statistics_dtype, wide_dtype
 from .planning import FEWEST_TOKENS, MANY_CHUNKS
-from .routes import HEADROOM, Head, add_product, column_sums, full_precision, per_token_dtype, scale_gradients
+from .routes import (
+    HEADROOM,
+    Head,
+    add_product,
+    column_sums,
+    full_precision,
+    per_token_dtype,
+    read_again,
+    scale_gradients,
+    traced,
+)
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -197,25 +208,32 @@ def total_dtypes(head: Head, sums: torch.dtype) -> tuple[torch.dtype, ...]:
 class _Side:
     """One head: room for a chunk of its logits and their gradient, and for the gradients of its inputs."""
 
-    def __init__(self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype) -> None:
+    def __init__(
+        self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype, totals: bool, kept: Tensor | None
+    ) -> None:
         self.head, self.V, self.wanted = head, V, any(wanted)
         hidden = head.hidden
         dtype, wide = hidden.dtype, statistics_dtype(hidden.dtype)
         self.direct = head.weight is None
         self.cut = head if self.direct or vocab_of(head) == V else head.columns(slice(0, V))
-        self.room = None if self.direct else hidden.new_empty(n, V, dtype=wide)
         in_place = self.direct or wide == dtype
-        self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V)
+        if in_place and kept is not None:
+            self.room: Tensor | None = kept
+        else:
+            self.room = None if self.direct else hidden.new_empty(n, V, dtype=wide)
+        self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V) if kept is None else kept
         self.totals: list[Tensor | None] = [
-            like.new_zeros(like.shape, dtype=t) if want and like is not None else None
+            like.new_zeros(like.shape, dtype=t) if totals and want and like is not None else None
             for like, t, want in zip(head.inputs, total_dtypes(head, sums), wanted, strict=True)
         ]
         self.begun: list[
             tuple[Any, Tensor, slice | Tensor, Tensor]
         ] = []  # sums over ranks: of a product, for total[rows]
 
-    def logits(self, rows: slice | Tensor, ignored: Tensor | None) -> Tensor:
+    def take(self, rows: slice | Tensor, ignored: Tensor | None) -> None:
         self.chunk = self.cut.tokens(rows, None if self.direct else ignored)
+
+    def logits(self) -> Tensor:
         if self.direct:
             return self.chunk.hidden[:, : self.V]
         assert self.room is not None
@@ -277,15 +295,25 @@ def both_heads(
     wanted: Sequence[bool],  # gradients of the inputs of either head
     workspace: int,
     backend: str,
+    *,
+    leave: bool = False,
+    kept: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """``divergence (N,)``, ``−log p (N,)`` of the student, and the gradient of each input or None, its dtype or a wider one."""
+    """``divergence (N,)``, ``−log p (N,)`` of the student, and the gradient of each input or None, its dtype or a wider one.
+
+    To ``leave`` is to return, for each side that trains, the gradient of the first chunk's logits instead, which a later call
+    takes as ``kept``, writes over, and multiplies with its ``soft``.
+    """
     heads, shard = (student, teacher), student.shard
     N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
     ids = ids if ids is None or shard is None else shard.local(ids)
     M = N if keep is None else keep.shape[0]
     cut = chunks_of(heads, M, wanted, workspace, backend)
     parts = (wanted[:5], wanted[5:])
-    sides = [_Side(h, V, min(cut.tokens, M), w, s) for h, w, s in zip(heads, parts, cut.sums, strict=True)]
+    sides = [
+        _Side(h, V, min(cut.tokens, M), w, s, not leave, k)
+        for h, w, s, k in zip(heads, parts, cut.sums, kept, strict=True)
+    ]
     factor: Tensor | None = None  # at which float16 gradients neither vanish nor overflow
     if any(s.wanted and s.head.hidden.dtype == torch.float16 for s in sides) and N:
         largest = torch.stack([t.abs().amax() for t in (soft, hard) if t is not None]).amax().clamp(2.0**-60, 2.0**60)
@@ -298,13 +326,27 @@ def both_heads(
         return None if t is None else t[rows]
 
     with full_precision(student.hidden.device):
-        for start in range(0, M, max(cut.tokens, 1)):
+        starts = range(0, M, max(cut.tokens, 1))
+        for start in reversed(starts) if leave else starts:
             part = slice(start, min(start + cut.tokens, M))
             rows: slice | Tensor = part if keep is None else keep[part]
             of_ids = of(ids, rows)
             ignored = of_ids == -100 if zero_ignored and of_ids is not None else None
-            logits = [side.logits(rows, ignored) for side in sides]
-            d_logits = [side.d_logits(x, rows) for side, x in zip(sides, logits, strict=True)]
+            for side in sides:
+                side.take(rows, ignored)
+            if start == 0 and soft is not None and any(d is not None for d in kept):
+                for side, d in zip(sides, kept, strict=True):
+                    side.add(
+                        None
+                        if d is None
+                        else multiply_rows(d, soft[rows] if factor is None else soft[rows] / HEADROOM),
+                        rows,
+                        first=True,
+                    )
+                continue
+            logits = [side.logits() for side in sides]
+            made = start == 0 or not leave
+            d_logits = [side.d_logits(x, rows) if made else None for side, x in zip(sides, logits, strict=True)]
             found, found_nll = compare_rows(
                 backend,
                 shard,
@@ -322,11 +364,33 @@ def both_heads(
             if nll is not None and found_nll is not None:
                 nll[rows] = found_nll
             for side, d in zip(sides, d_logits, strict=True):
-                side.add(d, rows, first=start == 0)
+                if not leave:
+                    side.add(d, rows, first=start == 0)
+    if leave:
+        return divergence, nll, [side.d_room if side.wanted else None for side in sides]
     totals = [total for side in sides for total in side.finished()]
     if factor is not None:
         totals = [None if t is None else t.div_(factor) for t in totals]
     return divergence, nll, totals
+
+
+def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
+    """``x (n, V)`` times ``by (n,)``, in place; a few rows at a time, since a CPU copies 16-bit factors."""
+    n = len(x) if x.is_cuda else max(1, CHUNK_ELEMENTS // max(x.shape[1], 1))
+    for i in range(0, len(x), max(n, 1)):
+        x[i : i + n].mul_(by[i : i + n, None])
+    return x
+
+
+def tokens_left(
+    heads: tuple[Head, Head], M: int, wanted: Sequence[bool], labels: bool, workspace: int, backend: str
+) -> int:
+    """How many tokens' gradients of the logits forward keeps: none where a row has two upstream gradients, or where no
+    backward follows or is traced, or where the gradient is itself a result."""
+    sides = ((heads[0], any(wanted[:5])), (heads[1], any(wanted[5:])))
+    if labels or not any(wanted) or traced(heads[0].hidden) or any(w and h.weight is None for h, w in sides):
+        return 0
+    return min(M, chunks_of(heads, M, wanted, workspace, backend).tokens)
 
 
 def differentiable_two_heads(
@@ -479,58 +543,71 @@ two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
 @torch.library.custom_op(
     "fused_losses::two_heads_rows",
     mutates_args=(),
-    schema=f"({PROBLEM}, bool labels, int workspace, str backend) -> (Tensor, Tensor)",
+    schema=f"({PROBLEM}, bool labels, bool[] wanted, int tokens, int workspace, str backend) -> ({', '.join(['Tensor'] * 4)})",
 )
-def two_heads_rows(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """``divergence (N,)`` and ``−log p (N,)``, 0-dim without labels."""
-    labels, workspace, backend = arguments[IN_PROBLEM:]
+def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
+    """``divergence (N,)`` and ``−log p (N,)``, 0-dim without labels, and what backward needs of the first ``tokens``."""
+    labels, wanted, tokens, workspace, backend = arguments[IN_PROBLEM:]
     problem = _Problem.of(arguments[:IN_PROBLEM])
-    divergence, nll, _ = both_heads(*problem, None, None, labels, [False] * INPUTS, workspace, backend)
-    return divergence, _present(nll, divergence)
+    hidden = problem.student.hidden
+    unit = hidden.new_ones(len(hidden), dtype=statistics_dtype(hidden.dtype)) if tokens else None
+    divergence, nll, left = both_heads(
+        *problem, unit, None, labels, wanted if tokens else [False] * INPUTS, workspace, backend, leave=tokens > 0
+    )
+    return divergence, *(_present(t, divergence) for t in (nll, *(left if tokens else (None, None))))
 
 
 @two_heads_rows.register_fake
-def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    hidden, labels = arguments[0], arguments[IN_PROBLEM]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    problem = _Problem.of(arguments[:IN_PROBLEM])
+    labels, wanted, tokens, *_ = arguments[IN_PROBLEM:]
+    hidden, V = problem.student.hidden, compared_vocab(problem.student, problem.teacher)
     found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
-    return found, torch.empty_like(found) if labels else found.new_zeros(())
+    left = [
+        head.hidden.new_empty(tokens, V) if tokens and any(side) else None
+        for head, side in ((problem.student, wanted[:5]), (problem.teacher, wanted[5:]))
+    ]
+    return found, *(_present(t, found) for t in (torch.empty_like(found) if labels else None, *left))
 
 
 @torch.library.custom_op(
     "fused_losses::two_heads_rows_grad",
-    mutates_args=(),
-    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, bool[] wanted, int workspace, str backend) -> Tensor[]",
+    mutates_args=("s_kept", "t_kept"),
+    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!)? s_kept, Tensor(b!)? t_kept, bool[] wanted, int workspace, "
+    f"str backend) -> ({', '.join(['Tensor'] * INPUTS)})",
 )
-def two_heads_rows_grad(*arguments: Any) -> list[Tensor]:
+def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the inputs, 0-dim where absent or not ``wanted``; factors of the divergences' and of those of −log p."""
-    soft, hard, wanted, workspace, backend = arguments[IN_PROBLEM:]
+    soft, hard, *kept, wanted, workspace, backend = arguments[IN_PROBLEM:]
     problem = _Problem.of(arguments[:IN_PROBLEM])
-    *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend)
+    *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend, kept=kept)
     pairs = zip(gradients, problem.inputs, strict=True)
-    return [_present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs]
+    return tuple(_present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
 
 
 @two_heads_rows_grad.register_fake
-def _(*arguments: Any) -> list[Tensor]:
-    soft, _, wanted, *_ = arguments[IN_PROBLEM:]
-    return [
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    soft, _, _, _, wanted, *_ = arguments[IN_PROBLEM:]
+    return tuple(
         soft.new_zeros(()) if t is None or not want else torch.empty_like(t)
         for t, want in zip(arguments[:INPUTS], wanted, strict=True)
-    ]
+    )
 
 
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[2:])
     ctx.options = inputs[TENSORS:IN_PROBLEM]
-    ctx.labels, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
-    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.labels, _, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
+    ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
 
 
-def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Any, ...]:
-    rest = (None,) * (IN_PROBLEM - INPUTS + 3)
+def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, *_: None) -> tuple[Any, ...]:
+    rest = (None,) * (IN_PROBLEM - INPUTS + 5)
     if d_divergence is None and d_nll is None:
         return *(None,) * INPUTS, *rest
-    arguments = (*ctx.saved_tensors, *ctx.options)
+    *tensors, s_kept, t_kept = ctx.saved_tensors
+    arguments = (*tensors, *ctx.options)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         problem = _Problem.of(arguments)
         refuse_shard("".join(ctx.options[-1]), problem.student.hidden.shape)
@@ -543,9 +620,10 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) 
     hard = d_nll if ctx.labels else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
+    kept = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_kept, t_kept)]
     gradients = two_heads_rows_grad(
-        *arguments, soft.contiguous(), None if hard is None else hard.contiguous(), list(ctx.needs_input_grad[:INPUTS]),
-        ctx.workspace, ctx.backend,
+        *arguments, soft.contiguous(), None if hard is None else hard.contiguous(), *kept,
+        list(ctx.needs_input_grad[:INPUTS]), ctx.workspace, ctx.backend,
     )  # fmt: skip
     return *(None if g.ndim == 0 else g for g in gradients), *rest
 

@@ -13,7 +13,15 @@ from fused_losses.reference import divergence as reference
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.routes import Head
 from fused_losses.settings import workspace
-from fused_losses.two_heads import DEFAULT_BUDGET, FEWEST_TOKENS, Divergence, both_heads, budget, chunks_of
+from fused_losses.two_heads import (
+    DEFAULT_BUDGET,
+    FEWEST_TOKENS,
+    Divergence,
+    both_heads,
+    budget,
+    chunks_of,
+    tokens_left,
+)
 from fused_losses.vocab_parallel import VocabShard
 
 ALL, STUDENT, NONE = [True] * 10, [True] * 5 + [False] * 5, [False] * 10
@@ -169,6 +177,55 @@ def test_float16_gradients_neither_vanish_nor_overflow(size, monkeypatch):
         if ours is not None:
             assert ours.dtype == torch.float32
             assert (ours - true).norm() < 2e-3 * true.norm()
+
+
+@pytest.mark.parametrize("size", [1e-7, 1.0, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("wanted", [ALL, STUDENT], ids=["both", "student"])
+@pytest.mark.parametrize("fewest", [8, 32], ids=["one of three chunks", "all"])
+def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, monkeypatch):
+    """The gradients are those of one call, and the logits of the chunk that was left are not made again."""
+    monkeypatch.setattr(two_heads, "FEWEST_TOKENS", fewest)
+    torch.manual_seed(0)
+    N, keep = 30, torch.arange(30)[1:25]
+    heads = (head(N, 60, dtype=dtype), head(N, 60, dtype=dtype))
+    ids = torch.zeros(N, dtype=torch.int64)
+    soft = torch.randn(N, dtype=torch.promote_types(dtype, torch.float32)) * size
+    how = (heads[0], heads[1], ids, keep, False, Divergence("jsd", 0.3, 1.5))
+    made = []
+    project = two_heads.project
+    monkeypatch.setattr(two_heads, "project", lambda h, out: made.append(len(h.hidden)) or project(h, out))
+
+    def call(soft, **options):
+        made.clear()
+        return both_heads(*how, soft, None, False, wanted, 1, "torch", **options)
+
+    divergence, _, whole = call(soft)
+    assert sum(made) == 2 * len(keep)
+    values, _, left = call(torch.ones_like(soft), leave=True)
+    assert sum(made) == 2 * len(keep)
+    assert [t is not None for t in left] == [True, wanted is ALL]
+    *_, gradients = call(soft, kept=left)
+    assert sum(made) == 2 * max(0, len(keep) - fewest)
+    assert torch.equal(values, divergence)
+    precision = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
+    for ours, true in zip(gradients, whole, strict=True):
+        assert (ours is None) == (true is None)
+        if ours is not None:
+            assert ours.isfinite().all()
+            assert (ours - true).norm() < precision * true.norm()
+
+
+def test_nothing_is_left_where_it_cannot_be_used():
+    """Not where a token has two upstream gradients, no side trains, or logits that are given train."""
+    heads = (head(40, 60), head(40, 60))
+    assert tokens_left(heads, 40, STUDENT, False, 2**30, "torch") == 40
+    assert tokens_left(heads, 30, STUDENT, False, 1, "torch") == 30
+    assert tokens_left(heads, 40, STUDENT, True, 2**30, "torch") == 0
+    assert tokens_left(heads, 40, NONE, False, 2**30, "torch") == 0
+    given = (heads[0], logits(40, 60))
+    assert tokens_left(given, 40, STUDENT, False, 2**30, "torch") == 40
+    assert tokens_left(given, 40, ALL, False, 2**30, "torch") == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
