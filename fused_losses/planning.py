@@ -251,18 +251,17 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     if most < min(V, FEWEST_COLUMNS):
         why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
     most = max(most, FEWEST_COLUMNS)
-    if wide == dtype:  # the room of the first slice's logits is that of every slice's gradient
+    if wide == dtype:  # one room: from forward on of the first slice's logits, then of every slice's gradient
         v = kept = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
-    else:  # logits are never rounded to 16 bits: theirs is a room beside the gradient's
+        held = N * kept * dtype.itemsize
+        room = {"d_logits of a slice": held}
+    else:  # logits are never rounded to 16 bits, so that their room is another
         v = _even(V, most)
-        whole_slices = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
-        kept = min(V, whole_slices * v)
-    room = {
-        "d_logits of a slice": N * v * dtype.itemsize,
-        "logits kept": N * kept * wide.itemsize if wide != dtype else 0,
-    }
+        slices_kept = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
+        kept = min(V, slices_kept * v)
+        held = N * kept * wide.itemsize
+        room = {"d_logits of a slice": N * v * dtype.itemsize, "logits kept": held}
     slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **room, "tile": tile}
-    held = room["logits kept"] if wide != dtype else N * kept * dtype.itemsize
     end = {
         "gradients": d_hidden + d_weight,
         "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,

@@ -72,6 +72,8 @@ class route(_Setting):
 class workspace(_Setting):
     """Bytes a call may use beside its inputs and results: an int, ``"256MiB"``, ``"1.5GiB"``, or ``None``: as planned.
 
+    Calls with a result per token may hold it from forward to backward, full of what backward then need not make again.
+
     Example:
         >>> with workspace("256MiB"):
         ...     workspace.value
