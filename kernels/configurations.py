@@ -229,6 +229,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
         (True, True, 2),
     ]
     few = [(False, False, 1), (True, False, 2), (True, True, 2)]
+    kept = ("*fp32:16", "i32", "i32:16")
     keeping = {(False, False, 1), (False, False, 2), (True, False, 2), (True, True, 2)}
     has_tma = arch in ("sm_90", "sm_100")
     variants = (
@@ -246,7 +247,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
                 module._linear_softmax_fwd_kernel,
                 common(tma, tile, options, low_rank, odd_rows, odd_vocab)
                 | {f"{x}_ptr": "*fp32:16" for x in ("logits_at_ids", "partials", "split_weight")}
-                | {"kept_ptr": "*fp32:16" if keep else None, "kept_columns": "i32", "kept_stride_n": "i32:16"}
+                | dict(zip(("kept_ptr", "kept_columns", "kept_stride_n"), kept if keep else (None,) * 3, strict=True))
                 | {"ENTROPY": level >= 1, "ALL": level == 2, "KEEP": keep},
                 tile.num_warps,
                 tile.num_stages,
