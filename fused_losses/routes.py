@@ -799,7 +799,10 @@ def linear_rows_grad(
 
     def room(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
-        return None if like is None or not wanted[i] else like.new_zeros(rows, *like.shape[1:], dtype=dtype)
+        if like is None or not wanted[i]:
+            return None
+        shape = (rows, *like.shape[1:])
+        return like.new_empty(shape, dtype=dtype) if M and V else like.new_zeros(shape, dtype=dtype)
 
     d_hidden, d_u = room(0, M, wide), room(3, M, wide)
     d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)

@@ -222,10 +222,14 @@ class _Side:
         else:
             self.room = None if self.direct else hidden.new_empty(n, V, dtype=wide)
         self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V) if kept is None else kept
-        self.totals: list[Tensor | None] = [
-            like.new_zeros(like.shape, dtype=t) if totals and want and like is not None else None
-            for like, t, want in zip(head.inputs, total_dtypes(head, sums), wanted, strict=True)
-        ]
+        self.totals: list[Tensor | None] = []
+        for i, (like, t) in enumerate(zip(head.inputs, total_dtypes(head, sums), strict=True)):
+            if not totals or like is None or not wanted[i]:
+                self.totals.append(None)
+            elif i in (1, 4) and n and self.cut is head:  # the first chunk's product is written over all of it
+                self.totals.append(like.new_empty(like.shape, dtype=t))
+            else:
+                self.totals.append(like.new_zeros(like.shape, dtype=t))
         self.begun: list[
             tuple[Any, Tensor, slice | Tensor, Tensor]
         ] = []  # sums over ranks: of a product, for total[rows]
