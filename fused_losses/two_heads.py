@@ -339,14 +339,9 @@ def both_heads(
             for side in sides:
                 side.take(rows, ignored)
             if start == 0 and soft is not None and any(d is not None for d in kept):
+                upstream = soft[rows] if factor is None else soft[rows] / HEADROOM
                 for side, d in zip(sides, kept, strict=True):
-                    side.add(
-                        None
-                        if d is None
-                        else multiply_rows(d, soft[rows] if factor is None else soft[rows] / HEADROOM),
-                        rows,
-                        first=True,
-                    )
+                    side.add(None if d is None else multiply_rows(d, upstream), rows, first=True)
                 continue
             logits = [side.logits() for side in sides]
             made = start == 0 or not leave
@@ -602,7 +597,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.options = inputs[TENSORS:IN_PROBLEM]
-    ctx.labels, _, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
+    ctx.labels, ctx.wanted, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
     ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
 
 
@@ -624,11 +619,19 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
     hard = d_nll if ctx.labels else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
-    kept = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_kept, t_kept)]
+    wanted = list(ctx.needs_input_grad[:INPUTS])
+    kept: list[Tensor | None] = [None, None]
+    if wanted == list(ctx.wanted):  # else the chunks are others than those of forward
+        kept = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_kept, t_kept)]
     gradients = two_heads_rows_grad(
-        *arguments, soft.contiguous(), None if hard is None else hard.contiguous(), *kept,
-        list(ctx.needs_input_grad[:INPUTS]), ctx.workspace, ctx.backend,
-    )  # fmt: skip
+        *arguments,
+        soft.contiguous(),
+        None if hard is None else hard.contiguous(),
+        *kept,
+        wanted,
+        ctx.workspace,
+        ctx.backend,
+    )
     return *(None if g.ndim == 0 else g for g in gradients), *rest
 
 
