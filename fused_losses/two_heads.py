@@ -621,7 +621,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
     assert soft is not None
     wanted = list(ctx.needs_input_grad[:INPUTS])
     kept: list[Tensor | None] = [None, None]
-    if wanted == list(ctx.wanted):  # else the chunks are others than those of forward
+    if wanted == list(ctx.wanted):  # else the chunks are not those of forward
         kept = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_kept, t_kept)]
     gradients = two_heads_rows_grad(
         *arguments,

@@ -545,27 +545,6 @@ def test_a_second_backward_gives_the_same_gradients(backend, device):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_gradients_of_some_inputs_are_those_of_all(dtype, backend, device, monkeypatch):
-    """A backward that asks for less than forward prepared for, whose chunks are larger then."""
-    leaves, make, _ = heads(device, dtype)
-    chunks_of = two_heads.chunks_of
-
-    def chunks(heads, M, wanted, *rest):
-        return chunks_of(heads, M, wanted, *rest)._replace(tokens=2 if any(wanted[5:]) else 3)
-
-    monkeypatch.setattr(two_heads, "chunks_of", chunks)
-
-    def gradients(*wanted):
-        total = (divergence(*make(leaves), kind="jsd", backend=backend).exp() * 3).sum()
-        return torch.autograd.grad(total, [leaves[i] for i in wanted])
-
-    whole = gradients(*range(len(leaves)))
-    for wanted in ([0], [1, 4], [5, 6], [2, 9]):
-        for i, found in zip(wanted, gradients(*wanted), strict=True):
-            torch.testing.assert_close(found, whole[i])
-
-
 def test_head_operator_contract(device, monkeypatch):
     leaves, _, _ = heads(device, N=4, V=9)
     ids = torch.tensor([1, -100, 0, 2], device=device)
