@@ -150,6 +150,12 @@ def traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
 
 
+def hooks_take_saved() -> bool:
+    """Whether hooks take what forward saves: checkpointing makes it again, under settings that may have changed, and logits
+    are sooner made again than moved to another memory and back."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:
     """Which tokens to project, and whether ignored ones among them must be zeroed.
 
@@ -187,11 +193,13 @@ def recompute_plan(head: Head, tokens: int, workspace: int, backend: str) -> Pla
 
 
 def kept_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
-    """How many columns of logits forward keeps; none where no backward follows, or none whose shapes are known yet."""
+    """How many columns of logits forward keeps; none where no backward follows, or none whose shapes are known yet, or
+    where hooks take them."""
     if (
         traced(head.hidden)
         or not torch.is_grad_enabled()
         or not any(t is not None and t.requires_grad for t in head.inputs)
+        or hooks_take_saved()
     ):
         return 0
     return min(recompute_plan(head, tokens, workspace, backend).kept, head.weight.shape[0])

@@ -37,6 +37,7 @@ from .routes import (
     add_product,
     column_sums,
     full_precision,
+    hooks_take_saved,
     per_token_dtype,
     read_again,
     scale_gradients,
@@ -306,7 +307,7 @@ def both_heads(
     """``divergence (N,)``, ``−log p (N,)`` of the student, and the gradient of each input or None, its dtype or a wider one.
 
     To ``leave`` is to return, for each side that trains, the gradient of the first chunk's logits instead, which a later call
-    takes as ``kept``, writes over, and multiplies with its ``soft``.
+    takes as ``kept``, writes over, and multiplies with its ``soft``: not in float16, see :func:`tokens_left`.
     """
     heads, shard = (student, teacher), student.shard
     N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
@@ -339,9 +340,8 @@ def both_heads(
             for side in sides:
                 side.take(rows, ignored)
             if start == 0 and soft is not None and any(d is not None for d in kept):
-                upstream = soft[rows] if factor is None else soft[rows] / HEADROOM
                 for side, d in zip(sides, kept, strict=True):
-                    side.add(None if d is None else multiply_rows(d, upstream), rows, first=True)
+                    side.add(None if d is None else multiply_rows(d, soft[rows]), rows, first=True)
                 continue
             logits = [side.logits() for side in sides]
             made = start == 0 or not leave
@@ -385,9 +385,12 @@ def tokens_left(
     heads: tuple[Head, Head], M: int, wanted: Sequence[bool], labels: bool, workspace: int, backend: str
 ) -> int:
     """How many tokens' gradients of the logits forward keeps: none where a row has two upstream gradients, or where no
-    backward follows or is traced, or where the gradient is itself a result."""
-    sides = ((heads[0], any(wanted[:5])), (heads[1], any(wanted[5:])))
-    if labels or not any(wanted) or traced(heads[0].hidden) or any(w and h.weight is None for h, w in sides):
+    backward follows or is traced, or where hooks take them, or where the gradient is itself a result, or in float16, whose
+    range takes knowing the upstream gradient."""
+    if labels or not any(wanted) or traced(heads[0].hidden) or hooks_take_saved():
+        return 0
+    trained = [head for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True) if any(side)]
+    if any(head.weight is None or head.hidden.dtype == torch.float16 for head in trained):
         return 0
     return min(M, chunks_of(heads, M, wanted, workspace, backend).tokens)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fused_losses import two_heads
 from fused_losses.bench.memory import peak_bytes
@@ -15,6 +16,7 @@ from fused_losses.divergence import KINDS, divergence
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import workspace
 from fused_losses.two_heads import divergence_module
 
 BETA = 0.3
@@ -543,6 +545,46 @@ def test_a_second_backward_gives_the_same_gradients(backend, device):
     for a, b in zip(first, second, strict=True):
         assert a.abs().max() > 1e-3
         assert torch.equal(a, b)
+
+
+def test_checkpointing_under_a_workspace_that_has_ended(backend, device, monkeypatch):
+    """Forward runs again under another workspace, and must save the same shapes."""
+    monkeypatch.setattr(two_heads, "FEWEST_TOKENS", 2)
+    leaves, make, _ = heads(device)
+
+    def total(*leaves):
+        return divergence(*make(leaves), kind="jsd", backend=backend).square().sum()
+
+    with workspace(1):
+        checkpointed = checkpoint(total, *leaves, use_reentrant=False)
+    ours = torch.autograd.grad(checkpointed, leaves)
+    for a, b in zip(ours, torch.autograd.grad(total(*leaves), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("upstream", [0.0, 0.01])
+def test_float16_gradients_of_a_token_that_hardly_counts(upstream, backend, device):
+    """However large its gradient is before the upstream gradient is known."""
+    N, V, H = 8, 50, 16
+    hidden, weight = (torch.randn(n, H, device=device).half() for n in (N, V))
+    teacher = torch.randn(N, V, device=device).half()
+    weight[1], hidden[3] = weight[0], weight[0]
+    teacher[3, 0] = -400  # half of the student's probability is where the teacher has none
+    factors = torch.ones(N, device=device).index_fill_(0, torch.tensor([3], device=device), upstream)
+
+    def gradients(of_logits, dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in (hidden, weight)]
+        return torch.autograd.grad((of_logits(*leaves) * factors).sum(), leaves)
+
+    ours = gradients(
+        lambda h, w: divergence(LinearLogits(h, w), teacher, kind="reverse_kl", backend=backend), torch.float16
+    )
+    theirs, exact = (
+        gradients(lambda h, w, dtype=dtype: eager((h @ w.T).to(dtype), teacher.to(dtype), kind="reverse_kl"), of_head)
+        for of_head, dtype in ((torch.float16, torch.float32), (torch.float64, torch.float64))
+    )
+    for name, a, b, c in zip(("d_hidden", "d_weight"), ours, theirs, exact, strict=True):
+        assert_accurate(a, b, c, name)
 
 
 def test_head_operator_contract(device, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from fused_losses import planning, routes
 from fused_losses.chunked import linear_softmax
@@ -22,6 +23,7 @@ from fused_losses.routes import (
     scaled_gradient,
     with_gradients,
 )
+from fused_losses.settings import workspace
 
 N, V, H, R, K = 19, 41, 7, 3, 2
 DIFFERENTIABLE = ("log_probs", "logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
@@ -173,6 +175,33 @@ def test_kept_logits_outlive_a_backward_that_keeps_the_graph(backend, device):
         assert torch.equal(a, b)
 
 
+def test_checkpointing_under_a_workspace_that_has_ended(backend, device):
+    """Forward runs again under another workspace, and must save the same shapes."""
+    h, ids = head(device=device), some_ids(device)
+
+    def total(*inputs):
+        found = linear_statistics(h.with_inputs(inputs), ids, outputs=("entropy",), backend=backend)
+        return (found.log_probs.sum(-1) * found.entropy).sum()
+
+    with workspace(1):
+        checkpointed = checkpoint(total, *h.inputs, use_reentrant=False)
+    ours = torch.autograd.grad(checkpointed, h.inputs)
+    for a, b in zip(ours, torch.autograd.grad(total(*h.inputs), h.inputs), strict=True):
+        assert a.abs().max() > 0.1
+        torch.testing.assert_close(a, b)
+
+
+def test_hooks_see_no_logits(backend, device):
+    """They would be moved to another memory and back."""
+    h, ids = head(device=device), some_ids(device)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        found = linear_statistics(h, ids, outputs=("entropy",), backend=backend)
+    assert (V, H) in saved
+    assert max(shape.numel() for shape in saved) == V * H
+    assert found.entropy.requires_grad
+
+
 def test_top1_is_the_first_maximum(backend, device):
     hidden = torch.ones(4, 8, device=device).half()
     weight = torch.zeros(6, 8, device=device).half()
@@ -233,8 +262,8 @@ def test_slices_of_the_vocabulary_do_not_matter():
     hidden = torch.randn(3, 4, dtype=torch.float64).requires_grad_()
     ids = torch.tensor([[0], [1999], [700]])
     gradients = []
-    for workspace in (1, None):
-        found = linear_statistics(Head(hidden, big), ids, outputs=("entropy",), workspace=workspace)
+    for room in (1, None):
+        found = linear_statistics(Head(hidden, big), ids, outputs=("entropy",), workspace=room)
         gradients.append(torch.autograd.grad((found.log_probs[:, 0] * found.entropy).sum(), (hidden, big)))
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-13, atol=1e-13)
 

@@ -180,7 +180,7 @@ def test_float16_gradients_neither_vanish_nor_overflow(size, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [1e-7, 1.0, 1e7])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("wanted", [ALL, STUDENT], ids=["both", "student"])
 @pytest.mark.parametrize("fewest", [8, 32], ids=["one of three chunks", "all"])
 def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, monkeypatch):
@@ -208,7 +208,7 @@ def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, mo
     *_, gradients = call(soft, kept=left)
     assert sum(made) == 2 * max(0, len(keep) - fewest)
     assert torch.equal(values, divergence)
-    precision = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
+    precision = {torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
     for ours, true in zip(gradients, whole, strict=True):
         assert (ours is None) == (true is None)
         if ours is not None:
@@ -217,7 +217,7 @@ def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, mo
 
 
 def test_nothing_is_left_where_it_cannot_be_used():
-    """Not where a token has two upstream gradients, no side trains, or logits that are given train."""
+    """Not where a token has two upstream gradients, no side trains, logits that are given or float16 train, or hooks save."""
     heads = (head(40, 60), head(40, 60))
     assert tokens_left(heads, 40, STUDENT, False, 2**30, "torch") == 40
     assert tokens_left(heads, 30, STUDENT, False, 1, "torch") == 30
@@ -226,6 +226,11 @@ def test_nothing_is_left_where_it_cannot_be_used():
     given = (heads[0], logits(40, 60))
     assert tokens_left(given, 40, STUDENT, False, 2**30, "torch") == 40
     assert tokens_left(given, 40, ALL, False, 2**30, "torch") == 0
+    half = (heads[0], head(40, 60, dtype=torch.float16))
+    assert tokens_left(half, 40, STUDENT, False, 2**30, "torch") == 40
+    assert tokens_left(half, 40, ALL, False, 2**30, "torch") == 0
+    with torch.autograd.graph.save_on_cpu():
+        assert tokens_left(heads, 40, STUDENT, False, 2**30, "torch") == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
