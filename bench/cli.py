@@ -334,11 +334,11 @@ def rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[tuple[float, fl
 
 
 def moved_bytes(found: Plan) -> int:
-    """Beside the products: a pass in place over the logits, or over those kept and the sums of ``d_hidden``; and adding up over
+    """Beside the products: a pass in place over the logits, or over those saved and the sums of ``d_hidden``; and adding up over
     chunks."""
     N, V, H = found.tokens, found.vocab, found.hidden
     if found.route == "recompute":
-        return 2 * found.chunks * N * H * 4 + N * found.kept * (2 * 4 + found.dtype.itemsize)
+        return 2 * found.chunks * N * H * 4 + N * found.saved * (2 * 4 + found.dtype.itemsize)
     size = (found.accumulate or found.dtype).itemsize
     return 2 * N * V * found.dtype.itemsize + 2 * (found.chunks - 1) * V * H * size
 

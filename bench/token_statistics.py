@@ -46,7 +46,7 @@ def ours(name: str, workspace: str | None = None) -> Contender:
 
 OURS = (
     ours("fused_losses"),
-    ours("fused_losses 2GiB", "2GiB"),  # keeps logits from forward to backward
+    ours("fused_losses 2GiB", "2GiB"),  # saves logits for backward
     ours("fused_losses 32MiB", "32MiB"),
 )
 

@@ -35,7 +35,7 @@ from .two_heads import (
     compare_rows,
     differentiable_two_heads,
     pack,
-    tokens_left,
+    saved_tokens,
     two_heads_loss,
     two_heads_rows,
 )
@@ -289,7 +289,7 @@ def token_divergence(
         how = (budget(heads, workspace), resolve_backend(heads[0].hidden, backend))
         found, nll, *_ = two_heads_rows(
             *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which), labels,
-            wanted, tokens_left(heads, M, wanted, labels, *how), *how,
+            wanted, saved_tokens(heads, M, wanted, labels, *how), *how,
         )  # fmt: skip
     _gather_in_backward(found, student, teacher)
     return found, nll if labels else None

@@ -42,20 +42,20 @@ def linear_softmax_fwd(
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Collection[str],
-    kept: Tensor | None = None,  # (N, v), written: the first v logits of each row
+    saved_logits: Tensor | None = None,  # (N, v), written: the first v logits of each row
 ) -> RowStatistics:
     from .kernels.softmax_rows import softmax_rows_fwd
 
     N, V = hidden.shape[0], weight.shape[0]
     out = empty_statistics(hidden, N, ids, outputs)
     n = min(N, tile_rows(V, hidden.dtype.itemsize))
-    whole = kept is not None and kept.shape[1] >= V
+    whole = saved_logits is not None and saved_logits.shape[1] >= V
     room = hidden.new_empty(0 if whole else n, V)
     for rows in slices(N, max(n, 1)):
-        tile = kept[rows, :V] if kept is not None and whole else room[: rows.stop - rows.start]
+        tile = saved_logits[rows, :V] if saved_logits is not None and whole else room[: rows.stop - rows.start]
         logits = _logits(hidden, weight, bias, low_rank, rows, tile)
-        if kept is not None and not whole:
-            kept[rows] = logits[:, : kept.shape[1]]
+        if saved_logits is not None and not whole:
+            saved_logits[rows] = logits[:, : saved_logits.shape[1]]
         found = softmax_rows_fwd(
             logits.unsqueeze(-1),
             None if ids is None else ids[rows],

@@ -6,7 +6,7 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
   loss of each token up to one common factor, so it serves sums and means.
 - ``recompute`` (``8NVH``): forward keeps a few numbers per token; backward makes the logits again, a slice of the vocabulary
   at a time. It serves any upstream gradient per token, and it needs the least memory. Logits of as many vocabulary entries as
-  the budget holds are kept from forward and not made again: down to ``6NVH``.
+  the budget holds are saved for backward and not made again: down to ``6NVH``.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Plan:
     route: Route
     chunk: int  # tokens at a time on "gradients_in_forward", vocabulary entries at a time on "recompute"
     chunks: int
-    kept: int  # vocabulary entries whose logits "recompute" keeps from forward
+    saved: int  # vocabulary entries whose logits "recompute" saves for backward
     accumulate: torch.dtype | None  # of the sum of d_weight over chunks; None: written once
     budget: int  # bytes
     parts: dict[str, int] = field(repr=False)  # bytes held at the peak, by what holds them
@@ -62,7 +62,7 @@ class Plan:
     def flops(self) -> int:
         if self.route == "gradients_in_forward":
             return 6 * self.tokens * self.vocab * self.hidden
-        return (8 * self.vocab - 2 * self.kept) * self.tokens * self.hidden
+        return (8 * self.vocab - 2 * self.saved) * self.tokens * self.hidden
 
     def __str__(self) -> str:
         unit = "tokens" if self.route == "gradients_in_forward" else "vocabulary entries"
@@ -71,7 +71,7 @@ class Plan:
             ("head", f"{self.tokens} tokens x {self.vocab} vocabulary x {self.hidden} hidden, {name}"),
             ("route", f"{self.route}, {self.flops / 1e12:.3g} TFLOP"),
             ("chunks", f"{self.chunks} of {self.chunk} {unit}"),
-            *([("kept", f"logits of {self.kept} vocabulary entries from forward")] if self.kept else []),
+            *([("saved", f"logits of {self.saved} vocabulary entries for backward")] if self.saved else []),
             ("d_weight", "written once" if self.accumulate is None else f"summed over chunks in {self.accumulate}"),
             ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
             *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
@@ -252,28 +252,28 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
     most = max(most, FEWEST_COLUMNS)
     if wide == dtype:  # one room: from forward on of the first slice's logits, then of every slice's gradient
-        v = kept = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
-        held = N * kept * dtype.itemsize
+        v = saved = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
+        held = N * saved * dtype.itemsize
         room = {"d_logits of a slice": held}
     else:  # logits are never rounded to 16 bits, so that their room is another
         v = _even(V, most)
-        slices_kept = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
-        kept = min(V, slices_kept * v)
-        held = N * kept * wide.itemsize
-        room = {"d_logits of a slice": N * v * dtype.itemsize, "logits kept": held}
+        slices_saved = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
+        saved = min(V, slices_saved * v)
+        held = N * saved * wide.itemsize
+        room = {"d_logits of a slice": N * v * dtype.itemsize, "logits saved": held}
     slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **room, "tile": tile}
     end = {
         "gradients": d_hidden + d_weight,
         "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,
-        "logits kept": held,
+        "logits saved": held,
     }
     parts = slices if sum(slices.values()) >= sum(end.values()) else end
     if sizes.backend == "triton" and wide == dtype:  # 32-bit heads make their logits with the library
-        forward = {"logits kept": held}
-        if kept < V:
+        forward = {"logits saved": held}
+        if saved < V:
             forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * V * dtype.itemsize
         parts = parts if sum(parts.values()) >= sum(forward.values()) else forward
-    return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why, kept)
+    return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why, saved)
 
 
 def _even(total: int, most: int) -> int:
@@ -296,7 +296,7 @@ def _plan(
     accumulate: torch.dtype | None,
     parts: dict[str, int],
     why: Sequence[str],
-    kept: int = 0,
+    saved: int = 0,
 ) -> Plan:
     return Plan(
         sizes.tokens,
@@ -306,7 +306,7 @@ def _plan(
         route,
         chunk,
         chunks,
-        kept,
+        saved,
         accumulate,
         sizes.budget,
         {part: size for part, size in parts.items() if size},

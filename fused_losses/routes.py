@@ -6,8 +6,8 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
   time: logits, statistics, loss, gradient of the logits over the logits, and its products with weight and hidden. Backward
   multiplies by the upstream gradient. Recomputing the forward (activation checkpointing) doubles its cost.
 - ``recompute`` (:func:`linear_statistics`, ``8NVH``): for per-token results. Forward keeps a few numbers per token;
-  backward makes the logits' gradient again, a slice of the vocabulary at a time. What room that takes forward leaves full of
-  logits, so that as much is not made again.
+  backward makes the logits' gradient again, a slice of the vocabulary at a time. The logits that fit the room this
+  takes are saved in it by forward, and not made again.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def recompute_plan(head: Head, tokens: int, workspace: int, backend: str) -> Pla
     return plan(tokens, V, H, dtype, route="recompute", workspace=workspace, backend=backend)
 
 
-def kept_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
-    """How many columns of logits forward keeps; none where no backward follows, or none whose shapes are known yet, or
+def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
+    """How many columns of logits forward saves; none where no backward follows, or none whose shapes are known yet, or
     where hooks take them."""
     if (
         traced(head.hidden)
@@ -202,7 +202,7 @@ def kept_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
         or hooks_take_saved()
     ):
         return 0
-    return min(recompute_plan(head, tokens, workspace, backend).kept, head.weight.shape[0])
+    return min(recompute_plan(head, tokens, workspace, backend).saved, head.weight.shape[0])
 
 
 def room_of_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -605,7 +605,7 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
         None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[16], strict=True)
     ]
     N, V = hidden.shape[0], weight.shape[0]
-    # A second derivative starts again from the inputs, so they are kept where it is offered.
+    # A second derivative starts again from the inputs, so they are saved where it is offered.
     saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
     ctx.rest = (N, V, hidden.dtype, inputs[13], inputs[14], inputs[20])
     ctx.save_for_backward(*output[4:], *saved)
@@ -692,7 +692,7 @@ def linear_rows(
     scale: float,
     softcap: float | None,
     outputs: str,  # names of RowStatistics, separated by commas
-    columns: int,  # of logits that are kept for backward
+    columns: int,  # of logits that are saved for backward
     workspace: int,
     backend: str,
     shard: str = "",  # a VocabShard; ids are local to it
@@ -701,7 +701,7 @@ def linear_rows(
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
-    kept = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+    saved_logits = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         with full_precision(hidden.device):
@@ -716,7 +716,7 @@ def linear_rows(
                 scale=scale,
                 softcap=softcap,
                 outputs=outputs,
-                kept=kept,
+                saved_logits=saved_logits,
             )
 
     names = outputs.split(",")
@@ -730,7 +730,7 @@ def linear_rows(
         found = RowStatistics(
             *(None if s is None else s.new_zeros(N, *s.shape[1:]).index_copy_(0, keep, s) for s in found)
         )
-    return tuple(_present(s, hidden) for s in (*found, kept))  # type: ignore[return-value]
+    return tuple(_present(s, hidden) for s in (*found, saved_logits))  # type: ignore[return-value]
 
 
 def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
@@ -762,11 +762,11 @@ def _(
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
-    kept = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
-    return tuple(_present(s, hidden) for s in (*room, kept))
+    saved_logits = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+    return tuple(_present(s, hidden) for s in (*room, saved_logits))
 
 
-@torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad", "kept"})
+@torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad", "saved_logits"})
 def linear_rows_grad(
     hidden: Tensor,
     weight: Tensor,
@@ -778,7 +778,7 @@ def linear_rows_grad(
     temperature: Tensor | None,
     keep: Tensor | None,
     main_grad: Tensor | None,
-    kept: Tensor | None,  # (M, v) the first logits of each row, written over
+    saved_logits: Tensor | None,  # (M, v) the first logits of each row, written over
     logsumexp: Tensor,  # (N,) float64
     a: Tensor | None,  # (N,)
     b: Tensor | None,  # (N,)
@@ -815,8 +815,8 @@ def linear_rows_grad(
     d_hidden, d_u = room(0, M, wide), room(3, M, wide)
     d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
     chunk = max(recompute_plan(whole, M, workspace, backend).chunk, 1)
-    in_place = kept is not None and kept.dtype == dtype
-    slice_room = kept if in_place else room_of_logits(hidden, M, min(chunk, V), dtype)
+    in_place = saved_logits is not None and saved_logits.dtype == dtype
+    slice_room = saved_logits if in_place else room_of_logits(hidden, M, min(chunk, V), dtype)
     assert slice_room is not None
     with full_precision(hidden.device):
         pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
@@ -826,9 +826,9 @@ def linear_rows_grad(
             d_logits = slice_room[:, : part.stop - start]
             u_part = None if column_weight is None else column_weight[part]
             how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": start}
-            if kept is not None and part.stop <= kept.shape[1]:
+            if saved_logits is not None and part.stop <= saved_logits.shape[1]:
                 rows_module(backend).softmax_rows_bwd(
-                    kept[:, part, None],
+                    saved_logits[:, part, None],
                     ids,
                     u_part,
                     piece.temperature,
@@ -882,15 +882,15 @@ def _(
 
 def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    *statistics, kept = output
+    *statistics, saved_logits = output
     found = RowStatistics(*statistics)
-    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, kept)
+    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, saved_logits)
     # Not a saved tensor: other backwards add to it in between.
     ctx.main_grad = inputs[9]
     ctx.rest, (ctx.outputs, _, ctx.workspace, ctx.backend, ctx.shard) = inputs[10:13], inputs[13:]
     # Copies of what backward reads: the caller may write into what it was given.
     own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
-    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None), kept)
+    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None), saved_logits)
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -899,7 +899,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     if all(g is None for g in grads):
         return (None,) * 18
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, kept) = stored[:9], stored[9:]
+    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
     _, scale, softcap = ctx.rest
     dtype = statistics_dtype(inputs[0].dtype)
@@ -921,14 +921,14 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
-    if kept.ndim == 0:
-        kept = None
-    elif read_again(kept):
-        kept = kept.clone()
+    if saved_logits.ndim == 0:
+        saved_logits = None
+    elif read_again(saved_logits):
+        saved_logits = saved_logits.clone()
     gradients = linear_rows_grad(
         *saved,
         ctx.main_grad,
-        kept,
+        saved_logits,
         logsumexp,
         a,
         b,
@@ -984,7 +984,7 @@ def linear_statistics(
         head.scale,
         head.softcap,
         ",".join(outputs),
-        kept_columns(head, M, room, chosen),
+        saved_columns(head, M, room, chosen),
         room,
         chosen,
         packed(head.shard),

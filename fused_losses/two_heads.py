@@ -210,7 +210,7 @@ class _Side:
     """One head: room for a chunk of its logits and their gradient, and for the gradients of its inputs."""
 
     def __init__(
-        self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype, totals: bool, kept: Tensor | None
+        self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype, totals: bool, saved: Tensor | None
     ) -> None:
         self.head, self.V, self.wanted = head, V, any(wanted)
         hidden = head.hidden
@@ -218,11 +218,11 @@ class _Side:
         self.direct = head.weight is None
         self.cut = head if self.direct or vocab_of(head) == V else head.columns(slice(0, V))
         in_place = self.direct or wide == dtype
-        if in_place and kept is not None:
-            self.room: Tensor | None = kept
+        if in_place and saved is not None:
+            self.room: Tensor | None = saved
         else:
             self.room = None if self.direct else hidden.new_empty(n, V, dtype=wide)
-        self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V) if kept is None else kept
+        self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V) if saved is None else saved
         self.totals: list[Tensor | None] = []
         for i, (like, t) in enumerate(zip(head.inputs, total_dtypes(head, sums), strict=True)):
             if not totals or like is None or not wanted[i]:
@@ -301,13 +301,13 @@ def both_heads(
     workspace: int,
     backend: str,
     *,
-    leave: bool = False,
-    kept: Sequence[Tensor | None] = (None, None),
+    save: bool = False,
+    saved: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
     """``divergence (N,)``, ``−log p (N,)`` of the student, and the gradient of each input or None, its dtype or a wider one.
 
-    To ``leave`` is to return, for each side that trains, the gradient of the first chunk's logits instead, which a later call
-    takes as ``kept``, writes over, and multiplies with its ``soft``: not in float16, see :func:`tokens_left`.
+    To ``save`` is to return, for each side that trains, the gradient of the first chunk's logits instead, which a later call
+    takes as ``saved``, writes over, and multiplies with its ``soft``: not in float16, see :func:`saved_tokens`.
     """
     heads, shard = (student, teacher), student.shard
     N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
@@ -316,8 +316,8 @@ def both_heads(
     cut = chunks_of(heads, M, wanted, workspace, backend)
     parts = (wanted[:5], wanted[5:])
     sides = [
-        _Side(h, V, min(cut.tokens, M), w, s, not leave, k)
-        for h, w, s, k in zip(heads, parts, cut.sums, kept, strict=True)
+        _Side(h, V, min(cut.tokens, M), w, s, not save, k)
+        for h, w, s, k in zip(heads, parts, cut.sums, saved, strict=True)
     ]
     factor: Tensor | None = None  # at which float16 gradients neither vanish nor overflow
     if any(s.wanted and s.head.hidden.dtype == torch.float16 for s in sides) and N:
@@ -332,19 +332,19 @@ def both_heads(
 
     with full_precision(student.hidden.device):
         starts = range(0, M, max(cut.tokens, 1))
-        for start in reversed(starts) if leave else starts:
+        for start in reversed(starts) if save else starts:
             part = slice(start, min(start + cut.tokens, M))
             rows: slice | Tensor = part if keep is None else keep[part]
             of_ids = of(ids, rows)
             ignored = of_ids == -100 if zero_ignored and of_ids is not None else None
             for side in sides:
                 side.take(rows, ignored)
-            if start == 0 and soft is not None and any(d is not None for d in kept):
-                for side, d in zip(sides, kept, strict=True):
+            if start == 0 and soft is not None and any(d is not None for d in saved):
+                for side, d in zip(sides, saved, strict=True):
                     side.add(None if d is None else multiply_rows(d, soft[rows]), rows, first=True)
                 continue
             logits = [side.logits() for side in sides]
-            made = start == 0 or not leave
+            made = start == 0 or not save
             d_logits = [side.d_logits(x, rows) if made else None for side, x in zip(sides, logits, strict=True)]
             found, found_nll = compare_rows(
                 backend,
@@ -363,9 +363,9 @@ def both_heads(
             if nll is not None and found_nll is not None:
                 nll[rows] = found_nll
             for side, d in zip(sides, d_logits, strict=True):
-                if not leave:
+                if not save:
                     side.add(d, rows, first=start == 0)
-    if leave:
+    if save:
         return divergence, nll, [side.d_room if side.wanted else None for side in sides]
     totals = [total for side in sides for total in side.finished()]
     if factor is not None:
@@ -381,10 +381,10 @@ def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
     return x
 
 
-def tokens_left(
+def saved_tokens(
     heads: tuple[Head, Head], M: int, wanted: Sequence[bool], labels: bool, workspace: int, backend: str
 ) -> int:
-    """How many tokens' gradients of the logits forward keeps: none where a row has two upstream gradients, or where no
+    """How many tokens' gradients of the logits forward saves: none where a row has two upstream gradients, or where no
     backward follows or is traced, or where hooks take them, or where the gradient is itself a result, or in float16, whose
     range takes knowing the upstream gradient."""
     if labels or not any(wanted) or traced(heads[0].hidden) or hooks_take_saved():
@@ -509,7 +509,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.soft, ctx.hard, ctx.labels, wanted, *_ = inputs[IN_PROBLEM:]
     ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:INPUTS], wanted, strict=True)]
     ctx.options = inputs[TENSORS:IN_PROBLEM]
-    # A second derivative starts again from the inputs, so they are kept where it is offered.
+    # A second derivative starts again from the inputs, so they are saved where it is offered.
     small = inputs[0].dtype == torch.float64
     ctx.save_for_backward(*output[1:], *(inputs[:TENSORS] if small else ()))
 
@@ -553,10 +553,10 @@ def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem.of(arguments[:IN_PROBLEM])
     hidden = problem.student.hidden
     unit = hidden.new_ones(len(hidden), dtype=statistics_dtype(hidden.dtype)) if tokens else None
-    divergence, nll, left = both_heads(
-        *problem, unit, None, labels, wanted if tokens else [False] * INPUTS, workspace, backend, leave=tokens > 0
+    divergence, nll, saved = both_heads(
+        *problem, unit, None, labels, wanted if tokens else [False] * INPUTS, workspace, backend, save=tokens > 0
     )
-    return divergence, *(_present(t, divergence) for t in (nll, *(left if tokens else (None, None))))
+    return divergence, *(_present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
 
 
 @two_heads_rows.register_fake
@@ -565,24 +565,24 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     labels, wanted, tokens, *_ = arguments[IN_PROBLEM:]
     hidden, V = problem.student.hidden, compared_vocab(problem.student, problem.teacher)
     found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
-    left = [
+    saved = [
         head.hidden.new_empty(tokens, V) if tokens and any(side) else None
         for head, side in ((problem.student, wanted[:5]), (problem.teacher, wanted[5:]))
     ]
-    return found, *(_present(t, found) for t in (torch.empty_like(found) if labels else None, *left))
+    return found, *(_present(t, found) for t in (torch.empty_like(found) if labels else None, *saved))
 
 
 @torch.library.custom_op(
     "fused_losses::two_heads_rows_grad",
-    mutates_args=("s_kept", "t_kept"),
-    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!)? s_kept, Tensor(b!)? t_kept, bool[] wanted, int workspace, "
+    mutates_args=("s_saved", "t_saved"),
+    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!)? s_saved, Tensor(b!)? t_saved, bool[] wanted, int workspace, "
     f"str backend) -> ({', '.join(['Tensor'] * INPUTS)})",
 )
 def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the inputs, 0-dim where absent or not ``wanted``; factors of the divergences' and of those of −log p."""
-    soft, hard, *kept, wanted, workspace, backend = arguments[IN_PROBLEM:]
+    soft, hard, *saved, wanted, workspace, backend = arguments[IN_PROBLEM:]
     problem = _Problem.of(arguments[:IN_PROBLEM])
-    *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend, kept=kept)
+    *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend, saved=saved)
     pairs = zip(gradients, problem.inputs, strict=True)
     return tuple(_present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
 
@@ -608,7 +608,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
     rest = (None,) * (IN_PROBLEM - INPUTS + 5)
     if d_divergence is None and d_nll is None:
         return *(None,) * INPUTS, *rest
-    *tensors, s_kept, t_kept = ctx.saved_tensors
+    *tensors, s_saved, t_saved = ctx.saved_tensors
     arguments = (*tensors, *ctx.options)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         problem = _Problem.of(arguments)
@@ -623,14 +623,14 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
     wanted = list(ctx.needs_input_grad[:INPUTS])
-    kept: list[Tensor | None] = [None, None]
+    saved: list[Tensor | None] = [None, None]
     if wanted == list(ctx.wanted):  # else the chunks are not those of forward
-        kept = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_kept, t_kept)]
+        saved = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_saved, t_saved)]
     gradients = two_heads_rows_grad(
         *arguments,
         soft.contiguous(),
         None if hard is None else hard.contiguous(),
-        *kept,
+        *saved,
         wanted,
         ctx.workspace,
         ctx.backend,

@@ -110,7 +110,7 @@ def odd_rows_config(splits: int) -> MatrixTile:
 
 
 def linear_softmax_fwd_config(
-    arch: str, tma: bool, low_rank: bool, options: bool, all_statistics: bool, odd_rows: bool, keep: bool
+    arch: str, tma: bool, low_rank: bool, options: bool, all_statistics: bool, odd_rows: bool, save_logits: bool
 ) -> MatrixTile:
     """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
 
@@ -119,7 +119,7 @@ def linear_softmax_fwd_config(
     accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
     128×128×32; all statistics take half the tile, which otherwise spills: 96 bytes on sm_80, 228 on gfx942, 120 on sm_100,
     and 120 on sm_90 with bias, softcap and column weights and a vocabulary that is no multiple of 16; on sm_100 a quarter with
-    the low-rank product too (40 bytes otherwise). Where logits are kept, the addresses they go to take registers too: all
+    the low-rank product too (40 bytes otherwise). Where logits are saved, the addresses they go to take registers too: all
     statistics take half the tile on sm_90 (32 bytes otherwise) and a quarter on sm_100 (192 with every option).
 
     It must not depend on N, so that no token's numbers do.
@@ -134,9 +134,9 @@ def linear_softmax_fwd_config(
         return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
     if not tma:
         return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
-    if (low_rank or keep) and all_statistics and arch == "sm_100":
+    if (low_rank or save_logits) and all_statistics and arch == "sm_100":
         return MatrixTile(128, 64, 64, 8, 4, splits=splits)
-    if (low_rank or all_statistics) if arch == "sm_100" else ((options or keep) and all_statistics):
+    if (low_rank or all_statistics) if arch == "sm_100" else ((options or save_logits) and all_statistics):
         return MatrixTile(128, 128, 64, 8, 4, parts=2, splits=splits)
     return MatrixTile(128, 256, 64, 8, 3 if low_rank else 4, parts=4, splits=splits)
 
@@ -229,8 +229,8 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
         (True, True, 2),
     ]
     few = [(False, False, 1), (True, False, 2), (True, True, 2)]
-    kept = ("*fp32:16", "i32", "i32:16")
-    keeping = {(False, False, 1), (False, False, 2), (True, False, 2), (True, True, 2)}
+    of_saved = ("*fp32:16", "i32", "i32:16")
+    saving = {(False, False, 1), (False, False, 2), (True, False, 2), (True, True, 2)}
     has_tma = arch in ("sm_90", "sm_100")
     variants = (
         [(True, False, choices), (False, True, few)] if has_tma else [(False, False, choices), (False, True, few[2:])]
@@ -239,16 +239,16 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
         odd_vocab = odd_rows or options or level == 2
         label = "TMA" if tma else "pointers, odd rows" if odd_rows else "pointers"
         label += (", bias softcap weights" if options else "") + (" low-rank" if low_rank else "")
-        for keep in (False, True) if not odd_rows and (options, low_rank, level) in keeping else (False,):
-            tile = linear_softmax_fwd_config(arch, tma, low_rank, options, level == 2, odd_rows, keep)
+        for save_logits in (False, True) if not odd_rows and (options, low_rank, level) in saving else (False,):
+            tile = linear_softmax_fwd_config(arch, tma, low_rank, options, level == 2, odd_rows, save_logits)
             outputs = ("log-probs", "entropy", "all")[level]
             yield Shipped(
-                f"linear_softmax_fwd {outputs}, {label}{', keeping logits' if keep else ''}",
+                f"linear_softmax_fwd {outputs}, {label}{', saving logits' if save_logits else ''}",
                 module._linear_softmax_fwd_kernel,
                 common(tma, tile, options, low_rank, odd_rows, odd_vocab)
                 | {f"{x}_ptr": "*fp32:16" for x in ("logits_at_ids", "partials", "split_weight")}
-                | dict(zip(("kept_ptr", "kept_columns", "kept_stride_n"), kept if keep else (None,) * 3, strict=True))
-                | {"ENTROPY": level >= 1, "ALL": level == 2, "KEEP": keep},
+                | dict(zip(("saved_logits_ptr", "saved_columns", "saved_stride_n"), of_saved if save_logits else (None,) * 3, strict=True))
+                | {"ENTROPY": level >= 1, "ALL": level == 2, "SAVE_LOGITS": save_logits},
                 tile.num_warps,
                 tile.num_stages,
                 matrix=True,

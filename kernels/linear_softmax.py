@@ -133,14 +133,14 @@ def _linear_softmax_fwd_kernel(
     logits_at_ids_ptr,  # (N, K), written where the id is a column
     partials_ptr,  # (2, 3 or 6; SPLITS; N): largest, total, total_shifted, total_sq, weighted, top
     split_weight_ptr,  # (SPLITS,) Σ u over a split's columns
-    kept_ptr,  # (N, kept_columns), written: logits before scale and softcap
+    saved_logits_ptr,  # (N, saved_columns), written: logits before scale and softcap
     N,
     V,
     H,
     R,
     K,
-    kept_columns,
-    kept_stride_n,
+    saved_columns,
+    saved_stride_n,
     hidden_stride_n,
     hidden_stride_h,
     weight_stride_v,
@@ -159,7 +159,7 @@ def _linear_softmax_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALL: tl.constexpr,
-    KEEP: tl.constexpr,
+    SAVE_LOGITS: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -213,12 +213,12 @@ def _linear_softmax_fwd_kernel(
                         ids_here += tl.max(((y >= v_start) & (y < v_start + BLOCK_V)).to(tl.int32), 0)
                 for part in tl.static_range(PARTS):
                     v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
-                    if KEEP:  # noqa: SIM102, a branch at compile time
-                        if v_start < kept_columns:
+                    if SAVE_LOGITS:  # noqa: SIM102, a branch at compile time
+                        if v_start < saved_columns:
                             # One 64-bit address a tile; what is added to it fits 32 bits.
-                            tile = kept_ptr + row.to(tl.int64) * kept_stride_n
-                            within = tl.arange(0, BLOCK_N)[:, None] * kept_stride_n + v[None, :]
-                            tl.store(tile + within, x, mask=inside[:, None] & (v < kept_columns)[None, :])
+                            tile = saved_logits_ptr + row.to(tl.int64) * saved_stride_n
+                            within = tl.arange(0, BLOCK_N)[:, None] * saved_stride_n + v[None, :]
+                            tl.store(tile + within, x, mask=inside[:, None] & (v < saved_columns)[None, :])
                     if HAS_SOFTCAP:
                         x = tanh(x * (scale / softcap))
                     z = x * factor[:, None] + tl.where(v < V, 0.0, float("-inf"))[None, :]
@@ -410,7 +410,7 @@ def linear_softmax_fwd(
     scale=1.0,
     softcap=None,
     outputs,
-    kept=None,  # (N, v) fp32, written: the first v logits of each row, before scale and softcap
+    saved_logits=None,  # (N, v) fp32, written: the first v logits of each row, before scale and softcap
 ):
     hidden, weight, u, b = _checked(hidden, weight, bias, low_rank)
     out = empty_statistics(hidden, hidden.shape[0], ids, outputs)
@@ -421,8 +421,8 @@ def linear_softmax_fwd(
     tma = _tma_fits(arch, hidden, weight, u, b)
     options = any(x is not None for x in (bias, softcap, column_weight))
     odd_rows = _odd_rows(hidden, weight, u, b)
-    keep = kept is not None
-    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, options, statistics_all, odd_rows, keep)
+    save_logits = saved_logits is not None
+    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, options, statistics_all, odd_rows, save_logits)
     V, H = weight.shape
     K = 0 if ids is None else ids.shape[1]
     rows = min(max(hidden.shape[0], 1), ROWS_PER_LAUNCH)
@@ -450,14 +450,14 @@ def linear_softmax_fwd(
             part_out.log_probs,
             partials,
             split_weight,
-            of(kept),
+            of(saved_logits),
             N,
             V,
             H,
             0 if u is None else u.shape[1],
             K,
-            min(kept.shape[1], V) if keep else None,
-            kept.stride(0) if keep else None,
+            min(saved_logits.shape[1], V) if save_logits else None,
+            saved_logits.stride(0) if save_logits else None,
             *_strides(h, weight, h_u, b),
             scale,
             softcap or 1.0,
@@ -469,7 +469,7 @@ def linear_softmax_fwd(
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=statistics_entropy,
             ALL=statistics_all,
-            KEEP=keep,
+            SAVE_LOGITS=save_logits,
             TMA=tma,
             UPCAST=triton_interpreted(),
             SPLITS=config.splits,

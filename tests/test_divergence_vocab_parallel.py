@@ -455,7 +455,7 @@ def test_trains_as_one_process_does(count):
 @needs_ranks
 def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary():
     header, counted_tokens = 4 * 8, N - len(range(0, N, 5))
-    # float64 numbers per token: normalizers, then sums; the per-token loss makes neither again, its gradient is left
+    # float64 numbers per token: normalizers, then sums; the per-token loss makes neither again, its gradient is saved
     gathered = {"mean": (6, 4), "kd": (4, 4), "forward_kl": (4, 4)}
     for of_rank in answers(2):
         for (vocab, name, dtype), calls in of_rank["sent"].items():

@@ -46,7 +46,7 @@ class Head:
                 x.copy_((x * 4).round() / 4)
         return self
 
-    def forward(self, outputs=STATISTICS, rows=slice(None), kept=None) -> RowStatistics:
+    def forward(self, outputs=STATISTICS, rows=slice(None), saved_logits=None) -> RowStatistics:
         return kernel.linear_softmax_fwd(
             self.hidden[rows],
             self.weight,
@@ -58,7 +58,7 @@ class Head:
             scale=self.scale,
             softcap=self.softcap,
             outputs=outputs,
-            kept=kept,
+            saved_logits=saved_logits,
         )
 
     def d_logits(self, logsumexp, coefficients, columns=slice(0, None), rows=slice(None), out=None):
@@ -468,15 +468,15 @@ def test_other_dtypes_and_shapes_are_refused(device):
 @pytest.mark.parametrize("variant", ["descriptors", "pointers"])
 @pytest.mark.parametrize("columns", [1, 100, 203, 208])
 @pytest.mark.parametrize("outputs", [(), ("entropy",), STATISTICS], ids=["log-probs", "entropy", "all"])
-def test_logits_are_kept_before_scale_and_softcap(variant, columns, outputs, device, monkeypatch):
+def test_logits_are_saved_before_scale_and_softcap(variant, columns, outputs, device, monkeypatch):
     monkeypatch.setattr(kernel, "ROWS_PER_LAUNCH", 16)  # two launches, which must not write each other's rows
     head = Head(device, variant, **OPTIONS["everything"])
-    kept = torch.full((head.hidden.shape[0] + 1, 208), 7.0, device=device)
-    found = head.forward(outputs, kept=kept[:-1, :columns])
+    saved_logits = torch.full((head.hidden.shape[0] + 1, 208), 7.0, device=device)
+    found = head.forward(outputs, saved_logits=saved_logits[:-1, :columns])
     for a, b in zip(found, head.forward(outputs), strict=True):
         assert a is b is None or torch.equal(a, b)
     exact, eager = head.logits(torch.float64)[1].detach(), head.logits(torch.float32)[1].detach()
     width = min(columns, exact.shape[1])
-    assert_accurate(kept[:-1, :width], eager[:, :width], exact[:, :width], "kept")
-    assert (kept[:-1, width:] == 7).all()
-    assert (kept[-1] == 7).all()
+    assert_accurate(saved_logits[:-1, :width], eager[:, :width], exact[:, :width], "saved_logits")
+    assert (saved_logits[:-1, width:] == 7).all()
+    assert (saved_logits[-1] == 7).all()

@@ -101,10 +101,10 @@ def test_sixteen_bit_peak_is_as_planned(accumulate, device):
 @pytest.mark.parametrize("workspace", ["8MiB", "40MiB", "200MiB"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ignored", [0, 3])
-def test_kept_logits_are_planned(dtype, workspace, ignored, device, monkeypatch):
+def test_saved_logits_are_planned(dtype, workspace, ignored, device, monkeypatch):
     monkeypatch.setattr(
         planning, "RECOMPUTE_BUDGET", 6 * MiB
-    )  # a slice's room: 16-bit heads keep logits in what is beyond
+    )  # a slice's room: 16-bit heads save logits in what is beyond
     hidden = torch.randn(512, 32, dtype=dtype, device=device).requires_grad_()
     weight = torch.randn(30000, 32, dtype=dtype, device=device).requires_grad_()
     target = torch.randint(0, 30000, (512,), device=device)
@@ -118,7 +118,7 @@ def test_kept_logits_are_planned(dtype, workspace, ignored, device, monkeypatch)
 
     peak = peak_bytes(call, device)
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
-    assert (planned.kept > 0) == (dtype == torch.float32 or workspace != "8MiB"), str(planned)
+    assert (planned.saved > 0) == (dtype == torch.float32 or workspace != "8MiB"), str(planned)
 
 
 def test_no_grad_holds_a_tile(head):

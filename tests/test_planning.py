@@ -57,14 +57,14 @@ def test_a_larger_budget_recomputes_less(dtype):
     assert flops == sorted(flops, reverse=True)
     assert len({*flops}) == 4
     assert flops[-1] == 1  # nothing is made again
-    assert plans[-1].kept == LLAMA[1]
+    assert plans[-1].saved == LLAMA[1]
     for p in plans:
-        held = p.tokens * p.kept * 4
-        assert p.flops == (8 * p.vocab - 2 * p.kept) * p.tokens * p.hidden
+        held = p.tokens * p.saved * 4
+        assert p.flops == (8 * p.vocab - 2 * p.saved) * p.tokens * p.hidden
         assert held <= p.budget
-        assert (f"logits of {p.kept} vocabulary entries" in str(p)) == (p.kept > 0)
+        assert (f"logits of {p.saved} vocabulary entries" in str(p)) == (p.saved > 0)
     assert plans[0].peak <= plan(*LLAMA, dtype, per_token=True, workspace="256MiB").peak
-    assert (plans[0].kept > 0) == (dtype == torch.float32)  # there its room is that of the first slice's gradient
+    assert (plans[0].saved > 0) == (dtype == torch.float32)  # there its room is that of the first slice's gradient
 
 
 def test_sixteen_bit_sums_end_at_eight_chunks():

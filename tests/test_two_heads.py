@@ -20,7 +20,7 @@ from fused_losses.two_heads import (
     both_heads,
     budget,
     chunks_of,
-    tokens_left,
+    saved_tokens,
 )
 from fused_losses.vocab_parallel import VocabShard
 
@@ -183,8 +183,8 @@ def test_float16_gradients_neither_vanish_nor_overflow(size, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("wanted", [ALL, STUDENT], ids=["both", "student"])
 @pytest.mark.parametrize("fewest", [8, 32], ids=["one of three chunks", "all"])
-def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, monkeypatch):
-    """The gradients are those of one call, and the logits of the chunk that was left are not made again."""
+def test_what_forward_saves_backward_multiplies(fewest, wanted, dtype, size, monkeypatch):
+    """The gradients are those of one call, and the logits of the chunk that was saved are not made again."""
     monkeypatch.setattr(two_heads, "FEWEST_TOKENS", fewest)
     torch.manual_seed(0)
     N, keep = 30, torch.arange(30)[1:25]
@@ -202,10 +202,10 @@ def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, mo
 
     divergence, _, whole = call(soft)
     assert sum(made) == 2 * len(keep)
-    values, _, left = call(torch.ones_like(soft), leave=True)
+    values, _, saved = call(torch.ones_like(soft), save=True)
     assert sum(made) == 2 * len(keep)
-    assert [t is not None for t in left] == [True, wanted is ALL]
-    *_, gradients = call(soft, kept=left)
+    assert [t is not None for t in saved] == [True, wanted is ALL]
+    *_, gradients = call(soft, saved=saved)
     assert sum(made) == 2 * max(0, len(keep) - fewest)
     assert torch.equal(values, divergence)
     precision = {torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
@@ -216,21 +216,21 @@ def test_what_forward_leaves_backward_multiplies(fewest, wanted, dtype, size, mo
             assert (ours - true).norm() < precision * true.norm()
 
 
-def test_nothing_is_left_where_it_cannot_be_used():
+def test_nothing_is_saved_where_it_cannot_be_used():
     """Not where a token has two upstream gradients, no side trains, logits that are given or float16 train, or hooks save."""
     heads = (head(40, 60), head(40, 60))
-    assert tokens_left(heads, 40, STUDENT, False, 2**30, "torch") == 40
-    assert tokens_left(heads, 30, STUDENT, False, 1, "torch") == 30
-    assert tokens_left(heads, 40, STUDENT, True, 2**30, "torch") == 0
-    assert tokens_left(heads, 40, NONE, False, 2**30, "torch") == 0
+    assert saved_tokens(heads, 40, STUDENT, False, 2**30, "torch") == 40
+    assert saved_tokens(heads, 30, STUDENT, False, 1, "torch") == 30
+    assert saved_tokens(heads, 40, STUDENT, True, 2**30, "torch") == 0
+    assert saved_tokens(heads, 40, NONE, False, 2**30, "torch") == 0
     given = (heads[0], logits(40, 60))
-    assert tokens_left(given, 40, STUDENT, False, 2**30, "torch") == 40
-    assert tokens_left(given, 40, ALL, False, 2**30, "torch") == 0
+    assert saved_tokens(given, 40, STUDENT, False, 2**30, "torch") == 40
+    assert saved_tokens(given, 40, ALL, False, 2**30, "torch") == 0
     half = (heads[0], head(40, 60, dtype=torch.float16))
-    assert tokens_left(half, 40, STUDENT, False, 2**30, "torch") == 40
-    assert tokens_left(half, 40, ALL, False, 2**30, "torch") == 0
+    assert saved_tokens(half, 40, STUDENT, False, 2**30, "torch") == 40
+    assert saved_tokens(half, 40, ALL, False, 2**30, "torch") == 0
     with torch.autograd.graph.save_on_cpu():
-        assert tokens_left(heads, 40, STUDENT, False, 2**30, "torch") == 0
+        assert saved_tokens(heads, 40, STUDENT, False, 2**30, "torch") == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -55,7 +55,7 @@ def linear_softmax_fwd(
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Collection[str],
-    kept: Tensor | None = None,  # (N, v), written: the first v logits of each row
+    saved_logits: Tensor | None = None,  # (N, v), written: the first v logits of each row
 ) -> RowStatistics:
     N, V, dtype = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
     largest = hidden.new_full((N,), floor(dtype), dtype=dtype)
@@ -67,8 +67,8 @@ def linear_softmax_fwd(
         u = None if column_weight is None else column_weight[columns].to(dtype)
         for rows in slices(N, TILE):
             x = logits_tile(hidden, weight, bias, low_rank, rows, columns)
-            if kept is not None and columns.start < kept.shape[1]:
-                part = kept[rows, columns]
+            if saved_logits is not None and columns.start < saved_logits.shape[1]:
+                part = saved_logits[rows, columns]
                 part.copy_(x[:, : part.shape[1]])
             z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
             if at_ids is not None and ids is not None:
