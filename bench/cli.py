@@ -334,8 +334,7 @@ def rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[tuple[float, fl
 
 
 def moved_bytes(found: Plan) -> int:
-    """Beside the products: a pass in place over the logits, or over those saved and the sums of ``d_hidden``; and adding up over
-    chunks."""
+    """Beside the products: a pass in place over the logits, or over saved ones and the sums of ``d_hidden``; and adding up."""
     N, V, H = found.tokens, found.vocab, found.hidden
     if found.route == "recompute":
         return 2 * found.chunks * N * H * 4 + N * found.saved * (2 * 4 + found.dtype.itemsize)

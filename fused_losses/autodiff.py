@@ -1,4 +1,4 @@
-"""When a fused operator must give way to plain differentiable PyTorch.
+"""What the derivatives of the fused operators share, and when an operator must give way to plain differentiable PyTorch.
 
 The operators know their first derivative in reverse mode. Second derivatives, forward-mode AD and functorch transforms
 go through plain PyTorch on whole logits: right for float64 and small inputs, which is where they are used, and refused
@@ -53,3 +53,27 @@ def differentiable_gradients(
     )
     gradients = dict(zip(wanted, found, strict=True))
     return [gradients.get(i) for i in range(len(inputs))]
+
+
+def traced(t: Tensor) -> bool:
+    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
+
+
+def hooks_take_saved() -> bool:
+    """Whether hooks take what forward saves: checkpointing makes it again, under settings that may have changed, and logits
+    are sooner made again than moved to another memory and back."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def read_again(saved: Tensor) -> bool:
+    """Whether another backward may follow this one and read what forward saved."""
+    return traced(saved) or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def absent(like: Tensor) -> Tensor:
+    """What stands for None: an operator returns tensors."""
+    return like.new_zeros(())
+
+
+def present(t: Tensor | None, like: Tensor) -> Tensor:
+    return absent(like) if t is None else t

@@ -33,12 +33,11 @@ from .divergence import (
     token_divergence,
 )
 from .linear_logits import LinearLogits
-from .numerics import statistics_dtype, upcast, wide_dtype
-from .routes import full_precision
+from .numerics import full_precision, statistics_dtype, upcast, wide_dtype
 from .settings import Backend, Route
 from .token_loss import token_loss
 from .token_statistics import TokenStatistics, selective_log_softmax, target_ids
-from .two_heads import Divergence, budget, planned_vocab, project
+from .two_heads import Divergence, budget, planned_vocab
 from .vocab_parallel import VocabShard, local_part
 
 
@@ -229,7 +228,7 @@ def teacher_topk(
         for start in range(0, N, n):
             rows = slice(start, start + n)
             chunk = head.tokens(rows)
-            z = project(chunk, chunk.hidden.new_empty(len(chunk.hidden), len(head.weight), dtype=dtype))
+            z = chunk.write_logits(chunk.hidden.new_empty(len(chunk.hidden), len(head.weight), dtype=dtype))
             z = transform(z, chunk.temperature, head.scale, head.softcap)[0].div_(temperature)
             values, ids[rows] = _top(z, k, shard)
             total = z.logsumexp(-1)

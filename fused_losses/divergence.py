@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from .autodiff import differentiable_gradients, refuse_shard, transforms_active
+from .head import Head, check_head, head_of, kept_tokens, ready
 from .numerics import statistics_dtype
-from .routes import Head, check_head, head_of, kept_tokens, ready
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
 from .two_heads import (

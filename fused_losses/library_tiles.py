@@ -7,27 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-import torch
 from torch import Tensor
 
 from .chunked.linear_softmax import LowRank, slices
+from .head import Head
+from .planning import tile_rows
 from .row_statistics import RowStatistics, empty_statistics
-
-TILE_BYTES = 2**26  # of logits, forward
-
-
-def tile_rows(vocab: int, itemsize: int) -> int:
-    return max(32, TILE_BYTES // max(vocab * itemsize, 1))
-
-
-def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, rows: slice, out: Tensor
-) -> Tensor:
-    if bias is None:
-        torch.mm(hidden[rows], weight.t(), out=out)
-    else:
-        torch.addmm(bias, hidden[rows], weight.t(), out=out)
-    return out if low_rank is None else out.addmm_(low_rank[0][rows], low_rank[1].t())
 
 
 def linear_softmax_fwd(
@@ -47,13 +32,14 @@ def linear_softmax_fwd(
     from .kernels.softmax_rows import softmax_rows_fwd
 
     N, V = hidden.shape[0], weight.shape[0]
+    head = Head(hidden, weight, bias, *(low_rank or (None, None)))
     out = empty_statistics(hidden, N, ids, outputs)
     n = min(N, tile_rows(V, hidden.dtype.itemsize))
     whole = saved_logits is not None and saved_logits.shape[1] >= V
     room = hidden.new_empty(0 if whole else n, V)
     for rows in slices(N, max(n, 1)):
         tile = saved_logits[rows, :V] if saved_logits is not None and whole else room[: rows.stop - rows.start]
-        logits = _logits(hidden, weight, bias, low_rank, rows, tile)
+        logits = head.tokens(rows).write_logits(tile)
         if saved_logits is not None and not whole:
             saved_logits[rows] = logits[:, : saved_logits.shape[1]]
         found = softmax_rows_fwd(
@@ -94,7 +80,7 @@ def linear_softmax_d_logits(
     from .kernels.softmax_rows import softmax_rows_bwd
 
     out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out
-    logits = _logits(hidden, weight, bias, low_rank, slice(None), out).unsqueeze(-1)
+    logits = Head(hidden, weight, bias, *(low_rank or (None, None))).write_logits(out).unsqueeze(-1)
     softmax_rows_bwd(
         logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d,
         scale=scale, softcap=softcap, vocab_start=vocab_start, out=logits,

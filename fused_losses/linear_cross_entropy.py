@@ -1,7 +1,8 @@
 """Cross entropy of a linear head, without its logits: ``cross_entropy(linear(input, weight, bias), target)``.
 
 Sums and means make their gradients in forward, a chunk of tokens at a time; ``reduction="none"`` recomputes the logits in
-backward (see :mod:`fused_losses.routes`). :func:`fused_losses.plan` says what either will hold.
+backward: :mod:`fused_losses.gradients_in_forward`, :mod:`fused_losses.recompute`. :func:`fused_losses.plan` says what either
+will hold.
 """
 
 from __future__ import annotations
@@ -22,21 +23,11 @@ from .cross_entropy import (
     plus_z_loss,
     row_shares,
 )
+from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
+from .head import Head, budget, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import autocast_dtype, statistics_dtype
-from .planning import plan
-from .routes import (
-    Head,
-    budget,
-    check_head,
-    head_of,
-    kept_tokens,
-    linear_loss,
-    linear_statistics,
-    loss_of_head,
-    ready,
-    with_gradients,
-)
+from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
 from .token_statistics import rows_statistics, target_ids
 from .vocab_parallel import is_dtensor, local_target, packed, summed_in_backward, vocab_shard
@@ -407,15 +398,12 @@ def _hard(
 
     ``promised``: the upstream gradient of the sum, where the caller vouches for it.
     """
-    (N, H), C = head.hidden.shape, head.vocab
+    N, C = head.hidden.shape[0], head.vocab
     weight = weight if weight is None or head.shard is None else weight[head.shard.part]
     wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in head.inputs]
     chosen_backend = resolve_backend(head.hidden, backend)
-    chosen = plan(
+    chosen = head.plan(
         N,
-        head.planned_vocab,
-        H,
-        head.hidden.dtype,
         per_token=not summed,
         route=route,
         workspace=workspace,

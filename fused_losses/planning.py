@@ -4,7 +4,7 @@ With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logit
 
 - ``gradients_in_forward`` (``6NVH``): a chunk of tokens at a time, logits, loss and gradients in one go. It needs to know the
   loss of each token up to one common factor, so it serves sums and means.
-- ``recompute`` (``8NVH``): forward keeps a few numbers per token; backward makes the logits again, a slice of the vocabulary
+- ``recompute`` (``8NVH``): forward saves a few numbers per token; backward makes the logits again, a slice of the vocabulary
   at a time. It serves any upstream gradient per token, and it needs the least memory. Logits of as many vocabulary entries as
   the budget holds are saved for backward and not made again: down to ``6NVH``.
 """
@@ -19,7 +19,6 @@ import torch
 
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
-from .library_tiles import tile_rows
 from .numerics import statistics_dtype
 from .settings import Route
 from .settings import route as route_setting
@@ -27,13 +26,16 @@ from .settings import workspace as workspace_setting
 
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
-RECOMPUTE_BUDGET = (
-    256 * MiB
-)  # held from forward to backward, so more is for the caller to give; nor is a larger slice faster
+RECOMPUTE_BUDGET = 256 * MiB  # held from forward to backward: more is for the caller to give. No larger slice is faster
 ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
+TILE_BYTES = 64 * MiB  # of logits that library_tiles.py makes at a time, forward
+
+
+def tile_rows(vocab: int, itemsize: int) -> int:
+    return max(32, TILE_BYTES // max(vocab * itemsize, 1))
 
 
 @dataclass(frozen=True)

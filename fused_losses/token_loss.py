@@ -13,17 +13,11 @@ import torch
 from torch import Tensor
 
 from .autodiff import transforms_active
+from .gradients_in_forward import loss_and_gradients, with_gradients
+from .head import check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import plan
-from .routes import (
-    check_head,
-    head_of,
-    kept_tokens,
-    loss_and_gradients,
-    ready,
-    with_gradients,
-)
 from .row_statistics import Coefficients, RowStatistics, coefficients, where_ids_stand
 from .settings import Backend, resolve_backend
 from .token_statistics import TokenStatistics, target_ids, token_statistics

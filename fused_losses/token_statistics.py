@@ -497,7 +497,8 @@ def linear_logits_statistics(
     logits: LinearLogits, ids: Tensor | None, column_weight: Tensor | None = None, **options: Any
 ) -> RowStatistics:
     """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
-    from .routes import head_of, linear_statistics
+    from .head import head_of
+    from .recompute import linear_statistics
 
     with logits.gathered():
         head = head_of(logits)

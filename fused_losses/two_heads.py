@@ -25,24 +25,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autodiff import check_differentiable, differentiable_gradients, refuse_shard
-from .chunked.divergence_rows import differentiable_rows, whole_normalizers
-from .chunked.linear_softmax import TILE, logits_tile, slices
-from .chunked.softmax_rows import CHUNK_ELEMENTS, transform
-from .numerics import statistics_dtype, wide_dtype
-from .planning import FEWEST_TOKENS, MANY_CHUNKS
-from .routes import (
-    HEADROOM,
-    Head,
-    add_product,
-    column_sums,
-    full_precision,
+from .autodiff import (
+    check_differentiable,
+    differentiable_gradients,
     hooks_take_saved,
-    per_token_dtype,
+    present,
     read_again,
-    scale_gradients,
+    refuse_shard,
     traced,
 )
+from .chunked.divergence_rows import differentiable_rows, whole_normalizers
+from .chunked.linear_softmax import TILE
+from .chunked.softmax_rows import CHUNK_ELEMENTS
+from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
+from .head import Head, whole_logits
+from .numerics import full_precision, statistics_dtype, wide_dtype
+from .planning import FEWEST_TOKENS, MANY_CHUNKS
+from .products import add_product, column_sums
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -180,25 +179,6 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
     return Chunks(n, sums)  # type: ignore[arg-type]
 
 
-def project(head: Head, out: Tensor) -> Tensor:
-    """The products of a head's tokens ``(n, V)``, before scale, softcap and temperature, never rounded to 16 bits."""
-    hidden, weight, bias = head.hidden, head.weight, head.bias
-    if out.dtype == hidden.dtype:
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
-        return out if head.low_rank is None else out.addmm_(head.low_rank[0], head.low_rank[1].t())
-    if not hidden.is_cuda:
-        for columns in slices(out.shape[1], TILE):
-            out[:, columns] = logits_tile(hidden, weight, bias, head.low_rank, slice(None), columns)
-        return out
-    add_product(out, hidden, weight.t(), first=True)
-    if head.low_rank is not None:
-        add_product(out, head.low_rank[0], head.low_rank[1].t(), first=False)
-    return out if bias is None else out.add_(bias)
-
-
 def total_dtypes(head: Head, sums: torch.dtype) -> tuple[torch.dtype, ...]:
     """In what the gradients of a head's inputs are made."""
     dtype = head.hidden.dtype
@@ -242,7 +222,7 @@ class _Side:
         if self.direct:
             return self.chunk.hidden[:, : self.V]
         assert self.room is not None
-        return project(self.chunk, self.room[: len(self.chunk.hidden)])
+        return self.chunk.write_logits(self.room[: len(self.chunk.hidden)])
 
     def d_logits(self, logits: Tensor, rows: slice | Tensor) -> Tensor | None:
         """Where the gradient of ``logits`` is to be written, ``(n, V)``."""
@@ -321,8 +301,7 @@ def both_heads(
     ]
     factor: Tensor | None = None  # at which float16 gradients neither vanish nor overflow
     if any(s.wanted and s.head.hidden.dtype == torch.float16 for s in sides) and N:
-        largest = torch.stack([t.abs().amax() for t in (soft, hard) if t is not None]).amax().clamp(2.0**-60, 2.0**60)
-        factor = HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
+        factor = in_range((soft, hard))
         soft, hard = (None if t is None else t * factor for t in (soft, hard))
     divergence = student.hidden.new_zeros(N, dtype=dtype)
     nll = student.hidden.new_zeros(N, dtype=dtype) if labels else None
@@ -399,22 +378,15 @@ def differentiable_two_heads(
     student: Head, teacher: Head, ids: Tensor | None, labels: bool, which: Divergence
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and −log p ``(N,)`` as plain differentiable PyTorch on whole logits."""
-    dtype = statistics_dtype(student.hidden.dtype)
     V = min(vocab_of(student), vocab_of(teacher))
     check_differentiable(student.hidden.shape[0], V, student.hidden.dtype)
-    skip = None if ids is None else (ids == -100)[:, None]
+    skip = None if ids is None else ids == -100
 
-    def final(head: Head) -> Tensor:
-        hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
-        assert hidden is not None
-        hidden = hidden if skip is None else hidden.masked_fill(skip, 0)
-        x = hidden[:, :V] if weight is None else hidden @ weight[:V].t()
-        if u is not None and B is not None:
-            x = x + (u if skip is None else u.masked_fill(skip, 0)) @ B[:V].t()
-        x = x if bias is None else x + bias[:V]
-        return transform(x, head.temperature, head.scale, head.softcap)[0]
+    def compared(head: Head) -> Head:
+        return head._replace(hidden=head.hidden[:, :V]) if head.weight is None else head.columns(slice(0, V))
 
-    return differentiable_rows(final(student), final(teacher), ids, labels=labels, **which._asdict())
+    z_student, z_teacher = whole_logits(compared(student), skip), whole_logits(compared(teacher), skip)
+    return differentiable_rows(z_student, z_teacher, ids, labels=labels, **which._asdict())
 
 
 # What the operators take first, and then _Problem.of(arguments[:IN_PROBLEM]).
@@ -460,10 +432,6 @@ class _Problem(NamedTuple):
         return differentiable_two_heads(student, teacher, self.ids, labels, self.which)
 
 
-def _present(t: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_zeros(()) if t is None else t
-
-
 # A sum over tokens: the gradients are made in forward.
 
 
@@ -485,7 +453,7 @@ def two_heads_loss(*arguments: Any) -> tuple[Tensor, ...]:
     )
     total = soft * divergence if nll is None else soft * divergence + hard * nll
     loss = total.sum(dtype=wide_dtype(total.device)).to(dtype)
-    return loss, *(_present(g, loss) for g in gradients)
+    return loss, *(present(g, loss) for g in gradients)
 
 
 @two_heads_loss.register_fake
@@ -556,7 +524,7 @@ def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
     divergence, nll, saved = both_heads(
         *problem, unit, None, labels, wanted if tokens else [False] * INPUTS, workspace, backend, save=tokens > 0
     )
-    return divergence, *(_present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
+    return divergence, *(present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
 
 
 @two_heads_rows.register_fake
@@ -569,7 +537,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
         head.hidden.new_empty(tokens, V) if tokens and any(side) else None
         for head, side in ((problem.student, wanted[:5]), (problem.teacher, wanted[5:]))
     ]
-    return found, *(_present(t, found) for t in (torch.empty_like(found) if labels else None, *saved))
+    return found, *(present(t, found) for t in (torch.empty_like(found) if labels else None, *saved))
 
 
 @torch.library.custom_op(
@@ -584,7 +552,7 @@ def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem.of(arguments[:IN_PROBLEM])
     *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend, saved=saved)
     pairs = zip(gradients, problem.inputs, strict=True)
-    return tuple(_present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
+    return tuple(present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
 
 
 @two_heads_rows_grad.register_fake
@@ -616,7 +584,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
 
         def fn(*inputs: Tensor) -> list[Tensor]:
             divergence, nll = problem.differentiable(inputs, ctx.labels)
-            return [divergence, _present(nll, divergence)]
+            return [divergence, present(nll, divergence)]
 
         return *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)), *rest
     hard = d_nll if ctx.labels else None

@@ -229,6 +229,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
         (True, True, 2),
     ]
     few = [(False, False, 1), (True, False, 2), (True, True, 2)]
+    saved_names = ("saved_logits_ptr", "saved_columns", "saved_stride_n")
     of_saved = ("*fp32:16", "i32", "i32:16")
     saving = {(False, False, 1), (False, False, 2), (True, False, 2), (True, True, 2)}
     has_tma = arch in ("sm_90", "sm_100")
@@ -247,7 +248,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
                 module._linear_softmax_fwd_kernel,
                 common(tma, tile, options, low_rank, odd_rows, odd_vocab)
                 | {f"{x}_ptr": "*fp32:16" for x in ("logits_at_ids", "partials", "split_weight")}
-                | dict(zip(("saved_logits_ptr", "saved_columns", "saved_stride_n"), of_saved if save_logits else (None,) * 3, strict=True))
+                | dict(zip(saved_names, of_saved if save_logits else (None,) * 3, strict=True))
                 | {"ENTROPY": level >= 1, "ALL": level == 2, "SAVE_LOGITS": save_logits},
                 tile.num_warps,
                 tile.num_stages,

@@ -16,9 +16,9 @@ FAMILIES = (
 )  # fmt: skip
 PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_statistics")  # have cases in bench/ too
 INFRASTRUCTURE = {
-    "__init__", "autodiff", "lazy_tensor", "lazy_views", "library_tiles", "linear_logits_checks", "log_softmax", "modules",
-    "numerics", "planning", "routes", "row_statistics", "settings", "two_heads", "vocab_parallel", "tensor_parallel",
-    "data_parallel",
+    "__init__", "autodiff", "data_parallel", "gradients_in_forward", "head", "lazy_tensor", "lazy_views", "library_tiles",
+    "linear_logits_checks", "log_softmax", "modules", "numerics", "planning", "products", "recompute", "row_statistics",
+    "settings", "tensor_parallel", "two_heads", "vocab_parallel",
 }  # fmt: skip
 
 

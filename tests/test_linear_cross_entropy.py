@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
-from fused_losses import planning, routes
+from fused_losses import gradients_in_forward, planning, recompute
 from fused_losses.chunked import linear_softmax
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -372,8 +372,9 @@ def test_frozen_inputs_cost_nothing(route, trained, monkeypatch):
         *(t.clone().requires_grad_() for t in leaves[:2]), target, linear_bias=bias, route=route
     )
     products = []
-    add_product = routes.add_product
-    monkeypatch.setattr(routes, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
+    add_product = recompute.add_product
+    for module in (gradients_in_forward, recompute):
+        monkeypatch.setattr(module, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
     for i in trained:
         leaves[i].requires_grad_()
     loss = linear_cross_entropy(hidden, weight, target, linear_bias=bias, route=route)
@@ -386,7 +387,7 @@ def test_frozen_inputs_cost_nothing(route, trained, monkeypatch):
 
 def test_no_grad_makes_no_gradients(monkeypatch):
     hidden, weight, _, target = problem()
-    monkeypatch.setattr(routes, "loss_and_gradients", None)
+    monkeypatch.setattr(gradients_in_forward, "loss_and_gradients", None)
     hidden.requires_grad_()
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, weight, target)
@@ -454,8 +455,10 @@ def test_ignored_tokens_are_not_projected(monkeypatch):
     hidden, weight, _, target = problem()
     hidden.requires_grad_()
     seen = []
-    softmax_rows = routes.softmax_rows
-    monkeypatch.setattr(routes, "softmax_rows", lambda z, *a: (seen.append(len(z)), softmax_rows(z, *a))[1])
+    softmax_rows = gradients_in_forward.softmax_rows
+    monkeypatch.setattr(
+        gradients_in_forward, "softmax_rows", lambda z, *a: (seen.append(len(z)), softmax_rows(z, *a))[1]
+    )
     linear_cross_entropy(hidden, weight, target)
     linear_cross_entropy(hidden, weight, target, drop_ignored=False)
     assert seen == [int((target != -100).sum()), N]

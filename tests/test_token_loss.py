@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fused_losses import planning, routes, settings
+from fused_losses import gradients_in_forward, planning, settings
 from fused_losses.chunked import linear_softmax
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_loss as reference
@@ -285,8 +285,8 @@ def test_no_gradient_asked_is_one_product(monkeypatch):
 def test_frozen_weight_costs_no_product(monkeypatch):
     hidden, weight, bias, index = problem()
     products = []
-    add_product = routes.add_product
-    monkeypatch.setattr(routes, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
+    add_product = gradients_in_forward.add_product
+    monkeypatch.setattr(gradients_in_forward, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
     loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index)
     assert len(products) == 1
     loss.backward()

@@ -9,9 +9,9 @@ from fused_losses import two_heads
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.chunked.linear_softmax import TILE
 from fused_losses.chunked.softmax_rows import CHUNK_ELEMENTS
+from fused_losses.head import Head
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.tolerance import assert_accurate
-from fused_losses.routes import Head
 from fused_losses.settings import workspace
 from fused_losses.two_heads import (
     DEFAULT_BUDGET,
@@ -193,8 +193,8 @@ def test_what_forward_saves_backward_multiplies(fewest, wanted, dtype, size, mon
     soft = torch.randn(N, dtype=torch.promote_types(dtype, torch.float32)) * size
     how = (heads[0], heads[1], ids, keep, False, Divergence("jsd", 0.3, 1.5))
     made = []
-    project = two_heads.project
-    monkeypatch.setattr(two_heads, "project", lambda h, out: made.append(len(h.hidden)) or project(h, out))
+    write_logits = Head.write_logits
+    monkeypatch.setattr(Head, "write_logits", lambda h, out: made.append(len(out)) or write_logits(h, out))
 
     def call(soft, **options):
         made.clear()

@@ -1,4 +1,4 @@
-"""The operators under the linear losses: statistics and gradients of a head, and how gradients are scaled and summed."""
+"""Statistics of the tokens of a head and their gradients, against whole logits."""
 
 import dataclasses
 
@@ -8,21 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import planning, routes
+from fused_losses import planning, recompute
 from fused_losses.chunked import linear_softmax
+from fused_losses.head import Head, kept_tokens
+from fused_losses.recompute import linear_rows, linear_rows_grad, linear_statistics
 from fused_losses.reference.tolerance import assert_accurate
-from fused_losses.routes import (
-    Head,
-    add_product,
-    kept_tokens,
-    linear_loss,
-    linear_rows,
-    linear_rows_grad,
-    linear_statistics,
-    scaled,
-    scaled_gradient,
-    with_gradients,
-)
 from fused_losses.settings import workspace
 
 N, V, H, R, K = 19, 41, 7, 3, 2
@@ -136,12 +126,12 @@ def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, workspac
             assert_accurate(a, b, c, f"d_{name}")
 
 
-@pytest.mark.parametrize(("kept", "made"), [(0, 41), (16, 25), (32, 9), (41, 0)])
+@pytest.mark.parametrize(("saved", "made"), [(0, 41), (16, 25), (32, 9), (41, 0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_what_forward_keeps_is_not_made_again(kept, made, dtype, backend, device, monkeypatch):
-    """The same values bit for bit, and gradients from the kept logits for as many columns."""
+def test_what_forward_saves_is_not_made_again(saved, made, dtype, backend, device, monkeypatch):
+    """The same values bit for bit, and gradients from the saved logits for as many columns."""
     h, u, ids = head(dtype, device, scale=0.5, softcap=3.0), torch.randn(V, device=device), some_ids(device)
-    tile_of = routes.linear_module(backend, dtype)
+    tile_of = recompute.linear_module(backend, dtype)
     d_logits, columns = tile_of.linear_softmax_d_logits, []
 
     def counted(hidden, weight, *rest, **options):
@@ -150,10 +140,10 @@ def test_what_forward_keeps_is_not_made_again(kept, made, dtype, backend, device
 
     monkeypatch.setattr(tile_of, "linear_softmax_d_logits", counted)
     found, gradients = [], []
-    for entries in (0, kept):
+    for entries in (0, saved):
         small = planning.plan(N, V, H, dtype, route="recompute", workspace=1)
-        plan = dataclasses.replace(small, kept=entries, chunk=max(16, entries) if dtype == torch.float32 else 16)
-        monkeypatch.setattr(routes, "recompute_plan", lambda *_, plan=plan: plan)
+        plan = dataclasses.replace(small, saved=entries, chunk=max(16, entries) if dtype == torch.float32 else 16)
+        monkeypatch.setattr(Head, "plan", lambda *_, plan=plan, **__: plan)
         columns.clear()
         found.append(linear_statistics(h, ids, u, outputs=OUTPUTS, backend=backend)._asdict())
         gradients.append(differentiated(found[-1], h))
@@ -164,7 +154,7 @@ def test_what_forward_keeps_is_not_made_again(kept, made, dtype, backend, device
         torch.testing.assert_close(a, b, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=2e-6)
 
 
-def test_kept_logits_outlive_a_backward_that_keeps_the_graph(backend, device):
+def test_saved_logits_outlive_a_backward_that_keeps_the_graph(backend, device):
     h, ids = head(device=device), some_ids(device)
     found = linear_statistics(h, ids, outputs=("entropy",), backend=backend)
     total = (found.log_probs.sum(-1) * found.entropy).sum()
@@ -325,55 +315,6 @@ def test_second_derivatives():
     assert torch.autograd.gradgradcheck(of, (h.hidden, h.weight), atol=1e-4)
 
 
-# Scaling, summing, dropping
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("wider", [False, True])
-def test_scaled_rounds_once(dtype, wider):
-    stored = torch.promote_types(dtype, torch.float32) if wider else dtype
-    gradient = torch.randn(2100, 3).to(stored)
-    scale = torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32))
-    expected = (gradient.double() * scale.double()).to(stored if wider and stored == dtype else dtype)
-    out = scaled(gradient.clone(), scale, dtype, in_place=False)
-    assert out.dtype == dtype
-    torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=0)
-    if dtype.itemsize == 2 and not wider:
-        once = (gradient.float() * scale).to(dtype)
-        assert torch.equal(out, once)
-        assert not torch.equal(out, gradient * scale.to(dtype))  # what a 0-dim factor would do
-
-
-def test_scaled_needs_nothing_that_a_gpu_lacks(monkeypatch):
-    """PyTorch's loss-scaling operator has no bfloat16 on CUDA, and a CPU cannot show that."""
-    monkeypatch.delattr(torch, "_amp_foreach_non_finite_check_and_unscale_")
-    gradient = torch.randn(2**20 + 7).to(torch.bfloat16)
-    expected = (gradient.float() * torch.tensor(1 / 3)).bfloat16()
-    assert torch.equal(scaled(gradient, torch.tensor(1 / 3), torch.bfloat16, in_place=True), expected)
-
-
-def test_scaled_in_place_is_the_same_memory_and_out_of_place_is_not():
-    for dtype in (torch.float32, torch.bfloat16):
-        gradient = torch.randn(5, 3).to(dtype)
-        before = gradient.clone()
-        out = scaled(gradient, torch.tensor(0.5), dtype, in_place=False)
-        assert torch.equal(gradient, before)
-        assert scaled(gradient, torch.tensor(0.5), dtype, in_place=True).data_ptr() == gradient.data_ptr()
-        assert torch.equal(gradient, out)
-
-
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-def test_add_product(first, out_dtype, monkeypatch):
-    monkeypatch.setattr(routes, "BLOCK", 5)
-    a, b = torch.randn(13, 11).bfloat16(), torch.randn(11, 3).bfloat16()
-    out = torch.randn(13, 3).to(out_dtype)
-    expected = a.double() @ b.double() + (0 if first else out.double())
-    add_product(out, a, b, first=first)
-    tolerance = 1e-6 if out_dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
-
-
 def test_kept_tokens():
     ids = torch.tensor([[1, -100], [-100, -100], [2, 3]])
     keep, zero = kept_tokens(ids, True)
@@ -390,17 +331,7 @@ def test_kept_tokens():
 @pytest.fixture
 def out_of_place(monkeypatch):
     """opcheck compares outputs after a backward, which writes over the gradients and logits among them."""
-    monkeypatch.setattr(routes, "read_again", lambda saved: True)
-
-
-@pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck_linear_loss(keep, dtype, out_of_place):
-    hidden, weight = torch.randn(4, H).to(dtype).requires_grad_(), torch.randn(9, H).to(dtype).requires_grad_()
-    ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.tensor([-1.0, 0.0, -1.0, 2.0])
-    rest = (None, None, None, ids, None, None, factors, factors, factors, keep, keep is None, 1.0, None, True)
-    wanted = [True, True, False, False, False]
-    torch.library.opcheck(linear_loss, (hidden, weight, *rest, wanted, 2**20, None, "torch"))
+    monkeypatch.setattr(recompute, "read_again", lambda saved: True)
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
@@ -413,17 +344,10 @@ def test_opcheck_linear_rows(keep, columns, out_of_place):
 
 
 @pytest.mark.parametrize("main_grad", [None, torch.zeros(9, H)])
-@pytest.mark.parametrize("kept", [None, torch.randn(4, 9)])
-def test_opcheck_linear_rows_grad(main_grad, kept):
+@pytest.mark.parametrize("saved_logits", [None, torch.randn(4, 9)])
+def test_opcheck_linear_rows_grad(main_grad, saved_logits):
     hidden, weight, ids = torch.randn(4, H), torch.randn(9, H), torch.tensor([[1], [2], [3], [8]])
-    head = (hidden, weight, None, None, None, ids, None, None, None, main_grad, kept)
+    head = (hidden, weight, None, None, None, ids, None, None, None, main_grad, saved_logits)
     terms = (torch.zeros(4, dtype=torch.float64), torch.ones(4), None, None, torch.ones(4, 1), None)
     wanted = [True, main_grad is None, False, False, False]
     torch.library.opcheck(linear_rows_grad, (*head, *terms, False, 1.0, None, wanted, 2**20, "torch"))
-
-
-def test_opcheck_with_gradients():
-    inputs = [torch.randn(3, 2).requires_grad_(), torch.randn(4).bfloat16().requires_grad_()]
-    gradients = [torch.randn(3, 2), torch.randn(4)]
-    torch.library.opcheck(with_gradients, (torch.tensor(2.0), gradients, inputs))
-    torch.library.opcheck(scaled_gradient, (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16))

@@ -1,0 +1,428 @@
+"""Route ``gradients_in_forward``: a loss that is a sum over tokens, and its gradients, in one pass over the tokens.
+
+A chunk of tokens at a time: logits, statistics, loss, gradient of the logits written over the logits, and its products with
+weight and hidden. Backward multiplies by the upstream gradient. With ``N`` tokens, ``V`` vocabulary and ``H`` hidden that is
+``6NVH`` floating point operations, as eager PyTorch's. Recomputing the forward (activation checkpointing) doubles its cost.
+
+:func:`loss_and_gradients` is the pass, :func:`linear_loss` the operator for losses that are linear in the log-probabilities and
+quadratic in the logsumexp, :func:`with_gradients` the operator for gradients that something else made in forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import (
+    SMALL,
+    absent,
+    check_differentiable,
+    differentiable_gradients,
+    present,
+    read_again,
+    refuse_shard,
+    traced,
+)
+from .chunked.linear_softmax import slices
+from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
+from .head import Head, differentiable_statistics, only
+from .numerics import full_precision, statistics_dtype
+from .products import BLOCK, add_product, column_sums
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
+from .token_statistics import softmax_rows, softmax_rows_grad
+from .vocab_parallel import VocabShard, packed, with_weight_sum
+
+HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smallest numbers, far below its largest
+
+
+def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
+    """Of a gradient of hidden made in forward: as wide as its scale, which is unknown yet, or its sum over ranks asks for."""
+    return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
+
+
+def loss_and_gradients(
+    head: Head,
+    ids: Tensor | None,  # (N, K)
+    column_weight: Tensor | None,  # (V,)
+    keep: Tensor | None,  # (M,) tokens to project; None: all
+    zero_ignored: bool,
+    outputs: Sequence[str],
+    of_chunk: Callable[[RowStatistics, slice | Tensor], Coefficients],
+    wanted: Sequence[bool],  # gradients of head.inputs
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+    main_grad: Tensor | None = None,  # (V, H) fp32, the gradient of the weight is added here
+) -> list[Tensor | None]:
+    """Route ``gradients_in_forward``: the gradient of each of ``head.inputs``, or None, in its own dtype or a wider one.
+
+    ``of_chunk(statistics, rows)`` sees each chunk once, in order, and says how its loss depends on its statistics.
+    """
+    hidden, weight, dtype = head.hidden, head.weight, head.hidden.dtype
+    N, V, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
+    M = N if keep is None else keep.shape[0]
+    chosen = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
+    sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
+    per_token = per_token_dtype(dtype, head.shard)
+
+    def room(i: int, dtype: torch.dtype) -> Tensor | None:
+        like = head.inputs[i]
+        if not wanted[i] or like is None:
+            return None
+        whole = M == N and N > 0
+        return like.new_empty(like.shape, dtype=dtype) if whole else like.new_zeros(like.shape, dtype=dtype)
+
+    d_hidden, d_u, d_B = room(0, per_token), room(3, per_token), room(4, sums)
+    d_weight = main_grad if main_grad is not None else room(1, sums)
+    d_bias = room(2, wide)
+    logits_room = hidden.new_empty(min(chosen.chunk, M), V)
+    factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
+    local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
+    pending: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []  # sums over ranks, and what follows
+    for start in range(0, M, max(chosen.chunk, 1)):
+        part = slice(start, min(start + chosen.chunk, M))
+        rows: slice | Tensor = part if keep is None else keep[part]
+        of_ids = None if local_ids is None else local_ids[rows]
+        chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
+        logits = logits_room[: part.stop - part.start]
+        # On a CPU a third faster: the result stays in cache.
+        for columns in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
+            chunk.columns(columns).write_logits(logits[:, columns])
+        seen = (logits.unsqueeze(-1), of_ids, column_weight, chunk.temperature)
+        names = with_weight_sum(outputs, head.shard)
+        found = softmax_rows(
+            *seen, None, 0.0, head.scale, head.softcap, ",".join(names), False, backend, packed(head.shard)
+        )
+        statistics = only(found, names, ids is not None)
+        assert statistics.logsumexp is not None
+        terms = of_chunk(statistics, rows)
+        if dtype == torch.float16 and main_grad is None:
+            terms, factor = _away_from_zero(terms, factor, [d_weight, d_bias, d_B])
+        a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+        if V:
+            softmax_rows_grad(
+                *seen,
+                statistics.logsumexp,
+                a,
+                b,
+                e,
+                c,
+                d,
+                None,
+                0.0,
+                head.scale,
+                head.softcap,
+                backend,
+                logits.unsqueeze(-1),
+            )
+        first = start == 0
+        for total, matrix in ((d_hidden, weight), (d_u, head.B)):
+            if total is not None and matrix is not None:
+                product = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
+                add_product(product, logits, matrix, first=True)
+                if factor is not None:
+                    product /= factor
+                place: Callable[[], Any] | None = None
+                if keep is not None:
+                    place = functools.partial(total.index_copy_, 0, keep[part], product)
+                if head.shard is not None:
+                    pending.append((head.shard.begin_sum(product), place))
+                elif place is not None:
+                    place()
+        for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
+            if total is not None and matrix is not None:
+                add_product(total, logits.t(), matrix, first=first and total is not main_grad)
+        if d_bias is not None:
+            partial = column_sums(logits, wide)
+            d_bias = partial if first else d_bias.add_(partial)
+    for end_sum, then in pending:
+        end_sum()
+        if then is not None:
+            then()
+    if factor is not None:
+        for total in (d_weight, d_bias, d_B):
+            if total is not None:
+                total /= factor
+    return [d_hidden, None if main_grad is not None else d_weight, d_bias, d_u, d_B]
+
+
+def in_range(factors: Iterable[Tensor | None]) -> Tensor:
+    """The power of two at which float16 gradients with these factors neither vanish nor overflow."""
+    largest = torch.stack([t.abs().amax() for t in factors if t is not None]).amax().clamp(2.0**-60, 2.0**60)
+    return HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
+
+
+def _away_from_zero(
+    terms: Coefficients, factor: Tensor | None, totals: Sequence[Tensor | None]
+) -> tuple[Coefficients, Tensor]:
+    """Scale the coefficients so that float16 gradients are in range.
+
+    Where a chunk's coefficients are larger than all before it, what was summed so far is brought to its factor.
+    """
+    mine = in_range(terms)
+    if factor is not None:
+        mine = torch.minimum(mine, factor)
+        for total in totals:
+            if total is not None:
+                total *= mine / factor
+    return Coefficients(*(None if t is None else t * mine for t in terms)), mine
+
+
+def loss_of_head(
+    head: Head,
+    ids: Tensor,
+    column_weight: Tensor | None,
+    of: tuple[Tensor, Tensor | None, Tensor | None],
+    keep: Tensor | None,
+    zero_ignored: bool,
+    top1: bool,
+    wanted: Sequence[bool],
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+    main_grad: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:func:`linear_loss`; with ``main_grad`` ``(V, H)`` the gradient of the weight is added there."""
+    of_log_probs, of_sum_log_probs, of_square = of
+    dtype = statistics_dtype(head.hidden.dtype)
+    outputs = ["log_probs"] + ["sum_log_probs"] * (of_sum_log_probs is not None) + ["is_top1"] * top1
+    found = empty_statistics(head.hidden, head.hidden.shape[0], ids, outputs)
+    for t in found:
+        if t is not None:
+            t.zero_()
+    loss = torch.zeros_like(of_log_probs, dtype=torch.float64)
+
+    def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
+        for total, part in zip(found, statistics, strict=True):
+            if total is not None and part is not None:
+                total[rows] = part
+        assert statistics.log_probs is not None
+        assert statistics.logsumexp is not None
+        value = of_log_probs[rows].double() * statistics.log_probs[:, 0]
+        upstream = RowStatistics(log_probs=of_log_probs[rows, None])
+        if of_sum_log_probs is not None:
+            assert statistics.sum_log_probs is not None
+            value += of_sum_log_probs[rows] * statistics.sum_log_probs
+            upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
+        if of_square is not None:
+            lse = statistics.logsumexp.to(dtype)
+            value += of_square[rows] * lse.square()
+            upstream = upstream._replace(logsumexp=2 * of_square[rows] * lse)
+        loss[rows] = value
+        return coefficients(upstream, statistics, head.vocab, column_weight, dtype)
+
+    with full_precision(head.hidden.device):
+        gradients = loss_and_gradients(
+            head, ids, column_weight, keep, zero_ignored, outputs, of_chunk, wanted, workspace, accumulate, backend,
+            main_grad,
+        )  # fmt: skip
+    assert found.log_probs is not None
+    assert found.logsumexp is not None
+    return (
+        loss.sum().to(dtype),
+        found.log_probs,
+        found.logsumexp,
+        present(found.is_top1, of_log_probs),
+        *(present(g, of_log_probs) for g in gradients),
+    )  # type: ignore[return-value]
+
+
+@torch.library.custom_op("fused_losses::linear_loss", mutates_args=())
+def linear_loss(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    u: Tensor | None,  # (N, R)
+    B: Tensor | None,  # (V, R)
+    ids: Tensor,  # (N, 1)
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    of_log_probs: Tensor,  # (N,)
+    of_sum_log_probs: Tensor | None,  # (N,)
+    of_square: Tensor | None,  # (N,)
+    keep: Tensor | None,  # (M,)
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    top1: bool,
+    wanted: list[bool],
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+    shard: str = "",  # a VocabShard; ids are those of the whole vocabulary
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``, and its gradients.
+
+    Returns:
+        the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``is_top1 (N,)``, and the gradient of each of the first
+        five arguments; 0-dim where absent or not ``wanted``.
+    """
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    return loss_of_head(
+        head, ids, column_weight, (of_log_probs, of_sum_log_probs, of_square), keep, zero_ignored, top1, wanted, workspace,
+        accumulate, backend,
+    )  # fmt: skip
+
+
+@linear_loss.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    ids: Tensor,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    of_log_probs: Tensor,
+    of_sum_log_probs: Tensor | None,
+    of_square: Tensor | None,
+    keep: Tensor | None,
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    top1: bool,
+    wanted: list[bool],
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+    shard: str = "",
+) -> tuple[Tensor, ...]:
+    dtype = hidden.dtype
+    wide = statistics_dtype(dtype)
+    N = hidden.shape[0]
+    head = Head(hidden, weight, shard=VocabShard.unpacked(shard))
+    M = N if keep is None else keep.shape[0]
+    chosen = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
+    sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
+    per_token = per_token_dtype(dtype, head.shard)
+    dtypes = (per_token, sums, wide, per_token, sums)
+    return (
+        of_log_probs.new_empty(()),
+        of_log_probs.new_empty(N, 1),
+        of_log_probs.new_empty(N, dtype=torch.float64),
+        of_log_probs.new_empty(N, dtype=torch.bool) if top1 else absent(of_log_probs),
+        *(
+            t.new_empty(t.shape, dtype=d) if t is not None and want else absent(of_log_probs)
+            for t, d, want in zip((hidden, weight, bias, u, B), dtypes, wanted, strict=True)
+        ),
+    )
+
+
+def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    hidden, weight = inputs[:2]
+    ctx.head_inputs = [
+        None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[16], strict=True)
+    ]
+    N, V = hidden.shape[0], weight.shape[0]
+    # A second derivative starts again from the inputs, so they are saved where it is offered.
+    saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
+    ctx.rest = (N, V, hidden.dtype, inputs[13], inputs[14], inputs[20])
+    ctx.save_for_backward(*output[4:], *saved)
+
+
+def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    rest = (None,) * 16
+    if g is None:
+        return (None,) * 21
+    stored = ctx.saved_tensors  # read once: checkpointing unpacks once
+    gradients, inputs = stored[:5], stored[5:]
+    N, V, dtype, scale, softcap, shard = ctx.rest
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_shard(shard, (N, V))
+        check_differentiable(N, V, dtype)
+        ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[5:]
+
+        def fn(*of: Tensor) -> list[Tensor]:
+            head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
+            outputs = ["log_probs", "sum_log_probs"]
+            s = differentiable_statistics(head, ids, column_weight, outputs)
+            total = (of_log_probs * s.log_probs[:, 0]).sum()  # type: ignore[index]
+            if of_sum_log_probs is not None:
+                total = total + (of_sum_log_probs * s.sum_log_probs).sum()
+            if of_square is not None:
+                total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()  # type: ignore[union-attr]
+            return [total]
+
+        return *differentiable_gradients(fn, inputs[:5], [g]), *rest
+    return *scale_gradients(gradients, ctx.head_inputs, g), *rest
+
+
+linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
+
+
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """``gradient·scale`` in ``dtype``, multiplied in fp32 or wider and rounded once; over ``gradient`` if ``in_place``."""
+    if gradient.dtype != dtype:
+        out = torch.empty_like(gradient, dtype=dtype)
+        for i in range(0, max(len(gradient), 1), BLOCK):
+            out[i : i + BLOCK] = gradient[i : i + BLOCK] * scale
+        return out
+    if not in_place:
+        gradient = gradient.clone()
+    if dtype.itemsize > 2:
+        return gradient.mul_(scale)
+    # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies its factors then.
+    for piece in gradient.view(-1).split(max(1, gradient.numel() if gradient.is_cuda else BLOCK * BLOCK)):
+        piece.mul_(scale.reshape(1))
+    return gradient
+
+
+@torch.library.custom_op("fused_losses::scaled_gradient", mutates_args=())
+def scaled_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return scaled(gradient, scale, dtype, in_place=False)
+
+
+@scaled_gradient.register_fake
+def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], upstream: Tensor
+) -> list[Tensor | None]:
+    """Gradients that a forward made, times the upstream gradient, in their dtypes; None where the dtype is None.
+
+    In place where the graph is about to be freed: they are read this once, and memory is not doubled.
+    """
+    if traced(upstream):
+        pairs = zip(gradients, dtypes, strict=True)
+        return [None if dtype is None else scaled_gradient(g, upstream, dtype) for g, dtype in pairs]
+    in_place = not read_again(upstream)
+    pairs = zip(gradients, dtypes, strict=True)
+    return [None if dtype is None else scaled(g, upstream, dtype, in_place) for g, dtype in pairs]
+
+
+@torch.library.custom_op("fused_losses::with_gradients", mutates_args=())
+def with_gradients(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    """``loss ()``, whose gradient for each of ``inputs`` is the given one times the upstream gradient."""
+    return loss.clone()
+
+
+@with_gradients.register_fake
+def _(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
+    return torch.empty_like(loss)
+
+
+def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.dtypes = [t.dtype for t in inputs[2]]
+    ctx.save_for_backward(*inputs[1])
+
+
+def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "gradients made in forward cannot be differentiated again: compute the loss from token_statistics instead, "
+            f"in float64 or for small inputs; got gradients of {[tuple(t.shape) for t in ctx.saved_tensors]}"
+        )
+    gradients = scale_gradients(ctx.saved_tensors, ctx.dtypes, g)
+    return None, [None] * len(gradients), gradients
+
+
+with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_gradients_setup)

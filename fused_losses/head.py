@@ -1,0 +1,196 @@
+"""Tokens and the head that would turn them into logits, as both routes and the comparison of two heads read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autodiff import check_differentiable, traced, transforms_active
+from .chunked.linear_softmax import TILE, logits_tile, slices
+from .chunked.softmax_rows import row_statistics, skipped, transform
+from .numerics import statistics_dtype
+from .planning import Plan, plan
+from .products import add_product
+from .row_statistics import RowStatistics
+from .settings import Backend
+from .settings import drop_ignored as drop_ignored_setting
+from .vocab_parallel import VocabShard
+
+if TYPE_CHECKING:
+    from .linear_logits import LinearLogits
+
+
+class Head(NamedTuple):
+    """Tokens and the head that would turn them into logits ``softcap·tanh(scale·(h Wᵀ + u Bᵀ + bias)/softcap)/temperature``."""
+
+    hidden: Tensor  # (N, H)
+    weight: Tensor  # (V, H)
+    bias: Tensor | None = None  # (V,)
+    u: Tensor | None = None  # (N, R)
+    B: Tensor | None = None  # (V, R)
+    temperature: Tensor | None = None  # (N,)
+    scale: float = 1.0
+    softcap: float | None = None
+    shard: VocabShard | None = None  # whose rows weight, bias and B are; None: the whole vocabulary's
+
+    @property
+    def vocab(self) -> int:
+        """The size of the whole vocabulary."""
+        return self.weight.shape[0] if self.shard is None else self.shard.vocab
+
+    @property
+    def planned_vocab(self) -> int:
+        """The rows that a plan counts on; all ranks that share a vocabulary must plan alike."""
+        return self.weight.shape[0] if self.shard is None else self.shard.even_size
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        """What a gradient may be asked of."""
+        return self[:5]
+
+    def with_inputs(self, inputs: Iterable[Tensor | None]) -> Head:
+        values: dict[str, Any] = dict(zip(self._fields, inputs, strict=False))
+        return self._replace(**values)
+
+    def detached(self) -> Head:
+        return self.with_inputs(None if t is None else t.detach() for t in self.inputs)
+
+    def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
+        """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
+
+        def of(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        hidden, u = self.hidden[rows], of(self.u)
+        if ignored is not None:
+            hidden = hidden.masked_fill(ignored[:, None], 0)
+            u = None if u is None else u.masked_fill(ignored[:, None], 0)
+        return self._replace(hidden=hidden, u=u, temperature=of(self.temperature))
+
+    def columns(self, part: slice) -> Head:
+        """The vocabulary entries at ``part``."""
+        bias, B = (None if t is None else t[part] for t in (self.bias, self.B))
+        return self._replace(weight=self.weight[part], bias=bias, B=B)
+
+    def plan(self, tokens: int, **options: Any) -> Plan:
+        """For so many of its tokens: :func:`fused_losses.plan`."""
+        return plan(tokens, self.planned_vocab, self.hidden.shape[1], self.hidden.dtype, **options)
+
+    def write_logits(self, out: Tensor) -> Tensor:
+        """The logits before scale, softcap and temperature: ``out (n, V)``, not rounded to 16 bits where that is wider."""
+        hidden, weight, bias = self[:3]
+        if out.dtype == hidden.dtype:
+            if bias is None:
+                torch.mm(hidden, weight.t(), out=out)
+            else:
+                torch.addmm(bias, hidden, weight.t(), out=out)
+            return out if self.low_rank is None else out.addmm_(self.low_rank[0], self.low_rank[1].t())
+        if not hidden.is_cuda:
+            for columns in slices(out.shape[1], TILE):
+                out[:, columns] = logits_tile(hidden, weight, bias, self.low_rank, slice(None), columns)
+            return out
+        add_product(out, hidden, weight.t(), first=True)
+        if self.low_rank is not None:
+            add_product(out, self.low_rank[0], self.low_rank[1].t(), first=False)
+        return out if bias is None else out.add_(bias)
+
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.u is None or self.B is None else (self.u, self.B)
+
+
+def head_of(logits: LinearLogits) -> Head:
+    rows = logits.rows()
+    u, B = rows.low_rank or (None, None)
+    return Head(
+        rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, logits.shard
+    )
+
+
+def check_head(head: Head) -> None:
+    hidden, weight = head.hidden, head.weight
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), got "
+            f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    for name, other in (("linear_weight", weight), ("linear_bias", head.bias), ("u", head.u), ("B", head.B)):
+        if other is None:
+            continue
+        if other.device != hidden.device:
+            raise RuntimeError(
+                f"input is on {hidden.device} and {name} {tuple(other.shape)} on {other.device}: move one"
+            )
+        if other.dtype != hidden.dtype:
+            raise RuntimeError(
+                f"input {tuple(hidden.shape)} is {hidden.dtype} and {name} {tuple(other.shape)} is {other.dtype}: "
+                "cast one, or use autocast"
+            )
+    if not hidden.dtype.is_floating_point:
+        raise RuntimeError(f"expected floating point input, got {hidden.dtype} {tuple(hidden.shape)}")
+
+
+def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
+    """The head and the column weights as the operators read them."""
+    for name, constant in (("weight", column_weight), ("temperature", head.temperature)):
+        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
+    dtype = statistics_dtype(head.hidden.dtype)
+    temperature = None if head.temperature is None else head.temperature.detach().to(dtype).contiguous()
+    column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
+    inputs = (None if t is None else t.contiguous() for t in head.inputs)
+    return head.with_inputs(inputs)._replace(temperature=temperature), column_weight
+
+
+def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:
+    """Which tokens to project, and whether ignored ones among them must be zeroed.
+
+    Counting them is a host synchronisation; where that cannot be (``torch.compile``, ``vmap``, graph capture) or must not
+    (``drop_ignored=False``) every token is projected.
+    """
+    if ids is None:
+        return None, False
+    if drop_ignored is None:
+        drop_ignored = drop_ignored_setting.value
+    if traced(ids) or transforms_active():
+        drop_ignored = False
+    if not drop_ignored or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None, True
+    keep = (ids != -100).any(-1).nonzero().squeeze(1)
+    return (None if keep.numel() == ids.shape[0] else keep), False
+
+
+def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Backend) -> int:
+    """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
+    return head.plan(head.hidden.shape[0], workspace=workspace, per_token=per_token, backend=backend).budget
+
+
+def whole_logits(head: Head, skip: Tensor | None) -> Tensor:
+    """Plain differentiable PyTorch, in fp32 or wider; ``skip`` ``(N,)``: tokens of which a nan must reach nothing."""
+    dtype = statistics_dtype(head.hidden.dtype)
+    head = head.tokens(slice(None), skip)
+    hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
+    assert hidden is not None
+    x = hidden if weight is None else hidden @ weight.t()
+    if u is not None and B is not None:
+        x = x + u @ B.t()
+    if bias is not None:
+        x = x + bias
+    return transform(x, head.temperature, head.scale, head.softcap)[0]
+
+
+def differentiable_statistics(
+    head: Head, ids: Tensor | None, column_weight: Tensor | None, outputs: Sequence[str]
+) -> RowStatistics:
+    """The statistics as plain differentiable PyTorch on whole logits."""
+    check_differentiable(head.hidden.shape[0], head.weight.shape[0], head.hidden.dtype)
+    return row_statistics(whole_logits(head, skipped(ids)), ids, column_weight, outputs)
+
+
+def only(found: Sequence[Tensor | None], outputs: Sequence[str], ids: bool) -> RowStatistics:
+    """What was asked for of a :class:`RowStatistics`, ``logsumexp`` and, with ids, ``log_probs``."""
+    asked = {"logsumexp", "log_probs" if ids else "", *outputs}
+    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))

@@ -1,0 +1,386 @@
+"""Route ``recompute``: statistics of each token, whose backward makes the logits again.
+
+Forward saves a few numbers per token; backward makes the gradient of the logits, a slice of the vocabulary at a time, and its
+products with weight and hidden: ``8NVH`` floating point operations for ``N`` tokens, ``V`` vocabulary and ``H`` hidden. The
+logits that fit the room this takes are saved in it by forward, and not made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import library_tiles
+from .autodiff import (
+    absent,
+    differentiable_gradients,
+    hooks_take_saved,
+    present,
+    read_again,
+    refuse_shard,
+    traced,
+    transforms_active,
+)
+from .chunked import linear_softmax as chunked_linear_softmax
+from .chunked.softmax_rows import skipped
+from .head import Head, budget, differentiable_statistics, kept_tokens, only, ready
+from .numerics import full_precision, statistics_dtype
+from .products import add_product, column_sums
+from .row_statistics import RowStatistics, coefficients, empty_statistics, total_weight, where_ids_stand
+from .settings import Backend, resolve_backend
+from .token_statistics import rows_module
+from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
+
+
+def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
+    """Where ``linear_softmax_fwd`` and ``linear_softmax_d_logits`` come from."""
+    if backend == "torch":
+        return chunked_linear_softmax
+    if dtype.itemsize > 2:
+        return library_tiles
+    from .kernels import linear_softmax  # Triton is imported only where it runs
+
+    return linear_softmax
+
+
+def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
+    """How many columns of logits forward saves; none where no backward follows, or none whose shapes are known yet, or
+    where hooks take them."""
+    if (
+        traced(head.hidden)
+        or not torch.is_grad_enabled()
+        or not any(t is not None and t.requires_grad for t in head.inputs)
+        or hooks_take_saved()
+    ):
+        return 0
+    chosen = head.plan(tokens, route="recompute", workspace=workspace, backend=backend)
+    return min(chosen.saved, head.weight.shape[0])
+
+
+def room_of_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Rows that a kernel can write in whole words: up to 15 columns more."""
+    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype)
+
+
+def begin_sums(shard: VocabShard, *tensors: Tensor | None) -> list[Callable[[], Any]]:
+    return [shard.begin_sum(t) for t in tensors if t is not None]
+
+
+@torch.library.custom_op("fused_losses::linear_rows", mutates_args=())
+def linear_rows(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    u: Tensor | None,  # (N, R)
+    B: Tensor | None,  # (V, R)
+    ids: Tensor | None,  # (N, K)
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    keep: Tensor | None,  # (M,)
+    main_grad: Tensor | None,  # (V, H) fp32, backward adds the gradient of the weight to it
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    outputs: str,  # names of RowStatistics, separated by commas
+    columns: int,  # of logits that are saved for backward
+    workspace: int,
+    backend: str,
+    shard: str = "",  # a VocabShard; ids are local to it
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    head, ids_kept = _projected(head, ids, keep, zero_ignored)
+    M = head.hidden.shape[0]
+    saved_logits = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+
+    def statistics_of(outputs: Collection[str]) -> RowStatistics:
+        with full_precision(hidden.device):
+            return linear_module(backend, hidden.dtype).linear_softmax_fwd(
+                head.hidden,
+                weight,
+                bias,
+                head.low_rank,
+                ids_kept,
+                column_weight,
+                head.temperature,
+                scale=scale,
+                softcap=softcap,
+                outputs=outputs,
+                saved_logits=saved_logits,
+            )
+
+    names = outputs.split(",")
+    if head.shard is None:
+        found = statistics_of(names)
+    else:
+        weight_sum = total_weight(column_weight, weight.shape[0])
+        found = merged_statistics(statistics_of, hidden, M, ids_kept, weight_sum, names, head.shard)
+    if keep is not None:
+        N = hidden.shape[0]
+        found = RowStatistics(
+            *(None if s is None else s.new_zeros(N, *s.shape[1:]).index_copy_(0, keep, s) for s in found)
+        )
+    return tuple(present(s, hidden) for s in (*found, saved_logits))  # type: ignore[return-value]
+
+
+def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
+    if keep is not None:
+        return head.tokens(keep), None if ids is None else ids[keep]
+    return (head.tokens(slice(None), skipped(ids)) if zero_ignored else head), ids
+
+
+@linear_rows.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    keep: Tensor | None,
+    main_grad: Tensor | None,
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    outputs: str,
+    columns: int,
+    workspace: int,
+    backend: str,
+    shard: str = "",
+) -> tuple[Tensor, ...]:
+    room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
+    M = hidden.shape[0] if keep is None else keep.shape[0]
+    saved_logits = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+    return tuple(present(s, hidden) for s in (*room, saved_logits))
+
+
+@torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad", "saved_logits"})
+def linear_rows_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    ids: Tensor | None,
+    column_weight: Tensor | None,
+    temperature: Tensor | None,
+    keep: Tensor | None,
+    main_grad: Tensor | None,
+    saved_logits: Tensor | None,  # (M, v) the first logits of each row, written over
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor | None,  # (N,)
+    b: Tensor | None,  # (N,)
+    e: Tensor | None,  # (N,)
+    c: Tensor | None,  # (N, K)
+    d: Tensor | None,  # (N,)
+    zero_ignored: bool,
+    scale: float,
+    softcap: float | None,
+    wanted: list[bool],
+    workspace: int,
+    backend: str,
+    shard: str = "",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
+    N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
+    wide = statistics_dtype(dtype)
+    whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    head, ids = _projected(whole, ids, keep, zero_ignored)
+    M = head.hidden.shape[0]
+
+    def of(t: Tensor | None) -> Tensor | None:
+        return t if t is None or keep is None else t[keep]
+
+    logsumexp, terms = logsumexp if keep is None else logsumexp[keep], [of(t) for t in (a, b, e, c, d)]
+
+    def room(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
+        like = head.inputs[i]
+        if like is None or not wanted[i]:
+            return None
+        shape = (rows, *like.shape[1:])
+        return like.new_empty(shape, dtype=dtype) if M and V else like.new_zeros(shape, dtype=dtype)
+
+    d_hidden, d_u = room(0, M, wide), room(3, M, wide)
+    d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
+    chunk = max(whole.plan(M, route="recompute", workspace=workspace, backend=backend).chunk, 1)
+    in_place = saved_logits is not None and saved_logits.dtype == dtype
+    slice_room = saved_logits if in_place else room_of_logits(hidden, M, min(chunk, V), dtype)
+    assert slice_room is not None
+    with full_precision(hidden.device):
+        pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
+        for start in range(0, V if M else 0, chunk):
+            part = slice(start, min(start + chunk, V))
+            piece = head.columns(part)
+            d_logits = slice_room[:, : part.stop - start]
+            u_part = None if column_weight is None else column_weight[part]
+            how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": start}
+            if saved_logits is not None and part.stop <= saved_logits.shape[1]:
+                rows_module(backend).softmax_rows_bwd(
+                    saved_logits[:, part, None],
+                    ids,
+                    u_part,
+                    piece.temperature,
+                    logsumexp,
+                    *terms,
+                    **how,
+                    out=d_logits[..., None],
+                )
+            else:
+                linear_module(backend, hidden.dtype).linear_softmax_d_logits(
+                    piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, u_part, piece.temperature, logsumexp,
+                    *terms, **how, out=d_logits,
+                )  # fmt: skip
+            for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
+                if total is not None and matrix is not None:
+                    add_product(total, d_logits, matrix, first=start == 0)
+            if head.shard is not None and part.stop == V:  # while the products below run
+                pending = begin_sums(head.shard, d_hidden, d_u)
+            for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
+                if total is not None and matrix is not None:
+                    add_product(total[part], d_logits.t(), matrix, first=True)
+            if main_grad is not None:
+                add_product(main_grad[part], d_logits.t(), piece.hidden, first=False)
+            if d_bias is not None:
+                d_bias[part] = column_sums(d_logits, wide)
+    del slice_room
+    for end_sum in pending:
+        end_sum()
+
+    def returned(t: Tensor | None) -> Tensor:
+        if t is None:
+            return absent(hidden)
+        t = t.to(dtype)
+        return t if keep is None else t.new_zeros(N, *t.shape[1:]).index_copy_(0, keep, t)
+
+    d_hidden_out, d_u_out = returned(d_hidden), returned(d_u)
+    return d_hidden_out, present(d_weight, hidden), present(d_bias, hidden), d_u_out, present(d_B, hidden)
+
+
+@linear_rows_grad.register_fake
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    main_grad, wanted = rest[4], rest[15]
+    inputs = (hidden, weight, bias, u, B)
+    return tuple(
+        absent(hidden) if t is None or not want or (i == 1 and main_grad is not None) else torch.empty_like(t)
+        for i, (t, want) in enumerate(zip(inputs, wanted, strict=True))
+    )
+
+
+def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    *statistics, saved_logits = output
+    found = RowStatistics(*statistics)
+    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, saved_logits)
+    # Not a saved tensor: other backwards add to it in between.
+    ctx.main_grad = inputs[9]
+    ctx.rest, (ctx.outputs, _, ctx.workspace, ctx.backend, ctx.shard) = inputs[10:13], inputs[13:]
+    # Copies of what backward reads: the caller may write into what it was given.
+    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
+    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None), saved_logits)
+
+
+def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 13
+    grads = grads[:-1]
+    if all(g is None for g in grads):
+        return (None,) * 18
+    stored = ctx.saved_tensors  # read once: checkpointing unpacks once
+    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
+    inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
+    _, scale, softcap = ctx.rest
+    dtype = statistics_dtype(inputs[0].dtype)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
+
+        def fn(*of: Tensor) -> list[Tensor]:
+            head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
+            found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
+            return [present(s, logsumexp) for s in found]
+
+        return *differentiable_gradients(fn, inputs, grads), *nothing
+    found = RowStatistics(
+        logsumexp=logsumexp,
+        entropy=entropy,
+        log_sum_sq_probs=log_sum_sq_probs,
+        weight_sum=weight_sum if weight_sum.ndim else None,
+    )
+    upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
+    terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
+    a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+    if saved_logits.ndim == 0:
+        saved_logits = None
+    elif read_again(saved_logits):
+        saved_logits = saved_logits.clone()
+    gradients = linear_rows_grad(
+        *saved,
+        ctx.main_grad,
+        saved_logits,
+        logsumexp,
+        a,
+        b,
+        e,
+        c,
+        d,
+        *ctx.rest,
+        list(ctx.needs_input_grad[:5]),
+        ctx.workspace,
+        ctx.backend,
+        ctx.shard,
+    )
+    return *(None if g.ndim == 0 else g for g in gradients), *nothing
+
+
+linear_rows.register_autograd(_linear_rows_backward, setup_context=_linear_rows_setup)
+
+
+def linear_statistics(
+    head: Head,
+    ids: Tensor | None,
+    column_weight: Tensor | None = None,
+    *,
+    outputs: Sequence[str],
+    drop_ignored: bool | None = None,
+    workspace: int | str | None = None,
+    backend: Backend | None = None,
+    main_grad: Tensor | None = None,
+) -> RowStatistics:
+    """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``.
+
+    Of a shard, column weights are its columns' and ids those of the whole vocabulary.
+    """
+    if transforms_active():
+        refuse_shard(packed(head.shard), head.hidden.shape)
+        return differentiable_statistics(head, ids, column_weight, outputs)
+    head, column_weight = ready(head, column_weight)
+    keep, zero_ignored = kept_tokens(ids, drop_ignored)
+    chosen = resolve_backend(head.hidden, backend)
+    outputs = with_weight_sum(outputs, head.shard)
+    if head.shard is not None and ids is not None:
+        ids = head.shard.local(ids)
+    M = head.hidden.shape[0] if keep is None else keep.shape[0]
+    room = budget(head, workspace, True, chosen)
+    found = linear_rows(
+        *head.inputs,
+        None if ids is None else ids.contiguous(),
+        column_weight,
+        head.temperature,
+        keep,
+        main_grad,
+        zero_ignored,
+        head.scale,
+        head.softcap,
+        ",".join(outputs),
+        saved_columns(head, M, room, chosen),
+        room,
+        chosen,
+        packed(head.shard),
+    )
+    return only(found[:-1], outputs, ids is not None)
