@@ -316,14 +316,13 @@ def _(
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    hidden, weight = inputs[:2]
-    ctx.head_inputs = [
-        None if t is None or not want else t.dtype for t, want in zip(inputs[:5], inputs[16], strict=True)
-    ]
+    tensors, (_, _, scale, softcap, _, wanted, *_, shard) = inputs[:11], inputs[11:]
+    hidden, weight = tensors[:2]
+    ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(tensors[:5], wanted, strict=True)]
     N, V = hidden.shape[0], weight.shape[0]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
-    saved = inputs[:11] if hidden.dtype == torch.float64 or N * V <= SMALL else ()
-    ctx.rest = (N, V, hidden.dtype, inputs[13], inputs[14], inputs[20])
+    saved = tensors if hidden.dtype == torch.float64 or N * V <= SMALL else ()
+    ctx.rest = (N, V, hidden.dtype, scale, softcap, shard)
     ctx.save_for_backward(*output[4:], *saved)
 
 

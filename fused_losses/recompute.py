@@ -279,12 +279,12 @@ def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     *statistics, saved_logits = output
     found = RowStatistics(*statistics)
     ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, saved_logits)
-    # Not a saved tensor: other backwards add to it in between.
-    ctx.main_grad = inputs[9]
-    ctx.rest, (ctx.outputs, _, ctx.workspace, ctx.backend, ctx.shard) = inputs[10:13], inputs[13:]
+    # main_grad is not a saved tensor: other backwards add to it in between.
+    tensors, (ctx.main_grad, ctx.zero_ignored, ctx.scale, ctx.softcap, ctx.outputs, *rest) = inputs[:9], inputs[9:]
+    _, ctx.workspace, ctx.backend, ctx.shard = rest
     # Copies of what backward reads: the caller may write into what it was given.
     own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
-    ctx.save_for_backward(*inputs[:9], *(s.clone() for s in own if s is not None), saved_logits)
+    ctx.save_for_backward(*tensors, *(s.clone() for s in own if s is not None), saved_logits)
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -295,13 +295,14 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
-    _, scale, softcap = ctx.rest
     dtype = statistics_dtype(inputs[0].dtype)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
 
         def fn(*of: Tensor) -> list[Tensor]:
-            head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
+            head = Head(
+                inputs[0], inputs[1], temperature=temperature, scale=ctx.scale, softcap=ctx.softcap
+            ).with_inputs(of)
             found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
             return [present(s, logsumexp) for s in found]
 
@@ -329,7 +330,9 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         e,
         c,
         d,
-        *ctx.rest,
+        ctx.zero_ignored,
+        ctx.scale,
+        ctx.softcap,
         list(ctx.needs_input_grad[:5]),
         ctx.workspace,
         ctx.backend,
