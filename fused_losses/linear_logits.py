@@ -29,6 +29,7 @@ from .linear_logits_checks import (
     check_whereabouts,
     is_distributed,
     is_whole,
+    no_gradient,
     per_token_temperature,
     refuse_reentrant_checkpoint,
     versions,
@@ -199,7 +200,7 @@ class LinearLogits(LazyTensor):
             if softcap is None and not isinstance(temperature, Tensor):
                 scale, temperature = scale / temperature, 1.0
             plain = transforms_active()  # under functorch and forward-mode AD: no hooks to serve, no tangent to lose
-            detached = not torch.is_grad_enabled() and not plain
+            detached = no_gradient()
             if detached:
                 refuse_reentrant_checkpoint()
                 hidden, u = hidden.detach(), None if u is None else u.detach()
@@ -235,6 +236,7 @@ class LinearLogits(LazyTensor):
         self._versions = versions(hidden=hidden)
         self._views_changed = rest.views[0]
         self._cache: dict[tuple[str, bool], Tensor] = {}
+        self._bare: tuple[Tensor, Tensor | None] | None = None  # hidden and u, detached
 
     @property
     def weight(self) -> Tensor:
@@ -365,7 +367,8 @@ class LinearLogits(LazyTensor):
         if self.rest.views[0] != self._views_changed:
             raise RuntimeError(
                 f"mul_ or div_ changed another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
-                "follow. Use the out-of-place form, or change the logits before taking views."
+                "follow, and counts as one where eager would copy (contiguous(), reshape). Use the out-of-place form, change "
+                "the logits before taking views, or clone() the view."
             )
 
     def rows(self) -> Rows:
@@ -491,13 +494,21 @@ class LinearLogits(LazyTensor):
         self.check()
         changed = self.rest.but(**changes)
         u, B = changed.low_rank or (None, None)
+        if not self.rest.detached and (changed.detached or no_gradient()):
+            changed.detached, changed.frozen = True, False  # wherever it will be read
+            bare = self._bare if hidden is self.hidden else None
+            bare = bare or (hidden.detach(), None if u is None else u.detach())
+            if hidden is self.hidden:
+                self._bare = bare  # the same each time: same_logits knows them by it
+            hidden, u = bare
+            changed.low_rank = None if u is None else (u, B)
         changed.versions = versions(weight=changed.weight, bias=changed.bias, u=u, B=B)
         changed.views = self.rest.views if view else [0]
         return LinearLogits(hidden, rest=changed)
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         new = self._but(self.hidden, dtype=dtype)
-        new._cache = dict(self._cache)
+        new._cache = self._cache
         return new
 
     def vocab_last(self) -> LinearLogits:
@@ -505,9 +516,7 @@ class LinearLogits(LazyTensor):
         return self._but(self.hidden, vocab_dim=self.ndim - 1)
 
     def detach(self) -> LinearLogits:
-        u, B = self.rest.low_rank or (None, None)
-        low_rank = None if u is None else (u.detach(), B)
-        return self._but(self.hidden.detach(), True, detached=True, frozen=False, low_rank=low_rank)
+        return self._but(self.hidden, True, detached=True)
 
     def columns(self, key: slice | Tensor) -> Any:
         from .log_softmax import LazyExpression
@@ -570,9 +579,12 @@ class LinearLogits(LazyTensor):
     def statistic(self, name: str) -> Tensor:
         """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
         self.check()
-        if (name, torch.is_grad_enabled()) not in self._cache:
+        if self._key(name) not in self._cache:
             self._measure(None, name)
-        return self._cache[name, torch.is_grad_enabled()]
+        return self._cache[self._key(name)]
+
+    def _key(self, name: str) -> tuple[str, bool]:
+        return name, torch.is_grad_enabled() and not self.rest.detached
 
     def log_probs_at(self, ids: Tensor) -> Tensor:
         """Log-probabilities at ``ids (*token_shape, K)``."""
@@ -585,7 +597,7 @@ class LinearLogits(LazyTensor):
         flat = None if ids is None else ids.reshape(-1, ids.shape[-1])
         found = linear_logits_statistics(self, flat, outputs=[name, "logsumexp"])._asdict()
         for kept in {name, "logsumexp"} - {"log_probs"}:
-            self._cache[kept, torch.is_grad_enabled()] = found[kept].view(self.token_shape)
+            self._cache[self._key(kept)] = found[kept].view(self.token_shape)
         return found["log_probs"]
 
     def vocab_sum(self) -> Tensor:
@@ -680,9 +692,13 @@ def div_(x: LazyTensor, divisor: Any) -> Any:
 def _become(x: LazyTensor, new: Any) -> Any:
     if not isinstance(new, LinearLogits) or not isinstance(x, LinearLogits):
         return NotImplemented
+    if new.rest.detached != x.rest.detached:
+        raise RuntimeError(
+            f"mul_ and div_ of a LinearLogits {tuple(x.shape)} that requires grad would take its gradient away under "
+            "no_grad: use the out-of-place form there, or change the logits before"
+        )
     x.rest.views[0] += 1  # what is left of it: its views
-    x.hidden, x.rest, x._cache = new.hidden, new.rest, new._cache
-    x._versions, x._views_changed = new._versions, new._views_changed
+    vars(x).update(vars(new))
     return x
 
 
@@ -735,7 +751,8 @@ def _one_head(a: LinearLogits, b: LinearLogits) -> bool:
 def same_logits(a: LinearLogits, b: LinearLogits) -> bool:
     """Whether ``a`` and ``b`` stand for the same numbers, whatever their labels."""
     one = _one_head(a, b) and a.hidden is b.hidden and a.vocab_dim == b.vocab_dim
-    return one and _equal(a.temperature, b.temperature) and a.rest.low_rank is b.rest.low_rank
+    u, v = (x.rest.low_rank and x.rest.low_rank[0] for x in (a, b))
+    return one and _equal(a.temperature, b.temperature) and u is v
 
 
 @answers("stack", anywhere=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointFunction
 
 from .numerics import autocast_dtype, statistics_dtype
@@ -16,6 +17,11 @@ def versions(**tensors: Tensor | None) -> dict[str, int]:
     if torch.compiler.is_compiling():
         return {}
     return {name: t._version for name, t in tensors.items() if t is not None and not t.is_inference()}
+
+
+def no_gradient() -> bool:
+    """Whether what is made now has no gradient. Of forward-mode AD ``no_grad`` says nothing, and ``detach`` drops tangents."""
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
 
 
 def is_whole(weight: Tensor) -> bool:

@@ -29,6 +29,7 @@ from torch.utils import _pytree as pytree
 
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number, per_token_number
 from .linear_logits import LinearLogits, same_logits
+from .linear_logits_checks import no_gradient
 from .numerics import autocast_dtype, statistics_dtype, upcast
 
 
@@ -70,6 +71,11 @@ class LazyExpression(LazyTensor):
     factor: Any = 1.0
     offset: Any = 0.0
     label: Any = None  # dtype, base's if None
+
+    def __post_init__(self) -> None:
+        self.base = self.base.with_dtype(self.base.dtype)  # which mul_ and div_ of the given one do not change
+        if no_gradient():
+            self.factor, self.offset = (t.detach() if isinstance(t, Tensor) else t for t in (self.factor, self.offset))
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -558,6 +558,36 @@ def test_views_of_logits_changed_in_place_raise():
         lazy.logsumexp(-1)
 
 
+EARLIER = {
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "softmax": lambda z: z.softmax(-1),
+    "shifted": lambda z: z + 1,
+    "capped": lambda z: torch.tanh(z),
+    "of_a_view": lambda z: z[:, :].log_softmax(-1),
+    "view_of_it": lambda z: z.log_softmax(-1)[:, :],
+    "times": lambda z: z * 2,
+    "clone": lambda z: z.clone(),
+    "p_log_p": lambda z: z.softmax(-1) * z.log_softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", EARLIER)
+def test_what_was_made_before_a_change_in_place_keeps_its_value(name):
+    results = []
+    for kind in (LinearLogits, linear_logits):
+        tensors = leaves()
+        z = kind(tensors["hidden"], tensors["weight"])
+        earlier = EARLIER[name](z)
+        earlier, z = (earlier, z.div_(3)) if kind is LinearLogits else (earlier, z / 3)
+        loss = (earlier * 1.5).sum(-1).square().sum() if name == "p_log_p" else None
+        if loss is None:
+            earlier = earlier * 2 if name == "capped" else earlier
+            loss = earlier.gather(-1, FEW).square().sum()
+        loss = loss + z.logsumexp(-1).sum()
+        results.append((loss, torch.autograd.grad(loss, (tensors["hidden"], tensors["weight"]))))
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "u", "B"])
 @pytest.mark.parametrize("use", ["logsumexp", "view", "scale", "materialize", "pickle", "label"])
 def test_a_change_of_what_it_stands_for_raises(name, use):
@@ -611,6 +641,91 @@ def test_no_grad_gives_logits_without_gradient():
     with torch.no_grad():
         assert not lazy.logsumexp(-1).requires_grad
     assert lazy.logsumexp(-1).requires_grad
+
+
+MADE_WITHOUT_GRADIENT = {
+    "itself": lambda z: z[:],
+    "softmax": lambda z: z.softmax(-1),
+    "log_softmax": lambda z: z.log_softmax(-1),
+    "slice": lambda z: z[:, :],
+    "vocab_slice": lambda z: z[..., 0:],
+    "transpose": lambda z: z.transpose(0, 1).transpose(0, 1),
+    "clone": lambda z: z.clone(),
+    "cat": lambda z: torch.cat([z[:1], z[1:]]),
+    "divided": lambda z: z / 2,
+    "divided_per_token": lambda z: z / TEMPERATURE[..., None],
+    "shifted": lambda z: z + 1,
+    "plus_bias": lambda z: z + torch.linspace(-1, 1, V, dtype=torch.float64),
+    "capped": lambda z: torch.tanh(z / 2) * 2,
+    "cast": lambda z: z.float().double(),
+    "product": lambda z: z.softmax(-1) * z.log_softmax(-1),
+    "trained_offset": lambda z: z - z.logsumexp(-1, keepdim=True),
+    "of_log_probs": lambda z, logp: logp * 0.5,
+    "cast_of_scaled_log_probs": lambda z, logp: (logp * z.logsumexp(-1, keepdim=True)).float().double(),
+}
+
+
+@pytest.mark.parametrize("options", ["bias", "low_rank"])
+@pytest.mark.parametrize("name", MADE_WITHOUT_GRADIENT)
+def test_what_is_made_without_gradient_has_none_when_read_later(name, options):
+    results = []
+    for kind in (LinearLogits, linear_logits):
+        tensors = leaves()
+        args, kwargs = arguments(tensors, **OPTIONS[options])
+        z = kind(*args, **kwargs)
+        logp = z.log_softmax(-1)
+        with torch.no_grad(), settings.strict():
+            make = MADE_WITHOUT_GRADIENT[name]
+            made = make(z, logp) if make.__code__.co_argcount == 2 else make(z)
+        assert not made.requires_grad or kind is linear_logits  # where a view says that it does
+        total = made.sum(-1) if name == "product" else made.gather(-1, FEW).sum(-1)
+        loss = (total * logp.gather(-1, IDS[..., None]).squeeze(-1)).sum()
+        results.append((loss, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)))
+    assert z.requires_grad
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    assert results[0][1][0].abs().max() > 0
+
+
+def test_what_is_made_without_gradient_inside_a_transform_has_none():
+    tensors = leaves()
+
+    def loss(kind, h):
+        z = kind(h, tensors["weight"].detach())
+        with torch.no_grad():
+            p = z.softmax(-1)
+            total = z.logsumexp(-1)
+        return (p.gather(-1, FEW) * z.log_softmax(-1).gather(-1, FEW)).sum() + total.sum()
+
+    h = tensors["hidden"].detach()
+    found, expected = (torch.func.grad(lambda h, k=kind: loss(k, h))(h) for kind in (LinearLogits, linear_logits))
+    torch.testing.assert_close(found, expected)
+    assert expected.abs().max() > 0
+    with torch.no_grad():
+        found, expected = (
+            torch.func.jvp(lambda h, k=kind: loss(k, h), (h,), (h + 1,)) for kind in (LinearLogits, linear_logits)
+        )
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_statistic_read_without_gradient_gets_one_later():
+    tensors = leaves()
+    lazy = LinearLogits(tensors["hidden"], tensors["weight"])
+    with torch.no_grad():
+        detached = lazy.double()
+        lazy.logsumexp(-1)
+        view = lazy[:, 1:]
+    assert lazy.logsumexp(-1).requires_grad
+    assert not lazy.detach().logsumexp(-1).requires_grad
+    assert not view.logsumexp(-1).requires_grad
+    assert detached is lazy
+
+
+def test_in_place_without_gradient_raises_where_there_is_one():
+    lazy, *_ = make()
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out-of-place"):
+        lazy.div_(2)
+    with torch.no_grad():
+        lazy.detach().div_(2)
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight"])
