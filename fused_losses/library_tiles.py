@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .chunked.linear_softmax import LowRank, slices
 from .head import Head
-from .planning import tile_rows
+from .planning import padded, tile_rows
 from .row_statistics import RowStatistics, empty_statistics
 
 
@@ -36,7 +36,7 @@ def linear_softmax_fwd(
     out = empty_statistics(hidden, N, ids, outputs)
     n = min(N, tile_rows(V, hidden.dtype.itemsize))
     whole = saved_logits is not None and saved_logits.shape[1] >= V
-    room = hidden.new_empty(0 if whole else n, V)
+    room = hidden.new_empty(0 if whole else n, padded(V))[:, :V]
     for rows in slices(N, max(n, 1)):
         tile = saved_logits[rows, :V] if saved_logits is not None and whole else room[: rows.stop - rows.start]
         logits = head.tokens(rows).write_logits(tile)

@@ -31,7 +31,13 @@ ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive 
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
+NUMBERS_PER_TOKEN = 60  # bytes of statistics, their copies for backward and the coefficients of a gradient
 TILE_BYTES = 64 * MiB  # of logits that library_tiles.py makes at a time, forward
+
+
+def padded(columns: int) -> int:
+    """The length of a row of logits that kernels can write in whole words, and products alike wherever they write."""
+    return math.ceil(columns / 16) * 16
 
 
 def tile_rows(vocab: int, itemsize: int) -> int:
@@ -248,32 +254,36 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     d_hidden, d_weight = sizes.gradients(dtype)
     d_hidden_sum = sizes.gradients(wide)[0]
     tile = sizes.tile()
-    free = sizes.budget - (d_hidden_sum - d_hidden) - tile
+    numbers = N * NUMBERS_PER_TOKEN
+    free = sizes.budget - (d_hidden_sum - d_hidden) - tile - numbers
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)
-    if most < min(V, FEWEST_COLUMNS):
+    fits = most >= min(V, FEWEST_COLUMNS)
+    if not fits:
         why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
     most = max(most, FEWEST_COLUMNS)
     if wide == dtype:  # one room: from forward on of the first slice's logits, then of every slice's gradient
-        v = saved = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
-        held = N * saved * dtype.itemsize
-        room = {"d_logits of a slice": held}
+        v = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
+        saved = v if fits else 0  # calls may be many before one backward
+        held = N * padded(saved) * dtype.itemsize
+        room = {"d_logits of a slice": N * padded(v) * dtype.itemsize}
     else:  # logits are never rounded to 16 bits, so that their room is another
         v = _even(V, most)
         slices_saved = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
         saved = min(V, slices_saved * v)
-        held = N * saved * wide.itemsize
-        room = {"d_logits of a slice": N * v * dtype.itemsize, "logits saved": held}
-    slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **room, "tile": tile}
+        held = N * padded(saved) * wide.itemsize
+        room = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}
+    slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **room, "tile": tile, "numbers per token": numbers}
     end = {
         "gradients": d_hidden + d_weight,
         "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,
         "logits saved": held,
+        "numbers per token": numbers,
     }
     parts = slices if sum(slices.values()) >= sum(end.values()) else end
     if sizes.backend == "triton" and wide == dtype:  # 32-bit heads make their logits with the library
         forward = {"logits saved": held}
         if saved < V:
-            forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * V * dtype.itemsize
+            forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * padded(V) * dtype.itemsize
         parts = parts if sum(parts.values()) >= sum(forward.values()) else forward
     return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why, saved)
 

@@ -29,6 +29,7 @@ from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.softmax_rows import skipped
 from .head import Head, budget, differentiable_statistics, kept_tokens, only, ready
 from .numerics import full_precision, statistics_dtype
+from .planning import padded
 from .products import add_product, column_sums
 from .row_statistics import RowStatistics, coefficients, empty_statistics, total_weight, where_ids_stand
 from .settings import Backend, resolve_backend
@@ -61,11 +62,6 @@ def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
     return min(chosen.saved, head.weight.shape[0])
 
 
-def room_of_logits(like: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Rows that a kernel can write in whole words: up to 15 columns more."""
-    return like.new_empty(rows, -(-columns // 16) * 16, dtype=dtype)
-
-
 def begin_sums(shard: VocabShard, *tensors: Tensor | None) -> list[Callable[[], Any]]:
     return [shard.begin_sum(t) for t in tensors if t is not None]
 
@@ -95,7 +91,7 @@ def linear_rows(
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
-    saved_logits = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+    saved_logits = hidden.new_empty(M, padded(columns), dtype=statistics_dtype(hidden.dtype)) if columns else None
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         with full_precision(hidden.device):
@@ -156,7 +152,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
-    saved_logits = room_of_logits(hidden, M, columns, statistics_dtype(hidden.dtype)) if columns else None
+    saved_logits = hidden.new_empty(M, padded(columns), dtype=statistics_dtype(hidden.dtype)) if columns else None
     return tuple(present(s, hidden) for s in (*room, saved_logits))
 
 
@@ -171,8 +167,8 @@ def linear_rows_grad(
     column_weight: Tensor | None,
     temperature: Tensor | None,
     keep: Tensor | None,
-    main_grad: Tensor | None,
-    saved_logits: Tensor | None,  # (M, v) the first logits of each row, written over
+    main_grad: Tensor,  # (V, H) fp32, or 0-dim
+    saved_logits: Tensor,  # (M, v) the first logits of each row, written over, or 0-dim
     logsumexp: Tensor,  # (N,) float64
     a: Tensor | None,  # (N,)
     b: Tensor | None,  # (N,)
@@ -207,11 +203,10 @@ def linear_rows_grad(
         return like.new_empty(shape, dtype=dtype) if M and V else like.new_zeros(shape, dtype=dtype)
 
     d_hidden, d_u = room(0, M, wide), room(3, M, wide)
-    d_weight, d_bias, d_B = None if main_grad is not None else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
+    d_weight, d_bias, d_B = None if main_grad.ndim else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
     chunk = max(whole.plan(M, route="recompute", workspace=workspace, backend=backend).chunk, 1)
-    in_place = saved_logits is not None and saved_logits.dtype == dtype
-    slice_room = saved_logits if in_place else room_of_logits(hidden, M, min(chunk, V), dtype)
-    assert slice_room is not None
+    in_place = saved_logits.ndim > 0 and saved_logits.dtype == dtype
+    slice_room = saved_logits if in_place else hidden.new_empty(M, padded(min(chunk, V)))
     with full_precision(hidden.device):
         pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
         for start in range(0, V if M else 0, chunk):
@@ -220,7 +215,7 @@ def linear_rows_grad(
             d_logits = slice_room[:, : part.stop - start]
             u_part = None if column_weight is None else column_weight[part]
             how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": start}
-            if saved_logits is not None and part.stop <= saved_logits.shape[1]:
+            if saved_logits.ndim and part.stop <= saved_logits.shape[1]:
                 rows_module(backend).softmax_rows_bwd(
                     saved_logits[:, part, None],
                     ids,
@@ -244,7 +239,7 @@ def linear_rows_grad(
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
                 if total is not None and matrix is not None:
                     add_product(total[part], d_logits.t(), matrix, first=True)
-            if main_grad is not None:
+            if main_grad.ndim:
                 add_product(main_grad[part], d_logits.t(), piece.hidden, first=False)
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
@@ -269,7 +264,7 @@ def _(
     main_grad, wanted = rest[4], rest[15]
     inputs = (hidden, weight, bias, u, B)
     return tuple(
-        absent(hidden) if t is None or not want or (i == 1 and main_grad is not None) else torch.empty_like(t)
+        absent(hidden) if t is None or not want or (i == 1 and main_grad.ndim) else torch.empty_like(t)
         for i, (t, want) in enumerate(zip(inputs, wanted, strict=True))
     )
 
@@ -317,12 +312,12 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
     if saved_logits.ndim == 0:
-        saved_logits = None
+        saved_logits = absent(saved_logits)  # no tensor of forward, which a compiler would think is written over
     elif read_again(saved_logits):
         saved_logits = saved_logits.clone()
     gradients = linear_rows_grad(
         *saved,
-        ctx.main_grad,
+        present(ctx.main_grad, logsumexp),
         saved_logits,
         logsumexp,
         a,

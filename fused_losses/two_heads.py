@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .autodiff import (
+    absent,
     check_differentiable,
     differentiable_gradients,
     hooks_take_saved,
@@ -197,12 +198,9 @@ class _Side:
         dtype, wide = hidden.dtype, statistics_dtype(hidden.dtype)
         self.direct = head.weight is None
         self.cut = head if self.direct or vocab_of(head) == V else head.columns(slice(0, V))
-        in_place = self.direct or wide == dtype
-        if in_place and saved is not None:
-            self.room: Tensor | None = saved
-        else:
-            self.room = None if self.direct else hidden.new_empty(n, V, dtype=wide)
-        self.d_room = self.room if in_place or not self.wanted else hidden.new_empty(n, V) if saved is None else saved
+        self.n, self.in_place = n, wide == dtype
+        self.room = saved if self.in_place else None  # of a chunk's logits, once there are any
+        self.d_room = None if self.in_place else saved
         self.totals: list[Tensor | None] = []
         for i, (like, t) in enumerate(zip(head.inputs, total_dtypes(head, sums), strict=True)):
             if not totals or like is None or not wanted[i]:
@@ -221,8 +219,10 @@ class _Side:
     def logits(self) -> Tensor:
         if self.direct:
             return self.chunk.hidden[:, : self.V]
-        assert self.room is not None
-        return self.chunk.write_logits(self.room[: len(self.chunk.hidden)])
+        hidden = self.chunk.hidden
+        if self.room is None:
+            self.room = hidden.new_empty(self.n, self.V, dtype=statistics_dtype(hidden.dtype))
+        return self.chunk.write_logits(self.room[: len(hidden)])
 
     def d_logits(self, logits: Tensor, rows: slice | Tensor) -> Tensor | None:
         """Where the gradient of ``logits`` is to be written, ``(n, V)``."""
@@ -232,6 +232,8 @@ class _Side:
             total = self.totals[0]
             assert total is not None
             return total[rows, : self.V] if isinstance(rows, slice) else logits.new_empty(len(logits), self.V)
+        if self.d_room is None:
+            self.d_room = self.room if self.in_place else self.head.hidden.new_empty(self.n, self.V)
         assert self.d_room is not None
         return self.d_room[: len(logits)]
 
@@ -353,10 +355,12 @@ def both_heads(
 
 
 def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
-    """``x (n, V)`` times ``by (n,)``, in place; a few rows at a time, since a CPU copies 16-bit factors."""
+    """``x (n, V)`` times ``by (n,)``, in place, a row of zeros staying zeros whatever its factor: nan where what follows is
+    masked. A few rows at a time, since a CPU copies 16-bit factors."""
     n = len(x) if x.is_cuda else max(1, CHUNK_ELEMENTS // max(x.shape[1], 1))
-    for i in range(0, len(x), max(n, 1)):
-        x[i : i + n].mul_(by[i : i + n, None])
+    for part, factors in zip(x.split(max(n, 1)), by.split(max(n, 1)), strict=True):
+        zero = torch.linalg.vector_norm(part, 1, dim=1) == 0
+        part.mul_(factors.masked_fill(zero, 0)[:, None])
     return x
 
 
@@ -543,13 +547,14 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "fused_losses::two_heads_rows_grad",
     mutates_args=("s_saved", "t_saved"),
-    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!)? s_saved, Tensor(b!)? t_saved, bool[] wanted, int workspace, "
+    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!) s_saved, Tensor(b!) t_saved, bool[] wanted, int workspace, "
     f"str backend) -> ({', '.join(['Tensor'] * INPUTS)})",
 )
 def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the inputs, 0-dim where absent or not ``wanted``; factors of the divergences' and of those of −log p."""
     soft, hard, *saved, wanted, workspace, backend = arguments[IN_PROBLEM:]
     problem = _Problem.of(arguments[:IN_PROBLEM])
+    saved = [t if t.ndim else None for t in saved]
     *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend, saved=saved)
     pairs = zip(gradients, problem.inputs, strict=True)
     return tuple(present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
@@ -591,9 +596,8 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
     wanted = list(ctx.needs_input_grad[:INPUTS])
-    saved: list[Tensor | None] = [None, None]
-    if wanted == list(ctx.wanted):  # else the chunks are not those of forward
-        saved = [None if t.ndim == 0 else t.clone() if read_again(t) else t for t in (s_saved, t_saved)]
+    same = wanted == list(ctx.wanted)  # else the chunks are not those of forward
+    saved = (absent(soft) if t.ndim == 0 or not same else t.clone() if read_again(t) else t for t in (s_saved, t_saved))
     gradients = two_heads_rows_grad(
         *arguments,
         soft.contiguous(),

@@ -110,19 +110,18 @@ def odd_rows_config(splits: int) -> MatrixTile:
 
 
 def linear_softmax_fwd_config(
-    arch: str, tma: bool, low_rank: bool, options: bool, all_statistics: bool, odd_rows: bool, save_logits: bool
+    arch: str, tma: bool, low_rank: bool, options: bool, all_statistics: bool, odd_rows: bool
 ) -> MatrixTile:
     """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
 
     With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: whole, it spills 192 bytes with
     every option, and 120 plain. The low-rank product takes a stage of shared memory of its own, and on sm_100 a second
     accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
-    128×128×32; all statistics take half the tile, which otherwise spills: 96 bytes on sm_80, 228 on gfx942, 120 on sm_100,
-    and 120 on sm_90 with bias, softcap and column weights and a vocabulary that is no multiple of 16; on sm_100 a quarter with
-    the low-rank product too (40 bytes otherwise). Where logits are saved, the addresses they go to take registers too: all
-    statistics take half the tile on sm_90 (32 bytes otherwise) and a quarter on sm_100 (192 with every option).
+    128×128×32; all statistics take half the tile, which otherwise spills: 96 bytes on sm_80, 228 on gfx942, 120 on sm_100, and
+    on sm_90 32 where logits are saved and 120 with bias, softcap and column weights and a vocabulary that is no multiple of
+    16; on sm_100 with the copy engine a quarter (192 bytes otherwise, with every option and logits saved).
 
-    It must not depend on N, so that no token's numbers do.
+    It must depend neither on N nor on whether logits are saved, so that no token's numbers do.
     """
     splits = SPLITS[arch]
     if arch == "interpreter":
@@ -134,9 +133,9 @@ def linear_softmax_fwd_config(
         return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
     if not tma:
         return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
-    if (low_rank or save_logits) and all_statistics and arch == "sm_100":
+    if all_statistics and arch == "sm_100":
         return MatrixTile(128, 64, 64, 8, 4, splits=splits)
-    if (low_rank or all_statistics) if arch == "sm_100" else ((options or save_logits) and all_statistics):
+    if all_statistics or (low_rank and arch == "sm_100"):
         return MatrixTile(128, 128, 64, 8, 4, parts=2, splits=splits)
     return MatrixTile(128, 256, 64, 8, 3 if low_rank else 4, parts=4, splits=splits)
 
@@ -240,8 +239,8 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
         odd_vocab = odd_rows or options or level == 2
         label = "TMA" if tma else "pointers, odd rows" if odd_rows else "pointers"
         label += (", bias softcap weights" if options else "") + (" low-rank" if low_rank else "")
+        tile = linear_softmax_fwd_config(arch, tma, low_rank, options, level == 2, odd_rows)
         for save_logits in (False, True) if not odd_rows and (options, low_rank, level) in saving else (False,):
-            tile = linear_softmax_fwd_config(arch, tma, low_rank, options, level == 2, odd_rows, save_logits)
             outputs = ("log-probs", "entropy", "all")[level]
             yield Shipped(
                 f"linear_softmax_fwd {outputs}, {label}{', saving logits' if save_logits else ''}",
@@ -273,7 +272,7 @@ def _linear_softmax(arch: str) -> Iterator[Shipped]:
             tile.num_stages,
             matrix=True,
         )
-    tile = linear_softmax_fwd_config(arch, False, False, False, False, False, False)
+    tile = linear_softmax_fwd_config(arch, False, False, False, False, False)
     scalars = {"N": "i32", "V": "i32:16", "K": "i32", "HAS_IDS": True, "ENTROPY": True}
     row_sums = ("logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
     sizes = {"SPLITS": tile.splits, "BLOCK_SPLITS": 1 << (tile.splits - 1).bit_length(), "BLOCK_N": 64}

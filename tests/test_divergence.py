@@ -546,6 +546,39 @@ def test_a_second_backward_gives_the_same_gradients(backend, device):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_a_masked_tokens_upstream_gradient(kind, drop_ignored, backend, device):
+    leaves, make, whole = heads(device)
+    mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=device).bool()
+    value = divergence(*make(leaves), kind=kind, mask=mask, backend=backend, drop_ignored=drop_ignored)
+    ours = torch.autograd.grad(torch.where(mask, value.sqrt(), 0).sum(), leaves)  # of the others it is 0/0
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    exact = torch.autograd.grad(reference.divergence(*whole(doubles), kind=kind)[mask].sqrt().sum(), doubles)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_nan_in_an_infinite_rows_upstream_gradient(backend, device):
+    """Where the student has mass and the teacher has none; the caller takes such tokens out."""
+    leaves, make, _ = heads(device)
+    student, _ = make(leaves)
+    bias = torch.zeros(student.shape[-1], device=device)
+    bias[5] = -torch.inf
+    teacher = LinearLogits(leaves[5].detach(), leaves[6].detach(), bias)
+    for of in (student, student.materialize()):
+        value = divergence(of, teacher, kind="reverse_kl", backend=backend)
+        assert value.isposinf().all()
+        for gradient in torch.autograd.grad(torch.where(value.isinf(), 0, value.square()).sum(), leaves[:5]):
+            assert (gradient == 0).all()
+
+
+def test_backward_of_what_forward_saved_makes_no_room_for_logits():
+    hidden, weight = torch.randn(1024, 8).bfloat16().requires_grad_(), torch.randn(8000, 8).bfloat16().requires_grad_()
+    value = divergence(LinearLogits(hidden, weight), LinearLogits(torch.randn(1024, 8).bfloat16(), weight.detach()))
+    assert peak_bytes(lambda: torch.autograd.grad(value.sum(), (hidden, weight))) < 1024 * 8000
+
+
 def test_checkpointing_under_a_workspace_that_has_ended(backend, device, monkeypatch):
     """Forward runs again under another workspace, and must save the same shapes."""
     monkeypatch.setattr(two_heads, "FEWEST_TOKENS", 2)

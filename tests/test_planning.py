@@ -65,6 +65,7 @@ def test_a_larger_budget_recomputes_less(dtype):
         assert (f"logits of {p.saved} vocabulary entries" in str(p)) == (p.saved > 0)
     assert plans[0].peak <= plan(*LLAMA, dtype, per_token=True, workspace="256MiB").peak
     assert (plans[0].saved > 0) == (dtype == torch.float32)  # there its room is that of the first slice's gradient
+    assert plan(*LLAMA, dtype, per_token=True, workspace=1).saved == 0
 
 
 def test_sixteen_bit_sums_end_at_eight_chunks():
