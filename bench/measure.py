@@ -36,7 +36,7 @@ SAME_FUNCTION = (
 )
 TIMED = ("ok", "inaccurate")
 MODES = ("forward", "full", "memory")
-DRAWS, DRAWN_TOKENS, DRAWN_VOCAB = 8, 64, 4096  # beside the problem itself, to judge a loss by
+DRAWS, DRAWN_VOCAB, DRAWN_HIDDEN = 8, 1024, 256  # beside the problem itself, to judge a loss by
 EXACT_ELEMENTS = 2**25  # logits at a time in float64
 COMPARED_ELEMENTS = 2**22  # of each tensor; of a larger one, evenly spaced rows
 FLOOR_ELEMENTS = 2**30  # logits in the bare products that measure the floor
@@ -115,9 +115,13 @@ class Draw(NamedTuple):
 
 
 def small_draws(case: ModuleType, problem: Problem, most_tokens: int) -> list[Draw]:
-    """More losses to judge one by: on a single number eager PyTorch can be exact by luck."""
-    shape = problem.shape._replace(vocab=min(problem.shape.vocab, DRAWN_VOCAB))
-    small = dataclasses.replace(problem, shape=shape, tokens=min(max(1, most_tokens), DRAWN_TOKENS))
+    """More losses to judge one by: on a single number eager PyTorch can be exact by luck.
+
+    Of as many tokens where that many are checked: a sum over more is rounded more, and the largest error is what counts.
+    """
+    shape = problem.shape
+    shape = shape._replace(vocab=min(shape.vocab, DRAWN_VOCAB), hidden=min(shape.hidden, DRAWN_HIDDEN))
+    small = dataclasses.replace(problem, shape=shape, tokens=max(1, most_tokens))
     found = []
     for seed in range(2, 2 * DRAWS + 1, 2):
         x = case.inputs(dataclasses.replace(small, seed=seed))

@@ -13,6 +13,7 @@ from .measure import TIMED, Row
 
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 GiB = 2**30
+FILLED, THIN = "osD^vP*<>X", "x+1234|_"  # markers of ours and of peers
 
 
 def axes(title: str, x: str, y: str) -> Any:
@@ -68,12 +69,11 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
         case, shape, tokens = (points[0][key] for key in ("case", "shape", "tokens"))
         its_file = file.with_stem(f"{file.stem}-{case}-{shape}-{tokens}") if len(found) > 1 else file
         figure, ax = axes(name, "ms" if on_gpu else "time, ratio to eager in the same run", "peak above inputs, GiB")
-        for row in points:
+        for i, row in enumerate(sorted(points, key=ours)):
             x = row["ms" if on_gpu else "to_eager"]["median"]
-            ax.plot(x, row["peak_bytes"] / GiB, "o" if ours(row) else "x", color="C3" if ours(row) else "C0")
-            ax.annotate(
-                row["contender"], (x, row["peak_bytes"] / GiB), fontsize=7, xytext=(4, 4), textcoords="offset points"
-            )
+            marker = FILLED[i % len(FILLED)] if ours(row) else THIN[i % len(THIN)]
+            ax.plot(x, row["peak_bytes"] / GiB, marker, color=f"C{i % 10}", label=row["contender"], clip_on=False)
+        ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)
         written.append(finish(figure, its_file))
@@ -104,10 +104,11 @@ def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
         if max(len(line) for line in lines.values()) < 2:
             continue
         figure, ax = axes(f"{case}, {shape}, {dtype}: loss and gradients", "tokens", "peak above inputs, GiB")
-        for name, line in lines.items():
+        for i, (name, line) in enumerate(lines.items()):
             tokens = sorted(line)
-            style = "-o" if name.startswith("fused_losses") else "--x"
-            ax.plot(tokens, [line[n] for n in tokens], style, label=name)
+            # Hollow, each of its own form and size, so that lines that fall together can be told apart.
+            style = f"-{FILLED[i % len(FILLED)]}" if name.startswith("fused_losses") else "--x"
+            ax.plot(tokens, [line[n] for n in tokens], style, fillstyle="none", markersize=5 + i, label=name)
         ax.legend(fontsize=8)
         ax.set_xlim(left=0)
         ax.set_ylim(bottom=0)

@@ -114,7 +114,7 @@ def heading(result: dict[str, Any]) -> str:
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """One line per problem, on peaked inputs: ours as called by default, the least memory of ours, eager and the fastest peer.
 
-    Of problems that were only weighed, not timed, the one with the most tokens.
+    Problems that were only weighed, not timed, have a table of their own, each with the most tokens.
     """
     lines: dict[tuple[Any, ...], list[str]] = {}
     for result in results:
@@ -134,19 +134,22 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
             timed = ours["mode"] == "full"
             lines[(result["device"], case, shape, dtype, tokens if timed else 0)] = [
                 f"{case}, {shape}, {tokens} tokens, {dtype}",
-                time_cell(ours),
-                f"{ours['of_floor']:.2f}" if "of_floor" in ours else "",
                 f"{ours['peak_bytes'] / MiB:.0f}",
                 f"{least / MiB:.0f}",
                 f"{eager['peak_bytes'] / MiB:.0f}" if eager else "out of memory",
+                time_cell(ours),
+                f"{ours['of_floor']:.2f}" if "of_floor" in ours else "",
                 f"{rival['contender']}: {time_cell(rival)}, {rival['peak_bytes'] / MiB:.0f} MiB" if rival else "",
             ]
-    columns = ("loss and gradients", "time", "of the floor", "peak MiB", "at least", "eager's", "fastest peer")
+    columns = ("loss and gradients", "peak MiB", "least MiB", "eager's MiB", "time", "of the floor", "fastest peer")
     tables = []
     for device in dict.fromkeys(key[0] for key in lines):
-        table = markdown_table(columns, [line for key, line in lines.items() if key[0] == device])
         made = made_with([result for result in results if result["device"] == device])
-        tables.append(f"{device}, {made}; peaks are above the inputs and include the gradients:\n\n{table}")
+        tables.append(f"{device}, {made}; peaks are above the inputs and include the gradients:")
+        weighed = [line[:4] for key, line in lines.items() if key[0] == device and not line[4]]
+        timed = [line for key, line in lines.items() if key[0] == device and line[4]]
+        tables += [markdown_table(columns[:4], weighed)] if weighed else []
+        tables += [markdown_table(columns, timed)] if timed else []
     if not any("clocks" in result for result in results):
         tables.append(
             f"On a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
