@@ -138,6 +138,9 @@ def cross_entropy(
     if not isinstance(input, Tensor):
         from .linear_cross_entropy import linear_logits_cross_entropy
 
+        dtypes = [result_dtype(t, target) for t in (input, weight) if t is not None and not target.is_floating_point()]
+        if len(set(dtypes)) > 1:
+            raise RuntimeError(f"logits are {input.dtype} and weight is {weight.dtype}: cast one")  # type: ignore[union-attr]
         return linear_logits_cross_entropy(
             input,
             target,
@@ -149,6 +152,7 @@ def cross_entropy(
             softcap=softcap,
             return_statistics=return_statistics,
             backend=backend,
+            out_dtype=result_dtype(input, target, weight),
         )
     if not _understood(input, target, weight, ignore_index, reduction, label_smoothing, shard):
         if shard is not None:
@@ -209,7 +213,7 @@ def cross_entropy(
     else:
         loss = loss.sum(dtype=wide_dtype(input.device))
         loss = loss if reduction == "sum" else loss / total
-    loss = loss.to(_result_dtype(input, target, weight))
+    loss = loss.to(result_dtype(input, target, weight))
     if not return_statistics:
         return loss
     assert statistics.logsumexp is not None
@@ -252,7 +256,7 @@ def _understood(
     return target.shape == positions and target.dtype in (torch.int64, torch.uint8) and same_dtype
 
 
-def _result_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+def result_dtype(input: Any, target: Any, weight: Tensor | None = None) -> torch.dtype:
     """What PyTorch returns: the promoted dtype, where autocast lifts 16-bit tensors to fp32 first."""
     autocast = autocast_dtype(input.device) is not None
     dtypes = [t.dtype for t in (input, target, weight) if t is not None and t.is_floating_point()]

@@ -56,6 +56,7 @@ class LazyTensor:
     token_shape: torch.Size
     device: torch.device
     requires_grad: bool
+    wide: torch.dtype  # in which its numbers are computed, whatever its dtype
 
     def materialize(self) -> Tensor:
         """The tensor itself, differentiable, in ``dtype``."""
@@ -352,12 +353,12 @@ def is_number(x: Any) -> bool:
 
 
 def per_token_number(x: LazyTensor, t: Any) -> Any:
-    """``t``, which broadcasts against ``x`` with one number per token, as a tensor of ``token_shape``."""
+    """``t``, which broadcasts against ``x`` with one number per token, as a tensor of ``token_shape`` in ``x.wide``."""
     if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
         return NotImplemented
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
-    return t.squeeze(x.vocab_dim).expand(x.token_shape) if fits else NotImplemented
+    return t.squeeze(x.vocab_dim).to(x.device, x.wide).expand(x.token_shape) if fits else NotImplemented
 
 
 def per_entry_number(x: LazyTensor, t: Any) -> Any:
@@ -369,16 +370,26 @@ def per_entry_number(x: LazyTensor, t: Any) -> Any:
     return t.reshape(-1) if fits else NotImplemented
 
 
+def _promoted(result: Any, x: LazyTensor, other: Any) -> Any:
+    """``result``, of ``x`` and ``other``, in the dtype PyTorch gives it: a tensor without dimensions has no say."""
+    if result is NotImplemented or not isinstance(other, Tensor) or other.ndim == 0:
+        return result
+    return to(result, torch.promote_types(x.dtype, other.dtype))
+
+
 @answers("mul", "multiply", "__mul__", "__rmul__", anywhere=True)
 def mul(a: Any, b: Any) -> Any:
     if is_lazy(a) and is_lazy(b):
         return a.times(b)
-    return a.scaled(b) if is_lazy(a) else b.scaled(a)
+    x, factor = (a, b) if is_lazy(a) else (b, a)
+    return _promoted(x.scaled(factor), x, factor)
 
 
 @answers("div", "divide", "true_divide", "__truediv__")
 def div(x: LazyTensor, divisor: Any, *, rounding_mode: Any = None) -> Any:
-    return x.divided(divisor) if rounding_mode is None and not is_lazy(divisor) else NotImplemented
+    if rounding_mode is not None or is_lazy(divisor):
+        return NotImplemented
+    return _promoted(x.divided(divisor), x, divisor)
 
 
 @answers("neg", "negative", "__neg__")
@@ -390,7 +401,8 @@ def neg(x: LazyTensor) -> Any:
 def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1 or (is_lazy(a) and is_lazy(b)):
         return NotImplemented
-    return a.shifted(b) if is_lazy(a) else b.shifted(a)
+    x, offset = (a, b) if is_lazy(a) else (b, a)
+    return _promoted(x.shifted(offset), x, offset)
 
 
 @answers("sub", "subtract", "__sub__", anywhere=True)
@@ -398,9 +410,10 @@ def sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1 or (is_lazy(a) and is_lazy(b)):
         return NotImplemented
     if is_lazy(a):
-        return a.shifted(-b)
+        integers = isinstance(b, Tensor) and not b.is_floating_point()
+        return _promoted(a.shifted(-(b.to(a.wide) if integers else b)), a, b)
     negated = b.scaled(-1)
-    return NotImplemented if negated is NotImplemented else negated.shifted(a)
+    return NotImplemented if negated is NotImplemented else _promoted(negated.shifted(a), b, a)
 
 
 @answers("rsub", "__rsub__", anywhere=True)

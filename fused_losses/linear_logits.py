@@ -306,6 +306,10 @@ class LinearLogits(LazyTensor):
         return self.rest.dtype
 
     @property
+    def wide(self) -> torch.dtype:  # type: ignore[override]
+        return statistics_dtype(self.hidden.dtype)
+
+    @property
     def token_shape(self) -> torch.Size:  # type: ignore[override]
         return self.hidden.shape[:-1]
 
@@ -551,7 +555,7 @@ class LinearLogits(LazyTensor):
             factor = per_token_number(self, factor)
             if factor is NotImplemented or (factor.requires_grad and torch.is_grad_enabled()):
                 return NotImplemented
-            factor = factor.detach().to(self.device, statistics_dtype(self.hidden.dtype))
+            factor = factor.detach()
         temperature = self.temperature / factor if inverse else self.temperature * factor
         return self._but(self.hidden, temperature=temperature)
 
@@ -565,7 +569,7 @@ class LinearLogits(LazyTensor):
         linear = linear and self.shard is None
         if bias is NotImplemented or not linear or (self.rest.detached and bias.requires_grad):
             return NotImplemented
-        bias = (bias.to(statistics_dtype(self.hidden.dtype)) / self.scale).to(self.hidden.dtype)
+        bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
         hidden = self.hidden if self.rest.detached else _Identity.apply(self.hidden, bias)
         return self._but(hidden, bias=bias if self.bias is None else self.bias + bias)
 
@@ -697,6 +701,7 @@ def _become(x: LazyTensor, new: Any) -> Any:
             f"mul_ and div_ of a LinearLogits {tuple(x.shape)} that requires grad would take its gradient away under "
             "no_grad: use the out-of-place form there, or change the logits before"
         )
+    new = new if new.dtype == x.dtype else new.with_dtype(x.dtype)
     x.rest.views[0] += 1  # what is left of it: its views
     vars(x).update(vars(new))
     return x

@@ -54,7 +54,7 @@ _FORMS = {
     "softmax": _Form(
         lambda z, dim: z.softmax(dim),
         lambda z, ids: z.log_probs_at(ids).exp(),
-        lambda z: torch.ones(z.token_shape, dtype=statistics_dtype(z.hidden.dtype), device=z.device),
+        lambda z: torch.ones(z.token_shape, dtype=z.wide, device=z.device),
     ),
     "p_log_p": _Form(_times_log, None, lambda z: -z.statistic("entropy")),
     "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
@@ -86,6 +86,10 @@ class LazyExpression(LazyTensor):
         return self.base.vocab_dim
 
     @property
+    def wide(self) -> torch.dtype:  # type: ignore[override]
+        return self.base.wide
+
+    @property
     def token_shape(self) -> torch.Size:  # type: ignore[override]
         return self.base.token_shape
 
@@ -108,6 +112,10 @@ class LazyExpression(LazyTensor):
     def _parts(self) -> tuple[Any, ...]:
         return self.base, self.factor, self.offset
 
+    def _coefficients(self, dim: int) -> Any:
+        """``factor`` and ``offset``, with a dimension for the vocabulary."""
+        return (t.unsqueeze(dim) if isinstance(t, Tensor) else t for t in (self.factor, self.offset))
+
     def __repr__(self) -> str:
         return f"LazyExpression({tuple(self.shape)}, {self.dtype}, {self.factor}·{self.form}(…) + {self.offset}, {self.base})"
 
@@ -117,10 +125,8 @@ class LazyExpression(LazyTensor):
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
-        z = self.base.with_dtype(statistics_dtype(self.base.hidden.dtype)).materialize()
-        factor, offset = (
-            t.unsqueeze(self.vocab_dim) if isinstance(t, Tensor) else t for t in (self.factor, self.offset)
-        )
+        z = self.base.with_dtype(self.wide).materialize()
+        factor, offset = self._coefficients(self.vocab_dim)
         return (_FORMS[self.form].elements(z, self.vocab_dim) * factor + offset).to(self.dtype)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyExpression:
@@ -157,7 +163,10 @@ class LazyExpression(LazyTensor):
         return replace(self, factor=self.factor * factor, offset=self.offset * factor)
 
     def divided(self, divisor: Any) -> Any:
-        return NotImplemented if is_number(divisor) and divisor == 0 else self.scaled(1 / divisor)
+        if is_number(divisor):
+            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
+        fits = per_token_number(self, divisor) is not NotImplemented
+        return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
 
     def shifted(self, offset: Any) -> Any:
         if not is_number(offset):
@@ -168,7 +177,7 @@ class LazyExpression(LazyTensor):
         at = _FORMS[self.form].at
         if at is None:
             return NotImplemented
-        factor, offset = (t.unsqueeze(-1) if isinstance(t, Tensor) else t for t in (self.factor, self.offset))
+        factor, offset = self._coefficients(-1)
         return at(self.base, ids) * factor + offset
 
     def vocab_sum(self) -> Any:
@@ -192,7 +201,8 @@ class LazyExpression(LazyTensor):
         """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
         if self.form not in ("logits", "log_softmax"):
             return NotImplemented
-        base = self.base.scaled(self.factor)
+        factor, _ = self._coefficients(self.vocab_dim)
+        base = self.base.scaled(factor)
         return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)
 
 
@@ -211,11 +221,6 @@ pytree.register_pytree_node(
 def _logits(x: LazyTensor) -> Any:
     """The logits whose softmax ``x`` has."""
     return x if isinstance(x, LinearLogits) else x.up_to_shift()
-
-
-def _label(x: LazyTensor) -> torch.dtype:
-    """The dtype of a loss of ``x``: autocast asks for fp32."""
-    return torch.promote_types(x.dtype, torch.float32) if autocast_dtype(x.device) else x.dtype
 
 
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
@@ -284,7 +289,7 @@ def _dims(x: LazyTensor, dim: Any) -> list[int]:
 
 @answers("logsumexp", "special_logsumexp")
 def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
-    logits = isinstance(x, LinearLogits) or (x.form == "logits" and x.factor == 1)
+    logits = isinstance(x, LinearLogits) or (x.form == "logits" and is_number(x.factor) and x.factor == 1)
     if _dims(x, dim) != [x.vocab_dim] or not logits:
         return NotImplemented
     lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.base.statistic("logsumexp") + x.offset
@@ -386,7 +391,7 @@ def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any,
     logits = _logits(x)
     if logits is NotImplemented or not _class_dim(x) or is_lazy(target):
         return NotImplemented
-    return fused(logits.with_dtype(_label(x)), target, weight, *args, **kwargs)
+    return fused(logits, target, weight, *args, **kwargs)
 
 
 @answers("nll_loss", "nll_loss_nd")
@@ -417,6 +422,8 @@ def kl_div(
 ) -> Any:
     """``Σ t (log t − log p)``: of probabilities that exist, the cross entropy with them less their entropy; of a lazy
     teacher, the divergence of two heads."""
+    from .cross_entropy import result_dtype
+
     log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
@@ -432,7 +439,7 @@ def kl_div(
     else:
         total = _kl_of_probabilities(x.base, target, log_target)
     count = {"sum": 1, "batchmean": x.shape[0], "mean": math.prod(x.shape)}[reduction]
-    return (total / count).to(_label(x))
+    return (total / count).to(result_dtype(x, target))
 
 
 def _kl_of_probabilities(logits: LinearLogits, target: Tensor, log_target: bool) -> Tensor:

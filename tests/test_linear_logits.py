@@ -284,6 +284,9 @@ NUMBERS = {
     "logsumexp_keepdim": lambda z: torch.logsumexp(z, dim=-1, keepdim=True),
     "logsumexp_middle": lambda z: z.transpose(1, 2).logsumexp(1),
     "logsumexp_shifted": lambda z: (z + TEMPERATURE[..., None]).logsumexp(-1),
+    "statistics_of_a_sum_scaled_per_token": lambda z: (
+        ((z + 1) * TEMPERATURE[..., None]).log_softmax(-1).gather(-1, FEW)
+    ),
     "log_prob_by_difference": lambda z: (z.gather(-1, IDS.unsqueeze(-1)) - z.logsumexp(-1, keepdim=True)).squeeze(-1),
     "log_prob_by_rows": lambda z: (
         z.gather(-1, IDS.unsqueeze(-1)).squeeze(-1) - torch.stack([torch.logsumexp(row, dim=-1) for row in z])
@@ -416,6 +419,7 @@ MATERIALISED = {
     "trained_temperature": lambda z: z / torch.ones(1, requires_grad=True),
     "numpy": lambda z: torch.as_tensor(z.detach().numpy()),
     "slices_of_probabilities": lambda z: z.softmax(-1)[..., :3],
+    "logsumexp_of_a_sum_scaled_per_token": lambda z: ((z + 1) * TEMPERATURE[..., None].float()).logsumexp(-1),
 }
 
 
@@ -492,6 +496,94 @@ def test_a_label_changes_what_functions_return_and_not_the_numbers():
     assert logits.half().log_softmax(-1).gather(-1, FEW).dtype == torch.float16
     assert F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, FEW).dtype == torch.float32
     assert logits.float().hidden is logits.hidden
+
+
+ARITHMETIC = {
+    "times": lambda z, t: z * t,
+    "times_left": lambda z, t: t * z,
+    "divided": lambda z, t: z / t,
+    "plus": lambda z, t: z + t,
+    "minus": lambda z, t: z - t,
+    "from": lambda z, t: t - z,
+    "rsub": lambda z, t: torch.rsub(z, t),
+    "log_probs_times": lambda z, t: z.log_softmax(-1) * t,
+    "log_probs_divided": lambda z, t: z.log_softmax(-1) / t,
+    "log_probs_times_twice": lambda z, t: -z.log_softmax(-1) / 3 * t,
+    "log_probs_minus": lambda z, t: (z.log_softmax(-1) - t) / 3,
+}
+OPERANDS = {
+    "per_token": (TEMPERATURE + 0.1)[..., None],
+    "one": torch.tensor([1.7], dtype=torch.float64),
+    "scalar": torch.tensor(1.7, dtype=torch.float64),
+    "vector": torch.linspace(-1, 1, V, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("operand", OPERANDS)
+@pytest.mark.parametrize("name", ARITHMETIC)
+def test_arithmetic_between_dtypes(name, operand, dtype, other):
+    """The result has PyTorch's dtype, and the operand keeps its digits on the way there."""
+    if operand == "vector" and (name not in ("plus", "minus", "from", "rsub") or not other.is_floating_point):
+        return
+    t = (OPERANDS[operand] * 3).to(other)
+    tensors = leaves(dtype)
+    ours = ARITHMETIC[name](LinearLogits(tensors["hidden"], tensors["weight"]), t)
+    assert ours.dtype == ARITHMETIC[name](F.linear(tensors["hidden"], tensors["weight"]), t).dtype
+    found = ours.gather(-1, FEW)
+    assert found.dtype == ours.dtype
+    h, w = (tensors[k].detach().double().requires_grad_() for k in ("hidden", "weight"))
+    exact = ARITHMETIC[name](linear_logits(h, w), t.double()).gather(-1, FEW)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=tolerance)
+    for result in (found, exact):
+        result.double().sum().backward()
+    for leaf, true in ((tensors["hidden"], h), (tensors["weight"], w)):
+        torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=tolerance, atol=4 * tolerance)
+
+
+def test_arithmetic_in_place_keeps_the_dtype():
+    tensors = leaves(torch.bfloat16)
+    lazy = LinearLogits(tensors["hidden"], tensors["weight"]).div_(TEMPERATURE[..., None])
+    assert lazy.dtype == torch.bfloat16
+    expected = F.linear(tensors["hidden"], tensors["weight"]).div_(TEMPERATURE[..., None])
+    torch.testing.assert_close(lazy.materialize(), expected)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", ["cross_entropy", "kl_div"])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float32])
+def test_losses_between_dtypes(name, other, autocast):
+    results = []
+    for kind in (LinearLogits, F.linear):
+        tensors = leaves(torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            z = kind(tensors["hidden"], tensors["weight"]).flatten(0, 1)
+            p = PROBS.flatten(0, 1).to(other)
+            if name == "cross_entropy":
+                loss = F.cross_entropy(z, p)
+            else:
+                loss = F.kl_div(z.log_softmax(-1), p, reduction="batchmean")
+        results.append((loss.double(), torch.autograd.grad(loss, tensors["weight"])[0].double()))
+        assert loss.dtype == (torch.float32 if autocast else other)
+    torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
+
+
+def test_class_weights_of_another_dtype():
+    tensors = leaves(torch.bfloat16)
+    weight = torch.linspace(0.5, 2, V)
+    for kind in (LinearLogits, F.linear):
+        z = kind(tensors["hidden"], tensors["weight"]).flatten(0, 1)
+        for loss in (
+            lambda z: F.cross_entropy(z, IDS.flatten(), weight),
+            lambda z: F.nll_loss(z.log_softmax(-1), IDS.flatten(), weight),
+        ):
+            with pytest.raises(RuntimeError, match=r"expected scalar type|cast one"):
+                loss(z)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert loss(z).dtype == torch.float32
+        assert F.cross_entropy(z, PROBS.flatten(0, 1).float(), weight).dtype == torch.float32
 
 
 def test_a_cast_of_outputs_reaches_the_label_only():
