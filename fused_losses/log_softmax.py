@@ -320,11 +320,14 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
         monotone = x.form in ("logits", "log_softmax", "softmax") and is_number(x.factor) and x.factor > 0
         if not monotone:
             return NotImplemented
-        ids = x.base.topk_ids(k, largest)[1]
-        return x.values_at(ids).to(x.dtype), ids
+        values, ids = _extreme(x.base.with_dtype(x.wide), k, largest)
+        factor, offset = x._coefficients(-1)
+        values = values * factor + offset if x.form == "logits" else x.values_at(ids)
+        return values.to(x.dtype), ids
     values, ids = x.topk_ids(k, largest)
     if x.requires_grad and torch.is_grad_enabled():
-        values = x.values_at(ids)
+        same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
+        values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))
     return values.to(x.dtype), ids
 
 

@@ -997,6 +997,50 @@ def test_argmax_holds_no_more_than_a_workspace_of_logits(workspace, monkeypatch)
     assert (max(sizes) == whole) == (workspace is None)
 
 
+EXTREMES = {
+    "max": lambda z: z.max(-1),
+    "min": lambda z: z.min(-1),
+    "topk": lambda z: z.topk(3),
+    "smallest": lambda z: z.topk(2, largest=False),
+    "shifted": lambda z: (2 * z + 1).topk(3),
+    "log_softmax": lambda z: z.log_softmax(-1).topk(3),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extremes_are_the_same_with_and_without_gradient(name, dtype):
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(64, 32, generator=g).to(dtype).requires_grad_()
+    weight = torch.randn(200, 32, generator=g).to(dtype).requires_grad_()
+    with_gradient = EXTREMES[name](LinearLogits(hidden, weight)).values
+    with torch.no_grad():
+        assert torch.equal(with_gradient, EXTREMES[name](LinearLogits(hidden, weight)).values)
+    if name in ("max", "topk", "min", "smallest"):
+        lazy = LinearLogits(hidden, weight)
+        assert torch.equal(with_gradient, EXTREMES[name](lazy.materialize()).values)
+    found = torch.autograd.grad(with_gradient.square().sum(), (hidden, weight))
+    h, w = (t.detach().double().requires_grad_() for t in (hidden, weight))
+    expected = torch.autograd.grad(EXTREMES[name](h @ w.T).values.square().sum(), (h, w))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=5e-2, atol=5e-2 * theirs.abs().max().item())
+
+
+def test_extremes_of_rows_with_infinities():
+    hidden = torch.randn(4, H, requires_grad=True)
+    results = []
+    for kind in (LinearLogits, F.linear):
+        bias = torch.zeros(V)
+        bias[3], bias[5] = torch.inf, -torch.inf
+        bias.requires_grad_()
+        z = kind(hidden, torch.ones(V, H), bias)
+        values = z.max(-1).values, z.min(-1).values, z.topk(2).values
+        kept = kind(hidden, torch.ones(V, H), bias.clamp(max=0)).min(-1).values
+        results.append((*values, torch.autograd.grad(kept.sum(), bias)[0]))
+    torch.testing.assert_close(*results)
+    assert results[0][-1][5] == 4
+
+
 def test_argmax_takes_the_first_of_equal_logits():
     logits = LinearLogits(torch.ones(3, 2), torch.tensor([[0.0, 0], [1, 1], [1, 1], [0, 2]]))
     assert logits.argmax(-1).tolist() == [1, 1, 1]
