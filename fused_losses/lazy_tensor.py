@@ -8,6 +8,7 @@ shape are in ``lazy_views.py``, joining in ``linear_logits.py``, reductions and 
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 import sys
@@ -22,6 +23,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import settings
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
+_KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
+# Other spellings that PyTorch takes.
+_ALIASES = {"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim", "a": "input", "x": "input"}
+_ALIASES |= {"x1": "input", "x2": "other", "split_size": "split_size_or_sections"}
+_ALIASES |= {"split_sizes": "split_size_or_sections"}
 
 _BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
 _CHANGING = [f"__i{name}__" for name in _BINARY] + ["__setitem__"]
@@ -114,14 +120,15 @@ class LazyTensor:
         return lambda *args, **kwargs: dispatch(function, (self, *args), kwargs)
 
     def __eq__(self, other: object) -> Any:
-        comparable = isinstance(other, (Tensor, LazyTensor, int, float))
+        comparable = isinstance(_unboxed(other), (Tensor, LazyTensor, int, float))
         return dispatch(Tensor.__eq__, (self, other), {}, "eq") if comparable else NotImplemented
 
     def __ne__(self, other: object) -> Any:
-        comparable = isinstance(other, (Tensor, LazyTensor, int, float))
+        comparable = isinstance(_unboxed(other), (Tensor, LazyTensor, int, float))
         return dispatch(Tensor.__ne__, (self, other), {}, "ne") if comparable else NotImplemented
 
     __hash__ = object.__hash__
+    __array_priority__ = 1000  # as a Tensor's: NumPy leaves what a number of its does with this to this
 
     def __iter__(self) -> Iterator[Any]:
         return iter(torch.unbind(self))  # type: ignore[arg-type]
@@ -167,8 +174,11 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
         def first(input: Any, *args: Any, **kwargs: Any) -> Any:
             return handler(input, *args, **kwargs) if isinstance(input, LazyTensor) else NotImplemented
 
+        parameters = inspect.signature(handler).parameters
+        any_keyword = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         for name in names:
             HANDLERS[name] = handler if anywhere else first
+            _KEYWORDS[name] = None if any_keyword else {*parameters, "input"}
             if hasattr(Tensor, name) and not name.startswith("__"):
                 setattr(LazyTensor, name, _method(name))
         return handler
@@ -180,11 +190,13 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
     name = name or func.__name__
     first = args[0] if args else None
+    args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
     handler = HANDLERS.get(name)
     if isinstance(kwargs.get("out"), LazyTensor):
         raise RuntimeError(f"{name} cannot write into a {type(kwargs['out']).__name__}: it has no storage")
     if handler is not None and "out" not in kwargs:
-        result = handler(*args, **kwargs)
+        named, known = {_ALIASES.get(key, key): value for key, value in kwargs.items()}, _KEYWORDS[name]
+        result = handler(*args, **named) if known is None or known.issuperset(named) else NotImplemented
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and name in _IN_PLACE:
@@ -193,6 +205,11 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             "mul_ and div_ by a number or by one number per token are possible. Use the out-of-place form."
         )
     return func(*_materialised(name, args), **_materialised(name, kwargs))
+
+
+def _unboxed(x: Any) -> Any:
+    """A number of NumPy's as one of Python's, which is what PyTorch takes it for."""
+    return x.item() if type(x).__module__ == "numpy" and getattr(x, "ndim", None) == 0 else x
 
 
 def _materialised(name: str, arguments: Any) -> Any:
@@ -292,8 +309,9 @@ def clone(x: LazyTensor, **_: Any) -> LazyTensor:
 
 
 @answers("to")
-def to(x: LazyTensor, *args: Any, dtype: Any = None, device: Any = None, **_: Any) -> Any:
-    for a in args:
+def to(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    dtype = device = None
+    for a in (*args, *kwargs.values()):
         if isinstance(a, torch.dtype):
             dtype = a
         elif isinstance(a, (str, torch.device, int)) and not isinstance(a, bool):
@@ -378,18 +396,18 @@ def _promoted(result: Any, x: LazyTensor, other: Any) -> Any:
 
 
 @answers("mul", "multiply", "__mul__", "__rmul__", anywhere=True)
-def mul(a: Any, b: Any) -> Any:
-    if is_lazy(a) and is_lazy(b):
-        return a.times(b)
-    x, factor = (a, b) if is_lazy(a) else (b, a)
+def mul(input: Any, other: Any) -> Any:
+    if is_lazy(input) and is_lazy(other):
+        return input.times(other)
+    x, factor = (input, other) if is_lazy(input) else (other, input)
     return _promoted(x.scaled(factor), x, factor)
 
 
 @answers("div", "divide", "true_divide", "__truediv__")
-def div(x: LazyTensor, divisor: Any, *, rounding_mode: Any = None) -> Any:
-    if rounding_mode is not None or is_lazy(divisor):
+def div(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
+    if rounding_mode is not None or is_lazy(other):
         return NotImplemented
-    return _promoted(x.divided(divisor), x, divisor)
+    return _promoted(x.divided(other), x, other)
 
 
 @answers("neg", "negative", "__neg__")
@@ -398,24 +416,24 @@ def neg(x: LazyTensor) -> Any:
 
 
 @answers("add", "__add__", "__radd__", anywhere=True)
-def add(a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    if alpha != 1 or (is_lazy(a) and is_lazy(b)):
+def add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
+    if alpha != 1 or (is_lazy(input) and is_lazy(other)):
         return NotImplemented
-    x, offset = (a, b) if is_lazy(a) else (b, a)
+    x, offset = (input, other) if is_lazy(input) else (other, input)
     return _promoted(x.shifted(offset), x, offset)
 
 
 @answers("sub", "subtract", "__sub__", anywhere=True)
-def sub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    if alpha != 1 or (is_lazy(a) and is_lazy(b)):
+def sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
+    if alpha != 1 or (is_lazy(input) and is_lazy(other)):
         return NotImplemented
-    if is_lazy(a):
-        integers = isinstance(b, Tensor) and not b.is_floating_point()
-        return _promoted(a.shifted(-(b.to(a.wide) if integers else b)), a, b)
-    negated = b.scaled(-1)
-    return NotImplemented if negated is NotImplemented else _promoted(negated.shifted(a), b, a)
+    if is_lazy(input):
+        integers = isinstance(other, Tensor) and not other.is_floating_point()
+        return _promoted(input.shifted(-(other.to(input.wide) if integers else other)), input, other)
+    negated = other.scaled(-1)
+    return NotImplemented if negated is NotImplemented else _promoted(negated.shifted(input), other, input)
 
 
 @answers("rsub", "__rsub__", anywhere=True)
-def rsub(a: Any, b: Any, *, alpha: Any = 1) -> Any:
-    return sub(b, a, alpha=alpha)
+def rsub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
+    return sub(other, input, alpha=alpha)

@@ -29,9 +29,9 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 @answers("view", "reshape")
 def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
-    if kwargs or isinstance(shape[0], torch.dtype):
-        (dtype,) = shape or kwargs.values()
-        return NotImplemented if isinstance(dtype, torch.dtype) else reshape(x, dtype)
+    shape = shape or tuple(kwargs.values())  # which view calls size or dtype
+    if isinstance(shape[0], torch.dtype):
+        return NotImplemented
     new = list(_sizes(shape))
     if -1 in new:
         rest = math.prod([s for s in new if s != -1])
@@ -84,8 +84,8 @@ def unsqueeze(x: LazyTensor, dim: int) -> Any:
 
 
 @answers("permute")
-def permute(x: LazyTensor, *dims: Any) -> Any:
-    order = [_dim(x, d) for d in _sizes(dims)]
+def permute(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
+    order = [_dim(x, d) for d in _sizes(args or (dims,))]
     return x.mapped(lambda t: t.permute(order), order.index(x.vocab_dim))
 
 
@@ -119,8 +119,8 @@ def roll(x: LazyTensor, shifts: Any, dims: Any = None) -> Any:
 
 
 @answers("flip")
-def flip(x: LazyTensor, *dims: Any) -> Any:
-    among = _sizes(dims)
+def flip(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
+    among = _sizes(args or (dims,))
     if x.vocab_dim in [_dim(x, d) for d in among]:
         return NotImplemented
     return x.mapped(lambda t: t.flip(among), x.vocab_dim, view=False)

@@ -684,13 +684,13 @@ def _project(rows: Rows, like: LinearLogits, weight: Tensor, bias: Tensor | None
 
 
 @answers("mul_", "multiply_", "__imul__")
-def mul_(x: LazyTensor, factor: Any) -> Any:
-    return _become(x, mul(x, factor))
+def mul_(x: LazyTensor, other: Any) -> Any:
+    return _become(x, mul(x, other))
 
 
 @answers("div_", "divide_", "true_divide_", "__itruediv__")
-def div_(x: LazyTensor, divisor: Any) -> Any:
-    return _become(x, div(x, divisor))
+def div_(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
+    return _become(x, div(x, other, rounding_mode=rounding_mode))
 
 
 def _become(x: LazyTensor, new: Any) -> Any:

@@ -416,7 +416,7 @@ def nll_loss(
 
 @answers("kl_div", anywhere=True)
 def kl_div(
-    x: Any,
+    input: Any,
     target: Any,
     size_average: Any = None,
     reduce: Any = None,
@@ -427,10 +427,10 @@ def kl_div(
     teacher, the divergence of two heads."""
     from .cross_entropy import result_dtype
 
-    log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled
+    log_probs = isinstance(input, LazyExpression) and input.form == "log_softmax" and input.unscaled
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    if not log_probs or reduction == "none" or target.shape != x.shape:
+    if not log_probs or reduction == "none" or target.shape != input.shape:
         return NotImplemented
     if is_lazy(target):
         form = "log_softmax" if log_target else "softmax"
@@ -438,11 +438,11 @@ def kl_div(
             return NotImplemented
         from .divergence import divergence
 
-        total = divergence(x.base.vocab_last(), target.base.vocab_last(), kind="forward_kl").sum()
+        total = divergence(input.base.vocab_last(), target.base.vocab_last(), kind="forward_kl").sum()
     else:
-        total = _kl_of_probabilities(x.base, target, log_target)
-    count = {"sum": 1, "batchmean": x.shape[0], "mean": math.prod(x.shape)}[reduction]
-    return (total / count).to(result_dtype(x, target))
+        total = _kl_of_probabilities(input.base, target, log_target)
+    count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]
+    return (total / count).to(result_dtype(input, target))
 
 
 def _kl_of_probabilities(logits: LinearLogits, target: Tensor, log_target: bool) -> Tensor:

@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -367,6 +368,66 @@ def test_every_option_counts(options):
     args, kwargs = arguments(leaves(), **OPTIONS[options])
     plain, _ = arguments(leaves())
     assert options == "plain" or not torch.allclose(linear_logits(*args, **kwargs), linear_logits(*plain))
+
+
+SPELLINGS = {
+    "flip": lambda z: torch.flip(z, dims=(1,)),
+    "permute": lambda z: torch.permute(input=z, dims=(0, 2, 1)),
+    "sum": lambda z: torch.sum(z, axis=-1, keepdims=True),
+    "mean": lambda z: z.mean(axis=-1),
+    "max": lambda z: z.max(axis=-1).values,
+    "amax": lambda z: z.amax(dim=-1, keepdims=True),
+    "log_softmax": lambda z: z.log_softmax(axis=-1).gather(axis=-1, index=FEW),
+    "logsumexp": lambda z: torch.logsumexp(input=z, axis=-1),
+    "split": lambda z: z.split(split_size=2, dim=1)[1],
+    "split_with_sizes": lambda z: z.split_with_sizes(split_sizes=[1, 4], dim=1)[1],
+    "swapaxes": lambda z: z.swapaxes(axis0=0, axis1=1),
+    "mul": lambda z: torch.mul(input=z, other=2),
+    "mul_numpy": lambda z: torch.mul(x1=z, x2=2),
+    "add": lambda z: z.add(other=TEMPERATURE[..., None]),
+    "sub": lambda z: torch.sub(torch.ones(B, S, 1), other=z),
+    "div": lambda z: torch.div(z, other=3),
+    "div_not_rounding": lambda z: torch.div(z, 3, rounding_mode=None),
+    "in_place": lambda z: (z * 1).mul_(other=2),
+    "unsqueeze": lambda z: z.unsqueeze(axis=0),
+    "topk": lambda z: z.topk(k=2, axis=-1).values,
+    "reshape": lambda z: torch.reshape(input=z, shape=(B * S, V)),
+    "view": lambda z: z.view(size=(B * S, V)),
+    "to": lambda z: z.to(tensor=torch.ones(1, dtype=torch.float64)),
+    "cat": lambda z: torch.cat([z, z], axis=1),
+    "kl_div": lambda z: F.kl_div(input=z.log_softmax(-1), target=PROBS, reduction="sum"),
+    "numpy_times": lambda z: np.float64(2.5) * z,
+    "times_numpy": lambda z: z * np.float32(2.5),
+    "numpy_plus": lambda z: np.float32(2.5) + z,
+    "numpy_minus": lambda z: np.float64(2.5) - z,
+    "over_numpy": lambda z: z / np.int64(3),
+    "times_numpy_bool": lambda z: z * np.bool_(True),
+    "numpy_dim": lambda z: z.log_softmax(np.int64(-1)).sum(np.int64(-1)),
+    "in_place_numpy": lambda z: (z * 1).div_(np.sqrt(8)),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_other_spellings(name):
+    fn = SPELLINGS[name]
+    check(fn, "bias", lazy=False)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: torch.div(z, 2, rounding_mode="floor"),
+        lambda z: z == np.float32(1),
+        lambda z: np.float64(2) / z,
+        lambda z: z.sum(axis=1),
+        lambda z: z.max(other=torch.zeros(())),
+    ],
+)
+def test_what_a_handler_does_not_know_materialises(fn):
+    lazy, eager, _ = make()
+    with pytest.warns(UserWarning, match="materialises"):
+        found = fn(lazy)
+    torch.testing.assert_close(found, fn(eager))
 
 
 @pytest.mark.parametrize("shape", [(V, 3, V), (V * 3, V), (3, V, V), (3 * V, V, 1), (V, V, 3), (3, -1, V, 1)])
