@@ -101,7 +101,7 @@ class LazyTensor:
 
     def column(self, at: int | Tensor) -> Any:
         """The values of one entry of the vocabulary, ``token_shape``."""
-        return self.value_at(torch.as_tensor(at, device=self.device))
+        return self.value_at(from_front(self, torch.as_tensor(at, device=self.device)))
 
     def vocab_sum(self) -> Any:
         """Sum over the vocabulary, ``token_shape``."""
@@ -128,6 +128,9 @@ class LazyTensor:
         return dispatch(Tensor.__ne__, (self, other), {}, "ne") if comparable else NotImplemented
 
     __hash__ = object.__hash__
+    grad = None
+    layout = torch.strided
+    is_sparse = is_nested = is_quantized = False
     __array_priority__ = 1000  # as a Tensor's: NumPy leaves what a number of its does with this to this
 
     def __iter__(self) -> Iterator[Any]:
@@ -142,6 +145,30 @@ class LazyTensor:
         return self.device.type == "cuda"
 
     @property
+    def is_cpu(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_meta(self) -> bool:
+        return self.device.type == "meta"
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def data(self) -> Any:
+        return torch.detach(self)  # type: ignore[arg-type]
+
+    @property
+    def real(self) -> Any:
+        return self
+
+    @property
     def is_leaf(self) -> bool:
         return not self.requires_grad
 
@@ -152,6 +179,10 @@ class LazyTensor:
     @property
     def mT(self) -> Any:
         return torch.transpose(self, -2, -1)  # type: ignore[arg-type]
+
+    @property
+    def mH(self) -> Any:
+        return self.mT
 
 
 def _method(name: str) -> Callable[..., Any]:
@@ -218,6 +249,19 @@ def _materialised(name: str, arguments: Any) -> Any:
         _report(name, x)
     tensors = {key: x.materialize() for key, x in found.items()}
     return tree_map(lambda x: tensors[id(x)] if is_lazy(x) else x, arguments, is_leaf=is_lazy)
+
+
+def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
+    """``dim``, counted from the front; of a tensor with ``extra`` dimensions more."""
+    n = x.ndim + extra
+    if not -n <= dim < n:
+        raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {dim})")
+    return dim % n
+
+
+def from_front(x: LazyTensor, ids: Tensor) -> Tensor:
+    """``ids`` of entries of the vocabulary, those below 0 counted from its end."""
+    return torch.where(ids < 0, ids + x.shape[x.vocab_dim], ids)
 
 
 def is_lazy(x: Any) -> bool:

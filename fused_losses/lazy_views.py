@@ -13,14 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lazy_tensor import LazyTensor, answers, numel
-
-
-def _dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
-    n = x.ndim + extra
-    if not -n <= dim < n:
-        raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {dim})")
-    return dim % n
+from .lazy_tensor import LazyTensor, answers, from_front, numel, wrap_dim
 
 
 def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
@@ -56,13 +49,15 @@ def view_as(x: LazyTensor, other: Any) -> Any:
 
 @answers("flatten")
 def flatten(x: LazyTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
-    start, end = _dim(x, start_dim), _dim(x, end_dim)
+    start, end = wrap_dim(x, start_dim), wrap_dim(x, end_dim)
+    if start > end:
+        raise RuntimeError(f"flatten: start_dim {start_dim} comes after end_dim {end_dim} of {tuple(x.shape)}")
     return reshape(x, [*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]])
 
 
 @answers("unflatten")
 def unflatten(x: LazyTensor, dim: int, sizes: Sequence[int]) -> Any:
-    dim = _dim(x, dim)
+    dim = wrap_dim(x, dim)
     known = math.prod([s for s in sizes if s != -1])
     parts = [x.shape[dim] // known if s == -1 and known else s for s in sizes]
     if math.prod(parts) != x.shape[dim]:
@@ -73,38 +68,44 @@ def unflatten(x: LazyTensor, dim: int, sizes: Sequence[int]) -> Any:
 @answers("squeeze")
 def squeeze(x: LazyTensor, dim: int | Sequence[int] | None = None) -> Any:
     dims = range(x.ndim) if dim is None else [dim] if isinstance(dim, int) else dim
-    gone = {d for d in (_dim(x, d) for d in dims) if x.shape[d] == 1}
+    gone = {d for d in (wrap_dim(x, d) for d in dims) if x.shape[d] == 1}
     return reshape(x, [s for d, s in enumerate(x.shape) if d not in gone])
 
 
 @answers("unsqueeze")
 def unsqueeze(x: LazyTensor, dim: int) -> Any:
-    at = _dim(x, dim, extra=1)
+    at = wrap_dim(x, dim, extra=1)
     return x.mapped(lambda t: t.unsqueeze(at), x.vocab_dim + (at <= x.vocab_dim))
 
 
 @answers("permute")
 def permute(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
-    order = [_dim(x, d) for d in _sizes(args or (dims,))]
+    order = [wrap_dim(x, d) for d in _sizes(args or (dims,))]
+    if sorted(order) != list(range(x.ndim)):
+        raise RuntimeError(f"permute: {order} does not name each dimension of {tuple(x.shape)} once")
     return x.mapped(lambda t: t.permute(order), order.index(x.vocab_dim))
 
 
 @answers("transpose", "swapaxes", "swapdims")
 def transpose(x: LazyTensor, dim0: int, dim1: int) -> Any:
     order = list(range(x.ndim))
-    a, b = _dim(x, dim0), _dim(x, dim1)
+    a, b = wrap_dim(x, dim0), wrap_dim(x, dim1)
     order[a], order[b] = b, a
     return permute(x, order)
 
 
 @answers("t")
 def t(x: LazyTensor) -> Any:
+    if x.ndim > 2:
+        raise RuntimeError(f"t() expects a tensor with <= 2 dimensions, got {tuple(x.shape)}")
     return transpose(x, 0, -1)
 
 
 @answers("movedim", "moveaxis")
 def movedim(x: LazyTensor, source: int | Sequence[int], destination: int | Sequence[int]) -> Any:
-    sources, targets = ([_dim(x, d) for d in ([v] if isinstance(v, int) else v)] for v in (source, destination))
+    sources, targets = ([wrap_dim(x, d) for d in ([v] if isinstance(v, int) else v)] for v in (source, destination))
+    if not len(sources) == len(targets) == len(set(sources)) == len(set(targets)):
+        raise RuntimeError(f"movedim: from {source} to {destination} some dimension of {tuple(x.shape)} is named twice")
     rest = iter(d for d in range(x.ndim) if d not in sources)
     moved = dict(zip(targets, sources, strict=True))
     return permute(x, [moved[d] if d in moved else next(rest) for d in range(x.ndim)])
@@ -113,7 +114,7 @@ def movedim(x: LazyTensor, source: int | Sequence[int], destination: int | Seque
 @answers("roll")
 def roll(x: LazyTensor, shifts: Any, dims: Any = None) -> Any:
     among = [dims] if isinstance(dims, int) else list(dims or ())
-    if not among or x.vocab_dim in [_dim(x, d) for d in among]:
+    if not among or x.vocab_dim in [wrap_dim(x, d) for d in among]:
         return NotImplemented
     return x.mapped(lambda t: t.roll(shifts, dims), x.vocab_dim, view=False)
 
@@ -121,7 +122,7 @@ def roll(x: LazyTensor, shifts: Any, dims: Any = None) -> Any:
 @answers("flip")
 def flip(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
     among = _sizes(args or (dims,))
-    if x.vocab_dim in [_dim(x, d) for d in among]:
+    if x.vocab_dim in [wrap_dim(x, d) for d in among]:
         return NotImplemented
     return x.mapped(lambda t: t.flip(among), x.vocab_dim, view=False)
 
@@ -153,15 +154,19 @@ def index(x: LazyTensor, key: Any) -> Any:
         V = x.shape[x.vocab_dim]
         if isinstance(vocab_key, int) and not -V <= vocab_key < V:
             raise IndexError(f"index {vocab_key} is out of bounds for dimension {x.vocab_dim} with size {V}")
-        return _index_tokens(x, items, position).column(vocab_key % V)
+        # An integer is taken out before index tensors meet: what stands on its two sides is then adjacent.
+        x, items = movedim(x, x.vocab_dim, -1), items[:position] + items[position + 1 :] + [slice(None)]
+        return _index_tokens(x, items, len(items) - 1).column(vocab_key)
     if any(isinstance(k, Tensor) for k in items):
         return _pointwise(x, items, position, vocab_key)
-    picked = x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented
-    return picked[tuple(items)] if isinstance(picked, Tensor) else _index_tokens(picked, items, position)
+    return _index_tokens(x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented, items, position)
 
 
 def _as_key(k: Any) -> Any:
-    return torch.as_tensor(k) if isinstance(k, (list, range)) or type(k).__module__ == "numpy" else k
+    if isinstance(k, (list, range)) or type(k).__module__ == "numpy":
+        k = torch.as_tensor(k)
+        k = k.long() if k.is_floating_point() and k.numel() == 0 else k  # of an empty list
+    return k.bool() if isinstance(k, Tensor) and k.dtype == torch.uint8 else k  # a mask of old
 
 
 def _is_int(k: Any) -> bool:
@@ -171,7 +176,7 @@ def _is_int(k: Any) -> bool:
 def _consumed(k: Any) -> int:
     """How many dimensions an index entry takes."""
     if isinstance(k, Tensor):
-        return k.ndim if k.dtype in (torch.bool, torch.uint8) else 1
+        return k.ndim if k.dtype == torch.bool else 1
     return int(k is not None and k is not Ellipsis)
 
 
@@ -179,13 +184,15 @@ def _index_tokens(x: Any, items: list[Any], position: int) -> Any:
     """``x[items]``, where ``items[position]`` is the vocabulary's ``:``."""
     if x is NotImplemented:
         return x
+    if isinstance(x, Tensor):
+        return x[tuple(items)]
     kept = [k for k in items[:position] if not _is_int(k)] + [None]
     rest = [k for k in items[position + 1 :] if not _is_int(k)]
     advanced = [i for i, k in enumerate(kept + rest) if isinstance(k, Tensor)]
     vocab_dim = len(kept) - 1
     if advanced:
         tensors = [k for k in kept + rest if isinstance(k, Tensor)]
-        width = max(1 if k.dtype in (torch.bool, torch.uint8) else k.ndim for k in tensors)
+        width = max(1 if k.dtype == torch.bool else k.ndim for k in tensors)
         adjacent = advanced[-1] - advanced[0] + 1 == len(advanced)
         vocab_dim -= sum(i < vocab_dim for i in advanced)
         # Adjacent index tensors are replaced by their shape where they stand, others by their shape in front.
@@ -202,11 +209,11 @@ def _pointwise(x: LazyTensor, items: list[Any], position: int, ids: Tensor) -> A
     picked = _index_tokens(x, items, position)
     if torch.broadcast_shapes(picked.token_shape, ids.shape) != picked.token_shape:
         return NotImplemented
-    return picked.value_at(torch.where(ids < 0, ids + x.shape[x.vocab_dim], ids))
+    return picked.value_at(from_front(x, ids))
 
 
 def index_along(x: LazyTensor, dim: int, key: Any) -> Any:
-    return x[(slice(None),) * _dim(x, dim) + (key,)]  # type: ignore[index]
+    return x[(slice(None),) * wrap_dim(x, dim) + (key,)]  # type: ignore[index]
 
 
 @answers("select")
@@ -216,8 +223,10 @@ def select(x: LazyTensor, dim: int, index: int) -> Any:
 
 @answers("narrow")
 def narrow(x: LazyTensor, dim: int, start: int, length: int) -> Any:
-    n = x.shape[_dim(x, dim)]
+    n = x.shape[wrap_dim(x, dim)]
     start = start + n if start < 0 else start
+    if not 0 <= start <= n:
+        raise IndexError(f"start out of range (expected to be in range of [{-n}, {n}])")
     if not 0 <= start <= start + length <= n:
         raise RuntimeError(f"start ({start}) + length ({length}) exceeds dimension size ({n}).")
     return index_along(x, dim, slice(start, start + length))
@@ -225,12 +234,14 @@ def narrow(x: LazyTensor, dim: int, start: int, length: int) -> Any:
 
 @answers("index_select")
 def index_select(x: LazyTensor, dim: int, index: Tensor) -> Any:
+    # What may not be an index does not get past this one.
+    index = torch.arange(x.shape[wrap_dim(x, dim)], device=index.device).index_select(0, index)
     return index_along(x, dim, index)
 
 
 @answers("split", "split_with_sizes")
 def split(x: LazyTensor, split_size_or_sections: int | Sequence[int], dim: int = 0) -> Any:
-    n = x.shape[_dim(x, dim)]
+    n = x.shape[wrap_dim(x, dim)]
     sizes = split_size_or_sections
     if isinstance(sizes, int):
         if sizes <= 0:
@@ -246,10 +257,12 @@ def split(x: LazyTensor, split_size_or_sections: int | Sequence[int], dim: int =
 
 @answers("chunk")
 def chunk(x: LazyTensor, chunks: int, dim: int = 0) -> Any:
-    return split(x, max(1, -(-x.shape[_dim(x, dim)] // chunks)), dim)
+    if chunks <= 0:
+        raise RuntimeError(f"chunk expects a positive number of chunks, got {chunks}")
+    return split(x, max(1, -(-x.shape[wrap_dim(x, dim)] // chunks)), dim)
 
 
 @answers("unbind")
 def unbind(x: LazyTensor, dim: int = 0) -> Any:
-    dim = _dim(x, dim)
+    dim = wrap_dim(x, dim)
     return NotImplemented if dim == x.vocab_dim else tuple(select(x, dim, i) for i in range(x.shape[dim]))

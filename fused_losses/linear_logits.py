@@ -22,7 +22,18 @@ from . import settings
 from .autodiff import transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
-from .lazy_tensor import LazyTensor, answers, div, is_lazy, is_number, mul, numel, per_entry_number, per_token_number
+from .lazy_tensor import (
+    LazyTensor,
+    answers,
+    div,
+    is_lazy,
+    is_number,
+    mul,
+    numel,
+    per_entry_number,
+    per_token_number,
+    wrap_dim,
+)
 from .linear_logits_checks import (
     autocast,
     check_shapes,
@@ -531,9 +542,15 @@ class LinearLogits(LazyTensor):
             weight = self.rest.weight[key]
             bias = None if self.rest.bias is None else self.rest.bias[key]
             low_rank = self.rest.low_rank and (self.rest.low_rank[0], self.rest.low_rank[1][key])
+        if len(weight) == 0:
+            return self._nothing(self.dtype).movedim(-1, self.vocab_dim)
         return self._but(
             self.hidden, isinstance(key, slice), weight=weight, bias=bias, low_rank=low_rank, vocab=weight.shape[0]
         )
+
+    def _nothing(self, dtype: torch.dtype) -> Tensor:
+        """The values of no entries, ``(*token_shape, 0)``, differentiable."""
+        return self.hidden[..., :0].to(dtype)
 
     def column(self, at: int | Tensor) -> Any:
         if self.shard is not None:
@@ -592,6 +609,8 @@ class LinearLogits(LazyTensor):
 
     def log_probs_at(self, ids: Tensor) -> Tensor:
         """Log-probabilities at ``ids (*token_shape, K)``."""
+        if ids.shape[-1] == 0:
+            return self._nothing(self.wide)
         return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs").view(ids.shape)
 
     def values_at(self, ids: Tensor) -> Tensor:
@@ -717,7 +736,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     first = tensors[0]
     if not all(isinstance(x, LinearLogits) and x.ndim == first.ndim for x in tensors):
         return NotImplemented
-    at = dim % first.ndim
+    at = wrap_dim(first, dim)
     same = all(x.vocab_dim == first.vocab_dim and x.shape[x.vocab_dim] == first.shape[first.vocab_dim] for x in tensors)
     if at == first.vocab_dim or not same or not all(_one_head(first, x) for x in tensors):
         return NotImplemented

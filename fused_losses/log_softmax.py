@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .lazy_tensor import LazyTensor, answers, is_lazy, is_number, per_token_number
+from .lazy_tensor import LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
 from .numerics import autocast_dtype, statistics_dtype, upcast
@@ -54,7 +54,7 @@ _FORMS = {
     "softmax": _Form(
         lambda z, dim: z.softmax(dim),
         lambda z, ids: z.log_probs_at(ids).exp(),
-        lambda z: torch.ones(z.token_shape, dtype=z.wide, device=z.device),
+        lambda z: z.hidden[..., :0].sum(-1, dtype=z.wide) + 1,  # a constant that requires grad, as eager's sum
     ),
     "p_log_p": _Form(_times_log, None, lambda z: -z.statistic("entropy")),
     "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
@@ -146,7 +146,7 @@ class LazyExpression(LazyTensor):
     def columns(self, key: slice | Tensor) -> Any:
         if isinstance(key, slice) or key.dtype == torch.bool:
             return NotImplemented
-        values = self.values_at(key.expand(*self.token_shape, -1))
+        values = self.values_at(from_front(self, key).expand(*self.token_shape, -1))
         return values if values is NotImplemented else values.to(self.dtype).movedim(-1, self.vocab_dim)
 
     def scaled(self, factor: Any) -> Any:
@@ -226,7 +226,7 @@ def _logits(x: LazyTensor) -> Any:
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
     dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
     base = _logits(x)
-    if dim is None or dim % x.ndim != x.vocab_dim or base is NotImplemented:
+    if dim is None or wrap_dim(x, dim) != x.vocab_dim or base is NotImplemented:
         return NotImplemented
     if dtype is None and autocast_dtype(x.device):  # whose rule for softmax depends on the device
         dtype = torch.softmax(torch.empty(1, dtype=x.dtype, device=x.device), 0).dtype
@@ -268,7 +268,7 @@ def tanh(x: LazyTensor) -> Any:
 
 @answers("gather")
 def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if dim % x.ndim != x.vocab_dim or index.ndim != x.ndim:
+    if wrap_dim(x, dim) != x.vocab_dim or index.ndim != x.ndim:
         return NotImplemented
     ids = index.movedim(x.vocab_dim, -1)
     if ids.shape[:-1] != x.token_shape:
@@ -284,7 +284,7 @@ def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> An
 
 def _dims(x: LazyTensor, dim: Any) -> list[int]:
     dims = range(x.ndim) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
-    return [d % x.ndim for d in dims]
+    return [wrap_dim(x, d) for d in dims]
 
 
 @answers("logsumexp", "special_logsumexp")
@@ -333,7 +333,7 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
 
 @answers("argmax")
 def argmax(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
-    if dim is None or dim % x.ndim != x.vocab_dim:
+    if dim is None or wrap_dim(x, dim) != x.vocab_dim:
         return NotImplemented
     found = _extreme(x.detach(), 1, largest)
     return found if found is NotImplemented else _kept(found[1].squeeze(-1), x, keepdim)
@@ -346,7 +346,7 @@ def argmin(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
 
 @answers("max")
 def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
-    if not isinstance(dim, int) or dim % x.ndim != x.vocab_dim:
+    if not isinstance(dim, int) or wrap_dim(x, dim) != x.vocab_dim:
         return NotImplemented
     found = _extreme(x, 1, largest)
     if found is NotImplemented:
@@ -368,9 +368,9 @@ def amax(x: LazyTensor, dim: Any = (), keepdim: bool = False) -> Any:
 
 @answers("topk")
 def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    if dim % x.ndim != x.vocab_dim:
+    if wrap_dim(x, dim) != x.vocab_dim:
         return NotImplemented
-    if not 0 < k <= x.shape[x.vocab_dim]:
+    if not 0 <= k <= x.shape[x.vocab_dim]:
         raise RuntimeError(f"selected index k={k} out of range for {x.shape[x.vocab_dim]} entries")
     found = _extreme(x, k, largest)
     if found is NotImplemented:

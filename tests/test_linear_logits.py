@@ -413,6 +413,98 @@ def test_other_spellings(name):
     check(fn, "bias", lazy=False)
 
 
+OUT_OF_RANGE = {
+    "sum": lambda z: z.sum(5),
+    "sum_several": lambda z: z.sum((-1, 4)),
+    "mean": lambda z: z.mean(-4),
+    "log_softmax": lambda z: z.log_softmax(5),
+    "softmax": lambda z: torch.softmax(z, -4),
+    "logsumexp": lambda z: z.logsumexp(5),
+    "argmax": lambda z: z.argmax(5),
+    "max": lambda z: z.max(5),
+    "amax": lambda z: z.amax(5),
+    "topk": lambda z: z.topk(2, 5),
+    "gather": lambda z: z.gather(5, FEW),
+    "cat": lambda z: torch.cat([z, z], 5),
+    "stack": lambda z: torch.stack([z, z], 5),
+    "column": lambda z: z[..., torch.tensor(V)],
+    "column_negative": lambda z: z[..., torch.tensor(-V - 1)],
+    "column_of_log_probs": lambda z: z.log_softmax(-1)[..., torch.tensor(V)],
+    "columns_of_log_probs": lambda z: z.log_softmax(-1)[..., [0, -V - 1]],
+    "t": lambda z: z.t(),
+    "flatten": lambda z: z.flatten(1, 0),
+    "index_select_bool": lambda z: z.index_select(1, torch.ones(S, dtype=torch.bool)),
+    "index_select": lambda z: z.index_select(0, torch.tensor([B])),
+    "index_select_vocab": lambda z: z.index_select(-1, torch.tensor([V])),
+    "narrow": lambda z: z.narrow(1, S + 1, 0),
+    "chunk": lambda z: z.chunk(0),
+    "permute_twice": lambda z: z.permute(0, 0, 1),
+    "permute_few": lambda z: z.permute(0, 1),
+    "movedim_twice": lambda z: z.movedim((0, 1), (1, 1)),
+    "movedim_fewer": lambda z: z.movedim((0, 1), (1,)),
+    "topk_many": lambda z: z.topk(-1),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_indices_and_dimensions_that_do_not_exist_raise_as_in_eager(name):
+    lazy, eager, _ = make()
+    with pytest.raises(Exception) as expected:
+        OUT_OF_RANGE[name](eager)
+    with pytest.raises(expected.type), settings.strict():
+        OUT_OF_RANGE[name](lazy)
+
+
+def test_index_select_takes_no_negative_index():
+    lazy, *_ = make()
+    for dim in (1, -1):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            lazy.index_select(dim, torch.tensor([-1]))
+
+
+EDGES = {
+    "index_select_one": lambda z: z.index_select(0, torch.tensor(1)),
+    "between_indices": lambda z: z.transpose(1, 2).unsqueeze(0)[:, [0, 1, 1], 3, [1, 2, 3]],
+    "between_indices_first": lambda z: z.transpose(1, 2)[[0, 1, 1], torch.tensor(-2), PICK],
+    "log_prob_from_the_end": lambda z: z.log_softmax(-1)[..., [-1, 2]],
+    "no_entries": lambda z: z[..., 5:5],
+    "no_entries_statistics": lambda z: z[:, 1:, 5:5].logsumexp(-1),
+    "no_entries_by_list": lambda z: z[1, :, []],
+    "no_log_probs": lambda z: z.log_softmax(-1)[..., []],
+    "no_tokens_by_list": lambda z: z[[]],
+    "no_tokens_statistics": lambda z: z[:, []].logsumexp(-1),
+    "top_0": lambda z: z.topk(0),
+    "top_0_log_probs": lambda z: z.log_softmax(-1).topk(0),
+    "gather_none": lambda z: z.gather(-1, FEW[..., :0]),
+    "gather_no_log_probs": lambda z: z.transpose(1, 2).log_softmax(1).gather(1, FEW[..., :0].transpose(1, 2)),
+    "sum_of_probabilities": lambda z: z.softmax(-1).sum(),
+    "mean_of_probabilities": lambda z: z.softmax(-1).mean(-1),
+    "data": lambda z: z.data.logsumexp(-1),
+    "real": lambda z: z.real.logsumexp(-1),
+    "mH": lambda z: z.mH.logsumexp(-2),
+}
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name):
+    check(EDGES[name], "all", lazy=False)
+    lazy, eager, _ = make()
+    assert [t.requires_grad for t in numbers(EDGES[name](lazy))] == [
+        t.requires_grad for t in numbers(EDGES[name](eager))
+    ]
+
+
+def test_an_index_of_bytes_is_a_mask():
+    lazy, eager, _ = make()
+    mask = torch.tensor([0, 1], dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for key in (mask, mask[1]):
+            torch.testing.assert_close(numbers(lazy[key])[0], eager[key])
+        vocab = (torch.arange(V) % 3 == 0).to(torch.uint8)
+        torch.testing.assert_close(numbers(lazy.log_softmax(-1)[..., vocab])[0], eager.log_softmax(-1)[..., vocab])
+
+
 @pytest.mark.parametrize(
     "fn",
     [
@@ -523,8 +615,13 @@ def test_comparison_is_never_identity():
 
 def test_properties_are_those_of_the_logits():
     lazy, eager, _ = make(bias=True)
-    for name in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "is_leaf"):
-        assert getattr(lazy, name) == getattr(eager, name), name
+    names = "shape ndim dtype device is_cuda is_cpu is_meta requires_grad is_leaf grad nbytes itemsize layout"
+    for name in [*names.split(), "is_sparse", "is_nested", "is_quantized"]:
+        for ours, theirs in ((lazy, eager), (lazy.softmax(-1), eager.softmax(-1))):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # grad of what is no leaf
+                assert getattr(ours, name) == getattr(theirs, name), name
+    assert not lazy.data.requires_grad
     assert lazy.size() == eager.size()
     assert lazy.size(-1) == V
     assert (lazy.dim(), lazy.numel(), lazy.nelement(), len(lazy)) == (3, B * S * V, B * S * V, B)
