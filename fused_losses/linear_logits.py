@@ -129,9 +129,20 @@ class LinearLogits(LazyTensor):
     ``argmax`` and their kin are answered without the logits, and differentiable in ``hidden``, ``weight``, ``bias``,
     ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error).
 
-    It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. It can be pickled and
-    copied, detached and without ``module``; of a ``group`` a copy keeps the name. Built inside reentrant checkpointing it
-    raises, since no gradient would reach it there; pass ``use_reentrant=False``.
+    It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises; weights exchanged through
+    ``.data``, as averages of weights are, go unnoticed and are read as they then are: use the logits before. It can be
+    pickled and copied, detached and without ``module``; of a ``group`` a copy keeps the name. Built inside reentrant
+    checkpointing it raises, since no gradient would reach it there; pass ``use_reentrant=False``.
+
+    Where it differs from a tensor:
+
+    - ``isinstance(x, torch.Tensor)`` is false, and ``torch.as_tensor`` and ``torch.asarray``, which do not ask, copy it element
+      by element and without gradient: call ``materialize()``.
+    - Two operations that find the same logit may differ in its last bit: to compare logits with one another (a rank, a
+      top-k filter), ``materialize()`` once and compare within that.
+    - In a row with a logit of +∞, or of −∞ alone, ``logsumexp`` and ``gather`` give nan where a tensor gives an infinity.
+    - It is a pytree of the one leaf ``hidden``, because FSDP and DDP look for the tensors in a module's outputs: what
+      ``tree_map`` does, it does to ``hidden``.
 
     What the fused operations read:
 
