@@ -392,6 +392,11 @@ def bfloat16(x: LazyTensor, **_: Any) -> Any:
     return to(x, torch.bfloat16)
 
 
+@answers("type")
+def type_(x: LazyTensor, dtype: Any = None, **_: Any) -> Any:
+    return to(x, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
+
+
 @answers("type_as")
 def type_as(x: LazyTensor, other: Any) -> Any:
     return to(x, other.device, other.dtype)

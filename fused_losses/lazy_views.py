@@ -50,6 +50,8 @@ def view_as(x: LazyTensor, other: Any) -> Any:
 @answers("flatten")
 def flatten(x: LazyTensor, start_dim: int = 0, end_dim: int = -1) -> Any:
     start, end = wrap_dim(x, start_dim), wrap_dim(x, end_dim)
+    if start == end:
+        return x
     if start > end:
         raise RuntimeError(f"flatten: start_dim {start_dim} comes after end_dim {end_dim} of {tuple(x.shape)}")
     return reshape(x, [*x.shape[:start], math.prod(x.shape[start : end + 1]), *x.shape[end + 1 :]])

@@ -561,7 +561,7 @@ class LinearLogits(LazyTensor):
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
         """The values of no entries, ``(*token_shape, 0)``, differentiable."""
-        return self.hidden[..., :0].to(dtype)
+        return self.hidden[..., :0].to(dtype, copy=True)
 
     def column(self, at: int | Tensor) -> Any:
         if self.shard is not None:

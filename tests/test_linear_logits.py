@@ -908,6 +908,7 @@ MADE_WITHOUT_GRADIENT = {
     "plus_bias": lambda z: z + torch.linspace(-1, 1, V, dtype=torch.float64),
     "capped": lambda z: torch.tanh(z / 2) * 2,
     "cast": lambda z: z.float().double(),
+    "type": lambda z: z.type(torch.float32).type(torch.float64),
     "product": lambda z: z.softmax(-1) * z.log_softmax(-1),
     "trained_offset": lambda z: z - z.logsumexp(-1, keepdim=True),
     "of_log_probs": lambda z, logp: logp * 0.5,
@@ -964,6 +965,8 @@ def test_a_statistic_read_without_gradient_gets_one_later():
         detached = lazy.double()
         lazy.logsumexp(-1)
         view = lazy[:, 1:]
+        assert not lazy[..., []].requires_grad
+        assert lazy.flatten(1, 1) is lazy
     assert lazy.logsumexp(-1).requires_grad
     assert not lazy.detach().logsumexp(-1).requires_grad
     assert not view.logsumexp(-1).requires_grad
