@@ -54,13 +54,17 @@ def eager(x: Inputs) -> Tensor:
     return loss(log_probs(x["hidden"]), reference)
 
 
-def ours(x: Inputs) -> Tensor:
-    with torch.no_grad():
-        reference = selective_log_softmax(LinearLogits(x["reference_hidden"], x["weight"]), x["target"])
-    return loss(selective_log_softmax(LinearLogits(x["hidden"], x["weight"]), x["target"]), reference)
+def ours(name: str, workspace: str | None = None) -> Contender:
+    def call(x: Inputs) -> Tensor:
+        policy, reference = (LinearLogits(x[hidden], x["weight"]) for hidden in ("hidden", "reference_hidden"))
+        with torch.no_grad():
+            reference_log_probs = selective_log_softmax(reference, x["target"], workspace=workspace)
+        return loss(selective_log_softmax(policy, x["target"], workspace=workspace), reference_log_probs)
+
+    return Contender(name, call)
 
 
-OURS = (Contender("fused_losses", ours),)
+OURS = (ours("fused_losses"), ours("fused_losses 32MiB", "32MiB"))
 
 
 def reference(rows: Inputs, whole: Inputs) -> Any:

@@ -58,8 +58,12 @@ def eager(x: Inputs) -> Tensor:
     return loss(logp.gather(-1, x["target"][..., None])[..., 0], x)
 
 
-def ours(x: Inputs) -> Tensor:
-    return loss(selective_log_softmax(LinearLogits(x["hidden"], x["weight"]), x["target"]), x)
+def ours(name: str, workspace: str | None = None) -> Contender:
+    def call(x: Inputs) -> Tensor:
+        logits = LinearLogits(x["hidden"], x["weight"])
+        return loss(selective_log_softmax(logits, x["target"], workspace=workspace), x)
+
+    return Contender(name, call)
 
 
 def per_token(statistics: Any, old_log_probs: Tensor, weighted_advantages: Tensor) -> Tensor:
@@ -74,7 +78,11 @@ def ours_in_forward(x: Inputs) -> Tensor:
     return token_loss(per_token, logits, x["target"], x["old_log_probs"], weighted)[0]
 
 
-OURS = (Contender("fused_losses", ours), Contender("fused_losses token_loss", ours_in_forward))
+OURS = (
+    ours("fused_losses"),
+    ours("fused_losses 32MiB", "32MiB"),
+    Contender("fused_losses token_loss", ours_in_forward),
+)
 
 
 def reference(rows: Inputs, whole: Inputs) -> Any:
