@@ -1040,7 +1040,16 @@ def indexed_loss(h, w, b):
     return torch.cat([logits, logits[:1]]).logsumexp(-1).mean() + torch.stack([row.mean() for row in logits]).sum()
 
 
-@pytest.mark.parametrize("fn", [shifted_loss, smoothed_loss, entropy_loss, indexed_loss])
+def target_loss(h, w, b):
+    logits = LinearLogits(h, w, b)
+    with torch.no_grad():
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(dim=-1)
+        target = logits[..., PICK].softmax(-1)
+    logp = logits.log_softmax(axis=-1)
+    return (target.gather(-1, FEW[..., :1] % 2) * logp.gather(-1, FEW[..., :1])).sum() + (entropy * logp[..., 3]).sum()
+
+
+@pytest.mark.parametrize("fn", [shifted_loss, smoothed_loss, entropy_loss, indexed_loss, target_loss])
 def test_compiles_without_a_break(fn):
     tensors, same = leaves(torch.float32), leaves(torch.float32)
     expected = fn(*list(tensors.values())[:3])
