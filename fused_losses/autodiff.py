@@ -8,6 +8,7 @@ for inputs whose logits the caller meant never to hold.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,17 @@ def hooks_take_saved() -> bool:
     """Whether hooks take what forward saves: checkpointing makes it again, under settings that may have changed, and logits
     are sooner made again than moved to another memory and back."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_backward``, which refuses what ``torch.inference_mode`` made: a teacher's logits, say."""
+    ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+
+
+def saved_tensors(ctx: Any) -> list[Any]:
+    """What :func:`save_for_backward` saved; to be read once, since checkpointing unpacks once."""
+    return [ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
 
 
 def read_again(saved: Tensor) -> bool:

@@ -103,7 +103,8 @@ def distillation_loss(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
-    which = chosen_divergence(kind, beta, temperature)
+    # 0 times an infinite divergence is nan, and this one is bounded.
+    which = chosen_divergence(kind if soft_weight else "tvd", beta, temperature)
     check_logits(student_logits, teacher_logits, labels.shape)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
@@ -331,9 +332,9 @@ def sparse_distillation_loss(
     if labels is not None and labels.shape != tokens:
         raise ValueError(f"labels must be {tuple(tokens)}, got {tuple(labels.shape)}")
     which = chosen_divergence(kind, beta, temperature)
-    missing = teacher_ids == -100
+    ids = teacher_ids.long()
+    missing = ids == -100
     log_t = upcast(teacher_log_probs).masked_fill(missing, -math.inf)
-    ids = teacher_ids
     if labels is not None:
         ignored = (labels == ignore_index)[..., None]
         ids, log_t = ids.masked_fill(ignored, -100), log_t.masked_fill(ignored, -math.inf)

@@ -24,7 +24,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .autodiff import differentiable_gradients, refuse_shard, transforms_active
+from .autodiff import (
+    differentiable_gradients,
+    refuse_shard,
+    save_for_backward,
+    saved_tensors,
+    transforms_active,
+)
 from .head import Head, check_head, head_of, kept_tokens, ready
 from .numerics import statistics_dtype
 from .settings import Backend, Route, resolve_backend
@@ -129,14 +135,14 @@ def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     student, teacher, ids, ctx.labels, *ctx.which, ctx.backend, ctx.shard = inputs
-    ctx.save_for_backward(student, teacher, ids)
+    save_for_backward(ctx, student, teacher, ids)
 
 
 def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Tensor | None, ...]:
     rest = (None,) * 7
     if d_divergence is None and d_nll is None:
         return None, None, *rest
-    student, teacher, ids = ctx.saved_tensors
+    student, teacher, ids = saved_tensors(ctx)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard(ctx.shard, student.shape)
 

@@ -459,7 +459,7 @@ def selective_log_softmax(
     """
     if row_mask is not None:
         keep = row_mask != 0
-        index = index.masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
+        index = index.long().masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
     found = token_statistics(
         logits, index, ("log_probs",), temperature=temperature, group=group, backend=backend, workspace=workspace
     )

@@ -33,6 +33,8 @@ from .autodiff import (
     present,
     read_again,
     refuse_shard,
+    save_for_backward,
+    saved_tensors,
     traced,
 )
 from .chunked.divergence_rows import differentiable_rows, whole_normalizers
@@ -483,14 +485,15 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.options = inputs[TENSORS:IN_PROBLEM]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
     small = inputs[0].dtype == torch.float64
-    ctx.save_for_backward(*output[1:], *(inputs[:TENSORS] if small else ()))
+    save_for_backward(ctx, *output[1:], *(inputs[:TENSORS] if small else ()))
 
 
 def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     rest = (None,) * (IN_PROBLEM - INPUTS + 6)
     if g is None:
         return *(None,) * INPUTS, *rest
-    gradients, tensors = ctx.saved_tensors[:INPUTS], ctx.saved_tensors[INPUTS:]
+    stored = saved_tensors(ctx)
+    gradients, tensors = stored[:INPUTS], stored[INPUTS:]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard("".join(ctx.options[-1]), gradients[0].shape)
         if not tensors:
@@ -574,14 +577,14 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.mark_non_differentiable(*output[2:])
     ctx.options = inputs[TENSORS:IN_PROBLEM]
     ctx.labels, ctx.wanted, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
-    ctx.save_for_backward(*inputs[:TENSORS], *output[2:])
+    save_for_backward(ctx, *inputs[:TENSORS], *output[2:])
 
 
 def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, *_: None) -> tuple[Any, ...]:
     rest = (None,) * (IN_PROBLEM - INPUTS + 5)
     if d_divergence is None and d_nll is None:
         return *(None,) * INPUTS, *rest
-    *tensors, s_saved, t_saved = ctx.saved_tensors
+    *tensors, s_saved, t_saved = saved_tensors(ctx)
     arguments = (*tensors, *ctx.options)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         problem = _Problem.of(arguments)

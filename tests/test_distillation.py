@@ -481,3 +481,34 @@ def test_wrong_dense_input(device):
         distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40)
     assert distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40, hard_weight=0).isfinite()
     assert set(KINDS) >= {"forward_kl", "tvd"}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_an_infinite_divergence_that_weighs_nothing(reduction, backend, device):
+    student, labels = torch.randn(3, 5, device=device).requires_grad_(), torch.tensor([1, -100, 4], device=device)
+    teacher = torch.randn(3, 5, device=device)
+    teacher[:, 2] = -torch.inf
+    how = {"kind": "reverse_kl", "hard_weight": 1.0, "reduction": reduction, "backend": backend}
+    assert distillation_loss(student, teacher, labels, soft_weight=0.5, **how).isinf().any()
+    ours = distillation_loss(student, teacher, labels, soft_weight=0.0, **how)
+    plain = F.cross_entropy(student, labels, reduction=reduction)
+    torch.testing.assert_close(ours, plain)
+    gradients = (torch.autograd.grad(loss.sum(), student) for loss in (ours, plain))
+    torch.testing.assert_close(*gradients)
+
+
+def test_ids_of_eight_bits(backend, device):
+    """Which −100 does not fit: a byte-level model's, with an id 156."""
+    student = torch.randn(1, 4, 256, device=device)
+    ids = torch.tensor([[[156, 3], [200, 156], [0, 1], [5, 6]]], dtype=torch.uint8, device=device)
+    log_probs, labels = torch.full((1, 4, 2), -1.0, device=device), torch.tensor([[1, 2, -100, -100]], device=device)
+    ours, expected = (
+        sparse_distillation_loss(student, i, log_probs, labels, backend=backend).loss for i in (ids, ids.long())
+    )
+    assert torch.equal(ours, expected)
+    mask = torch.tensor([[1, 1, 0, 0]], device=device)
+    ours, expected = (
+        selective_log_softmax(student, i, row_mask=mask, backend=backend) for i in (ids[..., 0], ids[..., 0].long())
+    )
+    assert torch.equal(ours, expected)
+    assert (ours[0, 2:] == 0).all()

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fused_losses import two_heads
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.chunked.divergence_rows import whole_normalizers
+from fused_losses.distillation import distillation_loss
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.head import Head
 from fused_losses.linear_logits import LinearLogits
@@ -542,6 +543,28 @@ def test_a_second_backward_gives_the_same_gradients(backend, device):
     first = torch.autograd.grad(total, leaves, retain_graph=True)
     second = torch.autograd.grad(total, leaves)
     for a, b in zip(first, second, strict=True):
+        assert a.abs().max() > 1e-3
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lazy", ["neither", "student", "teacher", "both"])
+def test_a_teacher_made_in_inference_mode(lazy, dtype, backend, device):
+    backend = "torch" if dtype == torch.float64 else backend
+
+    def gradients(mode):
+        leaves, make, _ = heads(device, dtype)
+        with mode():
+            leaves[5:] = [x.detach() * 1 for x in leaves[5:]]
+            _, teacher = make(leaves)
+            teacher = teacher if lazy in ("teacher", "both") else teacher.materialize()
+        student = make(leaves)[0]
+        student = student if lazy in ("student", "both") else student.materialize()
+        per_token = divergence(student, teacher, backend=backend).square().sum()
+        loss = per_token + distillation_loss(student, teacher, torch.arange(7, device=device), backend=backend)
+        return torch.autograd.grad(loss, leaves[:5])
+
+    for a, b in zip(gradients(torch.inference_mode), gradients(torch.no_grad), strict=True):
         assert a.abs().max() > 1e-3
         assert torch.equal(a, b)
 
