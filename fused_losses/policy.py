@@ -64,7 +64,7 @@ from torch import Tensor
 
 from .kl import kl_estimate
 from .numerics import upcast
-from .sequences import masked_mean, masked_sum, packed_mean, packed_sum
+from .sequences import checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
 
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 
@@ -100,13 +100,12 @@ class _Sequences:
     def __init__(self, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
             raise ValueError(f"tokens must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
-        if mask is not None and mask.shape != tokens.shape:
-            raise ValueError(f"mask must have the tokens' shape {tuple(tokens.shape)}, got {tuple(mask.shape)}")
+        same_shape(tokens=tokens, mask=mask)
         self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+        cu_seqlens = None if cu_seqlens is None else checked_borders(cu_seqlens, tokens.shape[1])
         self.cu_seqlens = cu_seqlens
         self.number = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
         if cu_seqlens is not None:
-            cu_seqlens = cu_seqlens.long()
             place = torch.arange(tokens.shape[1], device=tokens.device)
             self.mask = self.mask & (place < cu_seqlens[-1])
             self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)

@@ -11,6 +11,7 @@ Packed rows are never unpacked here. Nothing waits for the device, except where 
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,23 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autodiff import traced
 from .numerics import upcast
+
+
+def same_shape(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all have one shape, where broadcasting would quietly make another loss; None is left out.
+
+    Example:
+        >>> same_shape(chosen=torch.ones(3), rejected=torch.ones(3, 1))
+        Traceback (most recent call last):
+        ValueError: chosen and rejected must have one shape, got (3,) and (3, 1)
+    """
+    given = {name: x.shape for name, x in tensors.items() if x is not None}
+    first = next(iter(given.values()), None)
+    if any(shape != first for shape in given.values()):
+        shapes = " and ".join(str(tuple(shape)) for shape in given.values())
+        raise ValueError(f"{' and '.join(given)} must have one shape, got {shapes}")
 
 
 def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
@@ -64,11 +81,35 @@ def document_borders(position_ids: Tensor, num_sequences: int | None = None) -> 
         tensor([0, 3, 5])
     """
     starts = position_ids == 0
-    starts[..., 0] = True
+    starts[..., :1] = True
     document = starts.flatten().cumsum(0) - 1
     if num_sequences is None:
-        num_sequences = int(document[-1]) + 1
+        num_sequences = int(starts.sum())
     return torch.searchsorted(document, torch.arange(num_sequences + 1, device=document.device))
+
+
+def checked_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """``cu_seqlens`` in int64, none of them beyond the last token.
+
+    Whether they were right is seen on the CPU alone, where they raise: on a GPU to look would wait for it.
+
+    Example:
+        >>> checked_borders(torch.tensor([0, 2, 4], dtype=torch.int32), tokens=5)
+        tensor([0, 2, 4])
+    """
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise ValueError(f"cu_seqlens must be (n + 1,) for n documents, got {tuple(cu_seqlens.shape)}")
+    borders = cu_seqlens.long()
+    if (
+        borders.is_cpu
+        and not traced(borders)
+        and (borders[0] != 0 or borders[-1] > tokens or bool((borders.diff() < 0).any()))
+    ):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to at most the number of tokens, {tokens}, got {borders.tolist()}: pass the "
+            "borders of these tokens; do not slice the last one off, shift_labels lets logits stay whole"
+        )
+    return borders.clamp(0, tokens)
 
 
 def sums_and_counts(
@@ -85,7 +126,8 @@ def sums_and_counts(
     of every run.
 
     Args:
-        x: ``(B, S)``, whose rows are the sequences; packed: ``(1, total)``, one number per token.
+        x: ``(B, S)``, whose rows are the sequences; packed: ``(1, total)``, one number per token, or ``(B, S)``, rows that
+            count as one long row.
         mask: as ``x``, nonzero for the tokens that count; ``None``: all.
         cu_seqlens: ``(n + 1,)`` integers, the borders of a packed row's documents, rising from 0. Tokens behind the last
             border belong to no document.
@@ -96,7 +138,9 @@ def sums_and_counts(
         counts; 0 and 0 for an empty sequence.
 
     Raises:
-        ValueError: both ``cu_seqlens`` and ``position_ids`` are given, or the mask's shape is not that of ``x``.
+        ValueError: both ``cu_seqlens`` and ``position_ids`` are given, the shape of the mask or of ``position_ids`` is not
+            that of ``x``, or ``cu_seqlens`` on the CPU do not rise from 0 to at most the number of tokens. On a GPU they
+            are not looked at, and end with the tokens.
 
     Example:
         >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 1, 1]]))
@@ -104,8 +148,7 @@ def sums_and_counts(
         >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), cu_seqlens=torch.tensor([0, 1, 3]))
         (tensor([1., 6.]), tensor([1, 2]))
     """
-    if mask is not None and mask.shape != x.shape:
-        raise ValueError(f"mask must have the shape of the tokens {tuple(x.shape)}, got {tuple(mask.shape)}")
+    same_shape(tokens=x, mask=mask, position_ids=position_ids)
     shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     x = upcast(x).masked_fill(~shown, 0)
     if position_ids is not None:
@@ -114,7 +157,7 @@ def sums_and_counts(
         cu_seqlens = document_borders(position_ids, num_sequences)
     if cu_seqlens is None:
         return x.sum(-1), shown.sum(-1)
-    borders = cu_seqlens.long()
+    borders = checked_borders(cu_seqlens, x.numel())
 
     def per_document(values: Tensor) -> Tensor:
         # `unsafe` leaves the borders unchecked, which would wait for the device.
@@ -203,8 +246,8 @@ def shift_labels(
     Args:
         labels: ``(B, S)`` or packed ``(1, total)`` token ids; this rank's part of them.
         ignore_index: what stands where no token follows: at the end of each row and of each document.
-        cu_seqlens: borders of a packed row's documents, as for :func:`sums_and_counts`. Ranks that share the row need those of
-            the whole row, and equal parts of it.
+        cu_seqlens: borders of a packed row's documents, as for :func:`sums_and_counts`; several rows count as one long row.
+            Ranks that share the row need those of the whole row, and equal parts of it.
         position_ids: as ``labels``, instead of ``cu_seqlens``: a document starts at every 0.
         context_group: the ranks that share the sequences; each holds at least one token of every row.
         zigzag: of ``2R`` equal chunks, rank ``r`` of ``R`` holds ``r`` and ``2R − 1 − r``, one behind the other, so that causal
@@ -212,12 +255,19 @@ def shift_labels(
             otherwise the ranks hold consecutive parts, in their order.
 
     Returns:
-        The shape and dtype of ``labels``.
+        int64 in the shape of ``labels``.
+
+    Raises:
+        ValueError: ``position_ids`` are not shaped like ``labels``, ``cu_seqlens`` as for :func:`sums_and_counts`, or
+            zigzag parts of odd length.
 
     Example:
         >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
         tensor([[   2,    3, -100,    5, -100]])
     """
+    labels = labels.long()  # in uint8 −100 would be 156
+    if labels.shape[-1] == 0:
+        return labels
     rank, ranks = (
         (0, 1) if context_group is None else (dist.get_rank(context_group), dist.get_world_size(context_group))
     )
@@ -229,11 +279,15 @@ def shift_labels(
     length = chunks.shape[-1]
     # Nobody predicts a document's first token.
     if position_ids is not None:
+        same_shape(labels=labels, position_ids=position_ids)
         chunks = chunks.masked_fill(position_ids.reshape(chunks.shape) == 0, ignore_index)
     elif cu_seqlens is not None:
+        rows, whole = prod(labels.shape[:-1]), ranks * labels.shape[-1]
         first = torch.tensor(mine, device=labels.device).unsqueeze(-1) * length
         place = first + torch.arange(length, device=labels.device)
-        chunks = chunks.masked_fill(torch.isin(place, cu_seqlens), ignore_index)
+        place = place + whole * torch.arange(rows, device=labels.device).view(*labels.shape[:-1], 1, 1)
+        starts = torch.isin(place, checked_borders(cu_seqlens, rows * whole))
+        chunks = chunks.masked_fill(starts, ignore_index)
     following = torch.full_like(chunks[..., 0], ignore_index)  # (B, chunks)
     if ranks > 1:
         firsts = [torch.empty_like(following) for _ in range(ranks)]

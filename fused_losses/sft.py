@@ -83,7 +83,7 @@ def sft_loss(
         nan_when_empty: nan instead of 0 where :math:`n` is 0.
         cu_seqlens: for packed rows ``(1, total)``, see :func:`fused_losses.sequences.sums_and_counts`: labels never cross a
             document's end, and a document is a sequence.
-        position_ids: instead of ``cu_seqlens``; in rows ``(B, S)`` too.
+        position_ids: as ``labels``, instead of ``cu_seqlens``. Rows ``(B, S)`` hold whole documents, and count as one long row.
         num_sequences: with ``position_ids`` and ``average="sequence"``: the number of documents, so that it need not be
             waited for.
         context_group: the ranks that each hold a part of every sequence, in ``logits`` and ``labels`` alike, see
@@ -95,7 +95,7 @@ def sft_loss(
         Scalar, fp32 (float64 for float64), differentiable in ``logits``.
 
     Raises:
-        ValueError: ``labels`` are not shaped like the tokens of ``logits``, or an unknown name.
+        ValueError: ``labels`` are not shaped like the tokens of ``logits``, an unknown name, or as :func:`shift_labels`.
 
     Example:
         >>> sft_loss(torch.zeros(1, 4, 10), torch.tensor([[7, 8, -100, 9]]))

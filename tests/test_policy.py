@@ -660,6 +660,13 @@ def test_mismatch_weight(name):
     torch.testing.assert_close(metrics["filter_fraction"].item(), float(expected_metrics["filter_fraction"]))
 
 
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo"])
+def test_borders_that_are_not_of_these_tokens(loss_type):
+    x = torch.zeros(1, 6)
+    with pytest.raises(ValueError, match=r"number of tokens, 6, got \[0, 3, 7\]"):
+        grpo_loss(x, x, torch.ones(2), loss_type=loss_type, cu_seqlens=torch.tensor([0, 3, 7]))
+
+
 def test_mismatch_weights_differ():
     weights = {}
     for name, options in WEIGHTS.items():

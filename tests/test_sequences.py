@@ -107,13 +107,42 @@ def test_packed_mean_of_nothing_is_zero():
 
 
 def test_a_mask_does_not_broadcast():
-    with pytest.raises(ValueError, match=r"\(2, 3\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"tokens and mask must have one shape, got \(2, 3\) and \(3,\)"):
         sequences.sequence_log_probs(torch.ones(2, 3), torch.ones(3))
 
 
 def test_packed_takes_one_layout():
     with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
         sequences.sums_and_counts(torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]), position_ids=torch.arange(4)[None])
+
+
+@pytest.mark.parametrize("cu_seqlens", [[0, 2, 7], [0, 2, 10**8], [-3, 2, 6], [1, 2, 6], [0, 4, 2, 6], [], [[0, 6]]])
+def test_borders_that_are_not_of_these_tokens(cu_seqlens):
+    packed, labels = {"cu_seqlens": torch.tensor(cu_seqlens, dtype=torch.int32)}, torch.zeros(1, 6, dtype=torch.long)
+    message = (
+        "rise from 0 to at most the number of tokens, 6, got" if cu_seqlens not in ([], [[0, 6]]) else "for n documents"
+    )
+    for f in (sequences.sums_and_counts, sequences.sequence_log_probs, sequences.packed_mean, sequences.shift_labels):
+        with pytest.raises(ValueError, match=message):
+            f(labels, **packed)
+    for shape in ((1, 7), (6,), (1, 1)):
+        with pytest.raises(ValueError, match=r"and position_ids must have one shape, got \(1, 6\) and"):
+            sequences.sequence_log_probs(labels, position_ids=torch.zeros(shape))
+        with pytest.raises(ValueError, match=r"and position_ids must have one shape, got \(1, 6\) and"):
+            sequences.shift_labels(labels, position_ids=torch.zeros(shape))
+
+
+def test_borders_beyond_the_tokens_read_and_write_nothing_there(device):
+    """Where nobody looks at them, on a GPU and in compiled code, they end with the tokens."""
+    x = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]], device=device, requires_grad=True)
+    loose = torch.tensor([0, 2, 7, 10**8], device=device)
+    f = sequences.sums_and_counts
+    f = f if device == "cuda" else torch.compile(f, fullgraph=True, backend="aot_eager")
+    total, count = f(x, cu_seqlens=loose)
+    assert total.tolist() == [3.0, 60.0, 0.0]
+    assert count.tolist() == [2, 4, 0]
+    (total * torch.tensor([1.0, 2.0, 4.0], device=device)).sum().backward()
+    assert x.grad.tolist() == [[1.0, 1.0, 2.0, 2.0, 2.0, 2.0]]
 
 
 @pytest.mark.parametrize("average", [False, True])
@@ -186,10 +215,25 @@ def test_shift_labels_of_rows():
         [reference.shift_labels(labels[b : b + 1], -1, reference.borders_of(rows[b].tolist())) for b in range(3)]
     )
     assert torch.equal(sequences.shift_labels(labels, -1, position_ids=rows), expected)
+    # The borders of several rows are those of the rows one behind the other.
+    flat = {"cu_seqlens": sequences.document_borders(rows)}
+    assert torch.equal(sequences.shift_labels(labels, -1, **flat), expected)
+    x = torch.randn(3, 7)
+    ours = sequences.sums_and_counts(x, **flat)
+    torch.testing.assert_close(ours, sequences.sums_and_counts(x, position_ids=rows))
+    torch.testing.assert_close(ours, sequences.sums_and_counts(x.view(1, -1), **flat))
     # Empty documents in front, in the middle and at the end move nothing; a tail behind the last border stands alone.
     assert sequences.shift_labels(labels[:1, :5], cu_seqlens=torch.tensor([0, 0, 2, 2, 4])).tolist() == [
         [labels[0, 1].item(), -100, labels[0, 3].item(), -100, -100]
     ]
+
+
+def test_shift_labels_is_int64():
+    """In uint8, which byte-level models keep their ids in, −100 would be 156, and a token."""
+    labels = torch.tensor([[3, 156, 7, 200]])
+    for dtype in (torch.uint8, torch.int32):
+        assert torch.equal(sequences.shift_labels(labels.to(dtype)), torch.tensor([[156, 7, 200, -100]]))
+    assert sequences.shift_labels(torch.zeros(2, 0, dtype=torch.uint8)).shape == (2, 0)
 
 
 @pytest.mark.parametrize("padding_side", ["right", "left"])

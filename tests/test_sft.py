@@ -81,6 +81,43 @@ def test_packed_equals_padded():
         torch.testing.assert_close(sft.sft_loss(padded, padded_labels, average=average), packed)
 
 
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_rows_of_whole_documents(average):
+    """Borders count the rows as one long row, as position_ids do."""
+    logits, labels = torch.randn(2, 6, V, dtype=torch.float64), torch.randint(0, V, (2, 6))
+    positions, flat = (
+        torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3]]),
+        {"cu_seqlens": torch.tensor([0, 3, 6, 8, 12])},
+    )
+    ours = value_and_grad(lambda z: sft.sft_loss(z, labels, average=average, **flat), logits)
+    by_positions = value_and_grad(lambda z: sft.sft_loss(z, labels, average=average, position_ids=positions), logits)
+    torch.testing.assert_close(ours, by_positions)
+    one_row = sft.sft_loss(logits.view(1, 12, V), labels.view(1, 12), average=average, **flat)
+    torch.testing.assert_close(ours[0], one_row)
+    assert ours[0] != sft.sft_loss(logits, labels, average=average)
+
+
+@pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}, {"ignore_index": 3}])
+def test_labels_of_bytes(options):
+    logits, labels = torch.randn(2, 5, 256), torch.randint(0, 256, (2, 5), dtype=torch.uint8)
+    labels[0, 2] = 3
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]])
+    ours, wide = (sft.sft_loss(logits, y, position_ids=positions, **options) for y in (labels, labels.long()))
+    assert torch.equal(ours, wide)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"average": "sequence"}, {"loss_type": "dft"}, {"position_ids": torch.zeros(2, 0)}]
+)
+@pytest.mark.parametrize("kind", [lambda h, w: h @ w.T, LinearLogits], ids=["tensor", "lazy"])
+def test_no_token_at_all(options, kind):
+    hidden, weight = torch.randn(2, 0, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    loss = sft.sft_loss(kind(hidden, weight), torch.zeros(2, 0, dtype=torch.long), **options)
+    assert loss == 0
+    loss.backward()
+    assert not weight.grad.any()
+
+
 def test_against_the_numpy_form():
     logits = torch.randn(B, S, V, dtype=torch.float64)
     for n in (None, 13):
