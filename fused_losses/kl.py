@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .numerics import upcast
-from .sequences import masked_mean
+from .sequences import masked_mean, same_shape
 
 
 def k1(d: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def kl_estimate(
         Tensor of the same shape, fp32 (float64 for float64), differentiable in both log-probabilities.
 
     Raises:
-        ValueError: an unknown ``kind`` or ``gradient``, or ``old_log_probs`` without ``gradient="k2"``.
+        ValueError: an unknown ``kind`` or ``gradient``, ``old_log_probs`` without ``gradient="k2"``, or shapes that differ.
 
     Example:
         >>> policy, reference = torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.0])
@@ -102,6 +102,7 @@ def kl_estimate(
         raise ValueError(f"gradient must be 'own' or 'k2', got {gradient!r}")
     if old_log_probs is not None and gradient == "own":
         raise ValueError("old_log_probs weights the gradient of k2: pass gradient='k2', or leave old_log_probs out")
+    same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs, mask=mask, old_log_probs=old_log_probs)
     d = upcast(log_probs) - upcast(ref_log_probs)
     if mask is not None:
         d = d.masked_fill(mask == 0, 0)
@@ -140,7 +141,7 @@ def kl_biased(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | None = No
         >>> kl_biased(torch.tensor([-1.0, -3.0]), torch.tensor([-2.0, -2.5]))
         tensor(0.2500)
     """
-    return masked_mean(upcast(log_probs) - upcast(ref_log_probs), mask)
+    return masked_mean(kl_estimate(log_probs, ref_log_probs, "k1", mask=mask), mask)
 
 
 def kl_unbiased(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -44,7 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .numerics import upcast
-from .sequences import masked_mean, sums_and_counts
+from .sequences import masked_mean, same_shape, sums_and_counts
 from .token_statistics import TokenStatistics
 
 Reduction = Literal["mean", "sum", "none"]
@@ -247,6 +247,43 @@ def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:
         )
 
 
+def _check_side(policy: Tensor, mask: Tensor | None, lengths: Tensor | None, reference: Tensor | None = None) -> None:
+    """A mask belongs to log-probs per token, lengths to sums of the policy's; and what has no use here is a mistake."""
+    given = {"policy": policy} if reference is None else {"policy": policy, "reference": reference}
+    sums, tokens = ({name: x for name, x in given.items() if x.dim() == dim} for dim in (1, 2))
+    if mask is not None and not tokens:
+        raise ValueError(
+            f"a mask {tuple(mask.shape)} hides tokens, but the log-probs are sums {tuple(policy.shape)}: pass them per "
+            "token (B, S), or the sums that sequence_log_probs(token_logps, mask) makes without a mask"
+        )
+    if lengths is not None and policy.dim() == 2:
+        raise ValueError(
+            f"lengths {tuple(lengths.shape)} go with sums (B,), but the log-probs are per token {tuple(policy.shape)}: "
+            "pass a mask of that shape instead"
+        )
+    same_shape(**tokens, mask=mask)
+    same_shape(**sums, lengths=lengths)
+    if len(sums) + len(tokens) < len(given) or any(len(x) != len(policy) for x in given.values()):
+        shapes = " and ".join(str(tuple(x.shape)) for x in given.values())
+        raise ValueError(f"{' and '.join(given)} log-probs must be (B,) sums or (B, S) per token, got {shapes}")
+
+
+def _check_scalars(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.numel() != 1:
+            raise ValueError(f"{name} must be a scalar, one number for the batch, got {tuple(x.shape)}")
+
+
+def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
+    """``(B,)`` of answers that are not pairs, whose log-probs come summed."""
+    if policy.dim() != 1 or policy.shape != reference.shape:
+        raise ValueError(
+            "the policy's and the reference's log-probs of a side must both be sums (B,), which "
+            f"sequence_log_probs(token_logps, mask) makes, got {tuple(policy.shape)} and {tuple(reference.shape)}"
+        )
+    return upcast(policy) - upcast(reference)
+
+
 def dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -305,7 +342,7 @@ def dpo_loss(
         f_alpha_divergence_coef: ``α``; 1 is reverse KL. TRL 0.25 has ``1 − α``, default 1.
         chosen_mask: ``(B, S)``, nonzero for the tokens that count, where log-probs are per token; default all.
         rejected_mask: as ``chosen_mask``.
-        chosen_lengths: token counts ``(B,)``, where log-probs are sums. ``ipo_norm`` and ``sigmoid_norm`` need both
+        chosen_lengths: token counts ``(B,)``, only where log-probs are sums. ``ipo_norm`` and ``sigmoid_norm`` need both
             counts, ``sft`` and ``rpo_alpha`` the chosen's.
         rejected_lengths: as ``chosen_lengths``.
         ld_alpha: LD-DPO (2409.06411): tokens beyond the shorter answer's length count ``ld_alpha``, under policy and
@@ -327,7 +364,8 @@ def dpo_loss(
         (float64 for float64).
 
     Raises:
-        ValueError: an unknown name, an argument no loss type of the call uses, or one that it lacks.
+        ValueError: an unknown name, an argument no loss type of the call uses, or one that it lacks; a mask without
+            log-probs per token, lengths with them, or shapes that do not match.
 
     Example:
         >>> policy_w, policy_l = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -10.0])
@@ -344,6 +382,9 @@ def dpo_loss(
     )
     loss_weights = [1.0] * len(types) if loss_weights is None else list(loss_weights)
     _check_pairs(policy_chosen_logps, policy_rejected_logps)
+    _check_side(policy_chosen_logps, chosen_mask, chosen_lengths, reference_chosen_logps)
+    _check_side(policy_rejected_logps, rejected_mask, rejected_lengths, reference_rejected_logps)
+    _check_scalars(nll_loss=nll_loss, aux_loss=aux_loss)
     _check_options(types, loss_weights, smoothing, f_divergence_type, weight)
 
     chosen, n_chosen = _sequence(policy_chosen_logps, chosen_mask, chosen_lengths)
@@ -388,6 +429,7 @@ def dpo_loss(
         assert nll_loss is not None
         losses = losses + rpo_alpha * nll_loss
     if weight is not None:
+        same_shape(losses=losses, weight=weight)
         losses = losses * weight.to(losses.dtype)
     if aux_loss is not None:
         losses = losses + aux_loss_coef * aux_loss
@@ -479,6 +521,8 @@ def wpo_weight(
         (chosen_logps, chosen_log_sum_sq_probs, chosen_mask),
         (rejected_logps, rejected_log_sum_sq_probs, rejected_mask),
     )
+    for a, b, mask in sides:
+        same_shape(logps=a, log_sum_sq_probs=b, mask=mask)
     chosen, rejected = (masked_mean((upcast(a) - upcast(b)).detach(), mask, -1) for a, b, mask in sides)
     weight = (chosen + rejected).exp()
     return weight if max_weight is None else weight.clamp(max=max_weight)
@@ -567,7 +611,7 @@ def cpo_loss(
         subtracts, before the margin. fp32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown name, smoothing where it has no effect, or counts that are missing.
+        ValueError: an unknown name, smoothing where it has no effect, counts that are missing, or as :func:`dpo_loss`.
 
     Example:
         >>> chosen, rejected = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])
@@ -575,6 +619,9 @@ def cpo_loss(
         (tensor(1.8133), tensor([-3.]), tensor([-4.]))
     """
     _check_pairs(policy_chosen_logps, policy_rejected_logps)
+    _check_side(policy_chosen_logps, chosen_mask, chosen_lengths)
+    _check_side(policy_rejected_logps, rejected_mask, rejected_lengths)
+    _check_scalars(nll_loss=nll_loss)
     if loss_type not in ("sigmoid", "hinge", "ipo", "simpo"):
         raise ValueError(f"loss_type must be sigmoid, hinge, ipo or simpo, got {loss_type!r}")
     if label_smoothing and loss_type in ("hinge", "ipo"):
@@ -703,7 +750,7 @@ def orpo_loss(
         detached. fp32 (float64 for float64).
 
     Raises:
-        ValueError: counts that are missing.
+        ValueError: counts that are missing, or as :func:`dpo_loss`.
 
     Example:
         >>> chosen, rejected = torch.tensor([[-0.5, -1.0]]), torch.tensor([[-2.0, -2.0]])
@@ -712,6 +759,9 @@ def orpo_loss(
         (tensor(0.7661), tensor(1.7439))
     """
     _check_pairs(policy_chosen_logps, policy_rejected_logps)
+    _check_side(policy_chosen_logps, chosen_mask, chosen_lengths)
+    _check_side(policy_rejected_logps, rejected_mask, rejected_lengths)
+    _check_scalars(nll_loss=nll_loss)
     chosen = _mean(*_sequence(policy_chosen_logps, chosen_mask, chosen_lengths))
     rejected = _mean(*_sequence(policy_rejected_logps, rejected_mask, rejected_lengths))
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
@@ -778,19 +828,20 @@ def kto_loss(
         rows.
 
     Raises:
-        ValueError: an unknown name, or KL log-probabilities that are missing.
+        ValueError: an unknown name, KL log-probabilities that are missing, or log-probabilities that are not sums
+            ``(B,)`` of one shape under policy and reference: :func:`sequence_log_probs` sums tokens.
 
     Example:
         >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-11.0, -12.0])
         >>> kto_loss(chosen + 1, rejected, chosen + 0.5, chosen, rejected, chosen, beta=1.0)
         (tensor(0.3775), tensor([1.]), tensor([0., 0.]), tensor(0.5000))
     """
-    chosen = upcast(policy_chosen_logps) - upcast(reference_chosen_logps)
-    rejected = upcast(policy_rejected_logps) - upcast(reference_rejected_logps)
+    chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
+    rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
     if loss_type == "kto":
         if policy_KL_logps is None or reference_KL_logps is None:
             raise ValueError("kto needs policy_KL_logps and reference_KL_logps; apo_zero_unpaired does without")
-        moved = (upcast(policy_KL_logps) - upcast(reference_KL_logps)).detach()
+        moved = _log_ratio(policy_KL_logps, reference_KL_logps).detach()
         kl = _group_mean(moved.mean(), group).clamp(min=0)
     elif loss_type == "apo_zero_unpaired":
         kl = chosen.new_zeros(())
@@ -835,13 +886,16 @@ def vanilla_kto_loss(
         ``(loss, chosen_rewards, rejected_rewards)``: scalar or ``(B_w + B_l,)``, and detached ``β·lr`` for each side. fp32
         (float64 for float64). An empty side has no KL: nan.
 
+    Raises:
+        ValueError: shapes, as :func:`kto_loss`.
+
     Example:
         >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-11.0])
         >>> vanilla_kto_loss(chosen + 1, rejected, chosen, rejected, beta=1.0)
         (tensor(0.2689), tensor([1.]), tensor([0.]))
     """
-    chosen = upcast(policy_chosen_logps) - upcast(reference_chosen_logps)
-    rejected = upcast(policy_rejected_logps) - upcast(reference_rejected_logps)
+    chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
+    rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
     kl_chosen, kl_rejected = chosen.mean().clamp(min=0), rejected.mean().clamp(min=0)
     losses = torch.cat([(beta * (kl_rejected - chosen)).sigmoid(), (beta * (rejected - kl_chosen)).sigmoid()])
     return _reduce(losses, reduction), beta * chosen.detach(), beta * rejected.detach()
@@ -878,13 +932,16 @@ def bco_loss(
         ``(loss, chosen_rewards, rejected_rewards, delta)``: scalar or ``(B_w + B_l,)``, detached ``β·lr`` for each side,
         and δ ``()``. fp32 (float64 for float64).
 
+    Raises:
+        ValueError: shapes, as :func:`kto_loss`.
+
     Example:
         >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-11.0])
         >>> bco_loss(chosen + 1, rejected, chosen, rejected, beta=1.0, running_mean=RunningMean())
         (tensor(0.4741), tensor([1.]), tensor([0.]), tensor(0.5000))
     """
-    chosen = beta * (upcast(policy_chosen_logps) - upcast(reference_chosen_logps))
-    rejected = beta * (upcast(policy_rejected_logps) - upcast(reference_rejected_logps))
+    chosen = beta * _log_ratio(policy_chosen_logps, reference_chosen_logps)
+    rejected = beta * _log_ratio(policy_rejected_logps, reference_rejected_logps)
     delta = chosen.new_zeros(()) if running_mean is None else running_mean(torch.cat([chosen, rejected]))
     losses = torch.cat([-F.logsigmoid(chosen - delta), -F.logsigmoid(delta - rejected)])
     return _reduce(losses, reduction), chosen.detach(), rejected.detach(), delta

@@ -21,16 +21,7 @@ from torch import Tensor
 from .cross_entropy import cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import statistics_dtype, upcast
-from .sequences import masked_sum, split_pairs
-
-
-def _same_shape(chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:
-    # (B, 1) against (B,) would broadcast to every answer against every other.
-    if chosen_rewards.shape != rejected_rewards.shape:
-        raise ValueError(
-            "chosen and rejected rewards must have one shape, got "
-            f"{tuple(chosen_rewards.shape)} and {tuple(rejected_rewards.shape)}"
-        )
+from .sequences import masked_sum, same_shape, split_pairs
 
 
 def pairwise_reward_loss(
@@ -65,7 +56,7 @@ def pairwise_reward_loss(
         >>> pairwise_reward_loss(torch.tensor([1.0]), torch.tensor([1.0]))
         tensor(0.6931)
     """
-    _same_shape(chosen_rewards, rejected_rewards)
+    same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     chosen, rejected = upcast(chosen_rewards), upcast(rejected_rewards)
     advantage = chosen - rejected
     if margin is not None:
@@ -115,7 +106,7 @@ def reward_metrics(chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str
         >>> reward_metrics(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))["accuracy"]
         tensor(0.5000)
     """
-    _same_shape(chosen_rewards, rejected_rewards)
+    same_shape(chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards)
     chosen, rejected = upcast(chosen_rewards).detach(), upcast(rejected_rewards).detach()
     both = torch.stack([chosen, rejected])
     return {

@@ -197,10 +197,19 @@ def test_inputs_are_unmutated_and_strides_do_not_matter():
         ({"kind": "k4"}, "k1, k2, k3, abs"),
         ({"gradient": "k3"}, "'own' or 'k2'"),
         ({"old_log_probs": OLD}, "gradient='k2'"),
+        ({"ref_log_probs": REFERENCE[:, :1]}, r"must have one shape, got \(2, 5\) and \(2, 1\)"),
+        ({"ref_log_probs": REFERENCE[0]}, r"must have one shape, got \(2, 5\) and \(5,\)"),
+        ({"mask": MASK[:, :1]}, r"and mask must have one shape, got .*\(2, 1\)"),
+        ({"old_log_probs": OLD[:1], "gradient": "k2"}, r"and old_log_probs must have one shape, got .*\(1, 5\)"),
     ],
 )
 def test_errors_say_what_to_do(options, message):
     with pytest.raises(ValueError, match=message):
-        kl.kl_estimate(POLICY, REFERENCE, **options)
+        kl.kl_estimate(POLICY, **{"ref_log_probs": REFERENCE, **options})
+    for mean in (kl.kl_biased, kl.kl_unbiased, kl.kl_penalty):
+        with pytest.raises(ValueError, match="must have one shape"):
+            mean(POLICY, REFERENCE[:, :1])
+        with pytest.raises(ValueError, match="must have one shape"):
+            mean(POLICY, REFERENCE, mask=MASK[:1])
     with pytest.raises(ValueError, match="'unbiased' or 'biased'"):
         kl.kl_penalty(POLICY, REFERENCE, mode="k3")

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -749,3 +750,83 @@ def test_errors_of_the_others():
         preference.kto_loss(policy_w, policy_l, None, policy_w, policy_l, None)
     with pytest.raises(ValueError, match="'bco'"):
         preference.kto_loss(policy_w, policy_l, None, policy_w, policy_l, None, loss_type="bco")
+
+
+TOKENS = torch.zeros(3, 5)
+SUMS = torch.zeros(3)
+COUNTS = torch.tensor([5, 2, 3])
+SHOWN = torch.arange(5) < COUNTS[:, None]
+PAIR_LOSSES = {
+    "dpo": lambda w, x, **o: preference.dpo_loss(w, x, SUMS, SUMS, loss_type="ipo_norm", **o),
+    "cpo": preference.cpo_loss,
+    "simpo": preference.simpo_loss,
+    "orpo": lambda w, x, **o: preference.orpo_loss(w, x, torch.tensor(0.0), **o),
+}
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_a_mask_goes_with_tokens_and_lengths_with_sums(name):
+    loss = PAIR_LOSSES[name]
+    both_counts, both_masks = (
+        {f"{side}_{what}": x for side in ("chosen", "rejected")} for what, x in (("lengths", COUNTS), ("mask", SHOWN))
+    )
+    loss(SUMS, SUMS, **both_counts)
+    loss(TOKENS, TOKENS, **both_masks)
+    for side in ("chosen", "rejected"):
+        with pytest.raises(ValueError, match=r"lengths \(3,\) .* \(3, 5\): pass a mask"):
+            loss(TOKENS, TOKENS, **both_masks, **{f"{side}_lengths": COUNTS})
+        with pytest.raises(ValueError, match=r"mask \(3, 5\) .* \(3,\): pass them per token"):
+            loss(SUMS, SUMS, **both_counts, **{f"{side}_mask": SHOWN})
+        with pytest.raises(ValueError, match=r"lengths must have one shape, got .*\(3, 1\)"):
+            loss(SUMS, SUMS, **both_counts | {f"{side}_lengths": COUNTS[:, None]})
+        with pytest.raises(ValueError, match=r"mask must have one shape, got .*\(3, 4\)"):
+            loss(TOKENS, TOKENS, **both_masks | {f"{side}_mask": SHOWN[:, 1:]})
+
+
+def test_a_mask_serves_a_reference_per_token():
+    masks = {"chosen_mask": SHOWN, "rejected_mask": SHOWN}
+    reference_tokens = torch.randn(3, 5)
+    ours = preference.dpo_loss(SUMS, SUMS, reference_tokens, TOKENS, **masks)
+    summed = preference.dpo_loss(SUMS, SUMS, (reference_tokens * SHOWN).sum(1), SUMS)
+    torch.testing.assert_close(ours, summed)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference_chosen_logps": SUMS[:1]}, r"policy and reference must have one shape, got \(3,\) and \(1,\)"),
+        (
+            {"policy_rejected_logps": TOKENS, "reference_rejected_logps": SUMS[:, None]},
+            r"policy and reference must have one shape, got \(3, 5\) and \(3, 1\)",
+        ),
+        ({"reference_chosen_logps": SUMS[0]}, r"got \(3,\) and \(\)"),
+        ({"weight": COUNTS[:, None]}, r"losses and weight must have one shape, got \(3,\) and \(3, 1\)"),
+        ({"weight": COUNTS[:1]}, r"losses and weight must have one shape, got \(3,\) and \(1,\)"),
+        ({"aux_loss": SUMS[:, None]}, r"aux_loss must be a scalar, .* \(3, 1\)"),
+        ({"nll_loss": SUMS[:, None], "rpo_alpha": 1.0}, r"nll_loss must be a scalar, .* \(3, 1\)"),
+    ],
+)
+def test_nothing_broadcasts(change, message):
+    arguments = dict.fromkeys(NAMES, SUMS) | change
+    with pytest.raises(ValueError, match=message):
+        preference.dpo_loss(**arguments)
+
+
+def test_unpaired_answers_come_summed():
+    losses = {
+        "kto": lambda w, x, ref_w, ref_l: preference.kto_loss(w, x, SUMS, ref_w, ref_l, SUMS),
+        "kl": lambda w, _, ref_w, ref_l: preference.kto_loss(SUMS, SUMS, w, SUMS, SUMS, ref_w),
+        "vanilla": preference.vanilla_kto_loss,
+        "bco": preference.bco_loss,
+    }
+    for loss in losses.values():
+        loss(SUMS, SUMS[:2], SUMS, SUMS[:2])
+        for policy, ref in ((TOKENS, TOKENS), (SUMS, SUMS[:, None]), (SUMS, SUMS[:1]), (SUMS[:, None], SUMS[:, None])):
+            message = re.escape(f"token_logps, mask) makes, got {tuple(policy.shape)} and {tuple(ref.shape)}")
+            with pytest.raises(ValueError, match=message):
+                loss(policy, SUMS, ref, SUMS)
+
+
+def test_wpo_weight_does_not_broadcast():
+    with pytest.raises(ValueError, match=r"logps and log_sum_sq_probs must have one shape, got \(3, 5\) and \(3, 1\)"):
+        preference.wpo_weight(TOKENS, TOKENS, TOKENS[:, :1], TOKENS)
