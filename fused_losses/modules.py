@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .distillation import kd_loss
 from .linear_logits import LinearLogits
 from .numerics import upcast
-from .policy import grpo_loss, mismatch_weight, value_loss
+from .policy import aggregate, grpo_loss, mismatch_weight, value_loss
 from .preference import dpo_loss, kto_loss, vanilla_kto_loss
 from .reward import log_exp_loss, pairwise_reward_loss, prm_loss
 from .sequences import masked_mean
@@ -51,6 +51,40 @@ class GPTLMLoss(nn.Module):
         with torch.no_grad():
             dist.all_reduce(loss, group=self.ring_attn_group)
         return loss
+
+
+class SFTLoss(nn.Module):
+    """Negative log-likelihood of the tokens that count, from log-probabilities: :func:`~fused_losses.policy.aggregate`.
+
+    Args:
+        token_level_loss: mean over tokens, else over sequences of their token means.
+
+    Example:
+        >>> SFTLoss()(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]]))
+        tensor(1.5000)
+    """
+
+    def __init__(self, token_level_loss: bool = True) -> None:
+        super().__init__()
+        self.token_level_loss = token_level_loss
+
+    def forward(
+        self,
+        per_token_logps: Tensor,
+        loss_mask: Tensor,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> Tensor:
+        return aggregate(
+            -per_token_logps,
+            loss_mask,
+            "token_mean" if self.token_level_loss else "seq_mean_token_mean",
+            count_empty=False,
+            dp_size=dp_size,
+            batch_num_tokens=batch_num_tokens,
+            global_batch_size=global_batch_size,
+        )
 
 
 class DPOLoss(nn.Module):
@@ -245,10 +279,13 @@ class PolicyLoss(nn.Module):
         policy_loss_type: ``"ppo"`` or ``"gspo"``.
         is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: weight against the
             inference engine's probabilities, :func:`~fused_losses.policy.mismatch_weight`: ``"off"``, ``"token"`` or
-            ``"seq"``; ``"mask"`` or ``"clip"``; ``"ratio"``, ``"binary_kl"`` or ``"tv"``; ``(low, high)``. GSPO instead
-            takes its ratio against the rollout.
+            ``"seq"``; ``"mask"`` or, of the ratio of a token, ``"clip"``; ``"ratio"``, ``"binary_kl"`` or ``"tv"``;
+            ``(low, high)``, whose ``low`` must be 0 but for the ratio. GSPO instead takes its ratio against the rollout.
         enable_vllm_is_correction, vllm_is_truncated_threshold, vllm_is_correction_type: the older arguments for the
             same: ``"tis"`` (clip), ``"icepop"`` (mask) or ``"seq-mask-tis"``; the threshold ``(low, high)`` or ``high``.
+
+    Raises:
+        ValueError: an unknown name, a combination without meaning, or ``dual_clip`` of at most 1.
 
     Example:
         >>> loss, clip_ratio, *_ = PolicyLoss()(torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1))
@@ -283,12 +320,26 @@ class PolicyLoss(nn.Module):
             low_high = low_high if isinstance(low_high, Sequence) else (None, low_high)
         if policy_loss_type not in ("ppo", "gspo"):
             raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}")
+        if dual_clip is not None and dual_clip <= 1:
+            raise ValueError(f"dual_clip bounds the ratio from above and must be more than 1, got {dual_clip}")
         levels = {"off": "token", "token": "token", "seq": "sequence_mean"}
         modes = {"mask": "mask", "clip": "truncate"}
-        if is_correction_level not in levels or is_correction_mode not in modes:
+        gates = ("ratio", "binary_kl", "tv")
+        if is_correction_level not in levels or is_correction_mode not in modes or is_correction_gating not in gates:
             raise ValueError(
-                f"is_correction_level must be one of {', '.join(levels)} and is_correction_mode of {', '.join(modes)}, "
-                f"got {is_correction_level!r} and {is_correction_mode!r}"
+                f"is_correction_level must be one of {', '.join(levels)}, is_correction_mode of {', '.join(modes)} and "
+                f"is_correction_gating of {', '.join(gates)}, got {is_correction_level!r}, {is_correction_mode!r} and "
+                f"{is_correction_gating!r}"
+            )
+        if is_correction_mode == "clip" and (is_correction_level == "seq" or is_correction_gating != "ratio"):
+            raise ValueError(
+                "is_correction_mode='clip' clips the ratio of a token, not with "
+                f"is_correction_level={is_correction_level!r} and is_correction_gating={is_correction_gating!r}: use 'mask'"
+            )
+        if is_correction_gating != "ratio" and is_correction_level != "off" and (low_high[0] or 0) > 0:
+            raise ValueError(
+                f"is_correction_gating={is_correction_gating!r} is 0 where nothing differs: its is_correction_threshold "
+                f"is (0, high), got {tuple(low_high)}"
             )
         self.corrected = is_correction_level != "off" and enable_vllm_is_correction is not False
         self.returns = 5 if enable_vllm_is_correction is None else 4

@@ -17,6 +17,10 @@ from fused_losses.reference import sft as reference_sft
 LOGPS = "policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps"
 SIGNATURES = {
     "GPTLMLoss": ("(ring_attn_group=None)", "(logits, labels)"),
+    "SFTLoss": (
+        "(token_level_loss=True)",
+        "(per_token_logps, loss_mask, dp_size=1, batch_num_tokens=None, global_batch_size=None)",
+    ),
     "DPOLoss": ("(beta, label_smoothing=0.0, ipo=False)", f"({LOGPS})"),
     "VanillaKTOLoss": ("(beta)", f"({LOGPS})"),
     "KTOLoss": (
@@ -258,6 +262,18 @@ def test_gspo_is_corrected_in_its_ratio():
     assert torch.equal(results[2], plain(log_probs, old, advantages, mask)[2])
 
 
+def test_sft_loss():
+    logps, *_, mask, _ = policy_batch()
+    logps.requires_grad_()
+    losses = {}
+    for level, aggregation in ((True, "token_mean"), (False, "seq_mean_token_mean")):
+        losses[level] = modules.SFTLoss(level)(logps.masked_fill(mask == 0, float("nan")), mask)
+        expected = reference_policy.aggregate(-logps, mask, aggregation, count_empty=False)
+        torch.testing.assert_close(losses[level], expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logps)[0] for x in (losses[level], expected)))
+    assert losses[True] != losses[False]
+
+
 @pytest.mark.parametrize("token_level_loss", [True, False])
 @pytest.mark.parametrize("clip_eps", [None, 0.2])
 def test_value_loss(token_level_loss, clip_eps):
@@ -274,8 +290,14 @@ def test_value_loss(token_level_loss, clip_eps):
 
 def test_policy_and_value_loss_take_global_counts():
     log_probs, old, advantages, mask, _ = policy_batch()
-    for module in (modules.PolicyLoss(), modules.PolicyLoss(token_level_loss=False), modules.ValueLoss(0.2)):
-        args = (log_probs, old, advantages, mask)
+    for module in (
+        modules.PolicyLoss(),
+        modules.PolicyLoss(token_level_loss=False),
+        modules.ValueLoss(0.2),
+        modules.SFTLoss(),
+        modules.SFTLoss(False),
+    ):
+        args = (log_probs, mask) if isinstance(module, modules.SFTLoss) else (log_probs, old, advantages, mask)
         whole, parts = module(*args), []
         for rows in (slice(0, 1), slice(1, 4)):
             parts.append(module(*(x[rows] for x in args), dp_size=2, batch_num_tokens=11, global_batch_size=3))
@@ -290,6 +312,12 @@ def test_policy_and_value_loss_take_global_counts():
         ({"policy_loss_type": "grpo"}, "policy_loss_type"),
         ({"is_correction_level": "word"}, "is_correction_level"),
         ({"enable_vllm_is_correction": True, "vllm_is_correction_type": "x"}, "vllm_is_correction_type"),
+        ({"is_correction_gating": "kl"}, "'kl'"),
+        ({"is_correction_level": "token", "is_correction_gating": "binary_kl"}, r"\(0, high\), got \(0.5, 5.0\)"),
+        ({"is_correction_level": "seq", "is_correction_gating": "tv"}, r"\(0, high\), got \(0.5, 5.0\)"),
+        ({"is_correction_level": "seq", "is_correction_mode": "clip"}, "clips the ratio of a token"),
+        ({"is_correction_mode": "clip", "is_correction_gating": "tv"}, "clips the ratio of a token"),
+        ({"dual_clip": 1.0}, "more than 1, got 1.0"),
     ],
 )
 def test_policy_loss_rejects(arguments, message):

@@ -295,3 +295,31 @@ def test_openrlhf(settings):
 def test_openrlhf_value_loss(settings):
     theirs = pytest.importorskip("openrlhf.models.loss").ValueLoss(**settings)
     torch.testing.assert_close(modules.ValueLoss(**settings)(LOGP, OLD, REF, MASK), theirs(LOGP, OLD, REF, MASK))
+
+
+def test_openrlhf_refuses_what_ours_refuses():
+    theirs = pytest.importorskip("openrlhf.models.loss").PolicyLoss
+    for settings in (
+        {"dual_clip": 1.0},
+        {"is_correction_level": "word"},
+        {"is_correction_mode": "drop"},
+        {"is_correction_gating": "kl"},
+        {"is_correction_level": "seq", "is_correction_mode": "clip"},
+        {"is_correction_mode": "clip", "is_correction_gating": "tv"},
+        {"is_correction_level": "token", "is_correction_gating": "binary_kl"},
+    ):
+        with pytest.raises((ValueError, AssertionError)):
+            theirs(**settings)
+        with pytest.raises(ValueError, match=r"must|clip|threshold"):
+            modules.PolicyLoss(**settings)
+    for module in (theirs, modules.PolicyLoss):
+        module(is_correction_mode="clip")
+        module(is_correction_gating="tv")
+
+
+@pytest.mark.parametrize("token_level_loss", [True, False])
+@pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 40, "global_batch_size": 8}], ids=str)
+def test_openrlhf_sft_loss(token_level_loss, counts):
+    theirs = pytest.importorskip("openrlhf.models.loss").SFTLoss(token_level_loss)
+    ours = modules.SFTLoss(token_level_loss)
+    compare(lambda logp, _: (theirs(logp, MASK, **counts), {}), lambda logp, _: (ours(logp, MASK, **counts), {}))
