@@ -146,9 +146,11 @@ class _Sequences:
         """(B,) bool"""
         return self.sum(self.mask.float()) > 0
 
-    def average(self, x: Tensor, per_sequence: bool = False) -> Tensor:
-        """Mean over the tokens that count, or over the sequences that have any."""
+    def average(self, x: Tensor, per_sequence: bool = False, count_empty: bool = False) -> Tensor:
+        """Mean over the tokens that count, or over the sequences that have any, or all, in one without tokens 0."""
         x = upcast(x).expand_as(self.mask)
+        if per_sequence and count_empty:
+            return self.mean(x).sum() / max(self.number, 1)
         return masked_mean(self.mean(x), self.nonempty()) if per_sequence else masked_mean(x, self.mask)
 
 
@@ -559,7 +561,8 @@ def _vespo_weight(
 
 def _gmpo(w: Tensor, clipped: Tensor, advantages: Tensor, sequences: _Sequences, kept: Tensor) -> Tensor:
     """GMPO (2507.20673): PPO's clip in log space, then the geometric mean, which an outlier moves less."""
-    c = torch.where(advantages > 0, torch.min(w, clipped), torch.max(w, clipped))
+    sign = advantages.sign()  # a token with advantage 0 enters the mean as 0
+    c = sign * torch.min(sign * w, sign * clipped)
     return -advantages * sequences.spread(sequences.mean(c, kept)).exp()
 
 
@@ -596,7 +599,11 @@ def grpo_loss(
     group: dist.ProcessGroup | None = None,
     aggregation: str | None = None,
     cu_seqlens: Tensor | None = None,
-    **counts: Any,
+    batch_num_tokens: Tensor | float | None = None,
+    global_batch_size: Tensor | float | None = None,
+    dp_size: int = 1,
+    loss_scale_factor: float | None = None,
+    count_empty: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The policy loss of every trainer: a loss type per token, masks and weights, KL, an aggregation, entropy.
 
@@ -652,14 +659,15 @@ def grpo_loss(
         group: the ranks of the entropy mask's quantile, see :func:`entropy_mask`.
         aggregation: a row of the table at :func:`aggregate`; ``None``: the loss type's own.
         cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-        counts: ``batch_num_tokens, global_batch_size, dp_size, loss_scale_factor, count_empty`` of :func:`aggregate`.
+        batch_num_tokens, global_batch_size, dp_size, loss_scale_factor, count_empty: as for :func:`aggregate`.
 
     Returns:
         The loss, a scalar in fp32 (float64 for float64), differentiable in ``log_probs`` and ``entropy``; and metrics
-        of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`), ``kl`` (as it was weighted),
-        ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is one ratio
-        and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
-        ``clip_ratio/high_max`` (extremes among the sequences) and ``clip_ratio/dual_mean``.
+        of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`, clamped), ``kl`` (as it was
+        weighted), ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is
+        one ratio and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
+        ``clip_ratio/high_max`` (extremes among the sequences) and ``clip_ratio/dual_mean``. One ratio of a fully masked
+        sequence, which no clip holds, counts too with ``count_empty``.
 
     Raises:
         ValueError: an unknown name, shapes that do not match, or an input that an option needs is missing.
@@ -726,8 +734,16 @@ def grpo_loss(
     one_ratio = level in ("sequence", "sequence_sum")
     one_each = one_ratio and surrogate != "gmpo" and advantages.dim() == 1
     metrics = {"ratio_mean": sequences.average(r, one_ratio)}
-    metrics["ppo_kl"] = sequences.average(old_log_probs - log_probs)
-    counts["cu_seqlens"] = cu_seqlens
+    w_bounds = None if level == "sequence_token" else log_ratio_clamp
+    metrics["ppo_kl"] = -sequences.average(_clamp(log_probs - old_log_probs, w_bounds))
+    counts: dict[str, Any] = {
+        "cu_seqlens": cu_seqlens,
+        "batch_num_tokens": batch_num_tokens,
+        "global_batch_size": global_batch_size,
+        "dp_size": dp_size,
+        "loss_scale_factor": loss_scale_factor,
+        "count_empty": count_empty,
+    }
     penalty: Tensor | float = 0.0
     if beta != 0 and ref_log_probs is not None:
         kl = kl_estimator(log_probs, sequences.hide(ref_log_probs.detach()))
@@ -749,19 +765,21 @@ def grpo_loss(
                 bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
             total = total - entropy_coef * bonus
     if surrogate in ("clip", "cispo", "gmpo"):
-        metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences, one_each)
+        metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences, one_each, count_empty)
     if surrogate == "clip" and dual_clip is not None:
-        metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0), one_each)
+        metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0), one_each, count_empty)
     return total, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def _clip_ratios(low: Tensor, high: Tensor, sequences: _Sequences, per_sequence: bool) -> dict[str, Tensor]:
-    empty = ~sequences.nonempty()
+def _clip_ratios(
+    low: Tensor, high: Tensor, sequences: _Sequences, per_sequence: bool, count_empty: bool
+) -> dict[str, Tensor]:
+    empty = ~(sequences.nonempty() | (per_sequence and count_empty))
     low_of_each, high_of_each = (sequences.mean(upcast(x).expand_as(sequences.mask)) for x in (low, high))
     return {
-        "clip_ratio/low_mean": sequences.average(low, per_sequence),
-        "clip_ratio/high_mean": sequences.average(high, per_sequence),
-        "clip_ratio/region_mean": sequences.average(low | high, per_sequence),
+        "clip_ratio/low_mean": sequences.average(low, per_sequence, count_empty),
+        "clip_ratio/high_mean": sequences.average(high, per_sequence, count_empty),
+        "clip_ratio/region_mean": sequences.average(low | high, per_sequence, count_empty),
         # Padded with one number, so that a batch of no sequences has an extreme.
         "clip_ratio/low_min": F.pad(low_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin(),
         "clip_ratio/high_max": F.pad(high_of_each.masked_fill(empty, 0), (0, 1)).amax(),
@@ -807,7 +825,12 @@ def value_loss(
     *,
     clip_eps: float | None = None,
     aggregation: str = "token_mean",
-    **counts: Any,
+    cu_seqlens: Tensor | None = None,
+    batch_num_tokens: Tensor | float | None = None,
+    global_batch_size: Tensor | float | None = None,
+    dp_size: int = 1,
+    loss_scale_factor: float | None = None,
+    count_empty: bool = True,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The critic's loss in PPO: half the squared error, the worse of plain and clipped.
 
@@ -823,8 +846,8 @@ def value_loss(
         mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
         clip_eps: how far a value may move before the clip; ``None`` (default): no clip.
         aggregation: a row of the table at :func:`aggregate`.
-        counts: ``cu_seqlens, batch_num_tokens, global_batch_size, dp_size, loss_scale_factor, count_empty`` of
-            :func:`aggregate`.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+        batch_num_tokens, global_batch_size, dp_size, loss_scale_factor, count_empty: as for :func:`aggregate`.
 
     Returns:
         The loss, a scalar in fp32 (float64 for float64), differentiable in ``values``; and ``{"clip_ratio"}``, the
@@ -837,7 +860,7 @@ def value_loss(
         >>> value_loss(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), clip_eps=0.2)[0]
         tensor(0.5000)
     """
-    sequences = _Sequences(values, mask, counts.get("cu_seqlens"))
+    sequences = _Sequences(values, mask, cu_seqlens)
     values, returns = sequences.hide(values), sequences.hide(returns.detach())
     error = (values - returns).square()
     held = torch.zeros_like(error, dtype=torch.bool)
@@ -848,5 +871,15 @@ def value_loss(
         clipped = (old_values + (values - old_values).clamp(-clip_eps, clip_eps) - returns).square()
         held = clipped > error
         error = torch.max(clipped, error)
-    loss = 0.5 * aggregate(error, sequences.mask, aggregation, **counts)
+    loss = aggregate(
+        0.5 * error,
+        sequences.mask,
+        aggregation,
+        cu_seqlens=cu_seqlens,
+        batch_num_tokens=batch_num_tokens,
+        global_batch_size=global_batch_size,
+        dp_size=dp_size,
+        loss_scale_factor=loss_scale_factor,
+        count_empty=count_empty,
+    )
     return loss, {"clip_ratio": sequences.average(held)}

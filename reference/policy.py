@@ -325,10 +325,10 @@ def grpo_loss(
             weight = [1.0] * len(row)
         elif loss_type == "gmpo":
             held, lower, upper = [_clamp(x, *bounds) for x in w], -eps_low, eps_high
-            c = [
-                _clamp(x, None, eps_high) if advantage > 0 else _clamp(x, -eps_low, None)
-                for x, advantage in zip(held, a, strict=True)
-            ]
+            c = []
+            for x, advantage in zip(held, a, strict=True):
+                bound = _clamp(x, None, eps_high) if advantage > 0 else _clamp(x, -eps_low, None)
+                c.append(bound if advantage != 0 else torch.zeros_like(x))
             mean = _mean([x for x, t in zip(c, row, strict=True) if keep[b, t]])
             policy = [-advantage * torch.exp(torch.as_tensor(mean)) for advantage in a]
             if mismatch_weight is not None and mismatch_weight.dim() == 2 and mismatch_weight.shape[1] > 1:
@@ -347,7 +347,7 @@ def grpo_loss(
                 kl[b][t] = estimate * r[i] if use_bias_correction_kl and loss_type != "gmpo" else estimate
         if row:
             ratios.append(r)
-            drift += [-x for x in w]
+            drift += [-_clamp(x, *(bounds if level != "sequence_token" else (None, None))) for x in w]
             low_clips.append([float(x < lower and y < 0) for x, y in zip(held, a, strict=True)])
             high_clips.append([float(x > upper and y > 0) for x, y in zip(held, a, strict=True)])
             dual_clips.append(
@@ -375,6 +375,9 @@ def grpo_loss(
     def average(lists: list[list], per_sequence: bool = one_each) -> Tensor | float:
         return _mean([_mean(x) for x in lists]) if per_sequence else _mean(flat(lists))
 
+    if one_each and counts.get("count_empty", True):  # a sequence without tokens is one that no clip holds
+        for clips in (low_clips, high_clips, dual_clips):
+            clips += [[0.0]] * (len(rows) - len(clips))
     metrics = {"ratio_mean": average(ratios, one_ratio), "ppo_kl": _mean(drift)}
     if beta != 0:
         metrics["kl"] = _mean([kl[b][t] for b, row in enumerate(rows) for t in row])

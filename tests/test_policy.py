@@ -62,6 +62,7 @@ def batch(dtype=torch.float64, garbage=float("nan")):
         "token_advantages": normal(B, S),
         "token_weight": normal(B, S).exp(),
     }
+    tokens["some_zero_advantages"] = tokens["token_advantages"].masked_fill(torch.arange(S) % 3 == 1, 0)
     data = {name: x.masked_fill(mask == 0, garbage).to(dtype) for name, x in tokens.items()}
     data["mask"] = mask
     data["advantages"] = torch.tensor([1.3, -0.7, 0.9, -1.1, 0.4, -0.2], dtype=dtype)
@@ -75,6 +76,7 @@ DATA = batch()
 MODIFIERS = {
     "plain": {},
     "token_advantages": {"advantages": "token_advantages"},
+    "some_zero_advantages": {"advantages": "some_zero_advantages"},
     "sequence_level": {"importance_sampling_level": "sequence"},
     "no_old": {"old_log_probs": None},
     "clamp": {"log_ratio_clamp": (-0.35, 0.35)},
@@ -266,15 +268,33 @@ def test_clip_gates_act(loss_type):
         assert torch.equal(gradients["log_probs"][shown] == 0, held[shown])
 
 
+@pytest.mark.parametrize("count_empty", [True, False])
 @pytest.mark.parametrize("loss_type", ["ppo", "rloo"])
-def test_clip_extremes_leave_out_empty_sequences(loss_type):
+def test_clip_ratios_of_empty_sequences(loss_type, count_empty):
+    """Of tokens they have none; one ratio of a sequence is 1 there, which is held by no clip and counts where they do."""
     old = torch.zeros(3, 4)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
-    _, metrics = grpo_loss(old - 1, old, -torch.ones(3), mask, loss_type=loss_type)
-    assert metrics["clip_ratio/low_min"] == metrics["clip_ratio/low_mean"] == metrics["clip_ratio/region_mean"] == 1
-    _, metrics = grpo_loss(old + 1, old, torch.tensor([1.0, 1.0, -1.0]), mask, loss_type=loss_type)
+    sequences = 3 if count_empty else 2
+    options = {"loss_type": loss_type, "count_empty": count_empty, "dual_clip": 1.1}
+    _, metrics = grpo_loss(old - 1, old, -torch.ones(3), mask, **options)
+    assert metrics["clip_ratio/low_min"] == (0 if loss_type == "rloo" and count_empty else 1)
+    torch.testing.assert_close(
+        metrics["clip_ratio/low_mean"].item(), 1.0 if loss_type == "ppo" else 2 / sequences, rtol=1e-6, atol=0
+    )
+    assert metrics["clip_ratio/region_mean"] == metrics["clip_ratio/low_mean"]
+    _, metrics = grpo_loss(old + 1, old, torch.tensor([1.0, 1.0, -1.0]), mask, **options)
     assert metrics["clip_ratio/high_max"] == 1
-    assert metrics["clip_ratio/high_mean"] == (4 / 6 if loss_type == "ppo" else 1 / 2)
+    held = {"clip_ratio/high_mean": 4 / 6, "clip_ratio/dual_mean": 2 / 6}
+    for name, share in held.items():
+        expected = share if loss_type == "ppo" else 1 / sequences
+        torch.testing.assert_close(metrics[name].item(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("f", [grpo_loss, ppo_loss, value_loss])
+def test_a_misspelt_option_is_blamed_on_the_function_called(f):
+    x = torch.zeros(1, 2)
+    with pytest.raises(TypeError, match=r"(grpo|value)_loss\(\) got an unexpected keyword argument 'epsilon_high'"):
+        f(x, x, x, epsilon_high=0.3)
 
 
 def test_two_sided_and_dual_clip_are_the_same_bound():

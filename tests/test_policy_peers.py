@@ -30,6 +30,7 @@ ROLLOUT = OLD + 0.3 * normal(3, B, S)
 ENTROPY = normal(4, B, S).abs()
 A = torch.tensor([1.3, -0.7, 0.9, -1.1, 0.4, -0.2], dtype=torch.float64)
 A_TOKEN = normal(5, B, S)
+A_TOKEN[1, :2] = 0
 
 
 def gradients(loss, *leaves):
@@ -149,6 +150,22 @@ def test_trl_grpo(loss_type, setting):
         torch.testing.assert_close(metrics[name].item(), theirs[name], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_trl_counts_an_empty_sequence(level, monkeypatch):
+    trainer = pytest.importorskip("trl").GRPOTrainer
+    monkeypatch.setitem(globals(), "MASK", MASK * (torch.arange(B) != 2)[:, None])
+    settings = {"importance_sampling_level": level}
+    metrics, theirs = compare(
+        lambda logp, entropy: trl_loss(trainer, logp, entropy, **settings),
+        lambda logp, entropy: grpo_loss(logp, OLD, A, MASK, entropy=entropy, log_ratio_clamp=None, **settings),
+    )
+    names = [name for name in theirs if name.startswith("clip_ratio/")]
+    assert len(names) == 5
+    assert theirs["clip_ratio/region_mean"] > 0
+    for name in names:
+        torch.testing.assert_close(metrics[name].item(), theirs[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("setting", ["plain", "kl", "masks"])
 def test_trl_gmpo(setting):
     trainer = pytest.importorskip("trl.experimental.gmpo").GMPOTrainer
@@ -218,6 +235,19 @@ def test_verl(name, mode, weighted):
             **ours,
         ),
     )
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gspo", "sapo", "cispo", "geo_mean"])
+def test_verl_kl_of_a_far_token(name):
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from verl.workers.config import ActorConfig
+
+    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
+    old = OLD.clone()
+    old[0, 0] = -60
+    _, theirs = core_algos.get_policy_loss_fn(name)(old, LOGP, A_TOKEN, MASK, "token-mean", config=config)
+    _, metrics = grpo_loss(LOGP, old, A_TOKEN, MASK, **VERL[name][1])
+    torch.testing.assert_close(metrics["ppo_kl"].item(), theirs["actor/ppo_kl"])
 
 
 def test_verl_aggregation_weights_kl_and_value():
