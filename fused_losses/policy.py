@@ -347,9 +347,9 @@ def off_policy_mask(
         tensor([ True, False,  True])
     """
     sequences = _Sequences(log_probs, mask, cu_seqlens)
-    drift = sequences.hide(upcast(sampling_log_probs.detach()) - upcast(log_probs.detach()))
+    drift = sequences.hide(sampling_log_probs.detach()) - sequences.hide(log_probs.detach())
     drift = sequences.mean(drift.masked_fill(drift.isnan(), 0))
-    return (sequences.spread(advantages) >= 0) | sequences.spread(drift <= threshold)
+    return (sequences.spread(sequences.constant(advantages)) >= 0) | sequences.spread(drift <= threshold)
 
 
 def entropy_mask(
@@ -377,6 +377,7 @@ def entropy_mask(
         >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.5, 1.0]]), 0.5)
         tensor([[False,  True, False,  True]])
     """
+    same_shape(entropy=entropy, mask=mask)
     shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
     entropy = upcast(entropy.detach())
     values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty

@@ -290,6 +290,15 @@ def test_clip_ratios_of_empty_sequences(loss_type, count_empty):
         torch.testing.assert_close(metrics[name].item(), expected, rtol=1e-6, atol=0)
 
 
+def test_masks_do_not_broadcast():
+    x, one = torch.zeros(3, 4), torch.zeros(3, 1)
+    for sampling, advantages in ((one, torch.ones(3)), (x, torch.ones(2)), (x, torch.ones(1, 4))):
+        with pytest.raises(ValueError, match=r"expected a token tensor of shape \(3, 4\), got"):
+            off_policy_mask(x, sampling, advantages, 0.1)
+    with pytest.raises(ValueError, match=r"entropy and mask must have one shape, got \(3, 4\) and \(3, 1\)"):
+        entropy_mask(x, 0.5, one)
+
+
 @pytest.mark.parametrize("f", [grpo_loss, ppo_loss, value_loss])
 def test_a_misspelt_option_is_blamed_on_the_function_called(f):
     x = torch.zeros(1, 2)
