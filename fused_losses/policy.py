@@ -23,8 +23,13 @@ probability towards it or away. All that differs is how far one batch may move i
 ``sapo``        :math:`-\frac{4}{\tau}\,\sigma(\tau (r - 1))\,A`                          TRL, verl
 ``vespo``       :math:`-sg(e^{\lambda + k l - \lambda e^l})\,A \log\pi`,                  TRL
                 :math:`l = \sum_t w`
+``dppo_tv``     :math:`-sg(r)\,A \log\pi`, 0 where :math:`\pi` is above                   verl
+                :math:`\pi_{old} + \epsilon_h` for :math:`A > 0`, else below
+                :math:`\pi_{old} - \epsilon_l`
+``dppo_kl``     the same, with a coin's KL for the distance of the two                    verl
 ``reinforce``   :math:`-A \log\pi`                                                        verl
 ``gpg``         the same                                                                  verl
+``dro``         :math:`-A \log\pi + \frac{\beta}{2} w^2`                                 verl
 ==============  ========================================================================  ==================
 
 The rows that share an equation differ in their aggregation alone, an argument of its own, whose defaults are in
@@ -44,6 +49,10 @@ verl ``vanilla``                            ``ppo`` with ``dual_clip=3.0``
 verl ``gspo``                               ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
 verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
 verl ``cispo``                              ``cispo`` with ``cispo_max=None``
+verl ``dppo_tv``, ``dppo_kl``               the same with ``delta=clip_ratio_c``
+verl ``dro``                                ``dro`` with ``log_ratio_clamp=None``
+verl ``bypass_mode``                        ``ppo`` with the rollout as ``old_log_probs``; its ``reinforce``: ``gpg`` with
+                                            ``mismatch_weight(log_probs, rollout_log_probs, …)``
 DeepSpeed-Chat ``actor_loss_fn``            ``ppo``, or :func:`ppo_loss`
 ==========================================  ====================================================================
 
@@ -91,6 +100,9 @@ LOSS_TYPES = {
     "vespo": LossType("vespo", "token", "token_mean"),
     "reinforce": LossType("reinforce", "token", "seq_mean_token_sum"),
     "gpg": LossType("reinforce", "token", "token_mean"),
+    "dppo_tv": LossType("dppo_tv", "token", "token_mean"),
+    "dppo_kl": LossType("dppo_kl", "token", "token_mean"),
+    "dro": LossType("dro", "token", "token_mean"),
 }
 
 
@@ -567,6 +579,16 @@ def _gmpo(w: Tensor, clipped: Tensor, advantages: Tensor, sequences: _Sequences,
     return -advantages * sequences.spread(sequences.mean(c, kept)).exp()
 
 
+def _dppo_distance(log_probs: Tensor, old_log_probs: Tensor, surrogate: str) -> Tensor:
+    """DPPO (2602.04879): how far a token's probability went from the old one, as a coin's; negative where it fell."""
+    p, q = log_probs.detach().exp(), old_log_probs.exp()
+    if surrogate == "dppo_tv":
+        return p - q
+    not_p, not_q = (1 - p).clamp(min=0), (1 - q).clamp(min=0)  # rounded log-probabilities may lie above 0
+    kl = q * (old_log_probs - log_probs.detach()) + not_q * ((not_q + 1e-8) / (not_p + 1e-8)).log()
+    return torch.where(p < q, -kl, kl)
+
+
 def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
@@ -585,6 +607,7 @@ def grpo_loss(
     sapo_temperature_neg: float = 1.05,
     vespo_pos: tuple[float, float] = (2.0, 3.0),
     vespo_neg: tuple[float, float] = (3.0, 2.0),
+    dro_beta: float = 1.0,
     rollout_log_probs: Tensor | None = None,
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
@@ -623,7 +646,7 @@ def grpo_loss(
 
     Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
     ``PolicyLoss``. Papers: PPO 1707.06347, GRPO 2402.03300, RLOO 2402.14740, DAPO 2503.14476, Dr. GRPO 2503.20783,
-    GPG 2504.02546, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347, VESPO 2602.10693.
+    GPG 2504.02546, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347, DPPO 2602.04879, VESPO 2602.10693.
 
     Args:
         log_probs: ``(B, S)``, or packed ``(1, total)``: of the sampled tokens under the policy, nats.
@@ -633,8 +656,9 @@ def grpo_loss(
         loss_type: a row of the module's table.
         importance_sampling_level: ``"token"`` or ``"sequence"`` (the ratio of the geometric means, one per sequence);
             ``None``: the loss type's own. LUSPO's authors want ``"sequence"``; TRL's default is ``"token"``.
-        eps_low, eps_high: the clip, ``1 − eps_low … 1 + eps_high``; gmpo's in log space, where 0.4 is usual.
-        delta: bound on the ratio itself before the clip's minimum is taken (TRL); default none.
+        eps_low, eps_high: the clip, ``1 − eps_low … 1 + eps_high``; gmpo's in log space, where 0.4 is usual; dppo's on
+            total variation or KL.
+        delta: bound on the ratio itself before the clip's minimum is taken (TRL), and on dppo's; default none.
         dual_clip: bound on the ratio of a token with negative advantage; default none, verl 3.0. Must be above 1.
         log_ratio_clamp: each token's :math:`w` is kept within it, before any mean, sums also after (``gspo-token``:
             only the sum of its two exponents). Default ±20, OpenRLHF 0.11 and verl; ``None``: TRL.
@@ -642,6 +666,7 @@ def grpo_loss(
             clipped to ``1 − eps_low … 1 + eps_high``, as verl.
         sapo_temperature_pos, sapo_temperature_neg: SAPO's :math:`\tau` for ``A > 0``, and otherwise.
         vespo_pos, vespo_neg: VESPO's :math:`(k, \lambda)` for ``A ≥ 0``, and for negative advantages.
+        dro_beta: DRO's :math:`\beta`; verl has no default.
         rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
         off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
         mismatch_weight: per sequence or per token; see :func:`mismatch_weight`.
@@ -719,6 +744,12 @@ def grpo_loss(
         loss = _gmpo(held, held.clamp(low, high), A, sequences, kept)
         if weight is not None and weight.dim() == 2:
             weight = sequences.mean((weight + 1e-10).log()).exp()
+    elif surrogate in ("dppo_tv", "dppo_kl"):
+        held, low, high = _dppo_distance(log_probs, old_log_probs, surrogate), -eps_low, eps_high
+        trusted = torch.where(A > 0, held <= high, held >= low)
+        loss = (-(r if delta is None else r.clamp(max=delta)).detach() * A * log_probs).where(trusted, 0)
+    elif surrogate == "dro":
+        loss = -A * log_probs + dro_beta / 2 * _clamp(log_probs - old_log_probs, log_ratio_clamp).square()
     else:
         loss = -A * log_probs
 
@@ -765,7 +796,7 @@ def grpo_loss(
             else:
                 bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
             total = total - entropy_coef * bonus
-    if surrogate in ("clip", "cispo", "gmpo"):
+    if surrogate in ("clip", "cispo", "gmpo", "dppo_tv", "dppo_kl"):
         metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences, one_each, count_empty)
     if surrogate == "clip" and dual_clip is not None:
         metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0), one_each, count_empty)

@@ -253,6 +253,7 @@ def grpo_loss(
     sapo_temperature_neg: float = 1.05,
     vespo_pos: tuple[float, float] = (2.0, 3.0),
     vespo_neg: tuple[float, float] = (3.0, 2.0),
+    dro_beta: float = 1.0,
     rollout_log_probs: Tensor | None = None,
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
@@ -276,6 +277,9 @@ def grpo_loss(
         "cispo": "token_mean",
         "vespo": "token_mean",
         "gpg": "token_mean",
+        "dppo_tv": "token_mean",
+        "dppo_kl": "token_mean",
+        "dro": "token_mean",
         "dr_grpo": "seq_mean_token_sum_norm",
         "luspo": "seq_mean_token_sum",
         "reinforce": "seq_mean_token_sum",
@@ -333,6 +337,22 @@ def grpo_loss(
             policy = [-advantage * torch.exp(torch.as_tensor(mean)) for advantage in a]
             if mismatch_weight is not None and mismatch_weight.dim() == 2 and mismatch_weight.shape[1] > 1:
                 weight = [math.exp(_mean([math.log(x + 1e-10) for x in weight]))] * len(row)
+        elif loss_type in ("dppo_tv", "dppo_kl"):
+            # How far the token's coin moved towards where the advantage pulls it, against the bound on that side.
+            lower, upper = -eps_low, eps_high
+            held, policy = [], []
+            for i, t in enumerate(row):
+                p, q = math.exp(logp[i].item()), math.exp(old[b, t].item())
+                moved = abs(p - q)
+                if loss_type == "dppo_kl":
+                    not_p, not_q = max(1 - p, 0), max(1 - q, 0)
+                    moved = q * math.log(q / p) + not_q * math.log((not_q + 1e-8) / (not_p + 1e-8))
+                held.append(moved if p > q else -moved)
+                too_far = (p > q and moved > eps_high) if a[i] > 0 else (p < q and moved > eps_low)
+                weight_of_it = 0.0 if too_far else _clamp(r[i].detach(), None, delta)
+                policy.append(-weight_of_it * a[i] * logp[i])
+        elif loss_type == "dro":
+            policy = [dro_beta * _clamp(w[i], *bounds) ** 2 / 2 - a[i] * logp[i] for i in range(len(row))]
         elif loss_type in ("reinforce", "gpg"):
             policy = [-advantage * x for advantage, x in zip(a, logp, strict=True)]
         else:
@@ -383,13 +403,13 @@ def grpo_loss(
         metrics["kl"] = _mean([kl[b][t] for b, row in enumerate(rows) for t in row])
     if entropy is not None:
         metrics["entropy"] = _mean([entropy[b, t] for b, row in enumerate(rows) for t in row])
-    if loss_type not in ("sapo", "vespo", "reinforce", "gpg"):
+    if loss_type not in ("sapo", "vespo", "reinforce", "gpg", "dro"):
         metrics["clip_ratio/low_mean"] = average(low_clips)
         metrics["clip_ratio/high_mean"] = average(high_clips)
         metrics["clip_ratio/region_mean"] = average(low_clips) + average(high_clips)
         metrics["clip_ratio/low_min"] = min((_mean(x) for x in low_clips), default=1.0)
         metrics["clip_ratio/high_max"] = max((_mean(x) for x in high_clips), default=0.0)
-        if loss_type not in ("cispo", "gmpo") and dual_clip is not None:
+        if loss_type not in ("cispo", "gmpo", "dppo_tv", "dppo_kl") and dual_clip is not None:
             metrics["clip_ratio/dual_mean"] = average(dual_clips)
     return total, {name: float(torch.as_tensor(x).detach()) for name, x in metrics.items()}
 

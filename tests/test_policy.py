@@ -123,6 +123,9 @@ SPECIFIC = {
         "two_sided_low": {"cispo_max": None, "eps_low": 0.3},
         "two_sided_high": {"cispo_max": None, "eps_high": 0.3},
     },
+    "dppo_tv": {"eps_low": {"eps_low": 0.1}, "eps_high": {"eps_high": 0.1}, "delta": {"delta": 1.1}},
+    "dppo_kl": {"eps_low": {"eps_low": 0.02}, "eps_high": {"eps_high": 0.02}, "delta": {"delta": 1.1}},
+    "dro": {"dro_beta": {"dro_beta": 0.3}},
     "sapo": {"pos": {"sapo_temperature_pos": 1.5}, "neg": {"sapo_temperature_neg": 1.5}},
     "vespo": {
         "k_pos": {"vespo_pos": (2.5, 3.0)},
@@ -212,6 +215,7 @@ def test_every_option_changes_the_number(loss_type):
         "vespo": {"clamp", "sequence_level"},  # has its own clamp and its own sequence ratio
         "reinforce": {"clamp", "sequence_level", "no_old"},  # has no ratio
         "gpg": {"clamp", "sequence_level", "no_old"},
+        "dro": {"sequence_level"},
         "gmpo": {"sequence_level"},  # is a sequence level
         "gspo": {"sequence_level"},
         "gspo-token": {"sequence_level"},  # gspo, for advantages per sequence
@@ -249,10 +253,12 @@ def test_aggregations_differ(loss_type):
     assert coinciding(results) == expected
 
 
-@pytest.mark.parametrize("loss_type", ["ppo", "gspo", "gspo-token", "rloo", "gmpo", "cispo"])
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo", "gspo-token", "rloo", "gmpo", "cispo", "dppo_tv", "dppo_kl"])
 def test_clip_gates_act(loss_type):
     """A token that a gate holds takes no gradient, on both sides; and each gate holds some token and not every one."""
     options = {"dual_clip": 1.3} if LOSS_TYPES[loss_type].surrogate == "clip" else {}
+    if loss_type.startswith("dppo"):
+        options = {"eps_low": 0.02, "eps_high": 0.02}
     _, metrics, gradients = run(grpo_loss, DATA, loss_type=loss_type, cispo_max=1.3, **options)
     assert 0 < metrics["clip_ratio/high_mean"] < 1
     assert 0 < metrics["clip_ratio/high_max"] <= 1
@@ -260,6 +266,10 @@ def test_clip_gates_act(loss_type):
         assert 0 < metrics["clip_ratio/low_mean"] < 1
     if "dual_clip" in options:
         assert 0 < metrics["clip_ratio/dual_mean"] < 1
+    if loss_type.startswith("dppo"):
+        shown = DATA["mask"] != 0
+        dropped = (gradients["log_probs"][shown] == 0).float().mean()
+        torch.testing.assert_close(dropped, metrics["clip_ratio/region_mean"], check_dtype=False)
     if loss_type == "ppo":
         r = (DATA["log_probs"] - DATA["old_log_probs"]).exp()
         A = DATA["advantages"][:, None].expand_as(r)

@@ -25,6 +25,7 @@ def normal(seed, *shape):
 
 LOGP = -0.1 - normal(0, B, S).abs()
 OLD = LOGP - torch.tensor([0.4, -0.4, 0, 0.45, -0.05, 0.02])[:, None] - 0.4 * normal(1, B, S)
+OLD = OLD.clamp(max=-0.01)
 REF = LOGP - 0.5 * normal(2, B, S)
 ROLLOUT = OLD + 0.3 * normal(3, B, S)
 ENTROPY = normal(4, B, S).abs()
@@ -195,6 +196,7 @@ def test_trl_rloo():
     compare(theirs, lambda logp, entropy: grpo_loss(logp, OLD, A, MASK, loss_type="rloo", log_ratio_clamp=None))
 
 
+# clip_ratio_c bounds DPPO's ratio.
 VERL = {
     "vanilla": ({}, {"loss_type": "ppo", "dual_clip": 3.0}),
     "vanilla, dual clip": ({"clip_ratio_c": 1.3}, {"loss_type": "ppo", "dual_clip": 1.3}),
@@ -203,6 +205,9 @@ VERL = {
     "gpg": ({}, {"loss_type": "gpg"}),
     "cispo": ({}, {"loss_type": "cispo", "cispo_max": None}),
     "geo_mean": ({}, {"loss_type": "gmpo", "count_empty": True, "log_ratio_clamp": None}),
+    "dppo_tv": ({"clip_ratio_c": 1.2}, {"loss_type": "dppo_tv", "delta": 1.2}),
+    "dppo_kl": ({"clip_ratio_c": 1.2}, {"loss_type": "dppo_kl", "delta": 1.2}),
+    "dro": ({"dro_beta": 0.3}, {"loss_type": "dro", "dro_beta": 0.3, "log_ratio_clamp": None}),
 }
 
 
@@ -211,16 +216,18 @@ VERL = {
 @pytest.mark.parametrize("name", VERL)
 def test_verl(name, mode, weighted):
     core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
-    from verl.workers.config import ActorConfig
+    from verl.workers.config import ActorConfig, PolicyLossConfig
 
     settings, options = VERL[name]
-    config = ActorConfig(
-        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, clip_ratio_low=0.2, clip_ratio_high=0.3, **settings
-    )
+    if "dro_beta" in settings:
+        settings = {"policy_loss": PolicyLossConfig(loss_mode="dro", **settings)}
+    bounds = (0.03, 0.05) if name.startswith("dppo") else (0.2, 0.3)
+    clip = {"clip_ratio_low": bounds[0], "clip_ratio_high": bounds[1]}
+    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clip | settings)
     kind = name.split(",")[0]
     fixed = kind in ("sapo", "geo_mean", "gspo")
     weight = mismatch_weight(OLD, ROLLOUT, MASK, high=1.5)[0] if weighted else None
-    ours = {"eps_low": 0.2, "eps_high": 0.3, "count_empty": False} | options
+    ours = {"eps_low": bounds[0], "eps_high": bounds[1], "count_empty": False} | options
     compare(
         lambda logp, entropy: core_algos.get_policy_loss_fn(kind)(
             OLD, logp, A_TOKEN, MASK, mode, config=config, rollout_is_weights=weight
@@ -237,7 +244,7 @@ def test_verl(name, mode, weighted):
     )
 
 
-@pytest.mark.parametrize("name", ["vanilla", "gspo", "sapo", "cispo", "geo_mean"])
+@pytest.mark.parametrize("name", ["vanilla", "gspo", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl"])
 def test_verl_kl_of_a_far_token(name):
     core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
     from verl.workers.config import ActorConfig
