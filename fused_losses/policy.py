@@ -27,6 +27,8 @@ probability towards it or away. All that differs is how far one batch may move i
                 :math:`\pi_{old} + \epsilon_h` for :math:`A > 0`, else below
                 :math:`\pi_{old} - \epsilon_l`
 ``dppo_kl``     the same, with a coin's KL for the distance of the two                    verl
+``kl_cov``      :math:`-rA`, and :math:`+ c\,|w|` for the share of tokens where       verl
+                :math:`A` and :math:`\log\pi` are highest together
 ``reinforce``   :math:`-A \log\pi`                                                        verl
 ``gpg``         the same                                                                  verl
 ``dro``         :math:`-A \log\pi + \frac{\beta}{2} w^2`                                 verl
@@ -50,7 +52,7 @@ verl ``gspo``                               ``gspo-token`` with ``log_ratio_clam
 verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
 verl ``cispo``                              ``cispo`` with ``cispo_max=None``
 verl ``dppo_tv``, ``dppo_kl``               the same with ``delta=clip_ratio_c``
-verl ``dro``                                ``dro`` with ``log_ratio_clamp=None``
+verl ``dro``, ``kl_cov``                    the same with ``log_ratio_clamp=None``
 verl ``bypass_mode``                        ``ppo`` with the rollout as ``old_log_probs``; its ``reinforce``: ``gpg`` with
                                             ``mismatch_weight(log_probs, rollout_log_probs, …)``
 DeepSpeed-Chat ``actor_loss_fn``            ``ppo``, or :func:`ppo_loss`
@@ -103,6 +105,7 @@ LOSS_TYPES = {
     "dppo_tv": LossType("dppo_tv", "token", "token_mean"),
     "dppo_kl": LossType("dppo_kl", "token", "token_mean"),
     "dro": LossType("dro", "token", "token_mean"),
+    "kl_cov": LossType("kl_cov", "token", "token_mean"),
 }
 
 
@@ -589,6 +592,16 @@ def _dppo_distance(log_probs: Tensor, old_log_probs: Tensor, surrogate: str) -> 
     return torch.where(p < q, -kl, kl)
 
 
+def _highest_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor, ratio: float) -> Tensor:
+    """KL-Cov (2505.22617): the tokens, at least one, that take the most entropy from the policy; bool ``(B, S)``."""
+    A, logp = advantages.expand_as(mask), log_probs.detach()
+    covariance = (A - masked_mean(A, mask)) * (logp - masked_mean(logp, mask))
+    order = covariance.masked_fill(~mask, -inf).flatten().argsort(descending=True, stable=True)
+    number = (mask.sum().double() * ratio).long().clamp(min=1)
+    chosen = torch.arange(len(order), device=order.device) < number
+    return torch.zeros_like(chosen).scatter(0, order, chosen).view_as(mask) & mask
+
+
 def grpo_loss(
     log_probs: Tensor,
     old_log_probs: Tensor | None,
@@ -608,6 +621,8 @@ def grpo_loss(
     vespo_pos: tuple[float, float] = (2.0, 3.0),
     vespo_neg: tuple[float, float] = (3.0, 2.0),
     dro_beta: float = 1.0,
+    kl_cov_ratio: float = 0.0002,
+    kl_cov_coef: float = 0.1,
     rollout_log_probs: Tensor | None = None,
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
@@ -645,8 +660,9 @@ def grpo_loss(
     4. ``− entropy_coef ·`` the mean entropy, of the tokens the entropy mask keeps.
 
     Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
-    ``PolicyLoss``. Papers: PPO 1707.06347, GRPO 2402.03300, RLOO 2402.14740, DAPO 2503.14476, Dr. GRPO 2503.20783,
-    GPG 2504.02546, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347, DPPO 2602.04879, VESPO 2602.10693.
+    ``PolicyLoss``. Papers: PPO 1707.06347, GRPO 2402.03300, RLOO 2402.14740, DAPO 2503.14476, Dr. GRPO 2503.20783, GPG
+    2504.02546, KL-Cov 2505.22617, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347, DPPO 2602.04879,
+    VESPO 2602.10693.
 
     Args:
         log_probs: ``(B, S)``, or packed ``(1, total)``: of the sampled tokens under the policy, nats.
@@ -667,6 +683,8 @@ def grpo_loss(
         sapo_temperature_pos, sapo_temperature_neg: SAPO's :math:`\tau` for ``A > 0``, and otherwise.
         vespo_pos, vespo_neg: VESPO's :math:`(k, \lambda)` for ``A ≥ 0``, and for negative advantages.
         dro_beta: DRO's :math:`\beta`; verl has no default.
+        kl_cov_ratio: the share of this batch's tokens that kl_cov holds near the old policy.
+        kl_cov_coef: its :math:`c`, verl's ``ppo_kl_coef``.
         rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
         off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
         mismatch_weight: per sequence or per token; see :func:`mismatch_weight`.
@@ -750,6 +768,8 @@ def grpo_loss(
         loss = (-(r if delta is None else r.clamp(max=delta)).detach() * A * log_probs).where(trusted, 0)
     elif surrogate == "dro":
         loss = -A * log_probs + dro_beta / 2 * _clamp(log_probs - old_log_probs, log_ratio_clamp).square()
+    elif surrogate == "kl_cov":
+        loss = -r * A + (kl_cov_coef * log_ratio.abs()).where(_highest_covariance(log_probs, A, mask, kl_cov_ratio), 0)
     else:
         loss = -A * log_probs
 

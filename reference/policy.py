@@ -254,6 +254,8 @@ def grpo_loss(
     vespo_pos: tuple[float, float] = (2.0, 3.0),
     vespo_neg: tuple[float, float] = (3.0, 2.0),
     dro_beta: float = 1.0,
+    kl_cov_ratio: float = 0.0002,
+    kl_cov_coef: float = 0.1,
     rollout_log_probs: Tensor | None = None,
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
@@ -280,6 +282,7 @@ def grpo_loss(
         "dppo_tv": "token_mean",
         "dppo_kl": "token_mean",
         "dro": "token_mean",
+        "kl_cov": "token_mean",
         "dr_grpo": "seq_mean_token_sum_norm",
         "luspo": "seq_mean_token_sum",
         "reinforce": "seq_mean_token_sum",
@@ -300,6 +303,15 @@ def grpo_loss(
     if off_policy_mask_threshold is not None:
         sampling = old if rollout_log_probs is None else rollout_log_probs
         worth = off_policy_mask(log_probs, sampling, advantages, off_policy_mask_threshold, mask)
+
+    shown = [(b, t) for b, row in enumerate(rows) for t in row]
+    mean_a = _mean([_at(advantages, b, t).item() for b, t in shown])
+    mean_logp = _mean([log_probs[b, t].item() for b, t in shown])
+
+    def covariance(token: tuple[int, int]) -> float:
+        return (_at(advantages, *token).item() - mean_a) * (log_probs[token].item() - mean_logp)
+
+    penalised = sorted(shown, key=covariance, reverse=True)[: max(int(len(shown) * kl_cov_ratio), 1)]
 
     zero = log_probs.new_zeros(())
     loss = [[zero] * mask.shape[1] for _ in rows]
@@ -353,6 +365,11 @@ def grpo_loss(
                 policy.append(-weight_of_it * a[i] * logp[i])
         elif loss_type == "dro":
             policy = [dro_beta * _clamp(w[i], *bounds) ** 2 / 2 - a[i] * logp[i] for i in range(len(row))]
+        elif loss_type == "kl_cov":
+            policy = [-r[i] * a[i] for i in range(len(row))]
+            for i, t in enumerate(row):
+                if (b, t) in penalised:
+                    policy[i] = policy[i] + kl_cov_coef * r[i].log().abs()
         elif loss_type in ("reinforce", "gpg"):
             policy = [-advantage * x for advantage, x in zip(a, logp, strict=True)]
         else:
@@ -403,7 +420,7 @@ def grpo_loss(
         metrics["kl"] = _mean([kl[b][t] for b, row in enumerate(rows) for t in row])
     if entropy is not None:
         metrics["entropy"] = _mean([entropy[b, t] for b, row in enumerate(rows) for t in row])
-    if loss_type not in ("sapo", "vespo", "reinforce", "gpg", "dro"):
+    if loss_type not in ("sapo", "vespo", "reinforce", "gpg", "dro", "kl_cov"):
         metrics["clip_ratio/low_mean"] = average(low_clips)
         metrics["clip_ratio/high_mean"] = average(high_clips)
         metrics["clip_ratio/region_mean"] = average(low_clips) + average(high_clips)

@@ -126,6 +126,7 @@ SPECIFIC = {
     "dppo_tv": {"eps_low": {"eps_low": 0.1}, "eps_high": {"eps_high": 0.1}, "delta": {"delta": 1.1}},
     "dppo_kl": {"eps_low": {"eps_low": 0.02}, "eps_high": {"eps_high": 0.02}, "delta": {"delta": 1.1}},
     "dro": {"dro_beta": {"dro_beta": 0.3}},
+    "kl_cov": {"ratio": {"kl_cov_ratio": 0.4}, "coef": {"kl_cov_coef": 0.7}},
     "sapo": {"pos": {"sapo_temperature_pos": 1.5}, "neg": {"sapo_temperature_neg": 1.5}},
     "vespo": {
         "k_pos": {"vespo_pos": (2.5, 3.0)},

@@ -207,6 +207,10 @@ VERL = {
     "geo_mean": ({}, {"loss_type": "gmpo", "count_empty": True, "log_ratio_clamp": None}),
     "dppo_tv": ({"clip_ratio_c": 1.2}, {"loss_type": "dppo_tv", "delta": 1.2}),
     "dppo_kl": ({"clip_ratio_c": 1.2}, {"loss_type": "dppo_kl", "delta": 1.2}),
+    "kl_cov": (
+        {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.7},
+        {"loss_type": "kl_cov", "kl_cov_ratio": 0.3, "kl_cov_coef": 0.7, "log_ratio_clamp": None},
+    ),
     "dro": ({"dro_beta": 0.3}, {"loss_type": "dro", "dro_beta": 0.3, "log_ratio_clamp": None}),
 }
 
@@ -219,8 +223,8 @@ def test_verl(name, mode, weighted):
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     settings, options = VERL[name]
-    if "dro_beta" in settings:
-        settings = {"policy_loss": PolicyLossConfig(loss_mode="dro", **settings)}
+    if name in ("dro", "kl_cov"):
+        settings = {"policy_loss": PolicyLossConfig(loss_mode=name, **settings)}
     bounds = (0.03, 0.05) if name.startswith("dppo") else (0.2, 0.3)
     clip = {"clip_ratio_low": bounds[0], "clip_ratio_high": bounds[1]}
     config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, **clip | settings)
