@@ -304,14 +304,14 @@ def grpo_loss(
         sampling = old if rollout_log_probs is None else rollout_log_probs
         worth = off_policy_mask(log_probs, sampling, advantages, off_policy_mask_threshold, mask)
 
-    shown = [(b, t) for b, row in enumerate(rows) for t in row]
-    mean_a = _mean([_at(advantages, b, t).item() for b, t in shown])
-    mean_logp = _mean([log_probs[b, t].item() for b, t in shown])
+    tokens = [(b, t) for b, row in enumerate(rows) for t in row]
+    mean_a = _mean([_at(advantages, b, t).item() for b, t in tokens])
+    mean_logp = _mean([log_probs[b, t].item() for b, t in tokens])
 
     def covariance(token: tuple[int, int]) -> float:
         return (_at(advantages, *token).item() - mean_a) * (log_probs[token].item() - mean_logp)
 
-    penalised = sorted(shown, key=covariance, reverse=True)[: max(int(len(shown) * kl_cov_ratio), 1)]
+    penalised = sorted(tokens, key=covariance, reverse=True)[: max(int(len(tokens) * kl_cov_ratio), 1)]
 
     zero = log_probs.new_zeros(())
     loss = [[zero] * mask.shape[1] for _ in rows]
@@ -323,7 +323,8 @@ def grpo_loss(
         a = [_at(advantages, b, t) for t in row]
         r = _ratio(w, logp, level, bounds) if row else []
         weight = [1.0 if mismatch_weight is None else _at(mismatch_weight, b, t).item() for t in row]
-        held, lower, upper = r, low, high
+        held: list[Any] = r
+        lower, upper = low, high
 
         if loss_type == "cispo":
             lower, upper = (low, high) if cispo_max is None else (-math.inf, cispo_max)
