@@ -23,6 +23,7 @@ from .modules import (
     PairWiseLoss,
     PolicyLoss,
     PRMLoss,
+    SFTLoss,
     ValueLoss,
     VanillaKTOLoss,
 )
@@ -93,6 +94,7 @@ __all__ = [
     "Plan",
     "PolicyLoss",
     "RunningMean",
+    "SFTLoss",
     "TokenStatistics",
     "ValueLoss",
     "VanillaKTOLoss",
