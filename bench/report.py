@@ -163,7 +163,9 @@ def made_with(results: Sequence[dict[str, Any]]) -> str:
         f"{name} {r['versions'][name]}" for r in results for name in ("torch", "triton") if name in r["versions"]
     }
     commits = dict.fromkeys((r["commit"] or "unknown")[:7] for r in sorted(results, key=lambda r: r["date"]))
-    return ", ".join([*sorted(versions), f"commit{'s' * (len(commits) > 1)} {' and '.join(commits)}"])
+    *all_but_last, last = commits
+    names = f"commits {', '.join(all_but_last)} and {last}" if all_but_last else f"commit {last}"
+    return ", ".join([*sorted(versions), names])
 
 
 def speed(row: Row) -> float:
