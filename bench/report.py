@@ -145,7 +145,10 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     tables = []
     for device in dict.fromkeys(key[0] for key in lines):
         made = made_with([result for result in results if result["device"] == device])
-        tables.append(f"{device}, {made}; peaks are above the inputs and include the gradients:")
+        tables.append(
+            f"{device}, {made}. Peaks are above the inputs and include the gradients; the least is in the smallest workspace "
+            "tried, or in place. The floor is the fewest operations, or bytes, at the rate that the same run measured."
+        )
         weighed = [line[:4] for key, line in lines.items() if key[0] == device and not line[4]]
         timed = [line for key, line in lines.items() if key[0] == device and line[4]]
         tables += [markdown_table(columns[:4], weighed)] if weighed else []
