@@ -60,10 +60,10 @@ def traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
 
 
-def hooks_take_saved() -> bool:
-    """Whether hooks take what forward saves: checkpointing makes it again, under settings that may have changed, and logits
-    are sooner made again than moved to another memory and back."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def may_save(t: Tensor) -> bool:
+    """Whether forward may save what backward could make again: not while shapes are unknown, nor where hooks take it, since
+    checkpointing makes it again, under settings that may have changed, and logits are sooner made again than moved."""
+    return not traced(t) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:

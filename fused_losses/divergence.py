@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from .autodiff import (
+    absent,
     differentiable_gradients,
+    present,
     refuse_shard,
     save_for_backward,
     saved_tensors,
@@ -73,7 +75,7 @@ def divergence_rows(
         backend, *_of_shard(shard, student, teacher, ids), None, None, kind=kind, beta=beta, temperature=temperature,
         labels=labels,
     )  # fmt: skip
-    return found, found.new_zeros(()) if nll is None else nll
+    return found, present(nll, found)
 
 
 def _of_shard(
@@ -90,7 +92,7 @@ def _(
     student: Tensor, teacher: Tensor, ids: Tensor | None, labels: bool, *options: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     found = student.new_empty(student.shape[0] * student.shape[2], dtype=statistics_dtype(student.dtype))
-    return found, torch.empty_like(found) if labels else found.new_zeros(())
+    return found, torch.empty_like(found) if labels else absent(found)
 
 
 @torch.library.custom_op("fused_losses::divergence_rows_grad", mutates_args=())
@@ -119,7 +121,7 @@ def divergence_rows_grad(
         backend, part, *logits, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=hard is not None,
         soft=soft, hard=hard, d_student=d_student, d_teacher=d_teacher,
     )  # fmt: skip
-    first, second = (soft.new_zeros(()) if x is None else x for x in whole)
+    first, second = (present(x, soft) for x in whole)
     return first, second
 
 
@@ -127,7 +129,7 @@ def divergence_rows_grad(
 def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     wanted = rest[6]
     first, second = (
-        torch.empty_like(x) if want else x.new_zeros(()) for x, want in zip((student, teacher), wanted, strict=True)
+        torch.empty_like(x) if want else absent(x) for x, want in zip((student, teacher), wanted, strict=True)
     )
     return first, second
 
@@ -148,7 +150,7 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
 
         def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:
             found, nll = _differentiable(student, teacher, ids, ctx.labels, Divergence(*ctx.which))
-            return [found, found.new_zeros(()) if nll is None else nll]
+            return [found, present(nll, found)]
 
         return *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)), *rest
     hard = d_nll if ctx.labels else None

@@ -25,9 +25,11 @@ from . import settings
 HANDLERS: dict[str, Callable[..., Any]] = {}
 _KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
 # Other spellings that PyTorch takes.
-_ALIASES = {"axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim", "a": "input", "x": "input"}
-_ALIASES |= {"x1": "input", "x2": "other", "split_size": "split_size_or_sections"}
-_ALIASES |= {"split_sizes": "split_size_or_sections"}
+_ALIASES = {
+    **dict.fromkeys(("a", "x", "x1"), "input"),
+    **dict.fromkeys(("split_size", "split_sizes"), "split_size_or_sections"),
+    **{"x2": "other", "axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
+}
 
 _BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
 _CHANGING = [f"__i{name}__" for name in _BINARY] + ["__setitem__"]

@@ -18,11 +18,10 @@ from . import library_tiles
 from .autodiff import (
     absent,
     differentiable_gradients,
-    hooks_take_saved,
+    may_save,
     present,
     read_again,
     refuse_shard,
-    traced,
     transforms_active,
 )
 from .chunked import linear_softmax as chunked_linear_softmax
@@ -49,17 +48,16 @@ def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
 
 
 def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
-    """How many columns of logits forward saves; none where no backward follows, or none whose shapes are known yet, or
-    where hooks take them."""
-    if (
-        traced(head.hidden)
-        or not torch.is_grad_enabled()
-        or not any(t is not None and t.requires_grad for t in head.inputs)
-        or hooks_take_saved()
-    ):
+    """How many columns of logits forward saves; none where no backward follows."""
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.inputs)
+    if not trained or not may_save(head.hidden):
         return 0
     chosen = head.plan(tokens, route="recompute", workspace=workspace, backend=backend)
     return min(chosen.saved, head.weight.shape[0])
+
+
+def _room_to_save(hidden: Tensor, tokens: int, columns: int) -> Tensor | None:
+    return hidden.new_empty(tokens, padded(columns), dtype=statistics_dtype(hidden.dtype)) if columns else None
 
 
 def begin_sums(shard: VocabShard, *tensors: Tensor | None) -> list[Callable[[], Any]]:
@@ -91,7 +89,7 @@ def linear_rows(
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
-    saved_logits = hidden.new_empty(M, padded(columns), dtype=statistics_dtype(hidden.dtype)) if columns else None
+    saved_logits = _room_to_save(hidden, M, columns)
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         with full_precision(hidden.device):
@@ -152,7 +150,7 @@ def _(
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
-    saved_logits = hidden.new_empty(M, padded(columns), dtype=statistics_dtype(hidden.dtype)) if columns else None
+    saved_logits = _room_to_save(hidden, M, columns)
     return tuple(present(s, hidden) for s in (*room, saved_logits))
 
 

@@ -17,7 +17,6 @@ from .gradients_in_forward import loss_and_gradients, with_gradients
 from .head import check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
-from .planning import plan
 from .row_statistics import Coefficients, RowStatistics, coefficients, where_ids_stand
 from .settings import Backend, resolve_backend
 from .token_statistics import TokenStatistics, target_ids, token_statistics
@@ -108,8 +107,7 @@ def token_loss(
             head = head_of(logits)
             check_head(head)
             chosen_backend = resolve_backend(head.hidden, backend)
-            V_planned, H, dtype = head.planned_vocab, head.hidden.shape[1], head.hidden.dtype
-            chosen = plan(N, V_planned, H, dtype, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
+            chosen = head.plan(N, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
             in_forward = chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
             if in_forward:
                 head, _ = ready(head, None)

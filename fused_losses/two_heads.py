@@ -6,8 +6,8 @@ product over a side's logits:
 
 - a sum over tokens (:func:`two_heads_loss`) makes its gradients in forward: ``6NVH`` for a side that trains, ``2NVH`` for one
   that does not. Backward multiplies by the upstream gradient.
-- per-token results (:func:`two_heads_rows`) make the logits again in backward, ``2NVH`` more for each side. But the room of a
-  chunk forward leaves full: of the gradient, as if each token's upstream gradient were 1, which backward only multiplies.
+- per-token results (:func:`two_heads_rows`) make the logits again in backward, ``2NVH`` more for each side. But of one
+  chunk forward saves the logits' gradient, as if each token's upstream gradient were 1, which backward only multiplies.
 
 A side may also be a tensor of logits: a :class:`Head` whose ``hidden`` is them and whose ``weight`` is None.
 
@@ -29,13 +29,12 @@ from .autodiff import (
     absent,
     check_differentiable,
     differentiable_gradients,
-    hooks_take_saved,
+    may_save,
     present,
     read_again,
     refuse_shard,
     save_for_backward,
     saved_tensors,
-    traced,
 )
 from .chunked.divergence_rows import differentiable_rows, whole_normalizers
 from .chunked.linear_softmax import TILE
@@ -345,8 +344,8 @@ def both_heads(
             divergence[rows] = found
             if nll is not None and found_nll is not None:
                 nll[rows] = found_nll
-            for side, d in zip(sides, d_logits, strict=True):
-                if not save:
+            if not save:
+                for side, d in zip(sides, d_logits, strict=True):
                     side.add(d, rows, first=start == 0)
     if save:
         return divergence, nll, [side.d_room if side.wanted else None for side in sides]
@@ -370,9 +369,9 @@ def saved_tokens(
     heads: tuple[Head, Head], M: int, wanted: Sequence[bool], labels: bool, workspace: int, backend: str
 ) -> int:
     """How many tokens' gradients of the logits forward saves: none where a row has two upstream gradients, or where no
-    backward follows or is traced, or where hooks take them, or where the gradient is itself a result, or in float16, whose
-    range takes knowing the upstream gradient."""
-    if labels or not any(wanted) or traced(heads[0].hidden) or hooks_take_saved():
+    backward follows, or where the gradient is itself a result, or in float16, whose range takes knowing the upstream
+    gradient."""
+    if labels or not any(wanted) or not may_save(heads[0].hidden):
         return 0
     trained = [head for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True) if any(side)]
     if any(head.weight is None or head.hidden.dtype == torch.float16 for head in trained):
@@ -472,7 +471,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     sums = chunks_of(heads, M, wanted, workspace, backend).sums
     dtypes = [dtype for head, s in zip(heads, sums, strict=True) for dtype in total_dtypes(head, s)]
     return loss, *(
-        torch.empty_like(like, dtype=dtype) if want and like is not None else loss.new_zeros(())
+        torch.empty_like(like, dtype=dtype) if want and like is not None else absent(loss)
         for like, dtype, want in zip(problem.inputs, dtypes, wanted, strict=True)
     )
 
@@ -567,7 +566,7 @@ def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     soft, _, _, _, wanted, *_ = arguments[IN_PROBLEM:]
     return tuple(
-        soft.new_zeros(()) if t is None or not want else torch.empty_like(t)
+        absent(soft) if t is None or not want else torch.empty_like(t)
         for t, want in zip(arguments[:INPUTS], wanted, strict=True)
     )
 
