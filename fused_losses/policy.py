@@ -29,6 +29,8 @@ probability towards it or away. All that differs is how far one batch may move i
 ``dppo_kl``     the same, with a coin's KL for the distance of the two                    verl
 ``kl_cov``      :math:`-rA`, and :math:`+ c\,|w|` for the share of tokens where       verl
                 :math:`A` and :math:`\log\pi` are highest together
+``clip_cov``    as ``ppo``, 0 for a share of tokens drawn from those where            verl
+                :math:`A` and :math:`\log\pi` are high together
 ``reinforce``   :math:`-A \log\pi`                                                        verl
 ``gpg``         the same                                                                  verl
 ``dro``         :math:`-A \log\pi + \frac{\beta}{2} w^2`                                 verl
@@ -52,7 +54,7 @@ verl ``gspo``                               ``gspo-token`` with ``log_ratio_clam
 verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
 verl ``cispo``                              ``cispo`` with ``cispo_max=None``
 verl ``dppo_tv``, ``dppo_kl``               the same with ``delta=clip_ratio_c``
-verl ``dro``, ``kl_cov``                    the same with ``log_ratio_clamp=None``
+verl ``dro``, ``kl_cov``, ``clip_cov``      the same with ``log_ratio_clamp=None``
 verl ``bypass_mode``                        ``ppo`` with the rollout as ``old_log_probs``; its ``reinforce``: ``gpg`` with
                                             ``mismatch_weight(log_probs, rollout_log_probs, …)``
 DeepSpeed-Chat ``actor_loss_fn``            ``ppo``, or :func:`ppo_loss`
@@ -106,6 +108,7 @@ LOSS_TYPES = {
     "dppo_kl": LossType("dppo_kl", "token", "token_mean"),
     "dro": LossType("dro", "token", "token_mean"),
     "kl_cov": LossType("kl_cov", "token", "token_mean"),
+    "clip_cov": LossType("clip_cov", "token", "token_mean"),
 }
 
 
@@ -592,14 +595,30 @@ def _dppo_distance(log_probs: Tensor, old_log_probs: Tensor, surrogate: str) -> 
     return torch.where(p < q, -kl, kl)
 
 
-def _highest_covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor, ratio: float) -> Tensor:
-    """KL-Cov (2505.22617): the tokens, at least one, that take the most entropy from the policy; bool ``(B, S)``."""
+def _covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """What each token, once trained, takes from the policy's entropy (2505.22617); ``(B, S)``."""
     A, logp = advantages.expand_as(mask), log_probs.detach()
-    covariance = (A - masked_mean(A, mask)) * (logp - masked_mean(logp, mask))
+    return (A - masked_mean(A, mask)) * (logp - masked_mean(logp, mask))
+
+
+def _share(mask: Tensor, ratio: float) -> Tensor:
+    """The number of tokens that a share of those that count is: rounded down, at least one."""
+    return (mask.sum().double() * ratio).long().clamp(min=1)
+
+
+def _highest(covariance: Tensor, mask: Tensor, number: Tensor) -> Tensor:
+    """KL-Cov's tokens; bool ``(B, S)``."""
     order = covariance.masked_fill(~mask, -inf).flatten().argsort(descending=True, stable=True)
-    number = (mask.sum().double() * ratio).long().clamp(min=1)
     chosen = torch.arange(len(order), device=order.device) < number
     return torch.zeros_like(chosen).scatter(0, order, chosen).view_as(mask) & mask
+
+
+def _draw(candidates: Tensor, number: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Clip-Cov's tokens: the first candidates, at most ``number``, in a random order of all places; bool ``(B, S)``."""
+    order = torch.randperm(candidates.numel(), generator=generator, device=candidates.device)
+    shuffled = candidates.flatten()[order]
+    drawn = shuffled & (shuffled.cumsum(0) <= number)
+    return torch.zeros_like(drawn).scatter(0, order, drawn).view_as(candidates)
 
 
 def grpo_loss(
@@ -623,6 +642,10 @@ def grpo_loss(
     dro_beta: float = 1.0,
     kl_cov_ratio: float = 0.0002,
     kl_cov_coef: float = 0.1,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    generator: torch.Generator | None = None,
     rollout_log_probs: Tensor | None = None,
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
@@ -661,8 +684,8 @@ def grpo_loss(
 
     Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
     ``PolicyLoss``. Papers: PPO 1707.06347, GRPO 2402.03300, RLOO 2402.14740, DAPO 2503.14476, Dr. GRPO 2503.20783, GPG
-    2504.02546, KL-Cov 2505.22617, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347, DPPO 2602.04879,
-    VESPO 2602.10693.
+    2504.02546, KL-Cov and Clip-Cov 2505.22617, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347,
+    DPPO 2602.04879, VESPO 2602.10693.
 
     Args:
         log_probs: ``(B, S)``, or packed ``(1, total)``: of the sampled tokens under the policy, nats.
@@ -685,6 +708,12 @@ def grpo_loss(
         dro_beta: DRO's :math:`\beta`; verl has no default.
         kl_cov_ratio: the share of this batch's tokens that kl_cov holds near the old policy.
         kl_cov_coef: its :math:`c`, verl's ``ppo_kl_coef``.
+        clip_cov_ratio: the share of this batch's tokens, at least one, that clip_cov draws and does not train.
+        clip_cov_lb, clip_cov_ub: it draws from those that the clip does not hold and whose
+            :math:`(A - \mathrm{mean}\,A)(\log\pi - \mathrm{mean}\log\pi)` is between the two; all of them, if they are
+            fewer. The paper's runs have ``eps_low=eps_high=1``.
+        generator: of the draw, on the tokens' device; ``None``: PyTorch's own, the one that ``torch.compile`` takes.
+            Ranks that share the tokens must draw alike.
         rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
         off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
         mismatch_weight: per sequence or per token; see :func:`mismatch_weight`.
@@ -710,7 +739,8 @@ def grpo_loss(
         of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`, clamped), ``kl`` (as it was
         weighted), ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is
         one ratio and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
-        ``clip_ratio/high_max`` (extremes among the sequences) and ``clip_ratio/dual_mean``. One ratio of a fully masked
+        ``clip_ratio/high_max`` (extremes among the sequences), ``clip_ratio/dual_mean`` and ``clip_ratio/cov_mean`` (share
+        of tokens that clip_cov drew). One ratio of a fully masked
         sequence, which no clip holds, counts too with ``count_empty``.
 
     Raises:
@@ -746,9 +776,15 @@ def grpo_loss(
         kept = entropy_mask(entropy, top_entropy_quantile, mask, group=group)
 
     held, low, high = r, 1 - eps_low, 1 + eps_high
-    if surrogate == "clip":
+    drawn: Tensor | None = None
+    if surrogate in ("clip", "clip_cov"):
         held = r if delta is None else r.clamp(max=delta)
         loss = _clip(held, r.clamp(low, high), A, dual_clip)
+        if surrogate == "clip_cov":
+            covariance = _covariance(log_probs, A, mask)
+            candidates = (covariance > clip_cov_lb) & (covariance < clip_cov_ub) & (loss == -held * A) & mask
+            drawn = _draw(candidates, _share(mask, clip_cov_ratio), generator)
+            loss = loss.where(~drawn, 0)
     elif surrogate == "cispo":
         low, high = (low, high) if cispo_max is None else (-inf, cispo_max)
         loss = -r.detach().clamp(low, high) * A * log_probs
@@ -769,7 +805,8 @@ def grpo_loss(
     elif surrogate == "dro":
         loss = -A * log_probs + dro_beta / 2 * _clamp(log_probs - old_log_probs, log_ratio_clamp).square()
     elif surrogate == "kl_cov":
-        loss = -r * A + (kl_cov_coef * log_ratio.abs()).where(_highest_covariance(log_probs, A, mask, kl_cov_ratio), 0)
+        penalised = _highest(_covariance(log_probs, A, mask), mask, _share(mask, kl_cov_ratio))
+        loss = -r * A + (kl_cov_coef * log_ratio.abs()).where(penalised, 0)
     else:
         loss = -A * log_probs
 
@@ -816,10 +853,12 @@ def grpo_loss(
             else:
                 bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
             total = total - entropy_coef * bonus
-    if surrogate in ("clip", "cispo", "gmpo", "dppo_tv", "dppo_kl"):
+    if surrogate in ("clip", "clip_cov", "cispo", "gmpo", "dppo_tv", "dppo_kl"):
         metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences, one_each, count_empty)
-    if surrogate == "clip" and dual_clip is not None:
+    if surrogate in ("clip", "clip_cov") and dual_clip is not None:
         metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0), one_each, count_empty)
+    if drawn is not None:
+        metrics["clip_ratio/cov_mean"] = sequences.average(drawn)
     return total, {name: metric.detach() for name, metric in metrics.items()}
 
 

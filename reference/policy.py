@@ -256,6 +256,10 @@ def grpo_loss(
     dro_beta: float = 1.0,
     kl_cov_ratio: float = 0.0002,
     kl_cov_coef: float = 0.1,
+    clip_cov_ratio: float = 0.0002,
+    clip_cov_lb: float = 1.0,
+    clip_cov_ub: float = 5.0,
+    generator: torch.Generator | None = None,
     rollout_log_probs: Tensor | None = None,
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
@@ -283,6 +287,7 @@ def grpo_loss(
         "dppo_kl": "token_mean",
         "dro": "token_mean",
         "kl_cov": "token_mean",
+        "clip_cov": "token_mean",
         "dr_grpo": "seq_mean_token_sum_norm",
         "luspo": "seq_mean_token_sum",
         "reinforce": "seq_mean_token_sum",
@@ -316,7 +321,7 @@ def grpo_loss(
     zero = log_probs.new_zeros(())
     loss = [[zero] * mask.shape[1] for _ in rows]
     kl = [[zero] * mask.shape[1] for _ in rows]
-    ratios, low_clips, high_clips, dual_clips, drift = [], [], [], [], []
+    ratios, low_clips, high_clips, dual_clips, drift, free = [], [], [], [], [], []
     for b, row in enumerate(rows):
         logp = [log_probs[b, t] for t in row]
         w = [log_probs[b, t] - old[b, t] for t in row]
@@ -391,6 +396,15 @@ def grpo_loss(
             dual_clips.append(
                 [float(dual_clip is not None and x > dual_clip and y < 0) for x, y in zip(held, a, strict=True)]
             )
+            clipped = zip(low_clips[-1], high_clips[-1], dual_clips[-1], strict=True)
+            free += [(b, t) for t, clips in zip(row, clipped, strict=True) if not any(clips)]
+
+    if loss_type == "clip_cov":  # all places in a random order, of which the first that are candidates
+        places = [divmod(n, mask.shape[1]) for n in torch.randperm(mask.numel(), generator=generator).tolist()]
+        drawn = [place for place in places if place in free and clip_cov_lb < covariance(place) < clip_cov_ub]
+        drawn = drawn[: max(int(len(tokens) * clip_cov_ratio), 1)]
+        for b, t in drawn:
+            loss[b][t] = zero
 
     aggregation = aggregation or default_aggregation
 
@@ -429,6 +443,8 @@ def grpo_loss(
         metrics["clip_ratio/high_max"] = max((_mean(x) for x in high_clips), default=0.0)
         if loss_type not in ("cispo", "gmpo", "dppo_tv", "dppo_kl") and dual_clip is not None:
             metrics["clip_ratio/dual_mean"] = average(dual_clips)
+    if loss_type == "clip_cov":
+        metrics["clip_ratio/cov_mean"] = len(drawn) / max(len(tokens), 1)
     return total, {name: float(torch.as_tensor(x).detach()) for name, x in metrics.items()}
 
 

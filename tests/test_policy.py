@@ -127,6 +127,14 @@ SPECIFIC = {
     "dppo_kl": {"eps_low": {"eps_low": 0.02}, "eps_high": {"eps_high": 0.02}, "delta": {"delta": 1.1}},
     "dro": {"dro_beta": {"dro_beta": 0.3}},
     "kl_cov": {"ratio": {"kl_cov_ratio": 0.4}, "coef": {"kl_cov_coef": 0.7}},
+    "clip_cov": CLIPS
+    | {
+        "ratio": {"clip_cov_ratio": 0.08},
+        "ratio_of_all": {"clip_cov_ratio": 1.0},
+        "lb": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1},
+        "ub": {"clip_cov_ratio": 1.0, "clip_cov_lb": 0.1, "clip_cov_ub": 1.4},
+        "seed": {"seed": 1},
+    },
     "sapo": {"pos": {"sapo_temperature_pos": 1.5}, "neg": {"sapo_temperature_neg": 1.5}},
     "vespo": {
         "k_pos": {"vespo_pos": (2.5, 3.0)},
@@ -145,6 +153,7 @@ def run(loss_fn, data, **options):
     if isinstance(options.get("kl_estimator"), dict):
         estimator = kl_estimate if loss_fn is grpo_loss else reference_kl_estimate
         options["kl_estimator"] = functools.partial(estimator, **options["kl_estimator"])
+    torch.manual_seed(options.pop("seed", 0))
     leaves = {"log_probs": data["log_probs"].detach().clone().requires_grad_()}
     if options.get("entropy") is not None:
         leaves["entropy"] = options["entropy"] = options["entropy"].detach().clone().requires_grad_()
@@ -254,10 +263,12 @@ def test_aggregations_differ(loss_type):
     assert coinciding(results) == expected
 
 
-@pytest.mark.parametrize("loss_type", ["ppo", "gspo", "gspo-token", "rloo", "gmpo", "cispo", "dppo_tv", "dppo_kl"])
+@pytest.mark.parametrize(
+    "loss_type", ["ppo", "gspo", "gspo-token", "rloo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "clip_cov"]
+)
 def test_clip_gates_act(loss_type):
     """A token that a gate holds takes no gradient, on both sides; and each gate holds some token and not every one."""
-    options = {"dual_clip": 1.3} if LOSS_TYPES[loss_type].surrogate == "clip" else {}
+    options = {"dual_clip": 1.3} if LOSS_TYPES[loss_type].surrogate in ("clip", "clip_cov") else {}
     if loss_type.startswith("dppo"):
         options = {"eps_low": 0.02, "eps_high": 0.02}
     _, metrics, gradients = run(grpo_loss, DATA, loss_type=loss_type, cispo_max=1.3, **options)
@@ -277,6 +288,59 @@ def test_clip_gates_act(loss_type):
         shown = DATA["mask"] != 0
         held = ((r > 1.2) & (A > 0)) | ((r < 0.8) & (A < 0)) | ((r > 1.3) & (A < 0))
         assert torch.equal(gradients["log_probs"][shown] == 0, held[shown])
+
+
+def drawn_by_clip_cov(seed, **options):
+    """The tokens that train under ppo and not under clip_cov; and the latter's metrics."""
+    options = {"advantages": "token_advantages"} | options
+    _, _, ppo = run(grpo_loss, DATA, loss_type="ppo", **options)
+    generator = torch.Generator().manual_seed(seed)
+    _, metrics, ours = run(grpo_loss, DATA, loss_type="clip_cov", generator=generator, **options)
+    left = ours["log_probs"] != 0
+    torch.testing.assert_close(ours["log_probs"][left], ppo["log_probs"][left])
+    return (ppo["log_probs"] != 0) & ~left, metrics
+
+
+@pytest.mark.parametrize(("ratio", "number"), [(0.0002, 1), (0.12, 3), (0.25, 6), (1.0, 27)])
+def test_clip_cov_draws_candidates_alone(ratio, number):
+    shown = DATA["mask"] != 0
+    A, logp, old = (DATA[name].where(shown, 0) for name in ("token_advantages", "log_probs", "old_log_probs"))
+    covariance = (A - A.sum() / 27) * (logp - logp.sum() / 27)
+    r = (logp - old).exp()
+    inside = (covariance > 0.1) & (covariance < 2) & shown
+    candidates = inside & ~((r > 1.2) & (A > 0)) & ~((r < 0.8) & (A < 0))
+    assert 3 < candidates.sum() < inside.sum()
+    bounds = {"clip_cov_ratio": ratio, "clip_cov_lb": 0.1, "clip_cov_ub": 2.0}
+    times = torch.zeros_like(covariance)
+    for seed in range(200):
+        drawn, metrics = drawn_by_clip_cov(seed, **bounds)
+        assert not (drawn & ~candidates).any()
+        assert drawn.sum() == min(number, candidates.sum())
+        torch.testing.assert_close(metrics["clip_ratio/cov_mean"], drawn.sum().double() / 27, check_dtype=False)
+        times += drawn
+    share = min(number / int(candidates.sum()), 1)
+    assert ((times[candidates] / 200 - share).abs() < 0.12).all()
+
+
+def test_clip_cov_repeats_with_its_generator():
+    first, again, other = (drawn_by_clip_cov(seed, clip_cov_lb=0.1, clip_cov_ratio=0.1)[0] for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    x, generator = torch.zeros(2, 3), torch.Generator()
+    before = torch.get_rng_state(), generator.get_state()
+    grpo_loss(x, x, torch.ones(2), loss_type="ppo", generator=generator)
+    assert torch.equal(before[1], generator.get_state())
+    grpo_loss(x, x, torch.ones(2), loss_type="clip_cov", generator=generator)
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert not torch.equal(before[1], generator.get_state())
+
+
+def test_clip_cov_bounds_are_not_candidates():
+    log_probs, advantages = torch.tensor([[-1.0, -3.0]]), torch.tensor([[1.0, -1.0]])  # both covariances 1
+    for low, high, drawn in ((0.5, 1.5, 1.0), (1.0, 1.5, 0.0), (0.5, 1.0, 0.0)):
+        bounds = {"clip_cov_ratio": 1.0, "clip_cov_lb": low, "clip_cov_ub": high}
+        _, metrics = grpo_loss(log_probs, log_probs, advantages, loss_type="clip_cov", **bounds)
+        assert metrics["clip_ratio/cov_mean"] == drawn
 
 
 @pytest.mark.parametrize("count_empty", [True, False])
@@ -460,6 +524,8 @@ def pack(data):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_packed_rows_are_padded_rows(loss_type, name):
     options = MODIFIERS[name] | {"loss_scale_factor": 7.0}
+    if loss_type == "clip_cov":  # another shape draws other tokens: all
+        options["clip_cov_ratio"] = 1.0
     packed, borders, kept = pack(DATA)
     ours = run(grpo_loss, packed, loss_type=loss_type, cu_seqlens=borders, **options)
     padded = run(grpo_loss, DATA, loss_type=loss_type, count_empty=False, **options)

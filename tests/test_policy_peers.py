@@ -211,6 +211,11 @@ VERL = {
         {"kl_cov_ratio": 0.3, "ppo_kl_coef": 0.7},
         {"loss_type": "kl_cov", "kl_cov_ratio": 0.3, "kl_cov_coef": 0.7, "log_ratio_clamp": None},
     ),
+    "clip_cov": (
+        {"clip_cov_ratio": 0.9, "clip_cov_lb": 0.05, "clip_cov_ub": 0.6},
+        {"loss_type": "clip_cov", "clip_cov_ratio": 0.9, "clip_cov_lb": 0.05, "clip_cov_ub": 0.6}
+        | {"log_ratio_clamp": None},
+    ),
     "dro": ({"dro_beta": 0.3}, {"loss_type": "dro", "dro_beta": 0.3, "log_ratio_clamp": None}),
 }
 
@@ -223,7 +228,7 @@ def test_verl(name, mode, weighted):
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
     settings, options = VERL[name]
-    if name in ("dro", "kl_cov"):
+    if name in ("dro", "kl_cov", "clip_cov"):
         settings = {"policy_loss": PolicyLossConfig(loss_mode=name, **settings)}
     bounds = (0.03, 0.05) if name.startswith("dppo") else (0.2, 0.3)
     clip = {"clip_ratio_low": bounds[0], "clip_ratio_high": bounds[1]}
@@ -246,6 +251,33 @@ def test_verl(name, mode, weighted):
             **ours,
         ),
     )
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("ratio", [0.0002, 0.1, 0.15, 1.0])
+def test_verl_clip_cov_draw(ratio, order, monkeypatch):
+    """verl shuffles the candidates, we all places: in the order they stand in, or its reverse, both take the same."""
+    core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
+    from verl.workers.config import ActorConfig, PolicyLossConfig
+
+    def randperm(n, **kwargs):
+        return torch.arange(n) if order == "first" else torch.arange(n).flip(0)
+
+    monkeypatch.setattr(torch, "randperm", randperm)
+    settings = {"clip_cov_ratio": ratio, "clip_cov_lb": 0.05, "clip_cov_ub": 0.6}
+    policy_loss = PolicyLossConfig(loss_mode="clip_cov", **settings)
+    config = ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True, policy_loss=policy_loss)
+    metrics, theirs = compare(
+        lambda logp, entropy: core_algos.get_policy_loss_fn("clip_cov")(
+            OLD, logp, A_TOKEN, MASK, "token-mean", config=config
+        ),
+        lambda logp, entropy: grpo_loss(
+            logp, OLD, A_TOKEN, MASK, loss_type="clip_cov", log_ratio_clamp=None, **settings
+        ),
+    )
+    assert theirs["actor/pg_clipfrac"] > 0
+    torch.testing.assert_close(metrics["clip_ratio/cov_mean"].item(), theirs["actor/pg_clipfrac"])
+    torch.testing.assert_close(metrics["ppo_kl"].item(), theirs["actor/ppo_kl"])
 
 
 @pytest.mark.parametrize("name", ["vanilla", "gspo", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl"])
