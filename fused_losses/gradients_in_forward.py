@@ -31,9 +31,10 @@ from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
 from .head import Head, differentiable_statistics, only
 from .numerics import full_precision, statistics_dtype
+from .planning import padded
 from .products import BLOCK, add_product, column_sums
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
-from .token_statistics import softmax_rows, softmax_rows_grad
+from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
 
 HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smallest numbers, far below its largest
@@ -44,14 +45,74 @@ def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype
     return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
 
 
+# Writes the gradient of a chunk's logits (n, V) over them: (logits, chunk, ids, rows, factor) → the factor it is multiplied
+# with, in float16, where it is in range; no larger than ``factor``, that of the chunks before.
+OverLogits = Callable[[Tensor, Head, Tensor | None, slice | Tensor, Tensor | None], Tensor | None]
+
+
+def by_coefficients(
+    of_chunk: Callable[[RowStatistics, slice | Tensor], Coefficients],
+    outputs: Sequence[str],
+    column_weight: Tensor | None,  # (V,)
+    backend: str,
+    in_float16: bool,
+) -> OverLogits:
+    """For any loss: ``of_chunk(statistics, rows)`` says how it depends on a chunk's statistics, the ``outputs``."""
+
+    def over_logits(
+        logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
+    ) -> Tensor | None:
+        seen = (logits.unsqueeze(-1), ids, column_weight, chunk.temperature)
+        transform = (None, 0.0, chunk.scale, chunk.softcap)
+        names = with_weight_sum(outputs, chunk.shard)
+        found = softmax_rows(*seen, *transform, ",".join(names), False, backend, packed(chunk.shard))
+        statistics = only(found, names, ids is not None)
+        assert statistics.logsumexp is not None
+        terms = of_chunk(statistics, rows)
+        if in_float16:
+            factor = in_range(terms) if factor is None else torch.minimum(in_range(terms), factor)
+            terms = Coefficients(*(None if t is None else t * factor for t in terms))
+        a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
+        if logits.shape[1]:
+            softmax_rows_grad(*seen, statistics.logsumexp, a, b, e, c, d, *transform, backend, logits.unsqueeze(-1))
+        return factor
+
+    return over_logits
+
+
+def in_one_pass(
+    of: tuple[Tensor, Tensor | None, Tensor | None],  # (N,), see linear_loss
+    outputs: Sequence[str],
+    column_weight: Tensor | None,  # (V,)
+    backend: str,
+    see: Callable[[RowStatistics, slice | Tensor], None],
+) -> OverLogits:
+    """For :func:`linear_loss`: a row of logits is read and written in one go, and ``see`` told its statistics."""
+
+    def over_logits(
+        logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
+    ) -> None:
+        statistics = rows_module(backend).softmax_rows_fwd_bwd(
+            logits,
+            ids,
+            column_weight,
+            chunk.temperature,
+            *(None if t is None else t[rows] for t in of),
+            scale=chunk.scale,
+            softcap=chunk.softcap,
+            outputs=outputs,
+        )
+        see(statistics, rows)
+
+    return over_logits
+
+
 def loss_and_gradients(
     head: Head,
     ids: Tensor | None,  # (N, K)
-    column_weight: Tensor | None,  # (V,)
     keep: Tensor | None,  # (M,) tokens to project; None: all
     zero_ignored: bool,
-    outputs: Sequence[str],
-    of_chunk: Callable[[RowStatistics, slice | Tensor], Coefficients],
+    over_logits: OverLogits,
     wanted: Sequence[bool],  # gradients of head.inputs
     workspace: int,
     accumulate: str | None,
@@ -60,7 +121,7 @@ def loss_and_gradients(
 ) -> list[Tensor | None]:
     """Route ``gradients_in_forward``: the gradient of each of ``head.inputs``, or None, in its own dtype or a wider one.
 
-    ``of_chunk(statistics, rows)`` sees each chunk once, in order, and says how its loss depends on its statistics.
+    ``over_logits`` sees each chunk once, in order.
     """
     hidden, weight, dtype = head.hidden, head.weight, head.hidden.dtype
     N, V, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
@@ -79,7 +140,7 @@ def loss_and_gradients(
     d_hidden, d_u, d_B = room(0, per_token), room(3, per_token), room(4, sums)
     d_weight = main_grad if main_grad is not None else room(1, sums)
     d_bias = room(2, wide)
-    logits_room = hidden.new_empty(min(chosen.chunk, M), V)
+    logits_room = hidden.new_empty(min(chosen.chunk, M), padded(V))[:, :V]
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
     local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
     pending: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []  # sums over ranks, and what follows
@@ -92,33 +153,11 @@ def loss_and_gradients(
         # On a CPU a third faster: the result stays in cache.
         for columns in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
             chunk.columns(columns).write_logits(logits[:, columns])
-        seen = (logits.unsqueeze(-1), of_ids, column_weight, chunk.temperature)
-        names = with_weight_sum(outputs, head.shard)
-        found = softmax_rows(
-            *seen, None, 0.0, head.scale, head.softcap, ",".join(names), False, backend, packed(head.shard)
-        )
-        statistics = only(found, names, ids is not None)
-        assert statistics.logsumexp is not None
-        terms = of_chunk(statistics, rows)
-        if dtype == torch.float16 and main_grad is None:
-            terms, factor = _away_from_zero(terms, factor, [d_weight, d_bias, d_B])
-        a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
-        if V:
-            softmax_rows_grad(
-                *seen,
-                statistics.logsumexp,
-                a,
-                b,
-                e,
-                c,
-                d,
-                None,
-                0.0,
-                head.scale,
-                head.softcap,
-                backend,
-                logits.unsqueeze(-1),
-            )
+        before, factor = factor, over_logits(logits, chunk, of_ids, rows, factor)
+        if before is not None and factor is not None:  # what was summed so far is brought to the new factor
+            for total in (d_weight, d_bias, d_B):
+                if total is not None:
+                    total *= factor / before
         first = start == 0
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
             if total is not None and matrix is not None:
@@ -156,22 +195,6 @@ def in_range(factors: Iterable[Tensor | None]) -> Tensor:
     return HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
 
 
-def _away_from_zero(
-    terms: Coefficients, factor: Tensor | None, totals: Sequence[Tensor | None]
-) -> tuple[Coefficients, Tensor]:
-    """Scale the coefficients so that float16 gradients are in range.
-
-    Where a chunk's coefficients are larger than all before it, what was summed so far is brought to its factor.
-    """
-    mine = in_range(terms)
-    if factor is not None:
-        mine = torch.minimum(mine, factor)
-        for total in totals:
-            if total is not None:
-                total *= mine / factor
-    return Coefficients(*(None if t is None else t * mine for t in terms)), mine
-
-
 def loss_of_head(
     head: Head,
     ids: Tensor,
@@ -194,36 +217,41 @@ def loss_of_head(
     for t in found:
         if t is not None:
             t.zero_()
-    loss = torch.zeros_like(of_log_probs, dtype=torch.float64)
 
-    def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
+    def see(statistics: RowStatistics, rows: slice | Tensor) -> None:
         for total, part in zip(found, statistics, strict=True):
             if total is not None and part is not None:
                 total[rows] = part
-        assert statistics.log_probs is not None
-        assert statistics.logsumexp is not None
-        value = of_log_probs[rows].double() * statistics.log_probs[:, 0]
+
+    def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
+        see(statistics, rows)
         upstream = RowStatistics(log_probs=of_log_probs[rows, None])
         if of_sum_log_probs is not None:
-            assert statistics.sum_log_probs is not None
-            value += of_sum_log_probs[rows] * statistics.sum_log_probs
             upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
         if of_square is not None:
-            lse = statistics.logsumexp.to(dtype)
-            value += of_square[rows] * lse.square()
-            upstream = upstream._replace(logsumexp=2 * of_square[rows] * lse)
-        loss[rows] = value
+            assert statistics.logsumexp is not None
+            upstream = upstream._replace(logsumexp=2 * of_square[rows] * statistics.logsumexp.to(dtype))
         return coefficients(upstream, statistics, head.vocab, column_weight, dtype)
 
+    in_float16 = head.hidden.dtype == torch.float16 and main_grad is None
+    if in_float16 or head.shard is not None:  # the gradient waits for the coefficients' size, or for other ranks
+        over_logits = by_coefficients(of_chunk, outputs, column_weight, backend, in_float16)
+    else:
+        over_logits = in_one_pass(of, outputs, column_weight, backend, see)
     with full_precision(head.hidden.device):
         gradients = loss_and_gradients(
-            head, ids, column_weight, keep, zero_ignored, outputs, of_chunk, wanted, workspace, accumulate, backend,
-            main_grad,
-        )  # fmt: skip
+            head, ids, keep, zero_ignored, over_logits, wanted, workspace, accumulate, backend, main_grad
+        )
     assert found.log_probs is not None
     assert found.logsumexp is not None
+    loss = of_log_probs.double() * found.log_probs[:, 0]
+    if of_sum_log_probs is not None:
+        assert found.sum_log_probs is not None
+        loss += of_sum_log_probs * found.sum_log_probs
+    if of_square is not None:
+        loss += of_square * found.logsumexp.to(dtype).square()
     return (
-        loss.sum().to(dtype),
+        torch.where(ids[:, 0] == -100, 0, loss).sum().to(dtype),
         found.log_probs,
         found.logsumexp,
         present(found.is_top1, of_log_probs),

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import check_differentiable, traced, transforms_active
@@ -83,7 +84,9 @@ class Head(NamedTuple):
         """The logits before scale, softcap and temperature: ``out (n, V)``, not rounded to 16 bits where that is wider."""
         hidden, weight, bias = self[:3]
         if out.dtype == hidden.dtype:
-            if bias is None:
+            if torch.compiler.is_compiling():  # which takes no out= whose rows are apart
+                out.copy_(F.linear(hidden, weight, bias))
+            elif bias is None:
                 torch.mm(hidden, weight.t(), out=out)
             else:
                 torch.addmm(bias, hidden, weight.t(), out=out)

@@ -207,7 +207,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
 
     def most_tokens(held: int) -> int:
         free = sizes.budget - held - sizes.row_temporaries(N * V)
-        return max(0, min(N, free // max(V * dtype.itemsize, 1)))
+        return max(0, min(N, free // max(padded(V) * dtype.itemsize, 1)))
 
     once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
     if dtype == torch.float16:
@@ -236,7 +236,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     chunks = max(1, -(-N // max(n, 1)))
     forward = {
         "gradients": held,
-        "logits of a chunk": n * V * dtype.itemsize,
+        "logits of a chunk": n * padded(V) * dtype.itemsize,
         "rows at a time": sizes.row_temporaries(n * V),
     }
     backward = {"gradients": final, "fp32 sums": wide_sums}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .autodiff import transforms_active
-from .gradients_in_forward import loss_and_gradients, with_gradients
+from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
@@ -113,9 +113,13 @@ def token_loss(
                 head, _ = ready(head, None)
                 wanted = [t is not None and t.requires_grad for t in head.inputs]
                 with torch.no_grad(), full_precision(head.hidden.device):
+                    in_float16 = head.hidden.dtype == torch.float16
+                    over_logits = by_coefficients(
+                        loss_of.coefficients, loss_of.outputs, None, chosen_backend, in_float16
+                    )
                     gradients = loss_and_gradients(
-                        head.detached(), ids, None, keep, zero_ignored, loss_of.outputs, loss_of.coefficients, wanted,
-                        chosen.budget, accumulate, chosen_backend,
+                        head.detached(), ids, keep, zero_ignored, over_logits, wanted, chosen.budget, accumulate,
+                        chosen_backend,
                     )  # fmt: skip
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
                 value = loss_of.total(head.hidden)

@@ -72,7 +72,8 @@ def programs(device: torch.device) -> int:
 def softmax_rows_fwd_config(
     dtype: torch.dtype, vocabulary_contiguous: bool, options: bool
 ) -> tuple[int, int, int, int]:
-    """``BLOCK_N, BLOCK_V, VEC, num_warps``; ``options``: weights, or statistics beyond log-probabilities and entropy.
+    """``BLOCK_N, BLOCK_V, VEC, num_warps``, also of both at once; ``options``: weights, or statistics beyond
+    log-probabilities and entropy.
 
     One row per program where its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any.
     With options a row that starts anywhere would spill so (112 to 1352 bytes), and takes 8 logits a lane. Where rows are
@@ -347,6 +348,23 @@ def _softmax_rows() -> Iterator[Shipped]:
             | {f"HAS_{x.upper()}": x in used for x in "abecd"}
             | {"out_ptr": logits, "vocab_start": "i32:16", "BLOCK_N": BLOCK_N, "BLOCK_V": BLOCK_V}
             | {f"out_stride_{dim}": common[f"logits_stride_{dim}"] for dim in "bvs"},
+            num_warps,
+            num_stages=3,
+        )
+
+    for everything in (False, True):
+        _, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(torch.bfloat16, True, everything)
+        yield Shipped(
+            f"softmax_rows_fwd_bwd{' every option' if everything else ''}",
+            module._softmax_rows_fwd_bwd_kernel,
+            {"logits_ptr": "*bf16:16", "ids_ptr": "*i64:16", "logsumexp_ptr": "*fp64:16"}
+            | dict.fromkeys(("temperature_ptr", "of_log_probs_ptr", "of_square_ptr", "log_probs_ptr"), "*fp32:16")
+            | dict.fromkeys(("column_weight_ptr", "of_sum_log_probs_ptr"), "*fp32:16" if everything else None)
+            | {"sum_log_probs_ptr": "*fp64:16", "is_top1_ptr": "*i1:16"}
+            | {"V": "i32", "logits_stride_n": "i32:16", "scale": "fp32", "softcap": "fp32"}
+            | dict.fromkeys(("HAS_TEMPERATURE", "HAS_SOFTCAP", "SQUARE", "PADDED"), True)
+            | dict.fromkeys(("HAS_COLUMN_WEIGHT", "SUM_LOG_PROBS", "IS_TOP1"), everything)
+            | {"BLOCK_V": BLOCK_V, "VEC": VEC},
             num_warps,
             num_stages=3,
         )

@@ -16,7 +16,12 @@ Backward, one read and one write (in place if asked): see ``fused_losses/row_sta
 
 Class probabilities ``t`` enter through the weights, ``u_j = w_j ((1 − ε) t_j + ε/V)``: their cross entropy is −Σ u logp.
 
-Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward; everything else is O(K).
+Both at once, for a loss that is linear in its statistics, so that the gradient waits for nothing outside its row: a program
+reads its row and then, from the end, reads it again and writes the gradient over it. Rows in flight fit L2, or nearly: the
+second read is mostly from there.
+
+Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward, at once 2·V·b and what of the
+second read misses L2; everything else is O(K).
 """
 
 import torch
@@ -37,6 +42,116 @@ def _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N: tl.constexpr):
     for k in range(K):
         skipped = skipped & (tl.load(ids_ptr + row * K + k, mask=row_inside, other=0) == SKIP)
     return skipped
+
+
+@triton.jit
+def _lane_sums(
+    row_ptr,  # (BLOCK_N,) pointers
+    stride_v,
+    active,  # (BLOCK_N,) rows to read
+    temperature,  # (BLOCK_N,)
+    column_weight_ptr,  # (V,)
+    t_row_ptr,  # (BLOCK_N,) pointers
+    t_stride_v,
+    V,
+    readable,  # columns of a row that may be read, V or more
+    label_smoothing,
+    scale,
+    softcap,
+    HAS_COLUMN_WEIGHT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_PROBABILITIES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    LOG_SUM_SQ_PROBS: tl.constexpr,
+    SUM_LOG_PROBS: tl.constexpr,
+    MAX_LOGIT: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Read rows once; each lane's sums ``(BLOCK_N, LANES)``, relative to its own maximum."""
+    LANES: tl.constexpr = BLOCK_V // VEC
+    largest = tl.full((BLOCK_N, LANES), FLOOR, tl.float32)
+    total = tl.zeros((BLOCK_N, LANES), tl.float32)
+    total_shifted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ exp(z − largest)·(z − largest)
+    total_sq = tl.zeros((BLOCK_N, LANES), tl.float32)
+    weighted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ u·(z − largest)
+    weight_seen = tl.zeros((BLOCK_N, LANES), tl.float32)
+    top = tl.zeros((BLOCK_N, LANES), tl.int32)
+    nans = tl.zeros((BLOCK_N, LANES), tl.int32)
+    v_end = V * tl.max(active.to(tl.int32), 0)  # a block of skipped rows reads nothing
+    for v_start in range(0, v_end, BLOCK_V):
+        v = v_start + tl.arange(0, BLOCK_V)
+        inside = active[:, None] & (v < V)[None, :]
+        x = tl.load(
+            row_ptr[:, None] + v.to(tl.int64)[None, :] * stride_v,
+            mask=active[:, None] & (v < readable)[None, :],
+            other=float("-inf"),
+        ).to(tl.float32)
+        z = final_logits(x, scale, softcap, HAS_SOFTCAP)
+        if HAS_TEMPERATURE:
+            z = z / temperature[:, None]
+        if HAS_SOFTCAP or PADDED:
+            z = tl.where(inside, z, float("-inf"))  # the cap has made it finite
+        z = tl.reshape(z, (BLOCK_N, LANES, VEC))
+        tile_largest = tl.max(z, 2)
+        now_largest = tl.maximum(largest, tile_largest)
+        moved = tl.maximum(largest - now_largest, FLOOR)  # finite: it meets a total of 0
+        shifted = z - now_largest[:, :, None]
+        e = tl.exp(shifted)
+        rescale = tl.exp(moved)
+        if ENTROPY:
+            total_shifted = rescale * (total_shifted + moved * total) + tl.sum(tl.where(e == 0, 0.0, e * shifted), 2)
+        total = total * rescale + tl.sum(e, 2)
+        if LOG_SUM_SQ_PROBS:
+            total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
+        if SUM_LOG_PROBS:
+            u = tl.where(inside, 1.0, 0.0)
+            if HAS_PROBABILITIES:
+                t = tl.load(t_row_ptr[:, None] + v.to(tl.int64)[None, :] * t_stride_v, mask=inside, other=0.0).to(
+                    tl.float32
+                )
+                u *= (1 - label_smoothing) * t + label_smoothing / V
+            if HAS_COLUMN_WEIGHT:
+                u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+            inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
+            u = tl.reshape(u, (BLOCK_N, LANES, VEC))
+            weighted += moved * weight_seen + tl.sum(tl.where(inside3, u * shifted, 0.0), 2)
+            weight_seen += tl.sum(u, 2)
+        if IS_TOP1:
+            column = tl.reshape(tl.broadcast_to(v[None, :], (BLOCK_N, BLOCK_V)), (BLOCK_N, LANES, VEC))
+            first = tl.min(tl.where(z == tile_largest[:, :, None], column, V), 2)
+            top = tl.where(tile_largest > largest, first, top)
+        if MAX_LOGIT:
+            nans += tl.sum((z != z).to(tl.int32), 2)
+        largest = now_largest
+    return largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans
+
+
+@triton.jit
+def _row_total(largest, total):
+    """The lanes meet: their factors, and each row's maximum, ``Σ exp(z − max)`` and its logarithm, in float64."""
+    row_largest = tl.max(largest, 1)
+    moved = tl.maximum(largest - row_largest[:, None], FLOOR)
+    rescale = tl.exp(moved)
+    row_total = tl.sum((total * rescale).to(tl.float64), 1)
+    return moved, rescale, row_largest, row_total, tl.log(row_total)
+
+
+@triton.jit
+def _row_sum_log_probs(moved, weighted, weight_seen, log_total):
+    """``Σ u logp`` and ``Σ u`` of rows."""
+    moved_weight = moved.to(tl.float64) * weight_seen.to(tl.float64)
+    row_weight = tl.sum(weight_seen.to(tl.float64), 1)
+    return tl.sum(weighted.to(tl.float64) + moved_weight, 1) - log_total * row_weight, row_weight
+
+
+@triton.jit
+def _row_is_top1(largest, row_largest, top, first_id, V):
+    return tl.min(tl.where(largest == row_largest[:, None], top, V), 1) == first_id
 
 
 @triton.jit
@@ -81,7 +196,6 @@ def _softmax_rows_fwd_kernel(
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    LANES: tl.constexpr = BLOCK_V // VEC
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = row < N
     skipped = row < 0
@@ -89,71 +203,21 @@ def _softmax_rows_fwd_kernel(
         skipped = _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N)
     active = row_inside & ~skipped
     row_ptr = logits_ptr + (row // S) * logits_stride_b + (row % S) * logits_stride_s  # (BLOCK_N,)
+    t_row_ptr = probabilities_ptr
     if HAS_PROBABILITIES:
-        t_row_ptr = probabilities_ptr + (row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s
+        t_row_ptr += (row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s
     temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
 
-    largest = tl.full((BLOCK_N, LANES), FLOOR, tl.float32)
-    total = tl.zeros((BLOCK_N, LANES), tl.float32)
-    total_shifted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ exp(z − largest)·(z − largest)
-    total_sq = tl.zeros((BLOCK_N, LANES), tl.float32)
-    weighted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ u·(z − largest)
-    weight_seen = tl.zeros((BLOCK_N, LANES), tl.float32)
-    top = tl.zeros((BLOCK_N, LANES), tl.int32)
-    nans = tl.zeros((BLOCK_N, LANES), tl.int32)
-    v_end = V * tl.max(active.to(tl.int32), 0)  # a block of skipped rows reads nothing
-    for v_start in range(0, v_end, BLOCK_V):
-        v = v_start + tl.arange(0, BLOCK_V)
-        inside = active[:, None] & (v < V)[None, :]
-        x = tl.load(row_ptr[:, None] + v.to(tl.int64)[None, :] * logits_stride_v, mask=inside, other=float("-inf")).to(
-            tl.float32
-        )
-        z = final_logits(x, scale, softcap, HAS_SOFTCAP)
-        if HAS_TEMPERATURE:
-            z = z / temperature[:, None]
-        if HAS_SOFTCAP:
-            z = tl.where(inside, z, float("-inf"))  # the cap has made the padding finite
-        z = tl.reshape(z, (BLOCK_N, LANES, VEC))
-        tile_largest = tl.max(z, 2)
-        now_largest = tl.maximum(largest, tile_largest)
-        moved = tl.maximum(largest - now_largest, FLOOR)  # finite: it meets a total of 0
-        shifted = z - now_largest[:, :, None]
-        e = tl.exp(shifted)
-        rescale = tl.exp(moved)
-        if ENTROPY:
-            total_shifted = rescale * (total_shifted + moved * total) + tl.sum(tl.where(e == 0, 0.0, e * shifted), 2)
-        total = total * rescale + tl.sum(e, 2)
-        if LOG_SUM_SQ_PROBS:
-            total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
-        if SUM_LOG_PROBS:
-            u = tl.where(inside, 1.0, 0.0)
-            if HAS_PROBABILITIES:
-                t = tl.load(
-                    t_row_ptr[:, None] + v.to(tl.int64)[None, :] * probabilities_stride_v, mask=inside, other=0.0
-                ).to(tl.float32)
-                u *= (1 - label_smoothing) * t + label_smoothing / V
-            if HAS_COLUMN_WEIGHT:
-                u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-            inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
-            u = tl.reshape(u, (BLOCK_N, LANES, VEC))
-            weighted += moved * weight_seen + tl.sum(tl.where(inside3, u * shifted, 0.0), 2)
-            weight_seen += tl.sum(u, 2)
-        if IS_TOP1:
-            column = tl.reshape(tl.broadcast_to(v[None, :], (BLOCK_N, BLOCK_V)), (BLOCK_N, LANES, VEC))
-            first = tl.min(tl.where(z == tile_largest[:, :, None], column, V), 2)
-            top = tl.where(tile_largest > largest, first, top)
-        if MAX_LOGIT:
-            nans += tl.sum((z != z).to(tl.int32), 2)
-        largest = now_largest
+    largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
+        row_ptr, logits_stride_v, active, temperature, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
+        label_smoothing, scale, softcap, HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, HAS_PROBABILITIES, HAS_SOFTCAP, ENTROPY,
+        LOG_SUM_SQ_PROBS, SUM_LOG_PROBS, MAX_LOGIT, IS_TOP1, False, BLOCK_N, BLOCK_V, VEC,
+    )  # fmt: skip
 
-    # The lanes meet. From here on there are a few numbers per row, put together in float64 and rounded once.
-    row_largest = tl.max(largest, 1)
-    moved = tl.maximum(largest - row_largest[:, None], FLOOR)
-    rescale = tl.exp(moved)
-    row_total = tl.sum((total * rescale).to(tl.float64), 1)
-    log_total = tl.log(row_total)
+    # From here on there are a few numbers per row, put together in float64 and rounded once.
+    moved, rescale, row_largest, row_total, log_total = _row_total(largest, total)
     logsumexp = row_largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
     if ENTROPY:
@@ -165,9 +229,7 @@ def _softmax_rows_fwd_kernel(
         log_sum_sq = tl.log(row_sq) - 2 * log_total
         tl.store(log_sum_sq_probs_ptr + row, tl.where(skipped, 0.0, log_sum_sq), mask=row_inside)
     if SUM_LOG_PROBS:
-        moved_weight = moved.to(tl.float64) * weight_seen.to(tl.float64)
-        row_weight = tl.sum(weight_seen.to(tl.float64), 1)
-        sum_log_probs = tl.sum(weighted.to(tl.float64) + moved_weight, 1) - log_total * row_weight
+        sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
         tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, sum_log_probs), mask=row_inside)
         if HAS_PROBABILITIES:
             tl.store(weight_sum_ptr + row, row_weight, mask=row_inside)
@@ -176,9 +238,9 @@ def _softmax_rows_fwd_kernel(
         max_logit = tl.where(row_total == 0, float("-inf"), max_logit)
         tl.store(max_logit_ptr + row, tl.where(skipped, 0.0, max_logit), mask=row_inside)
     if IS_TOP1:
-        row_top = tl.min(tl.where(largest == row_largest[:, None], top, V), 1)
         first_id = tl.load(ids_ptr + row * K, mask=row_inside, other=-1)
-        tl.store(is_top1_ptr + row, (row_top == first_id) & ~skipped, mask=row_inside)
+        is_top1 = _row_is_top1(largest, row_largest, top, first_id, V)
+        tl.store(is_top1_ptr + row, is_top1 & ~skipped, mask=row_inside)
     if HAS_IDS:
         for k in range(K):
             y = tl.load(ids_ptr + row * K + k, mask=active, other=-1)
@@ -245,6 +307,20 @@ def softmax_rows_fwd(
 
 
 @triton.jit
+def _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """``logp`` and ``dz/dx`` of a tile ``(BLOCK_N, BLOCK_V)`` of logits, from its rows' temperature and float64 logsumexp."""
+    z = final_logits(x, scale, softcap, HAS_SOFTCAP)
+    slope = final_logits_slope(x, scale, softcap, HAS_SOFTCAP)
+    if HAS_TEMPERATURE:
+        z = z / temperature[:, None]
+        slope = slope / temperature[:, None]
+    # float64 once per row, not per logit: hi + lo is logsumexp.
+    hi = logsumexp.to(tl.float32)
+    lo = (logsumexp - hi.to(tl.float64)).to(tl.float32)
+    return (z - hi[:, None]) - lo[:, None], slope
+
+
+@triton.jit
 def _softmax_rows_bwd_kernel(
     logits_ptr,  # (B, V, S)
     ids_ptr,  # (N, K) int64
@@ -302,17 +378,11 @@ def _softmax_rows_bwd_kernel(
         mask=inside & active[:, None],
         other=0.0,
     ).to(tl.float32)
-    z = final_logits(x, scale, softcap, HAS_SOFTCAP)
-    slope = final_logits_slope(x, scale, softcap, HAS_SOFTCAP)
+    temperature = 1.0
     if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)[:, None]
-        z = z / temperature
-        slope = slope / temperature
-    # float64 once per row, not per logit: hi + lo is logsumexp.
+        temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
     logsumexp = tl.load(logsumexp_ptr + row, mask=row_inside, other=0.0)
-    hi = logsumexp.to(tl.float32)
-    lo = (logsumexp - hi.to(tl.float64)).to(tl.float32)
-    logp = (z - hi[:, None]) - lo[:, None]
+    logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
     p = tl.exp(logp)
     factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if HAS_A:
@@ -412,6 +482,134 @@ def softmax_rows_bwd(
         HAS_D=d is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_V=BLOCK_V,
+        num_warps=num_warps,
+    )
+    return out
+
+
+@triton.jit
+def _softmax_rows_fwd_bwd_kernel(
+    logits_ptr,  # (N, V), over which the gradient is written, and with PADDED anything beyond V
+    ids_ptr,  # (N, 1) int64
+    column_weight_ptr,  # (V,)
+    temperature_ptr,  # (N,)
+    of_log_probs_ptr,  # (N,)
+    of_sum_log_probs_ptr,  # (N,)
+    of_square_ptr,  # (N,)
+    log_probs_ptr,  # (N, 1)
+    logsumexp_ptr,  # (N,) float64
+    sum_log_probs_ptr,  # (N,) float64
+    is_top1_ptr,  # (N,) bool
+    V,
+    logits_stride_n,
+    scale,
+    softcap,
+    HAS_COLUMN_WEIGHT: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    SUM_LOG_PROBS: tl.constexpr,
+    SQUARE: tl.constexpr,
+    IS_TOP1: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    row_ptr = logits_ptr + row * logits_stride_n  # (1,)
+    y = tl.load(ids_ptr + row)
+    active = y != SKIP
+    found = (y >= 0) & (y < V)
+    x_y = tl.load(row_ptr + y, mask=found, other=0.0).to(tl.float32)
+    temperature = tl.full((1,), 1.0, tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
+        row_ptr, 1, active, temperature, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, scale, softcap,
+        HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, False, HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, PADDED, 1,
+        BLOCK_V, VEC,
+    )  # fmt: skip
+    moved, _, row_largest, _, log_total = _row_total(largest, total)
+    logsumexp = row_largest.to(tl.float64) + log_total
+    tl.store(logsumexp_ptr + row, tl.where(active, logsumexp, 0.0))
+    z_y = final_logits(x_y, scale, softcap, HAS_SOFTCAP) / temperature
+    log_prob = ((z_y - row_largest).to(tl.float64) - log_total).to(tl.float32)
+    tl.store(log_probs_ptr + row, tl.where(found, log_prob, 0.0))
+    c = tl.load(of_log_probs_ptr + row).to(tl.float32)
+    a = -c
+    d = tl.zeros((1,), tl.float32)
+    if SUM_LOG_PROBS:
+        sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
+        tl.store(sum_log_probs_ptr + row, tl.where(active, sum_log_probs, 0.0))
+        d = tl.load(of_sum_log_probs_ptr + row).to(tl.float32)
+        a -= (d * row_weight).to(tl.float32)
+    if SQUARE:
+        a += (2 * tl.load(of_square_ptr + row) * logsumexp).to(tl.float32)
+    if IS_TOP1:
+        tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
+
+    tl.debug_barrier()  # all have read what any will write over
+    # Backwards: what was read last is still in L2.
+    for v_end in range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
+        v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
+        inside = (v < logits_stride_n)[None, :]
+        x = tl.load(row_ptr[:, None] + v[None, :], mask=inside & active[:, None], other=0.0).to(tl.float32)
+        logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
+        dz = tl.exp(logp) * a[:, None] + tl.where(v[None, :] == y[:, None], c[:, None], 0.0)
+        if SUM_LOG_PROBS:
+            if HAS_COLUMN_WEIGHT:
+                dz += d[:, None] * tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+            else:
+                dz += d[:, None]
+        dx = tl.where(active[:, None], dz * slope, 0.0)
+        tl.store(row_ptr[:, None] + v[None, :], dx.to(logits_ptr.dtype.element_ty), mask=inside)
+
+
+@on_its_device
+def softmax_rows_fwd_bwd(
+    logits,  # (N, V), the start of rows of one block of memory, over which the gradient and anything beyond V is written
+    ids,  # (N, 1) int64
+    column_weight,  # (V,) or None
+    temperature,  # (N,) or None
+    of_log_probs,  # (N,)
+    of_sum_log_probs,  # (N,) or None
+    of_square,  # (N,) or None
+    *,
+    scale=1.0,
+    softcap=None,
+    outputs,
+):
+    """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``."""
+    N, V = logits.shape
+    out = empty_statistics(logits, N, ids, outputs)
+    if N == 0:
+        return out
+    options = column_weight is not None or not {"sum_log_probs", "is_top1"}.isdisjoint(outputs)
+    _, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, True, options)
+    _softmax_rows_fwd_bwd_kernel[(N,)](
+        logits,
+        ids,
+        column_weight,
+        temperature,
+        of_log_probs,
+        of_sum_log_probs,
+        of_square,
+        out.log_probs,
+        out.logsumexp,
+        out.sum_log_probs,
+        out.is_top1,
+        V,
+        logits.stride(0),
+        scale,
+        softcap or 1.0,
+        HAS_COLUMN_WEIGHT=column_weight is not None,
+        HAS_TEMPERATURE=temperature is not None,
+        HAS_SOFTCAP=softcap is not None,
+        SUM_LOG_PROBS=of_sum_log_probs is not None,
+        SQUARE=of_square is not None,
+        IS_TOP1="is_top1" in outputs,
+        PADDED=logits.stride(0) != V,
+        BLOCK_V=BLOCK_V,
+        VEC=VEC,
         num_warps=num_warps,
     )
     return out

@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from fused_losses import gradients_in_forward, products
+from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
 from fused_losses.gradients_in_forward import linear_loss, scaled, scaled_gradient, with_gradients
 from fused_losses.products import add_product
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.row_statistics import RowStatistics, coefficients
+from fused_losses.token_statistics import rows_module
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -71,3 +74,58 @@ def test_opcheck_with_gradients():
     gradients = [torch.randn(3, 2), torch.randn(4)]
     torch.library.opcheck(with_gradients, (torch.tensor(2.0), gradients, inputs))
     torch.library.opcheck(scaled_gradient, (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16))
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 2.0, "softcap": 3.0}])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("V", [35, 48, 2 * 8192 + 5])
+def test_one_pass_is_statistics_then_gradient(V, weighted, options, backend, device):
+    N, rows = 9, rows_module(backend)
+    room = torch.full((N, planning.padded(V)), torch.nan, device=device)  # what lies beyond a row reaches nothing
+    logits = room[:, :V]
+    logits.copy_(3 * torch.randn(N, V))
+    ids = torch.randint(0, V, (N, 1), device=device)
+    ids[2], logits[2] = -100, torch.nan
+    logits[3, :5] = -torch.inf
+    whole, per_row = logits.clone(), torch.randn(4, N, device=device)
+    column_weight = torch.rand(V, device=device) if weighted else None
+    temperature, of_log_probs, of_sum, of_square = per_row[0].exp(), *per_row[1:]
+    of_sum, names = (of_sum, ["log_probs", "sum_log_probs", "is_top1"]) if weighted else (None, ["log_probs"])
+
+    def two_passes(z):
+        wide = z.dtype
+        seen = (z.unsqueeze(-1), ids, *(None if t is None else t.to(wide) for t in (column_weight, temperature)))
+        module = rows_module("torch") if wide == torch.float64 else rows
+        found = module.softmax_rows_fwd(*seen, outputs=names, **options)
+        of = RowStatistics(of_log_probs[:, None], 2 * of_square * found.logsumexp)
+        of = of._replace(sum_log_probs=of_sum) if weighted else of
+        terms = coefficients(of, found, V, column_weight, wide)
+        d = module.softmax_rows_bwd(*seen, found.logsumexp, *terms, **options)
+        return found, d.squeeze(-1)
+
+    (found, expected), (_, exact) = two_passes(whole), two_passes(whole.double())
+    arguments = (ids, column_weight, temperature, of_log_probs, of_sum, of_square)
+    ours = rows.softmax_rows_fwd_bwd(logits, *arguments, outputs=names, **options)
+    for name, a, b in zip(RowStatistics._fields, ours, found, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
+    assert not logits[2].any()
+    assert_accurate(logits, expected, exact, "d_logits")
+    used = logits.clone()
+    for i in (3, 4, 5) if weighted else (3, 5):  # each factor counts
+        logits.copy_(whole)
+        fewer = [torch.zeros_like(t) if k == i else t for k, t in enumerate(arguments)]
+        rows.softmax_rows_fwd_bwd(logits, *fewer, outputs=names, **options)
+        assert not torch.allclose(logits, used)
+
+
+@pytest.mark.parametrize("V", [7, 48])
+def test_rows_of_logits_start_at_whole_words(V, backend, device, monkeypatch):
+    rows, seen = rows_module(backend), []
+    one_pass = rows.softmax_rows_fwd_bwd
+    spy = lambda z, *a, **k: (seen.append(z.stride(0) % 16), one_pass(z, *a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(rows, "softmax_rows_fwd_bwd", spy)
+    hidden, weight = torch.randn(5, 8, device=device).requires_grad_(), torch.randn(V, 8, device=device)
+    linear_cross_entropy(hidden, weight, torch.arange(5, device=device), backend=backend)
+    assert seen == [0]

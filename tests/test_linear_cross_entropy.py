@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 from fused_losses import gradients_in_forward, planning, recompute
-from fused_losses.chunked import linear_softmax
+from fused_losses.chunked import linear_softmax, softmax_rows
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
@@ -455,9 +455,9 @@ def test_ignored_tokens_are_not_projected(monkeypatch):
     hidden, weight, _, target = problem()
     hidden.requires_grad_()
     seen = []
-    softmax_rows = gradients_in_forward.softmax_rows
+    in_one_pass = softmax_rows.softmax_rows_fwd_bwd
     monkeypatch.setattr(
-        gradients_in_forward, "softmax_rows", lambda z, *a: (seen.append(len(z)), softmax_rows(z, *a))[1]
+        softmax_rows, "softmax_rows_fwd_bwd", lambda z, *a, **k: (seen.append(len(z)), in_one_pass(z, *a, **k))[1]
     )
     linear_cross_entropy(hidden, weight, target)
     linear_cross_entropy(hidden, weight, target, drop_ignored=False)

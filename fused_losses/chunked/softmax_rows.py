@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype
-from ..row_statistics import RowStatistics, empty_statistics, label_weights
+from ..row_statistics import RowStatistics, empty_statistics, label_weights, total_weight
 
 LOG2_E = 1 / math.log(2)
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32: 2 MiB, which stays in a core's cache
@@ -107,8 +107,9 @@ def row_statistics(
     largest = max_logit.clamp(min=floor(z.dtype))
     shifted = z - largest if room is None else torch.sub(z, largest, out=room[: len(z)])
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
-    shifted_is_read = {"entropy", "sum_log_probs"} & set(outputs)
-    e = shifted.exp() if room is None or shifted_is_read else exp_(shifted)
+    if "sum_log_probs" in outputs:
+        weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
+    e = shifted.exp() if room is None or "entropy" in outputs else exp_(shifted)
     total = e.sum(-1).to(wide)
     log_total = total.log()
     skip = skipped(ids)
@@ -128,7 +129,6 @@ def row_statistics(
         found["log_sum_sq_probs"] = finish((e * e).sum(-1).to(wide).log() - 2 * log_total, wide)
     if "sum_log_probs" in outputs:
         weight_sum = z.new_full((), V) if u is None else u.sum(-1, dtype=wide)
-        weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
         found["sum_log_probs"] = finish(weighted - weight_sum * log_total, wide)
         if "weight_sum" in outputs:
             found["weight_sum"] = finish(weight_sum, wide)
@@ -182,19 +182,73 @@ def softmax_rows_bwd(
             if e is not None:
                 factor = factor + e[rows, None] * p
             dz = p.mul_(factor)
-        if d is not None:
-            u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
-            dz += d[rows, None] if u is None else d[rows, None] * u.to(dtype)
-        if ids is not None and c is not None:
-            local = ids[rows] - vocab_start
-            inside = (local >= 0) & (local < V)
-            local, values = local.clamp(0, V - 1), c[rows].masked_fill(~inside, 0)
-            for k in range(ids.shape[1]):  # one id at a time: repeated ids add in order
-                dz.scatter_add_(-1, local[:, k : k + 1], values[:, k : k + 1])
-        if isinstance(slope, Tensor) or slope != 1.0:
-            dz *= slope
-        if skip is not None and (skip.device.type != "cpu" or skip[rows].any()):  # elsewhere asking would wait
-            dz.masked_fill_(skip[rows, None], 0)
+        u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
+        local = None if ids is None else ids[rows] - vocab_start
+        d_, c_, skip_ = (None if t is None else t[rows] for t in (d, c, skip))
+        finish_gradient(dz, u, d_, local, c_, slope, skip_)
         if dz.data_ptr() != grad.data_ptr():
             grad.copy_(dz.view(grad.shape))
+    return out
+
+
+def finish_gradient(
+    dz: Tensor,  # (n, V): p (a + b logp + e p), to which the rest is added in place
+    u: Tensor | None,  # (V,) or (n, V)
+    d: Tensor | None,  # (n,)
+    ids: Tensor | None,  # (n, K)
+    c: Tensor | None,  # (n, K)
+    slope: Tensor | float,  # dz/dx
+    skip: Tensor | None,  # (n,) rows whose gradient is 0
+) -> None:
+    if d is not None:
+        dz += d[:, None] if u is None else d[:, None] * u.to(dz.dtype)
+    if ids is not None and c is not None:
+        inside = (ids >= 0) & (ids < dz.shape[1])
+        ids, values = ids.clamp(0, dz.shape[1] - 1), c.masked_fill(~inside, 0)
+        for k in range(ids.shape[1]):  # one id at a time: repeated ids add in order
+            dz.scatter_add_(-1, ids[:, k : k + 1], values[:, k : k + 1])
+    if isinstance(slope, Tensor) or slope != 1.0:
+        dz *= slope
+    if skip is not None and (skip.device.type != "cpu" or skip.any()):  # elsewhere asking would wait
+        dz.masked_fill_(skip[:, None], 0)
+
+
+def softmax_rows_fwd_bwd(
+    logits: Tensor,  # (N, V), over which their gradient is written
+    ids: Tensor,  # (N, 1) int64
+    column_weight: Tensor | None,  # (V,)
+    temperature: Tensor | None,  # (N,)
+    of_log_probs: Tensor,  # (N,)
+    of_sum_log_probs: Tensor | None,  # (N,)
+    of_square: Tensor | None,  # (N,)
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    outputs: Collection[str],
+) -> RowStatistics:
+    """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``."""
+    N, V = logits.shape
+    out = empty_statistics(logits, N, ids, outputs)
+    dtype, room = statistics_dtype(logits.dtype), room_for_rows(logits[..., None])
+    for rows, chunk in row_chunks(logits[..., None]):
+        x = upcast_rows(chunk, room)
+        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+        found = row_statistics(z, ids[rows], column_weight, {*outputs, "max_logit"}, x)
+        for total, value in zip(out, found, strict=True):
+            if total is not None and value is not None:
+                total[rows] = value
+        assert found.max_logit is not None
+        assert found.logsumexp is not None
+        a = -of_log_probs[rows]
+        if of_sum_log_probs is not None:
+            a = a - of_sum_log_probs[rows] * total_weight(column_weight, V)
+        if of_square is not None:
+            a = a + 2 * of_square[rows] * found.logsumexp
+        # x has become exp(z − max)
+        p_over_x = (found.max_logit.clamp(min=floor(dtype)) - found.logsumexp).exp()
+        dz = x.mul_((a * p_over_x).to(dtype)[:, None])
+        d = None if of_sum_log_probs is None else of_sum_log_probs[rows].to(dtype)
+        finish_gradient(dz, column_weight, d, ids[rows], of_log_probs[rows, None].to(dtype), slope, skipped(ids[rows]))
+        if dz.data_ptr() != chunk.data_ptr():
+            chunk.copy_(dz.view(chunk.shape))
     return out
