@@ -41,7 +41,7 @@ HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smalles
 
 
 def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
-    """Of a gradient of hidden made in forward: as wide as its scale, which is unknown yet, or its sum over ranks asks for."""
+    """Of a token's gradient made in forward: wide for float16, whose scale is not known yet, and where ranks sum it up."""
     return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
 
 
@@ -126,30 +126,30 @@ def loss_and_gradients(
     hidden, weight, dtype = head.hidden, head.weight, head.hidden.dtype
     N, V, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
     M = N if keep is None else keep.shape[0]
-    chosen = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
-    sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
+    planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
+    sums = wide if dtype == torch.float16 else planned.accumulate or dtype
     per_token = per_token_dtype(dtype, head.shard)
 
-    def room(i: int, dtype: torch.dtype) -> Tensor | None:
+    def empty_gradient(i: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
         if not wanted[i] or like is None:
             return None
         whole = M == N and N > 0
         return like.new_empty(like.shape, dtype=dtype) if whole else like.new_zeros(like.shape, dtype=dtype)
 
-    d_hidden, d_u, d_B = room(0, per_token), room(3, per_token), room(4, sums)
-    d_weight = main_grad if main_grad is not None else room(1, sums)
-    d_bias = room(2, wide)
-    logits_room = hidden.new_empty(min(chosen.chunk, M), padded(V))[:, :V]
+    d_hidden, d_u, d_B = empty_gradient(0, per_token), empty_gradient(3, per_token), empty_gradient(4, sums)
+    d_weight = main_grad if main_grad is not None else empty_gradient(1, sums)
+    d_bias = empty_gradient(2, wide)
+    logits_buffer = hidden.new_empty(min(planned.chunk, M), padded(V))[:, :V]
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
     local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
     pending: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []  # sums over ranks, and what follows
-    for start in range(0, M, max(chosen.chunk, 1)):
-        part = slice(start, min(start + chosen.chunk, M))
+    for start in range(0, M, max(planned.chunk, 1)):
+        part = slice(start, min(start + planned.chunk, M))
         rows: slice | Tensor = part if keep is None else keep[part]
         of_ids = None if local_ids is None else local_ids[rows]
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
-        logits = logits_room[: part.stop - part.start]
+        logits = logits_buffer[: part.stop - part.start]
         # On a CPU a third faster: the result stays in cache.
         for columns in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
             chunk.columns(columns).write_logits(logits[:, columns])
@@ -283,7 +283,7 @@ def linear_loss(
     backend: str,
     shard: str = "",  # a VocabShard; ids are those of the whole vocabulary
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``, and its gradients.
+    """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``, and its gradients.
 
     Returns:
         the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``is_top1 (N,)``, and the gradient of each of the first
@@ -325,8 +325,8 @@ def _(
     N = hidden.shape[0]
     head = Head(hidden, weight, shard=VocabShard.unpacked(shard))
     M = N if keep is None else keep.shape[0]
-    chosen = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
-    sums = wide if dtype == torch.float16 else chosen.accumulate or dtype
+    planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
+    sums = wide if dtype == torch.float16 else planned.accumulate or dtype
     per_token = per_token_dtype(dtype, head.shard)
     dtypes = (per_token, sums, wide, per_token, sums)
     return (

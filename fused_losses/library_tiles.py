@@ -36,9 +36,9 @@ def linear_softmax_fwd(
     out = empty_statistics(hidden, N, ids, outputs)
     n = min(N, tile_rows(V, hidden.dtype.itemsize))
     whole = saved_logits is not None and saved_logits.shape[1] >= V
-    room = hidden.new_empty(0 if whole else n, padded(V))[:, :V]
+    buffer = hidden.new_empty(0 if whole else n, padded(V))[:, :V]
     for rows in slices(N, max(n, 1)):
-        tile = saved_logits[rows, :V] if saved_logits is not None and whole else room[: rows.stop - rows.start]
+        tile = saved_logits[rows, :V] if saved_logits is not None and whole else buffer[: rows.stop - rows.start]
         logits = head.tokens(rows).write_logits(tile)
         if saved_logits is not None and not whole:
             saved_logits[rows] = logits[:, : saved_logits.shape[1]]

@@ -662,9 +662,11 @@ class LinearLogits(LazyTensor):
         """The ``k`` largest logits and their ids, ``(*token_shape, k)``, a workspace of logits at a time."""
         rows, dtype = self.rows(), statistics_dtype(self.hidden.dtype)
         N, V = len(rows.hidden), self.rest.weight.shape[0]
-        room = (settings.workspace.value or 2**28) // (4 * dtype.itemsize)  # a tile, its transform and what topk needs
-        width = max(1, min(V, room // 1024))
-        height = max(1, room // width)
+        elements = (settings.workspace.value or 2**28) // (
+            4 * dtype.itemsize
+        )  # a tile, its transform and what topk needs
+        width = max(1, min(V, elements // 1024))
+        height = max(1, elements // width)
         values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
         ids = values.new_full((N, k), -1, dtype=torch.int64)  # where a shard has less than k
         with torch.no_grad(), self.gathered(), full_precision(self.device):

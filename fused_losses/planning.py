@@ -261,18 +261,18 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     if not fits:
         why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
     most = max(most, FEWEST_COLUMNS)
-    if wide == dtype:  # one room: from forward on of the first slice's logits, then of every slice's gradient
+    if wide == dtype:  # one buffer: from forward on of the first slice's logits, then of every slice's gradient
         v = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
         saved = v if fits else 0  # calls may be many before one backward
         held = N * padded(saved) * dtype.itemsize
-        room = {"d_logits of a slice": N * padded(v) * dtype.itemsize}
-    else:  # logits are never rounded to 16 bits, so that their room is another
+        buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize}
+    else:  # logits are never rounded to 16 bits, so that they have another
         v = _even(V, most)
         slices_saved = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
         saved = min(V, slices_saved * v)
         held = N * padded(saved) * wide.itemsize
-        room = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}
-    slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **room, "tile": tile, "numbers per token": numbers}
+        buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}
+    slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **buffers, "tile": tile, "numbers per token": numbers}
     end = {
         "gradients": d_hidden + d_weight,
         "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,

@@ -2,7 +2,7 @@
 
 Forward saves a few numbers per token; backward makes the gradient of the logits, a slice of the vocabulary at a time, and its
 products with weight and hidden: ``8NVH`` floating point operations for ``N`` tokens, ``V`` vocabulary and ``H`` hidden. The
-logits that fit the room this takes are saved in it by forward, and not made again.
+logits that fit the buffer of a slice are saved in it by forward, and not made again.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.inputs)
     if not trained or not may_save(head.hidden):
         return 0
-    chosen = head.plan(tokens, route="recompute", workspace=workspace, backend=backend)
-    return min(chosen.saved, head.weight.shape[0])
+    planned = head.plan(tokens, route="recompute", workspace=workspace, backend=backend)
+    return min(planned.saved, head.weight.shape[0])
 
 
-def _room_to_save(hidden: Tensor, tokens: int, columns: int) -> Tensor | None:
+def _buffer_to_save(hidden: Tensor, tokens: int, columns: int) -> Tensor | None:
     return hidden.new_empty(tokens, padded(columns), dtype=statistics_dtype(hidden.dtype)) if columns else None
 
 
@@ -89,7 +89,7 @@ def linear_rows(
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
-    saved_logits = _room_to_save(hidden, M, columns)
+    saved_logits = _buffer_to_save(hidden, M, columns)
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         with full_precision(hidden.device):
@@ -148,10 +148,10 @@ def _(
     backend: str,
     shard: str = "",
 ) -> tuple[Tensor, ...]:
-    room = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
+    statistics = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
-    saved_logits = _room_to_save(hidden, M, columns)
-    return tuple(present(s, hidden) for s in (*room, saved_logits))
+    saved_logits = _buffer_to_save(hidden, M, columns)
+    return tuple(present(s, hidden) for s in (*statistics, saved_logits))
 
 
 @torch.library.custom_op("fused_losses::linear_rows_grad", mutates_args={"main_grad", "saved_logits"})
@@ -193,31 +193,35 @@ def linear_rows_grad(
 
     logsumexp, terms = logsumexp if keep is None else logsumexp[keep], [of(t) for t in (a, b, e, c, d)]
 
-    def room(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
+    def empty_gradient(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
         if like is None or not wanted[i]:
             return None
         shape = (rows, *like.shape[1:])
         return like.new_empty(shape, dtype=dtype) if M and V else like.new_zeros(shape, dtype=dtype)
 
-    d_hidden, d_u = room(0, M, wide), room(3, M, wide)
-    d_weight, d_bias, d_B = None if main_grad.ndim else room(1, V, dtype), room(2, V, dtype), room(4, V, dtype)
+    d_hidden, d_u = empty_gradient(0, M, wide), empty_gradient(3, M, wide)
+    d_weight, d_bias, d_B = (
+        None if main_grad.ndim else empty_gradient(1, V, dtype),
+        empty_gradient(2, V, dtype),
+        empty_gradient(4, V, dtype),
+    )
     chunk = max(whole.plan(M, route="recompute", workspace=workspace, backend=backend).chunk, 1)
     in_place = saved_logits.ndim > 0 and saved_logits.dtype == dtype
-    slice_room = saved_logits if in_place else hidden.new_empty(M, padded(min(chunk, V)))
+    slice_buffer = saved_logits if in_place else hidden.new_empty(M, padded(min(chunk, V)))
     with full_precision(hidden.device):
         pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
         for start in range(0, V if M else 0, chunk):
             part = slice(start, min(start + chunk, V))
             piece = head.columns(part)
-            d_logits = slice_room[:, : part.stop - start]
-            u_part = None if column_weight is None else column_weight[part]
+            d_logits = slice_buffer[:, : part.stop - start]
+            part_weight = None if column_weight is None else column_weight[part]
             how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": start}
             if saved_logits.ndim and part.stop <= saved_logits.shape[1]:
                 rows_module(backend).softmax_rows_bwd(
                     saved_logits[:, part, None],
                     ids,
-                    u_part,
+                    part_weight,
                     piece.temperature,
                     logsumexp,
                     *terms,
@@ -226,7 +230,7 @@ def linear_rows_grad(
                 )
             else:
                 linear_module(backend, hidden.dtype).linear_softmax_d_logits(
-                    piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, u_part, piece.temperature, logsumexp,
+                    piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, logsumexp,
                     *terms, **how, out=d_logits,
                 )  # fmt: skip
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
@@ -241,7 +245,7 @@ def linear_rows_grad(
                 add_product(main_grad[part], d_logits.t(), piece.hidden, first=False)
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
-    del slice_room
+    del slice_buffer
     for end_sum in pending:
         end_sum()
 
@@ -357,12 +361,12 @@ def linear_statistics(
         return differentiable_statistics(head, ids, column_weight, outputs)
     head, column_weight = ready(head, column_weight)
     keep, zero_ignored = kept_tokens(ids, drop_ignored)
-    chosen = resolve_backend(head.hidden, backend)
+    backend = resolve_backend(head.hidden, backend)
     outputs = with_weight_sum(outputs, head.shard)
     if head.shard is not None and ids is not None:
         ids = head.shard.local(ids)
     M = head.hidden.shape[0] if keep is None else keep.shape[0]
-    room = budget(head, workspace, True, chosen)
+    workspace_bytes = budget(head, workspace, True, backend)
     found = linear_rows(
         *head.inputs,
         None if ids is None else ids.contiguous(),
@@ -374,9 +378,9 @@ def linear_statistics(
         head.scale,
         head.softcap,
         ",".join(outputs),
-        saved_columns(head, M, room, chosen),
-        room,
-        chosen,
+        saved_columns(head, M, workspace_bytes, backend),
+        workspace_bytes,
+        backend,
         packed(head.shard),
     )
     return only(found[:-1], outputs, ids is not None)

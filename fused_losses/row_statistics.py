@@ -3,7 +3,7 @@
 For a row ``z`` of ``V`` logits, ``logp = z − logsumexp(z)``, ``p = exp(logp)``. Every loss with hard labels is a
 function of a few numbers of the row, and its gradient has one form:
 
-    dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d u_j
+    dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d w_j
 
 with one number per row for each of ``a, b, e, d`` and one per id for ``c``.
 """
@@ -30,8 +30,8 @@ class RowStatistics(NamedTuple):
     logsumexp: Tensor | None = None  # (N,) float64
     entropy: Tensor | None = None  # (N,) float64, −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) float64, log Σ p²
-    sum_log_probs: Tensor | None = None  # (N,) float64, Σ u logp, u the column weights or 1; see label_weights
-    weight_sum: Tensor | None = None  # (N,) float64, Σ u, where it differs by row or is shared out over ranks
+    sum_log_probs: Tensor | None = None  # (N,) float64, Σ w logp, w the column weights or 1; see label_weights
+    weight_sum: Tensor | None = None  # (N,) float64, Σ w, where it differs by row or is shared out over ranks
     max_logit: Tensor | None = None  # (N,) fp32 (float64 for float64 logits)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
 
@@ -39,15 +39,15 @@ class RowStatistics(NamedTuple):
 def label_weights(
     column_weight: Tensor | None, probabilities: Tensor | None, label_smoothing: float, vocab: int
 ) -> Tensor | None:
-    """``u``: column weights ``(V,)``; with class probabilities ``t`` ``(n, V)`` times ``(1 − ε) t + ε/V``; None for ones."""
+    """``w``: column weights ``(V,)``; with class probabilities ``t`` ``(n, V)`` times ``(1 − ε) t + ε/V``; None for ones."""
     if probabilities is None:
         return column_weight
-    u = (1 - label_smoothing) * probabilities + label_smoothing / vocab
-    return u if column_weight is None else u * column_weight
+    w = (1 - label_smoothing) * probabilities + label_smoothing / vocab
+    return w if column_weight is None else w * column_weight
 
 
 def total_weight(column_weight: Tensor | None, vocab: int) -> Tensor | float:
-    """``Σ_j u_j`` of weights that are the same in every row."""
+    """``Σ_j w_j`` of weights that are the same in every row."""
     return vocab if column_weight is None else column_weight.sum(dtype=wide_dtype(column_weight.device))
 
 
@@ -55,14 +55,14 @@ def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Colle
     """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
     dtype = statistics_dtype(like.dtype)
     dtypes = {"max_logit": dtype, "is_top1": torch.bool}
-    room: dict[str, Tensor] = {
+    found: dict[str, Tensor] = {
         name: like.new_empty(rows, dtype=dtypes.get(name, wide_dtype(like.device)))
         for name in RowStatistics._fields
         if name == "logsumexp" or (name in outputs and name != "log_probs")
     }
     if ids is not None:
-        room["log_probs"] = like.new_empty(ids.shape, dtype=dtype)
-    return RowStatistics(**room)
+        found["log_probs"] = like.new_empty(ids.shape, dtype=dtype)
+    return RowStatistics(**found)
 
 
 class Coefficients(NamedTuple):
@@ -91,7 +91,7 @@ def coefficients(
         upstream: a gradient per statistic, shaped like it; ``None`` where the loss does not use it.
         statistics: the statistics themselves; ``entropy``, ``log_sum_sq_probs`` and ``weight_sum`` are read.
         vocab: ``V``.
-        column_weight: ``u`` ``(V,)``, or None for ones.
+        column_weight: ``w`` ``(V,)``, or None for ones.
         dtype: of the coefficients, fp32 or float64.
     """
     a: Tensor | None = None

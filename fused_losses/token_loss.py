@@ -106,20 +106,18 @@ def token_loss(
         with logits.gathered():
             head = head_of(logits)
             check_head(head)
-            chosen_backend = resolve_backend(head.hidden, backend)
-            chosen = head.plan(N, workspace=workspace, accumulate=accumulate, backend=chosen_backend)
-            in_forward = chosen.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
+            backend = resolve_backend(head.hidden, backend)
+            planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
+            in_forward = planned.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
             if in_forward:
                 head, _ = ready(head, None)
                 wanted = [t is not None and t.requires_grad for t in head.inputs]
                 with torch.no_grad(), full_precision(head.hidden.device):
                     in_float16 = head.hidden.dtype == torch.float16
-                    over_logits = by_coefficients(
-                        loss_of.coefficients, loss_of.outputs, None, chosen_backend, in_float16
-                    )
+                    over_logits = by_coefficients(loss_of.coefficients, loss_of.outputs, None, backend, in_float16)
                     gradients = loss_and_gradients(
-                        head.detached(), ids, keep, zero_ignored, over_logits, wanted, chosen.budget, accumulate,
-                        chosen_backend,
+                        head.detached(), ids, keep, zero_ignored, over_logits, wanted, planned.budget, accumulate,
+                        backend,
                     )  # fmt: skip
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
                 value = loss_of.total(head.hidden)

@@ -41,7 +41,7 @@ from .configurations import (
 )
 from .elementwise import tanh
 
-FLOOR = tl.constexpr(-1e30)
+FLOOR = tl.constexpr(-3.4028234663852886e38)  # the least fp32, with which trainers mask
 LOG2E = tl.constexpr(1.4426950408889634)
 SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full waves of 132 programs
@@ -132,7 +132,7 @@ def _linear_softmax_fwd_kernel(
     temperature_ptr,  # (N,)
     logits_at_ids_ptr,  # (N, K), written where the id is a column
     partials_ptr,  # (2, 3 or 6; SPLITS; N): largest, total, total_shifted, total_sq, weighted, top
-    split_weight_ptr,  # (SPLITS,) Σ u over a split's columns
+    split_weight_ptr,  # (SPLITS,) Σ w over a split's columns
     saved_logits_ptr,  # (N, saved_columns), written: logits before scale and softcap
     N,
     V,
@@ -186,7 +186,7 @@ def _linear_softmax_fwd_kernel(
         total = tl.zeros((BLOCK_N,), tl.float32)
         total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(shifted)·shifted, shifted = z − largest
         total_sq = tl.zeros((BLOCK_N,), tl.float32)
-        weighted = tl.zeros((BLOCK_N,), tl.float32)  # Σ u·shifted
+        weighted = tl.zeros((BLOCK_N,), tl.float32)  # Σ w·shifted
         weight_seen = 0.0
         top = tl.zeros((BLOCK_N,), tl.int32)
 
@@ -235,7 +235,7 @@ def _linear_softmax_fwd_kernel(
                     now = tl.maximum(largest, tile_largest)
                     shifted = z - now[:, None]
                     e = _exp(shifted)
-                    moved = largest - now
+                    moved = tl.maximum(largest - now, FLOOR)  # finite: it meets a total of 0
                     rescale = _exp(moved)
                     if ENTROPY:
                         # The maximum keeps 0·(−inf) out; a nan it drops is in total already.
@@ -243,12 +243,12 @@ def _linear_softmax_fwd_kernel(
                         total_shifted = rescale * (total_shifted + moved * total) + e_shifted
                     if ALL:
                         total_sq = rescale * rescale * total_sq + tl.sum(e * e, 1)
-                        u = tl.where(v < V, 1.0, 0.0)
+                        column_weight = tl.where(v < V, 1.0, 0.0)
                         if HAS_COLUMN_WEIGHT:
-                            u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                        u_shifted = tl.where((v < V)[None, :], u[None, :] * shifted, 0.0)
-                        weighted += moved * weight_seen + tl.sum(u_shifted, 1)
-                        weight_seen += tl.sum(u, 0)
+                            column_weight *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+                        w_shifted = tl.where((v < V)[None, :], column_weight[None, :] * shifted, 0.0)
+                        weighted += moved * weight_seen + tl.sum(w_shifted, 1)
+                        weight_seen += tl.sum(column_weight, 0)
                         first = tl.min(tl.where(z == tile_largest[:, None], v[None, :], V), 1)
                         top = tl.where(tile_largest > largest, first, top)
                     total = rescale * total + tl.sum(e, 1)
@@ -306,7 +306,7 @@ def _combine_splits_kernel(
     split_largest = tl.load(partial, mask=here, other=FLOOR)
     split_total = tl.load(partial + SPLITS * N, mask=here, other=0.0)
     largest = tl.max(split_largest, 0)
-    moved = split_largest - largest[None, :]
+    moved = tl.maximum(split_largest - largest[None, :], FLOOR)
     rescale = _exp(moved)
     total = tl.sum(rescale * split_total, 0)
     log_total = tl.log(total.to(tl.float64))
@@ -335,7 +335,7 @@ def _combine_splits_kernel(
         row_weighted = tl.sum(weighted, 0) - log_total * tl.sum(split_weight)
         tl.store(sum_log_probs_ptr + n, tl.where(skipped, 0.0, row_weighted), mask=inside)
     if MAX_LOGIT:
-        max_logit = tl.where(largest == FLOOR, float("-inf"), largest)
+        max_logit = tl.where(total == 0, float("-inf"), largest)
         max_logit = tl.where((total != total) & (largest < float("inf")), float("nan"), max_logit)
         tl.store(max_logit_ptr + n, tl.where(skipped, 0.0, max_logit), mask=inside)
     if IS_TOP1:
@@ -624,14 +624,14 @@ def _linear_softmax_d_logits_kernel(
                     p = _exp(logp)
                     bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
                     if HAS_B:
-                        bracket += b[:, None] * tl.maximum(logp, FLOOR)
+                        bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite: it meets a probability of 0
                     if HAS_E:
                         bracket += e[:, None] * p
                     dx = p * bracket
                     if HAS_D:
                         if HAS_COLUMN_WEIGHT:
-                            u = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                            dx += d[:, None] * u[None, :]
+                            column_weight = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+                            dx += d[:, None] * column_weight[None, :]
                         else:
                             dx += d[:, None]
                     if HAS_C:

@@ -3,7 +3,7 @@
 Forward, one read of the logits: with ``m = max_j z_j`` and ``s = Σ_j exp(z_j − m)``,
 
     logsumexp = m + log s        logp_y = (z_y − m) − log s        entropy = log s − Σ_j exp(z_j − m)(z_j − m)/s
-    Σ_j u_j logp_j = Σ_j u_j (z_j − m) − log s·Σ_j u_j             log Σ_j p_j² = log Σ_j exp(2(z_j − m)) − 2 log s
+    Σ_j w_j logp_j = Σ_j w_j (z_j − m) − log s·Σ_j w_j             log Σ_j p_j² = log Σ_j exp(2(z_j − m)) − 2 log s
 
 Everything is kept relative to the running maximum, so ``logp ≤ 0`` holds by construction and a constant added to a row costs
 no accuracy. Each lane runs its own maximum over every ``VEC``-th part of the row and the lanes meet once, at the end: no
@@ -12,9 +12,9 @@ logits never make −inf − −inf.
 
 Backward, one read and one write (in place if asked): see ``fused_losses/row_statistics.py`` for the one form
 
-    dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d u_j
+    dz_j = p_j (a + b logp_j + e p_j) + Σ_k c_k 1[j = ids_k] + d w_j
 
-Class probabilities ``t`` enter through the weights, ``u_j = w_j ((1 − ε) t_j + ε/V)``: their cross entropy is −Σ u logp.
+Class probabilities ``t`` enter through the weights, ``w_j = weight_j ((1 − ε) t_j + ε/V)``: their cross entropy is −Σ w logp.
 
 Both at once, for a loss that is linear in its statistics, so that the gradient waits for nothing outside its row: a program
 reads its row and then, from the end, reads it again and writes the gradient over it. Rows in flight fit L2, or nearly: the
@@ -78,7 +78,7 @@ def _lane_sums(
     total = tl.zeros((BLOCK_N, LANES), tl.float32)
     total_shifted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ exp(z − largest)·(z − largest)
     total_sq = tl.zeros((BLOCK_N, LANES), tl.float32)
-    weighted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ u·(z − largest)
+    weighted = tl.zeros((BLOCK_N, LANES), tl.float32)  # Σ w·(z − largest)
     weight_seen = tl.zeros((BLOCK_N, LANES), tl.float32)
     top = tl.zeros((BLOCK_N, LANES), tl.int32)
     nans = tl.zeros((BLOCK_N, LANES), tl.int32)
@@ -109,18 +109,18 @@ def _lane_sums(
         if LOG_SUM_SQ_PROBS:
             total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
         if SUM_LOG_PROBS:
-            u = tl.where(inside, 1.0, 0.0)
+            w = tl.where(inside, 1.0, 0.0)
             if HAS_PROBABILITIES:
                 t = tl.load(t_row_ptr[:, None] + v.to(tl.int64)[None, :] * t_stride_v, mask=inside, other=0.0).to(
                     tl.float32
                 )
-                u *= (1 - label_smoothing) * t + label_smoothing / V
+                w *= (1 - label_smoothing) * t + label_smoothing / V
             if HAS_COLUMN_WEIGHT:
-                u *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+                w *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
             inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
-            u = tl.reshape(u, (BLOCK_N, LANES, VEC))
-            weighted += moved * weight_seen + tl.sum(tl.where(inside3, u * shifted, 0.0), 2)
-            weight_seen += tl.sum(u, 2)
+            w = tl.reshape(w, (BLOCK_N, LANES, VEC))
+            weighted += moved * weight_seen + tl.sum(tl.where(inside3, w * shifted, 0.0), 2)
+            weight_seen += tl.sum(w, 2)
         if IS_TOP1:
             column = tl.reshape(tl.broadcast_to(v[None, :], (BLOCK_N, BLOCK_V)), (BLOCK_N, LANES, VEC))
             first = tl.min(tl.where(z == tile_largest[:, :, None], column, V), 2)
@@ -143,7 +143,7 @@ def _row_total(largest, total):
 
 @triton.jit
 def _row_sum_log_probs(moved, weighted, weight_seen, log_total):
-    """``Σ u logp`` and ``Σ u`` of rows."""
+    """``Σ w logp`` and ``Σ w`` of rows."""
     moved_weight = moved.to(tl.float64) * weight_seen.to(tl.float64)
     row_weight = tl.sum(weight_seen.to(tl.float64), 1)
     return tl.sum(weighted.to(tl.float64) + moved_weight, 1) - log_total * row_weight, row_weight
@@ -578,7 +578,7 @@ def softmax_rows_fwd_bwd(
     softcap=None,
     outputs,
 ):
-    """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``."""
+    """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``."""
     N, V = logits.shape
     out = empty_statistics(logits, N, ids, outputs)
     if N == 0:

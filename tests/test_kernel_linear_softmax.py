@@ -313,6 +313,17 @@ def test_infinite_and_nan_logits_give_nan(device, variant, value):
     assert head.d_logits(ours.logsumexp, random_coefficients(head, "a")).isnan().all()
 
 
+@pytest.mark.parametrize("value", [-2e30, torch.finfo(torch.float32).min])
+def test_rows_of_what_trainers_mask_with(device, value):
+    head = Head(device, V=130)
+    head.bias = torch.full((130,), value, device=device)  # beside which the products vanish: equal logits
+    ours = head.forward(("entropy", "max_logit"))
+    exact = torch.full_like(ours.log_probs, 130).log()
+    torch.testing.assert_close(ours.log_probs, -exact)
+    torch.testing.assert_close(ours.entropy.float(), exact[:, 0])
+    assert (ours.max_logit == value).all()
+
+
 def test_all_logits_minus_infinity(device):
     head = Head(device, bias=True)
     head.bias[:] = float("-inf")

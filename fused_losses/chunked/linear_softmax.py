@@ -64,7 +64,7 @@ def linear_softmax_fwd(
     top1 = torch.zeros(N, dtype=torch.int64, device=hidden.device)
     at_ids = None if ids is None else hidden.new_zeros(ids.shape, dtype=dtype)
     for columns in slices(V, TILE):
-        u = None if column_weight is None else column_weight[columns].to(dtype)
+        w = None if column_weight is None else column_weight[columns].to(dtype)
         for rows in slices(N, TILE):
             x = logits_tile(hidden, weight, bias, low_rank, rows, columns)
             if saved_logits is not None and columns.start < saved_logits.shape[1]:
@@ -80,7 +80,7 @@ def linear_softmax_fwd(
                 top1[rows] = torch.where(value > max_logit[rows], index + columns.start, top1[rows])
                 max_logit[rows] = torch.maximum(max_logit[rows], value)
             if "sum_log_probs" in outputs:
-                column_sum[rows] += (z.sum(-1) if u is None else z @ u).double()
+                column_sum[rows] += (z.sum(-1) if w is None else z @ w).double()
             before = largest[rows]
             after = torch.maximum(before, z.amax(-1))
             shifted = z - after[:, None]

@@ -29,16 +29,16 @@ def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ..
             yield slice(start, start + views[0].shape[:2].numel()), *views
 
 
-def room_for_rows(logits: Tensor) -> Tensor:
+def rows_buffer(logits: Tensor) -> Tensor:
     """``(n, V)``, written over by every chunk: fresh pages cost more than the arithmetic on them."""
     B, V, S = logits.shape
     return logits.new_empty(min(B * S, max(1, CHUNK_ELEMENTS // max(V, 1))), V, dtype=statistics_dtype(logits.dtype))
 
 
-def upcast_rows(chunk: Tensor, room: Tensor) -> Tensor:
-    """The rows ``(n, V)`` of a chunk: themselves where they have the precision of ``room``, else copied there."""
+def upcast_rows(chunk: Tensor, buffer: Tensor) -> Tensor:
+    """The rows ``(n, V)`` of a chunk: themselves where they have the precision of ``buffer``, else copied there."""
     x = chunk.reshape(-1, chunk.shape[-1])
-    return x if x.dtype == room.dtype else room[: len(x)].copy_(x)
+    return x if x.dtype == buffer.dtype else buffer[: len(x)].copy_(x)
 
 
 def exp_(x: Tensor) -> Tensor:
@@ -84,12 +84,12 @@ def softmax_rows_fwd(
 ) -> RowStatistics:
     B, V, S = logits.shape
     out = empty_statistics(logits, B * S, ids, outputs)
-    room = room_for_rows(logits)
+    buffer = rows_buffer(logits)
     for rows, chunk, t in row_chunks(logits, probabilities):
-        x = upcast_rows(chunk, room)
+        x = upcast_rows(chunk, buffer)
         z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
-        u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
-        values = row_statistics(z, None if ids is None else ids[rows], u, outputs, room)
+        w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
+        values = row_statistics(z, None if ids is None else ids[rows], w, outputs, buffer)
         for total, value in zip(out, values, strict=True):
             if total is not None and value is not None:
                 total[rows] = value
@@ -97,19 +97,19 @@ def softmax_rows_fwd(
 
 
 def row_statistics(
-    z: Tensor, ids: Tensor | None, u: Tensor | None, outputs: Collection[str], room: Tensor | None = None
+    z: Tensor, ids: Tensor | None, w: Tensor | None, outputs: Collection[str], buffer: Tensor | None = None
 ) -> RowStatistics:
-    """The statistics of logits ``(n, V)`` in their final form and precision; differentiable unless there is ``room``."""
+    """The statistics of logits ``(n, V)`` in their final form and precision; differentiable unless there is ``buffer``."""
     V, wide = z.shape[1], wide_dtype(z.device)
     max_logit = z.detach().amax(-1, keepdim=True)
     top = z.argmax(-1) if "is_top1" in outputs else None
     # Cancels out of every statistic but logsumexp.
     largest = max_logit.clamp(min=floor(z.dtype))
-    shifted = z - largest if room is None else torch.sub(z, largest, out=room[: len(z)])
+    shifted = z - largest if buffer is None else torch.sub(z, largest, out=buffer[: len(z)])
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
     if "sum_log_probs" in outputs:
-        weighted = (shifted if u is None else shifted * u).sum(-1, dtype=wide)
-    e = shifted.exp() if room is None or "entropy" in outputs else exp_(shifted)
+        weighted = (shifted if w is None else shifted * w).sum(-1, dtype=wide)
+    e = shifted.exp() if buffer is None or "entropy" in outputs else exp_(shifted)
     total = e.sum(-1).to(wide)
     log_total = total.log()
     skip = skipped(ids)
@@ -128,7 +128,7 @@ def row_statistics(
     if "log_sum_sq_probs" in outputs:
         found["log_sum_sq_probs"] = finish((e * e).sum(-1).to(wide).log() - 2 * log_total, wide)
     if "sum_log_probs" in outputs:
-        weight_sum = z.new_full((), V) if u is None else u.sum(-1, dtype=wide)
+        weight_sum = z.new_full((), V) if w is None else w.sum(-1, dtype=wide)
         found["sum_log_probs"] = finish(weighted - weight_sum * log_total, wide)
         if "weight_sum" in outputs:
             found["weight_sum"] = finish(weight_sum, wide)
@@ -165,12 +165,12 @@ def softmax_rows_bwd(
     # float64 once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(dtype)
     lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
-    room = room_for_rows(logits)
+    buffer = rows_buffer(logits)
     for rows, chunk, t, grad in row_chunks(logits, probabilities, out):
-        x = upcast_rows(chunk, room)
+        x = upcast_rows(chunk, buffer)
         z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
         in_place = grad.is_contiguous() and grad.dtype == dtype
-        logp = torch.sub(z, hi[rows, None], out=grad.view(z.shape) if in_place else room[: len(z)])
+        logp = torch.sub(z, hi[rows, None], out=grad.view(z.shape) if in_place else buffer[: len(z)])
         if b is None and e is None:
             # p·a alone: what is left of logsumexp goes into the row's factor.
             dz = exp_(logp).mul_(0.0 if a is None else (a[rows] * (-lo[rows]).exp())[:, None])
@@ -182,10 +182,10 @@ def softmax_rows_bwd(
             if e is not None:
                 factor = factor + e[rows, None] * p
             dz = p.mul_(factor)
-        u = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
+        w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
         local = None if ids is None else ids[rows] - vocab_start
         d_, c_, skip_ = (None if t is None else t[rows] for t in (d, c, skip))
-        finish_gradient(dz, u, d_, local, c_, slope, skip_)
+        finish_gradient(dz, w, d_, local, c_, slope, skip_)
         if dz.data_ptr() != grad.data_ptr():
             grad.copy_(dz.view(grad.shape))
     return out
@@ -193,7 +193,7 @@ def softmax_rows_bwd(
 
 def finish_gradient(
     dz: Tensor,  # (n, V): p (a + b logp + e p), to which the rest is added in place
-    u: Tensor | None,  # (V,) or (n, V)
+    w: Tensor | None,  # (V,) or (n, V)
     d: Tensor | None,  # (n,)
     ids: Tensor | None,  # (n, K)
     c: Tensor | None,  # (n, K)
@@ -201,7 +201,7 @@ def finish_gradient(
     skip: Tensor | None,  # (n,) rows whose gradient is 0
 ) -> None:
     if d is not None:
-        dz += d[:, None] if u is None else d[:, None] * u.to(dz.dtype)
+        dz += d[:, None] if w is None else d[:, None] * w.to(dz.dtype)
     if ids is not None and c is not None:
         inside = (ids >= 0) & (ids < dz.shape[1])
         ids, values = ids.clamp(0, dz.shape[1] - 1), c.masked_fill(~inside, 0)
@@ -226,12 +226,12 @@ def softmax_rows_fwd_bwd(
     softcap: float | None = None,
     outputs: Collection[str],
 ) -> RowStatistics:
-    """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j u_j logp_j + of_square·logsumexp²``."""
+    """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``."""
     N, V = logits.shape
     out = empty_statistics(logits, N, ids, outputs)
-    dtype, room = statistics_dtype(logits.dtype), room_for_rows(logits[..., None])
+    dtype, buffer = statistics_dtype(logits.dtype), rows_buffer(logits[..., None])
     for rows, chunk in row_chunks(logits[..., None]):
-        x = upcast_rows(chunk, room)
+        x = upcast_rows(chunk, buffer)
         z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
         found = row_statistics(z, ids[rows], column_weight, {*outputs, "max_logit"}, x)
         for total, value in zip(out, found, strict=True):
