@@ -4,8 +4,7 @@ A row is a plain dict, ready for JSON. Its ``status``:
 
 - ``ok``;
 - ``failed``: ours not within the tolerance rule, or another function; red, never timed;
-- ``inaccurate``: a peer beyond that rule, which is ours to keep, but computing the same function (``SAME_FUNCTION``), which is
-  what it is checked for: timed, since a peer left out for a rounding would say more of the table than of the peer;
+- ``inaccurate``: a peer outside our tolerance that still computes the same function (within ``SAME_FUNCTION``): timed anyway;
 - ``oom``, ``error``, ``skipped``: with a ``reason``;
 - ``interrupted``: checked, but not timed to the end.
 

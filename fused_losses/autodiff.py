@@ -61,8 +61,11 @@ def traced(t: Tensor) -> bool:
 
 
 def may_save(t: Tensor) -> bool:
-    """Whether forward may save what backward could make again: not while shapes are unknown, nor where hooks take it, since
-    checkpointing makes it again, under settings that may have changed, and logits are sooner made again than moved."""
+    """Whether forward may save what backward could recompute.
+
+    Not while tracing, where shapes are unknown, and not under saved-tensor hooks: checkpointing runs forward again, perhaps
+    under other settings, and offloading logits costs more than recomputing them.
+    """
     return not traced(t) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 

@@ -60,7 +60,7 @@ class Rows(NamedTuple):
     low_rank: tuple[Tensor, Tensor] | None  # (N, R) and (V, R)
 
 
-class _Identity(torch.autograd.Function):
+class _WithParameters(torch.autograd.Function):
     """``hidden``, with the head's parameters among its ancestors: DDP looks there for what a step uses."""
 
     @staticmethod
@@ -129,10 +129,10 @@ class LinearLogits(LazyTensor):
     ``argmax`` and their kin are answered without the logits, and differentiable in ``hidden``, ``weight``, ``bias``,
     ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error).
 
-    It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises; weights exchanged through
-    ``.data``, as averages of weights are, go unnoticed and are read as they then are: use the logits before. It can be
-    pickled and copied, detached and without ``module``; of a ``group`` a copy keeps the name. Built inside reentrant
-    checkpointing it raises, since no gradient would reach it there; pass ``use_reentrant=False``.
+    It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. Weights swapped through
+    ``.data``, as for an average of weights, are not detected: use the logits before the swap. It can be pickled and copied,
+    detached and without ``module``; a copy keeps the name of its ``group``. Built inside reentrant checkpointing it raises,
+    since no gradient would reach it there; pass ``use_reentrant=False``.
 
     Where it differs from a tensor:
 
@@ -247,7 +247,7 @@ class LinearLogits(LazyTensor):
             )
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
-            hidden = hidden if detached or plain else _Identity.apply(hidden, *used)
+            hidden = hidden if detached or plain else _WithParameters.apply(hidden, *used)
             if shard is not None and shard.inner and not torch.compiler.is_compiling():
                 rest.gathered = hidden.detach()
         elif hidden.dtype != rest.weight.dtype:  # an output cast
@@ -598,7 +598,7 @@ class LinearLogits(LazyTensor):
         if bias is NotImplemented or not linear or (self.rest.detached and bias.requires_grad):
             return NotImplemented
         bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
-        hidden = self.hidden if self.rest.detached else _Identity.apply(self.hidden, bias)
+        hidden = self.hidden if self.rest.detached else _WithParameters.apply(self.hidden, bias)
         return self._but(hidden, bias=bias if self.bias is None else self.bias + bias)
 
     def times(self, other: Any) -> Any:

@@ -26,7 +26,7 @@ from .settings import workspace as workspace_setting
 
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
-RECOMPUTE_BUDGET = 256 * MiB  # held from forward to backward: more is for the caller to give. No larger slice is faster
+RECOMPUTE_BUDGET = 256 * MiB  # larger slices are not faster, and what is held until backward is larger only if asked
 ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits

@@ -30,7 +30,7 @@ from .head import Head, budget, differentiable_statistics, kept_tokens, only, re
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import add_product, column_sums
-from .row_statistics import RowStatistics, coefficients, empty_statistics, total_weight, where_ids_stand
+from .row_statistics import RowStatistics, coefficients, empty_statistics, total_weight, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
 from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
@@ -311,7 +311,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         weight_sum=weight_sum if weight_sum.ndim else None,
     )
     upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
-    terms = coefficients(where_ids_stand(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
+    terms = coefficients(without_ignored(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
     if saved_logits.ndim == 0:
         saved_logits = absent(saved_logits)  # no tensor of forward, which a compiler would think is written over

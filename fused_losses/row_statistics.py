@@ -75,7 +75,7 @@ class Coefficients(NamedTuple):
     d: Tensor | None = None
 
 
-def where_ids_stand(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
+def without_ignored(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
     """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
     if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:
         return upstream

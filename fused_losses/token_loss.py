@@ -17,7 +17,7 @@ from .gradients_in_forward import by_coefficients, loss_and_gradients, with_grad
 from .head import check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
-from .row_statistics import Coefficients, RowStatistics, coefficients, where_ids_stand
+from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import TokenStatistics, target_ids, token_statistics
 from .vocab_parallel import local_part, local_target
@@ -210,7 +210,7 @@ class _PerToken:
         self.loss[rows] = value
         if "log_probs" in gradients and self.single:
             gradients["log_probs"] = gradients["log_probs"][:, None]
-        upstream = where_ids_stand(RowStatistics(**gradients), self.ids[rows])
+        upstream = without_ignored(RowStatistics(**gradients), self.ids[rows])
         return coefficients(upstream, found, self.vocab, None, dtype)
 
     def total(self, like: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from .row_statistics import (
     empty_statistics,
     label_weights,
     total_weight,
-    where_ids_stand,
+    without_ignored,
 )
 from .settings import Backend, resolve_backend
 from .vocab_parallel import VocabShard, local_part, local_target, merged_statistics, packed, with_weight_sum
@@ -241,7 +241,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
     asked = {"log_probs", "logsumexp", *outputs.split(",")}  # a compiled graph sends zeros for the others
     upstream = RowStatistics(*(g if n in asked else None for n, g in zip(RowStatistics._fields, grads, strict=True)))
-    a, b, e, c, d = coefficients(where_ids_stand(upstream, ids), found, logits.shape[1], column_weight, dtype)
+    a, b, e, c, d = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
     d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape

@@ -81,8 +81,10 @@ def is_dtensor(x: Any) -> bool:
 
 
 def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard | None]:
-    """This rank's part of logits whose classes stand in ``dim``, without padding, and where ``group`` or the placements of a
-    DTensor share them, which it is."""
+    """This rank's columns of the logits without padding, and its :class:`VocabShard`: None where the vocabulary is not shared.
+
+    ``dim`` is that of the classes; ``group`` or the placements of a DTensor say who shares it.
+    """
     if not isinstance(logits, Tensor):
         if group is not None:
             raise ValueError(
@@ -175,9 +177,9 @@ class VocabShard(NamedTuple):
         return both.gather(-1, at), both_ids.gather(-1, at)
 
     def begin_sum(self, x: Tensor) -> Callable[[], Any]:
-        """Begin to add ``x``, a row for each token, up over the ranks, in place; what is returned ends it.
+        """Start an in-place sum over the ranks of ``x``, a row per token; call the result to wait for it.
 
-        Where these are all tokens and each rank wants its own, the other rows are left as they were.
+        Where ``x`` has the tokens of all ranks and each needs its own only, the other rows are left as they were.
         """
         group = self.process_group()
         if self.inner == 0 or x.shape[:-1].numel() != self.outer * self.ranks * self.inner:
