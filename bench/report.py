@@ -147,12 +147,13 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         made = made_with([result for result in results if result["device"] == device])
         tables.append(
             f"{device}, {made}. Peaks are above the inputs and include the gradients; the least is in the smallest workspace "
-            "tried, or in place. The floor is the fewest operations, or bytes, at the rate that the same run measured."
+            "tried, or in place; times are of the defaults. The floor is the fewest operations, or bytes, at the rate that the "
+            "same run measured, without exponentials."
         )
         weighed = [line[:4] for key, line in lines.items() if key[0] == device and not line[4]]
         timed = [line for key, line in lines.items() if key[0] == device and line[4]]
         tables += [markdown_table(columns[:4], weighed)] if weighed else []
-        tables += [markdown_table(columns, timed)] if timed else []
+        tables += [markdown_table(columns[:2] + columns[3:], [line[:2] + line[3:] for line in timed])] if timed else []
     if not any("clocks" in result for result in results):
         tables.append(
             f"On a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
