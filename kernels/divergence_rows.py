@@ -42,12 +42,12 @@ def _expm1_of_negative(x):
 
 
 @triton.jit
-def _log1p_of_negative(y):
-    # 2 artanh(y/(2 + y)); from −¼ down log has nothing to cancel.
+def _log1p_of_negative(y, one_plus_y):
+    # 2 artanh(y/(2 + y)); from −¼ down log has nothing to cancel, and near −1 nothing is left of y.
     w = y / (2 + y)
     square = w * w
     near = 2 * w * (1 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square * (1.0 / 9)))))
-    return tl.where(y > -NEAR, near, tl.log(1 + y))
+    return tl.where(y > -NEAR, near, tl.log(one_plus_y))
 
 
 @triton.jit
@@ -84,7 +84,9 @@ def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
         g = -h
     if KIND == "jsd" or KIND == "skewed_kl":
         m = beta * t + (1 - beta) * s
-        larger = -_log1p_of_negative(tl.where(d > 0, 1 - beta, beta) * w)  # log of the larger of t and s, over m
+        E = tl.exp(-tl.abs(d))  # the smaller of t and s over the larger
+        over = tl.where(d > 0, beta + (1 - beta) * E, (1 - beta) + beta * E)
+        larger = -_log1p_of_negative(tl.where(d > 0, 1 - beta, beta) * w, over)  # log of the larger of t and s, over m
         t_over_m = tl.where(d > 0, larger, d + larger)
         s_over_m = tl.where(d > 0, larger - d, larger)
         if KIND == "jsd":
@@ -93,7 +95,7 @@ def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
             h = tl.where(t == 0, 0.0, beta * t_over_m)
         else:
             value = _excess(t, m, t_over_m)
-            g = tl.where(s == 0, 0.0, (beta - 1) * (t / m))
+            g = tl.where(m == 0, 0.0, (beta - 1) * (t / m))
             h = tl.where(t == 0, 0.0, t_over_m - beta * (1 - beta) * (difference / m))
     return value, g, h
 
@@ -398,6 +400,8 @@ def divergence_rows(
     nll = student.new_empty(N, dtype=torch.float32) if labels and step == "all" else None
     if N == 0:
         return divergence, nll
+    if kind == "jsd":
+        beta = min(beta, 1 - 2**-24)  # in fp32 too the student has a share of the mixture
     BLOCK_V, VEC, num_warps = divergence_rows_config()
     _divergence_rows_kernel[(N,)](
         student,
