@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .numerics import autocast_dtype, statistics_dtype, wide_dtype
+from .numerics import autocast_dtype, check_scaling, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
 from .token_statistics import rows_statistics, target_ids
@@ -130,6 +130,7 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    check_scaling(softcap)
     class_dim, given = 0 if input.ndim == 1 else 1, input.shape
     input, shard = local_part(input, group, class_dim)
     target = local_target(target)
@@ -264,7 +265,7 @@ def result_dtype(input: Any, target: Any, weight: Tensor | None = None) -> torch
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss`` on :func:`cross_entropy`, whose keyword-only extras it takes.
+    """``torch.nn.CrossEntropyLoss`` on :func:`cross_entropy`, whose keyword-only extras it takes but ``return_statistics``.
 
     Example:
         >>> CrossEntropyLoss(label_smoothing=0.1)(torch.zeros(2, 4), torch.tensor([1, 3]))

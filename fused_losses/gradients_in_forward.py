@@ -29,11 +29,11 @@ from .autodiff import (
 )
 from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
-from .head import Head, differentiable_statistics, only
+from .head import Head, differentiable_statistics
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import BLOCK, add_product, column_sums
-from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only
 from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
 

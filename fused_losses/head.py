@@ -191,9 +191,3 @@ def differentiable_statistics(
     """The statistics as plain differentiable PyTorch on whole logits."""
     check_differentiable(head.hidden.shape[0], head.weight.shape[0], head.hidden.dtype)
     return row_statistics(whole_logits(head, skipped(ids)), ids, column_weight, outputs)
-
-
-def only(found: Sequence[Tensor | None], outputs: Sequence[str], ids: bool) -> RowStatistics:
-    """What was asked for of a :class:`RowStatistics`, ``logsumexp`` and, with ids, ``log_probs``."""
-    asked = {"logsumexp", "log_probs" if ids else "", *outputs}
-    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))

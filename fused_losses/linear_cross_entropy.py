@@ -7,6 +7,7 @@ will hold.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from .cross_entropy import (
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
 from .head import Head, budget, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
-from .numerics import autocast_dtype, statistics_dtype
+from .numerics import autocast_dtype, check_reduction, check_scaling, statistics_dtype
 from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
 from .token_statistics import rows_statistics, target_ids
@@ -119,6 +120,7 @@ def linear_cross_entropy(
         >>> linear_cross_entropy(hidden, head, torch.tensor([0, -100]))
         tensor(0.1698, grad_fn=<WhereBackward0>)
     """
+    check_scaling(softcap, temperature)
     if is_dtensor(input) or is_dtensor(linear_weight):
         from .tensor_parallel import local_head
 
@@ -270,8 +272,7 @@ def heads_cross_entropy(
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
     for head in heads:
         check_head(head)
-    if reduction not in ("none", "mean", "sum"):
-        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+    check_reduction(reduction)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
     if not probabilities and target.shape != positions:
@@ -538,6 +539,9 @@ class LinearCrossEntropyLoss(nn.Module):
         device, dtype: of the head.
         extras: the function's keyword-only extras.
 
+    Raises:
+        TypeError: an extra that the function does not have.
+
     Example:
         >>> loss = LinearCrossEntropyLoss(4, 7)
         >>> loss(torch.zeros(2, 4), torch.tensor([1, 3])).shape
@@ -561,6 +565,7 @@ class LinearCrossEntropyLoss(nn.Module):
         **extras: Any,
     ) -> None:
         super().__init__()
+        inspect.signature(linear_cross_entropy).bind(None, None, None, linear_bias=None, **extras)
         if weight is not None and weight.shape != (num_classes,):
             raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
         if not 0.0 <= label_smoothing <= 1.0:

@@ -1,8 +1,9 @@
-"""Which precision a loss is computed in."""
+"""What all losses agree on: the precision they compute in, and what the options that they share may be."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -34,3 +35,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Inside it autocast has nothing to decide."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def check_scaling(softcap: float | None = None, temperature: float | Tensor | None = None) -> None:
+    """Raise where logits would have no distribution. Into a tensor nobody looks, which would wait for the device."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
+    if temperature is not None and not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("none", "mean", "sum"):
+        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")

@@ -21,6 +21,7 @@ from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .numerics import statistics_dtype
 from .settings import Route
+from .settings import backend as backend_setting
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 
@@ -126,6 +127,7 @@ def plan(
 
     Raises:
         ValueError: ``per_token`` with route ``"gradients_in_forward"``, or an unknown choice.
+        TypeError: ``dtype`` is not a ``torch.dtype``.
 
     Example:
         >>> print(plan(8192, 128256, 4096))
@@ -140,6 +142,9 @@ def plan(
         why                   6NVH against the 8NVH of recompute, and its chunks fit the budget
         why                   2 chunks: few enough to sum in torch.bfloat16
     """
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    backend_setting.parse(backend)  # type: ignore[arg-type]
     if accumulate not in (None, "fp32"):
         raise ValueError(f"accumulate must be 'fp32' or None, got {accumulate!r}")
     if per_token and route_setting.parse(route) == "gradients_in_forward":

@@ -26,11 +26,11 @@ from .autodiff import (
 )
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.softmax_rows import skipped
-from .head import Head, budget, differentiable_statistics, kept_tokens, only, ready
+from .head import Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import add_product, column_sums
-from .row_statistics import RowStatistics, coefficients, empty_statistics, total_weight, without_ignored
+from .row_statistics import RowStatistics, coefficients, empty_statistics, only, total_weight, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
 from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum

@@ -10,7 +10,7 @@ with one number per row for each of ``a, b, e, d`` and one per id for ``c``.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,12 @@ def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Colle
     if ids is not None:
         found["log_probs"] = like.new_empty(ids.shape, dtype=dtype)
     return RowStatistics(**found)
+
+
+def only(found: Sequence[Tensor | None], outputs: Collection[str], ids: bool) -> RowStatistics:
+    """What was asked for of a :class:`RowStatistics`, ``logsumexp`` and, with ids, ``log_probs``."""
+    asked = {"logsumexp", "log_probs" if ids else "", *outputs}
+    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
 
 
 class Coefficients(NamedTuple):

@@ -31,8 +31,10 @@ class _Setting:
         self._previous = type(self).value
         type(self).value = self.parse(value)
 
-    @staticmethod
-    def parse(value: Any) -> Any:
+    @classmethod
+    def parse(cls, value: Any) -> Any:
+        if value not in (True, False):
+            raise TypeError(f"{cls.__name__} is True or False, got {value!r}")
         return value
 
     def __enter__(self) -> None:
@@ -72,7 +74,8 @@ class route(_Setting):
 class workspace(_Setting):
     """Bytes a call may use beside its inputs and results: an int, ``"256MiB"``, ``"1.5GiB"``, or ``None``: as planned.
 
-    Calls with a result per token may hold it from forward to backward, full of what backward then need not make again.
+    Per-token results may keep up to this many bytes of logits from forward to backward, so that backward need not recompute
+    them.
 
     Example:
         >>> with workspace("256MiB"):
@@ -82,7 +85,7 @@ class workspace(_Setting):
 
     @staticmethod
     def parse(value: int | torch.SymInt | str | None) -> Any:
-        if value is None or (isinstance(value, (int, torch.SymInt)) and value >= 0):
+        if value is None or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 0):
             return value
         units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
         match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(\w+)\s*", value) if isinstance(value, str) else None
@@ -94,7 +97,8 @@ class workspace(_Setting):
 class drop_ignored(_Setting):
     """Whether ignored tokens are taken out before a head's products.
 
-    That needs their count on the host: the package's one host synchronisation. ``False`` keeps them in, zeroed.
+    That needs their count on the host, which waits for the device. ``False`` keeps them in, zeroed. The few other functions
+    that wait (``document_borders``, ``prm_loss``, ``entropy_mask`` over ranks) say so themselves.
     """
 
     value: ClassVar[bool] = True

@@ -15,16 +15,18 @@ from torch import Tensor
 
 from .autodiff import check_differentiable, differentiable_gradients, refuse_shard, transforms_active
 from .chunked import softmax_rows as chunked_softmax_rows
-from .numerics import statistics_dtype
+from .numerics import check_scaling, statistics_dtype
 from .row_statistics import (
     RowStatistics,
     coefficients,
     empty_statistics,
     label_weights,
+    only,
     total_weight,
     without_ignored,
 )
 from .settings import Backend, resolve_backend
+from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, local_part, local_target, merged_statistics, packed, with_weight_sum
 
 if TYPE_CHECKING:
@@ -324,8 +326,7 @@ def rows_statistics(
         resolve_backend(logits, backend),
         packed(shard),
     )
-    asked = {"logsumexp", "log_probs" if ids is not None else "", *outputs}
-    return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
+    return only(found, outputs, ids is not None)
 
 
 def token_statistics(
@@ -374,7 +375,7 @@ def token_statistics(
 
     Raises:
         IndexError: an id outside ``[0, V)``, on a CPU; on a GPU the device's next synchronisation fails.
-        ValueError: shapes that do not fit, or an unknown output.
+        ValueError, TypeError: shapes, dtypes or options that do not fit, or an unknown output.
 
     Example:
         >>> found = token_statistics(torch.zeros(2, 4), torch.tensor([1, 3]), outputs=("log_probs", "entropy"))
@@ -385,9 +386,13 @@ def token_statistics(
         raise ValueError(
             f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
         )
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs must be a sequence of names, got {outputs!r}: write ({outputs!r},)")
     unknown = set(outputs) - set(TokenStatistics._fields)
     if unknown:
         raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
+    check_scaling(temperature=temperature)
+    workspace = workspace_setting.parse(workspace)
     logits, shard = local_part(logits, group)
     index = index if index is None else local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
@@ -458,6 +463,12 @@ def selective_log_softmax(
         tensor([-0.1269,  0.0000])
     """
     if row_mask is not None:
+        tokens = logits.shape[:-1]
+        if row_mask.shape != tokens or index.shape[: len(tokens)] != tokens:
+            raise ValueError(
+                f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')} and a row_mask "
+                f"{tuple(tokens)}, got {tuple(index.shape)} and {tuple(row_mask.shape)}"
+            )
         keep = row_mask != 0
         index = index.long().masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
     found = token_statistics(

@@ -307,6 +307,14 @@ def test_target_out_of_range(target, backend, device):
         cross_entropy(torch.randn(2, 5), torch.tensor(target), backend=backend)
 
 
+@pytest.mark.parametrize("softcap", [0, -5.0, math.inf, math.nan])
+def test_a_softcap_is_positive(softcap):
+    hidden, weight, target = torch.randn(3, 4), torch.randn(5, 4), torch.zeros(3, dtype=torch.long)
+    for logits in (hidden @ weight.T, fused_losses.LinearLogits(hidden, weight)):
+        with pytest.raises(ValueError, match=f"softcap must be positive, or None for no bound, got {softcap}"):
+            cross_entropy(logits, target, softcap=softcap)
+
+
 @pytest.mark.parametrize(
     ("input", "target", "kwargs"),
     [

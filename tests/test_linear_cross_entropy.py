@@ -738,6 +738,9 @@ def test_module_is_pytorchs():
     capped.load_state_dict(theirs.state_dict())
     assert capped(hidden, target) != ours(hidden, target)
     assert "softcap=1.0" in repr(capped)
+    for wrong in ({"zloss": 1.0}, {"linear_bias": None}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            LinearCrossEntropyLoss(H, C, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -764,6 +767,10 @@ def test_module_is_pytorchs():
         ({"main_grad": torch.zeros(C, H).half()}, ValueError, "main_grad"),
         ({"grad_scale": 2.0}, ValueError, "grad_scale"),
         ({"temperature": torch.ones(N).requires_grad_()}, RuntimeError, "temperature.*detach"),
+        ({"temperature": 0}, ValueError, "temperature must be positive, got 0"),
+        ({"temperature": -1.0}, ValueError, "temperature must be positive, got -1.0"),
+        ({"softcap": 0}, ValueError, "softcap must be positive, or None for no bound, got 0"),
+        ({"softcap": -5.0}, ValueError, "softcap must be positive, or None for no bound, got -5.0"),
     ],
 )
 def test_bad_input(change, error, match):

@@ -136,6 +136,13 @@ def test_unknown_choices_raise():
         plan(*LLAMA, accumulate="bf16")
     with pytest.raises(ValueError, match="route must be one of"):
         plan(*LLAMA, route="fast")
+    with pytest.raises(ValueError, match="backend must be one of"):
+        plan(*LLAMA, backend="cuda")
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'bfloat16'"):
+        plan(8, 8, 8, "bfloat16")
+    for setting in (settings.drop_ignored, settings.strict):
+        with pytest.raises(TypeError, match=f"{setting.__name__} is True or False, got 'no'"):
+            setting("no")
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 1, 3), (1, 1, 1), (7, 3, 1)])
@@ -152,7 +159,7 @@ def test_the_table_names_every_part_and_the_reason():
         assert word in text
 
 
-@pytest.mark.parametrize("workspace", ["1.5.2MiB", "MiB", ".MiB", "-5MiB", "5", "", -5, 1.5])
+@pytest.mark.parametrize("workspace", ["1.5.2MiB", "MiB", ".MiB", "-5MiB", "5", "", -5, 1.5, True])
 def test_a_wrong_workspace_is_named(workspace):
     with pytest.raises(ValueError, match=f"256MiB.*{re.escape(repr(workspace))}"):
         plan(*LLAMA, workspace=workspace)

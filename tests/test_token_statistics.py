@@ -1,6 +1,7 @@
 """Token statistics of logits that exist: values, gradients, masks and what the caller may do with the results."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -214,6 +215,12 @@ def test_same_bits_whatever_stands_around(backend, device):
         (torch.zeros(2, 5), ("log_probs",), TypeError, "float32"),
         (torch.zeros(2, 5, 0, dtype=torch.long), ("log_probs",), ValueError, r"\(2, 5, 0\) has no id"),
         (torch.full((2, 5), 7), ("log_probs",), IndexError, "out of bounds"),
+        (
+            torch.zeros(2, 5, dtype=torch.long),
+            "entropy",
+            TypeError,
+            r"sequence of names, got 'entropy': .*\('entropy',\)",
+        ),
     ],
 )
 def test_wrong_input(index, outputs, error, message, device):
@@ -229,6 +236,29 @@ def test_wrong_temperature(device):
         selective_log_softmax(x, ids, temperature=torch.ones(2, device=device))
     with pytest.raises(RuntimeError, match="derivative for temperature"):
         selective_log_softmax(x.requires_grad_(), ids, temperature=torch.ones(2, 5, device=device, requires_grad=True))
+
+
+@pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_temperature_is_positive(temperature, lazy):
+    logits = LinearLogits(torch.randn(2, 5, 3), torch.randn(7, 3)) if lazy else torch.randn(2, 5, 7)
+    with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
+        selective_log_softmax(logits, torch.zeros(2, 5, dtype=torch.long), temperature=temperature)
+
+
+@pytest.mark.parametrize("row_mask", [(2,), (5,), (2, 1), (2, 5, 3), ()])
+def test_a_row_mask_does_not_broadcast(row_mask):
+    x, ids = torch.randn(2, 5, 7), torch.zeros(2, 5, 3, dtype=torch.long)
+    for index in (ids, ids[..., 0]):
+        with pytest.raises(ValueError, match=rf"row_mask \(2, 5\), got .* and {re.escape(str(row_mask))}"):
+            selective_log_softmax(x, index, row_mask=torch.ones(row_mask))
+    with pytest.raises(ValueError, match=r"got \(5,\) and \(2, 5\)"):
+        selective_log_softmax(x, ids[0, :, 0], row_mask=torch.ones(2, 5))
+
+
+def test_a_wrong_workspace_is_named_where_logits_exist():
+    with pytest.raises(ValueError, match="'garbage'"):
+        selective_log_softmax(torch.randn(2, 7), torch.zeros(2, dtype=torch.long), workspace="garbage")
 
 
 def test_temperature_is_not_rounded_to_the_default_dtype(device):
