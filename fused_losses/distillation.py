@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autodiff import traced, transforms_active
 from .chunked.softmax_rows import transform
 from .divergence import (
     KINDS,
@@ -33,8 +34,11 @@ from .divergence import (
     token_divergence,
 )
 from .linear_logits import LinearLogits
-from .numerics import full_precision, statistics_dtype, upcast, wide_dtype
+from .numerics import check_reduction, check_scaling, full_precision, statistics_dtype, upcast, wide_dtype
+from .sequences import at_least_one, check_tensors
 from .settings import Backend, Route
+from .settings import route as route_setting
+from .settings import workspace as workspace_setting
 from .token_loss import token_loss
 from .token_statistics import TokenStatistics, selective_log_softmax, target_ids
 from .two_heads import Divergence, budget, planned_vocab
@@ -101,8 +105,8 @@ def distillation_loss(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+    check_reduction(reduction)
+    route, workspace = route_setting.parse(route), workspace_setting.parse(workspace)
     # 0 times an infinite divergence is nan, and this one is bounded.
     which = chosen_divergence(kind if soft_weight else "tvd", beta, temperature)
     check_logits(student_logits, teacher_logits, labels.shape)
@@ -117,7 +121,7 @@ def distillation_loss(
         found, nll = token_divergence(student_logits, teacher_logits, ids, bool(hard_weight), which, shards, **how)
         return (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
     loss = summed_divergence(student_logits, teacher_logits, ids, soft, hard_weight, which, shards, route=route, **how)
-    return loss / _count(ids, num_items_in_batch) if reduction == "mean" else loss
+    return loss / _count(ids != -100, num_items_in_batch) if reduction == "mean" else loss
 
 
 def kd_loss(
@@ -153,6 +157,7 @@ def kd_loss(
         tensor(1.3863)
     """
     check_logits(logits, teacher_logits, label.shape)
+    workspace = workspace_setting.parse(workspace)
     ids = _counted(label, ignore_index)
     which = Divergence("cross_entropy", 0.5, 1.0)
     shards = shared_vocabulary(logits, teacher_logits, group)
@@ -166,8 +171,8 @@ def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(labels.reshape(-1) != ignore_index, 0, -100)
 
 
-def _count(ids: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int:
-    return (ids != -100).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+def _count(counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int:
+    return at_least_one(counted.sum() if num_items_in_batch is None else num_items_in_batch)
 
 
 class TopK(NamedTuple):
@@ -203,13 +208,14 @@ def teacher_topk(
         :class:`TopK`. Among equal logits any may be taken.
 
     Raises:
-        ValueError: ``k`` outside ``[1, V]``.
+        ValueError: ``k`` outside ``[1, V]``, or a temperature that is not positive.
 
     Example:
         >>> teacher_topk(torch.tensor([0.0, 2.0, 1.0]), 2)
         TopK(ids=tensor([1, 2]), log_probs=tensor([-0.4076, -1.4076]))
     """
     check_logits(logits, logits, None)
+    check_scaling(temperature=temperature)
     tokens, shard = logits.shape[:-1], local_part(logits, group)[1]
     V = logits.shape[-1] if shard is None else shard.vocab
     if not 1 <= k <= V:
@@ -219,7 +225,8 @@ def teacher_topk(
             mine = logits.detach() if shard is None else logits.detach()[..., : shard.size]
             _, found = _top(mine.reshape(tokens.numel(), mine.shape[-1]), k, shard)
             found = found.view(*tokens, k)
-            return TopK(found, selective_log_softmax(logits.detach(), found, temperature=temperature, group=group))
+            options: dict[str, Any] = {"temperature": temperature, "group": group, "workspace": workspace}
+            return TopK(found, selective_log_softmax(logits.detach(), found, **options))
         head, dtype = as_head(logits.detach(), shard), statistics_dtype(logits.hidden.dtype)
         N = len(head.hidden)
         per_token = 3 * planned_vocab([head]) * dtype.itemsize  # logits, scaled logits, exponentials
@@ -308,7 +315,7 @@ def sparse_distillation_loss(
 
     Raises:
         IndexError: an id outside the vocabulary, on a CPU.
-        ValueError: shapes or options that do not fit.
+        TypeError, ValueError: shapes or options that do not fit; on a CPU, a teacher's mass above 1.
 
     Example:
         >>> teacher = torch.tensor([[0.0, 2.0, 1.0]])
@@ -321,8 +328,8 @@ def sparse_distillation_loss(
             "kind is 'forward_kl', 'reverse_kl' or 'jsd', tail 'bucket', 'renormalize' or 'ignore'; got "
             f"{kind!r} and {tail!r}"
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+    check_reduction(reduction)
+    check_tensors(teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
     tokens = student_logits.shape[:-1]
     if teacher_ids.shape != teacher_log_probs.shape or teacher_ids.shape[:-1] != tokens:
         raise ValueError(
@@ -339,6 +346,13 @@ def sparse_distillation_loss(
         ignored = (labels == ignore_index)[..., None]
         ids, log_t = ids.masked_fill(ignored, -100), log_t.masked_fill(ignored, -math.inf)
     counted = (ids != -100).any(-1)
+    if log_t.is_cpu and not traced(log_t) and not transforms_active():
+        mass = log_t.detach().exp().sum(-1)
+        if bool((mass > 1.01).any()):  # 1, and what rounding adds
+            raise ValueError(
+                "teacher_log_probs must be log-probabilities of distinct ids, which have a mass of at most 1, got "
+                f"{mass[mass > 1.01].max()}"
+            )
 
     def of_token(found: TokenStatistics, log_t: Tensor, there: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert found.log_probs is not None
@@ -366,7 +380,7 @@ def sparse_distillation_loss(
         loss, masses = of_token(TokenStatistics(log_s), log_t, ids != -100)
         loss = loss if reduction == "none" else loss.sum()
     if reduction == "mean":
-        loss = loss / (counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        loss = loss / _count(counted, num_items_in_batch)
     return SparseDistillation(loss, masses["student_mass"].detach(), masses["teacher_mass"].detach())
 
 

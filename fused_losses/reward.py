@@ -60,12 +60,14 @@ def pairwise_reward_loss(
     chosen, rejected = upcast(chosen_rewards), upcast(rejected_rewards)
     advantage = chosen - rejected
     if margin is not None:
+        if isinstance(margin, Tensor):
+            try:
+                margin = margin.expand_as(chosen)
+            except RuntimeError:
+                raise ValueError(
+                    f"margin must broadcast to the rewards' shape {tuple(chosen.shape)}, got {tuple(margin.shape)}"
+                ) from None
         advantage = advantage - margin
-        if advantage.shape != chosen.shape:
-            raise ValueError(
-                f"margin must broadcast to the rewards' shape {tuple(chosen.shape)}, got "
-                f"{tuple(torch.as_tensor(margin).shape)}"
-            )
     loss = -F.logsigmoid(advantage).mean()
     if center_rewards_coefficient is not None:
         loss = loss + center_rewards_coefficient * (chosen + rejected).square().mean()

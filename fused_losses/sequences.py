@@ -38,6 +38,19 @@ def same_shape(**tensors: Tensor | None) -> None:
         raise ValueError(f"{' and '.join(given)} must have one shape, got {shapes}")
 
 
+def check_tensors(**given: Any) -> None:
+    """Raise TypeError for what is no tensor."""
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            what = f"{type(x).__name__}: unpack it" if isinstance(x, tuple) else f"{x!r:.40}"
+            raise TypeError(f"{name} must be a tensor, got {what}")
+
+
+def _one_packing(cu_seqlens: Tensor | None, position_ids: Tensor | None) -> None:
+    if cu_seqlens is not None and position_ids is not None:
+        raise ValueError("packed rows take cu_seqlens or position_ids, got both: leave one out")
+
+
 def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
     """Sum of ``x`` where ``mask`` is nonzero (everywhere without a mask), over ``dim`` or over everything.
 
@@ -61,6 +74,11 @@ def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tenso
         return x.mean() if dim is None else x.mean(dim)
     count = (mask != 0).sum() if dim is None else (mask != 0).sum(dim)
     return masked_sum(x, mask, dim) / count.clamp(min=1)
+
+
+def at_least_one(count: Any) -> Any:
+    """``count``, which may be a fraction, or 1 where it is 0: what a sum over nothing is divided by."""
+    return count + (count == 0)
 
 
 def document_borders(position_ids: Tensor, num_sequences: int | None = None) -> Tensor:
@@ -91,7 +109,7 @@ def document_borders(position_ids: Tensor, num_sequences: int | None = None) -> 
 def checked_borders(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """``cu_seqlens`` in int64, none of them beyond the last token.
 
-    Whether they were right is seen on the CPU alone, where they raise: on a GPU to look would wait for it.
+    Validated on the CPU only; on a GPU checking would synchronise.
 
     Example:
         >>> checked_borders(torch.tensor([0, 2, 4], dtype=torch.int32), tokens=5)
@@ -120,7 +138,7 @@ def sums_and_counts(
     position_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per sequence, the sum of ``x`` where ``mask`` is nonzero, and of how many tokens.
+    """The sum of ``x`` over unmasked tokens of each sequence, and their number.
 
     The sums of a packed row are made without unpacking it, in float64 and in one order, so that the same bits come out
     of every run.
@@ -149,11 +167,10 @@ def sums_and_counts(
         (tensor([1., 6.]), tensor([1, 2]))
     """
     same_shape(tokens=x, mask=mask, position_ids=position_ids)
+    _one_packing(cu_seqlens, position_ids)
     shown = torch.ones_like(x, dtype=torch.bool) if mask is None else mask != 0
     x = upcast(x).masked_fill(~shown, 0)
     if position_ids is not None:
-        if cu_seqlens is not None:
-            raise ValueError("packed rows take cu_seqlens or position_ids, got both")
         cu_seqlens = document_borders(position_ids, num_sequences)
     if cu_seqlens is None:
         return x.sum(-1), shown.sum(-1)
@@ -220,6 +237,11 @@ def sequence_log_probs(
         >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), average=True, cu_seqlens=torch.tensor([0, 2, 3]))
         tensor([-1.5000, -9.0000])
     """
+    if token_logps.dim() < 2 and cu_seqlens is None and position_ids is None:
+        raise ValueError(
+            f"token_logps must be of tokens (B, S), or packed with cu_seqlens or position_ids, got "
+            f"{tuple(token_logps.shape)}: if these are sums already, they need no more"
+        )
     total, count = sums_and_counts(
         token_logps, mask, cu_seqlens=cu_seqlens, position_ids=position_ids, num_sequences=num_sequences
     )
@@ -258,13 +280,14 @@ def shift_labels(
         int64 in the shape of ``labels``.
 
     Raises:
-        ValueError: ``position_ids`` are not shaped like ``labels``, ``cu_seqlens`` as for :func:`sums_and_counts`, or
-            zigzag parts of odd length.
+        ValueError: ``position_ids`` are not shaped like ``labels``, ``cu_seqlens`` as for :func:`sums_and_counts`, both
+            of them, or zigzag parts of odd length.
 
     Example:
         >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
         tensor([[   2,    3, -100,    5, -100]])
     """
+    _one_packing(cu_seqlens, position_ids)
     labels = labels.long()  # in uint8 −100 would be 156
     if labels.shape[-1] == 0:
         return labels
@@ -317,7 +340,7 @@ def concatenate_pairs(
         ``(2B, max(S_w, S_l))``.
 
     Raises:
-        ValueError: the sides differ in more than their length.
+        ValueError: the sides differ in more than their length, or an unknown side.
 
     Example:
         >>> concatenate_pairs(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4]]))
@@ -328,6 +351,8 @@ def concatenate_pairs(
         raise ValueError(
             f"chosen and rejected must be (B, S) with the same B, got {tuple(chosen.shape)} and {tuple(rejected.shape)}"
         )
+    if padding_side not in ("right", "left"):
+        raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
     length = max(chosen.shape[1], rejected.shape[1])
 
     def padded(x: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 from .cross_entropy import cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import statistics_dtype, upcast
-from .sequences import shift_labels, sums_and_counts
+from .sequences import at_least_one, shift_labels, sums_and_counts
 from .token_statistics import selective_log_softmax
 
 
@@ -137,5 +137,5 @@ def sft_loss(
         count = torch.as_tensor(num_items_in_batch, device=total.device)
     elif context_group is not None and average == "token":
         dist.all_reduce(count, group=context_group)
-    loss = total / (count + (count == 0))
+    loss = total / at_least_one(count)
     return loss.masked_fill(count == 0, torch.nan) if nan_when_empty else loss

@@ -14,6 +14,7 @@ from fused_losses.linear_logits import LinearLogits
 from fused_losses.modules import KDLoss
 from fused_losses.reference import distillation as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.sft import sft_loss
 from fused_losses.token_statistics import selective_log_softmax
 
 OPTIONS = (
@@ -241,7 +242,7 @@ def test_memory_is_the_workspace(dtype):
 
         return peak_bytes(step) - sum(x.nbytes for x in trained)
 
-    small, large = peak(1024, True), peak(4096, True)
+    small, large = peak(2048, True), peak(4096, True)
     assert large < workspace, f"{large / 2**20:.1f} MiB"
     assert large < small * 1.1 + 2**20
     assert peak(4096, False) > 4 * large
@@ -458,6 +459,7 @@ def test_sparse_compiles_without_a_break(device):
         ({"reduction": "avg"}, "avg"),
         ({"teacher_ids": torch.zeros(2, 4, 2, dtype=torch.long)}, r"\(2, 4, 2\) and \(2, 4, 3\)"),
         ({"labels": torch.zeros(3, dtype=torch.long)}, r"\(3,\)"),
+        ({"temperature": 0}, "temperature must be positive, got 0"),
     ],
 )
 def test_wrong_sparse_input(change, message, device):
@@ -467,6 +469,47 @@ def test_wrong_sparse_input(change, message, device):
     arguments = {"teacher_ids": top.ids, "teacher_log_probs": top.log_probs, **change}
     with pytest.raises(ValueError, match=message):
         sparse_distillation_loss(student, **arguments)
+
+
+def test_a_sparse_teacher_is_two_tensors_of_log_probs(device):
+    leaves, labels, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    top = teacher_topk(teacher, 3)
+    with pytest.raises(TypeError, match="teacher_ids must be a tensor, got TopK: unpack it"):
+        sparse_distillation_loss(student, top, labels)
+    for wrong in (top.log_probs.exp(), top.log_probs + 3):
+        with pytest.raises(ValueError, match=r"log-probabilities.* of at most 1, got"):
+            sparse_distillation_loss(student, top.ids.cpu(), wrong.cpu(), labels)
+
+
+def test_a_batch_of_no_items_divides_by_nothing(device):
+    leaves, labels, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    top = teacher_topk(teacher, 3)
+    for n in (0, torch.tensor(0, device=device), torch.tensor(0.0, device=device)):
+        how = {"num_items_in_batch": n}
+        nothing = torch.full_like(labels, -100)
+        assert distillation_loss(student, teacher, nothing, **how) == 0
+        assert sparse_distillation_loss(student, *top, nothing, **how).loss == 0
+        assert sft_loss(student, nothing, **how) == 0
+
+
+def test_wrong_choices_are_named_where_logits_exist():
+    inputs = torch.randn(3, 5), torch.randn(3, 5), torch.zeros(3, dtype=torch.long)
+    with pytest.raises(ValueError, match="'fast'"):
+        distillation_loss(*inputs, route="fast")
+    for loss in (distillation_loss, kd_loss):
+        with pytest.raises(ValueError, match="'garbage'"):
+            loss(*inputs, workspace="garbage")
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_wrong_teachers(lazy):
+    logits = LinearLogits(torch.randn(2, 3), torch.randn(7, 3)) if lazy else torch.randn(2, 7)
+    with pytest.raises(ValueError, match="temperature must be positive, got -1"):
+        teacher_topk(logits, 2, temperature=-1)
+    with pytest.raises(ValueError, match="garbage"):
+        teacher_topk(logits, 2, workspace="garbage")
 
 
 def test_wrong_dense_input(device):

@@ -84,6 +84,8 @@ def test_pairwise_refuses_what_would_broadcast():
         reward.pairwise_reward_loss(torch.zeros(3, 1), torch.zeros(3))
     with pytest.raises(ValueError, match=r"margin .*\(3,\), got \(3, 1\)"):
         reward.pairwise_reward_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"margin .*\(3,\), got \(2,\)"):
+        reward.pairwise_reward_loss(torch.zeros(3), torch.zeros(3), torch.zeros(2))
 
 
 def test_reward_metrics():

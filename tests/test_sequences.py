@@ -111,9 +111,16 @@ def test_a_mask_does_not_broadcast():
         sequences.sequence_log_probs(torch.ones(2, 3), torch.ones(3))
 
 
-def test_packed_takes_one_layout():
+@pytest.mark.parametrize("f", [sequences.sums_and_counts, sequences.sequence_log_probs, sequences.shift_labels])
+def test_packed_takes_one_layout(f):
     with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
-        sequences.sums_and_counts(torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]), position_ids=torch.arange(4)[None])
+        f(torch.ones(1, 4), cu_seqlens=torch.tensor([0, 4]), position_ids=torch.arange(4)[None])
+
+
+def test_sums_are_not_summed_again():
+    with pytest.raises(ValueError, match=r"tokens \(B, S\), .* got \(3,\)"):
+        sequences.sequence_log_probs(torch.ones(3))
+    assert sequences.sequence_log_probs(torch.ones(3), cu_seqlens=torch.tensor([0, 2, 3])).tolist() == [2.0, 1.0]
 
 
 @pytest.mark.parametrize("cu_seqlens", [[0, 2, 7], [0, 2, 10**8], [-3, 2, 6], [1, 2, 6], [0, 4, 2, 6], [], [[0, 6]]])
@@ -264,6 +271,8 @@ def test_pairs_that_do_not_match():
         sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(3, 3))
     with pytest.raises(ValueError, match=r"\(3, 2\)"):
         sequences.split_pairs(torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="'right' or 'left', got 'rigth'"):
+        sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(2, 4), padding_side="rigth")
 
 
 @pytest.mark.parametrize("layout", ["padded", "cu_seqlens", "position_ids"])

@@ -232,6 +232,9 @@ def test_refuses():
         sft.sft_loss(torch.zeros(2, 4, V), torch.zeros(2, 4, dtype=torch.long), average="tokens")
     with pytest.raises(ValueError, match=r"\(2, 5, 11\) and \(2, 4\)"):
         sft.sft_loss(torch.zeros(2, 5, V), torch.zeros(2, 4, dtype=torch.long))
+    both = {"cu_seqlens": torch.tensor([0, 4]), "position_ids": torch.arange(4)[None]}
+    with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
+        sft.sft_loss(torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), **both)
 
 
 @pytest.mark.parametrize("options", OPTIONS[:6])
