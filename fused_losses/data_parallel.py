@@ -1,34 +1,14 @@
 r"""What to divide by where a batch is spread over ranks, or over several backward passes.
 
 DDP and FSDP2 average the gradients of their ranks. Where each rank takes the mean over its own tokens, a token of a rank with
-few of them weighs more than others, and the average is not the gradient of the whole batch. It is where every rank divides
-its *sum* by one number: since gradients are averaged, by the average of the counts,
+few of them weighs more than others, and the average is not the gradient of the whole batch. To get the full-batch gradient,
+every rank divides its *sum* by the same number: the mean count per rank, which :func:`count_per_rank` makes.
 
 .. math:: \frac1R \sum_r \frac{s_r}{\bar n} = \frac{\sum_r s_r}{\sum_r n_r}, \qquad \bar n = \frac1R \sum_r n_r
 
-which :func:`count_per_rank` makes. A rank that has nothing to train on must still take part, with a sum of 0. With gradient
-accumulation the counts of all micro-batches are added first, and no loss is divided by the number of micro-batches.
-
-======================================  ========================================================================
-what is averaged over                   how to divide by it
-======================================  ========================================================================
-labels                                  ``sft_loss`` and ``distillation_loss(num_items_in_batch=n)``
-labels, any cross entropy               ``cross_entropy(…, reduction="sum") / n``; ``token_loss(…) / n``
-tokens of a policy loss                 ``batch_num_tokens=n`` of ``aggregate``, ``grpo_loss``, ``value_loss``
-sequences of a policy loss              ``global_batch_size=n`` there; with ``count_empty=False`` those that have tokens
-pairs, answers                          ``dpo_loss``, ``kto_loss``, ``pairwise_reward_loss`` …: the sum of
-                                        ``reduction="none"``, ``/ n``
-======================================  ========================================================================
-
-======================================  ========================================================================
-elsewhere                               the same
-======================================  ========================================================================
-verl ``batch_num_tokens``, ``dp_size``  ``aggregate`` takes the sum over ranks too, together with ``dp_size``
-TRL ``num_items_in_batch / world``      :math:`\bar n`, as it stands
-transformers ``num_items_in_batch``     the sum over ranks (``average_tokens_across_devices``); its ``Trainer`` multiplies
-                                        the loss by the number of processes
-gradients summed, not averaged          :math:`R\,\bar n`
-======================================  ========================================================================
+A rank that has nothing to train on must still take part, with a sum of 0. With gradient accumulation the counts of all
+micro-batches are added first, and no loss is divided by the number of micro-batches. Which argument of which loss takes the
+number, and what other trainers call it, is in docs/distributed.md, "Data parallel and normalisers".
 """
 
 from __future__ import annotations
@@ -36,6 +16,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .linear_logits_checks import is_distributed
+from .sequences import check_tensors
 
 
 def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -58,8 +41,9 @@ def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Ten
         >>> count_per_rank((labels[:, 1:] != -100).sum())
         tensor(2.)
     """
+    check_tensors(count=count)
     ranks = 1
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         count, ranks = count.clone(), dist.get_world_size(group)
         dist.all_reduce(count, group=group)
     return count.to(torch.float32) / ranks

@@ -43,8 +43,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .numerics import upcast
-from .sequences import masked_mean, same_shape, sums_and_counts
+from .linear_logits_checks import is_distributed
+from .numerics import check_reduction, upcast
+from .sequences import check_tensors, masked_mean, same_shape, sums_and_counts
 from .token_statistics import TokenStatistics
 
 Reduction = Literal["mean", "sum", "none"]
@@ -90,6 +91,12 @@ def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
     return -F.logsigmoid(x) * (1 - label_smoothing) - F.logsigmoid(-x) * label_smoothing
 
 
+def _half_over(beta: float) -> float:
+    if beta <= 0:
+        raise ValueError(f"this loss divides by beta, which must be positive, got {beta}")
+    return 0.5 / beta
+
+
 def sigmoid(p: Pairs) -> Tensor:
     """−(1−e)·ls(βd) − e·ls(−βd). DPO (2305.18290); with e > 0 conservative DPO, a share e of the labels is wrong."""
     return _smoothed_logistic(p.beta * p.margin, p.label_smoothing)
@@ -107,12 +114,12 @@ def hinge(p: Pairs) -> Tensor:
 
 def ipo(p: Pairs) -> Tensor:
     """(d − 1/(2β))²: a margin to meet, not to exceed. IPO (2310.12036), on sums as in OpenRLHF."""
-    return (p.margin - 0.5 / p.beta).square()
+    return (p.margin - _half_over(p.beta)).square()
 
 
 def ipo_norm(p: Pairs) -> Tensor:
     """(lr_w/n_w − lr_l/n_l − 1/(2β))²: IPO per token, TRL's ``ipo``."""
-    return (p.margin_per_token - 0.5 / p.beta).square()
+    return (p.margin_per_token - _half_over(p.beta)).square()
 
 
 def exo_pair(p: Pairs) -> Tensor:
@@ -150,7 +157,7 @@ def bco_pair(p: Pairs) -> Tensor:
 
 def sppo_hard(p: Pairs) -> Tensor:
     """(lr_w − 1/(2β))² + (lr_l + 1/(2β))²: each side has a target of its own. SPPO (2405.00675), hard labels."""
-    return (p.chosen - 0.5 / p.beta).square() + (p.rejected + 0.5 / p.beta).square()
+    return (p.chosen - _half_over(p.beta)).square() + (p.rejected + _half_over(p.beta)).square()
 
 
 def _sorted(x: Tensor) -> Tensor:
@@ -234,48 +241,67 @@ def _nll(chosen_sums: Tensor, chosen_lengths: Tensor | None) -> Tensor:
 
 
 def _reduce(losses: Tensor, reduction: str) -> Tensor:
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}")
+    check_reduction(reduction)
     return losses if reduction == "none" else getattr(losses, reduction)()
 
 
-def _check_pairs(chosen: Tensor, rejected: Tensor) -> None:
+def _check_side(
+    side: str, policy: Tensor, mask: Tensor | None, lengths: Tensor | None, reference: Tensor | None = None
+) -> None:
+    """Raise for a mask without per-token log-probs or lengths without sums."""
+    names = (f"policy_{side}_logps", f"reference_{side}_logps")
+    given = {name: x for name, x in zip(names, (policy, reference), strict=True) if x is not None}
+    sums, tokens = ({name: x for name, x in given.items() if x.dim() == dim} for dim in (1, 2))
+    if mask is not None and not tokens:
+        raise ValueError(
+            f"{side}_mask {tuple(mask.shape)} hides tokens, but the log-probs are sums {tuple(policy.shape)}: pass them "
+            "per token (B, S), or the sums that sequence_log_probs(token_logps, mask) makes without a mask"
+        )
+    if lengths is not None and policy.dim() == 2:
+        raise ValueError(
+            f"{side}_lengths {tuple(lengths.shape)} go with sums (B,), but the log-probs are per token "
+            f"{tuple(policy.shape)}: pass {side}_mask of that shape instead"
+        )
+    same_shape(**tokens, **{f"{side}_mask": mask})
+    same_shape(**sums, **{f"{side}_lengths": lengths})
+    if len(sums) + len(tokens) < len(given) or any(len(x) != len(policy) for x in given.values()):
+        shapes = " and ".join(str(tuple(x.shape)) for x in given.values())
+        raise ValueError(f"{' and '.join(given)} must be (B,) sums or (B, S) per token, got {shapes}")
+
+
+def _answers(
+    chosen: Tensor,
+    rejected: Tensor,
+    chosen_mask: Tensor | None,
+    rejected_mask: Tensor | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    reference_chosen: Tensor | None = None,
+    reference_rejected: Tensor | None = None,
+    **scalars: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Sums ``(B,)`` and token counts of the chosen, then of the rejected answers, once everything fits."""
     if chosen.dim() not in (1, 2) or rejected.dim() not in (1, 2) or chosen.shape[0] != rejected.shape[0]:
         raise ValueError(
             "chosen and rejected log-probs must be (B,) sums or (B, S) per token, with the same B, got "
             f"{tuple(chosen.shape)} and {tuple(rejected.shape)}"
         )
-
-
-def _check_side(policy: Tensor, mask: Tensor | None, lengths: Tensor | None, reference: Tensor | None = None) -> None:
-    """A mask belongs to log-probs per token, lengths to sums of the policy's; and what has no use here is a mistake."""
-    given = {"policy": policy} if reference is None else {"policy": policy, "reference": reference}
-    sums, tokens = ({name: x for name, x in given.items() if x.dim() == dim} for dim in (1, 2))
-    if mask is not None and not tokens:
-        raise ValueError(
-            f"a mask {tuple(mask.shape)} hides tokens, but the log-probs are sums {tuple(policy.shape)}: pass them per "
-            "token (B, S), or the sums that sequence_log_probs(token_logps, mask) makes without a mask"
-        )
-    if lengths is not None and policy.dim() == 2:
-        raise ValueError(
-            f"lengths {tuple(lengths.shape)} go with sums (B,), but the log-probs are per token {tuple(policy.shape)}: "
-            "pass a mask of that shape instead"
-        )
-    same_shape(**tokens, mask=mask)
-    same_shape(**sums, lengths=lengths)
-    if len(sums) + len(tokens) < len(given) or any(len(x) != len(policy) for x in given.values()):
-        shapes = " and ".join(str(tuple(x.shape)) for x in given.values())
-        raise ValueError(f"{' and '.join(given)} log-probs must be (B,) sums or (B, S) per token, got {shapes}")
-
-
-def _check_scalars(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
+    _check_side("chosen", chosen, chosen_mask, chosen_lengths, reference_chosen)
+    _check_side("rejected", rejected, rejected_mask, rejected_lengths, reference_rejected)
+    for name, x in scalars.items():
         if isinstance(x, Tensor) and x.numel() != 1:
             raise ValueError(f"{name} must be a scalar, one number for the batch, got {tuple(x.shape)}")
+    return *_sequence(chosen, chosen_mask, chosen_lengths), *_sequence(rejected, rejected_mask, rejected_lengths)
+
+
+def _check_label_smoothing(label_smoothing: Sequence[float]) -> None:
+    if wrong := [e for e in label_smoothing if not 0 <= e <= 1]:
+        raise ValueError(f"label_smoothing is a share of labels, in [0, 1], got {wrong[0]}")
 
 
 def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
     """``(B,)`` of answers that are not pairs, whose log-probs come summed."""
+    check_tensors(policy=policy, reference=reference)
     if policy.dim() != 1 or policy.shape != reference.shape:
         raise ValueError(
             "the policy's and the reference's log-probs of a side must both be sums (B,), which "
@@ -364,8 +390,10 @@ def dpo_loss(
         (float64 for float64).
 
     Raises:
-        ValueError: an unknown name, an argument no loss type of the call uses, or one that it lacks; a mask without
-            log-probs per token, lengths with them, or shapes that do not match.
+        ValueError: an unknown name; smoothing, ``weight``, ``running_mean``, ``nll_loss`` or an f-divergence that no loss
+            type of the call uses, or a number or tensor that one lacks; one side's reference alone; a mask without
+            log-probs per token, lengths with them, or shapes that do not match. Lengths, coefficients and ``discopop_tau``
+            may be given for nothing.
 
     Example:
         >>> policy_w, policy_l = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -10.0])
@@ -381,14 +409,25 @@ def dpo_loss(
         list(label_smoothing) if isinstance(label_smoothing, Sequence) else [float(label_smoothing)] * len(types)
     )
     loss_weights = [1.0] * len(types) if loss_weights is None else list(loss_weights)
-    _check_pairs(policy_chosen_logps, policy_rejected_logps)
-    _check_side(policy_chosen_logps, chosen_mask, chosen_lengths, reference_chosen_logps)
-    _check_side(policy_rejected_logps, rejected_mask, rejected_lengths, reference_rejected_logps)
-    _check_scalars(nll_loss=nll_loss, aux_loss=aux_loss)
     _check_options(types, loss_weights, smoothing, f_divergence_type, weight)
-
-    chosen, n_chosen = _sequence(policy_chosen_logps, chosen_mask, chosen_lengths)
-    rejected, n_rejected = _sequence(policy_rejected_logps, rejected_mask, rejected_lengths)
+    if running_mean is not None and "bco_pair" not in types:
+        raise ValueError(f"running_mean has no effect on {', '.join(types)}: leave it out")
+    if nll_loss is not None and rpo_alpha is None and "sft" not in types:
+        raise ValueError(f"nll_loss has no effect on {', '.join(types)} without rpo_alpha: leave it out")
+    if (reference_chosen_logps is None) != (reference_rejected_logps is None):
+        raise ValueError("pass the reference's log-probs of both sides, or of neither; got one")
+    chosen, n_chosen, rejected, n_rejected = _answers(
+        policy_chosen_logps,
+        policy_rejected_logps,
+        chosen_mask,
+        rejected_mask,
+        chosen_lengths,
+        rejected_lengths,
+        reference_chosen_logps,
+        reference_rejected_logps,
+        nll_loss=nll_loss,
+        aux_loss=aux_loss,
+    )
     if nll_loss is None and (rpo_alpha is not None or "sft" in types):
         nll_loss = _nll(chosen, n_chosen)
     ld_chosen = ld_rejected = None
@@ -443,6 +482,8 @@ def _check_options(
     f_divergence_type: str,
     weight: Tensor | None,
 ) -> None:
+    if not types:
+        raise ValueError("loss_type needs the name of one loss type or more, got []")
     if unknown := [t for t in types if t not in LOSS_TYPES]:
         raise ValueError(f"loss_type must be among {', '.join(LOSS_TYPES)}, got {', '.join(unknown)}")
     if not len(types) == len(loss_weights) == len(smoothing):
@@ -450,6 +491,7 @@ def _check_options(
             f"loss_weights and label_smoothing need one number per loss type, got {len(loss_weights)} and "
             f"{len(smoothing)} for {len(types)}"
         )
+    _check_label_smoothing(smoothing)
     if any(smoothing) and not _USE_LABEL_SMOOTHING & set(types):
         raise ValueError(f"label_smoothing has no effect on {', '.join(types)}: leave it at 0")
     for name, e in zip(types, smoothing, strict=True):
@@ -556,7 +598,7 @@ class RunningMean(nn.Module):
         rewards = rewards.detach()
         if self.training:
             batch = torch.stack([rewards.double().sum(), self.count.new_full((), rewards.numel())])
-            if dist.is_available() and dist.is_initialized():
+            if is_distributed():
                 dist.all_reduce(batch)
             total, count = batch
             self.count += count
@@ -618,16 +660,15 @@ def cpo_loss(
         >>> cpo_loss(chosen, rejected, beta=1.0)
         (tensor(1.8133), tensor([-3.]), tensor([-4.]))
     """
-    _check_pairs(policy_chosen_logps, policy_rejected_logps)
-    _check_side(policy_chosen_logps, chosen_mask, chosen_lengths)
-    _check_side(policy_rejected_logps, rejected_mask, rejected_lengths)
-    _check_scalars(nll_loss=nll_loss)
     if loss_type not in ("sigmoid", "hinge", "ipo", "simpo"):
         raise ValueError(f"loss_type must be sigmoid, hinge, ipo or simpo, got {loss_type!r}")
     if label_smoothing and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing has no effect on {loss_type}: leave it at 0")
-    chosen, n_chosen = _sequence(policy_chosen_logps, chosen_mask, chosen_lengths)
-    rejected, n_rejected = _sequence(policy_rejected_logps, rejected_mask, rejected_lengths)
+    _check_label_smoothing([label_smoothing])
+    chosen, n_chosen, rejected, n_rejected = _answers(
+        *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
+        nll_loss=nll_loss,
+    )
     if nll_loss is None and cpo_alpha:
         nll_loss = _nll(chosen, n_chosen)
     if loss_type in ("ipo", "simpo"):
@@ -638,7 +679,7 @@ def cpo_loss(
     if loss_type == "hinge":
         losses = F.relu(1 - beta * d)
     elif loss_type == "ipo":
-        losses = (d - 0.5 / beta).square()
+        losses = (d - _half_over(beta)).square()
     else:
         losses = _smoothed_logistic(beta * d - (simpo_gamma if loss_type == "simpo" else 0), label_smoothing)
     if nll_loss is not None:
@@ -758,12 +799,11 @@ def orpo_loss(
         >>> loss, log_odds
         (tensor(0.7661), tensor(1.7439))
     """
-    _check_pairs(policy_chosen_logps, policy_rejected_logps)
-    _check_side(policy_chosen_logps, chosen_mask, chosen_lengths)
-    _check_side(policy_rejected_logps, rejected_mask, rejected_lengths)
-    _check_scalars(nll_loss=nll_loss)
-    chosen = _mean(*_sequence(policy_chosen_logps, chosen_mask, chosen_lengths))
-    rejected = _mean(*_sequence(policy_rejected_logps, rejected_mask, rejected_lengths))
+    chosen, n_chosen, rejected, n_rejected = _answers(
+        *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
+        nll_loss=nll_loss,
+    )
+    chosen, rejected = _mean(chosen, n_chosen), _mean(rejected, n_rejected)
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     log_odds_ratio = F.logsigmoid(log_odds)
     return (
@@ -776,7 +816,7 @@ def orpo_loss(
 
 
 def _group_mean(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
+    if is_distributed():
         x = x.clone()
         dist.all_reduce(x, group=group)
         x = x / dist.get_world_size(group)

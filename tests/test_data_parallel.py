@@ -492,3 +492,5 @@ def test_a_rank_may_have_less_than_one_token_to_divide_by():
 
 def test_one_process_counts_for_itself():
     assert count_per_rank(torch.tensor([3, 4])).tolist() == [3.0, 4.0]
+    with pytest.raises(TypeError, match="count must be a tensor, got 5"):
+        count_per_rank(5)

@@ -726,12 +726,21 @@ def test_inputs_are_unmutated_and_strides_do_not_matter():
         ({"ld_alpha": 0.5}, r"\(6,\)"),
         ({"f_divergence_type": "kl"}, "'kl'"),
         ({"f_divergence_type": "forward_kl", "loss_type": ["sigmoid", "nca_pair"]}, "nca_pair"),
-        ({"reduction": "avg"}, "'avg'"),
+        ({"reduction": "avg"}, "avg is not a valid value for reduction"),
+        ({"label_smoothing": 2.0}, r"share of labels, in \[0, 1\], got 2.0"),
+        ({"label_smoothing": [0.0, -1.0], "loss_type": ["hinge", "aot"]}, r"share of labels, in \[0, 1\], got -1.0"),
+        ({"loss_type": []}, r"one loss type or more, got \[\]"),
+        *(({"beta": b, "loss_type": t}, f"divides by beta.* got {b}") for b in (0, -1) for t in ("ipo", "sppo_hard")),
+        ({"beta": 0, "loss_type": "ipo_norm", **LENGTHS}, "divides by beta.* got 0"),
+        ({"running_mean": preference.RunningMean()}, "running_mean has no effect on sigmoid"),
+        ({"nll_loss": torch.tensor(1.0)}, "nll_loss has no effect on sigmoid without rpo_alpha"),
+        ({"reference_rejected_logps": None}, "both sides"),
+        ({"reference_rejected_logps": None, "reference_free": True}, "both sides"),
     ],
 )
 def test_errors_say_what_to_do(options, message):
     with pytest.raises(ValueError, match=message):
-        preference.dpo_loss(*sums(), **options)
+        preference.dpo_loss(**dict(zip(NAMES, sums(), strict=True)) | options)
 
 
 def test_errors_of_the_others():
@@ -744,6 +753,10 @@ def test_errors_of_the_others():
         preference.cpo_loss(policy_w, policy_l, loss_type="sppo")
     with pytest.raises(ValueError, match="no effect on ipo"):
         preference.cpo_loss(policy_w, policy_l, loss_type="ipo", label_smoothing=0.1)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 5"):
+        preference.cpo_loss(policy_w, policy_l, label_smoothing=5, cpo_alpha=0)
+    with pytest.raises(ValueError, match="divides by beta"):
+        preference.cpo_loss(policy_w, policy_l, beta=0, loss_type="ipo", **LENGTHS)
     with pytest.raises(ValueError, match="chosen_lengths"):
         preference.simpo_loss(policy_w, policy_l)
     with pytest.raises(ValueError, match="policy_KL_logps"):
@@ -773,13 +786,13 @@ def test_a_mask_goes_with_tokens_and_lengths_with_sums(name):
     loss(SUMS, SUMS, **both_counts)
     loss(TOKENS, TOKENS, **both_masks)
     for side in ("chosen", "rejected"):
-        with pytest.raises(ValueError, match=r"lengths \(3,\) .* \(3, 5\): pass a mask"):
+        with pytest.raises(ValueError, match=rf"{side}_lengths \(3,\) .* \(3, 5\): pass {side}_mask"):
             loss(TOKENS, TOKENS, **both_masks, **{f"{side}_lengths": COUNTS})
-        with pytest.raises(ValueError, match=r"mask \(3, 5\) .* \(3,\): pass them per token"):
+        with pytest.raises(ValueError, match=rf"{side}_mask \(3, 5\) .* \(3,\): pass them per token"):
             loss(SUMS, SUMS, **both_counts, **{f"{side}_mask": SHOWN})
-        with pytest.raises(ValueError, match=r"lengths must have one shape, got .*\(3, 1\)"):
+        with pytest.raises(ValueError, match=rf"{side}_lengths must have one shape, got .*\(3, 1\)"):
             loss(SUMS, SUMS, **both_counts | {f"{side}_lengths": COUNTS[:, None]})
-        with pytest.raises(ValueError, match=r"mask must have one shape, got .*\(3, 4\)"):
+        with pytest.raises(ValueError, match=rf"{side}_mask must have one shape, got .*\(3, 4\)"):
             loss(TOKENS, TOKENS, **both_masks | {f"{side}_mask": SHOWN[:, 1:]})
 
 
@@ -794,10 +807,13 @@ def test_a_mask_serves_a_reference_per_token():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference_chosen_logps": SUMS[:1]}, r"policy and reference must have one shape, got \(3,\) and \(1,\)"),
+        (
+            {"reference_chosen_logps": SUMS[:1]},
+            r"policy_chosen_logps and reference_chosen_logps must have one shape, got \(3,\) and \(1,\)",
+        ),
         (
             {"policy_rejected_logps": TOKENS, "reference_rejected_logps": SUMS[:, None]},
-            r"policy and reference must have one shape, got \(3, 5\) and \(3, 1\)",
+            r"policy_rejected_logps and reference_rejected_logps must have one shape, got \(3, 5\) and \(3, 1\)",
         ),
         ({"reference_chosen_logps": SUMS[0]}, r"got \(3,\) and \(\)"),
         ({"weight": COUNTS[:, None]}, r"losses and weight must have one shape, got \(3,\) and \(3, 1\)"),
@@ -825,6 +841,10 @@ def test_unpaired_answers_come_summed():
             message = re.escape(f"token_logps, mask) makes, got {tuple(policy.shape)} and {tuple(ref.shape)}")
             with pytest.raises(ValueError, match=message):
                 loss(policy, SUMS, ref, SUMS)
+    del losses["kl"]
+    for loss in losses.values():
+        with pytest.raises(TypeError, match="reference must be a tensor, got None"):
+            loss(SUMS, SUMS, None, SUMS)
 
 
 def test_wpo_weight_does_not_broadcast():
