@@ -36,7 +36,7 @@ from .autodiff import (
     save_for_backward,
     saved_tensors,
 )
-from .chunked.divergence_rows import differentiable_rows, whole_normalizers
+from .chunked.divergence_rows import BUFFERS, differentiable_rows, whole_normalizers
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
@@ -48,7 +48,7 @@ from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
-ROW_TEMPORARIES = 17  # copies of a chunk of rows that the PyTorch row primitive holds at once
+TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are scaled, capped or over a temperature
 
 
 class Divergence(NamedTuple):
@@ -162,7 +162,10 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
                 fixed = max(fixed, TILE * H * wide.itemsize)  # a tile of the weight, upcast
     if backend == "torch":
         itemsize = statistics_dtype(heads[0].hidden.dtype).itemsize
-        fixed += ROW_TEMPORARIES * itemsize * min(max(CHUNK_ELEMENTS, V), M * V)
+        changed = any(h.scale != 1 or h.softcap is not None or h.temperature is not None for h in heads)
+        upcast = sum(h.weight is None and h.hidden.element_size() < itemsize for h in heads)
+        copies = BUFFERS + TRANSFORM_TEMPORARIES * changed + upcast
+        fixed += copies * itemsize * min(max(CHUNK_ELEMENTS, V), M * V)
 
     def tokens(held: int) -> int:
         most = max((workspace - held) // max(per_token, 1), FEWEST_TOKENS)

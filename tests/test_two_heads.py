@@ -7,6 +7,7 @@ import torch
 
 from fused_losses import two_heads
 from fused_losses.bench.memory import peak_bytes
+from fused_losses.chunked.divergence_rows import BUFFERS
 from fused_losses.chunked.linear_softmax import TILE
 from fused_losses.chunked.softmax_rows import CHUNK_ELEMENTS
 from fused_losses.head import Head
@@ -60,7 +61,7 @@ def test_the_largest_chunk_that_fits(dtype, wanted, of_token):
         assert chunks_of(heads, 4096, wanted, of_token * tokens + tile - 1, "triton").tokens < tokens
     assert chunks_of(heads, 4096, wanted, of_token * 4096 + tile, "triton").tokens == 4096
     # The row primitive of the torch backend holds a few chunks of rows.
-    rows = two_heads.ROW_TEMPORARIES * 4 * min(CHUNK_ELEMENTS, 4096 * 100)
+    rows = BUFFERS * 4 * min(CHUNK_ELEMENTS, 4096 * 100)
     assert chunks_of(heads, 4096, wanted, of_token * 512 + tile + rows, "torch").tokens == 512
 
 
@@ -233,15 +234,16 @@ def test_nothing_is_saved_where_it_cannot_be_used():
         assert saved_tokens(heads, 40, STUDENT, False, 2**30, "torch") == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 8.0}], ids=["plain", "capped"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["jsd", "skewed_kl", "reverse_kl"])
-def test_memory_is_the_workspace(kind, dtype):
+def test_memory_is_the_workspace(kind, dtype, options):
     N, V, H, room = 4096, 2048, 8, 48 * 2**20
-    heads = (head(N, V, H, dtype), head(N, V, H, dtype))
+    heads = tuple(head(N, V, H, dtype)._replace(**options) for _ in range(2))
     soft = torch.ones(N)
     chunks = chunks_of(heads, N, ALL, room, "torch")
     assert chunks.tokens < N
     results = sum(t.numel() * t.element_size() for h in heads for t in h.inputs[:2]) + N * 4
     peak = peak_bytes(lambda: of_heads(heads, soft, ALL, room, kind))
     assert peak < room + results + 2**20, f"{peak / 2**20:.1f} MiB"
-    assert peak > room / 2  # which is used, too
+    assert peak > 0.7 * room  # which is used, too

@@ -3,103 +3,70 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype
-from .softmax_rows import floor, row_chunks, transform
+from .softmax_rows import exp_, finish_gradient, floor, row_chunks, rows_buffer, transform
 
-G_WEIGHED = ("forward_kl", "cross_entropy")
-H_WEIGHED = ("reverse_kl",)
-
-
-def excess(a: Tensor, b: Tensor, r: Tensor) -> Tensor:
-    """``a r − a + b ≥ 0`` for ``b = a exp(−r)``."""
-    near = 0.25 if r.dtype == torch.float32 else 0.02  # where the polynomial is exact to the dtype
-    polynomial = r / -5040
-    for factorial in (720, 120, 24, 6, 2):
-        polynomial = polynomial.add_(1 / factorial).mul_(-r)
-    far = (r - 1).mul_(a).add_(b).clamp_(min=0)
-    value = torch.where(r.abs() < near, polynomial.mul_(-r).mul_(a), far)
-    return torch.where(a == 0, b, value)
+BUFFERS = 6  # copies of a chunk of rows
 
 
 def of_kind(
-    s: Tensor, t: Tensor, log_s: Tensor, log_t: Tensor, beta: float, kind: str, wanted: tuple[bool, bool]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Element by element: the term of the divergence, and of g and h those wanted, each up to a constant of the row and 0 at
-    probability 0; ``s g`` instead of g for the kinds in ``G_WEIGHED``, ``t h`` instead of h for those in ``H_WEIGHED``."""
-    of_student, of_teacher = wanted
-    g = h = None
+    s: Tensor, t: Tensor, d: Tensor, buffers: Sequence[Tensor], beta: float, kind: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Element by element: the term of the divergence, and ``s g`` and ``t h``, g and h each up to a constant of the row.
+
+    They are written over ``d = log(t/s)``, for cross_entropy ``−log s``, and three buffers. ``Σ a log(a/b)`` is summed as
+    ``a log(a/b) − (a − b) ≥ 0``, and neither part of that is a difference of nearly equal numbers.
+
+    By arithmetic alone: a product takes 1/25 of the time of PyTorch's ``where``, 1/4 of that of a comparison.
+    """
+    a, b, c = buffers
     if kind == "cross_entropy":
-        infinite = log_s == -math.inf
-        minus_log_s = -log_s.masked_fill(infinite, 0)
-        g = -t.masked_fill(infinite, 0) if of_student else None
-        h = minus_log_s.masked_fill(t == 0, 0) if of_teacher else None
-        return t * minus_log_s, g, h
-    d = (log_t - log_s).masked_fill_((s == 0) & (t == 0), 0)
-    if kind == "tvd":
-        h = d.sign().mul_(0.5)
-        return _difference(s, t, d)[0].abs_().mul_(0.5), -h, h
-    if kind == "forward_kl":
-        g = -_difference(s, t, d)[0] if of_student else None
-        h = d.masked_fill(t == 0, 0) if of_teacher else None
-        return excess(t, s, d), g, h
+        sg = torch.neg(t, out=a).masked_fill_(d == math.inf, 0)
+        value = torch.mul(t, d.nan_to_num_(math.nan, posinf=0), out=b)
+        return value, sg, d.mul_(t)
     if kind == "reverse_kl":
-        g = -d.masked_fill(s == 0, 0) if of_student else None
-        h = _difference(s, t, d)[0] if of_teacher else None
-        return excess(s, t, -d), g, h
-    difference, w, teacher_larger = _difference(s, t, d)
-    m = beta * t + (1 - beta) * s
-    larger = (
-        torch.where(teacher_larger, (1 - beta) * w, beta * w).log1p_().neg_()
-    )  # log of the larger of t and s, over m
-    t_over_m = torch.where(teacher_larger, larger, d + larger)
-    if kind == "skewed_kl":
-        if of_student:
-            g = ((beta - 1) * (t / m)).masked_fill_(s == 0, 0)
-        if of_teacher:
-            h = (t_over_m - beta * (1 - beta) * difference.div_(m)).masked_fill_(t == 0, 0)
-        return excess(t, m, t_over_m), g, h
-    s_over_m = torch.where(teacher_larger, larger - d, larger)
-    value = beta * excess(t, m, t_over_m) + (1 - beta) * excess(s, m, s_over_m)
-    g = s_over_m.mul_(1 - beta).masked_fill_(s == 0, 0) if of_student else None
-    h = t_over_m.mul_(beta).masked_fill_(t == 0, 0) if of_teacher else None
-    return value, g, h
+        value, th, sg = of_kind(t, s, d.neg_(), buffers, beta, "forward_kl")
+        return value, sg, th
+    difference = torch.abs(d, out=a).neg_().expm1_().mul_(torch.maximum(s, t, out=b)).copysign_(d)  # t − s
+    if kind == "forward_kl":
+        th = d.mul_(t).nan_to_num_(0, posinf=math.inf)
+        return torch.sub(th, difference, out=b).clamp_(min=0), difference.neg_(), th
+    if kind == "tvd":
+        th = torch.mul(d.sign_(), t, out=b).mul_(0.5)
+        return difference.abs_().mul_(0.5), d.mul_(s).mul_(-0.5), th
+    m = torch.mul(t, beta, out=b).add_(s, alpha=1 - beta)
+    th = _log_ratio(t, m, difference, 1 - beta, out=c).mul_(t)
+    if kind == "jsd":
+        th.mul_(beta)
+        sg = _log_ratio(s, m, difference, beta, out=d).mul_(s).mul_(beta - 1)
+        value = torch.sub(th, difference, alpha=beta * (1 - beta), out=m).clamp_(min=0)
+        return value.add_(difference.mul_(beta * (1 - beta)).add_(sg).clamp_(min=0)), sg, th
+    value = torch.sub(th, difference, alpha=1 - beta, out=d).clamp_(min=0)
+    t_over_m = torch.div(t, m.clamp_(min=torch.finfo(m.dtype).tiny), out=m)
+    th.addcmul_(difference, t_over_m, value=beta * (beta - 1))
+    return value, t_over_m.mul_(s).mul_(beta - 1), th
 
 
-def _difference(s: Tensor, t: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``t − s``, and what it is made of: ``expm1(−|d|)``, and where ``t > s``."""
-    teacher_larger = d > 0
-    w = d.abs().neg_().expm1_()
-    return torch.where(teacher_larger, -t, s).mul_(w), w, teacher_larger
+def _log_ratio(p: Tensor, m: Tensor, difference: Tensor, share: float, out: Tensor) -> Tensor:
+    """``± log(p/m)``, of the sign of the difference, for ``p − m = ± share · difference``; finite where p is 0."""
+    least = torch.minimum(p, m, out=out).clamp_(min=torch.finfo(p.dtype).tiny)
+    return torch.div(difference, least, out=out).mul_(share).abs_().log1p_().copysign_(difference)
 
 
-def _log_softmax(z: Tensor, temperature: float, known: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities of rows ``(n, V)``; and each row's maximum and the log of its sum ``(n, 1)``, unless they are known,
-    ``(2, n)``."""
-    z = z if temperature == 1 else z / temperature
-    if known is None:
-        largest = z.amax(-1, keepdim=True).clamp_(min=floor(z.dtype))
-        shifted = z - largest
-        log_total = shifted.exp().sum(-1, keepdim=True).to(wide_dtype(z.device)).log_()
-    else:
-        largest, log_total = known[0, :, None].to(z.dtype), known[1, :, None]
-        shifted = z - largest
-    hi = log_total.to(z.dtype)
-    return shifted.sub_(hi).sub_((log_total - hi).to(z.dtype)), largest, log_total
+def _shifted(z: Tensor, temperature: float, known: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows ``(n, V)`` over the temperature, less their largest; and that ``(n, 1)``."""
+    z = z if temperature == 1 else torch.div(z, temperature, out=out)
+    largest = z.amax(-1, keepdim=True).clamp_(min=floor(z.dtype)) if known is None else known[0, :, None].to(z.dtype)
+    return torch.sub(z, largest, out=out), largest
 
 
-def _slope_sum(slope: Tensor, p: Tensor, weighed: bool) -> Tensor:
-    """``Σ p g`` from g, or from ``p g``."""
-    return (slope if weighed else p * slope).sum(-1, keepdim=True)
-
-
-def _gradient(slope: Tensor, p: Tensor, mean: Tensor, soft: Tensor, weighed: bool) -> Tensor:
-    """``soft·p_j (g_j − Σ p g)`` from g, or from ``p g``."""
-    dz = slope - p * mean if weighed else p * (slope - mean)
-    return dz.mul_(soft).masked_fill_(mean.isinf(), 0)  # an infinite divergence has no slope there
+def _log_total(e: Tensor, known: Tensor | None) -> Tensor:
+    return e.sum(-1, keepdim=True).to(wide_dtype(e.device)).log_() if known is None else known[1, :, None]
 
 
 def divergence_rows(
@@ -135,7 +102,6 @@ def divergence_rows(
     N, dtype = student.shape[0] * student.shape[2], statistics_dtype(student.dtype)
     divergence = student.new_empty(N, dtype=dtype) if step == "all" else None
     nll = student.new_empty(N, dtype=dtype) if labels and step == "all" else None
-    wanted = (d_student is not None or slopes[0], d_teacher is not None or slopes[1])
     if V == 0:  # a slice of nothing
         if step == "normalizers" and normalizers is not None:
             normalizers[::2], normalizers[1::2] = floor(dtype), -math.inf
@@ -146,8 +112,9 @@ def divergence_rows(
     def of(x: Tensor | None, rows: slice) -> Tensor | None:
         return None if x is None else x[..., rows]
 
+    buffers = [rows_buffer(student[:, :V]) for _ in range(BUFFERS)]
     for rows, s_rows, t_rows, s_out, t_out in row_chunks(student[:, :V], teacher[:, :V], d_student, d_teacher):
-        skip = None if ids is None else (ids[rows] == -100)[:, None]
+        s, t, d, *free = (buffer[: rows.stop - rows.start] for buffer in buffers)
         z_s, s_slope = transform(
             s_rows.reshape(-1, V).to(dtype), of(student_temperature, rows), student_scale, student_softcap
         )
@@ -155,32 +122,41 @@ def divergence_rows(
             t_rows.reshape(-1, V).to(dtype), of(teacher_temperature, rows), teacher_scale, teacher_softcap
         )
         known = of(normalizers, rows) if step in ("sums", "gradients") else None
-        log_s, s_largest, s_log_total = _log_softmax(z_s, temperature, None if known is None else known[:2])
-        log_t, t_largest, t_log_total = _log_softmax(z_t, temperature, None if known is None else known[2:4])
-        del z_t
+        of_s, of_t, of_p = (None, None, None) if known is None else (known[:2], known[2:4], known[4:])
+        s, s_largest = _shifted(z_s, temperature, of_s, out=s)
+        t, t_largest = _shifted(z_t, temperature, of_t, out=t)
+        if kind == "cross_entropy":
+            torch.neg(s, out=d)
+        else:
+            torch.sub(t, s, out=d).nan_to_num_(0, math.inf, -math.inf)
+        s_log_total, t_log_total = _log_total(exp_(s), of_s), _log_total(exp_(t), of_t)
         if step == "normalizers":
             assert normalizers is not None
             found = [s_largest, s_log_total, t_largest, t_log_total]
             if labels and temperature != 1:
-                found += _log_softmax(z_s, 1)[1:]
-            for room, value in zip(normalizers, found, strict=True):
-                room[rows] = value.squeeze(-1)
+                p, s_largest = _shifted(z_s, 1, None, out=s)
+                found += [s_largest, _log_total(exp_(p), None)]
+            for normalizer, value in zip(normalizers, found, strict=True):
+                normalizer[rows] = value.squeeze(-1)
             continue
-        s, t = log_s.exp(), log_t.exp()
-        value, g, h = of_kind(s, t, log_s, log_t, beta, kind, wanted)
+        change = s_log_total - t_log_total
+        d.add_((s_log_total if kind == "cross_entropy" else change).to(dtype))
+        for p, log_total in ((s, s_log_total), (t, t_log_total)):  # nan on one side is on both: 0·inf will count as 0
+            p.mul_((0 * change - log_total).exp().to(dtype))
+        value, sg, th = of_kind(s, t, d, free, beta, kind)
         total = value.sum(-1)
-        del log_s, log_t, value
         p = s
         if labels and ids is not None:
             if temperature != 1:
-                log_p, s_largest, s_log_total = _log_softmax(z_s, 1, None if known is None else known[4:])
-                p = log_p.exp_()
+                p, s_largest = _shifted(z_s, 1, of_p, out=value)
+                s_log_total = _log_total(exp_(p), of_p)
+                p.mul_((-s_log_total).exp().to(dtype))
             y = ids[rows, None]
-            inside = (y >= 0) & (y < V)
             at_label = s_log_total - (z_s.gather(-1, y.clamp(0, V - 1)) - s_largest)
-            at_label = at_label.masked_fill(~inside, 0).squeeze(-1)
+            at_label = at_label.masked_fill((y < 0) | (y >= V), 0).squeeze(-1)
+        skip = None if ids is None else ids[rows] == -100
         if step != "gradients":
-            total = total if skip is None else total.masked_fill(skip[:, 0], 0)
+            total = total if skip is None else total.masked_fill(skip, 0)
             if divergence is not None:
                 divergence[rows] = total
             if nll is not None:
@@ -190,34 +166,25 @@ def divergence_rows(
             sums[0, rows] = total.to(sums.dtype)
             if labels:
                 sums[1, rows] = at_label
-            for room, slope, weights, weighed in (
-                (sums[2], g, s, kind in G_WEIGHED),
-                (sums[3], h, t, kind in H_WEIGHED),
-            ):
-                if slope is not None:
-                    room[rows] = _slope_sum(slope, weights, weighed).squeeze(-1).to(sums.dtype)
-            del slope, weights
-        if s_out is not None:
+            for slope_sum, pg, made in zip(sums[2:], (sg, th), slopes, strict=True):
+                if made:
+                    slope_sum[rows] = pg.sum(-1).to(sums.dtype)
+        for k, (out, dz, weights, slope) in enumerate(((s_out, sg, s, s_slope), (t_out, th, t, t_slope))):
+            if out is None:
+                continue
             assert soft is not None
-            assert g is not None
-            weighed = kind in G_WEIGHED
-            mean = _slope_sum(g, s, weighed) if sums is None else sums[2, rows, None].to(dtype)
-            dz = _gradient(g, s, mean, soft[rows, None] / temperature, weighed)
-            if hard is not None and ids is not None:
-                dz += hard[rows, None] * p
-                dz.scatter_add_(-1, y.clamp(0, V - 1), -hard[rows, None].masked_fill(~inside, 0))
-            dz *= s_slope
-            s_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(s_out.shape))
-            del dz
-        if t_out is not None:
-            assert soft is not None
-            assert h is not None
-            weighed = kind in H_WEIGHED
-            mean = _slope_sum(h, t, weighed) if sums is None else sums[3, rows, None].to(dtype)
-            dz = _gradient(h, t, mean, soft[rows, None] / temperature, weighed).mul_(t_slope)
-            t_out.copy_((dz if skip is None else dz.masked_fill_(skip, 0)).view(t_out.shape))
-            del dz
-        del z_s, s, t, p, g, h  # the next chunk needs their room
+            mean = dz.sum(-1, keepdim=True) if sums is None else sums[2 + k, rows, None].to(dtype)
+            dz.addcmul_(weights, mean, value=-1).mul_(soft[rows, None] / temperature)
+            infinite = mean.isinf()
+            if infinite.device.type != "cpu" or infinite.any():  # elsewhere asking would wait
+                dz.masked_fill_(infinite, 0)  # an infinite divergence has no slope there
+            if k == 0 and hard is not None and ids is not None:
+                dz.addcmul_(p, hard[rows, None])
+                finish_gradient(dz, None, None, ids[rows, None], -hard[rows, None], slope, skip)
+            else:
+                finish_gradient(dz, None, None, None, None, slope, skip)
+            out.copy_(dz.view(out.shape))
+        del z_s, z_t, s_slope, t_slope, slope  # the next chunk needs their memory
     return divergence, nll
 
 
