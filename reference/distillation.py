@@ -45,7 +45,7 @@ def distillation_loss(
     total = torch.stack(losses).sum()
     if reduction == "sum":
         return total
-    return total / (max(count, 1) if num_items_in_batch is None else num_items_in_batch)
+    return total / ((count if num_items_in_batch is None else num_items_in_batch) or 1)
 
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:

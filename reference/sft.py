@@ -49,7 +49,7 @@ def sft_loss(
     else:
         terms = [loss for losses in sequences for loss in losses]
     total = sum(terms, torch.zeros((), dtype=logits.dtype))
-    return total / max(len(terms) if num_items_in_batch is None else num_items_in_batch, 1)
+    return total / ((len(terms) if num_items_in_batch is None else num_items_in_batch) or 1)
 
 
 def sft_loss_numpy(
