@@ -2,49 +2,42 @@ r"""Policy-gradient losses on the log-probabilities of sampled tokens: PPO, GRPO
 
 A policy that sampled a sequence is told how much better than expected it was, the advantage :math:`A`, and moves
 probability towards it or away. All that differs is how far one batch may move it. With
-:math:`w = \log\pi - \log\pi_{old}` of a token and :math:`r = e^w`, each loss per token is one row:
+:math:`\rho = \log\pi - \log\pi_{old}` of a token and :math:`r = e^\rho`, each loss per token is one row:
 
-==============  ========================================================================  ==================
-``loss_type``   loss of a token                                                           used by
-==============  ========================================================================  ==================
-``ppo``         :math:`-\min(rA,\ \mathrm{clip}(r, 1-\epsilon_l, 1+\epsilon_h) A)`        OpenRLHF, verl,
-                                                                                          DeepSpeed-Chat
-``bnpo``        the same                                                                  TRL
-``dapo``        the same                                                                  TRL
-``grpo``        the same                                                                  TRL
-``dr_grpo``     the same                                                                  TRL
-``luspo``       the same                                                                  TRL
-``gspo``        the same, :math:`r = e^{\mathrm{mean}_t w}`                               TRL, OpenRLHF
-``gspo-token``  the same, :math:`r = sg(e^{\mathrm{mean}_t w})\,\pi / sg(\pi)`            verl
-``rloo``        the same, :math:`r = e^{\sum_t w}`                                        TRL
-``gmpo``        :math:`-A\,e^{\mathrm{mean}_t c}`, :math:`c` is :math:`w`, clipped to     TRL, verl
+==============  ================================================================================  =============
+``loss_type``   loss of a token                                                                   used by
+==============  ================================================================================  =============
+``ppo``         :math:`-\min(rA,\ \mathrm{clip}(r, 1-\epsilon_l, 1+\epsilon_h) A)`                all
+``gspo``        the same, :math:`r = e^{\mathrm{mean}_t \rho}`                                    TRL, OpenRLHF
+``gspo-token``  the same, :math:`r = sg(e^{\mathrm{mean}_t \rho})\,\pi / sg(\pi)`                 verl
+``rloo``        the same, :math:`r = e^{\sum_t \rho}`                                             TRL
+``gmpo``        :math:`-A\,e^{\mathrm{mean}_t c}`, :math:`c` is :math:`\rho`, clipped to          TRL, verl
                 :math:`[-\epsilon_l, \epsilon_h]` where that lowers :math:`cA`
-``cispo``       :math:`-sg(\min(r, r_{max}))\,A \log\pi`                                  TRL, verl
-``sapo``        :math:`-\frac{4}{\tau}\,\sigma(\tau (r - 1))\,A`                          TRL, verl
-``vespo``       :math:`-sg(e^{\lambda + k l - \lambda e^l})\,A \log\pi`,                  TRL
-                :math:`l = \sum_t w`
-``dppo_tv``     :math:`-sg(r)\,A \log\pi`, 0 where :math:`\pi` is above                   verl
+``cispo``       :math:`-sg(\min(r, r_{max}))\,A \log\pi`                                          TRL, verl
+``sapo``        :math:`-\frac{4}{\tau}\,\sigma(\tau (r - 1))\,A`                                  TRL, verl
+``vespo``       :math:`-sg(e^{\lambda + k s - \lambda e^s})\,A \log\pi`, :math:`s = \sum_t \rho`  TRL
+``dppo_tv``     :math:`-sg(r)\,A \log\pi`, 0 where :math:`\pi` is above                           verl
                 :math:`\pi_{old} + \epsilon_h` for :math:`A > 0`, else below
                 :math:`\pi_{old} - \epsilon_l`
-``dppo_kl``     the same, with a coin's KL for the distance of the two                    verl
-``kl_cov``      :math:`-rA`, and :math:`+ c\,|w|` for the share of tokens where       verl
+``dppo_kl``     the same, with a coin's KL for the distance of the two                            verl
+``kl_cov``      :math:`-rA`, and :math:`+ c\,|\rho|` for the share of tokens where                verl
                 :math:`A` and :math:`\log\pi` are highest together
-``clip_cov``    as ``ppo``, 0 for a share of tokens drawn from those where            verl
+``clip_cov``    as ``ppo``, 0 for a share of tokens drawn from those where                        verl
                 :math:`A` and :math:`\log\pi` are high together
-``reinforce``   :math:`-A \log\pi`                                                        verl
-``gpg``         the same                                                                  verl
-``dro``         :math:`-A \log\pi + \frac{\beta}{2} w^2`                                 verl
-==============  ========================================================================  ==================
+``reinforce``   :math:`-A \log\pi`                                                                verl
+``dro``         :math:`-A \log\pi + \frac{\beta}{2} \rho^2`                                       verl
+==============  ================================================================================  =============
 
-The rows that share an equation differ in their aggregation alone, an argument of its own, whose defaults are in
-``LOSS_TYPES``.
+Some differ in their aggregation alone, an argument of its own: TRL's ``grpo``, ``dr_grpo`` and ``luspo`` from ``ppo``,
+verl's ``gpg`` from ``reinforce``; TRL's ``bnpo`` and ``dapo`` are ``ppo``. Each row is one small function below, and
+``LOSS_TYPES`` has its defaults; to add one, write it and list it.
 
 ==========================================  ====================================================================
 elsewhere                                   here
 ==========================================  ====================================================================
 TRL ``epsilon``, ``epsilon_high``           ``eps_low``, ``eps_high``; in cispo ``epsilon_high`` is ``cispo_max``
 TRL ``importance_sampling_level``           the same name; ``gspo`` is grpo with ``"sequence"``
-TRL, tokens with ``|w| > 20``               ``log_ratio_clamp=None``, as for DeepSpeed-Chat
+TRL, tokens with ``|ρ| > 20``               ``log_ratio_clamp=None``, as for DeepSpeed-Chat
 OpenRLHF, verl                              ``count_empty=False, use_bias_correction_kl=False``
 OpenRLHF KL, entropy                        ``kl_aggregation`` and ``entropy_aggregation="token_mean"``
 OpenRLHF ``gspo``                           ``gspo`` with ``log_ratio_clamp=None``
@@ -68,7 +61,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import inf, log, nan
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -77,48 +70,25 @@ from torch import Tensor
 
 from .kl import kl_estimate
 from .numerics import upcast
-from .sequences import checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
+from .sequences import at_least_one, checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
 
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+Bounds = tuple[float | None, float | None] | None
 
 
-class LossType(NamedTuple):
-    surrogate: str
-    level: Level
-    aggregation: str
-
-
-LOSS_TYPES = {
-    "grpo": LossType("clip", "token", "seq_mean_token_mean"),
-    "bnpo": LossType("clip", "token", "token_mean"),
-    "ppo": LossType("clip", "token", "token_mean"),
-    "dapo": LossType("clip", "token", "token_mean"),
-    "dr_grpo": LossType("clip", "token", "seq_mean_token_sum_norm"),
-    "luspo": LossType("clip", "token", "seq_mean_token_sum"),
-    "gspo": LossType("clip", "sequence", "seq_mean_token_mean"),
-    "gspo-token": LossType("clip", "sequence_token", "seq_mean_token_mean"),
-    "rloo": LossType("clip", "sequence_sum", "seq_mean_token_mean"),
-    "gmpo": LossType("gmpo", "token", "seq_mean_token_mean"),
-    "cispo": LossType("cispo", "token", "token_mean"),
-    "sapo": LossType("sapo", "token", "seq_mean_token_mean"),
-    "vespo": LossType("vespo", "token", "token_mean"),
-    "reinforce": LossType("reinforce", "token", "seq_mean_token_sum"),
-    "gpg": LossType("reinforce", "token", "token_mean"),
-    "dppo_tv": LossType("dppo_tv", "token", "token_mean"),
-    "dppo_kl": LossType("dppo_kl", "token", "token_mean"),
-    "dro": LossType("dro", "token", "token_mean"),
-    "kl_cov": LossType("kl_cov", "token", "token_mean"),
-    "clip_cov": LossType("clip_cov", "token", "token_mean"),
-}
+def _check(low: float, high: float, /, **options: float | None) -> None:
+    for name, x in options.items():
+        if x is not None and not low <= x <= high:
+            raise ValueError(f"{name} must be between {low} and {high}, got {x}")
 
 
 class _Sequences:
     """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
 
-    def __init__(self, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    def __init__(self, name: str, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
         if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
-            raise ValueError(f"tokens must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
-        same_shape(tokens=tokens, mask=mask)
+            raise ValueError(f"{name} must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
+        same_shape(**{name: tokens}, mask=mask)
         self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
         cu_seqlens = None if cu_seqlens is None else checked_borders(cu_seqlens, tokens.shape[1])
         self.cu_seqlens = cu_seqlens
@@ -128,10 +98,10 @@ class _Sequences:
             self.mask = self.mask & (place < cu_seqlens[-1])
             self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
 
-    def hide(self, x: Tensor) -> Tensor:
+    def hide(self, name: str, x: Tensor, otherwise: str = "") -> Tensor:
         """fp32 or float64, 0 at every token that does not count."""
         if x.shape != self.mask.shape:
-            raise ValueError(f"expected a token tensor of shape {tuple(self.mask.shape)}, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be {otherwise}one per token {tuple(self.mask.shape)}, got {tuple(x.shape)}")
         return upcast(x).masked_fill(~self.mask, 0)
 
     def sum(self, x: Tensor) -> Tensor:
@@ -147,12 +117,12 @@ class _Sequences:
             return masked_mean(x, mask, -1)
         return packed_mean(x, mask, cu_seqlens=self.cu_seqlens)
 
-    def constant(self, x: Tensor) -> Tensor:
+    def constant(self, name: str, x: Tensor) -> Tensor:
         """Detached and fp32 or float64: ``(B,)`` if it came with one number per sequence, else per token."""
         x = upcast(x.detach())
         if self.cu_seqlens is None and x.shape == (self.number, 1):
             x = x.squeeze(1)
-        return x if x.shape == (self.number,) else self.hide(x)
+        return x if x.shape == (self.number,) else self.hide(name, x, f"one per sequence ({self.number},) or ")
 
     def spread(self, x: Tensor) -> Tensor:
         """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
@@ -189,15 +159,15 @@ def aggregate(
     ============================  ===================================================  ==============================
     ``aggregation``               with :math:`n` unmasked tokens in a sequence         elsewhere
     ============================  ===================================================  ==============================
-    ``token_mean``                :math:`\sum l / \sum n`                              TRL bnpo, dapo; verl
+    ``token_mean``                :math:`\sum \ell / \sum n`                           TRL bnpo, dapo; verl
                                                                                        ``token-mean``; OpenRLHF
                                                                                        ``token_level_loss=True``
-    ``token_sum``                 :math:`\sum l / c`                                   verl ``token-sum``
-    ``seq_mean_token_mean``       :math:`\mathrm{mean}_B(\sum_t l / n)`                TRL grpo, sapo; verl
+    ``token_sum``                 :math:`\sum \ell / c`                                verl ``token-sum``
+    ``seq_mean_token_mean``       :math:`\mathrm{mean}_B(\sum_t \ell / n)`             TRL grpo, sapo; verl
                                                                                        ``seq-mean-token-mean``
-    ``seq_mean_token_sum``        :math:`\mathrm{mean}_B(\sum_t l)`                    TRL luspo; verl
+    ``seq_mean_token_sum``        :math:`\mathrm{mean}_B(\sum_t \ell)`                 TRL luspo; verl
                                                                                        ``seq-mean-token-sum``
-    ``seq_mean_token_sum_norm``   :math:`\mathrm{mean}_B(\sum_t l) / c`                TRL dr_grpo, c its
+    ``seq_mean_token_sum_norm``   :math:`\mathrm{mean}_B(\sum_t \ell) / c`             TRL dr_grpo, c its
                                                                                        ``max_completion_length``; verl
                                                                                        ``seq-mean-token-sum-norm``
     ============================  ===================================================  ==============================
@@ -237,7 +207,7 @@ def aggregate(
     kind = aggregation.replace("-", "_")
     if kind not in ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
         raise ValueError(f"unknown aggregation {aggregation!r}; see the table of fused_losses.aggregate")
-    sequences = _Sequences(loss, mask, cu_seqlens)
+    sequences = _Sequences("loss", loss, mask, cu_seqlens)
     loss = upcast(loss)
     global_count = batch_num_tokens if kind == "token_mean" else global_batch_size
     if dp_size > 1 and global_count is None and kind != "token_sum":
@@ -258,347 +228,175 @@ def aggregate(
             total = total / (loss.shape[1] if loss_scale_factor is None else loss_scale_factor)
     if global_count is not None and kind != "token_sum":
         count = global_count
-    return total / (count + (count == 0)) * dp_size
+    return total / at_least_one(count) * dp_size
 
 
-def _nanstd(x: Tensor, dim: int) -> Tensor:
-    """Unbiased, over what is not nan; of a single number 0."""
-    deviation = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    return (deviation / ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
+class Tokens(NamedTuple):
+    """What a surrogate reads: tensors that are ``(B, S)``, 0 where masked, or broadcast with it."""
+
+    log_probs: Tensor
+    old_log_probs: Tensor  # a constant, as are A and weight
+    A: Tensor
+    log_ratio: Tensor  # of tokens or of sequences, as the level has it
+    r: Tensor
+    mask: Tensor
+    kept: Tensor  # the tokens that the entropy mask leaves
+    weight: Tensor | None  # against the mismatch; (B,) for one per sequence
+    sequences: _Sequences
+    one_each: bool  # one ratio and one advantage per sequence
+    count_empty: bool
+
+    def share(self, x: Tensor) -> Tensor:
+        return self.sequences.average(x, self.one_each, self.count_empty)
 
 
-def group_advantages(
-    rewards: Tensor,
-    num_generations: int,
-    *,
-    scale: Literal["group", "batch", "none", "normalize_then_sum"] = "group",
-    weights: Sequence[float] | Tensor | None = None,
-    leave_one_out: bool = False,
-    eps: float = 1e-4,
-) -> Tensor:
-    r"""Advantages of sequences sampled from the same prompt: how much better than its siblings each one was.
+class Surrogate(NamedTuple):
+    """What it returns."""
 
-    .. math:: A = \frac{R - \mathrm{mean}_{group} R}{\mathrm{std} R + \epsilon}
-
-    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) scales every reward
-    function by its own group before they are summed, and the sum by the batch, mean and std. nan rewards (a function
-    that does not apply) are left out of sums, means and stds; a sequence without any reward gets 0, as does a group of
-    one.
-
-    Source: GRPO (2402.03300), Dr. GRPO (2503.20783) ``scale="none"``, RLOO (2402.14740) ``leave_one_out``, GDPO
-    (2601.05242); TRL 1.16's ``scale_rewards`` (True is ``group``, False is ``none``) and ``multi_objective_aggregation``.
-
-    Args:
-        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings stand together.
-        num_generations: sequences per prompt; divides B.
-        scale: ``"group"`` (default), ``"batch"``, ``"none"`` or ``"normalize_then_sum"``.
-        weights: ``(K,)`` of the reward functions; ``None``: all 1.
-        leave_one_out: the mean of the *other* siblings instead of all of them, i.e. :math:`R - \mathrm{mean}` times
-            :math:`G/(G-1)`. RLOO has ``scale="none"``.
-        eps: added to the std. Default 1e-4, TRL's; verl has 1e-6, OpenRLHF 1e-9.
-
-    Returns:
-        ``(B,)``, fp32 (float64 for float64).
-
-    Raises:
-        ValueError: B is no multiple of ``num_generations``, or an unknown ``scale``.
-
-    Example:
-        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
-        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
-    """
-    if scale not in ("group", "batch", "none", "normalize_then_sum"):
-        raise ValueError(f"scale must be 'group', 'batch', 'none' or 'normalize_then_sum', got {scale!r}")
-    if rewards.dim() not in (1, 2) or len(rewards) % num_generations:
-        raise ValueError(f"rewards must be (B,) or (B, K) in groups of {num_generations}, got {tuple(rewards.shape)}")
-    rewards = upcast(rewards if rewards.dim() == 2 else rewards.unsqueeze(1))
-    rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
-    unscored = rewards.isnan().all(-1)
-    if scale == "normalize_then_sum":
-        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
-    if weights is not None:
-        rewards = rewards * torch.as_tensor(weights).to(rewards)
-    total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
-    batch_std = _nanstd(total.view(1, -1), 1)
-    if scale == "normalize_then_sum":
-        advantages = (total - total.nanmean()) / (batch_std + eps)
-    else:
-        advantages = total - total.nanmean(1, keepdim=True)
-        if leave_one_out:
-            siblings = (~total.isnan()).sum(1, keepdim=True)
-            advantages = advantages * siblings / (siblings - 1).clamp(min=1)
-        if scale != "none":
-            advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
-    return advantages.masked_fill(advantages.isnan(), 0).flatten()
+    loss: Tensor  # of a token, or what broadcasts with the tokens
+    metrics: dict[str, Tensor]
+    weight: Tensor | None = None  # what is left to multiply, where the loss takes weights in; None: what was given
+    averaged: bool = False  # a mean over the kept tokens: it is not masked again, and the KL takes no ratio
 
 
-def off_policy_mask(
-    log_probs: Tensor,
-    sampling_log_probs: Tensor,
-    advantages: Tensor,
-    threshold: float,
-    mask: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    r"""Keep a sequence that was worth sampling, or that the policy has not moved far from since.
-
-    .. math:: A \ge 0 \;\lor\; \mathrm{mean}_t(\log\pi_{sampling} - \log\pi) \le threshold
-
-    Source: DeepSeek-V3.2 (2512.02556); TRL 1.16 ``off_policy_mask_threshold``.
-
-    Args:
-        log_probs: ``(B, S)`` of the policy, or packed ``(1, total)``.
-        sampling_log_probs: the same under the policy that sampled the tokens: the inference engine's where it is known,
-            else the old policy's. nan (a token that was not scored) counts as no difference.
-        advantages: ``(B,)`` or ``(B, S)``.
-        threshold: in nats per token.
-        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-
-    Returns:
-        bool, ``(B, 1)``, or a tensor per token for advantages per token or packed rows.
-
-    Example:
-        >>> old, new = torch.tensor([[-1.0], [-1.0], [-1.0]]), torch.tensor([[-3.0], [-3.0], [-1.1]])
-        >>> off_policy_mask(new, old, torch.tensor([1.0, -1.0, -1.0]), threshold=0.5).squeeze(1)
-        tensor([ True, False,  True])
-    """
-    sequences = _Sequences(log_probs, mask, cu_seqlens)
-    drift = sequences.hide(sampling_log_probs.detach()) - sequences.hide(log_probs.detach())
-    drift = sequences.mean(drift.masked_fill(drift.isnan(), 0))
-    return (sequences.spread(sequences.constant(advantages)) >= 0) | sequences.spread(drift <= threshold)
-
-
-def entropy_mask(
-    entropy: Tensor,
-    top_entropy_quantile: float,
-    mask: Tensor | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Keep the tokens where the policy was least certain: the given share of them, over all ranks.
-
-    Source: "Beyond the 80/20 rule" (2506.01939); TRL 1.16 ``top_entropy_quantile``.
-
-    Args:
-        entropy: ``(B, S)`` per token, nats.
-        top_entropy_quantile: the share to keep: 0.2 keeps the fifth with the highest entropy.
-        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        group: the ranks among whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
-            Several ranks tell each other their numbers of tokens, which waits for the device.
-
-    Returns:
-        bool ``(B, S)``, False where masked.
-
-    Example:
-        >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.5, 1.0]]), 0.5)
-        tensor([[False,  True, False,  True]])
-    """
-    same_shape(entropy=entropy, mask=mask)
-    shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
-    entropy = upcast(entropy.detach())
-    values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        lengths: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(lengths, len(values), group)
-        values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
-        everyone = [torch.empty_like(values) for _ in lengths]
-        dist.all_gather(everyone, values, group)
-        values = torch.cat(everyone)
-    # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
-    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).double()
-    around = torch.stack([rank.floor(), rank.ceil()]).long()
-    low, high = values.sort().values.gather(0, around)  # nan last
-    return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown
-
-
-def mismatch_weight(
-    old_log_probs: Tensor,
-    rollout_log_probs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    level: Literal["token", "sequence_sum", "sequence_mean"] = "token",
-    mode: Literal["truncate", "mask"] = "truncate",
-    gate: Literal["ratio", "binary_kl", "tv"] = "ratio",
-    low: float | None = None,
-    high: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""Importance weight :math:`e^\rho` that makes up for an inference engine whose probabilities differ.
-
-    .. math:: \rho = \log\pi_{old} - \log\pi_{rollout}
-
-    A statistic is kept within ``[low, high]``: by truncating the weight itself, or by giving 0 to whatever is outside.
-
-    ====================================================  ==============================================================
-    elsewhere                                             here
-    ====================================================  ==============================================================
-    TRL ``token_truncate``, ``token_mask``                ``level="token"``, ``mode="truncate"`` or ``"mask"``
-    TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
-    verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
-                                                          ``"low_high"`` thresholds are ``mode="mask"``
-    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``
-    OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
-    OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
-    OpenRLHF ``is_correction_gating``                     ``gate``
-    OpenRLHF ``gspo`` with a correction                   no weight: pass the rollout as ``old_log_probs``
-    ====================================================  ==============================================================
-
-    Source: TRL 1.16 ``vllm_importance_sampling_mode``; verl 0.9 ``rollout_is``; OpenRLHF 0.11 ``is_correction_*``.
-
-    Args:
-        old_log_probs: ``(B, S)`` under the old policy, computed by the trainer; or packed ``(1, total)``.
-        rollout_log_probs: the same as the inference engine reported them. nan (not scored) counts as equal to the old.
-        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        level: what the statistic is of: a ``"token"``, the whole sequence (``"sequence_sum"``: the product of its token
-            ratios, which is then also the weight), or its tokens' average (``"sequence_mean"``: the geometric mean
-            decides, the weights stay per token).
-        mode: ``"truncate"`` or ``"mask"``.
-        gate: which statistic: the ``"ratio"`` :math:`e^\rho`, or with ``mode="mask"`` the divergence between the two
-            probabilities of the sampled token, as a coin's (``"binary_kl"``) or as ``"tv"`` their distance.
-        low, high: the bounds; ``None``: no bound. Exponents are kept within ±20 in any case.
-        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-
-    Returns:
-        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); to be passed as
-        ``mismatch_weight``; and metrics: ``mismatch_kl``, the token mean of :math:`-\rho`,
-        and ``filter_fraction``, the share of tokens, or of sequences, outside the bounds.
-
-    Raises:
-        ValueError: a combination without meaning.
-
-    Example:
-        >>> old, rollout = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
-        >>> mismatch_weight(old, rollout, high=2.0)[0]
-        tensor([[1., 2.]])
-        >>> mismatch_weight(old, rollout, mode="mask", high=2.0)[0]
-        tensor([[1., 0.]])
-    """
-    if (
-        level not in ("token", "sequence_sum", "sequence_mean")
-        or mode not in ("truncate", "mask")
-        or gate not in ("ratio", "binary_kl", "tv")
-        or (mode == "truncate" and (gate != "ratio" or level == "sequence_mean"))
-        or (gate != "ratio" and level == "sequence_sum")
-    ):
-        raise ValueError(
-            f"level={level!r}, mode={mode!r}, gate={gate!r} do not go together: only a ratio that is itself the weight "
-            "can be truncated, and a divergence is a token's or a sequence_mean"
-        )
-    sequences = _Sequences(old_log_probs, mask, cu_seqlens)
-    old = sequences.hide(old_log_probs.detach())
-    rollout = sequences.hide(rollout_log_probs.detach())
-    rollout = torch.where(rollout.isnan(), old, rollout)
-    rho = old - rollout
-    if level == "sequence_sum":
-        rho = sequences.sum(rho)
-    weight = rho.clamp(-20, 20).exp()
-    if gate == "ratio":
-        statistic = sequences.spread(sequences.mean(rho)).exp() if level == "sequence_mean" else weight
-    else:
-        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
-        statistic = (p - q).abs() if gate == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        if level == "sequence_mean":
-            statistic = sequences.spread(sequences.mean(statistic))
-    low, high = (-inf if low is None else low), (inf if high is None else high)
-    outside = (statistic < low) | (statistic > high)
-    weight = weight.clamp(low, high) if mode == "truncate" else weight.masked_fill(outside, 0)
-    if level == "sequence_sum":
-        outside = sequences.spread(outside)
-    metrics = {
-        "mismatch_kl": sequences.average(rollout - old),
-        "filter_fraction": sequences.average(outside, per_sequence=level != "token"),
-    }
-    return weight, metrics
-
-
-def _clamp(x: Tensor, bounds: tuple[float | None, float | None] | None) -> Tensor:
+def _clamp(x: Tensor, bounds: Bounds) -> Tensor:
     return x if bounds is None else x.clamp(*bounds)
 
 
+def _at_most(x: Tensor, bound: float | None) -> Tensor:
+    return x if bound is None else x.clamp(max=bound)
+
+
 def _log_ratio(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    sequences: _Sequences,
-    level: Level,
-    bounds: tuple[float | None, float | None] | None,
-) -> Tensor:
-    """log r: one per token, or one per sequence that broadcasts with the tokens."""
-    w = log_probs - old_log_probs
+    log_probs: Tensor, old_log_probs: Tensor, sequences: _Sequences, level: Level, bounds: Bounds
+) -> tuple[Tensor, Tensor, bool]:
+    """ρ of each token; log r, of tokens or of sequences, which broadcasts with them; whether it is of sequences."""
+    rho = log_probs - old_log_probs
     if level == "sequence_token":
-        return _clamp(sequences.spread(sequences.mean(w).detach()) + log_probs - log_probs.detach(), bounds)
-    w = _clamp(w, bounds)
+        log_ratio = sequences.spread(sequences.mean(rho).detach()) + log_probs - log_probs.detach()
+        return rho, _clamp(log_ratio, bounds), False
+    rho = _clamp(rho, bounds)
     if level == "sequence":
-        return sequences.spread(sequences.mean(w))
+        return rho, sequences.spread(sequences.mean(rho)), True
     if level == "sequence_sum":
-        return _clamp(sequences.spread(sequences.sum(w)), bounds)
+        return rho, _clamp(sequences.spread(sequences.sum(rho)), bounds), True
     if level != "token":
-        raise ValueError(f"importance_sampling_level must be 'token' or 'sequence', got {level!r}")
-    return w
+        raise ValueError(f"importance_sampling_level must be one of {', '.join(get_args(Level))}, got {level!r}")
+    return rho, rho, False
 
 
-def _clip(r: Tensor, clipped: Tensor, advantages: Tensor, dual_clip: float | None) -> Tensor:
-    """PPO (1707.06347): the worse of both, so that nothing is gained by moving beyond the clip.
+def _clip_ratios(t: Tokens, held: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """What a clip of ``held`` to ``low … high`` holds: below where A is negative, above where it is positive."""
+    below, above = (held < low) & (t.A < 0), (held > high) & (t.A > 0)
+    empty = ~(t.sequences.nonempty() | (t.one_each and t.count_empty))
+    below_of_each, above_of_each = (t.sequences.mean(upcast(x).expand_as(t.mask)) for x in (below, above))
+    return {
+        "clip_ratio/low_mean": t.share(below),
+        "clip_ratio/high_mean": t.share(above),
+        "clip_ratio/region_mean": t.share(below | above),
+        # Padded with one number, so that a batch of no sequences has an extreme.
+        "clip_ratio/low_min": F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin(),
+        "clip_ratio/high_max": F.pad(above_of_each.masked_fill(empty, 0), (0, 1)).amax(),
+    }
+
+
+def _clip(
+    t: Tokens, *, eps_low: float, eps_high: float, delta: float | None, dual_clip: float | None, **_: Any
+) -> Surrogate:
+    """−min(rA, clip(r, 1−ε_l, 1+ε_h)·A): nothing is gained by moving beyond the clip. PPO (1707.06347).
 
     A token with negative advantage would then cost ever more; TRL's ``delta`` has bounded its ``r`` before,
     ``dual_clip`` (1912.09729) bounds it here.
     """
-    surrogate = torch.min(r * advantages, clipped * advantages)
+    _check(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
+    if dual_clip is not None and dual_clip <= 1:
+        raise ValueError(f"dual_clip bounds the ratio from above and must be more than 1, got {dual_clip}")
+    low, high, held = 1 - eps_low, 1 + eps_high, _at_most(t.r, delta)
+    surrogate = torch.min(held * t.A, t.r.clamp(low, high) * t.A)
+    metrics = _clip_ratios(t, held, low, high)
     if dual_clip is not None:
-        surrogate = torch.where(advantages < 0, torch.max(surrogate, dual_clip * advantages), surrogate)
-    return -surrogate
+        surrogate = torch.where(t.A < 0, torch.max(surrogate, dual_clip * t.A), surrogate)
+        metrics["clip_ratio/dual_mean"] = t.share((held > dual_clip) & (t.A < 0))
+    return Surrogate(-surrogate, metrics)
 
 
-def _sapo(r: Tensor, advantages: Tensor, positive: float, negative: float) -> Tensor:
-    """SAPO (2511.20347): a soft gate instead of a clip, sharper for bad tokens; its slope at r = 1 is 1."""
-    tau = torch.full_like(advantages, negative).masked_fill(advantages > 0, positive)
-    return -4 / tau * torch.sigmoid(tau * (r - 1)) * advantages
+def _gmpo(t: Tokens, *, eps_low: float, eps_high: float, log_ratio_clamp: Bounds, **_: Any) -> Surrogate:
+    """−A·e^{mean c}, c = ρ, clipped to [−ε_l, ε_h] where that lowers cA. GMPO (2507.20673).
+
+    PPO's clip in log space, then the geometric mean, which an outlier moves less. Of the weights it takes the mean too.
+    """
+    _check(0, inf, eps_low=eps_low, eps_high=eps_high)
+    rho = _clamp(t.log_probs - t.old_log_probs, log_ratio_clamp)
+    sign = t.A.sign()  # a token with advantage 0 enters the mean as 0
+    c = sign * torch.min(sign * rho, sign * rho.clamp(-eps_low, eps_high))
+    weight = t.weight
+    if weight is not None and weight.dim() == 2:
+        weight = t.sequences.mean((weight + 1e-10).log()).exp()
+    metrics = _clip_ratios(t._replace(one_each=False), rho, -eps_low, eps_high)
+    return Surrogate(-t.A * t.sequences.spread(t.sequences.mean(c, t.kept)).exp(), metrics, weight, averaged=True)
 
 
-def _vespo_weight(
-    log_probs: Tensor,
-    old_log_probs: Tensor,
-    advantages: Tensor,
-    sequences: _Sequences,
-    weight: Tensor | None,
-    positive: tuple[float, float],
-    negative: tuple[float, float],
-) -> Tensor:
-    """VESPO (2602.10693): per sequence, 1 where nothing moved, falling smoothly on both sides."""
+def _cispo(t: Tokens, *, eps_low: float, eps_high: float, cispo_max: float | None, **_: Any) -> Surrogate:
+    """−sg(min(r, r_max))·A·log π: bounds the ratio, and still trains every token. CISPO (2506.13585)."""
+    _check(0, inf, eps_low=eps_low, eps_high=eps_high, cispo_max=cispo_max)
+    low, high = (1 - eps_low, 1 + eps_high) if cispo_max is None else (-inf, cispo_max)
+    return Surrogate(-t.r.detach().clamp(low, high) * t.A * t.log_probs, _clip_ratios(t, t.r, low, high))
+
+
+def _sapo(t: Tokens, *, sapo_temperature_pos: float, sapo_temperature_neg: float, **_: Any) -> Surrogate:
+    """−4/τ·σ(τ(r − 1))·A: a soft gate, sharper for bad tokens; its slope at r = 1 is 1. SAPO (2511.20347)."""
+    for temperature in (sapo_temperature_pos, sapo_temperature_neg):
+        if not temperature > 0:
+            raise ValueError(f"sapo_temperature_pos and sapo_temperature_neg must be positive, got {temperature}")
+    tau = torch.full_like(t.A, sapo_temperature_neg).masked_fill(t.A > 0, sapo_temperature_pos)
+    return Surrogate(-4 / tau * torch.sigmoid(tau * (t.r - 1)) * t.A, {})
+
+
+def _vespo(t: Tokens, *, vespo_pos: tuple[float, float], vespo_neg: tuple[float, float], **_: Any) -> Surrogate:
+    """−sg(φ)·A·log π, φ = e^{λ + ks − λe^s}, s = Σ_t ρ and the log of the weight. VESPO (2602.10693).
+
+    φ is 1 where the sequence has not moved, and falls smoothly on both sides.
+    """
     floor = log(1e-8)
-    log_w = sequences.sum((log_probs - old_log_probs).detach().clamp(-20, 20))
-    if weight is not None:
-        log_weight = weight.log().clamp(floor, 20)
-        log_w = log_w + (log_weight if weight.dim() == 1 else sequences.sum(log_weight))
-    log_w = sequences.spread(log_w.clamp(floor, 20))
-    k, lam = (
-        torch.full_like(advantages, n).masked_fill(advantages >= 0, p) for p, n in zip(positive, negative, strict=True)
-    )
-    return (lam + k * log_w - lam * log_w.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    s = t.sequences.sum((t.log_probs - t.old_log_probs).detach().clamp(-20, 20))
+    if t.weight is not None:
+        log_weight = t.weight.log().clamp(floor, 20)
+        s = s + (log_weight if t.weight.dim() == 1 else t.sequences.sum(log_weight))
+    s = t.sequences.spread(s.clamp(floor, 20))
+    k, lam = (torch.full_like(t.A, n).masked_fill(t.A >= 0, p) for p, n in zip(vespo_pos, vespo_neg, strict=True))
+    phi = (lam + k * s - lam * s.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return Surrogate(-phi * t.A * t.log_probs, {}, weight=torch.ones_like(t.A))
 
 
-def _gmpo(w: Tensor, clipped: Tensor, advantages: Tensor, sequences: _Sequences, kept: Tensor) -> Tensor:
-    """GMPO (2507.20673): PPO's clip in log space, then the geometric mean, which an outlier moves less."""
-    sign = advantages.sign()  # a token with advantage 0 enters the mean as 0
-    c = sign * torch.min(sign * w, sign * clipped)
-    return -advantages * sequences.spread(sequences.mean(c, kept)).exp()
+def _dppo(t: Tokens, distance: Tensor, *, eps_low: float, eps_high: float, delta: float | None, **_: Any) -> Surrogate:
+    """−sg(r)·A·log π, 0 where π has gone where A pulls it, further than ε from π_old. DPPO (2602.04879).
+
+    ``distance`` is of the token's probability from the old one, as a coin's; negative where it fell.
+    """
+    _check(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
+    trusted = torch.where(t.A > 0, distance <= eps_high, distance >= -eps_low)
+    loss = -_at_most(t.r, delta).detach() * t.A * t.log_probs
+    return Surrogate(loss.where(trusted, 0), _clip_ratios(t, distance, -eps_low, eps_high))
 
 
-def _dppo_distance(log_probs: Tensor, old_log_probs: Tensor, surrogate: str) -> Tensor:
-    """DPPO (2602.04879): how far a token's probability went from the old one, as a coin's; negative where it fell."""
-    p, q = log_probs.detach().exp(), old_log_probs.exp()
-    if surrogate == "dppo_tv":
-        return p - q
+def _dppo_tv(t: Tokens, **options: Any) -> Surrogate:
+    """DPPO with the total variation, π − π_old."""
+    return _dppo(t, t.log_probs.detach().exp() - t.old_log_probs.exp(), **options)
+
+
+def _dppo_kl(t: Tokens, **options: Any) -> Surrogate:
+    """DPPO with KL(π_old ‖ π) of the coin."""
+    log_p, log_q = t.log_probs.detach(), t.old_log_probs
+    p, q = log_p.exp(), log_q.exp()
     not_p, not_q = (1 - p).clamp(min=0), (1 - q).clamp(min=0)  # rounded log-probabilities may lie above 0
-    kl = q * (old_log_probs - log_probs.detach()) + not_q * ((not_q + 1e-8) / (not_p + 1e-8)).log()
-    return torch.where(p < q, -kl, kl)
+    kl = q * (log_q - log_p) + not_q * ((not_q + 1e-8) / (not_p + 1e-8)).log()
+    return _dppo(t, torch.where(p < q, -kl, kl), **options)
 
 
-def _covariance(log_probs: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+def _covariance(t: Tokens) -> Tensor:
     """What each token, once trained, takes from the policy's entropy (2505.22617); ``(B, S)``."""
-    A, logp = advantages.expand_as(mask), log_probs.detach()
-    return (A - masked_mean(A, mask)) * (logp - masked_mean(logp, mask))
+    A, logp = t.A.expand_as(t.mask), t.log_probs.detach()
+    return (A - masked_mean(A, t.mask)) * (logp - masked_mean(logp, t.mask))
 
 
 def _share(mask: Tensor, ratio: float) -> Tensor:
@@ -606,19 +404,83 @@ def _share(mask: Tensor, ratio: float) -> Tensor:
     return (mask.sum().double() * ratio).long().clamp(min=1)
 
 
-def _highest(covariance: Tensor, mask: Tensor, number: Tensor) -> Tensor:
-    """KL-Cov's tokens; bool ``(B, S)``."""
-    order = covariance.masked_fill(~mask, -inf).flatten().argsort(descending=True, stable=True)
-    chosen = torch.arange(len(order), device=order.device) < number
-    return torch.zeros_like(chosen).scatter(0, order, chosen).view_as(mask) & mask
+def _kl_cov(t: Tokens, *, kl_cov_ratio: float, kl_cov_coef: float, **_: Any) -> Surrogate:
+    """−rA, + c·∣log r∣ for the share of tokens with the highest covariance. KL-Cov (2505.22617)."""
+    _check(0, 1, kl_cov_ratio=kl_cov_ratio)
+    _check(0, inf, kl_cov_coef=kl_cov_coef)
+    order = _covariance(t).masked_fill(~t.mask, -inf).flatten().argsort(descending=True, stable=True)
+    highest = torch.arange(len(order), device=order.device) < _share(t.mask, kl_cov_ratio)
+    highest = torch.zeros_like(highest).scatter(0, order, highest).view_as(t.mask) & t.mask
+    return Surrogate(-t.r * t.A + (kl_cov_coef * t.log_ratio.abs()).where(highest, 0), {})
 
 
-def _draw(candidates: Tensor, number: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Clip-Cov's tokens: the first candidates, at most ``number``, in a random order of all places; bool ``(B, S)``."""
+def _clip_cov(
+    t: Tokens,
+    *,
+    delta: float | None,
+    clip_cov_ratio: float,
+    clip_cov_lb: float,
+    clip_cov_ub: float,
+    generator: torch.Generator | None,
+    **options: Any,
+) -> Surrogate:
+    """PPO's, 0 for some of the tokens that no clip holds with covariance between two bounds. Clip-Cov (2505.22617).
+
+    They are the first candidates, at most a share of the tokens, in a random order of all places.
+    """
+    _check(0, 1, clip_cov_ratio=clip_cov_ratio)
+    _check(-inf, clip_cov_ub, clip_cov_lb=clip_cov_lb)
+    loss, metrics, *_ = _clip(t, delta=delta, **options)
+    covariance = _covariance(t)
+    free = loss == -_at_most(t.r, delta) * t.A
+    candidates = (covariance > clip_cov_lb) & (covariance < clip_cov_ub) & free & t.mask
     order = torch.randperm(candidates.numel(), generator=generator, device=candidates.device)
     shuffled = candidates.flatten()[order]
-    drawn = shuffled & (shuffled.cumsum(0) <= number)
-    return torch.zeros_like(drawn).scatter(0, order, drawn).view_as(candidates)
+    drawn = shuffled & (shuffled.cumsum(0) <= _share(t.mask, clip_cov_ratio))
+    drawn = torch.zeros_like(drawn).scatter(0, order, drawn).view_as(candidates)
+    return Surrogate(loss.where(~drawn, 0), metrics | {"clip_ratio/cov_mean": t.sequences.average(drawn)})
+
+
+def _dro(t: Tokens, *, dro_beta: float, log_ratio_clamp: Bounds, **_: Any) -> Surrogate:
+    """−A·log π + β/2·ρ²: held near the old policy by a square instead of a clip. DRO (2405.19107)."""
+    _check(0, inf, dro_beta=dro_beta)
+    pull = -t.A * t.log_probs
+    return Surrogate(pull + dro_beta / 2 * _clamp(t.log_probs - t.old_log_probs, log_ratio_clamp).square(), {})
+
+
+def _reinforce(t: Tokens, **_: Any) -> Surrogate:
+    """−A·log π: the plain policy gradient, with no ratio. GPG (2504.02546)."""
+    return Surrogate(-t.A * t.log_probs, {})
+
+
+class LossType(NamedTuple):
+    surrogate: Callable[..., Surrogate]
+    level: Level
+    aggregation: str
+
+
+LOSS_TYPES = {
+    "grpo": LossType(_clip, "token", "seq_mean_token_mean"),  # 2402.03300
+    "bnpo": LossType(_clip, "token", "token_mean"),
+    "ppo": LossType(_clip, "token", "token_mean"),
+    "dapo": LossType(_clip, "token", "token_mean"),  # 2503.14476, which has eps_high=0.28
+    "dr_grpo": LossType(_clip, "token", "seq_mean_token_sum_norm"),  # 2503.20783
+    "luspo": LossType(_clip, "token", "seq_mean_token_sum"),  # 2602.05261
+    "gspo": LossType(_clip, "sequence", "seq_mean_token_mean"),  # 2507.18071
+    "gspo-token": LossType(_clip, "sequence_token", "seq_mean_token_mean"),
+    "rloo": LossType(_clip, "sequence_sum", "seq_mean_token_mean"),  # 2402.14740
+    "gmpo": LossType(_gmpo, "token", "seq_mean_token_mean"),
+    "cispo": LossType(_cispo, "token", "token_mean"),
+    "sapo": LossType(_sapo, "token", "seq_mean_token_mean"),
+    "vespo": LossType(_vespo, "token", "token_mean"),
+    "reinforce": LossType(_reinforce, "token", "seq_mean_token_sum"),
+    "gpg": LossType(_reinforce, "token", "token_mean"),
+    "dppo_tv": LossType(_dppo_tv, "token", "token_mean"),
+    "dppo_kl": LossType(_dppo_kl, "token", "token_mean"),
+    "dro": LossType(_dro, "token", "token_mean"),
+    "kl_cov": LossType(_kl_cov, "token", "token_mean"),
+    "clip_cov": LossType(_clip_cov, "token", "token_mean"),
+}
 
 
 def grpo_loss(
@@ -633,7 +495,7 @@ def grpo_loss(
     eps_high: float = 0.2,
     delta: float | None = None,
     dual_clip: float | None = None,
-    log_ratio_clamp: tuple[float | None, float | None] | None = (-20.0, 20.0),
+    log_ratio_clamp: Bounds = (-20.0, 20.0),
     cispo_max: float | None = 5.0,
     sapo_temperature_pos: float = 1.0,
     sapo_temperature_neg: float = 1.05,
@@ -675,7 +537,7 @@ def grpo_loss(
 
     1. the loss per token, times the detached masks and weights: ``off_policy_mask_threshold``,
        ``top_entropy_quantile``, ``mismatch_weight``. Denominators stay what they were. Two types look inside: vespo
-       takes the mismatch weight into :math:`l`; gmpo takes its geometric mean, and that of the ratios over the tokens
+       takes the mismatch weight into :math:`s`; gmpo takes its geometric mean, and that of the ratios over the tokens
        the entropy mask keeps;
     2. ``+ beta · KL``, with ``use_bias_correction_kl`` times :math:`r`, its gradient included and before any clip
        (not in gmpo);
@@ -683,9 +545,7 @@ def grpo_loss(
     4. ``− entropy_coef ·`` the mean entropy, of the tokens the entropy mask keeps.
 
     Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
-    ``PolicyLoss``. Papers: PPO 1707.06347, GRPO 2402.03300, RLOO 2402.14740, DAPO 2503.14476, Dr. GRPO 2503.20783, GPG
-    2504.02546, KL-Cov and Clip-Cov 2505.22617, CISPO 2506.13585, GSPO 2507.18071, GMPO 2507.20673, SAPO 2511.20347,
-    DPPO 2602.04879, VESPO 2602.10693.
+    ``PolicyLoss``. The papers stand beside each entry of ``LOSS_TYPES`` or in its function.
 
     Args:
         log_probs: ``(B, S)``, or packed ``(1, total)``: of the sampled tokens under the policy, nats.
@@ -693,13 +553,14 @@ def grpo_loss(
         advantages: one per sequence ``(B,)`` or ``(B, 1)``, or one per token ``(B, S)``.
         mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all. What it hides may be nan or inf.
         loss_type: a row of the module's table.
-        importance_sampling_level: ``"token"`` or ``"sequence"`` (the ratio of the geometric means, one per sequence);
-            ``None``: the loss type's own. LUSPO's authors want ``"sequence"``; TRL's default is ``"token"``.
+        importance_sampling_level: ``"token"``, ``"sequence"`` (the ratio of the geometric means, one per sequence),
+            ``"sequence_token"`` (the same, with a token's gradient) or ``"sequence_sum"`` (the product); ``None``: the loss
+            type's own. LUSPO's authors want ``"sequence"``; TRL's default is ``"token"``.
         eps_low, eps_high: the clip, ``1 − eps_low … 1 + eps_high``; gmpo's in log space, where 0.4 is usual; dppo's on
             total variation or KL.
         delta: bound on the ratio itself before the clip's minimum is taken (TRL), and on dppo's; default none.
         dual_clip: bound on the ratio of a token with negative advantage; default none, verl 3.0. Must be above 1.
-        log_ratio_clamp: each token's :math:`w` is kept within it, before any mean, sums also after (``gspo-token``:
+        log_ratio_clamp: each token's :math:`\rho` is kept within it, before any mean, sums also after (``gspo-token``:
             only the sum of its two exponents). Default ±20, OpenRLHF 0.11 and verl; ``None``: TRL.
         cispo_max: cispo's bound on the ratio itself: TRL's ``epsilon_high`` there; default 5.0. ``None``: the ratio is
             clipped to ``1 − eps_low … 1 + eps_high``, as verl.
@@ -716,7 +577,7 @@ def grpo_loss(
             Ranks that share the tokens must draw alike.
         rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
         off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
-        mismatch_weight: per sequence or per token; see :func:`mismatch_weight`.
+        mismatch_weight: per sequence or per token; what :func:`mismatch_weight` returns first.
         ref_log_probs: as ``log_probs`` under the reference; needed where ``beta`` is not 0.
         beta: weight of the KL term.
         kl_estimator: from ``(log_probs, ref_log_probs)`` to KL per token. Default k3, TRL; verl and OpenRLHF clamp it:
@@ -736,7 +597,7 @@ def grpo_loss(
 
     Returns:
         The loss, a scalar in fp32 (float64 for float64), differentiable in ``log_probs`` and ``entropy``; and metrics
-        of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-w`, clamped), ``kl`` (as it was
+        of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-\rho`, clamped), ``kl`` (as it was
         weighted), ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is
         one ratio and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
         ``clip_ratio/high_max`` (extremes among the sequences), ``clip_ratio/dual_mean`` and ``clip_ratio/cov_mean`` (share
@@ -744,7 +605,8 @@ def grpo_loss(
         sequence, which no clip holds, counts too with ``count_empty``.
 
     Raises:
-        ValueError: an unknown name, shapes that do not match, or an input that an option needs is missing.
+        ValueError: an unknown name, shapes that do not match, an input that an option needs is missing, or a number
+            without meaning: a bound below 0, a share that is not from 0 to 1.
 
     Example:
         >>> new, old = torch.tensor([[-1.0, -1.0], [-0.5, -2.0]]), torch.tensor([[-1.0, -2.0], [-1.0, -1.0]])
@@ -754,77 +616,29 @@ def grpo_loss(
     """
     if loss_type not in LOSS_TYPES:
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
-    if dual_clip is not None and dual_clip <= 1:
-        raise ValueError(f"dual_clip bounds the ratio from above and must be more than 1, got {dual_clip}")
     if beta != 0 and ref_log_probs is None:
         raise ValueError("beta needs ref_log_probs")
+    _check(0, 1, top_entropy_quantile=top_entropy_quantile)
     if entropy is None and (entropy_coef != 0 or top_entropy_quantile < 1):
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
+    if isinstance(mismatch_weight, tuple):
+        raise ValueError("mismatch_weight must be a tensor: pass the first of the two that the function returns")
     surrogate, level, own_aggregation = LOSS_TYPES[loss_type]
-    level = importance_sampling_level or level
-    sequences = _Sequences(log_probs, mask, cu_seqlens)
+    sequences = _Sequences("log_probs", log_probs, mask, cu_seqlens)
     mask = sequences.mask
-    log_probs = sequences.hide(log_probs)
-    old_log_probs = log_probs.detach() if old_log_probs is None else sequences.hide(old_log_probs.detach())
-    advantages = sequences.constant(advantages)
+    log_probs = sequences.hide("log_probs", log_probs)
+    old_log_probs = log_probs if old_log_probs is None else sequences.hide("old_log_probs", old_log_probs)
+    old_log_probs = old_log_probs.detach()
+    advantages = sequences.constant("advantages", advantages)
     A = sequences.spread(advantages)
-    log_ratio = _log_ratio(log_probs, old_log_probs, sequences, level, log_ratio_clamp)
+    level = importance_sampling_level or level
+    rho, log_ratio, one_ratio = _log_ratio(log_probs, old_log_probs, sequences, level, log_ratio_clamp)
     r = log_ratio.exp()
-    weight = None if mismatch_weight is None else sequences.constant(mismatch_weight)
+    weight = None if mismatch_weight is None else sequences.constant("mismatch_weight", mismatch_weight)
     kept = mask
     if entropy is not None and top_entropy_quantile < 1:
         kept = entropy_mask(entropy, top_entropy_quantile, mask, group=group)
-
-    held, low, high = r, 1 - eps_low, 1 + eps_high
-    drawn: Tensor | None = None
-    if surrogate in ("clip", "clip_cov"):
-        held = r if delta is None else r.clamp(max=delta)
-        loss = _clip(held, r.clamp(low, high), A, dual_clip)
-        if surrogate == "clip_cov":
-            covariance = _covariance(log_probs, A, mask)
-            candidates = (covariance > clip_cov_lb) & (covariance < clip_cov_ub) & (loss == -held * A) & mask
-            drawn = _draw(candidates, _share(mask, clip_cov_ratio), generator)
-            loss = loss.where(~drawn, 0)
-    elif surrogate == "cispo":
-        low, high = (low, high) if cispo_max is None else (-inf, cispo_max)
-        loss = -r.detach().clamp(low, high) * A * log_probs
-    elif surrogate == "sapo":
-        loss = _sapo(r, A, sapo_temperature_pos, sapo_temperature_neg)
-    elif surrogate == "vespo":
-        loss = -_vespo_weight(log_probs, old_log_probs, A, sequences, weight, vespo_pos, vespo_neg) * A * log_probs
-        weight = None
-    elif surrogate == "gmpo":
-        held, low, high = _clamp(log_probs - old_log_probs, log_ratio_clamp), -eps_low, eps_high
-        loss = _gmpo(held, held.clamp(low, high), A, sequences, kept)
-        if weight is not None and weight.dim() == 2:
-            weight = sequences.mean((weight + 1e-10).log()).exp()
-    elif surrogate in ("dppo_tv", "dppo_kl"):
-        held, low, high = _dppo_distance(log_probs, old_log_probs, surrogate), -eps_low, eps_high
-        trusted = torch.where(A > 0, held <= high, held >= low)
-        loss = (-(r if delta is None else r.clamp(max=delta)).detach() * A * log_probs).where(trusted, 0)
-    elif surrogate == "dro":
-        loss = -A * log_probs + dro_beta / 2 * _clamp(log_probs - old_log_probs, log_ratio_clamp).square()
-    elif surrogate == "kl_cov":
-        penalised = _highest(_covariance(log_probs, A, mask), mask, _share(mask, kl_cov_ratio))
-        loss = -r * A + (kl_cov_coef * log_ratio.abs()).where(penalised, 0)
-    else:
-        loss = -A * log_probs
-
-    if off_policy_mask_threshold is not None:
-        sampling = old_log_probs if rollout_log_probs is None else rollout_log_probs
-        loss = loss.where(
-            off_policy_mask(log_probs, sampling, A, off_policy_mask_threshold, mask, cu_seqlens=cu_seqlens), 0
-        )
-    if surrogate != "gmpo":
-        loss = loss.where(kept, 0)
-    if weight is not None:
-        loss = loss * sequences.spread(weight)
-
-    one_ratio = level in ("sequence", "sequence_sum")
-    one_each = one_ratio and surrogate != "gmpo" and advantages.dim() == 1
-    metrics = {"ratio_mean": sequences.average(r, one_ratio)}
-    w_bounds = None if level == "sequence_token" else log_ratio_clamp
-    metrics["ppo_kl"] = -sequences.average(_clamp(log_probs - old_log_probs, w_bounds))
+    one_each = one_ratio and advantages.dim() == 1
     counts: dict[str, Any] = {
         "cu_seqlens": cu_seqlens,
         "batch_num_tokens": batch_num_tokens,
@@ -833,19 +647,56 @@ def grpo_loss(
         "loss_scale_factor": loss_scale_factor,
         "count_empty": count_empty,
     }
+
+    result = surrogate(
+        Tokens(log_probs, old_log_probs, A, log_ratio, r, mask, kept, weight, sequences, one_each, count_empty),
+        eps_low=eps_low,
+        eps_high=eps_high,
+        delta=delta,
+        dual_clip=dual_clip,
+        log_ratio_clamp=log_ratio_clamp,
+        cispo_max=cispo_max,
+        sapo_temperature_pos=sapo_temperature_pos,
+        sapo_temperature_neg=sapo_temperature_neg,
+        vespo_pos=vespo_pos,
+        vespo_neg=vespo_neg,
+        dro_beta=dro_beta,
+        kl_cov_ratio=kl_cov_ratio,
+        kl_cov_coef=kl_cov_coef,
+        clip_cov_ratio=clip_cov_ratio,
+        clip_cov_lb=clip_cov_lb,
+        clip_cov_ub=clip_cov_ub,
+        generator=generator,
+    )
+    loss = result.loss
+    if off_policy_mask_threshold is not None:
+        sampling = old_log_probs
+        if rollout_log_probs is not None:
+            sampling = sequences.hide("rollout_log_probs", rollout_log_probs)
+        worth = off_policy_mask(log_probs, sampling, A, off_policy_mask_threshold, mask, cu_seqlens=cu_seqlens)
+        loss = loss.where(worth, 0)
+    if not result.averaged:
+        loss = loss.where(kept, 0)
+    weight = weight if result.weight is None else result.weight
+    if weight is not None:
+        loss = loss * sequences.spread(weight)
+    metrics = {"ratio_mean": sequences.average(r, one_ratio), "ppo_kl": -sequences.average(rho)} | result.metrics
+
     penalty: Tensor | float = 0.0
     if beta != 0 and ref_log_probs is not None:
-        kl = kl_estimator(log_probs, sequences.hide(ref_log_probs.detach()))
-        if use_bias_correction_kl and surrogate != "gmpo":
+        kl = kl_estimator(log_probs, sequences.hide("ref_log_probs", ref_log_probs.detach()))
+        if use_bias_correction_kl and not result.averaged:
             kl = kl * r
         if kl_aggregation is None:
             loss = loss + beta * kl
         else:
             penalty = beta * aggregate(kl, mask, kl_aggregation, **counts)
         metrics["kl"] = sequences.average(kl)
+
     total = aggregate(loss.expand_as(mask), mask, aggregation or own_aggregation, **counts) + penalty
+
     if entropy is not None:
-        entropy = sequences.hide(entropy)
+        entropy = sequences.hide("entropy", entropy)
         metrics["entropy"] = sequences.average(entropy)
         if entropy_coef != 0:
             if entropy_aggregation is None:
@@ -853,28 +704,7 @@ def grpo_loss(
             else:
                 bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
             total = total - entropy_coef * bonus
-    if surrogate in ("clip", "clip_cov", "cispo", "gmpo", "dppo_tv", "dppo_kl"):
-        metrics |= _clip_ratios((held < low) & (A < 0), (held > high) & (A > 0), sequences, one_each, count_empty)
-    if surrogate in ("clip", "clip_cov") and dual_clip is not None:
-        metrics["clip_ratio/dual_mean"] = sequences.average((held > dual_clip) & (A < 0), one_each, count_empty)
-    if drawn is not None:
-        metrics["clip_ratio/cov_mean"] = sequences.average(drawn)
     return total, {name: metric.detach() for name, metric in metrics.items()}
-
-
-def _clip_ratios(
-    low: Tensor, high: Tensor, sequences: _Sequences, per_sequence: bool, count_empty: bool
-) -> dict[str, Tensor]:
-    empty = ~(sequences.nonempty() | (per_sequence and count_empty))
-    low_of_each, high_of_each = (sequences.mean(upcast(x).expand_as(sequences.mask)) for x in (low, high))
-    return {
-        "clip_ratio/low_mean": sequences.average(low, per_sequence, count_empty),
-        "clip_ratio/high_mean": sequences.average(high, per_sequence, count_empty),
-        "clip_ratio/region_mean": sequences.average(low | high, per_sequence, count_empty),
-        # Padded with one number, so that a batch of no sequences has an extreme.
-        "clip_ratio/low_min": F.pad(low_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin(),
-        "clip_ratio/high_max": F.pad(high_of_each.masked_fill(empty, 0), (0, 1)).amax(),
-    }
 
 
 def ppo_loss(
@@ -945,20 +775,21 @@ def value_loss(
         share of tokens that the clip holds, detached.
 
     Raises:
-        ValueError: ``clip_eps`` without ``old_values``, or shapes that do not match.
+        ValueError: ``clip_eps`` without ``old_values`` or below 0, or shapes that do not match.
 
     Example:
         >>> value_loss(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), clip_eps=0.2)[0]
         tensor(0.5000)
     """
-    sequences = _Sequences(values, mask, cu_seqlens)
-    values, returns = sequences.hide(values), sequences.hide(returns.detach())
+    _check(0, inf, clip_eps=clip_eps)
+    sequences = _Sequences("values", values, mask, cu_seqlens)
+    values, returns = sequences.hide("values", values), sequences.hide("returns", returns.detach())
     error = (values - returns).square()
     held = torch.zeros_like(error, dtype=torch.bool)
     if clip_eps is not None:
         if old_values is None:
             raise ValueError("clip_eps needs old_values")
-        old_values = sequences.hide(old_values.detach())
+        old_values = sequences.hide("old_values", old_values.detach())
         clipped = (old_values + (values - old_values).clamp(-clip_eps, clip_eps) - returns).square()
         held = clipped > error
         error = torch.max(clipped, error)
@@ -974,3 +805,267 @@ def value_loss(
         count_empty=count_empty,
     )
     return loss, {"clip_ratio": sequences.average(held)}
+
+
+def _nanstd(x: Tensor, dim: int) -> Tensor:
+    """Unbiased, over what is not nan; of a single number 0."""
+    deviation = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    return (deviation / ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
+
+
+def group_advantages(
+    rewards: Tensor,
+    num_generations: int,
+    *,
+    scale: Literal["group", "batch", "none", "normalize_then_sum"] = "group",
+    weights: Sequence[float] | Tensor | None = None,
+    leave_one_out: bool = False,
+    eps: float = 1e-4,
+) -> Tensor:
+    r"""Advantages of sequences sampled from the same prompt: how much better than its siblings each one was.
+
+    .. math:: A = \frac{R - \mathrm{mean}_{group} R}{\mathrm{std} R + \epsilon}
+
+    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) scales every reward
+    function by its own group before they are summed, and the sum by the batch, mean and std. nan rewards (a function
+    that does not apply) are left out of sums, means and stds; a sequence without any reward gets 0, as does a group of
+    one.
+
+    Source: GRPO (2402.03300), Dr. GRPO (2503.20783) ``scale="none"``, RLOO (2402.14740) ``leave_one_out``, GDPO
+    (2601.05242); TRL 1.16's ``scale_rewards`` (True is ``group``, False is ``none``) and ``multi_objective_aggregation``.
+
+    Args:
+        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings stand together.
+        num_generations: sequences per prompt; divides B.
+        scale: ``"group"`` (default), ``"batch"``, ``"none"`` or ``"normalize_then_sum"``.
+        weights: ``(K,)`` of the reward functions; ``None``: all 1.
+        leave_one_out: the mean of the *other* siblings instead of all of them, i.e. :math:`R - \mathrm{mean}` times
+            :math:`G/(G-1)`. RLOO has ``scale="none"``; not with ``normalize_then_sum``.
+        eps: added to the std. Default 1e-4, TRL's; verl has 1e-6, OpenRLHF 1e-9.
+
+    Returns:
+        ``(B,)``, fp32 (float64 for float64).
+
+    Raises:
+        ValueError: B is no multiple of ``num_generations``, weights that are not ``(K,)``, or an unknown ``scale``.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
+        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    if scale not in ("group", "batch", "none", "normalize_then_sum"):
+        raise ValueError(f"scale must be 'group', 'batch', 'none' or 'normalize_then_sum', got {scale!r}")
+    if scale == "normalize_then_sum" and leave_one_out:
+        raise ValueError("leave_one_out is about the mean of a group, which normalize_then_sum takes before the sum")
+    if rewards.dim() not in (1, 2) or num_generations < 1 or len(rewards) % num_generations:
+        raise ValueError(f"rewards must be (B,) or (B, K) in groups of {num_generations}, got {tuple(rewards.shape)}")
+    rewards = upcast(rewards if rewards.dim() == 2 else rewards.unsqueeze(1))
+    rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
+    unscored = rewards.isnan().all(-1)
+    if scale == "normalize_then_sum":
+        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
+    if weights is not None:
+        weights = torch.as_tensor(weights).to(rewards)
+        if weights.shape != rewards.shape[-1:]:
+            raise ValueError(
+                f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {tuple(weights.shape)}"
+            )
+        rewards = rewards * weights
+    total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
+    batch_std = _nanstd(total.view(1, -1), 1)
+    if scale == "normalize_then_sum":
+        advantages = (total - total.nanmean()) / (batch_std + eps)
+    else:
+        advantages = total - total.nanmean(1, keepdim=True)
+        if leave_one_out:
+            siblings = (~total.isnan()).sum(1, keepdim=True)
+            advantages = advantages * siblings / (siblings - 1).clamp(min=1)
+        if scale != "none":
+            advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
+    return advantages.masked_fill(advantages.isnan(), 0).flatten()
+
+
+def off_policy_mask(
+    log_probs: Tensor,
+    sampling_log_probs: Tensor,
+    advantages: Tensor,
+    threshold: float,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Keep a sequence that was worth sampling, or that the policy has not moved far from since.
+
+    .. math:: A \ge 0 \;\lor\; \mathrm{mean}_t(\log\pi_{sampling} - \log\pi) \le threshold
+
+    Source: DeepSeek-V3.2 (2512.02556); TRL 1.16 ``off_policy_mask_threshold``.
+
+    Args:
+        log_probs: ``(B, S)`` of the policy, or packed ``(1, total)``.
+        sampling_log_probs: the same under the policy that sampled the tokens: the inference engine's where it is known,
+            else the old policy's. nan (a token that was not scored) counts as no difference.
+        advantages: ``(B,)`` or ``(B, S)``.
+        threshold: in nats per token.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+
+    Returns:
+        bool, ``(B, 1)``, or a tensor per token for advantages per token or packed rows.
+
+    Example:
+        >>> old, new = torch.tensor([[-1.0], [-1.0], [-1.0]]), torch.tensor([[-3.0], [-3.0], [-1.1]])
+        >>> off_policy_mask(new, old, torch.tensor([1.0, -1.0, -1.0]), threshold=0.5).squeeze(1)
+        tensor([ True, False,  True])
+    """
+    sequences = _Sequences("log_probs", log_probs, mask, cu_seqlens)
+    drift = sequences.hide("sampling_log_probs", sampling_log_probs.detach()) - sequences.hide(
+        "log_probs", log_probs.detach()
+    )
+    drift = sequences.mean(drift.masked_fill(drift.isnan(), 0))
+    return (sequences.spread(sequences.constant("advantages", advantages)) >= 0) | sequences.spread(drift <= threshold)
+
+
+def entropy_mask(
+    entropy: Tensor,
+    top_entropy_quantile: float,
+    mask: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Keep the tokens where the policy was least certain: the given share of them, over all ranks.
+
+    Source: "Beyond the 80/20 rule" (2506.01939); TRL 1.16 ``top_entropy_quantile``.
+
+    Args:
+        entropy: ``(B, S)`` per token, nats.
+        top_entropy_quantile: the share to keep, 0 to 1: 0.2 keeps the fifth with the highest entropy.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        group: the ranks among whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
+            Several ranks tell each other their numbers of tokens, which waits for the device.
+
+    Returns:
+        bool ``(B, S)``, False where masked.
+
+    Example:
+        >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.5, 1.0]]), 0.5)
+        tensor([[False,  True, False,  True]])
+    """
+    _check(0, 1, top_entropy_quantile=top_entropy_quantile)
+    same_shape(entropy=entropy, mask=mask)
+    shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
+    entropy = upcast(entropy.detach())
+    values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        lengths: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(lengths, len(values), group)
+        values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
+        everyone = [torch.empty_like(values) for _ in lengths]
+        dist.all_gather(everyone, values, group)
+        values = torch.cat(everyone)
+    # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
+    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).double()
+    around = torch.stack([rank.floor(), rank.ceil()]).long()
+    low, high = values.sort().values.gather(0, around)  # nan last
+    return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown
+
+
+def mismatch_weight(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    level: Literal["token", "sequence_sum", "sequence_mean"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+    gate: Literal["ratio", "binary_kl", "tv"] = "ratio",
+    low: float | None = None,
+    high: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Importance weight that makes up for an inference engine whose probabilities differ.
+
+    .. math:: \pi_{old} / \pi_{rollout}
+
+    A statistic is kept within ``[low, high]``: by truncating the weight itself, or by giving 0 to whatever is outside.
+
+    ====================================================  ==============================================================
+    elsewhere                                             here
+    ====================================================  ==============================================================
+    TRL ``token_truncate``, ``token_mask``                ``level="token"``, ``mode="truncate"`` or ``"mask"``
+    TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
+    verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
+                                                          ``"low_high"`` thresholds are ``mode="mask"``
+    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``
+    OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
+    OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
+    OpenRLHF ``is_correction_gating``                     ``gate``
+    OpenRLHF ``gspo`` with a correction                   no weight: pass the rollout as ``old_log_probs``
+    ====================================================  ==============================================================
+
+    Source: TRL 1.16 ``vllm_importance_sampling_mode``; verl 0.9 ``rollout_is``; OpenRLHF 0.11 ``is_correction_*``.
+
+    Args:
+        old_log_probs: ``(B, S)`` under the old policy, computed by the trainer; or packed ``(1, total)``.
+        rollout_log_probs: the same as the inference engine reported them. nan (not scored) counts as equal to the old.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        level: what the statistic is of: a ``"token"``, the whole sequence (``"sequence_sum"``: the product of its token
+            ratios, which is then also the weight), or its tokens' average (``"sequence_mean"``: the geometric mean
+            decides, the weights stay per token).
+        mode: ``"truncate"`` or ``"mask"``.
+        gate: which statistic: the ``"ratio"``, or with ``mode="mask"`` the divergence between the two
+            probabilities of the sampled token, as a coin's (``"binary_kl"``) or as ``"tv"`` their distance.
+        low, high: the bounds; ``None``: no bound. Exponents are kept within ±20 in any case.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+
+    Returns:
+        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); to be passed as
+        ``mismatch_weight``; and metrics: ``mismatch_kl``, the token mean of :math:`\log\pi_{rollout} - \log\pi_{old}`,
+        and ``filter_fraction``, the share of tokens, or of sequences, outside the bounds.
+
+    Raises:
+        ValueError: a combination without meaning, or ``low`` above ``high``.
+
+    Example:
+        >>> old, rollout = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
+        >>> mismatch_weight(old, rollout, high=2.0)[0]
+        tensor([[1., 2.]])
+        >>> mismatch_weight(old, rollout, mode="mask", high=2.0)[0]
+        tensor([[1., 0.]])
+    """
+    if (
+        level not in ("token", "sequence_sum", "sequence_mean")
+        or mode not in ("truncate", "mask")
+        or gate not in ("ratio", "binary_kl", "tv")
+        or (mode == "truncate" and (gate != "ratio" or level == "sequence_mean"))
+        or (gate != "ratio" and level == "sequence_sum")
+    ):
+        raise ValueError(
+            f"level={level!r}, mode={mode!r}, gate={gate!r} do not go together: only a ratio that is itself the weight "
+            "can be truncated, and a divergence is a token's or a sequence_mean"
+        )
+    _check(0, inf, high=high)
+    _check(-inf, inf if high is None else high, low=low)
+    sequences = _Sequences("old_log_probs", old_log_probs, mask, cu_seqlens)
+    old = sequences.hide("old_log_probs", old_log_probs.detach())
+    rollout = sequences.hide("rollout_log_probs", rollout_log_probs.detach())
+    rollout = torch.where(rollout.isnan(), old, rollout)
+    log_weight = old - rollout
+    if level == "sequence_sum":
+        log_weight = sequences.sum(log_weight)
+    weight = log_weight.clamp(-20, 20).exp()
+    if gate == "ratio":
+        statistic = sequences.spread(sequences.mean(log_weight)).exp() if level == "sequence_mean" else weight
+    else:
+        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+        statistic = (p - q).abs() if gate == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        if level == "sequence_mean":
+            statistic = sequences.spread(sequences.mean(statistic))
+    low, high = (-inf if low is None else low), (inf if high is None else high)
+    outside = (statistic < low) | (statistic > high)
+    weight = weight.clamp(low, high) if mode == "truncate" else weight.masked_fill(outside, 0)
+    if level == "sequence_sum":
+        outside = sequences.spread(outside)
+    metrics = {
+        "mismatch_kl": sequences.average(rollout - old),
+        "filter_fraction": sequences.average(outside, per_sequence=level != "token"),
+    }
+    return weight, metrics

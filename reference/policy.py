@@ -1,6 +1,6 @@
 """Policy losses, sequence by sequence and token by token.
 
-Throughout, w = logp − old of a token and r = exp(w); a sequence's tokens are those its mask shows.
+Throughout, ρ = logp − old of a token and r = exp(ρ); a sequence's tokens are those its mask shows.
 """
 
 from __future__ import annotations
@@ -155,34 +155,34 @@ def mismatch_weight(
     low: float | None = None,
     high: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """e^ρ with ρ = old − rollout (nan → 0), or e^(Σρ) per sequence: truncated to [low, high], or 0 where gated out."""
+    """e^x with x = old − rollout (nan → 0), or e^(Σx) per sequence: truncated to [low, high], or 0 where gated out."""
     rows = _tokens(torch.ones_like(old_log_probs) if mask is None else mask)
     weights = torch.zeros_like(old_log_probs, dtype=torch.float64)
     outside: list[float] = []
     divergence: list[float] = []
     for b, row in enumerate(rows):
-        rho, statistics = [], []
+        differences, statistics = [], []
         for t in row:
             old, rollout = old_log_probs[b, t].item(), rollout_log_probs[b, t].item()
             rollout = old if math.isnan(rollout) else rollout
-            rho.append(old - rollout)
+            differences.append(old - rollout)
             p, q = (min(max(math.exp(x), 1e-6), 1 - 1e-6) for x in (rollout, old))
             if gate == "ratio":
-                statistics.append(rho[-1])
+                statistics.append(differences[-1])
             elif gate == "tv":
                 statistics.append(abs(p - q))
             else:
                 statistics.append(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
-        divergence += [-x for x in rho]
+        divergence += [-x for x in differences]
         if level == "sequence_sum":
-            rho = statistics = [sum(rho)] * len(row)
+            differences = statistics = [sum(differences)] * len(row)
         elif level == "sequence_mean":
             statistics = [_mean(statistics)] * len(row)
         if gate == "ratio":
             statistics = [math.exp(x) for x in statistics]
         out = [(low is not None and x < low) or (high is not None and x > high) for x in statistics]
         outside += out if level == "token" else out[:1]
-        for t, x, is_out in zip(row, rho, out, strict=True):
+        for t, x, is_out in zip(row, differences, out, strict=True):
             weight = math.exp(x)
             if mode == "mask":
                 weights[b, t] = 0.0 if is_out else weight
@@ -193,17 +193,17 @@ def mismatch_weight(
     return weights, {"mismatch_kl": _mean(divergence), "filter_fraction": _mean(outside)}
 
 
-def _ratio(w: list, logp: list[Tensor], level: str, bounds: tuple[float | None, float | None]) -> list[Tensor]:
+def _ratio(rho: list, logp: list[Tensor], level: str, bounds: tuple[float | None, float | None]) -> list[Tensor]:
     """r at each token of one sequence."""
     if level == "sequence_token":
-        mean = _mean([x.detach() for x in w])
+        mean = _mean([x.detach() for x in rho])
         return [_clamp(mean + x - x.detach(), *bounds).exp() for x in logp]
-    w = [_clamp(x, *bounds) for x in w]
+    rho = [_clamp(x, *bounds) for x in rho]
     if level == "sequence":
-        return [torch.exp(_mean(w))] * len(w)
+        return [torch.exp(_mean(rho))] * len(rho)
     if level == "sequence_sum":
-        return [_clamp(sum(w[1:], w[0]), *bounds).exp()] * len(w)
-    return [x.exp() for x in w]
+        return [_clamp(sum(rho[1:], rho[0]), *bounds).exp()] * len(rho)
+    return [x.exp() for x in rho]
 
 
 def _clipped(r: Tensor, a: Tensor, low: float, high: float, delta: float | None, dual_clip: float | None) -> Tensor:
@@ -215,14 +215,14 @@ def _clipped(r: Tensor, a: Tensor, low: float, high: float, delta: float | None,
 
 
 def _vespo(
-    logp: list[Tensor], w: list[Tensor], a: list[Tensor], weight: list[float] | float | None, k_lambda: list
+    logp: list[Tensor], rho: list[Tensor], a: list[Tensor], weight: list[float] | float | None, k_lambda: list
 ) -> list[Tensor]:
-    """−φ A logp, φ = exp(λ + k l − λ e^l), l = Σ w of the sequence, plus the log of its mismatch weight."""
+    """−φ A logp, φ = exp(λ + k s − λ e^s), s = Σ ρ of the sequence, plus the log of its mismatch weight."""
 
     def log_weight(x: float) -> float:
         return math.log(min(max(x, 1e-8), math.exp(20)))
 
-    total = sum(min(max(x.item(), -20.0), 20.0) for x in w)
+    total = sum(min(max(x.item(), -20.0), 20.0) for x in rho)
     if isinstance(weight, list):
         total += sum(log_weight(x) for x in weight)
     elif weight is not None:
@@ -324,9 +324,9 @@ def grpo_loss(
     ratios, low_clips, high_clips, dual_clips, drift, free = [], [], [], [], [], []
     for b, row in enumerate(rows):
         logp = [log_probs[b, t] for t in row]
-        w = [log_probs[b, t] - old[b, t] for t in row]
+        rho = [log_probs[b, t] - old[b, t] for t in row]
         a = [_at(advantages, b, t) for t in row]
-        r = _ratio(w, logp, level, bounds) if row else []
+        r = _ratio(rho, logp, level, bounds) if row else []
         weight = [1.0 if mismatch_weight is None else _at(mismatch_weight, b, t).item() for t in row]
         held: list[Any] = r
         lower, upper = low, high
@@ -343,10 +343,10 @@ def grpo_loss(
             given: Any = weight if mismatch_weight is not None else None
             if mismatch_weight is not None and (mismatch_weight.dim() == 1 or mismatch_weight.shape[1] == 1):
                 given = mismatch_weight[b].item()
-            policy = _vespo(logp, w, a, given, [vespo_pos, vespo_neg])
+            policy = _vespo(logp, rho, a, given, [vespo_pos, vespo_neg])
             weight = [1.0] * len(row)
         elif loss_type == "gmpo":
-            held, lower, upper = [_clamp(x, *bounds) for x in w], -eps_low, eps_high
+            held, lower, upper = [_clamp(x, *bounds) for x in rho], -eps_low, eps_high
             c = []
             for x, advantage in zip(held, a, strict=True):
                 bound = _clamp(x, None, eps_high) if advantage > 0 else _clamp(x, -eps_low, None)
@@ -370,7 +370,7 @@ def grpo_loss(
                 weight_of_it = 0.0 if too_far else _clamp(r[i].detach(), None, delta)
                 policy.append(-weight_of_it * a[i] * logp[i])
         elif loss_type == "dro":
-            policy = [dro_beta * _clamp(w[i], *bounds) ** 2 / 2 - a[i] * logp[i] for i in range(len(row))]
+            policy = [dro_beta * _clamp(rho[i], *bounds) ** 2 / 2 - a[i] * logp[i] for i in range(len(row))]
         elif loss_type == "kl_cov":
             policy = [-r[i] * a[i] for i in range(len(row))]
             for i, t in enumerate(row):
@@ -390,7 +390,7 @@ def grpo_loss(
                 kl[b][t] = estimate * r[i] if use_bias_correction_kl and loss_type != "gmpo" else estimate
         if row:
             ratios.append(r)
-            drift += [-_clamp(x, *(bounds if level != "sequence_token" else (None, None))) for x in w]
+            drift += [-_clamp(x, *(bounds if level != "sequence_token" else (None, None))) for x in rho]
             low_clips.append([float(x < lower and y < 0) for x, y in zip(held, a, strict=True)])
             high_clips.append([float(x > upper and y > 0) for x, y in zip(held, a, strict=True)])
             dual_clips.append(
