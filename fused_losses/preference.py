@@ -417,14 +417,8 @@ def dpo_loss(
     if (reference_chosen_logps is None) != (reference_rejected_logps is None):
         raise ValueError("pass the reference's log-probs of both sides, or of neither; got one")
     chosen, n_chosen, rejected, n_rejected = _answers(
-        policy_chosen_logps,
-        policy_rejected_logps,
-        chosen_mask,
-        rejected_mask,
-        chosen_lengths,
-        rejected_lengths,
-        reference_chosen_logps,
-        reference_rejected_logps,
+        *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
+        *(reference_chosen_logps, reference_rejected_logps),
         nll_loss=nll_loss,
         aux_loss=aux_loss,
     )

@@ -231,6 +231,9 @@ def sequence_log_probs(
     Returns:
         ``(B,)``, packed ``(n,)``; fp32 (float64 for float64), differentiable in ``token_logps``.
 
+    Raises:
+        ValueError: ``token_logps`` that are sums already, or as :func:`sums_and_counts`.
+
     Example:
         >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]]))
         tensor([-3.])
@@ -239,8 +242,8 @@ def sequence_log_probs(
     """
     if token_logps.dim() < 2 and cu_seqlens is None and position_ids is None:
         raise ValueError(
-            f"token_logps must be of tokens (B, S), or packed with cu_seqlens or position_ids, got "
-            f"{tuple(token_logps.shape)}: if these are sums already, they need no more"
+            "token_logps must be of tokens (B, S), or packed with cu_seqlens or position_ids, got "
+            f"{tuple(token_logps.shape)}: sums (B,) are not summed again"
         )
     total, count = sums_and_counts(
         token_logps, mask, cu_seqlens=cu_seqlens, position_ids=position_ids, num_sequences=num_sequences
