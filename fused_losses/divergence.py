@@ -34,7 +34,7 @@ from .autodiff import (
     transforms_active,
 )
 from .head import Head, check_head, head_of, kept_tokens, ready
-from .numerics import statistics_dtype
+from .numerics import check_scaling, statistics_dtype
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
 from .two_heads import (
@@ -227,8 +227,7 @@ def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
     """The divergence meant: at the ends of its mixture ``jsd`` is one of the KLs."""
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is the teacher's share of the mixture, in [0, 1], got {beta}")
-    if temperature <= 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    check_scaling(temperature=temperature)
     if kind == "jsd" and beta in (0, 1):
         kind = "reverse_kl" if beta else "forward_kl"
     elif kind == "skewed_kl" and beta == 0:

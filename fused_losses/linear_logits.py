@@ -45,7 +45,7 @@ from .linear_logits_checks import (
     refuse_reentrant_checkpoint,
     versions,
 )
-from .numerics import full_precision, statistics_dtype, upcast
+from .numerics import check_scaling, full_precision, statistics_dtype, upcast
 from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
@@ -217,8 +217,7 @@ class LinearLogits(LazyTensor):
             check_shapes(hidden, weight, bias, u, B, empty=shard is not None)
             if not isinstance(temperature, Tensor) and temperature == 0:
                 raise ValueError("temperature must not be 0")
-            if softcap is not None and softcap <= 0:
-                raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
+            check_scaling(softcap)
             if softcap is None and not isinstance(temperature, Tensor):
                 scale, temperature = scale / temperature, 1.0
             plain = transforms_active()  # under functorch and forward-mode AD: no hooks to serve, no tangent to lose
