@@ -251,7 +251,7 @@ class Tokens(NamedTuple):
 
 
 class Surrogate(NamedTuple):
-    """What it returns."""
+    """What a surrogate returns."""
 
     loss: Tensor  # of a token, or what broadcasts with the tokens
     metrics: dict[str, Tensor]

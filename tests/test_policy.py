@@ -16,6 +16,8 @@ from fused_losses.bench import ranks
 from fused_losses.kl import kl_estimate
 from fused_losses.policy import (
     LOSS_TYPES,
+    LossType,
+    Surrogate,
     aggregate,
     entropy_mask,
     group_advantages,
@@ -209,6 +211,14 @@ def test_loss_gradient_and_metrics(loss_type, name, options):
     assert_same(ours, expected)
     assert ours[2]["log_probs"][DATA["mask"] != 0].abs().sum() > 0
     assert (ours[2]["log_probs"][DATA["mask"] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("name", MODIFIERS)
+def test_a_new_loss_type_is_one_entry(name, monkeypatch):
+    mine = LossType(lambda t, **_: Surrogate(-t.A * t.log_probs, {}), "token", "seq_mean_token_sum")
+    monkeypatch.setitem(LOSS_TYPES, "mine", mine)
+    ours, expected = (run(grpo_loss, DATA, loss_type=t, **MODIFIERS[name]) for t in ("mine", "reinforce"))
+    assert_same(ours, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
