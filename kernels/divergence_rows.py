@@ -27,11 +27,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .common import FLOOR, SKIP, final_logits, final_logits_slope
 from .configurations import divergence_rows_config, on_its_device
-from .elementwise import final_logits, final_logits_slope
 
-FLOOR = tl.constexpr(-3.4028234663852886e38)  # the least fp32, with which trainers mask
-SKIP = tl.constexpr(-100)
 NEAR = tl.constexpr(0.25)  # where the polynomials below are exact to fp32
 
 

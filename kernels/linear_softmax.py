@@ -32,6 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
+from .common import FLOOR, rows_skipped, tanh
 from .configurations import (
     architecture,
     linear_softmax_d_logits_config,
@@ -39,11 +40,8 @@ from .configurations import (
     on_its_device,
     programs,
 )
-from .elementwise import tanh
 
-FLOOR = tl.constexpr(-3.4028234663852886e38)  # the least fp32, with which trainers mask
 LOG2E = tl.constexpr(1.4426950408889634)
-SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full waves of 132 programs
 
 
@@ -110,14 +108,6 @@ def _place(item, row_tiles, v_tiles, SPLITS: tl.constexpr, GROUP_N: tl.constexpr
     place = item % (GROUP_N * SPLITS)
     split = place // group_rows
     return group * GROUP_N + place % group_rows, split, split * v_tiles // SPLITS, (split + 1) * v_tiles // SPLITS
-
-
-@triton.jit
-def _rows_skipped(ids_ptr, n, inside, K):
-    skipped = inside
-    for k in range(K):
-        skipped = skipped & (tl.load(ids_ptr + n.to(tl.int64) * K + k, mask=inside, other=0) == SKIP)
-    return skipped
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -299,7 +289,7 @@ def _combine_splits_kernel(
     inside = n < N
     skipped = n < 0
     if HAS_IDS:
-        skipped = _rows_skipped(ids_ptr, n, inside, K)
+        skipped = rows_skipped(ids_ptr, n, inside, K)
     split = tl.arange(0, BLOCK_SPLITS)[:, None]
     here = (split < SPLITS) & inside[None, :]
     partial = partials_ptr + split * N + n[None, :]
@@ -615,7 +605,7 @@ def _linear_softmax_d_logits_kernel(
                     d = tl.load(d_ptr + n, mask=inside, other=0.0) * slope
                 active = inside
                 if HAS_IDS:
-                    active = inside & ~_rows_skipped(ids_ptr, n, inside, K)
+                    active = inside & ~rows_skipped(ids_ptr, n, inside, K)
                 for part in tl.static_range(PARTS):
                     v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
                     if HAS_SOFTCAP:

@@ -29,19 +29,8 @@ import triton
 import triton.language as tl
 
 from ..row_statistics import empty_statistics
+from .common import FLOOR, SKIP, final_logits, final_logits_slope, rows_skipped
 from .configurations import on_its_device, softmax_rows_bwd_config, softmax_rows_fwd_config
-from .elementwise import final_logits, final_logits_slope
-
-FLOOR = tl.constexpr(-3.4028234663852886e38)  # the least fp32, with which trainers mask
-SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
-
-
-@triton.jit
-def _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N: tl.constexpr):
-    skipped = row_inside
-    for k in range(K):
-        skipped = skipped & (tl.load(ids_ptr + row * K + k, mask=row_inside, other=0) == SKIP)
-    return skipped
 
 
 @triton.jit
@@ -200,7 +189,7 @@ def _softmax_rows_fwd_kernel(
     row_inside = row < N
     skipped = row < 0
     if HAS_IDS:
-        skipped = _rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N)
+        skipped = rows_skipped(ids_ptr, row, row_inside, K)
     active = row_inside & ~skipped
     row_ptr = logits_ptr + (row // S) * logits_stride_b + (row % S) * logits_stride_s  # (BLOCK_N,)
     t_row_ptr = probabilities_ptr
@@ -371,7 +360,7 @@ def _softmax_rows_bwd_kernel(
     inside = row_inside[:, None] & (v < V)[None, :]
     active = row_inside
     if HAS_IDS:
-        active = row_inside & ~_rows_skipped(ids_ptr, row, row_inside, K, BLOCK_N)
+        active = row_inside & ~rows_skipped(ids_ptr, row, row_inside, K)
     v64 = v.to(tl.int64)[None, :]
     x = tl.load(
         logits_ptr + ((row // S) * logits_stride_b + (row % S) * logits_stride_s)[:, None] + v64 * logits_stride_v,

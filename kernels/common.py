@@ -1,7 +1,28 @@
-"""From what a head yields to final logits, element by element: scale first, then softcap; temperature is the caller's."""
+"""What the kernels share: which rows are skipped, and final logits, element by element: scale first, then softcap.
+
+Temperature is the caller's.
+"""
 
 import triton
 import triton.language as tl
+
+FLOOR = tl.constexpr(
+    -3.4028234663852886e38
+)  # the least fp32, with which trainers mask: stands for the maximum of nothing
+SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
+
+
+@triton.jit
+def rows_skipped(
+    ids_ptr,  # (N, K) int64
+    row,  # (BLOCK_N,)
+    inside,  # (BLOCK_N,) whether it is a row
+    K,
+):
+    skipped = inside
+    for k in range(K):
+        skipped = skipped & (tl.load(ids_ptr + row.to(tl.int64) * K + k, mask=inside, other=0) == SKIP)
+    return skipped
 
 
 @triton.jit
