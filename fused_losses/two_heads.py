@@ -42,7 +42,7 @@ from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
 from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
-from .planning import FEWEST_TOKENS, MANY_CHUNKS
+from .planning import FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import add_product, column_sums
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
@@ -153,9 +153,9 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
             continue
         dtype, H = head.hidden.dtype, head.hidden.shape[1]
         wide = statistics_dtype(dtype)
-        per_token += V * wide.itemsize
+        per_token += padded(V) * wide.itemsize
         if wide != dtype:
-            per_token += V * dtype.itemsize * any(side)
+            per_token += padded(V) * dtype.itemsize * any(side)
             extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself
             if not head.hidden.is_cuda:
                 per_token += (H + TILE) * wide.itemsize
@@ -192,7 +192,7 @@ def total_dtypes(head: Head, sums: torch.dtype) -> tuple[torch.dtype, ...]:
 
 
 class _Side:
-    """One head: room for a chunk of its logits and their gradient, and for the gradients of its inputs."""
+    """One head: buffers for a chunk of its logits and their gradient, and the gradients of its inputs."""
 
     def __init__(
         self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype, totals: bool, saved: Tensor | None
@@ -203,8 +203,8 @@ class _Side:
         self.direct = head.weight is None
         self.cut = head if self.direct or vocab_of(head) == V else head.columns(slice(0, V))
         self.n, self.in_place = n, wide == dtype
-        self.room = saved if self.in_place else None  # of a chunk's logits, once there are any
-        self.d_room = None if self.in_place else saved
+        self.buffer = saved if self.in_place else None  # (n, padded V): a chunk's logits, once there are any
+        self.d_buffer = None if self.in_place else saved
         self.totals: list[Tensor | None] = []
         for i, (like, t) in enumerate(zip(head.inputs, total_dtypes(head, sums), strict=True)):
             if not totals or like is None or not wanted[i]:
@@ -224,9 +224,9 @@ class _Side:
         if self.direct:
             return self.chunk.hidden[:, : self.V]
         hidden = self.chunk.hidden
-        if self.room is None:
-            self.room = hidden.new_empty(self.n, self.V, dtype=statistics_dtype(hidden.dtype))
-        return self.chunk.write_logits(self.room[: len(hidden)])
+        if self.buffer is None:
+            self.buffer = hidden.new_empty(self.n, padded(self.V), dtype=statistics_dtype(hidden.dtype))
+        return self.chunk.write_logits(self.buffer[: len(hidden), : self.V])
 
     def d_logits(self, logits: Tensor, rows: slice | Tensor) -> Tensor | None:
         """Where the gradient of ``logits`` is to be written, ``(n, V)``."""
@@ -236,10 +236,10 @@ class _Side:
             total = self.totals[0]
             assert total is not None
             return total[rows, : self.V] if isinstance(rows, slice) else logits.new_empty(len(logits), self.V)
-        if self.d_room is None:
-            self.d_room = self.room if self.in_place else self.head.hidden.new_empty(self.n, self.V)
-        assert self.d_room is not None
-        return self.d_room[: len(logits)]
+        if self.d_buffer is None:
+            self.d_buffer = self.buffer if self.in_place else self.head.hidden.new_empty(self.n, padded(self.V))
+        assert self.d_buffer is not None
+        return self.d_buffer[: len(logits), : self.V]
 
     def add(self, d_logits: Tensor | None, rows: slice | Tensor, first: bool) -> None:
         """Take a chunk's gradient into the gradients of the inputs."""
@@ -326,7 +326,7 @@ def both_heads(
                 side.take(rows, ignored)
             if start == 0 and soft is not None and any(d is not None for d in saved):
                 for side, d in zip(sides, saved, strict=True):
-                    side.add(None if d is None else multiply_rows(d, soft[rows]), rows, first=True)
+                    side.add(None if d is None else multiply_rows(d[:, :V], soft[rows]), rows, first=True)
                 continue
             logits = [side.logits() for side in sides]
             made = start == 0 or not save
@@ -351,7 +351,7 @@ def both_heads(
                 for side, d in zip(sides, d_logits, strict=True):
                     side.add(d, rows, first=start == 0)
     if save:
-        return divergence, nll, [side.d_room if side.wanted else None for side in sides]
+        return divergence, nll, [side.d_buffer if side.wanted else None for side in sides]
     totals = [total for side in sides for total in side.finished()]
     if factor is not None:
         totals = [None if t is None else t.div_(factor) for t in totals]
@@ -543,7 +543,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     hidden, V = problem.student.hidden, compared_vocab(problem.student, problem.teacher)
     found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
     saved = [
-        head.hidden.new_empty(tokens, V) if tokens and any(side) else None
+        head.hidden.new_empty(tokens, padded(V)) if tokens and any(side) else None
         for head, side in ((problem.student, wanted[:5]), (problem.teacher, wanted[5:]))
     ]
     return found, *(present(t, found) for t in (torch.empty_like(found) if labels else None, *saved))

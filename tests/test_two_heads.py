@@ -39,6 +39,7 @@ def logits(tokens, vocab, dtype=torch.float32):
 
 def per_token(vocab, dtype, wanted, hidden=8):
     """Bytes that a token of a chunk takes on a CPU: its logits, their gradient in 16 bits, and factors that are upcast."""
+    vocab = -(-vocab // 16) * 16  # rows start at whole words
     if dtype == torch.float32:
         return 4 * vocab
     return 4 * vocab + 2 * vocab * wanted + 4 * (hidden + TILE)
