@@ -63,17 +63,17 @@ def divergence_rows(
     student: Tensor,  # (B, V, S), any strides
     teacher: Tensor,  # (B, V', S), any strides
     ids: Tensor | None,  # (N,) int64, N = B·S; −100: skipped
-    labels: bool,
+    with_nll: bool,
     kind: str,
     beta: float,
     temperature: float,
     backend: str,
     shard: str = "",  # a VocabShard: columns [0, size) of the logits are its, ids are those of the whole vocabulary
 ) -> tuple[Tensor, Tensor]:
-    """``divergence (N,)`` and the student's ``−log p (N,)`` at ids, 0-dim without labels."""
+    """``divergence (N,)`` and the student's ``−log p (N,)`` at ids, 0-dim without with_nll."""
     found, nll = compare_rows(
         backend, *_of_shard(shard, student, teacher, ids), None, None, kind=kind, beta=beta, temperature=temperature,
-        labels=labels,
+        with_nll=with_nll,
     )  # fmt: skip
     return found, present(nll, found)
 
@@ -89,10 +89,10 @@ def _of_shard(
 
 @divergence_rows.register_fake
 def _(
-    student: Tensor, teacher: Tensor, ids: Tensor | None, labels: bool, *options: Any, **kwargs: Any
+    student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, *options: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
     found = student.new_empty(student.shape[0] * student.shape[2], dtype=statistics_dtype(student.dtype))
-    return found, torch.empty_like(found) if labels else absent(found)
+    return found, torch.empty_like(found) if with_nll else absent(found)
 
 
 @torch.library.custom_op("fused_losses::divergence_rows_grad", mutates_args=())
@@ -118,7 +118,7 @@ def divergence_rows_grad(
             x[:, V:] = 0
     d_student, d_teacher = (None if x is None else x[:, :V] for x in whole)
     compare_rows(
-        backend, part, *logits, ids, None, None, kind=kind, beta=beta, temperature=temperature, labels=hard is not None,
+        backend, part, *logits, ids, None, None, kind=kind, beta=beta, temperature=temperature, with_nll=hard is not None,
         soft=soft, hard=hard, d_student=d_student, d_teacher=d_teacher,
     )  # fmt: skip
     first, second = (present(x, soft) for x in whole)
@@ -136,7 +136,7 @@ def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
-    student, teacher, ids, ctx.labels, *ctx.which, ctx.backend, ctx.shard = inputs
+    student, teacher, ids, ctx.with_nll, *ctx.which, ctx.backend, ctx.shard = inputs
     save_for_backward(ctx, student, teacher, ids)
 
 
@@ -149,11 +149,11 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
         refuse_shard(ctx.shard, student.shape)
 
         def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:
-            found, nll = _differentiable(student, teacher, ids, ctx.labels, Divergence(*ctx.which))
+            found, nll = _differentiable(student, teacher, ids, ctx.with_nll, Divergence(*ctx.which))
             return [found, present(nll, found)]
 
         return *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)), *rest
-    hard = d_nll if ctx.labels else None
+    hard = d_nll if ctx.with_nll else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
     gradients = divergence_rows_grad(
@@ -167,10 +167,10 @@ divergence_rows.register_autograd(_backward, setup_context=_setup_context)
 
 
 def _differentiable(
-    student: Tensor, teacher: Tensor, ids: Tensor | None, labels: bool, which: Divergence
+    student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, which: Divergence
 ) -> tuple[Tensor, Tensor | None]:
     first, second = (_logits_as_head(x.transpose(1, 2)) for x in (student, teacher))
-    return differentiable_two_heads(first, second, ids, labels, which)
+    return differentiable_two_heads(first, second, ids, with_nll, which)
 
 
 # Whatever the sides are.
@@ -268,7 +268,7 @@ def token_divergence(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits,
     ids: Tensor | None,  # (N,) int64, −100: skipped
-    labels: bool,
+    with_nll: bool,
     which: Divergence,
     shards: Shards,
     *,
@@ -276,30 +276,30 @@ def token_divergence(
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(N,)`` divergences, and with ``labels`` the student's ``−log p`` at ids, differentiable in both sides."""
+    """``(N,)`` divergences, and with ``with_nll`` the student's ``−log p`` at ids, differentiable in both sides."""
     if transforms_active():
         refuse_shard(packed(shards[0]), student.shape)
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
         rows = (_as_rows(student), _as_rows(teacher))
         if transforms_active():
-            return _differentiable(*rows, ids, labels, which)
-        found, nll = divergence_rows(*rows, ids, labels, *which, resolve_backend(student, backend), packed(shards[0]))
-        return found, nll if labels else None
+            return _differentiable(*rows, ids, with_nll, which)
+        found, nll = divergence_rows(*rows, ids, with_nll, *which, resolve_backend(student, backend), packed(shards[0]))
+        return found, nll if with_nll else None
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         if transforms_active():
-            return differentiable_two_heads(*heads, ids, labels, which)
+            return differentiable_two_heads(*heads, ids, with_nll, which)
         inputs = (*heads[0].inputs, *heads[1].inputs)
         wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
         M = len(heads[0].hidden) if keep is None else len(keep)
         how = (budget(heads, workspace), resolve_backend(heads[0].hidden, backend))
         found, nll, *_ = two_heads_rows(
-            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which), labels,
-            wanted, saved_tokens(heads, M, wanted, labels, *how), *how,
+            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which), with_nll,
+            wanted, saved_tokens(heads, M, wanted, with_nll, *how), *how,
         )  # fmt: skip
     _gather_in_backward(found, student, teacher)
-    return found, nll if labels else None
+    return found, nll if with_nll else None
 
 
 def summed_divergence(

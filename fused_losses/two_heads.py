@@ -97,8 +97,8 @@ def compare_rows(
         return rows(**gradients)
     N, dtype, wide = student.shape[0] * student.shape[2], statistics_dtype(student.dtype), wide_dtype(student.device)
     slopes = (d_student is not None, d_teacher is not None)
-    labels = which["labels"]
-    normalizers = student.new_empty(6 if labels and which["temperature"] != 1 else 4, N, dtype=wide)
+    with_nll = which["with_nll"]
+    normalizers = student.new_empty(6 if with_nll and which["temperature"] != 1 else 4, N, dtype=wide)
     rows(step="normalizers", normalizers=normalizers)
     normalizers = whole_normalizers(shard.gather_checked(normalizers))
     sums = student.new_zeros(4, N, dtype=wide)
@@ -106,7 +106,7 @@ def compare_rows(
     sums = shard.gather(sums if any(slopes) else sums[:2]).sum(0)
     if any(slopes):
         rows(step="gradients", normalizers=normalizers, sums=sums, **gradients)
-    return sums[0].to(dtype, copy=True), sums[1].to(dtype, copy=True) if labels else None
+    return sums[0].to(dtype, copy=True), sums[1].to(dtype, copy=True) if with_nll else None
 
 
 def vocab_of(head: Head) -> int:
@@ -282,7 +282,7 @@ def both_heads(
     which: Divergence,
     soft: Tensor | None,  # (N,) factors of the divergences' gradients
     hard: Tensor | None,  # (N,) and of those of −log p
-    labels: bool,
+    with_nll: bool,
     wanted: Sequence[bool],  # gradients of the inputs of either head
     workspace: int,
     backend: str,
@@ -310,7 +310,7 @@ def both_heads(
         factor = in_range((soft, hard))
         soft, hard = (None if t is None else t * factor for t in (soft, hard))
     divergence = student.hidden.new_zeros(N, dtype=dtype)
-    nll = student.hidden.new_zeros(N, dtype=dtype) if labels else None
+    nll = student.hidden.new_zeros(N, dtype=dtype) if with_nll else None
 
     def of(t: Tensor | None, rows: slice | Tensor) -> Tensor | None:
         return None if t is None else t[rows]
@@ -338,7 +338,7 @@ def both_heads(
                 of_ids,
                 *(side.chunk.temperature for side in sides),
                 **which.of(*heads),
-                labels=labels,
+                with_nll=with_nll,
                 soft=of(soft, rows),
                 hard=of(hard, rows),
                 d_student=None if d_logits[0] is None else d_logits[0].unsqueeze(-1),
@@ -369,12 +369,12 @@ def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
 
 
 def saved_tokens(
-    heads: tuple[Head, Head], M: int, wanted: Sequence[bool], labels: bool, workspace: int, backend: str
+    heads: tuple[Head, Head], M: int, wanted: Sequence[bool], with_nll: bool, workspace: int, backend: str
 ) -> int:
     """How many tokens' gradients of the logits forward saves: none where a row has two upstream gradients, or where no
     backward follows, or where the gradient is itself a result, or in float16, whose range takes knowing the upstream
     gradient."""
-    if labels or not any(wanted) or not may_save(heads[0].hidden):
+    if with_nll or not any(wanted) or not may_save(heads[0].hidden):
         return 0
     trained = [head for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True) if any(side)]
     if any(head.weight is None or head.hidden.dtype == torch.float16 for head in trained):
@@ -383,7 +383,7 @@ def saved_tokens(
 
 
 def differentiable_two_heads(
-    student: Head, teacher: Head, ids: Tensor | None, labels: bool, which: Divergence
+    student: Head, teacher: Head, ids: Tensor | None, with_nll: bool, which: Divergence
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and −log p ``(N,)`` as plain differentiable PyTorch on whole logits."""
     V = min(vocab_of(student), vocab_of(teacher))
@@ -394,7 +394,7 @@ def differentiable_two_heads(
         return head._replace(hidden=head.hidden[:, :V]) if head.weight is None else head.columns(slice(0, V))
 
     z_student, z_teacher = whole_logits(compared(student), skip), whole_logits(compared(teacher), skip)
-    return differentiable_rows(z_student, z_teacher, ids, labels=labels, **which._asdict())
+    return differentiable_rows(z_student, z_teacher, ids, with_nll=with_nll, **which._asdict())
 
 
 # What the operators take first, and then _Problem.of(arguments[:IN_PROBLEM]).
@@ -434,10 +434,10 @@ class _Problem(NamedTuple):
     def inputs(self) -> tuple[Tensor | None, ...]:
         return self.student.inputs + self.teacher.inputs
 
-    def differentiable(self, inputs: Sequence[Tensor | None], labels: bool) -> tuple[Tensor, Tensor | None]:
+    def differentiable(self, inputs: Sequence[Tensor | None], with_nll: bool) -> tuple[Tensor, Tensor | None]:
         """Divergence and −log p of other inputs, as :func:`differentiable_two_heads`."""
         student, teacher = self.student.with_inputs(inputs[:5]), self.teacher.with_inputs(inputs[5:])
-        return differentiable_two_heads(student, teacher, self.ids, labels, self.which)
+        return differentiable_two_heads(student, teacher, self.ids, with_nll, self.which)
 
 
 # A sum over tokens: the gradients are made in forward.
@@ -446,18 +446,18 @@ class _Problem(NamedTuple):
 @torch.library.custom_op(
     "fused_losses::two_heads_loss",
     mutates_args=(),
-    schema=f"({PROBLEM}, float soft, float hard, bool labels, bool[] wanted, int workspace, str backend) -> "
+    schema=f"({PROBLEM}, float soft, float hard, bool with_nll, bool[] wanted, int workspace, str backend) -> "
     f"({', '.join(['Tensor'] * (1 + INPUTS))})",
 )
 def two_heads_loss(*arguments: Any) -> tuple[Tensor, ...]:
     """``Σ_n soft·divergence + hard·(−log p)``, and the gradient of each of the inputs, 0-dim where absent or not ``wanted``."""
     problem = _Problem.of(arguments[:IN_PROBLEM])
-    soft, hard, labels, wanted, workspace, backend = arguments[IN_PROBLEM:]
+    soft, hard, with_nll, wanted, workspace, backend = arguments[IN_PROBLEM:]
     hidden = problem.student.hidden
     dtype = statistics_dtype(hidden.dtype)
     per_token = [hidden.new_full((len(hidden),), x, dtype=dtype) for x in (soft, hard)]
     divergence, nll, gradients = both_heads(
-        *problem, per_token[0], per_token[1] if labels else None, labels, wanted, workspace, backend
+        *problem, per_token[0], per_token[1] if with_nll else None, with_nll, wanted, workspace, backend
     )
     total = soft * divergence if nll is None else soft * divergence + hard * nll
     loss = total.sum(dtype=wide_dtype(total.device)).to(dtype)
@@ -482,7 +482,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.soft, ctx.hard, ctx.labels, wanted, *_ = inputs[IN_PROBLEM:]
+    ctx.soft, ctx.hard, ctx.with_nll, wanted, *_ = inputs[IN_PROBLEM:]
     ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:INPUTS], wanted, strict=True)]
     ctx.options = inputs[TENSORS:IN_PROBLEM]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
@@ -506,7 +506,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
         problem = _Problem.of((*tensors, *ctx.options))
 
         def fn(*inputs: Tensor) -> list[Tensor]:
-            divergence, nll = problem.differentiable(inputs, ctx.labels)
+            divergence, nll = problem.differentiable(inputs, ctx.with_nll)
             return [(ctx.soft * divergence if nll is None else ctx.soft * divergence + ctx.hard * nll).sum()]
 
         return *differentiable_gradients(fn, problem.inputs, [g]), *rest
@@ -522,16 +522,17 @@ two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
 @torch.library.custom_op(
     "fused_losses::two_heads_rows",
     mutates_args=(),
-    schema=f"({PROBLEM}, bool labels, bool[] wanted, int tokens, int workspace, str backend) -> ({', '.join(['Tensor'] * 4)})",
+    schema=f"({PROBLEM}, bool with_nll, bool[] wanted, int tokens, int workspace, str backend) -> "
+    f"({', '.join(['Tensor'] * 4)})",
 )
 def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
-    """``divergence (N,)`` and ``−log p (N,)``, 0-dim without labels, and what backward needs of the first ``tokens``."""
-    labels, wanted, tokens, workspace, backend = arguments[IN_PROBLEM:]
+    """``divergence (N,)`` and ``−log p (N,)``, 0-dim without with_nll, and what backward needs of the first ``tokens``."""
+    with_nll, wanted, tokens, workspace, backend = arguments[IN_PROBLEM:]
     problem = _Problem.of(arguments[:IN_PROBLEM])
     hidden = problem.student.hidden
     unit = hidden.new_ones(len(hidden), dtype=statistics_dtype(hidden.dtype)) if tokens else None
     divergence, nll, saved = both_heads(
-        *problem, unit, None, labels, wanted if tokens else [False] * INPUTS, workspace, backend, save=tokens > 0
+        *problem, unit, None, with_nll, wanted if tokens else [False] * INPUTS, workspace, backend, save=tokens > 0
     )
     return divergence, *(present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
 
@@ -539,14 +540,14 @@ def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
 @two_heads_rows.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem.of(arguments[:IN_PROBLEM])
-    labels, wanted, tokens, *_ = arguments[IN_PROBLEM:]
+    with_nll, wanted, tokens, *_ = arguments[IN_PROBLEM:]
     hidden, V = problem.student.hidden, compared_vocab(problem.student, problem.teacher)
     found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
     saved = [
         head.hidden.new_empty(tokens, padded(V)) if tokens and any(side) else None
         for head, side in ((problem.student, wanted[:5]), (problem.teacher, wanted[5:]))
     ]
-    return found, *(present(t, found) for t in (torch.empty_like(found) if labels else None, *saved))
+    return found, *(present(t, found) for t in (torch.empty_like(found) if with_nll else None, *saved))
 
 
 @torch.library.custom_op(
@@ -578,7 +579,7 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
     ctx.options = inputs[TENSORS:IN_PROBLEM]
-    ctx.labels, ctx.wanted, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
+    ctx.with_nll, ctx.wanted, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
     save_for_backward(ctx, *inputs[:TENSORS], *output[2:])
 
 
@@ -593,11 +594,11 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
         refuse_shard("".join(ctx.options[-1]), problem.student.hidden.shape)
 
         def fn(*inputs: Tensor) -> list[Tensor]:
-            divergence, nll = problem.differentiable(inputs, ctx.labels)
+            divergence, nll = problem.differentiable(inputs, ctx.with_nll)
             return [divergence, present(nll, divergence)]
 
         return *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)), *rest
-    hard = d_nll if ctx.labels else None
+    hard = d_nll if ctx.with_nll else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
     wanted = list(ctx.needs_input_grad[:INPUTS])

@@ -375,12 +375,12 @@ def divergence_rows(
     *,
     kind,
     beta=0.5,
-    temperature=1.0,  # of the divergence, after all else; the labels' loss does not see it
+    temperature=1.0,  # of the divergence, after all else; −log p does not see it
     student_scale=1.0,
     student_softcap=None,
     teacher_scale=1.0,
     teacher_softcap=None,
-    labels=False,  # also return −log p of the student at ids
+    with_nll=False,  # also return −log p of the student at ids
     soft=None,  # (N,) what the gradients of the divergence are multiplied by
     hard=None,  # (N,) and those of −log p
     d_student=None,  # (B, V, S) to write the gradient to; may be student itself
@@ -388,14 +388,14 @@ def divergence_rows(
     # For a slice of the vocabulary; "normalizers" and "sums" write what is the slice's, "gradients" takes those of the whole
     step="all",
     normalizers=None,  # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of the teacher, over
-    # the temperature; (6, N) with labels and a temperature: then of the student at temperature 1
+    # the temperature; (6, N) with −log p and a temperature: then of the student at temperature 1
     sums=None,  # (4, N) float64: divergence, −log p at the slice's ids, Σ p g of the student, Σ p h of the teacher
     slopes=(False, False),  # which of the last two to make
 ):
     B, V, S = student.shape[0], min(student.shape[1], teacher.shape[1]), student.shape[2]
     N = B * S
     divergence = student.new_empty(N, dtype=torch.float32) if step == "all" else None
-    nll = student.new_empty(N, dtype=torch.float32) if labels and step == "all" else None
+    nll = student.new_empty(N, dtype=torch.float32) if with_nll and step == "all" else None
     if N == 0:
         return divergence, nll
     if kind == "jsd":
@@ -430,7 +430,7 @@ def divergence_rows(
         STEP=step,
         KIND=kind,
         HAS_IDS=ids is not None,
-        HAS_HARD=labels,
+        HAS_HARD=with_nll,
         HAS_TEMPERATURE=temperature != 1.0,
         HAS_STUDENT_TEMPERATURE=student_temperature is not None,
         HAS_TEACHER_TEMPERATURE=teacher_temperature is not None,

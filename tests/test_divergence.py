@@ -314,7 +314,7 @@ def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, 
     """What ``divergence_rows`` gives for whole rows, from slices of the vocabulary as ranks hold them."""
     slices = [slice(*ends) for ends in itertools.pairwise(cuts)]
     N = student.shape[0] * student.shape[2]
-    labels = options.get("labels", False)
+    with_nll = options.get("with_nll", False)
     T = options["temperature"]
 
     def step(name, i, part, **more):
@@ -323,7 +323,7 @@ def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, 
         given = {"step": name, "normalizers": normalizers[i], "sums": sums[i]} | options | more
         rows(student[:, part], teacher[:, part], local, *temperatures, **given)
 
-    normalizers = student.new_full((len(slices), 6 if labels and T != 1 else 4, N), math.nan, dtype=torch.float64)
+    normalizers = student.new_full((len(slices), 6 if with_nll and T != 1 else 4, N), math.nan, dtype=torch.float64)
     sums = student.new_zeros(len(slices), 4, N, dtype=torch.float64)
     for i, part in enumerate(slices):
         step("normalizers", i, part)
@@ -335,7 +335,7 @@ def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, 
     for i, part in enumerate(slices):
         room = {name: x[:, part] for name, x in written.items()}
         step("gradients", i, part, soft=soft, hard=hard, **room)
-    return sums[0, 0], sums[0, 1] if labels else None, *written.values()
+    return sums[0, 0], sums[0, 1] if with_nll else None, *written.values()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
@@ -355,7 +355,7 @@ def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backen
     ids = torch.tensor([0, 202, 59, 60, -100, 140, 12], device=device).repeat(copies)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     T, teacher_T, soft, hard = (torch.rand(4, 7 * copies, device=device, dtype=wide) + 0.5).unbind()
-    how = {"kind": kind, "beta": BETA, "labels": True, "temperature": 1.0}
+    how = {"kind": kind, "beta": BETA, "with_nll": True, "temperature": 1.0}
     temperatures = (None, None)
     if everything:
         how |= {"temperature": 2.5, "student_softcap": 8.0, "student_scale": 0.7}
@@ -398,7 +398,7 @@ def test_slices_are_as_accurate_as_eager_whole_rows(kind, backend, device):
     soft, hard = (torch.rand(2, N, device=device) + 0.5).unbind()
     found = rows_by_slices(
         divergence_module(backend).divergence_rows, student.unsqueeze(-1), teacher.unsqueeze(-1), ids, cuts, None, None,
-        soft=soft, hard=hard, gradients=("d_student", "d_teacher"), kind=kind, beta=BETA, temperature=3.0, labels=True,
+        soft=soft, hard=hard, gradients=("d_student", "d_teacher"), kind=kind, beta=BETA, temperature=3.0, with_nll=True,
     )  # fmt: skip
 
     def whole(of_logits, dtype):
@@ -449,12 +449,12 @@ def test_compiles_without_a_break(backend, device):
     )
 
 
-@pytest.mark.parametrize("labels", [False, True])
-def test_operator_contract(labels, device):
+@pytest.mark.parametrize("with_nll", [False, True])
+def test_operator_contract(with_nll, device):
     student, teacher = (x.requires_grad_() for x in pair(device, tokens=(2, 3), V=9))
     rows = [x.detach().transpose(1, 2).clone().requires_grad_() for x in (student, teacher)]
     ids = torch.tensor([1, -100, 3, 0, 8, 2], device=device)
-    torch.library.opcheck(torch.ops.fused_losses.divergence_rows, (*rows, ids, labels, "jsd", 0.3, 1.5, "torch"))
+    torch.library.opcheck(torch.ops.fused_losses.divergence_rows, (*rows, ids, with_nll, "jsd", 0.3, 1.5, "torch"))
 
 
 # Heads

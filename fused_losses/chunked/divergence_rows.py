@@ -78,12 +78,12 @@ def divergence_rows(
     *,
     kind: str,
     beta: float = 0.5,
-    temperature: float = 1.0,  # of the divergence, after all else; the labels' loss does not see it
+    temperature: float = 1.0,  # of the divergence, after all else; −log p does not see it
     student_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_scale: float = 1.0,
     teacher_softcap: float | None = None,
-    labels: bool = False,  # also return −log p of the student at ids
+    with_nll: bool = False,  # also return −log p of the student at ids
     soft: Tensor | None = None,  # (N,) what the gradients of the divergence are multiplied by
     hard: Tensor | None = None,  # (N,) and those of −log p
     d_student: Tensor | None = None,  # (B, V, S) to write the gradient to; may be student itself
@@ -92,7 +92,7 @@ def divergence_rows(
     step: str = "all",
     normalizers: Tensor
     | None = None,  # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of
-    # the teacher, over the temperature; (6, N) with labels and a temperature: then of the student at temperature 1
+    # the teacher, over the temperature; (6, N) with −log p and a temperature: then of the student at temperature 1
     sums: Tensor
     | None = None,  # (4, N) float64: divergence, −log p at the slice's ids, Σ p g of the student, Σ p h of the
     # teacher
@@ -101,7 +101,7 @@ def divergence_rows(
     V = min(student.shape[1], teacher.shape[1])
     N, dtype = student.shape[0] * student.shape[2], statistics_dtype(student.dtype)
     divergence = student.new_empty(N, dtype=dtype) if step == "all" else None
-    nll = student.new_empty(N, dtype=dtype) if labels and step == "all" else None
+    nll = student.new_empty(N, dtype=dtype) if with_nll and step == "all" else None
     if V == 0:  # a slice of nothing
         if step == "normalizers" and normalizers is not None:
             normalizers[::2], normalizers[1::2] = floor(dtype), -math.inf
@@ -133,7 +133,7 @@ def divergence_rows(
         if step == "normalizers":
             assert normalizers is not None
             found = [s_largest, s_log_total, t_largest, t_log_total]
-            if labels and temperature != 1:
+            if with_nll and temperature != 1:
                 p, s_largest = _shifted(z_s, 1, None, out=s)
                 found += [s_largest, _log_total(exp_(p), None)]
             for normalizer, value in zip(normalizers, found, strict=True):
@@ -146,7 +146,7 @@ def divergence_rows(
         value, sg, th = of_kind(s, t, d, free, beta, kind)
         total = value.sum(-1)
         p = s
-        if labels and ids is not None:
+        if with_nll and ids is not None:
             if temperature != 1:
                 p, s_largest = _shifted(z_s, 1, of_p, out=value)
                 s_log_total = _log_total(exp_(p), of_p)
@@ -164,7 +164,7 @@ def divergence_rows(
         if step == "sums":
             assert sums is not None
             sums[0, rows] = total.to(sums.dtype)
-            if labels:
+            if with_nll:
                 sums[1, rows] = at_label
             for slope_sum, pg, made in zip(sums[2:], (sg, th), slopes, strict=True):
                 if made:
@@ -205,7 +205,7 @@ def differentiable_rows(
     kind: str,
     beta: float,
     temperature: float,
-    labels: bool,
+    with_nll: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence and ``−log p`` as plain PyTorch, for any derivative."""
     skip = None if ids is None else ids == -100
@@ -235,7 +235,7 @@ def differentiable_rows(
         if kind == "jsd":
             value = beta * value + (1 - beta) * kl(s, log_s, log_m)
     nll = None
-    if labels and ids is not None:
+    if with_nll and ids is not None:
         y = ids.clamp(0, z_student.shape[1] - 1)
         nll = -z_student.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
     if skip is not None:
