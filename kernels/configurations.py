@@ -362,7 +362,7 @@ def _softmax_rows() -> Iterator[Shipped]:
             | dict.fromkeys(("column_weight_ptr", "of_sum_log_probs_ptr"), "*fp32:16" if everything else None)
             | {"sum_log_probs_ptr": "*fp64:16", "is_top1_ptr": "*i1:16"}
             | {"V": "i32", "logits_stride_n": "i32:16", "scale": "fp32", "softcap": "fp32"}
-            | dict.fromkeys(("HAS_TEMPERATURE", "HAS_SOFTCAP", "SQUARE", "PADDED"), True)
+            | dict.fromkeys(("HAS_TEMPERATURE", "HAS_SOFTCAP", "SQUARE"), True)
             | dict.fromkeys(("HAS_COLUMN_WEIGHT", "SUM_LOG_PROBS", "IS_TOP1"), everything)
             | {"BLOCK_V": BLOCK_V, "VEC": VEC},
             num_warps,

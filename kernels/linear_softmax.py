@@ -225,12 +225,12 @@ def _linear_softmax_fwd_kernel(
                     now = tl.maximum(largest, tile_largest)
                     shifted = z - now[:, None]
                     e = _exp(shifted)
-                    moved = tl.maximum(largest - now, FLOOR)  # finite: it meets a total of 0
+                    moved = largest - now
                     rescale = _exp(moved)
                     if ENTROPY:
                         # The maximum keeps 0·(−inf) out; a nan it drops is in total already.
                         e_shifted = tl.sum(e * tl.maximum(shifted, FLOOR), 1)
-                        total_shifted = rescale * (total_shifted + moved * total) + e_shifted
+                        total_shifted = rescale * (total_shifted + tl.maximum(moved * total, FLOOR)) + e_shifted
                     if ALL:
                         total_sq = rescale * rescale * total_sq + tl.sum(e * e, 1)
                         column_weight = tl.where(v < V, 1.0, 0.0)
@@ -311,7 +311,7 @@ def _combine_splits_kernel(
             tl.store(log_probs_ptr + at, tl.where((y >= 0) & (y < V), log_prob, 0.0), mask=inside)
     if ENTROPY:
         shifted = tl.load(partial + 2 * SPLITS * N, mask=here, other=0.0)
-        mean_shifted = tl.sum(rescale * (shifted + moved * split_total), 0) / total
+        mean_shifted = tl.sum(rescale * (shifted + tl.maximum(moved * split_total, FLOOR)), 0) / total
         entropy = log_total - mean_shifted.to(tl.float64)
         tl.store(entropy_ptr + n, tl.where(skipped, 0.0, entropy), mask=inside)
     if LOG_SUM_SQ_PROBS:

@@ -56,7 +56,6 @@ def _lane_sums(
     SUM_LOG_PROBS: tl.constexpr,
     MAX_LOGIT: tl.constexpr,
     IS_TOP1: tl.constexpr,
-    PADDED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
@@ -78,13 +77,12 @@ def _lane_sums(
         x = tl.load(
             row_ptr[:, None] + v.to(tl.int64)[None, :] * stride_v,
             mask=active[:, None] & (v < readable)[None, :],
-            other=float("-inf"),
+            other=0.0,
         ).to(tl.float32)
         z = final_logits(x, scale, softcap, HAS_SOFTCAP)
         if HAS_TEMPERATURE:
             z = z / temperature[:, None]
-        if HAS_SOFTCAP or PADDED:
-            z = tl.where(inside, z, float("-inf"))  # the cap has made it finite
+        z = tl.where(inside, z, float("-inf"))  # not before: a scale may be negative, a cap is finite
         z = tl.reshape(z, (BLOCK_N, LANES, VEC))
         tile_largest = tl.max(z, 2)
         now_largest = tl.maximum(largest, tile_largest)
@@ -93,7 +91,8 @@ def _lane_sums(
         e = tl.exp(shifted)
         rescale = tl.exp(moved)
         if ENTROPY:
-            total_shifted = rescale * (total_shifted + moved * total) + tl.sum(tl.where(e == 0, 0.0, e * shifted), 2)
+            total_shifted += tl.maximum(moved * total, FLOOR)  # finite: it meets a rescale of 0
+            total_shifted = rescale * total_shifted + tl.sum(tl.where(e == 0, 0.0, e * shifted), 2)
         total = total * rescale + tl.sum(e, 2)
         if LOG_SUM_SQ_PROBS:
             total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
@@ -202,7 +201,7 @@ def _softmax_rows_fwd_kernel(
     largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
         row_ptr, logits_stride_v, active, temperature, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
         label_smoothing, scale, softcap, HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, HAS_PROBABILITIES, HAS_SOFTCAP, ENTROPY,
-        LOG_SUM_SQ_PROBS, SUM_LOG_PROBS, MAX_LOGIT, IS_TOP1, False, BLOCK_N, BLOCK_V, VEC,
+        LOG_SUM_SQ_PROBS, SUM_LOG_PROBS, MAX_LOGIT, IS_TOP1, BLOCK_N, BLOCK_V, VEC,
     )  # fmt: skip
 
     # From here on there are a few numbers per row, put together in float64 and rounded once.
@@ -210,7 +209,7 @@ def _softmax_rows_fwd_kernel(
     logsumexp = row_largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
     if ENTROPY:
-        row_shifted = tl.sum((rescale * (total_shifted + moved * total)).to(tl.float64), 1)
+        row_shifted = tl.sum((rescale * (total_shifted + tl.maximum(moved * total, FLOOR))).to(tl.float64), 1)
         entropy = log_total - row_shifted / row_total
         tl.store(entropy_ptr + row, tl.where(skipped, 0.0, entropy), mask=row_inside)
     if LOG_SUM_SQ_PROBS:
@@ -478,7 +477,7 @@ def softmax_rows_bwd(
 
 @triton.jit
 def _softmax_rows_fwd_bwd_kernel(
-    logits_ptr,  # (N, V), over which the gradient is written, and with PADDED anything beyond V
+    logits_ptr,  # (N, V), over which the gradient is written, and anything between its rows
     ids_ptr,  # (N, 1) int64
     column_weight_ptr,  # (V,)
     temperature_ptr,  # (N,)
@@ -499,7 +498,6 @@ def _softmax_rows_fwd_bwd_kernel(
     SUM_LOG_PROBS: tl.constexpr,
     SQUARE: tl.constexpr,
     IS_TOP1: tl.constexpr,
-    PADDED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
 ):
@@ -514,7 +512,7 @@ def _softmax_rows_fwd_bwd_kernel(
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
     largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
         row_ptr, 1, active, temperature, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, scale, softcap,
-        HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, False, HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, PADDED, 1,
+        HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, False, HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1,
         BLOCK_V, VEC,
     )  # fmt: skip
     moved, _, row_largest, _, log_total = _row_total(largest, total)
@@ -596,7 +594,6 @@ def softmax_rows_fwd_bwd(
         SUM_LOG_PROBS=of_sum_log_probs is not None,
         SQUARE=of_square is not None,
         IS_TOP1="is_top1" in outputs,
-        PADDED=logits.stride(0) != V,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
         num_warps=num_warps,

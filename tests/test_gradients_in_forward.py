@@ -76,7 +76,7 @@ def test_opcheck_with_gradients():
     torch.library.opcheck(scaled_gradient, (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16))
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": 2.0, "softcap": 3.0}])
+@pytest.mark.parametrize("options", [{}, {"scale": 2.0, "softcap": 3.0}, {"scale": -1.5}])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("V", [35, 48, 2 * 8192 + 5])
 def test_one_pass_is_statistics_then_gradient(V, weighted, options, backend, device):
@@ -86,7 +86,7 @@ def test_one_pass_is_statistics_then_gradient(V, weighted, options, backend, dev
     logits.copy_(3 * torch.randn(N, V))
     ids = torch.randint(0, V, (N, 1), device=device)
     ids[2], logits[2] = -100, torch.nan
-    logits[3, :5] = -torch.inf
+    logits[3, :5] = -torch.inf * options.get("scale", 1.0)
     whole, per_row = logits.clone(), torch.randn(4, N, device=device)
     column_weight = torch.rand(V, device=device) if weighted else None
     temperature, of_log_probs, of_sum, of_square = per_row[0].exp(), *per_row[1:]

@@ -324,6 +324,23 @@ def test_rows_of_what_trainers_mask_with(device, value):
     assert (ours.max_logit == value).all()
 
 
+@variants
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min, -1e36])
+@pytest.mark.parametrize("masked", [slice(0, 100), slice(103, 203)])
+def test_part_of_the_vocabulary_masked_with_a_number(device, variant, masked, value):
+    head = Head(device, variant, bias=True)
+    head.bias = head.bias.float()
+    head.bias[masked] = value
+    head.ids[:] = 101
+    ours = head.forward(("entropy", "log_sum_sq_probs", "max_logit"))
+    z = head.logits(torch.float64)[0]
+    exact = torch.distributions.Categorical(logits=z).entropy().to(ours.entropy)
+    torch.testing.assert_close(ours.entropy, exact, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        ours.log_probs[:, 0].double(), z.log_softmax(-1)[:, 101].to(ours.entropy), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_all_logits_minus_infinity(device):
     head = Head(device, bias=True)
     head.bias[:] = float("-inf")

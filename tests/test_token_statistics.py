@@ -322,3 +322,38 @@ def test_losses_written_by_hand_on_a_head(loss, dtype, backend, device):
     torch.testing.assert_close(results[0][0].double(), results[2][0], rtol=1e-5, atol=1e-5)
     for name, got, eager, exact in zip(("hidden", "weight"), *(r[1:] for r in results), strict=True):
         assert_accurate(got, eager, exact, name)
+
+
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e38, -1e31])
+@pytest.mark.parametrize("masked", [slice(0, 9000), slice(11000, 20000)])
+def test_entropy_where_part_of_the_vocabulary_is_masked_with_a_number(masked, value, backend, device):
+    x = torch.randn(12, 20000, device=device)
+    x[:, masked] = value
+    ids = torch.full((12,), 10_000, device=device)
+
+    def entropy(fn, x, **how):
+        leaf = x.clone().requires_grad_()
+        found = fn(leaf, ids, outputs=("log_probs", "entropy"), **how).entropy
+        return found, torch.autograd.grad(found.sum(), leaf)[0]
+
+    ours = entropy(token_statistics, x, backend=backend)
+    p = x.double().softmax(-1)
+    exact = -torch.special.xlogy(p, p).sum(-1)
+    torch.testing.assert_close(ours[0].double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        ours[1].double(), -p * (p.clamp(min=1e-300).log() + exact[:, None]), rtol=1e-4, atol=1e-9
+    )
+
+
+def test_scale_below_zero(backend, device):
+    """``-logits`` is a head with the scale −1; the vocabulary is no multiple of a tile."""
+    hidden, weight = torch.randn(30, 8, device=device), torch.randn(77, 8, device=device)
+    ids = torch.randint(0, 77, (30,), device=device)
+    found = token_statistics(-LinearLogits(hidden, weight), ids, outputs=NAMES, backend=backend)
+    eager = reference.token_statistics(-hidden @ weight.T, ids)
+    exact = reference.token_statistics(-hidden.double() @ weight.double().T, ids)
+    for name in NAMES:
+        if name == "is_top1":
+            assert torch.equal(found.is_top1, exact[name])
+        else:
+            assert_accurate(getattr(found, name), eager[name], exact[name], name)
