@@ -233,9 +233,9 @@ def loss_of_head(
             upstream = upstream._replace(logsumexp=2 * of_square[rows] * statistics.logsumexp.to(dtype))
         return coefficients(upstream, statistics, head.vocab, column_weight, dtype)
 
-    in_float16 = head.hidden.dtype == torch.float16 and main_grad is None
+    in_float16 = head.hidden.dtype == torch.float16
     if in_float16 or head.shard is not None:  # the gradient waits for the coefficients' size, or for other ranks
-        over_logits = by_coefficients(of_chunk, outputs, column_weight, backend, in_float16)
+        over_logits = by_coefficients(of_chunk, outputs, column_weight, backend, in_float16 and main_grad is None)
     else:
         over_logits = in_one_pass(of, outputs, column_weight, backend, see)
     with full_precision(head.hidden.device):

@@ -106,7 +106,8 @@ def linear_cross_entropy(
         main_grad: fp32 ``(C, H)``; the weight's gradient is added to it in backward instead of being returned. Route
             ``recompute``, unless ``grad_scale`` is given.
         grad_scale: the upstream gradient of the result, promised: with it route ``gradients_in_forward`` adds to ``main_grad``
-            in forward, and backward does not look at the upstream gradient for it.
+            in forward, and backward does not look at the upstream gradient for it. In float16 it should hold the loss scale,
+            without which small gradients vanish.
 
     Returns:
         The loss, or ``(loss, CrossEntropyStatistics)``.

@@ -77,8 +77,9 @@ Bounds = tuple[float | None, float | None] | None
 
 
 def _check(low: float, high: float, /, **options: float | None) -> None:
+    """Raise where an option is out of range. Into a tensor nobody looks, which would wait for the device."""
     for name, x in options.items():
-        if x is not None and not low <= x <= high:
+        if x is not None and not isinstance(x, Tensor) and not low <= x <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {x}")
 
 

@@ -92,7 +92,7 @@ def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
 
 
 def _half_over(beta: float) -> float:
-    if beta <= 0:
+    if not isinstance(beta, Tensor) and beta <= 0:
         raise ValueError(f"this loss divides by beta, which must be positive, got {beta}")
     return 0.5 / beta
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import traced
+from .autodiff import traced, transforms_active
 from .numerics import upcast
 
 
@@ -240,7 +240,8 @@ def sequence_log_probs(
         >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), average=True, cu_seqlens=torch.tensor([0, 2, 3]))
         tensor([-1.5000, -9.0000])
     """
-    if token_logps.dim() < 2 and cu_seqlens is None and position_ids is None:
+    packed = cu_seqlens is not None or position_ids is not None
+    if token_logps.dim() < 2 and not packed and not transforms_active():  # under vmap a row is (S,)
         raise ValueError(
             "token_logps must be of tokens (B, S), or packed with cu_seqlens or position_ids, got "
             f"{tuple(token_logps.shape)}: sums (B,) are not summed again"

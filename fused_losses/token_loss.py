@@ -19,7 +19,7 @@ from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
 from .settings import Backend, resolve_backend
-from .token_statistics import TokenStatistics, target_ids, token_statistics
+from .token_statistics import TokenStatistics, check_names, target_ids, token_statistics
 from .vocab_parallel import local_part, local_target
 
 DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
@@ -88,9 +88,7 @@ def token_loss(
         raise ValueError(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, got {tuple(index.shape)}"
         )
-    unknown = set(statistics) - set(TokenStatistics._fields)
-    if unknown:
-        raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
+    check_names("statistics", statistics)
     single = index.ndim == len(tokens)
     N = tokens.numel()
     flat = tuple(x.reshape(N, *x.shape[len(tokens) :]) for x in per_token)

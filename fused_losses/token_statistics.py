@@ -45,6 +45,15 @@ class TokenStatistics(NamedTuple):
     is_top1: Tensor | None = None
 
 
+def check_names(argument: str, names: Collection[str]) -> None:
+    """Raise unless they are names of :class:`TokenStatistics`."""
+    if isinstance(names, str):
+        raise TypeError(f"{argument} must be a sequence of names, got {names!r}: write ({names!r},)")
+    unknown = set(names) - set(TokenStatistics._fields)
+    if unknown:
+        raise ValueError(f"unknown {argument} {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
+
+
 def rows_module(backend: str) -> ModuleType:
     """Where ``softmax_rows_fwd`` and ``softmax_rows_bwd`` come from."""
     if backend == "torch":
@@ -386,11 +395,7 @@ def token_statistics(
         raise ValueError(
             f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
         )
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs must be a sequence of names, got {outputs!r}: write ({outputs!r},)")
-    unknown = set(outputs) - set(TokenStatistics._fields)
-    if unknown:
-        raise ValueError(f"unknown outputs {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
+    check_names("outputs", outputs)
     check_scaling(temperature=temperature)
     workspace = workspace_setting.parse(workspace)
     logits, shard = local_part(logits, group)

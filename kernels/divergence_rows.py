@@ -72,13 +72,13 @@ def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
         g = tl.where(s == 0, 0.0, -d)
         h = difference
     if KIND == "cross_entropy":
-        finite = log_s > float("-inf")
+        finite = log_s != float("-inf")
         value = tl.where(finite, -t * log_s, 0.0)
         g = tl.where(finite, -t, 0.0)
         h = tl.where(finite & (t > 0), -log_s, 0.0)
     if KIND == "tvd":
         value = 0.5 * tl.abs(difference)
-        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0))
+        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))  # d is 0 or nan
         g = -h
     if KIND == "jsd" or KIND == "skewed_kl":
         m = beta * t + (1 - beta) * s
@@ -94,7 +94,7 @@ def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
         else:
             value = _excess(t, m, t_over_m)
             g = tl.where(m == 0, 0.0, (beta - 1) * (t / m))
-            h = tl.where(t == 0, 0.0, t_over_m - beta * (1 - beta) * (difference / m))
+            h = tl.where((t == 0) | (m == 0), 0.0, t_over_m - beta * (1 - beta) * (difference / m))
     return value, g, h
 
 

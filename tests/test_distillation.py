@@ -555,3 +555,18 @@ def test_ids_of_eight_bits(backend, device):
     )
     assert torch.equal(ours, expected)
     assert (ours[0, 2:] == 0).all()
+
+
+def test_which_teachers_are_refused():
+    student, ids = torch.randn(2, 9), torch.tensor([[1, 2], [0, 0]])
+    logits = torch.tensor([[3.0, 2.0], [0.0, 0.0]])  # unnormalised, and a row of padding
+    with pytest.raises(ValueError, match="a mass of at most 1"):
+        sparse_distillation_loss(student, ids, logits)
+    found = sparse_distillation_loss(student[:1], ids[:1], logits[:1], tail="renormalize")
+    normalised = sparse_distillation_loss(student[:1], ids[:1], logits[:1].log_softmax(-1), tail="renormalize")
+    torch.testing.assert_close(found.loss, normalised.loss)
+    padded = torch.stack([logits[0].log_softmax(-1) - 0.1, logits[1]])
+    each = sparse_distillation_loss(student, ids, padded, reduction="none").loss
+    torch.testing.assert_close(
+        each[:1], sparse_distillation_loss(student[:1], ids[:1], padded[:1], reduction="none").loss
+    )

@@ -850,3 +850,15 @@ def test_unpaired_answers_come_summed():
 def test_wpo_weight_does_not_broadcast():
     with pytest.raises(ValueError, match=r"logps and log_sum_sq_probs must have one shape, got \(3, 5\) and \(3, 1\)"):
         preference.wpo_weight(TOKENS, TOKENS, TOKENS[:, :1], TOKENS)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
+def test_beta_may_be_a_tensor(loss_type):
+    """Of a schedule, say: nobody looks into it, under ``torch.compile`` either."""
+    chosen, rejected = -torch.rand(2, 4)
+
+    def loss(beta):
+        return preference.dpo_loss(chosen, rejected, reference_free=True, beta=beta, loss_type=loss_type)[0].sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(torch.tensor(0.3)), loss(0.3))

@@ -292,3 +292,8 @@ def test_fullgraph(layout):
 
     ours = torch.compile(f, fullgraph=True, backend="aot_eager")(logps)
     torch.testing.assert_close(ours, f(logps))
+
+
+def test_sums_under_vmap_are_of_one_row():
+    token_logps, mask = torch.randn(3, 5), torch.ones(3, 5)
+    assert torch.equal(torch.vmap(sequences.sequence_log_probs)(token_logps, mask), token_logps.sum(-1))

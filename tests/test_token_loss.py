@@ -416,7 +416,7 @@ def test_bad_input():
         token_loss(lambda s: s.log_probs.sum(), logits, index)
     with pytest.raises(ValueError, match=r"'x'.*one number per token"):
         token_loss(lambda s: (s.log_probs, {"x": s.log_probs.sum()}), logits, index)
-    with pytest.raises(ValueError, match="unknown outputs"):
+    with pytest.raises(ValueError, match="unknown statistics"):
         token_loss(dft, logits, index, statistics=("probs",))
     with pytest.raises(IndexError, match="out of bounds"):
         token_loss(dft, logits, index.clamp(min=0) + V)
