@@ -45,8 +45,8 @@ def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype
     return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
 
 
-# Writes the gradient of a chunk's logits (n, V) over them: (logits, chunk, ids, rows, factor) → the factor it is multiplied
-# with, in float16, where it is in range; no larger than ``factor``, that of the chunks before.
+# Turns a chunk's logits (n, V) into their gradient, in place: (logits, chunk, ids, rows, factor) → factor. In float16 the
+# gradient is multiplied by a factor that keeps it in range, no larger than that of the chunks before.
 OverLogits = Callable[[Tensor, Head, Tensor | None, slice | Tensor, Tensor | None], Tensor | None]
 
 
