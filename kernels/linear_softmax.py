@@ -223,14 +223,16 @@ def _linear_softmax_fwd_kernel(
                                 tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
-                    shifted = z - now[:, None]
-                    e = _exp(shifted)
                     moved = largest - now
                     rescale = _exp(moved)
                     if ENTROPY:
-                        # The maximum keeps 0·(−inf) out; a nan it drops is in total already.
-                        e_shifted = tl.sum(e * tl.maximum(shifted, FLOOR), 1)
-                        total_shifted = rescale * (total_shifted + tl.maximum(moved * total, FLOOR)) + e_shifted
+                        # The maximum keeps 0·(−inf) out, here and below; a nan it drops is in total already.
+                        total_shifted = rescale * tl.maximum(total_shifted + moved * total, FLOOR)
+                    shifted = z - now[:, None]
+                    e = _exp(shifted)
+                    total = rescale * total + tl.sum(e, 1)
+                    if ENTROPY:
+                        total_shifted += tl.sum(e * tl.maximum(shifted, FLOOR), 1)
                     if ALL:
                         total_sq = rescale * rescale * total_sq + tl.sum(e * e, 1)
                         column_weight = tl.where(v < V, 1.0, 0.0)
@@ -241,7 +243,6 @@ def _linear_softmax_fwd_kernel(
                         weight_seen += tl.sum(column_weight, 0)
                         first = tl.min(tl.where(z == tile_largest[:, None], v[None, :], V), 1)
                         top = tl.where(tile_largest > largest, first, top)
-                    total = rescale * total + tl.sum(e, 1)
                     largest = now
                 acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
             # Outside the branch, so that the next tile's loads can start before this one's epilogue.

@@ -37,15 +37,17 @@ TARGETS = {
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, r"\bv_mfma_\w+"),
 }
 
-# (configuration, target) -> bytes it may spill. All of these are scalar registers that gfx942 keeps in lanes of vector
-# registers: measured with Triton 3.6 and 3.7, their private segment is 0 bytes, so no memory is touched.
+# (configuration, target) -> bytes it may spill, the more of what Triton 3.6 and 3.7 do. On gfx942 these are scalar registers
+# in lanes of vector registers: the private segment is 0 bytes, so no memory is touched. On sm_90 Triton 3.6 stores one
+# register once a program and loads it once a row tile and split, outside both loops (its machine code).
 ALLOWED: dict[tuple[str, str], int] = {
     ("linear_softmax_fwd log-probs, pointers, bias softcap weights low-rank", "gfx942"): 608,
     ("linear_softmax_fwd all, pointers", "gfx942"): 40,
+    ("linear_softmax_fwd entropy, TMA, saving logits", "sm_90"): 8,
     ("linear_softmax_fwd entropy, pointers, saving logits", "gfx942"): 16,
     ("linear_softmax_fwd all, pointers, saving logits", "gfx942"): 100,
-    ("linear_softmax_fwd all, pointers, bias softcap weights, saving logits", "gfx942"): 168,
-    ("linear_softmax_fwd all, pointers, bias softcap weights low-rank, saving logits", "gfx942"): 224,
+    ("linear_softmax_fwd all, pointers, bias softcap weights, saving logits", "gfx942"): 172,
+    ("linear_softmax_fwd all, pointers, bias softcap weights low-rank, saving logits", "gfx942"): 232,
     ("linear_softmax_fwd all, pointers, bias softcap weights", "gfx942"): 140,
     ("linear_softmax_fwd all, pointers, bias softcap weights low-rank", "gfx942"): 212,
     ("linear_softmax_fwd all, pointers, odd rows, bias softcap weights low-rank", "gfx942"): 132,
