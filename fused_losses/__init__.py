@@ -68,7 +68,7 @@ from .sequences import (
     shift_labels,
     split_pairs,
 )
-from .settings import backend, drop_ignored, route, strict, workspace
+from .settings import backend, drop_ignored, gradient_filter, route, strict, workspace
 from .sft import dft, sft_loss
 from .token_loss import token_loss
 from .token_statistics import TokenStatistics, selective_log_softmax, token_statistics
@@ -114,6 +114,7 @@ __all__ = [
     "drop_ignored",
     "end_scores",
     "entropy_mask",
+    "gradient_filter",
     "group_advantages",
     "grpo_loss",
     "k1",

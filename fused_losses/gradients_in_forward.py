@@ -32,7 +32,7 @@ from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
 from .head import Head, differentiable_statistics
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
-from .products import BLOCK, add_product, column_sums
+from .products import BLOCK, add_at_columns, add_over_columns, column_sums, columns_to_multiply
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only
 from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
@@ -151,18 +151,18 @@ def loss_and_gradients(
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_buffer[: part.stop - part.start]
         # On a CPU a third faster: the result stays in cache.
-        for columns in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
-            chunk.columns(columns).write_logits(logits[:, columns])
+        for piece in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
+            chunk.columns(piece).write_logits(logits[:, piece])
         before, factor = factor, over_logits(logits, chunk, of_ids, rows, factor)
         if before is not None and factor is not None:  # what was summed so far is brought to the new factor
             for total in (d_weight, d_bias, d_B):
                 if total is not None:
                     total *= factor / before
-        first = start == 0
+        first, columns = start == 0, columns_to_multiply(logits, head.gradient_filter)
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
             if total is not None and matrix is not None:
                 product = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
-                add_product(product, logits, matrix, first=True)
+                add_over_columns(product, logits, matrix, columns, first=True)
                 if factor is not None:
                     product /= factor
                 place: Callable[[], Any] | None = None
@@ -174,7 +174,7 @@ def loss_and_gradients(
                     place()
         for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
             if total is not None and matrix is not None:
-                add_product(total, logits.t(), matrix, first=first and total is not main_grad)
+                add_at_columns(total, logits, matrix, columns, first=first and total is not main_grad)
         if d_bias is not None:
             partial = column_sums(logits, wide)
             d_bias = partial if first else d_bias.add_(partial)
@@ -282,6 +282,7 @@ def linear_loss(
     accumulate: str | None,
     backend: str,
     shard: str = "",  # a VocabShard; ids are those of the whole vocabulary
+    gradient_filter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``, and its gradients.
 
@@ -289,7 +290,7 @@ def linear_loss(
         the loss, ``log_probs (N, 1)``, ``logsumexp (N,)`` float64, ``is_top1 (N,)``, and the gradient of each of the first
         five arguments; 0-dim where absent or not ``wanted``.
     """
-    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     return loss_of_head(
         head, ids, column_weight, (of_log_probs, of_sum_log_probs, of_square), keep, zero_ignored, top1, wanted, workspace,
         accumulate, backend,
@@ -319,11 +320,12 @@ def _(
     accumulate: str | None,
     backend: str,
     shard: str = "",
+    gradient_filter: float = 0.0,
 ) -> tuple[Tensor, ...]:
     dtype = hidden.dtype
     wide = statistics_dtype(dtype)
     N = hidden.shape[0]
-    head = Head(hidden, weight, shard=VocabShard.unpacked(shard))
+    head = Head(hidden, weight, shard=VocabShard.unpacked(shard), gradient_filter=gradient_filter)
     M = N if keep is None else keep.shape[0]
     planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
     sums = wide if dtype == torch.float16 else planned.accumulate or dtype
@@ -344,7 +346,7 @@ def _(
 def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    tensors, (_, _, scale, softcap, _, wanted, *_, shard) = inputs[:11], inputs[11:]
+    tensors, (_, _, scale, softcap, _, wanted, *_, shard, _) = inputs[:11], inputs[11:]
     hidden, weight = tensors[:2]
     ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(tensors[:5], wanted, strict=True)]
     N, V = hidden.shape[0], weight.shape[0]
@@ -355,9 +357,9 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 16
+    rest = (None,) * 17
     if g is None:
-        return (None,) * 21
+        return (None,) * 22
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     gradients, inputs = stored[:5], stored[5:]
     N, V, dtype, scale, softcap, shard = ctx.rest

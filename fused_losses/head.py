@@ -18,6 +18,7 @@ from .products import add_product
 from .row_statistics import RowStatistics
 from .settings import Backend
 from .settings import drop_ignored as drop_ignored_setting
+from .settings import gradient_filter as gradient_filter_setting
 from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Head(NamedTuple):
     scale: float = 1.0
     softcap: float | None = None
     shard: VocabShard | None = None  # whose rows weight, bias and B are; None: the whole vocabulary's
+    gradient_filter: float = 0.0  # see the setting
 
     @property
     def vocab(self) -> int:
@@ -78,7 +80,8 @@ class Head(NamedTuple):
 
     def plan(self, tokens: int, **options: Any) -> Plan:
         """For so many of its tokens: :func:`fused_losses.plan`."""
-        return plan(tokens, self.planned_vocab, self.hidden.shape[1], self.hidden.dtype, **options)
+        sizes = (tokens, self.planned_vocab, self.hidden.shape[1], self.hidden.dtype)
+        return plan(*sizes, gradient_filter=self.gradient_filter, **options)
 
     def write_logits(self, out: Tensor) -> Tensor:
         """The logits before scale, softcap and temperature: ``out (n, V)``, not rounded to 16 bits where that is wider."""
@@ -109,8 +112,9 @@ def head_of(logits: LinearLogits) -> Head:
     rows = logits.rows()
     u, B = rows.low_rank or (None, None)
     return Head(
-        rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, logits.shard
-    )
+        rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, logits.shard,
+        gradient_filter_setting.value,
+    )  # fmt: skip
 
 
 def check_head(head: Head) -> None:

@@ -30,6 +30,7 @@ from .linear_logits import LinearLogits
 from .numerics import autocast_dtype, check_reduction, check_scaling, statistics_dtype
 from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
+from .settings import gradient_filter as gradient_filter_setting
 from .token_statistics import rows_statistics, target_ids
 from .vocab_parallel import is_dtensor, local_target, packed, summed_in_backward, vocab_shard
 
@@ -168,7 +169,7 @@ def linear_cross_entropy(
     if dims:
         biases = [None] * D if linear_bias is None else linear_bias.reshape(C, D).unbind(1)
     heads = [
-        Head(hidden, w, b, temperature=temperature, scale=scale, softcap=softcap, shard=shard)
+        Head(hidden, w, b, None, None, temperature, scale, softcap, shard, gradient_filter_setting.value)
         for w, b in zip(weights, biases, strict=True)
     ]
     probabilities = target.shape == (*tokens, C, *dims)
@@ -429,7 +430,7 @@ def _hard(
         if main_grad is None:
             loss, log_probs, logsumexp, is_top1, *_ = linear_loss(
                 *head.inputs, ids.contiguous(), column_weight, head.temperature, *of, keep, zero_ignored, head.scale,
-                head.softcap, top1, *tail, packed(head.shard),
+                head.softcap, top1, *tail, packed(head.shard), head.gradient_filter,
             )  # fmt: skip
         else:
             assert promised is not None

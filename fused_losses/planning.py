@@ -20,8 +20,10 @@ import torch
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .numerics import statistics_dtype
+from .products import gathered_bytes
 from .settings import Route
 from .settings import backend as backend_setting
+from .settings import gradient_filter as gradient_filter_setting
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 
@@ -101,6 +103,7 @@ def plan(
     workspace: int | str | None = None,
     accumulate: str | None = None,
     backend: str = "triton",
+    gradient_filter: float | None = None,
 ) -> Plan:
     r"""Choose the fastest way to a head's gradients within a budget of workspace, and predict its peak memory.
 
@@ -121,6 +124,7 @@ def plan(
         workspace: bytes, or a string such as ``"256MiB"``, beside inputs, outputs and gradients; None is the setting's.
         accumulate: ``"fp32"`` sums ``d_weight`` over chunks in fp32 however few they are.
         backend: ``"torch"`` also holds a few chunks of rows of a fixed size.
+        gradient_filter: where it is not 0, columns are gathered; None is the setting's.
 
     Returns:
         A :class:`Plan`.
@@ -154,10 +158,11 @@ def plan(
         )
     route = route_setting.parse(route or route_setting.value)
     gradients = (tokens + vocab) * hidden * dtype.itemsize
+    filtered = (gradient_filter_setting.value if gradient_filter is None else gradient_filter) > 0
     given = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
 
     def sizes(default: int) -> _Sizes:
-        return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend)
+        return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend, filtered)
 
     if per_token:
         reason = "the upstream gradient of a token is known in backward only"
@@ -180,6 +185,7 @@ class _Sizes:
     dtype: torch.dtype
     budget: int
     backend: str
+    filtered: bool
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -193,6 +199,12 @@ class _Sizes:
         if self.backend == "triton":
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
+
+    def gathered(self, tokens: int, sums: torch.dtype) -> int:
+        """What is held for the columns that are multiplied; ``sums``: of d_weight."""
+        if not self.filtered:
+            return 0
+        return gathered_bytes(tokens, self.vocab, self.hidden, self.dtype, sums, on_cpu=self.backend == "torch")
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
@@ -211,8 +223,9 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     final = sum(sizes.gradients(dtype))
 
     def most_tokens(held: int) -> int:
-        free = sizes.budget - held - sizes.row_temporaries(N * V)
-        return max(0, min(N, free // max(padded(V) * dtype.itemsize, 1)))
+        free = sizes.budget - held - sizes.row_temporaries(N * V) - sizes.gathered(0, wide)
+        per_token = padded(V) * dtype.itemsize + sizes.gathered(1, wide) - sizes.gathered(0, wide)
+        return max(0, min(N, free // max(per_token, 1)))
 
     once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
     if dtype == torch.float16:
@@ -242,7 +255,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     forward = {
         "gradients": held,
         "logits of a chunk": n * padded(V) * dtype.itemsize,
-        "rows at a time": sizes.row_temporaries(n * V),
+        "rows or columns at a time": max(sizes.row_temporaries(n * V), sizes.gathered(n, sums)),
     }
     backward = {"gradients": final, "fp32 sums": wide_sums}
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
@@ -258,7 +271,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     wide = sizes.statistics_dtype
     d_hidden, d_weight = sizes.gradients(dtype)
     d_hidden_sum = sizes.gradients(wide)[0]
-    tile = sizes.tile()
+    tile = max(sizes.tile(), sizes.gathered(N, dtype))
     numbers = N * NUMBERS_PER_TOKEN
     free = sizes.budget - (d_hidden_sum - d_hidden) - tile - numbers
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)

@@ -29,7 +29,7 @@ from .chunked.softmax_rows import skipped
 from .head import Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
-from .products import add_product, column_sums
+from .products import add_at_columns, add_over_columns, column_sums, columns_to_multiply
 from .row_statistics import RowStatistics, coefficients, empty_statistics, only, total_weight, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
@@ -84,9 +84,10 @@ def linear_rows(
     workspace: int,
     backend: str,
     shard: str = "",  # a VocabShard; ids are local to it
+    gradient_filter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
-    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
     saved_logits = _buffer_to_save(hidden, M, columns)
@@ -147,6 +148,7 @@ def _(
     workspace: int,
     backend: str,
     shard: str = "",
+    gradient_filter: float = 0.0,
 ) -> tuple[Tensor, ...]:
     statistics = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
@@ -180,11 +182,12 @@ def linear_rows_grad(
     workspace: int,
     backend: str,
     shard: str = "",
+    gradient_filter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
     N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     wide = statistics_dtype(dtype)
-    whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     head, ids = _projected(whole, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
 
@@ -233,16 +236,17 @@ def linear_rows_grad(
                     piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, logsumexp,
                     *terms, **how, out=d_logits,
                 )  # fmt: skip
+            columns = columns_to_multiply(d_logits, gradient_filter)
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
-                    add_product(total, d_logits, matrix, first=start == 0)
+                    add_over_columns(total, d_logits, matrix, columns, first=start == 0)
             if head.shard is not None and part.stop == V:  # while the products below run
                 pending = begin_sums(head.shard, d_hidden, d_u)
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
                 if total is not None and matrix is not None:
-                    add_product(total[part], d_logits.t(), matrix, first=True)
+                    add_at_columns(total[part], d_logits, matrix, columns, first=True)
             if main_grad.ndim:
-                add_product(main_grad[part], d_logits.t(), piece.hidden, first=False)
+                add_at_columns(main_grad[part], d_logits, piece.hidden, columns, first=False)
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
     del slice_buffer
@@ -278,17 +282,17 @@ def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, saved_logits)
     # main_grad is not a saved tensor: other backwards add to it in between.
     tensors, (ctx.main_grad, ctx.zero_ignored, ctx.scale, ctx.softcap, ctx.outputs, *rest) = inputs[:9], inputs[9:]
-    _, ctx.workspace, ctx.backend, ctx.shard = rest
+    _, ctx.workspace, ctx.backend, ctx.shard, ctx.gradient_filter = rest
     # Copies of what backward reads: the caller may write into what it was given.
     own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
     ctx.save_for_backward(*tensors, *(s.clone() for s in own if s is not None), saved_logits)
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 13
+    nothing = (None,) * 14
     grads = grads[:-1]
     if all(g is None for g in grads):
-        return (None,) * 18
+        return (None,) * 19
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
@@ -334,6 +338,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         ctx.workspace,
         ctx.backend,
         ctx.shard,
+        ctx.gradient_filter,
     )
     return *(None if g.ndim == 0 else g for g in gradients), *nothing
 
@@ -382,5 +387,6 @@ def linear_statistics(
         workspace_bytes,
         backend,
         packed(head.shard),
+        head.gradient_filter,
     )
     return only(found[:-1], outputs, ids is not None)

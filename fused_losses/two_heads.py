@@ -43,7 +43,7 @@ from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
 from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import FEWEST_TOKENS, MANY_CHUNKS, padded
-from .products import add_product, column_sums
+from .products import add_at_columns, add_over_columns, column_sums, columns_to_multiply, gathered_bytes
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -154,6 +154,10 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
         dtype, H = head.hidden.dtype, head.hidden.shape[1]
         wide = statistics_dtype(dtype)
         per_token += padded(V) * wide.itemsize
+        if any(side) and head.gradient_filter:
+            gathered = [gathered_bytes(n, V, H, dtype, wide, not head.hidden.is_cuda) for n in (0, 1)]
+            fixed = max(fixed, gathered[0])
+            per_token += gathered[1] - gathered[0]
         if wide != dtype:
             per_token += padded(V) * dtype.itemsize * any(side)
             extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself
@@ -250,17 +254,18 @@ class _Side:
             if not isinstance(rows, slice) and d_hidden is not None:
                 d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
             return
+        columns = columns_to_multiply(d_logits, self.head.gradient_filter)
         for total, matrix in ((d_hidden, self.cut.weight), (d_u, self.cut.B)):
             if total is not None and matrix is not None:
                 product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])
-                add_product(product, d_logits, matrix, first=True)
+                add_over_columns(product, d_logits, matrix, columns, first=True)
                 if self.head.shard is not None:
                     self.begun.append((self.head.shard.begin_sum(product), total, rows, product))
                 elif not isinstance(rows, slice):
                     total.index_copy_(0, rows, product)
         for total, matrix in ((d_weight, self.chunk.hidden), (d_B, self.chunk.u)):
             if total is not None and matrix is not None:
-                add_product(total[: self.V], d_logits.t(), matrix, first=first)
+                add_at_columns(total[: self.V], d_logits, matrix, columns, first=first)
         if d_bias is not None:
             d_bias[: self.V] += column_sums(d_logits, d_bias.dtype)
 
@@ -409,7 +414,16 @@ IN_PROBLEM, INPUTS, TENSORS = 18, 10, 14
 
 def pack(student: Head, teacher: Head, which: Divergence) -> tuple[str, list[float], list[str]]:
     """kind, options and shards."""
-    of = (student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, which.beta, which.temperature)
+    filters = (student.gradient_filter, teacher.gradient_filter)
+    of = (
+        student.scale,
+        student.softcap or 0.0,
+        teacher.scale,
+        teacher.softcap or 0.0,
+        which.beta,
+        which.temperature,
+        *filters,
+    )
     return which.kind, [float(x) for x in of], [packed(student.shard), packed(teacher.shard)]
 
 
@@ -424,10 +438,10 @@ class _Problem(NamedTuple):
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> _Problem:
         *temperatures, ids, keep, zero_ignored, kind, options, shards = arguments[INPUTS:]
-        s_scale, s_softcap, t_scale, t_softcap, beta, temperature = options
+        s_scale, s_softcap, t_scale, t_softcap, beta, temperature, s_filter, t_filter = options
         s_shard, t_shard = map(VocabShard.unpacked, shards)
-        student = Head(*arguments[:5], temperatures[0], s_scale, s_softcap or None, s_shard)  # type: ignore[call-arg]
-        teacher = Head(*arguments[5:INPUTS], temperatures[1], t_scale, t_softcap or None, t_shard)  # type: ignore[call-arg]
+        student = Head(*arguments[:5], temperatures[0], s_scale, s_softcap or None, s_shard, s_filter)  # type: ignore[call-arg]
+        teacher = Head(*arguments[5:INPUTS], temperatures[1], t_scale, t_softcap or None, t_shard, t_filter)  # type: ignore[call-arg]
         return cls(student, teacher, ids, keep, zero_ignored, Divergence(kind, beta, temperature))
 
     @property

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fused_losses import gradients_in_forward, planning, settings
+from fused_losses import gradients_in_forward, planning, products, settings
 from fused_losses.chunked import linear_softmax
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_loss as reference
@@ -117,7 +117,7 @@ def test_lazy_logits(name, dtype, backend, device):
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("Triton computes in fp32")
     fn, statistics = LOSSES[name]
-    problems = [problem(dtype, device)[:3] for _ in range(3)]
+    problems = [problem(dtype, device)[:3] for _ in range(12)]
     index = problem(dtype, device)[3]
     per_token = {id(p[0]): per_token_of(name, capped(*p), index) for p in problems}
     current = iter([p for p in problems for _ in range(3)])  # ours, plain, plain in float64
@@ -284,11 +284,11 @@ def test_no_gradient_asked_is_one_product(monkeypatch):
 
 def test_frozen_weight_costs_no_product(monkeypatch):
     hidden, weight, bias, index = problem()
-    products = []
-    add_product = gradients_in_forward.add_product
-    monkeypatch.setattr(gradients_in_forward, "add_product", lambda *a, **k: (products.append(a), add_product(*a, **k)))
+    made = []
+    add_product = products.add_product
+    monkeypatch.setattr(products, "add_product", lambda *a, **k: (made.append(a), add_product(*a, **k)))
     loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index)
-    assert len(products) == 1
+    assert len(made) == 1
     loss.backward()
     assert hidden.grad.any()
     assert weight.grad is None
@@ -354,7 +354,7 @@ def test_fullgraph(monkeypatch):
 
 
 def test_under_a_loss_scale_in_fp16(backend, device):
-    problems = [problem(torch.float16, device)[:3] for _ in range(4)]
+    problems = [problem(torch.float16, device)[:3] for _ in range(12)]
     index = problem(device=device)[3]
     tiny = torch.full((N,), 2.0**-20, device=device)  # as a mean over a million tokens has
 
@@ -373,7 +373,7 @@ def test_under_a_loss_scale_in_fp16(backend, device):
 
 
 def test_coefficients_that_grow_from_chunk_to_chunk_in_fp16(backend, device):
-    problems = [problem(torch.float16, device)[:3] for _ in range(4)]
+    problems = [problem(torch.float16, device)[:3] for _ in range(12)]
     index = problem(device=device)[3]
     growing = torch.logspace(-6, 3, N, device=device)
 

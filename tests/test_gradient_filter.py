@@ -1,0 +1,299 @@
+"""The gradient filter: which columns are multiplied, by every route and loss, and what that holds."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_losses import gradient_filter, plan, products, route, workspace
+from fused_losses.bench.memory import peak_bytes
+from fused_losses.distillation import distillation_loss
+from fused_losses.divergence import divergence
+from fused_losses.linear_cross_entropy import linear_cross_entropy
+from fused_losses.linear_logits import LinearLogits
+from fused_losses.products import add_at_columns, add_over_columns, columns_to_multiply
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import backend as backend_setting
+from fused_losses.token_loss import token_loss
+from fused_losses.token_statistics import selective_log_softmax
+
+N, V, H, R = 24, 128, 16, 3
+FILTER = 0.05
+
+
+@pytest.fixture(autouse=True)
+def _few_columns_at_a_time(monkeypatch):
+    monkeypatch.setattr(products, "GATHERED", 16)
+
+
+def test_the_rule():
+    d = torch.tensor([[0.0, 1e-3, -4.0, 0.1, 2e-3, 0.0], [0.0, -0.2, 0.0, 0.0, 1e-3, 0.0]])
+    assert columns_to_multiply(d, 0.05).tolist() == [1, 2]  # 0.2 is 0.05 of 4, and counts
+    assert columns_to_multiply(d.bfloat16(), 0.01).tolist() == [1, 2, 3]
+    assert columns_to_multiply(d, 0.0) is None
+    assert columns_to_multiply(d, 1e-9)[-1] == 4
+    assert columns_to_multiply(d[:, 1:4], 1e-9) is None, "more than three quarters"
+    d[1, 0] = torch.nan
+    assert columns_to_multiply(d, 0.05) is None, "the largest is nan"
+    d[1, 0] = torch.inf
+    assert columns_to_multiply(d, 0.05).tolist() == [0]
+    assert columns_to_multiply(torch.zeros(3, 5), 0.5) is None
+    assert columns_to_multiply(torch.zeros(0, 5), 0.5) is None
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sums", [torch.float32, None])
+def test_products_of_columns(dtype, sums, first, device):
+    sums = sums or dtype
+    d, matrix, x = (torch.randn(s, device=device, dtype=dtype) for s in ((9, 50), (50, 7), (9, 7)))
+    columns = torch.randperm(50, device=device)[:23].sort()[0]
+    left = d * torch.zeros(50, device=device, dtype=dtype).index_fill_(0, columns, 1)
+    out = torch.randn(9, 7, device=device, dtype=sums), torch.randn(50, 7, device=device, dtype=sums)
+    for add, ours, a, b in ((add_over_columns, out[0], left, matrix), (add_at_columns, out[1], left.t(), x)):
+        before = torch.zeros_like(ours) if first else ours.clone()
+        exact = before.double() + a.double() @ b.double()
+        eager = (before.float() + a.float() @ b.float()).to(sums)
+        add(ours, d, matrix if add is add_over_columns else x, columns, first)
+        assert_accurate(ours, eager, exact, add.__name__)
+    untouched = torch.ones(50, dtype=torch.bool, device=device).index_fill_(0, columns, False)
+    assert torch.equal(out[1][untouched], before[untouched])
+
+
+def peaked(device="cpu", dtype=torch.float32):
+    """A head whose logits differ much, as a trained model's do: most columns are small in every row."""
+    scale = torch.linspace(0.1, 1.5, V, device=device)[:, None]
+    hidden, weight = torch.randn(N, H, device=device), torch.randn(V, H, device=device) * scale
+    u, B = torch.randn(N, R, device=device), 0.5 * torch.randn(V, R, device=device)
+    bias = torch.randn(V, device=device)
+    return [t.to(dtype).requires_grad_() for t in (hidden, weight, bias, u, B)]
+
+
+def lazy(inputs):
+    hidden, weight, bias, u, B = inputs
+    return LinearLogits(hidden, weight, bias, low_rank=(u, B))
+
+
+def teacher(device):
+    return torch.randn(N, V, device=device)
+
+
+def weighted(x):
+    return (x * torch.linspace(0.5, 1.5, len(x), device=x.device)).sum()
+
+
+def dft(s):
+    return -s.log_probs.exp().detach() * s.log_probs
+
+
+def dft_of_logits(z, y):
+    log_probs = torch.log_softmax(z, -1).gather(-1, y[:, None])[:, 0]
+    return (-log_probs.exp().detach() * log_probs).sum()
+
+
+# name: (route, ours, the same on logits)
+LOSSES = {
+    "cross_entropy": ("gradients_in_forward", F.cross_entropy, F.cross_entropy),
+    "cross_entropy, recomputed": ("recompute", F.cross_entropy, F.cross_entropy),
+    "per token": (
+        None,
+        lambda z, y: weighted(F.cross_entropy(z, y, reduction="none")),
+        lambda z, y: weighted(F.cross_entropy(z, y, reduction="none")),
+    ),
+    "log_probs": (
+        None,
+        lambda z, y: weighted(selective_log_softmax(z, y)),
+        lambda z, y: -weighted(F.cross_entropy(z, y, reduction="none")),
+    ),
+    "token_loss": ("gradients_in_forward", lambda z, y: token_loss(dft, z, y)[0], dft_of_logits),
+    "divergence": (
+        None,
+        lambda z, y: weighted(divergence(z, TEACHER[0], temperature=2.0)),
+        lambda z, y: weighted(F.kl_div((z / 2).log_softmax(-1), (TEACHER[0] / 2).softmax(-1), reduction="none").sum(-1)),
+    ),
+    "distillation": (
+        None,
+        lambda z, y: distillation_loss(z, TEACHER[0], y, hard_weight=1.0, soft_weight=1.0, reduction="sum"),
+        lambda z, y: F.cross_entropy(z, y, reduction="sum")
+        + F.kl_div(z.log_softmax(-1), TEACHER[0].log_softmax(-1), log_target=True, reduction="sum"),
+    ),
+}  # fmt: skip
+TEACHER = [torch.empty(0)]
+
+
+def with_gradients(loss, inputs):
+    return (loss.detach(), *torch.autograd.grad(3 * loss, inputs))
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, monkeypatch):
+    way, ours, plain = LOSSES[name]
+    inputs = peaked(device)
+    hidden, weight, bias, u, B = inputs
+    target = torch.randint(0, V, (N,), device=device)
+    TEACHER[0] = teacher(device)
+    seen = []
+
+    def spy(d_logits, gradient_filter):
+        seen.append(d_logits.clone())
+        return columns_to_multiply(d_logits, gradient_filter)
+
+    for module in ("gradients_in_forward", "recompute", "two_heads"):
+        monkeypatch.setattr(f"fused_losses.{module}.columns_to_multiply", spy)
+        monkeypatch.setattr("fused_losses.planning.FEWEST_TOKENS", 4)
+        monkeypatch.setattr("fused_losses.two_heads.FEWEST_TOKENS", N // pieces)
+        monkeypatch.setattr("fused_losses.planning.FEWEST_COLUMNS", V if pieces == 1 else 16)
+    room = None if pieces == 1 else 0
+    with backend_setting(backend), route(way), workspace(room):
+        exact = with_gradients(ours(lazy(inputs), target), inputs)
+        assert not seen or len(seen) == pieces or pieces > 1
+        seen.clear()
+        with gradient_filter(FILTER):
+            loss = ours(lazy(inputs), target)
+        found = with_gradients(loss, inputs)  # what counts is the setting in forward
+
+    z = (hidden @ weight.T + u @ B.T + bias).detach().requires_grad_()
+    (dz,) = torch.autograd.grad(3 * plain(z, target), z)
+    assert len(seen) > 1 if pieces > 1 else len(seen) == 1
+    by_tokens = seen[0].shape[1] == V
+    left, at, multiplied = torch.zeros_like(dz), 0, 0
+    for d in seen:  # pieces of the logits' gradient, in order
+        part = (slice(at, at + d.shape[0]), slice(None)) if by_tokens else (slice(None), slice(at, at + d.shape[1]))
+        largest = dz[part].abs().amax(0)
+        keep = largest >= FILTER * largest.max()
+        if keep.sum() > 0.75 * len(keep):
+            keep[:] = True
+        multiplied += int(keep.sum()) / (len(keep) * len(seen))
+        left[part] = dz[part] * keep
+        at += d.shape[0 if by_tokens else 1]
+    assert 0.02 < multiplied < 0.75
+    expected = (3 * plain(z, target), left @ weight, left.T @ hidden, dz.sum(0), left @ B, left.T @ u)
+    assert torch.equal(found[0], exact[0]), "the loss is exact"
+    torch.testing.assert_close(found[3], exact[3])  # the bias's is exact, but for the order of chunks
+    for i in (1, 2, 4, 5):
+        torch.testing.assert_close(found[i], expected[i].detach(), rtol=2e-4, atol=2e-5)
+        assert not torch.allclose(found[i], exact[i], rtol=1e-3, atol=1e-4), "the filter leaves something out"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
+def test_columns_without_gradient_change_nothing(way, dtype, backend, device):
+    """Where what is left out is 0, 16-bit gradients are as accurate as eager's."""
+    hidden, weight, bias, *_ = peaked(device, dtype)
+    with torch.no_grad():
+        bias[: V // 2] = -200
+    target = torch.randint(V // 2, V, (N,), device=device)
+    inputs = (hidden, weight, bias)
+    with backend_setting(backend), route(way), gradient_filter(2.0**-20):
+        ours = with_gradients(F.cross_entropy(LinearLogits(*inputs), target), inputs)
+    eager = with_gradients(F.cross_entropy(F.linear(*inputs), target), inputs)
+    wide = [t.detach().double().requires_grad_() for t in inputs]
+    exact = with_gradients(F.cross_entropy(F.linear(*wide), target), wide)
+    for i in (1, 2, 3):
+        assert_accurate(ours[i], eager[i], exact[i], f"gradient {i}")
+
+
+@pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
+def test_main_grad_receives_what_is_left(way, device):
+    hidden, weight, *_ = peaked(device)
+    target = torch.randint(0, V, (N,), device=device)
+    before = torch.randn(V, H, device=device)
+    with route(way), gradient_filter(FILTER):
+        (expected,) = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), weight)
+        main_grad = before.clone()
+        loss = linear_cross_entropy(hidden, weight, target, main_grad=main_grad, grad_scale=1.0)
+        loss.backward()
+    torch.testing.assert_close(main_grad, before + expected)
+    untouched = expected.abs().amax(1) == 0
+    assert untouched.any()
+    assert torch.equal(main_grad[untouched], before[untouched])
+
+
+def test_the_products_shrink(monkeypatch):
+    """Floating point operations of backward are those of the columns that are left."""
+    hidden, weight, *_ = peaked()
+    target = torch.randint(0, V, (N,))
+    sizes = []
+
+    def spy(out, a, b, first):
+        sizes.append(a.shape[0] * a.shape[1] * b.shape[1])
+        return add_product(out, a, b, first)
+
+    add_product = products.add_product
+    monkeypatch.setattr(products, "add_product", spy)
+    for share in (0.0, FILTER):
+        sizes.clear()
+        with gradient_filter(share):
+            F.cross_entropy(LinearLogits(hidden, weight), target).backward()
+        if not share:
+            assert sum(sizes) == 2 * N * V * H
+    z = (hidden @ weight.T).detach().requires_grad_()
+    (dz,) = torch.autograd.grad(F.cross_entropy(z, target), z)
+    left = int((dz.abs().amax(0) >= FILTER * dz.abs().max()).sum())
+    assert sum(sizes) == 2 * N * left * H
+
+
+@pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_is_as_planned(dtype, way, device, monkeypatch):
+    n, v, h, room = 512, 16384, 64, 24 * 2**20
+    monkeypatch.setattr(products, "GATHERED", 2048)
+    hidden = torch.randn(n, h, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(v, h, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(v, device=device, dtype=dtype)
+    bias[: v // 2] = -1e4
+    target = torch.randint(v // 2, v, (n,), device=device)
+
+    def step():
+        with route(way), gradient_filter(2.0**-12), workspace(room):
+            loss = F.cross_entropy(LinearLogits(hidden, weight, bias), target)
+        return torch.autograd.grad(loss, (hidden, weight))
+
+    backend = "triton" if device == "cuda" else "torch"
+    how = {"route": way, "workspace": room, "backend": backend}
+    planned = plan(n, v, h, dtype, gradient_filter=2.0**-12, **how)
+    step()
+    measured = peak_bytes(step, device)
+    assert measured <= 1.05 * planned.peak
+    assert planned.peak - measured < 0.15 * planned.peak
+    assert planned.peak > plan(n, v, h, dtype, **how).peak or planned.chunk < plan(n, v, h, dtype, **how).chunk
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_compiles_whole(per_token):
+    hidden, weight, *_ = peaked()
+    target = torch.randint(0, V, (N,))
+
+    def loss(hidden, weight):
+        found = F.cross_entropy(LinearLogits(hidden, weight), target, reduction="none" if per_token else "mean")
+        return weighted(found) if per_token else found
+
+    with gradient_filter(FILTER):
+        expected = with_gradients(loss(hidden, weight), (hidden, weight))
+        found = with_gradients(
+            torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight), (hidden, weight)
+        )
+    exact = with_gradients(loss(hidden, weight), (hidden, weight))
+    for a, b, c in zip(found[1:], expected[1:], exact[1:], strict=True):
+        torch.testing.assert_close(a, b)
+        assert not torch.allclose(b, c, rtol=1e-3)
+
+
+def test_a_compiled_token_loss_multiplies_all():
+    hidden, weight, *_ = peaked()
+    target = torch.randint(0, V, (N,))
+
+    def loss(hidden, weight):
+        return token_loss(dft, LinearLogits(hidden, weight), target)[0]
+
+    expected = with_gradients(loss(hidden, weight), (hidden, weight))
+    with gradient_filter(FILTER):
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+    torch.testing.assert_close(with_gradients(found, (hidden, weight)), expected)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1, 1.0, True, "2**-12", None, float("nan")])
+def test_bad_values(wrong):
+    with pytest.raises(ValueError, match="gradient_filter takes"):
+        gradient_filter(wrong)
+    assert gradient_filter.value == 0
