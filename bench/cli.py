@@ -35,7 +35,7 @@ DTYPES = {
     "float32": torch.float32,
     "fp32": torch.float32,
 }
-DISTRIBUTIONS = ("random", "peaked")
+DISTRIBUTIONS = ("random", "peaked", "zipf")
 # Real heads, small enough for two cores; on a GPU the three of the published comparisons.
 CPU_SHAPES, CPU_TOKENS = "smollm2-135m", 1024
 QUICK_SHAPES, QUICK_TOKENS = "stories15m", 64

@@ -28,7 +28,7 @@ STEPS="$STEPS tests memcheck racecheck cross_entropy"
 for case in linear_cross_entropy token_statistics divergence; do
     for head in $HEADS; do STEPS="$STEPS $case-$head"; done
 done
-STEPS="$STEPS dpo grpo memory report"
+STEPS="$STEPS dpo grpo filter memory report"
 
 # Text output goes to NAME.txt once the step has run to its end (failures are in it, and fail the script).
 text() {
@@ -85,6 +85,7 @@ step() {
         memcheck | racecheck) sanitize "$1" ;;
         cross_entropy) bench "$1" cross_entropy --shape llama2-7b,llama3-8b,gemma2-2b,qwen3-1.7b --seconds 5 ;;
         dpo | grpo) bench "$1" "$1" --shape llama3-8b --mode full --inputs peaked ;;
+        filter) bench "$1" linear_cross_entropy --inputs zipf --mode full --seconds 5 ;;
         memory) bench "$1" linear_cross_entropy token_statistics --shape llama3-8b --mode memory --inputs peaked \
             --tokens 1024,2048,4096,8192,16384 ;;
         report) $CLI report "$RESULTS" ;;

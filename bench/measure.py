@@ -4,7 +4,8 @@ A row is a plain dict, ready for JSON. Its ``status``:
 
 - ``ok``;
 - ``failed``: ours not within the tolerance rule, or another function; red, never timed;
-- ``inaccurate``: a peer outside our tolerance that still computes the same function (within ``SAME_FUNCTION``): timed anyway;
+- ``inaccurate``: a peer, or ours with a gradient filter, outside our tolerance that still computes the same function (within
+  ``SAME_FUNCTION``): timed anyway;
 - ``oom``, ``error``, ``skipped``: with a ``reason``;
 - ``interrupted``: checked, but not timed to the end.
 
@@ -89,7 +90,7 @@ def measure(
                     pooled(got, [loss(case, contender, draw.x, with_gradients) for draw in draws]),
                     pooled(yardstick, [draw.eager for draw in draws]),
                     pooled(exact, [draw.exact for draw in draws]),
-                    contender.name,
+                    contender,
                 )
                 del got
                 if row["status"] == "failed":
@@ -140,17 +141,17 @@ def pooled(found: dict[str, Tensor], more: list[Tensor]) -> dict[str, Tensor]:
     return found | {"loss": torch.stack([found["loss"], *more])} if more else found
 
 
-def judged(got: dict[str, Tensor], yardstick: dict[str, Tensor], exact: dict[str, Tensor], contender: str) -> Row:
+def judged(got: dict[str, Tensor], yardstick: dict[str, Tensor], exact: dict[str, Tensor], contender: Contender) -> Row:
     """The status of what a contender computed; eager is the yardstick itself."""
     try:
-        if contender != "eager":
+        if contender.name != "eager":
             for name, value in got.items():
                 assert_accurate(value.to(yardstick[name].dtype), yardstick[name], exact[name], name)
         return {"status": "ok"}
     except AssertionError as failure:
-        ours = contender.startswith("fused_losses")
+        promised = contender.name.startswith("fused_losses") and contender.exact
         same = all(relative_error(value, exact[name]) <= SAME_FUNCTION for name, value in got.items())
-        return {"status": "inaccurate" if same and not ours else "failed", "reason": str(failure)}
+        return {"status": "inaccurate" if same and not promised else "failed", "reason": str(failure)}
 
 
 def time_rows(

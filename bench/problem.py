@@ -30,7 +30,7 @@ class Problem:
     shape: Shape
     tokens: int
     dtype: torch.dtype
-    distribution: str  # "random" or "peaked"
+    distribution: str  # "random", "peaked" or "zipf"
     device: str
     seed: int = 0
 
@@ -44,6 +44,7 @@ class Contender(NamedTuple):
     name: str
     call: Callable[[Inputs], Any]  # tensors by name -> a loss, or a tuple of results
     destroys: tuple[str, ...] = ()  # inputs it writes over: it gets a fresh copy each time, made outside the clock
+    exact: bool = True  # whether the tolerance rule is its promise
 
 
 class Work(NamedTuple):
@@ -62,7 +63,8 @@ def head_inputs(problem: Problem, tokens: tuple[int, ...]) -> Inputs:
     ``random``: standard normal hidden states and a head with entries N(0, 1/H), so that logits are N(0, 1) and every token is
     about as likely as any other. ``peaked``: the target's row of the head, times N(log V + 2, 4²), is added to the hidden
     state, which raises the target's logit by as much: as in a trained model most targets are likely and some are not, and the
-    mean loss is a few nats.
+    mean loss is a few nats. ``zipf``: the same, with tokens as frequent as in a text, ``1/(rank + 2.7)``, in what is likely
+    and among the targets: most of the vocabulary is unlikely everywhere.
     """
     V, H = problem.shape.vocab, problem.shape.hidden
     generator = torch.Generator(problem.device).manual_seed(problem.seed)
@@ -73,8 +75,15 @@ def head_inputs(problem: Problem, tokens: tuple[int, ...]) -> Inputs:
     weight = normal(V, H) / math.sqrt(H)
     target = torch.randint(V, tokens, generator=generator, device=problem.device)
     hidden = normal(*tokens, H)
-    if problem.distribution == "peaked":
+    frequency = 1 / (torch.arange(V, device=problem.device) + 2.7)
+    if problem.distribution == "zipf":
+        drawn = torch.rand(tokens, generator=generator, device=problem.device) * frequency.sum()
+        target = torch.searchsorted(frequency.cumsum(0), drawn).clamp(max=V - 1)
+    if problem.distribution != "random":
         hidden += peak(problem, normal(*tokens))[..., None] * weight[target]
+    if problem.distribution == "zipf":  # log frequency, by a component that all tokens share
+        hidden[..., 0] = math.sqrt(H)
+        weight[:, 0] = (frequency / frequency.sum()).log() / math.sqrt(H)
     return {"hidden": hidden.to(problem.dtype), "weight": weight.to(problem.dtype), "target": target}
 
 

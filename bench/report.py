@@ -213,8 +213,9 @@ def goals(results: Sequence[dict[str, Any]]) -> str:
 
 def rivals(rows: Sequence[Row]) -> str:
     """The peers that are as fast as one of ours and as small."""
-    ours = [row for row in rows if row["contender"].startswith("fused_losses")]
-    peers = [row for row in rows if row not in ours]
+    by_us = [row for row in rows if row["contender"].startswith("fused_losses")]
+    ours = [row for row in by_us if row["status"] == "ok"]
+    peers = [row for row in rows if row not in by_us]
     if not ours or not peers:
         return WAITING
     return ", ".join(p["contender"] for p in peers if any(no_worse(p, row) for row in ours)) or "none"

@@ -32,7 +32,7 @@ from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
 from .head import Head, differentiable_statistics
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
-from .products import BLOCK, add_at_columns, add_over_columns, column_sums, columns_to_multiply
+from .products import BLOCK, add_at_columns, add_over_columns, column_sums, filtered
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only
 from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
@@ -158,11 +158,11 @@ def loss_and_gradients(
             for total in (d_weight, d_bias, d_B):
                 if total is not None:
                     total *= factor / before
-        first, columns = start == 0, columns_to_multiply(logits, head.gradient_filter)
+        first, few = start == 0, filtered(logits, head.gradient_filter)
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
             if total is not None and matrix is not None:
                 product = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
-                add_over_columns(product, logits, matrix, columns, first=True)
+                add_over_columns(product, logits, matrix, few, first=True)
                 if factor is not None:
                     product /= factor
                 place: Callable[[], Any] | None = None
@@ -174,7 +174,7 @@ def loss_and_gradients(
                     place()
         for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
             if total is not None and matrix is not None:
-                add_at_columns(total, logits, matrix, columns, first=first and total is not main_grad)
+                add_at_columns(total, logits, matrix, few, first=first and total is not main_grad)
         if d_bias is not None:
             partial = column_sums(logits, wide)
             d_bias = partial if first else d_bias.add_(partial)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -26,39 +28,74 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
                 out[i : i + BLOCK].addmm_(a[i : i + BLOCK, k : k + BLOCK].to(out.dtype), b[k : k + BLOCK].to(out.dtype))
 
 
-def columns_to_multiply(d_logits: Tensor, gradient_filter: float) -> Tensor | None:
-    """The columns of ``d_logits (n, V)`` with an element of at least ``gradient_filter`` times the largest; None: all.
+class Filtered(NamedTuple):
+    """A gradient of the logits as its large columns, and what the small ones are near: ``size · rows sharesᵀ``.
 
-    How many they are the host must know, so that it waits for the device.
+    What a row gives to tokens that no row finds likely, it spreads over them much as other rows do.
+    """
+
+    columns: Tensor  # (k,), where some row has a large gradient
+    rows: Tensor  # (n,) the sum of a row's small columns, over the largest such sum
+    shares: Tensor  # (V,) the sizes in a small column, over the largest such column; 0 at ``columns``
+    size: Tensor  # ()
+
+
+def filtered(d_logits: Tensor, gradient_filter: float) -> Filtered | None:
+    """``d_logits (n, V)`` by its columns with an element of ``gradient_filter`` times the largest or more; None: by all.
+
+    How many those are the host must know, so that it waits for the device.
     """
     n, V = d_logits.shape
     if not gradient_filter or not n or not V or torch.compiler.is_compiling():
         return None
     if d_logits.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
-    if d_logits.is_cuda:
-        largest = torch.linalg.vector_norm(d_logits, float("inf"), dim=0)
-    else:  # twice as fast
-        largest = torch.maximum(d_logits.amax(0), -d_logits.amin(0))
-    below = largest < gradient_filter * largest.amax()
-    columns = (~below).nonzero().squeeze(1)  # a nan is below nothing
-    return columns if len(columns) <= MOST * V else None
+    largest, sizes = _column_sizes(d_logits)
+    most = largest.amax()
+    small = (largest < gradient_filter * most) & most.isfinite()
+    columns = (~small).nonzero().squeeze(1)
+    if len(columns) > MOST * V:
+        return None
+    rows = sizes.new_empty(n, 1)
+    add_product(rows, d_logits, small.to(d_logits.dtype)[:, None], first=True)
+    sizes *= small
+    of_rows, shares = (torch.where(t.any(), t / t.abs().amax(), 0) for t in (rows[:, 0], sizes))
+    size = rows.abs().amax() * sizes.amax() / sizes.sum()
+    return Filtered(columns, of_rows, shares, torch.where(sizes.any(), size, 0))
+
+
+def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest of each column of ``|x|``, and its sum in fp32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if x.is_cuda:
+        return (
+            torch.linalg.vector_norm(x, float("inf"), dim=0),
+            torch.linalg.vector_norm(x, 1, dim=0, dtype=wide),
+        )
+    largest, sizes = x.new_empty(x.shape[1]), x.new_empty(x.shape[1], dtype=wide)
+    for i in range(0, x.shape[1], BLOCK):  # so many columns at a time stay in cache
+        block = x[:, i : i + BLOCK].abs()
+        largest[i : i + BLOCK], sizes[i : i + BLOCK] = block.amax(0), block.sum(0, dtype=wide)
+    return largest, sizes
 
 
 def add_over_columns(
     out: Tensor,  # (n, H)
     d_logits: Tensor,  # (n, V)
     matrix: Tensor,  # (V, H)
-    columns: Tensor | None,
+    few: Filtered | None,
     first: bool,
 ) -> None:
-    """``out = d_logits matrix`` if ``first``, else ``out += d_logits matrix``: a sum over ``columns``, or over all."""
-    if columns is None:
+    """``out = d_logits matrix`` if ``first``, else ``out += d_logits matrix``; of ``few`` columns where given."""
+    if few is None:
         return add_product(out, d_logits, matrix, first)
     total = out if out.dtype.itemsize > 2 else out.new_empty(out.shape, dtype=torch.float32)
     if first or total is not out:
         total.zero_()
-    for part in columns.split(GATHERED):
+    mean = total.new_empty(1, matrix.shape[1])
+    add_product(mean, few.shares.to(matrix.dtype)[None], matrix, first=True)
+    total.addr_(few.rows, few.size * mean[0])
+    for part in few.columns.split(GATHERED):
         add_product(total, d_logits[:, part], matrix[part], first=False)
     if total is not out:
         out.copy_(total if first else total + out)
@@ -69,15 +106,18 @@ def add_at_columns(
     out: Tensor,  # (V, H)
     d_logits: Tensor,  # (n, V)
     x: Tensor,  # (n, H)
-    columns: Tensor | None,
+    few: Filtered | None,
     first: bool,
 ) -> None:
-    """``out = d_logitsᵀ x`` if ``first``, else ``out += d_logitsᵀ x``: in the rows at ``columns``, or in all."""
-    if columns is None:
+    """``out = d_logitsᵀ x`` if ``first``, else ``out += d_logitsᵀ x``; of ``few`` columns where given."""
+    if few is None:
         return add_product(out, d_logits.t(), x, first)
     if first:
         out.zero_()
-    for part in columns.split(GATHERED):
+    mean = few.rows.new_empty(1, x.shape[1])
+    add_product(mean, few.rows.to(x.dtype)[None], x, first=True)
+    out.addr_(few.shares.to(out.dtype), (few.size * mean[0]).to(out.dtype))
+    for part in few.columns.split(GATHERED):
         rows = out[part]
         add_product(rows, d_logits[:, part].t(), x, first)
         out.index_copy_(0, part, rows)
@@ -87,7 +127,7 @@ def add_at_columns(
 def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, sums: torch.dtype, on_cpu: bool) -> int:
     """What the products of some columns hold; ``sums``: of the weight's gradient."""
     columns = min(GATHERED, vocab)
-    gathered = columns * (n * dtype.itemsize + hidden * max(dtype.itemsize, sums.itemsize))
+    gathered = 20 * vocab + columns * (n * dtype.itemsize + hidden * max(dtype.itemsize, sums.itemsize))
     if dtype.itemsize > 2:
         return gathered
     upcast = 4 * BLOCK * (min(n, BLOCK) + hidden) if on_cpu else 0

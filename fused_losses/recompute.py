@@ -29,7 +29,7 @@ from .chunked.softmax_rows import skipped
 from .head import Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
-from .products import add_at_columns, add_over_columns, column_sums, columns_to_multiply
+from .products import add_at_columns, add_over_columns, column_sums, filtered
 from .row_statistics import RowStatistics, coefficients, empty_statistics, only, total_weight, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
@@ -236,17 +236,17 @@ def linear_rows_grad(
                     piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, logsumexp,
                     *terms, **how, out=d_logits,
                 )  # fmt: skip
-            columns = columns_to_multiply(d_logits, gradient_filter)
+            few = filtered(d_logits, gradient_filter)
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
-                    add_over_columns(total, d_logits, matrix, columns, first=start == 0)
+                    add_over_columns(total, d_logits, matrix, few, first=start == 0)
             if head.shard is not None and part.stop == V:  # while the products below run
                 pending = begin_sums(head.shard, d_hidden, d_u)
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
                 if total is not None and matrix is not None:
-                    add_at_columns(total[part], d_logits, matrix, columns, first=True)
+                    add_at_columns(total[part], d_logits, matrix, few, first=True)
             if main_grad.ndim:
-                add_at_columns(main_grad[part], d_logits, piece.hidden, columns, first=False)
+                add_at_columns(main_grad[part], d_logits, piece.hidden, few, first=False)
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
     del slice_buffer

@@ -95,19 +95,25 @@ class workspace(_Setting):
 
 
 class gradient_filter(_Setting):
-    r"""Leave small gradients of the logits out of the products that make a head's gradients: faster, and not exact. 0: off.
+    r"""Multiply only the large columns of the logits' gradient in a head's backward; the others together: faster, not exact.
 
-    .. math:: \text{column } j \text{ is multiplied if } \max_i |dz_{ij}| \ge \epsilon \max_{ij} |dz_{ij}|
+    .. math:: dz \approx dz_L + r s^\top, \quad L = \{j : \max_i |dz_{ij}| \ge \epsilon \max_{ij} |dz_{ij}|\}
 
-    over the logits that a product takes at a time (a chunk of tokens on route ``"gradients_in_forward"``, a slice of the
-    vocabulary on ``"recompute"``). A trained model gives most of a large vocabulary no chance at any of some thousand tokens;
-    the two products of backward then shrink to the columns that are left, where those are at most three quarters. Losses
-    and statistics stay exact, as does the gradient of the bias. Nothing pushes a token's logit down where it is left out,
-    so that this is for fine-tuning rather than for training from scratch. ``2**-12`` is what the Cut Cross-Entropy paper
-    filters with (Wijmans et al., https://arxiv.org/abs/2411.09009), block by block rather than by column.
+    .. math:: r_i = \sum_{j \notin L} dz_{ij}, \quad s_j = \sum_i |dz_{ij}| \Big/ \sum_{i,\, k \notin L} |dz_{ik}|
+        \text{ for } j \notin L, \text{ else } 0
 
-    On CUDA the host waits for the number of columns, once a chunk or slice; a captured graph multiplies all, as does a
-    compiled ``token_loss``.
+    over the logits that a product takes at a time: a chunk of tokens on route ``"gradients_in_forward"``, a slice of the
+    vocabulary on ``"recompute"``. A trained model gives most of a large vocabulary hardly a chance at any of some thousand
+    tokens. The two products of backward then shrink to the columns that are left; where those are more than three quarters
+    all are multiplied. What a token gives to the others it spreads over them much as other tokens do, so that one row times
+    one column stands for it: with it the error is several times less than where they are dropped. Losses, statistics and the
+    gradient of the bias stay exact.
+
+    ``epsilon`` is 0 (off) by default. With ``2**-14`` a small model trained on source code has gradients as accurate as
+    bf16 products make them, with ``2**-12`` faster ones with an error of half a percent: ``examples/gradient_filter.py``
+    shows both for a head. ``2**-12`` is where the Cut Cross-Entropy paper drops blocks of the gradient (Wijmans et al.,
+    https://arxiv.org/abs/2411.09009). On CUDA the host waits for the number of columns, once a chunk or slice; a captured
+    graph multiplies all, as does a compiled ``token_loss``.
 
     Example:
         >>> with gradient_filter(2**-12):

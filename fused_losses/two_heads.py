@@ -43,7 +43,7 @@ from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
 from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import FEWEST_TOKENS, MANY_CHUNKS, padded
-from .products import add_at_columns, add_over_columns, column_sums, columns_to_multiply, gathered_bytes
+from .products import add_at_columns, add_over_columns, column_sums, filtered, gathered_bytes
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -254,18 +254,18 @@ class _Side:
             if not isinstance(rows, slice) and d_hidden is not None:
                 d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
             return
-        columns = columns_to_multiply(d_logits, self.head.gradient_filter)
+        few = filtered(d_logits, self.head.gradient_filter)
         for total, matrix in ((d_hidden, self.cut.weight), (d_u, self.cut.B)):
             if total is not None and matrix is not None:
                 product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])
-                add_over_columns(product, d_logits, matrix, columns, first=True)
+                add_over_columns(product, d_logits, matrix, few, first=True)
                 if self.head.shard is not None:
                     self.begun.append((self.head.shard.begin_sum(product), total, rows, product))
                 elif not isinstance(rows, slice):
                     total.index_copy_(0, rows, product)
         for total, matrix in ((d_weight, self.chunk.hidden), (d_B, self.chunk.u)):
             if total is not None and matrix is not None:
-                add_at_columns(total[: self.V], d_logits, matrix, columns, first=first)
+                add_at_columns(total[: self.V], d_logits, matrix, few, first=first)
         if d_bias is not None:
             d_bias[: self.V] += column_sums(d_logits, d_bias.dtype)
 

@@ -146,15 +146,18 @@ def test_a_loss_is_judged_among_others_where_eager_is_exact_by_luck():
     ours, eager = (exact * (1 + 3e-7)).float(), (exact * (1 - 3e-7)).float()
     eager[0] = exact[0]
 
-    def status(found, draws):
+    strict = Contender("fused_losses", lambda x: x)
+    near = Contender("fused_losses filter", lambda x: x, exact=False)
+
+    def status(found, draws, contender=strict):
         of = [{"loss": t[0]} for t in found]
-        return measure.judged(
-            *(measure.pooled(f, list(t[1:draws])) for f, t in zip(of, found, strict=True)), "fused_losses"
-        )
+        return measure.judged(*(measure.pooled(f, list(t[1:draws])) for f, t in zip(of, found, strict=True)), contender)
 
     assert status((ours, eager, exact), 1)["status"] == "failed"
     assert status((ours, eager, exact), 5)["status"] == "ok"
     assert status((ours + 1e-5, eager, exact), 5)["status"] == "failed"
+    assert status((ours + 1e-5, eager, exact), 5, near)["status"] == "inaccurate"
+    assert status((ours + 1, eager, exact), 5, near)["status"] == "failed"
 
 
 def test_an_inaccurate_peer_is_named_and_timed_but_a_wrong_one_is_red_and_not(tmp_path, monkeypatch, capsys):

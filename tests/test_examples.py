@@ -17,7 +17,8 @@ from fused_losses.settings import strict
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 # The tests of the integrations run those that need another library.
-OTHERS = {"tiny_transformer", "distil", "demo", *(path.stem for path in EXAMPLES.glob("train_with_*.py"))}
+SCRIPTS = {"tiny_transformer", "distil", "demo", "gradient_filter"}
+OTHERS = {*SCRIPTS, *(path.stem for path in EXAMPLES.glob("train_with_*.py"))}
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
 
 
@@ -33,6 +34,21 @@ def test_runs(name, capsys):
     assert not torch.distributed.is_initialized()
     assert len(lines) == 5
     assert "nan" not in "".join(lines)
+
+
+def test_gradient_filter(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")
+    size = ["--steps", "3", "--vocab", "8192", "--hidden", "32", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["gradient_filter.py", *size])
+    runpy.run_path(str(EXAMPLES / "gradient_filter.py"), run_name="__main__")
+    rows = [line.split("│")[1:-1] for line in capsys.readouterr().out.splitlines() if "filter 2^" in line]
+    (_, loss, ratio), *filters = [[cell.strip() for cell in row] for row in rows]
+    assert float(loss) > 1
+    assert float(ratio) > 0
+    assert float(filters[0][1]) < 0.75
+    columns, of_hidden, of_weight = zip(*(map(float, row[1:]) for row in filters), strict=True)
+    for found in (columns, [-e for e in of_hidden], [-e for e in of_weight]):
+        assert list(found) == sorted(found), "a smaller threshold multiplies more and errs less"
 
 
 @needs_ranks

@@ -10,7 +10,7 @@ from fused_losses.distillation import distillation_loss
 from fused_losses.divergence import divergence
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
-from fused_losses.products import add_at_columns, add_over_columns, columns_to_multiply
+from fused_losses.products import add_at_columns, add_over_columns, filtered
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.settings import backend as backend_setting
 from fused_losses.token_loss import token_loss
@@ -25,19 +25,35 @@ def _few_columns_at_a_time(monkeypatch):
     monkeypatch.setattr(products, "GATHERED", 16)
 
 
+def large(d, epsilon):
+    """The columns that are multiplied, None where all are."""
+    few = filtered(d, epsilon)
+    return None if few is None else few.columns.tolist()
+
+
 def test_the_rule():
     d = torch.tensor([[0.0, 1e-3, -4.0, 0.1, 2e-3, 0.0], [0.0, -0.2, 0.0, 0.0, 1e-3, 0.0]])
-    assert columns_to_multiply(d, 0.05).tolist() == [1, 2]  # 0.2 is 0.05 of 4, and counts
-    assert columns_to_multiply(d.bfloat16(), 0.01).tolist() == [1, 2, 3]
-    assert columns_to_multiply(d, 0.0) is None
-    assert columns_to_multiply(d, 1e-9)[-1] == 4
-    assert columns_to_multiply(d[:, 1:4], 1e-9) is None, "more than three quarters"
-    d[1, 0] = torch.nan
-    assert columns_to_multiply(d, 0.05) is None, "the largest is nan"
-    d[1, 0] = torch.inf
-    assert columns_to_multiply(d, 0.05).tolist() == [0]
-    assert columns_to_multiply(torch.zeros(3, 5), 0.5) is None
-    assert columns_to_multiply(torch.zeros(0, 5), 0.5) is None
+    assert large(d, 0.05) == [1, 2]  # 0.2 is 0.05 of 4, and counts
+    assert large(d.bfloat16(), 0.01) == [1, 2, 3]
+    assert large(d, 0.0) is None
+    assert large(d, 1e-9)[-1] == 4
+    assert large(d[:, 1:4], 1e-9) is None, "more than three quarters"
+    for special in (torch.nan, torch.inf, -torch.inf):
+        d[1, 0] = special
+        assert large(d, 0.05) is None
+    assert large(torch.zeros(3, 5), 0.5) is None
+    assert large(torch.zeros(0, 5), 0.5) is None
+    assert large(torch.zeros(5, 0), 0.5) is None
+
+
+def approximated(d, epsilon):
+    """What stands for ``d``, by the formula in the docstring."""
+    largest = d.abs().amax(0)
+    small = largest < epsilon * largest.max()
+    if small.sum() < 0.25 * len(small):
+        return d
+    sizes = d.abs().sum(0) * small
+    return d * ~small + torch.outer(d[:, small].sum(1), sizes / sizes.sum() if small.any() else sizes)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -45,18 +61,43 @@ def test_the_rule():
 @pytest.mark.parametrize("sums", [torch.float32, None])
 def test_products_of_columns(dtype, sums, first, device):
     sums = sums or dtype
-    d, matrix, x = (torch.randn(s, device=device, dtype=dtype) for s in ((9, 50), (50, 7), (9, 7)))
-    columns = torch.randperm(50, device=device)[:23].sort()[0]
-    left = d * torch.zeros(50, device=device, dtype=dtype).index_fill_(0, columns, 1)
-    out = torch.randn(9, 7, device=device, dtype=sums), torch.randn(50, 7, device=device, dtype=sums)
+    d, matrix, x = (torch.randn(s, device=device, dtype=dtype) for s in ((30, 50), (50, 20), (30, 20)))
+    d[:, torch.randperm(50)[:27]] *= 0.01
+    few = filtered(d, 0.1)
+    assert len(few.columns) == 23
+    left = approximated(d.double(), 0.1)
+    assert not torch.equal(left, d.double())
+    out = torch.randn(30, 20, device=device, dtype=sums), torch.randn(50, 20, device=device, dtype=sums)
     for add, ours, a, b in ((add_over_columns, out[0], left, matrix), (add_at_columns, out[1], left.t(), x)):
         before = torch.zeros_like(ours) if first else ours.clone()
-        exact = before.double() + a.double() @ b.double()
-        eager = (before.float() + a.float() @ b.float()).to(sums)
-        add(ours, d, matrix if add is add_over_columns else x, columns, first)
+        exact = before.double() + a @ b.double()
+        eager = (before.float() + a.to(dtype).float() @ b.float()).to(sums)
+        add(ours, d, matrix if add is add_over_columns else x, few, first)
         assert_accurate(ours, eager, exact, add.__name__)
-    untouched = torch.ones(50, dtype=torch.bool, device=device).index_fill_(0, columns, False)
-    assert torch.equal(out[1][untouched], before[untouched])
+
+
+def test_what_is_small_in_all_rows_alike_is_exact():
+    large, rows, shares = torch.randn(40, 8), torch.randn(40), torch.rand(90)
+    d = torch.cat([large, 1e-3 * torch.outer(rows, shares)], 1)
+    few = filtered(d, 0.05)
+    assert len(few.columns) <= 8
+    weight, d_hidden = torch.randn(98, 16), torch.empty(40, 16)
+    add_over_columns(d_hidden, d, weight, few, first=True)
+    torch.testing.assert_close(d_hidden, d @ weight)
+
+
+def test_small_columns_of_nothing_and_of_no_size():
+    """No division by zero, and no float16 number too small to be one."""
+    d = torch.zeros(4, 20, dtype=torch.float16)
+    d[:, 0] = 1
+    few = filtered(d, 0.5)
+    assert few.columns.tolist() == [0]
+    assert not few.shares.any()
+    assert few.size == 0
+    d[:, 1:] = 6e-8  # the least there is
+    d_hidden, ones = torch.empty(4, 3), torch.ones(20, 3, dtype=torch.float16)
+    add_over_columns(d_hidden, d, ones, filtered(d, 0.5), first=True)
+    torch.testing.assert_close(d_hidden, (d.double() @ ones.double()).float(), rtol=1e-7, atol=0)
 
 
 def peaked(device="cpu", dtype=torch.float32):
@@ -136,10 +177,10 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
 
     def spy(d_logits, gradient_filter):
         seen.append(d_logits.clone())
-        return columns_to_multiply(d_logits, gradient_filter)
+        return filtered(d_logits, gradient_filter)
 
     for module in ("gradients_in_forward", "recompute", "two_heads"):
-        monkeypatch.setattr(f"fused_losses.{module}.columns_to_multiply", spy)
+        monkeypatch.setattr(f"fused_losses.{module}.filtered", spy)
         monkeypatch.setattr("fused_losses.planning.FEWEST_TOKENS", 4)
         monkeypatch.setattr("fused_losses.two_heads.FEWEST_TOKENS", N // pieces)
         monkeypatch.setattr("fused_losses.planning.FEWEST_COLUMNS", V if pieces == 1 else 16)
@@ -159,12 +200,8 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
     left, at, multiplied = torch.zeros_like(dz), 0, 0
     for d in seen:  # pieces of the logits' gradient, in order
         part = (slice(at, at + d.shape[0]), slice(None)) if by_tokens else (slice(None), slice(at, at + d.shape[1]))
-        largest = dz[part].abs().amax(0)
-        keep = largest >= FILTER * largest.max()
-        if keep.sum() > 0.75 * len(keep):
-            keep[:] = True
-        multiplied += int(keep.sum()) / (len(keep) * len(seen))
-        left[part] = dz[part] * keep
+        left[part] = approximated(dz[part], FILTER)
+        multiplied += len(large(dz[part], FILTER) or dz[part][0]) / (dz[part].shape[1] * len(seen))
         at += d.shape[0 if by_tokens else 1]
     assert 0.02 < multiplied < 0.75
     expected = (3 * plain(z, target), left @ weight, left.T @ hidden, dz.sum(0), left @ B, left.T @ u)
@@ -204,9 +241,8 @@ def test_main_grad_receives_what_is_left(way, device):
         loss = linear_cross_entropy(hidden, weight, target, main_grad=main_grad, grad_scale=1.0)
         loss.backward()
     torch.testing.assert_close(main_grad, before + expected)
-    untouched = expected.abs().amax(1) == 0
-    assert untouched.any()
-    assert torch.equal(main_grad[untouched], before[untouched])
+    exact = torch.autograd.grad(linear_cross_entropy(hidden, weight, target), weight)[0]
+    assert not torch.allclose(exact, expected, rtol=1e-2)
 
 
 def test_the_products_shrink(monkeypatch):
@@ -230,7 +266,7 @@ def test_the_products_shrink(monkeypatch):
     z = (hidden @ weight.T).detach().requires_grad_()
     (dz,) = torch.autograd.grad(F.cross_entropy(z, target), z)
     left = int((dz.abs().amax(0) >= FILTER * dz.abs().max()).sum())
-    assert sum(sizes) == 2 * N * left * H
+    assert sum(sizes) == 2 * N * left * H + N * V + V * H + N * H  # and what stands for the others
 
 
 @pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
