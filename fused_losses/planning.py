@@ -200,11 +200,12 @@ class _Sizes:
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
 
-    def gathered(self, tokens: int, sums: torch.dtype) -> int:
-        """What is held for the columns that are multiplied; ``sums``: of d_weight."""
+    def gathered(self, tokens: int, d_hidden: torch.dtype, d_weight: torch.dtype) -> int:
+        """What is held for the columns that are multiplied."""
         if not self.filtered:
             return 0
-        return gathered_bytes(tokens, self.vocab, self.hidden, self.dtype, sums, on_cpu=self.backend == "torch")
+        problem = (tokens, self.vocab, self.hidden, self.dtype)
+        return gathered_bytes(*problem, (d_hidden, d_weight), on_cpu=self.backend == "torch")
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
@@ -221,11 +222,13 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     N, V, dtype = sizes.tokens, sizes.vocab, sizes.dtype
     wide = sizes.statistics_dtype
     final = sum(sizes.gradients(dtype))
+    per_token = wide if dtype == torch.float16 else dtype
 
     def most_tokens(held: int) -> int:
-        free = sizes.budget - held - sizes.row_temporaries(N * V) - sizes.gathered(0, wide)
-        per_token = padded(V) * dtype.itemsize + sizes.gathered(1, wide) - sizes.gathered(0, wide)
-        return max(0, min(N, free // max(per_token, 1)))
+        gathered, of_one_more = (sizes.gathered(n, per_token, wide) for n in (0, 1))
+        free = sizes.budget - held - sizes.row_temporaries(N * V) - gathered
+        per_row = padded(V) * dtype.itemsize + of_one_more - gathered
+        return max(0, min(N, free // max(per_row, 1)))
 
     once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
     if dtype == torch.float16:
@@ -255,7 +258,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     forward = {
         "gradients": held,
         "logits of a chunk": n * padded(V) * dtype.itemsize,
-        "rows or columns at a time": max(sizes.row_temporaries(n * V), sizes.gathered(n, sums)),
+        "rows or columns at a time": max(sizes.row_temporaries(n * V), sizes.gathered(n, per_token, sums)),
     }
     backward = {"gradients": final, "fp32 sums": wide_sums}
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
@@ -271,7 +274,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     wide = sizes.statistics_dtype
     d_hidden, d_weight = sizes.gradients(dtype)
     d_hidden_sum = sizes.gradients(wide)[0]
-    tile = max(sizes.tile(), sizes.gathered(N, dtype))
+    tile = max(sizes.tile(), sizes.gathered(N, wide, dtype))
     numbers = N * NUMBERS_PER_TOKEN
     free = sizes.budget - (d_hidden_sum - d_hidden) - tile - numbers
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)

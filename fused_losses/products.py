@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GATHERED = 4096  # columns of a filtered product at a time
+GATHERED = 2048  # columns of a filtered product at a time
 MOST = 0.75  # of the columns: beyond it gathering them costs about what it saves
 BLOCK = 1024  # of a 16-bit matrix that is upcast, or of the vocabulary that is multiplied, at a time on a CPU
 
@@ -124,14 +124,17 @@ def add_at_columns(
     return None
 
 
-def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, sums: torch.dtype, on_cpu: bool) -> int:
-    """What the products of some columns hold; ``sums``: of the weight's gradient."""
-    columns = min(GATHERED, vocab)
-    gathered = 20 * vocab + columns * (n * dtype.itemsize + hidden * max(dtype.itemsize, sums.itemsize))
-    if dtype.itemsize > 2:
-        return gathered
-    upcast = 4 * BLOCK * (min(n, BLOCK) + hidden) if on_cpu else 0
-    return gathered + 4 * n * hidden + upcast  # the sum over columns in fp32
+def gathered_bytes(
+    n: int, vocab: int, hidden: int, dtype: torch.dtype, outs: tuple[torch.dtype, torch.dtype], on_cpu: bool
+) -> int:
+    """What the products of few columns hold, in ``dtype``, besides ``outs``: the sums over columns, and at columns."""
+    over, at = outs
+    held = 20 * vocab + min(GATHERED, vocab) * (n * dtype.itemsize + hidden * max(dtype.itemsize, at.itemsize))
+    if over.itemsize == 2:
+        held += 4 * n * hidden
+    if dtype.itemsize == 2 and on_cpu:
+        held += 4 * BLOCK * (min(n, BLOCK) + hidden)
+    return held
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:

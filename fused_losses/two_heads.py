@@ -155,9 +155,10 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
         wide = statistics_dtype(dtype)
         per_token += padded(V) * wide.itemsize
         if any(side) and head.gradient_filter:
-            gathered = [gathered_bytes(n, V, H, dtype, wide, not head.hidden.is_cuda) for n in (0, 1)]
-            fixed = max(fixed, gathered[0])
-            per_token += gathered[1] - gathered[0]
+            outs = (per_token_dtype(dtype, head.shard), wide)
+            gathered, of_one_more = (gathered_bytes(n, V, H, dtype, outs, not head.hidden.is_cuda) for n in (0, 1))
+            fixed = max(fixed, gathered)
+            per_token += of_one_more - gathered
         if wide != dtype:
             per_token += padded(V) * dtype.itemsize * any(side)
             extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself

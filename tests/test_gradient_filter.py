@@ -20,11 +20,6 @@ N, V, H, R = 24, 128, 16, 3
 FILTER = 0.05
 
 
-@pytest.fixture(autouse=True)
-def _few_columns_at_a_time(monkeypatch):
-    monkeypatch.setattr(products, "GATHERED", 16)
-
-
 def large(d, epsilon):
     """The columns that are multiplied, None where all are."""
     few = filtered(d, epsilon)
@@ -59,7 +54,8 @@ def approximated(d, epsilon):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sums", [torch.float32, None])
-def test_products_of_columns(dtype, sums, first, device):
+def test_products_of_columns(dtype, sums, first, device, monkeypatch):
+    monkeypatch.setattr(products, "GATHERED", 10)
     sums = sums or dtype
     d, matrix, x = (torch.randn(s, device=device, dtype=dtype) for s in ((30, 50), (50, 20), (30, 20)))
     d[:, torch.randperm(50)[:27]] *= 0.01
@@ -168,6 +164,7 @@ def with_gradients(loss, inputs):
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, monkeypatch):
+    monkeypatch.setattr(products, "GATHERED", 16)
     way, ours, plain = LOSSES[name]
     inputs = peaked(device)
     hidden, weight, bias, u, B = inputs
@@ -271,9 +268,8 @@ def test_the_products_shrink(monkeypatch):
 
 @pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_as_planned(dtype, way, device, monkeypatch):
+def test_the_peak_is_as_planned(dtype, way, device):
     n, v, h, room = 512, 16384, 64, 24 * 2**20
-    monkeypatch.setattr(products, "GATHERED", 2048)
     hidden = torch.randn(n, h, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(v, h, device=device, dtype=dtype, requires_grad=True)
     bias = torch.zeros(v, device=device, dtype=dtype)
