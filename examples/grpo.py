@@ -8,7 +8,8 @@ import torch
 from tiny_transformer import TinyTransformer
 from torch import Tensor
 
-from fused_losses.policy import group_advantages, grpo_loss
+from fused_losses.policy import grpo_loss
+from fused_losses.rollouts import group_advantages
 from fused_losses.token_statistics import selective_log_softmax
 
 PROMPT, GENERATIONS, END = 4, 4, 1

@@ -7,6 +7,7 @@ short plain PyTorch on top, one family per module.
 
 import torch.compiler.config
 
+from .aggregation import aggregate
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .data_parallel import count_per_rank
 from .distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
@@ -28,16 +29,7 @@ from .modules import (
     VanillaKTOLoss,
 )
 from .planning import Plan, plan
-from .policy import (
-    aggregate,
-    entropy_mask,
-    group_advantages,
-    grpo_loss,
-    mismatch_weight,
-    off_policy_mask,
-    ppo_loss,
-    value_loss,
-)
+from .policy import grpo_loss, ppo_loss, value_loss
 from .preference import (
     RunningMean,
     bco_loss,
@@ -58,6 +50,7 @@ from .reward import (
     prm_loss,
     reward_metrics,
 )
+from .rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
 from .sequences import (
     concatenate_pairs,
     masked_mean,

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .aggregation import aggregate
 from .distillation import kd_loss
 from .linear_logits import LinearLogits
 from .numerics import upcast
-from .policy import aggregate, grpo_loss, mismatch_weight, value_loss
+from .policy import grpo_loss, value_loss
 from .preference import dpo_loss, kto_loss, vanilla_kto_loss
 from .reward import log_exp_loss, pairwise_reward_loss, prm_loss
+from .rollouts import mismatch_weight
 from .sequences import masked_mean
 from .sft import sft_loss
 
@@ -54,7 +56,7 @@ class GPTLMLoss(nn.Module):
 
 
 class SFTLoss(nn.Module):
-    """Negative log-likelihood of the tokens that count, from log-probabilities: :func:`~fused_losses.policy.aggregate`.
+    """Negative log-likelihood of the tokens that count, from log-probabilities: :func:`~fused_losses.aggregation.aggregate`.
 
     Args:
         token_level_loss: mean over tokens, else over sequences of their token means.
@@ -278,7 +280,7 @@ class PolicyLoss(nn.Module):
         token_level_loss: mean over tokens, else over sequences of their token means, as always for GSPO.
         policy_loss_type: ``"ppo"`` or ``"gspo"``.
         is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: weight against the
-            inference engine's probabilities, :func:`~fused_losses.policy.mismatch_weight`: ``"off"``, ``"token"`` or
+            inference engine's probabilities, :func:`~fused_losses.rollouts.mismatch_weight`: ``"off"``, ``"token"`` or
             ``"seq"``; ``"mask"`` or, of the ratio of a token, ``"clip"``; ``"ratio"``, ``"binary_kl"`` or ``"tv"``;
             ``(low, high)``, whose ``low`` must be 0 but for the ratio. GSPO instead takes its ratio against the rollout.
         enable_vllm_is_correction, vllm_is_truncated_threshold, vllm_is_correction_type: the older arguments for the

@@ -48,3 +48,10 @@ def check_scaling(softcap: float | None = None, temperature: float | Tensor | No
 def check_reduction(reduction: str) -> None:
     if reduction not in ("none", "mean", "sum"):
         raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
+
+
+def check_between(low: float, high: float, /, **options: float | None) -> None:
+    """Raise where an option is out of range. Into a tensor nobody looks, which would wait for the device."""
+    for name, x in options.items():
+        if x is not None and not isinstance(x, Tensor) and not low <= x <= high:
+            raise ValueError(f"{name} must be between {low} and {high}, got {x}")

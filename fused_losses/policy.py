@@ -59,8 +59,8 @@ Shapes: token tensors are ``(B, S)`` with a mask, or packed ``(1, total)`` with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import inf, log, nan
+from collections.abc import Callable
+from math import inf, log
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -68,168 +68,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from .aggregation import Sequences, aggregate
 from .kl import kl_estimate
-from .numerics import upcast
-from .sequences import at_least_one, checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
+from .numerics import check_between, upcast
+from .rollouts import entropy_mask, off_policy_mask
+from .sequences import masked_mean
 
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 Bounds = tuple[float | None, float | None] | None
-
-
-def _check(low: float, high: float, /, **options: float | None) -> None:
-    """Raise where an option is out of range. Into a tensor nobody looks, which would wait for the device."""
-    for name, x in options.items():
-        if x is not None and not isinstance(x, Tensor) and not low <= x <= high:
-            raise ValueError(f"{name} must be between {low} and {high}, got {x}")
-
-
-class _Sequences:
-    """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
-
-    def __init__(self, name: str, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
-            raise ValueError(f"{name} must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
-        same_shape(**{name: tokens}, mask=mask)
-        self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
-        cu_seqlens = None if cu_seqlens is None else checked_borders(cu_seqlens, tokens.shape[1])
-        self.cu_seqlens = cu_seqlens
-        self.number = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
-        if cu_seqlens is not None:
-            place = torch.arange(tokens.shape[1], device=tokens.device)
-            self.mask = self.mask & (place < cu_seqlens[-1])
-            self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
-
-    def hide(self, name: str, x: Tensor, otherwise: str = "") -> Tensor:
-        """fp32 or float64, 0 at every token that does not count."""
-        if x.shape != self.mask.shape:
-            raise ValueError(f"{name} must be {otherwise}one per token {tuple(self.mask.shape)}, got {tuple(x.shape)}")
-        return upcast(x).masked_fill(~self.mask, 0)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """(B,)"""
-        if self.cu_seqlens is None:
-            return masked_sum(x, self.mask, -1)
-        return packed_sum(x, self.mask, cu_seqlens=self.cu_seqlens)
-
-    def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B,)"""
-        mask = self.mask if mask is None else mask
-        if self.cu_seqlens is None:
-            return masked_mean(x, mask, -1)
-        return packed_mean(x, mask, cu_seqlens=self.cu_seqlens)
-
-    def constant(self, name: str, x: Tensor) -> Tensor:
-        """Detached and fp32 or float64: ``(B,)`` if it came with one number per sequence, else per token."""
-        x = upcast(x.detach())
-        if self.cu_seqlens is None and x.shape == (self.number, 1):
-            x = x.squeeze(1)
-        return x if x.shape == (self.number,) else self.hide(name, x, f"one per sequence ({self.number},) or ")
-
-    def spread(self, x: Tensor) -> Tensor:
-        """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
-        if x.dim() == 2:
-            return x
-        return x.unsqueeze(1) if self.cu_seqlens is None else x[self.document].unsqueeze(0)
-
-    def nonempty(self) -> Tensor:
-        """(B,) bool"""
-        return self.sum(self.mask.float()) > 0
-
-    def average(self, x: Tensor, per_sequence: bool = False, count_empty: bool = False) -> Tensor:
-        """Mean over the tokens that count, or over the sequences that have any, or all, in one without tokens 0."""
-        x = upcast(x).expand_as(self.mask)
-        if per_sequence and count_empty:
-            return self.mean(x).sum() / max(self.number, 1)
-        return masked_mean(self.mean(x), self.nonempty()) if per_sequence else masked_mean(x, self.mask)
-
-
-def aggregate(
-    loss: Tensor,
-    mask: Tensor | None = None,
-    aggregation: str = "token_mean",
-    *,
-    cu_seqlens: Tensor | None = None,
-    batch_num_tokens: Tensor | float | None = None,
-    global_batch_size: Tensor | float | None = None,
-    dp_size: int = 1,
-    loss_scale_factor: float | None = None,
-    count_empty: bool = True,
-) -> Tensor:
-    r"""One number from one loss per token: how much a long sequence weighs is decided here.
-
-    ============================  ===================================================  ==============================
-    ``aggregation``               with :math:`n` unmasked tokens in a sequence         elsewhere
-    ============================  ===================================================  ==============================
-    ``token_mean``                :math:`\sum \ell / \sum n`                           TRL bnpo, dapo; verl
-                                                                                       ``token-mean``; OpenRLHF
-                                                                                       ``token_level_loss=True``
-    ``token_sum``                 :math:`\sum \ell / c`                                verl ``token-sum``
-    ``seq_mean_token_mean``       :math:`\mathrm{mean}_B(\sum_t \ell / n)`             TRL grpo, sapo; verl
-                                                                                       ``seq-mean-token-mean``
-    ``seq_mean_token_sum``        :math:`\mathrm{mean}_B(\sum_t \ell)`                 TRL luspo; verl
-                                                                                       ``seq-mean-token-sum``
-    ``seq_mean_token_sum_norm``   :math:`\mathrm{mean}_B(\sum_t \ell) / c`             TRL dr_grpo, c its
-                                                                                       ``max_completion_length``; verl
-                                                                                       ``seq-mean-token-sum-norm``
-    ============================  ===================================================  ==============================
-
-    verl's hyphenated names are understood too. Where gradients are averaged over ranks, the counts of the global batch make
-    the gradient that of one process with the whole batch: their sum over ranks together with ``dp_size``, or their average,
-    :func:`count_per_rank`, without. So do they over micro-batches, whose losses are then added. TRL's gradient accumulation:
-    divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch · accumulation /
-    steps_per_generation`` and ``dp_size = num_processes``.
-
-    Source: TRL 1.16 ``GRPOTrainer``; verl 0.9 ``agg_loss``; OpenRLHF 0.11 ``aggregate_loss``.
-
-    Args:
-        loss: ``(B, S)``, or packed ``(1, total)``.
-        mask: as ``loss``, nonzero for the tokens that count; ``None``: all.
-        aggregation: a row of the table.
-        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-        batch_num_tokens: for ``token_mean``, unmasked tokens of the global batch; ``None``: of this one.
-        global_batch_size: for ``seq_mean_*``, sequences of the global batch; ``None``: of this one.
-        dp_size: number of ranks the gradient will be averaged over; only with a global count, or ``token_sum``.
-        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``: to be given
-            where ranks or micro-batches are padded to different lengths.
-        count_empty: whether a fully masked sequence counts, as 0, in :math:`\mathrm{mean}_B` (default, TRL) or is left
-            out of it (verl, OpenRLHF 0.11).
-
-    Returns:
-        Scalar, fp32 (float64 for float64); 0 where nothing is unmasked.
-
-    Raises:
-        ValueError: an unknown ``aggregation``, shapes that do not match, or ``dp_size`` without the global count.
-
-    Example:
-        >>> loss, mask = torch.tensor([[1.0, 2.0, 3.0], [9.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
-        >>> [round(aggregate(loss, mask, a).item(), 2) for a in ("token_mean", "seq_mean_token_mean", "token_sum")]
-        [3.75, 5.5, 15.0]
-    """
-    kind = aggregation.replace("-", "_")
-    if kind not in ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
-        raise ValueError(f"unknown aggregation {aggregation!r}; see the table of fused_losses.aggregate")
-    sequences = _Sequences("loss", loss, mask, cu_seqlens)
-    loss = upcast(loss)
-    global_count = batch_num_tokens if kind == "token_mean" else global_batch_size
-    if dp_size > 1 and global_count is None and kind != "token_sum":
-        needed = "batch_num_tokens" if kind == "token_mean" else "global_batch_size"
-        raise ValueError(f"{aggregation} with dp_size={dp_size} needs {needed}, the count over all ranks")
-
-    count: Tensor | float
-    if kind == "token_sum":
-        total, count = masked_sum(loss, sequences.mask), 1 if loss_scale_factor is None else loss_scale_factor
-    elif kind == "token_mean":
-        total, count = masked_sum(loss, sequences.mask), sequences.mask.sum()
-    else:
-        total = (sequences.mean(loss) if kind == "seq_mean_token_mean" else sequences.sum(loss)).sum()
-        count = sequences.number if count_empty else sequences.nonempty().sum()
-        if kind == "seq_mean_token_sum_norm":
-            if loss_scale_factor is None and cu_seqlens is not None:
-                raise ValueError("seq_mean_token_sum_norm of a packed row needs loss_scale_factor: it has no S")
-            total = total / (loss.shape[1] if loss_scale_factor is None else loss_scale_factor)
-    if global_count is not None and kind != "token_sum":
-        count = global_count
-    return total / at_least_one(count) * dp_size
 
 
 class Tokens(NamedTuple):
@@ -243,7 +89,7 @@ class Tokens(NamedTuple):
     mask: Tensor
     kept: Tensor  # the tokens that the entropy mask leaves
     weight: Tensor | None  # against the mismatch; (B,) for one per sequence
-    sequences: _Sequences
+    sequences: Sequences
     one_each: bool  # one ratio and one advantage per sequence
     count_empty: bool
 
@@ -269,7 +115,7 @@ def _at_most(x: Tensor, bound: float | None) -> Tensor:
 
 
 def _log_ratio(
-    log_probs: Tensor, old_log_probs: Tensor, sequences: _Sequences, level: Level, bounds: Bounds
+    log_probs: Tensor, old_log_probs: Tensor, sequences: Sequences, level: Level, bounds: Bounds
 ) -> tuple[Tensor, Tensor, bool]:
     """ρ of each token; log r, of tokens or of sequences, which broadcasts with them; whether it is of sequences."""
     rho = log_probs - old_log_probs
@@ -309,7 +155,7 @@ def _clip(
     A token with negative advantage would then cost ever more; TRL's ``delta`` has bounded its ``r`` before,
     ``dual_clip`` (1912.09729) bounds it here.
     """
-    _check(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
+    check_between(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip bounds the ratio from above and must be more than 1, got {dual_clip}")
     low, high, held = 1 - eps_low, 1 + eps_high, _at_most(t.r, delta)
@@ -326,7 +172,7 @@ def _gmpo(t: Tokens, *, eps_low: float, eps_high: float, log_ratio_clamp: Bounds
 
     PPO's clip in log space, then the geometric mean, which an outlier moves less. Of the weights it takes the mean too.
     """
-    _check(0, inf, eps_low=eps_low, eps_high=eps_high)
+    check_between(0, inf, eps_low=eps_low, eps_high=eps_high)
     rho = _clamp(t.log_probs - t.old_log_probs, log_ratio_clamp)
     sign = t.A.sign()  # a token with advantage 0 enters the mean as 0
     c = sign * torch.min(sign * rho, sign * rho.clamp(-eps_low, eps_high))
@@ -339,7 +185,7 @@ def _gmpo(t: Tokens, *, eps_low: float, eps_high: float, log_ratio_clamp: Bounds
 
 def _cispo(t: Tokens, *, eps_low: float, eps_high: float, cispo_max: float | None, **_: Any) -> Surrogate:
     """−sg(min(r, r_max))·A·log π: bounds the ratio, and still trains every token. CISPO (2506.13585)."""
-    _check(0, inf, eps_low=eps_low, eps_high=eps_high, cispo_max=cispo_max)
+    check_between(0, inf, eps_low=eps_low, eps_high=eps_high, cispo_max=cispo_max)
     low, high = (1 - eps_low, 1 + eps_high) if cispo_max is None else (-inf, cispo_max)
     return Surrogate(-t.r.detach().clamp(low, high) * t.A * t.log_probs, _clip_ratios(t, t.r, low, high))
 
@@ -374,7 +220,7 @@ def _dppo(t: Tokens, distance: Tensor, *, eps_low: float, eps_high: float, delta
 
     ``distance`` is of the token's probability from the old one, as a coin's; negative where it fell.
     """
-    _check(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
+    check_between(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
     trusted = torch.where(t.A > 0, distance <= eps_high, distance >= -eps_low)
     loss = -_at_most(t.r, delta).detach() * t.A * t.log_probs
     return Surrogate(loss.where(trusted, 0), _clip_ratios(t, distance, -eps_low, eps_high))
@@ -407,8 +253,8 @@ def _share(mask: Tensor, ratio: float) -> Tensor:
 
 def _kl_cov(t: Tokens, *, kl_cov_ratio: float, kl_cov_coef: float, **_: Any) -> Surrogate:
     """−rA, + c·∣log r∣ for the share of tokens with the highest covariance. KL-Cov (2505.22617)."""
-    _check(0, 1, kl_cov_ratio=kl_cov_ratio)
-    _check(0, inf, kl_cov_coef=kl_cov_coef)
+    check_between(0, 1, kl_cov_ratio=kl_cov_ratio)
+    check_between(0, inf, kl_cov_coef=kl_cov_coef)
     order = _covariance(t).masked_fill(~t.mask, -inf).flatten().argsort(descending=True, stable=True)
     highest = torch.arange(len(order), device=order.device) < _share(t.mask, kl_cov_ratio)
     highest = torch.zeros_like(highest).scatter(0, order, highest).view_as(t.mask) & t.mask
@@ -429,8 +275,8 @@ def _clip_cov(
 
     They are the first candidates, at most a share of the tokens, in a random order of all places.
     """
-    _check(0, 1, clip_cov_ratio=clip_cov_ratio)
-    _check(-inf, clip_cov_ub, clip_cov_lb=clip_cov_lb)
+    check_between(0, 1, clip_cov_ratio=clip_cov_ratio)
+    check_between(-inf, clip_cov_ub, clip_cov_lb=clip_cov_lb)
     loss, metrics, *_ = _clip(t, delta=delta, **options)
     covariance = _covariance(t)
     free = loss == -_at_most(t.r, delta) * t.A
@@ -444,7 +290,7 @@ def _clip_cov(
 
 def _dro(t: Tokens, *, dro_beta: float, log_ratio_clamp: Bounds, **_: Any) -> Surrogate:
     """−A·log π + β/2·ρ²: held near the old policy by a square instead of a clip. DRO (2405.19107)."""
-    _check(0, inf, dro_beta=dro_beta)
+    check_between(0, inf, dro_beta=dro_beta)
     pull = -t.A * t.log_probs
     return Surrogate(pull + dro_beta / 2 * _clamp(t.log_probs - t.old_log_probs, log_ratio_clamp).square(), {})
 
@@ -619,13 +465,13 @@ def grpo_loss(
         raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
     if beta != 0 and ref_log_probs is None:
         raise ValueError("beta needs ref_log_probs")
-    _check(0, 1, top_entropy_quantile=top_entropy_quantile)
+    check_between(0, 1, top_entropy_quantile=top_entropy_quantile)
     if entropy is None and (entropy_coef != 0 or top_entropy_quantile < 1):
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
     if isinstance(mismatch_weight, tuple):
         raise ValueError("mismatch_weight must be a tensor: pass the first of the two that the function returns")
     surrogate, level, own_aggregation = LOSS_TYPES[loss_type]
-    sequences = _Sequences("log_probs", log_probs, mask, cu_seqlens)
+    sequences = Sequences("log_probs", log_probs, mask, cu_seqlens)
     mask = sequences.mask
     log_probs = sequences.hide("log_probs", log_probs)
     old_log_probs = log_probs if old_log_probs is None else sequences.hide("old_log_probs", old_log_probs)
@@ -782,8 +628,8 @@ def value_loss(
         >>> value_loss(torch.tensor([[2.0]]), torch.tensor([[0.0]]), torch.tensor([[1.0]]), clip_eps=0.2)[0]
         tensor(0.5000)
     """
-    _check(0, inf, clip_eps=clip_eps)
-    sequences = _Sequences("values", values, mask, cu_seqlens)
+    check_between(0, inf, clip_eps=clip_eps)
+    sequences = Sequences("values", values, mask, cu_seqlens)
     values, returns = sequences.hide("values", values), sequences.hide("returns", returns.detach())
     error = (values - returns).square()
     held = torch.zeros_like(error, dtype=torch.bool)
@@ -806,267 +652,3 @@ def value_loss(
         count_empty=count_empty,
     )
     return loss, {"clip_ratio": sequences.average(held)}
-
-
-def _nanstd(x: Tensor, dim: int) -> Tensor:
-    """Unbiased, over what is not nan; of a single number 0."""
-    deviation = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    return (deviation / ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
-
-
-def group_advantages(
-    rewards: Tensor,
-    num_generations: int,
-    *,
-    scale: Literal["group", "batch", "none", "normalize_then_sum"] = "group",
-    weights: Sequence[float] | Tensor | None = None,
-    leave_one_out: bool = False,
-    eps: float = 1e-4,
-) -> Tensor:
-    r"""Advantages of sequences sampled from the same prompt: how much better than its siblings each one was.
-
-    .. math:: A = \frac{R - \mathrm{mean}_{group} R}{\mathrm{std} R + \epsilon}
-
-    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) scales every reward
-    function by its own group before they are summed, and the sum by the batch, mean and std. nan rewards (a function
-    that does not apply) are left out of sums, means and stds; a sequence without any reward gets 0, as does a group of
-    one.
-
-    Source: GRPO (2402.03300), Dr. GRPO (2503.20783) ``scale="none"``, RLOO (2402.14740) ``leave_one_out``, GDPO
-    (2601.05242); TRL 1.16's ``scale_rewards`` (True is ``group``, False is ``none``) and ``multi_objective_aggregation``.
-
-    Args:
-        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings stand together.
-        num_generations: sequences per prompt; divides B.
-        scale: ``"group"`` (default), ``"batch"``, ``"none"`` or ``"normalize_then_sum"``.
-        weights: ``(K,)`` of the reward functions; ``None``: all 1.
-        leave_one_out: the mean of the *other* siblings instead of all of them, i.e. :math:`R - \mathrm{mean}` times
-            :math:`G/(G-1)`. RLOO has ``scale="none"``; not with ``normalize_then_sum``.
-        eps: added to the std. Default 1e-4, TRL's; verl has 1e-6, OpenRLHF 1e-9.
-
-    Returns:
-        ``(B,)``, fp32 (float64 for float64).
-
-    Raises:
-        ValueError: B is no multiple of ``num_generations``, weights that are not ``(K,)``, or an unknown ``scale``.
-
-    Example:
-        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
-        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
-    """
-    if scale not in ("group", "batch", "none", "normalize_then_sum"):
-        raise ValueError(f"scale must be 'group', 'batch', 'none' or 'normalize_then_sum', got {scale!r}")
-    if scale == "normalize_then_sum" and leave_one_out:
-        raise ValueError("leave_one_out is about the mean of a group, which normalize_then_sum takes before the sum")
-    if rewards.dim() not in (1, 2) or num_generations < 1 or len(rewards) % num_generations:
-        raise ValueError(f"rewards must be (B,) or (B, K) in groups of {num_generations}, got {tuple(rewards.shape)}")
-    rewards = upcast(rewards if rewards.dim() == 2 else rewards.unsqueeze(1))
-    rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
-    unscored = rewards.isnan().all(-1)
-    if scale == "normalize_then_sum":
-        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
-    if weights is not None:
-        weights = torch.as_tensor(weights).to(rewards)
-        if weights.shape != rewards.shape[-1:]:
-            raise ValueError(
-                f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {tuple(weights.shape)}"
-            )
-        rewards = rewards * weights
-    total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
-    batch_std = _nanstd(total.view(1, -1), 1)
-    if scale == "normalize_then_sum":
-        advantages = (total - total.nanmean()) / (batch_std + eps)
-    else:
-        advantages = total - total.nanmean(1, keepdim=True)
-        if leave_one_out:
-            siblings = (~total.isnan()).sum(1, keepdim=True)
-            advantages = advantages * siblings / (siblings - 1).clamp(min=1)
-        if scale != "none":
-            advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
-    return advantages.masked_fill(advantages.isnan(), 0).flatten()
-
-
-def off_policy_mask(
-    log_probs: Tensor,
-    sampling_log_probs: Tensor,
-    advantages: Tensor,
-    threshold: float,
-    mask: Tensor | None = None,
-    *,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    r"""Keep a sequence that was worth sampling, or that the policy has not moved far from since.
-
-    .. math:: A \ge 0 \;\lor\; \mathrm{mean}_t(\log\pi_{sampling} - \log\pi) \le threshold
-
-    Source: DeepSeek-V3.2 (2512.02556); TRL 1.16 ``off_policy_mask_threshold``.
-
-    Args:
-        log_probs: ``(B, S)`` of the policy, or packed ``(1, total)``.
-        sampling_log_probs: the same under the policy that sampled the tokens: the inference engine's where it is known,
-            else the old policy's. nan (a token that was not scored) counts as no difference.
-        advantages: ``(B,)`` or ``(B, S)``.
-        threshold: in nats per token.
-        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-
-    Returns:
-        bool, ``(B, 1)``, or a tensor per token for advantages per token or packed rows.
-
-    Example:
-        >>> old, new = torch.tensor([[-1.0], [-1.0], [-1.0]]), torch.tensor([[-3.0], [-3.0], [-1.1]])
-        >>> off_policy_mask(new, old, torch.tensor([1.0, -1.0, -1.0]), threshold=0.5).squeeze(1)
-        tensor([ True, False,  True])
-    """
-    sequences = _Sequences("log_probs", log_probs, mask, cu_seqlens)
-    drift = sequences.hide("sampling_log_probs", sampling_log_probs.detach()) - sequences.hide(
-        "log_probs", log_probs.detach()
-    )
-    drift = sequences.mean(drift.masked_fill(drift.isnan(), 0))
-    return (sequences.spread(sequences.constant("advantages", advantages)) >= 0) | sequences.spread(drift <= threshold)
-
-
-def entropy_mask(
-    entropy: Tensor,
-    top_entropy_quantile: float,
-    mask: Tensor | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """Keep the tokens where the policy was least certain: the given share of them, over all ranks.
-
-    Source: "Beyond the 80/20 rule" (2506.01939); TRL 1.16 ``top_entropy_quantile``.
-
-    Args:
-        entropy: ``(B, S)`` per token, nats.
-        top_entropy_quantile: the share to keep, 0 to 1: 0.2 keeps the fifth with the highest entropy.
-        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        group: the ranks among whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
-            Several ranks tell each other their numbers of tokens, which waits for the device.
-
-    Returns:
-        bool ``(B, S)``, False where masked.
-
-    Example:
-        >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.5, 1.0]]), 0.5)
-        tensor([[False,  True, False,  True]])
-    """
-    _check(0, 1, top_entropy_quantile=top_entropy_quantile)
-    same_shape(entropy=entropy, mask=mask)
-    shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
-    entropy = upcast(entropy.detach())
-    values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
-        lengths: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(lengths, len(values), group)
-        values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
-        everyone = [torch.empty_like(values) for _ in lengths]
-        dist.all_gather(everyone, values, group)
-        values = torch.cat(everyone)
-    # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
-    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).double()
-    around = torch.stack([rank.floor(), rank.ceil()]).long()
-    low, high = values.sort().values.gather(0, around)  # nan last
-    return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown
-
-
-def mismatch_weight(
-    old_log_probs: Tensor,
-    rollout_log_probs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    level: Literal["token", "sequence_sum", "sequence_mean"] = "token",
-    mode: Literal["truncate", "mask"] = "truncate",
-    gate: Literal["ratio", "binary_kl", "tv"] = "ratio",
-    low: float | None = None,
-    high: float | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""Importance weight that makes up for an inference engine whose probabilities differ.
-
-    .. math:: \pi_{old} / \pi_{rollout}
-
-    A statistic is kept within ``[low, high]``: by truncating the weight itself, or by giving 0 to whatever is outside.
-
-    ====================================================  ==============================================================
-    elsewhere                                             here
-    ====================================================  ==============================================================
-    TRL ``token_truncate``, ``token_mask``                ``level="token"``, ``mode="truncate"`` or ``"mask"``
-    TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
-    verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
-                                                          ``"low_high"`` thresholds are ``mode="mask"``
-    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``
-    OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
-    OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
-    OpenRLHF ``is_correction_gating``                     ``gate``
-    OpenRLHF ``gspo`` with a correction                   no weight: pass the rollout as ``old_log_probs``
-    ====================================================  ==============================================================
-
-    Source: TRL 1.16 ``vllm_importance_sampling_mode``; verl 0.9 ``rollout_is``; OpenRLHF 0.11 ``is_correction_*``.
-
-    Args:
-        old_log_probs: ``(B, S)`` under the old policy, computed by the trainer; or packed ``(1, total)``.
-        rollout_log_probs: the same as the inference engine reported them. nan (not scored) counts as equal to the old.
-        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        level: what the statistic is of: a ``"token"``, the whole sequence (``"sequence_sum"``: the product of its token
-            ratios, which is then also the weight), or its tokens' average (``"sequence_mean"``: the geometric mean
-            decides, the weights stay per token).
-        mode: ``"truncate"`` or ``"mask"``.
-        gate: which statistic: the ``"ratio"``, or with ``mode="mask"`` the divergence between the two
-            probabilities of the sampled token, as a coin's (``"binary_kl"``) or as ``"tv"`` their distance.
-        low, high: the bounds; ``None``: no bound. Exponents are kept within ±20 in any case.
-        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-
-    Returns:
-        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); to be passed as
-        ``mismatch_weight``; and metrics: ``mismatch_kl``, the token mean of :math:`\log\pi_{rollout} - \log\pi_{old}`,
-        and ``filter_fraction``, the share of tokens, or of sequences, outside the bounds.
-
-    Raises:
-        ValueError: a combination without meaning, or ``low`` above ``high``.
-
-    Example:
-        >>> old, rollout = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
-        >>> mismatch_weight(old, rollout, high=2.0)[0]
-        tensor([[1., 2.]])
-        >>> mismatch_weight(old, rollout, mode="mask", high=2.0)[0]
-        tensor([[1., 0.]])
-    """
-    if (
-        level not in ("token", "sequence_sum", "sequence_mean")
-        or mode not in ("truncate", "mask")
-        or gate not in ("ratio", "binary_kl", "tv")
-        or (mode == "truncate" and (gate != "ratio" or level == "sequence_mean"))
-        or (gate != "ratio" and level == "sequence_sum")
-    ):
-        raise ValueError(
-            f"level={level!r}, mode={mode!r}, gate={gate!r} do not go together: only a ratio that is itself the weight "
-            "can be truncated, and a divergence is a token's or a sequence_mean"
-        )
-    _check(0, inf, high=high)
-    _check(-inf, inf if high is None else high, low=low)
-    sequences = _Sequences("old_log_probs", old_log_probs, mask, cu_seqlens)
-    old = sequences.hide("old_log_probs", old_log_probs.detach())
-    rollout = sequences.hide("rollout_log_probs", rollout_log_probs.detach())
-    rollout = torch.where(rollout.isnan(), old, rollout)
-    log_weight = old - rollout
-    if level == "sequence_sum":
-        log_weight = sequences.sum(log_weight)
-    weight = log_weight.clamp(-20, 20).exp()
-    if gate == "ratio":
-        statistic = sequences.spread(sequences.mean(log_weight)).exp() if level == "sequence_mean" else weight
-    else:
-        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
-        statistic = (p - q).abs() if gate == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        if level == "sequence_mean":
-            statistic = sequences.spread(sequences.mean(statistic))
-    low, high = (-inf if low is None else low), (inf if high is None else high)
-    outside = (statistic < low) | (statistic > high)
-    weight = weight.clamp(low, high) if mode == "truncate" else weight.masked_fill(outside, 0)
-    if level == "sequence_sum":
-        outside = sequences.spread(outside)
-    metrics = {
-        "mismatch_kl": sequences.average(rollout - old),
-        "filter_fraction": sequences.average(outside, per_sequence=level != "token"),
-    }
-    return weight, metrics

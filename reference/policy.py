@@ -11,20 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .aggregation import aggregate, mean_of, tokens_of
 from .kl import kl_estimate
-
-
-def _tokens(mask: Tensor) -> list[list[int]]:
-    return [[t for t in range(mask.shape[1]) if mask[b, t] != 0] for b in range(mask.shape[0])]
-
-
-def _mean(numbers: list) -> Any:
-    return sum(numbers) / max(len(numbers), 1)
-
-
-def _at(x: Tensor, b: int, t: int) -> Tensor:
-    """One per sequence, (B,) or (B, 1), or one per token, (B, S)."""
-    return x[b] if x.dim() == 1 else x[b, t if x.shape[1] > 1 else 0]
+from .rollouts import at, entropy_mask, off_policy_mask
 
 
 def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -36,171 +25,14 @@ def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return x
 
 
-def aggregate(
-    loss: Tensor,
-    mask: Tensor | None = None,
-    aggregation: str = "token_mean",
-    *,
-    batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
-    dp_size: int = 1,
-    loss_scale_factor: float | None = None,
-    count_empty: bool = True,
-) -> Tensor:
-    """token_mean Σ/Σn, token_sum Σ/c; seq_mean_token_mean mean(Σ/n), seq_mean_token_sum mean(Σ), …_norm mean(Σ)/c."""
-    rows = _tokens(torch.ones_like(loss) if mask is None else mask)
-    sums: Any = [sum((loss[b, t] for t in row), torch.zeros_like(loss[0, 0])) for b, row in enumerate(rows)]
-    if aggregation == "token_sum":
-        return sum(sums) / (loss_scale_factor or 1) * dp_size
-    if aggregation == "token_mean":
-        return sum(sums) / (batch_num_tokens or max(sum(map(len, rows)), 1)) * dp_size
-    sequences = [b for b, row in enumerate(rows) if row or count_empty]
-    if aggregation == "seq_mean_token_mean":
-        total = sum(sums[b] / max(len(rows[b]), 1) for b in sequences)
-    else:
-        total = sum(sums[b] for b in sequences)
-    if aggregation == "seq_mean_token_sum_norm":
-        total = total / (loss_scale_factor or loss.shape[1])
-    return total / (global_batch_size or max(len(sequences), 1)) * dp_size
-
-
-def group_advantages(
-    rewards: Tensor,
-    num_generations: int,
-    *,
-    scale: str = "group",
-    weights: list[float] | None = None,
-    leave_one_out: bool = False,
-    eps: float = 1e-4,
-) -> Tensor:
-    """(R − mean of the group)/(std + eps); a group of one, and a sequence without a reward, get 0."""
-
-    def moments(numbers: list[float]) -> tuple[float, float]:
-        numbers = [x for x in numbers if not math.isnan(x)]
-        if not numbers:
-            return 0.0, 0.0
-        mean = sum(numbers) / len(numbers)
-        return mean, math.sqrt(sum((x - mean) ** 2 for x in numbers) / max(len(numbers) - 1, 1))
-
-    table = [[x] if isinstance(x, float) else x for x in rewards.double().tolist()]  # B × K
-    groups = [range(start, start + num_generations) for start in range(0, len(table), num_generations)]
-    functions = range(len(table[0]))
-    weights = weights or [1.0] * len(functions)
-    scores = [row[:] for row in table]
-    if scale == "normalize_then_sum":
-        for group in groups:
-            for k in functions:
-                mean, std = moments([table[i][k] for i in group])
-                for i in group:
-                    scores[i][k] = (table[i][k] - mean) / (std + eps)
-    total = []
-    for row in scores:
-        known = [weights[k] * row[k] for k in functions if not math.isnan(row[k])]
-        total.append(sum(known) if known else math.nan)
-    batch_mean, batch_std = moments(total)
-    advantages = []
-    for group in groups:
-        mean, std = moments([total[i] for i in group])
-        known = [total[i] for i in group if not math.isnan(total[i])]
-        for i in group:
-            if scale == "normalize_then_sum":
-                advantage = (total[i] - batch_mean) / (batch_std + eps)
-            elif leave_one_out and len(known) > 1:
-                advantage = total[i] - (sum(known) - total[i]) / (len(known) - 1)
-            else:
-                advantage = total[i] - mean
-            if scale in ("group", "batch"):
-                advantage /= (std if scale == "group" else batch_std) + eps
-            advantages.append(0.0 if math.isnan(advantage) else advantage)
-    return torch.tensor(advantages, dtype=torch.float64)
-
-
-def off_policy_mask(
-    log_probs: Tensor, sampling_log_probs: Tensor, advantages: Tensor, threshold: float, mask: Tensor | None = None
-) -> Tensor:
-    """(B, S): A ≥ 0, or the mean of sampling − logp over the sequence is at most the threshold (nan counts as 0)."""
-    rows = _tokens(torch.ones_like(log_probs) if mask is None else mask)
-    keep = torch.zeros_like(log_probs, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        drifts = [(sampling_log_probs[b, t] - log_probs[b, t]).item() for t in row]
-        drift = _mean([0.0 if math.isnan(x) else x for x in drifts])
-        for t in range(log_probs.shape[1]):
-            keep[b, t] = bool(_at(advantages, b, t) >= 0 or drift <= threshold)
-    return keep
-
-
-def entropy_mask(entropy: Tensor, top_entropy_quantile: float, mask: Tensor | None = None) -> Tensor:
-    """(B, S): at least the quantile of all shown tokens, linear between neighbours."""
-    rows = _tokens(torch.ones_like(entropy) if mask is None else mask)
-    numbers = sorted(entropy[b, t].item() for b, row in enumerate(rows) for t in row)
-    place = (1 - top_entropy_quantile) * (len(numbers) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(numbers) - 1)
-    threshold = numbers[below] + (place - below) * (numbers[above] - numbers[below])
-    keep = torch.zeros_like(entropy, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        for t in row:
-            keep[b, t] = entropy[b, t] >= threshold
-    return keep
-
-
-def mismatch_weight(
-    old_log_probs: Tensor,
-    rollout_log_probs: Tensor,
-    mask: Tensor | None = None,
-    *,
-    level: str = "token",
-    mode: str = "truncate",
-    gate: str = "ratio",
-    low: float | None = None,
-    high: float | None = None,
-) -> tuple[Tensor, dict[str, float]]:
-    """e^x with x = old − rollout (nan → 0), or e^(Σx) per sequence: truncated to [low, high], or 0 where gated out."""
-    rows = _tokens(torch.ones_like(old_log_probs) if mask is None else mask)
-    weights = torch.zeros_like(old_log_probs, dtype=torch.float64)
-    outside: list[float] = []
-    divergence: list[float] = []
-    for b, row in enumerate(rows):
-        differences, statistics = [], []
-        for t in row:
-            old, rollout = old_log_probs[b, t].item(), rollout_log_probs[b, t].item()
-            rollout = old if math.isnan(rollout) else rollout
-            differences.append(old - rollout)
-            p, q = (min(max(math.exp(x), 1e-6), 1 - 1e-6) for x in (rollout, old))
-            if gate == "ratio":
-                statistics.append(differences[-1])
-            elif gate == "tv":
-                statistics.append(abs(p - q))
-            else:
-                statistics.append(p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q)))
-        divergence += [-x for x in differences]
-        if level == "sequence_sum":
-            differences = statistics = [sum(differences)] * len(row)
-        elif level == "sequence_mean":
-            statistics = [_mean(statistics)] * len(row)
-        if gate == "ratio":
-            statistics = [math.exp(x) for x in statistics]
-        out = [(low is not None and x < low) or (high is not None and x > high) for x in statistics]
-        outside += out if level == "token" else out[:1]
-        for t, x, is_out in zip(row, differences, out, strict=True):
-            weight = math.exp(x)
-            if mode == "mask":
-                weights[b, t] = 0.0 if is_out else weight
-            else:
-                weights[b, t] = min(
-                    max(weight, low if low is not None else 0.0), high if high is not None else math.inf
-                )
-    return weights, {"mismatch_kl": _mean(divergence), "filter_fraction": _mean(outside)}
-
-
 def _ratio(rho: list, logp: list[Tensor], level: str, bounds: tuple[float | None, float | None]) -> list[Tensor]:
     """r at each token of one sequence."""
     if level == "sequence_token":
-        mean = _mean([x.detach() for x in rho])
+        mean = mean_of([x.detach() for x in rho])
         return [_clamp(mean + x - x.detach(), *bounds).exp() for x in logp]
     rho = [_clamp(x, *bounds) for x in rho]
     if level == "sequence":
-        return [torch.exp(_mean(rho))] * len(rho)
+        return [torch.exp(mean_of(rho))] * len(rho)
     if level == "sequence_sum":
         return [_clamp(sum(rho[1:], rho[0]), *bounds).exp()] * len(rho)
     return [x.exp() for x in rho]
@@ -301,7 +133,7 @@ def grpo_loss(
     low, high = 1 - eps_low, 1 + eps_high
 
     mask = torch.ones_like(log_probs) if mask is None else mask
-    rows = _tokens(mask)
+    rows = tokens_of(mask)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
     keep = mask != 0 if top_entropy_quantile == 1 else entropy_mask(entropy, top_entropy_quantile, mask)
     worth = torch.ones_like(keep)
@@ -310,11 +142,11 @@ def grpo_loss(
         worth = off_policy_mask(log_probs, sampling, advantages, off_policy_mask_threshold, mask)
 
     tokens = [(b, t) for b, row in enumerate(rows) for t in row]
-    mean_a = _mean([_at(advantages, b, t).item() for b, t in tokens])
-    mean_logp = _mean([log_probs[b, t].item() for b, t in tokens])
+    mean_a = mean_of([at(advantages, b, t).item() for b, t in tokens])
+    mean_logp = mean_of([log_probs[b, t].item() for b, t in tokens])
 
     def covariance(token: tuple[int, int]) -> float:
-        return (_at(advantages, *token).item() - mean_a) * (log_probs[token].item() - mean_logp)
+        return (at(advantages, *token).item() - mean_a) * (log_probs[token].item() - mean_logp)
 
     penalised = sorted(tokens, key=covariance, reverse=True)[: max(int(len(tokens) * kl_cov_ratio), 1)]
 
@@ -325,9 +157,9 @@ def grpo_loss(
     for b, row in enumerate(rows):
         logp = [log_probs[b, t] for t in row]
         rho = [log_probs[b, t] - old[b, t] for t in row]
-        a = [_at(advantages, b, t) for t in row]
+        a = [at(advantages, b, t) for t in row]
         r = _ratio(rho, logp, level, bounds) if row else []
-        weight = [1.0 if mismatch_weight is None else _at(mismatch_weight, b, t).item() for t in row]
+        weight = [1.0 if mismatch_weight is None else at(mismatch_weight, b, t).item() for t in row]
         held: list[Any] = r
         lower, upper = low, high
 
@@ -351,10 +183,10 @@ def grpo_loss(
             for x, advantage in zip(held, a, strict=True):
                 bound = _clamp(x, None, eps_high) if advantage > 0 else _clamp(x, -eps_low, None)
                 c.append(bound if advantage != 0 else torch.zeros_like(x))
-            mean = _mean([x for x, t in zip(c, row, strict=True) if keep[b, t]])
+            mean = mean_of([x for x, t in zip(c, row, strict=True) if keep[b, t]])
             policy = [-advantage * torch.exp(torch.as_tensor(mean)) for advantage in a]
             if mismatch_weight is not None and mismatch_weight.dim() == 2 and mismatch_weight.shape[1] > 1:
-                weight = [math.exp(_mean([math.log(x + 1e-10) for x in weight]))] * len(row)
+                weight = [math.exp(mean_of([math.log(x + 1e-10) for x in weight]))] * len(row)
         elif loss_type in ("dppo_tv", "dppo_kl"):
             # How far the token's coin moved towards where the advantage pulls it, against the bound on that side.
             lower, upper = -eps_low, eps_high
@@ -425,22 +257,22 @@ def grpo_loss(
     one_each = one_ratio and loss_type != "gmpo" and (advantages.dim() == 1 or advantages.shape[1] == 1)
 
     def average(lists: list[list], per_sequence: bool = one_each) -> Tensor | float:
-        return _mean([_mean(x) for x in lists]) if per_sequence else _mean(flat(lists))
+        return mean_of([mean_of(x) for x in lists]) if per_sequence else mean_of(flat(lists))
 
     if one_each and counts.get("count_empty", True):  # a sequence without tokens is one that no clip holds
         for clips in (low_clips, high_clips, dual_clips):
             clips += [[0.0]] * (len(rows) - len(clips))
-    metrics = {"ratio_mean": average(ratios, one_ratio), "ppo_kl": _mean(drift)}
+    metrics = {"ratio_mean": average(ratios, one_ratio), "ppo_kl": mean_of(drift)}
     if beta != 0:
-        metrics["kl"] = _mean([kl[b][t] for b, row in enumerate(rows) for t in row])
+        metrics["kl"] = mean_of([kl[b][t] for b, row in enumerate(rows) for t in row])
     if entropy is not None:
-        metrics["entropy"] = _mean([entropy[b, t] for b, row in enumerate(rows) for t in row])
+        metrics["entropy"] = mean_of([entropy[b, t] for b, row in enumerate(rows) for t in row])
     if loss_type not in ("sapo", "vespo", "reinforce", "gpg", "dro", "kl_cov"):
         metrics["clip_ratio/low_mean"] = average(low_clips)
         metrics["clip_ratio/high_mean"] = average(high_clips)
         metrics["clip_ratio/region_mean"] = average(low_clips) + average(high_clips)
-        metrics["clip_ratio/low_min"] = min((_mean(x) for x in low_clips), default=1.0)
-        metrics["clip_ratio/high_max"] = max((_mean(x) for x in high_clips), default=0.0)
+        metrics["clip_ratio/low_min"] = min((mean_of(x) for x in low_clips), default=1.0)
+        metrics["clip_ratio/high_max"] = max((mean_of(x) for x in high_clips), default=0.0)
         if loss_type not in ("cispo", "gmpo", "dppo_tv", "dppo_kl") and dual_clip is not None:
             metrics["clip_ratio/dual_mean"] = average(dual_clips)
     if loss_type == "clip_cov":
@@ -468,7 +300,7 @@ def value_loss(
     """½ max((v_c − R)², (v − R)²), v_c = old_v + clamp(v − old_v, ±clip_eps)."""
     mask = torch.ones_like(values) if mask is None else mask
     loss, held = [[values.new_zeros(())] * mask.shape[1] for _ in mask], []
-    for b, row in enumerate(_tokens(mask)):
+    for b, row in enumerate(tokens_of(mask)):
         for t in row:
             error = (values[b, t] - returns[b, t]) ** 2
             if clip_eps is not None:
@@ -478,5 +310,5 @@ def value_loss(
                 error = clipped if clipped > error else error
             loss[b][t] = error / 2
     return aggregate(torch.stack([torch.stack(row) for row in loss]), mask, aggregation, **counts), {
-        "clip_ratio": _mean(held)
+        "clip_ratio": mean_of(held)
     }

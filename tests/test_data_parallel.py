@@ -13,6 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_losses import data_parallel, distillation, policy, preference, reward, sequences, sft
+from fused_losses.aggregation import aggregate
 from fused_losses.bench.ranks import run
 from fused_losses.linear_logits import LinearHead
 from fused_losses.sequences import sequence_log_probs
@@ -113,7 +114,7 @@ def with_dp_size(aggregation):
 
     def loss(logits, data, n):
         log_probs, ranks = selective_log_softmax(logits, data["ids"]), count_ranks()
-        return policy.aggregate(
+        return aggregate(
             -log_probs * data["advantages"].unsqueeze(1), data["mask"], aggregation, batch_num_tokens=n[2] * ranks,
             global_batch_size=n[3] * ranks, dp_size=ranks, loss_scale_factor=S,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fused_losses import policy, preference
+from fused_losses import aggregation, policy, preference
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
@@ -21,6 +21,8 @@ OTHERS = [
     "token_statistics",
     "token_loss",
     "sequences",
+    "aggregation",
+    "rollouts",
     "divergence",
     "modules",
 ]
@@ -165,7 +167,7 @@ def test_every_module_appears():
 
 
 def test_every_aggregation_appears():
-    table = re.findall(r"``((?:seq|token)_\w*(?:mean|sum|norm))``", policy.aggregate.__doc__)
+    table = re.findall(r"``((?:seq|token)_\w*(?:mean|sum|norm))``", aggregation.aggregate.__doc__)
     assert len(set(table)) == 5
     assert set(table) <= {code for row in ROWS if len(row) == 5 for code in SPAN.findall(row[1])}
 

@@ -12,8 +12,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # What a family of losses or a primitive needs: a module, a reference and a test of one name.
 FAMILIES = (
-    "cross_entropy", "distillation", "divergence", "kl", "linear_cross_entropy", "linear_logits", "policy", "preference",
-    "reward", "sequences", "sft", "token_loss", "token_statistics",
+    "aggregation", "cross_entropy", "distillation", "divergence", "kl", "linear_cross_entropy", "linear_logits", "policy",
+    "preference", "reward", "rollouts", "sequences", "sft", "token_loss", "token_statistics",
 )  # fmt: skip
 PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_statistics")  # have cases in bench/ too
 INFRASTRUCTURE = {

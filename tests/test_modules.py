@@ -9,9 +9,11 @@ from ranks import needs_ranks
 
 from fused_losses import modules
 from fused_losses.bench.ranks import run
+from fused_losses.reference import aggregation as reference_aggregation
 from fused_losses.reference import policy as reference_policy
 from fused_losses.reference import preference as reference_preference
 from fused_losses.reference import reward as reference_reward
+from fused_losses.reference import rollouts as reference_rollouts
 from fused_losses.reference import sft as reference_sft
 
 LOGPS = "policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps"
@@ -230,7 +232,7 @@ def test_policy_loss(name):
     assert len(results) == (4 if name.startswith("older") else 5)
     weight = metrics = None
     if correction:
-        weight, metrics = reference_policy.mismatch_weight(old, rollout, mask, **correction)
+        weight, metrics = reference_rollouts.mismatch_weight(old, rollout, mask, **correction)
         assert 0 < metrics["filter_fraction"] < 1
         torch.testing.assert_close(results[3].item(), float(metrics["mismatch_kl"]))
         if len(results) == 5:
@@ -268,7 +270,7 @@ def test_sft_loss():
     losses = {}
     for level, aggregation in ((True, "token_mean"), (False, "seq_mean_token_mean")):
         losses[level] = modules.SFTLoss(level)(logps.masked_fill(mask == 0, float("nan")), mask)
-        expected = reference_policy.aggregate(-logps, mask, aggregation, count_empty=False)
+        expected = reference_aggregation.aggregate(-logps, mask, aggregation, count_empty=False)
         torch.testing.assert_close(losses[level], expected)
         torch.testing.assert_close(*(torch.autograd.grad(x, logps)[0] for x in (losses[level], expected)))
     assert losses[True] != losses[False]

@@ -8,74 +8,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranks import needs_ranks
+from rollout_batch import DATA, batch, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses.reference.policy as reference
-from fused_losses.bench import ranks
+from fused_losses.aggregation import aggregate
 from fused_losses.kl import kl_estimate
-from fused_losses.policy import (
-    LOSS_TYPES,
-    LossType,
-    Surrogate,
-    aggregate,
-    entropy_mask,
-    group_advantages,
-    grpo_loss,
-    mismatch_weight,
-    off_policy_mask,
-    ppo_loss,
-    value_loss,
-)
+from fused_losses.policy import LOSS_TYPES, LossType, Surrogate, grpo_loss, ppo_loss, value_loss
 from fused_losses.reference.kl import kl_estimate as reference_kl_estimate
 from fused_losses.reference.tolerance import assert_accurate
-from fused_losses.sequences import document_borders
+from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
 
 NAN = float("nan")
 AGGREGATIONS = ["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo"]  # one equation; only their aggregation differs
-LENGTHS = [7, 5, 0, 6, 3, 7]
-
-
-def batch(dtype=torch.float64, garbage=float("nan")):
-    """Ratios of tokens and of sequences beyond the clip on both sides, under advantages of both signs.
-
-    Ragged rows, one of them fully masked; garbage wherever the mask hides.
-    """
-    g = torch.Generator().manual_seed(1)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
-
-    B, S = len(LENGTHS), max(LENGTHS)
-    mask = (torch.arange(S) < torch.tensor(LENGTHS)[:, None]).long()
-    mask[3, 2] = 0
-
-    def log_ratio(*row_means):
-        noise = normal(B, S).masked_fill(mask == 0, 0)
-        centred = 0.5 * (noise - noise.sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1))
-        return centred + torch.tensor(row_means, dtype=torch.float64)[:, None]
-
-    log_probs = -0.1 - 3 * torch.rand(B, S, generator=g, dtype=torch.float64)
-    tokens = {
-        "log_probs": log_probs,
-        "old_log_probs": log_probs - log_ratio(0.4, -0.4, 0, 0.45, -0.05, 0.02),
-        "ref_log_probs": log_probs - 0.5 * normal(B, S),
-        "rollout_log_probs": log_probs - log_ratio(0.5, 0.1, 0, 0.15, -0.05, -0.2),
-        "entropy": normal(B, S).abs(),
-        "token_advantages": normal(B, S),
-        "token_weight": normal(B, S).exp(),
-    }
-    tokens["some_zero_advantages"] = tokens["token_advantages"].masked_fill(torch.arange(S) % 3 == 1, 0)
-    data = {name: x.masked_fill(mask == 0, garbage).to(dtype) for name, x in tokens.items()}
-    data["mask"] = mask
-    data["advantages"] = torch.tensor([1.3, -0.7, 0.9, -1.1, 0.4, -0.2], dtype=dtype)
-    data["sequence_weight"] = torch.tensor([1.4, 0.6, 1.0, 0.9, 1.2, 0.8], dtype=dtype)
-    return data
-
-
-DATA = batch()
-
 # Arguments by modifier; a string that names a tensor of the batch stands for it.
 MODIFIERS = {
     "plain": {},
@@ -523,15 +469,6 @@ def test_any_rows_and_columns(loss_type, name, aggregation, rows, columns, count
         assert_same(run(grpo_loss, data, **options), run(reference.grpo_loss, data, **options))
 
 
-def pack(data):
-    """The same batch in one row, tokens beyond each length dropped (one stays masked), the empty row too."""
-    kept = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
-    present = torch.tensor(LENGTHS) > 0
-    packed = {k: v[present] if v.dim() == 1 else v[kept].unsqueeze(0) for k, v in data.items()}
-    positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
-    return packed, document_borders(positions), kept
-
-
 @pytest.mark.parametrize("name", ["plain", "sequence_level", "off_policy_rollout", "sequence_weight", "all"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_packed_rows_are_padded_rows(loss_type, name):
@@ -574,31 +511,6 @@ def test_two_ranks_are_one_process(loss_type, aggregation, count_empty):
         torch.testing.assert_close(torch.cat([r[2][name] for r in ranks]) / 2, gradient)
     local = [run(grpo_loss, half, **options, count_empty=count_empty) for half in halves]
     assert aggregation == "token_sum" or not torch.allclose((local[0][0] + local[1][0]) / 2, whole[0])
-
-
-@pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a != "token_sum"])
-def test_ranks_need_the_global_count(aggregation):
-    with pytest.raises(ValueError, match="count over all ranks"):
-        aggregate(torch.ones(2, 3), None, aggregation, dp_size=2)
-
-
-@pytest.mark.parametrize("aggregation", AGGREGATIONS)
-def test_aggregate(aggregation):
-    loss = torch.randn(6, 7, dtype=torch.float64)
-    mask = DATA["mask"]
-    for options in (
-        {},
-        {"count_empty": False},
-        {"loss_scale_factor": 5.0},
-        {"batch_num_tokens": 50.0, "global_batch_size": 9.0, "dp_size": 4},
-    ):
-        expected = reference.aggregate(loss, mask, aggregation, **options)
-        torch.testing.assert_close(aggregate(loss, mask, aggregation, **options), expected)
-        torch.testing.assert_close(aggregate(loss, mask, aggregation.replace("_", "-"), **options), expected)
-    torch.testing.assert_close(aggregate(loss, None, aggregation), reference.aggregate(loss, None, aggregation))
-    assert aggregate(loss.bfloat16(), mask, aggregation).dtype == torch.float32
-    nothing = aggregate(loss, mask * 0, aggregation, batch_num_tokens=mask.sum() * 0, global_batch_size=mask.sum() * 0)
-    assert nothing == 0
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -767,46 +679,6 @@ def test_arguments_are_named(options, message):
         grpo_loss(**{"log_probs": x, "old_log_probs": x, "advantages": torch.ones(2)} | options)
 
 
-def test_off_policy_mask_drops_and_keeps():
-    args = DATA["log_probs"], DATA["old_log_probs"], DATA["advantages"], 0.05, DATA["mask"]
-    keep = off_policy_mask(*args)
-    assert torch.equal(keep.expand(6, 7), reference.off_policy_mask(*args))
-    assert not keep.all()
-    assert (keep[DATA["advantages"] < 0]).any()
-    unscored = DATA["old_log_probs"].clone()
-    unscored[1, 0] = float("nan")
-    torch.testing.assert_close(
-        off_policy_mask(args[0], unscored, *args[2:]).expand(6, 7),
-        reference.off_policy_mask(args[0], unscored, *args[2:]),
-    )
-
-
-@pytest.mark.parametrize("top", [0.05, 0.2, 0.5, 0.99])
-def test_entropy_mask(top):
-    keep = entropy_mask(DATA["entropy"], top, DATA["mask"])
-    assert torch.equal(keep, reference.entropy_mask(DATA["entropy"], top, DATA["mask"]))
-    assert 0 < keep.sum() < (DATA["mask"] != 0).sum()
-    assert not keep[DATA["mask"] == 0].any()
-
-
-def _entropy_mask_of_a_rank(device, entropy, mask):
-    first = torch.distributed.get_rank() == 0
-    rows, columns = (slice(0, 2), slice(0, 7)) if first else (slice(2, 6), slice(0, 6))
-    return entropy_mask(entropy[rows, columns].to(device), 0.3, mask[rows, columns].to(device))
-
-
-@needs_ranks
-def test_entropy_mask_over_all_ranks():
-    """Ranks of different batch and length share one quantile."""
-    entropy, mask = DATA["entropy"].clone(), DATA["mask"].clone()
-    entropy[:2] += 1
-    mask[2:, 6] = 0
-    results = ranks.run(_entropy_mask_of_a_rank, 2, entropy, mask)
-    both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
-    assert torch.equal(both, entropy_mask(entropy, 0.3, mask))
-    assert not torch.equal(both[:2], entropy_mask(entropy[:2], 0.3, mask[:2]))
-
-
 def test_vespo_takes_no_step_on_a_weight_that_is_not_a_number():
     weight = DATA["sequence_weight"].clone()
     weight[0] = float("nan")
@@ -816,128 +688,11 @@ def test_vespo_takes_no_step_on_a_weight_that_is_not_a_number():
     assert (gradients["log_probs"][1] != 0).any()
 
 
-WEIGHTS = {
-    "token_truncate": {"low": 0.7, "high": 1.5},
-    "token_truncate_high": {"high": 1.5},
-    "token_truncate_low": {"low": 0.7},
-    "token_mask": {"mode": "mask", "low": 0.7, "high": 1.5},
-    "token_mask_high": {"mode": "mask", "high": 1.5},
-    "sequence_truncate": {"level": "sequence_sum", "low": 0.7, "high": 1.5},
-    "sequence_mask": {"level": "sequence_sum", "mode": "mask", "low": 0.5, "high": 2.2},
-    "mean_mask": {"level": "sequence_mean", "mode": "mask", "low": 0.9, "high": 1.3},
-    "token_binary_kl": {"mode": "mask", "gate": "binary_kl", "high": 0.05},
-    "mean_binary_kl": {"level": "sequence_mean", "mode": "mask", "gate": "binary_kl", "high": 0.05},
-    "token_tv": {"mode": "mask", "gate": "tv", "high": 0.1},
-    "mean_tv": {"level": "sequence_mean", "mode": "mask", "gate": "tv", "high": 0.15},
-    "none": {},
-    "sequence_none": {"level": "sequence_sum"},
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_mismatch_weight(name):
-    rollout = DATA["rollout_log_probs"].clone()
-    rollout[1, 0] = float("nan")
-    args = DATA["old_log_probs"].clone().requires_grad_(), rollout, DATA["mask"]
-    weight, metrics = mismatch_weight(*args, **WEIGHTS[name])
-    expected, expected_metrics = reference.mismatch_weight(*args, **WEIGHTS[name])
-    shown = DATA["mask"] != 0
-    spread = weight if weight.dim() == 2 else weight[:, None].expand_as(expected)
-    torch.testing.assert_close(spread[shown], expected[shown])
-    for key, value in expected_metrics.items():
-        torch.testing.assert_close(metrics[key].item(), float(value))
-    assert not weight.requires_grad
-    assert (0 < metrics["filter_fraction"] < 1) or name in ("none", "sequence_none")
-    packed, borders, kept = pack(DATA | {"rollout": rollout})
-    weight, metrics = mismatch_weight(
-        packed["old_log_probs"], packed["rollout"], packed["mask"], cu_seqlens=borders, **WEIGHTS[name]
-    )
-    spread = weight if weight.dim() == 2 else weight.repeat_interleave(borders.diff())[None]
-    torch.testing.assert_close(spread[packed["mask"] != 0], expected[kept & shown])
-    torch.testing.assert_close(metrics["filter_fraction"].item(), float(expected_metrics["filter_fraction"]))
-
-
 @pytest.mark.parametrize("loss_type", ["ppo", "gspo"])
 def test_borders_that_are_not_of_these_tokens(loss_type):
     x = torch.zeros(1, 6)
     with pytest.raises(ValueError, match=r"number of tokens, 6, got \[0, 3, 7\]"):
         grpo_loss(x, x, torch.ones(2), loss_type=loss_type, cu_seqlens=torch.tensor([0, 3, 7]))
-
-
-def test_mismatch_weights_differ():
-    weights = {}
-    for name, options in WEIGHTS.items():
-        weight, _ = mismatch_weight(DATA["old_log_probs"], DATA["rollout_log_probs"], DATA["mask"], **options)
-        loss, _, _ = run(grpo_loss, DATA, mismatch_weight=weight)
-        weights[name] = round(loss.item(), 9)
-    assert len(set(weights.values())) == len(weights)
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"level": "sequence_mean", "mode": "truncate"},
-        {"gate": "tv", "mode": "truncate"},
-        {"gate": "binary_kl", "mode": "mask", "level": "sequence_sum"},
-        {"level": "sequence"},
-    ],
-)
-def test_mismatch_weight_rejects_what_has_no_meaning(options):
-    with pytest.raises(ValueError, match="do not go together"):
-        mismatch_weight(torch.zeros(1, 2), torch.zeros(1, 2), **options)
-
-
-def test_mismatch_weight_of_a_huge_difference_is_finite():
-    weight, metrics = mismatch_weight(torch.tensor([[-1.0, -500.0]]), torch.tensor([[-500.0, -1.0]]))
-    assert weight.isfinite().all()
-    assert metrics["mismatch_kl"] == 0
-
-
-REWARDS = {
-    "one": torch.tensor([1.0, 0.0, 0.5, 3.0, 2.0, 2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 0.0]),
-    "nan": torch.tensor([1.0, NAN, 0.5, 3.0, NAN, NAN, NAN, 2.0, NAN, NAN, NAN, NAN]),
-    "three": torch.stack(
-        [
-            torch.tensor([1.0, NAN, 0.5, 3.0, NAN, 2.0, NAN, 2.0, 0.0, 1.0, 0.0, 0.0]),
-            torch.tensor([0.2, NAN, 1.5, 0.3, NAN, 1.0, 1.5, 2.5, 1.0, 0.0, 5.0, 0.0]),
-            torch.tensor([9.0, NAN, NAN, NAN, 0.0, 4.0, NAN, 2.0, 0.0, 0.1, 3.0, 0.5]),
-        ],
-        dim=1,
-    ),
-}
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none", "normalize_then_sum"])
-@pytest.mark.parametrize("rewards", REWARDS)
-@pytest.mark.parametrize("options", [{}, {"eps": 0.5}, {"leave_one_out": True}, {"weights": [0.5, 2.0, -1.0]}], ids=str)
-def test_group_advantages(rewards, scale, options):
-    if "weights" in options:
-        options = {"weights": options["weights"][: 3 if rewards == "three" else 1]}
-    rewards = REWARDS[rewards].double()
-    if scale == "normalize_then_sum" and "leave_one_out" in options:
-        with pytest.raises(ValueError, match="leave_one_out is about the mean of a group"):
-            group_advantages(rewards, 4, scale=scale, **options)
-        return
-    for group in (4, 2, 1, 12):
-        expected = reference.group_advantages(rewards, group, scale=scale, **options)
-        ours = group_advantages(rewards, group, scale=scale, **options)
-        torch.testing.assert_close(ours, expected)
-        assert ours.isfinite().all()
-    assert group_advantages(rewards.float(), 4, scale=scale, **options).dtype == torch.float32
-
-
-def test_group_advantages_differ():
-    rewards = REWARDS["three"]
-    results = [
-        group_advantages(rewards, 4, scale=scale, leave_one_out=loo, weights=weights, eps=eps)
-        for scale in ("group", "batch", "none", "normalize_then_sum")
-        for loo in ((False, True) if scale != "normalize_then_sum" else (False,))
-        for weights in (None, [1.0, 2.0, 3.0])
-        for eps in ((1e-4, 1e-1) if scale != "none" else (1e-4,))
-    ]
-    assert len({tuple(r.tolist()) for r in results}) == len(results)
-    assert (group_advantages(REWARDS["one"], 1) == 0).all()
-    assert (group_advantages(REWARDS["one"], 4)[4:8] == 0).all()  # a group of equals
 
 
 VALUES = {

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from fused_losses import modules
+from fused_losses.aggregation import aggregate
 from fused_losses.kl import kl_estimate
-from fused_losses.policy import aggregate, group_advantages, grpo_loss, mismatch_weight, value_loss
+from fused_losses.policy import grpo_loss, value_loss
+from fused_losses.rollouts import group_advantages, mismatch_weight
 
 B, S = 6, 7
 MASK = (torch.arange(S) < torch.tensor([7, 5, 2, 6, 3, 7])[:, None]).long()

@@ -1,0 +1,158 @@
+"""From one loss per token to one number: which tokens count, which sequence each is of, and how much a long one weighs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .numerics import upcast
+from .sequences import at_least_one, checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
+
+
+class Sequences:
+    """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
+
+    def __init__(self, name: str, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
+            raise ValueError(f"{name} must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
+        same_shape(**{name: tokens}, mask=mask)
+        self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+        cu_seqlens = None if cu_seqlens is None else checked_borders(cu_seqlens, tokens.shape[1])
+        self.cu_seqlens = cu_seqlens
+        self.number = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
+        if cu_seqlens is not None:
+            place = torch.arange(tokens.shape[1], device=tokens.device)
+            self.mask = self.mask & (place < cu_seqlens[-1])
+            self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
+
+    def hide(self, name: str, x: Tensor, otherwise: str = "") -> Tensor:
+        """fp32 or float64, 0 at every token that does not count."""
+        if x.shape != self.mask.shape:
+            raise ValueError(f"{name} must be {otherwise}one per token {tuple(self.mask.shape)}, got {tuple(x.shape)}")
+        return upcast(x).masked_fill(~self.mask, 0)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """(B,)"""
+        if self.cu_seqlens is None:
+            return masked_sum(x, self.mask, -1)
+        return packed_sum(x, self.mask, cu_seqlens=self.cu_seqlens)
+
+    def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(B,)"""
+        mask = self.mask if mask is None else mask
+        if self.cu_seqlens is None:
+            return masked_mean(x, mask, -1)
+        return packed_mean(x, mask, cu_seqlens=self.cu_seqlens)
+
+    def constant(self, name: str, x: Tensor) -> Tensor:
+        """Detached and fp32 or float64: ``(B,)`` if it came with one number per sequence, else per token."""
+        x = upcast(x.detach())
+        if self.cu_seqlens is None and x.shape == (self.number, 1):
+            x = x.squeeze(1)
+        return x if x.shape == (self.number,) else self.hide(name, x, f"one per sequence ({self.number},) or ")
+
+    def spread(self, x: Tensor) -> Tensor:
+        """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
+        if x.dim() == 2:
+            return x
+        return x.unsqueeze(1) if self.cu_seqlens is None else x[self.document].unsqueeze(0)
+
+    def nonempty(self) -> Tensor:
+        """(B,) bool"""
+        return self.sum(self.mask.float()) > 0
+
+    def average(self, x: Tensor, per_sequence: bool = False, count_empty: bool = False) -> Tensor:
+        """Mean over the tokens that count, or over the sequences that have any, or all, in one without tokens 0."""
+        x = upcast(x).expand_as(self.mask)
+        if per_sequence and count_empty:
+            return self.mean(x).sum() / max(self.number, 1)
+        return masked_mean(self.mean(x), self.nonempty()) if per_sequence else masked_mean(x, self.mask)
+
+
+def aggregate(
+    loss: Tensor,
+    mask: Tensor | None = None,
+    aggregation: str = "token_mean",
+    *,
+    cu_seqlens: Tensor | None = None,
+    batch_num_tokens: Tensor | float | None = None,
+    global_batch_size: Tensor | float | None = None,
+    dp_size: int = 1,
+    loss_scale_factor: float | None = None,
+    count_empty: bool = True,
+) -> Tensor:
+    r"""One number from one loss per token: how much a long sequence weighs is decided here.
+
+    ============================  ===================================================  ==============================
+    ``aggregation``               with :math:`n` unmasked tokens in a sequence         elsewhere
+    ============================  ===================================================  ==============================
+    ``token_mean``                :math:`\sum \ell / \sum n`                           TRL bnpo, dapo; verl
+                                                                                       ``token-mean``; OpenRLHF
+                                                                                       ``token_level_loss=True``
+    ``token_sum``                 :math:`\sum \ell / c`                                verl ``token-sum``
+    ``seq_mean_token_mean``       :math:`\mathrm{mean}_B(\sum_t \ell / n)`             TRL grpo, sapo; verl
+                                                                                       ``seq-mean-token-mean``
+    ``seq_mean_token_sum``        :math:`\mathrm{mean}_B(\sum_t \ell)`                 TRL luspo; verl
+                                                                                       ``seq-mean-token-sum``
+    ``seq_mean_token_sum_norm``   :math:`\mathrm{mean}_B(\sum_t \ell) / c`             TRL dr_grpo, c its
+                                                                                       ``max_completion_length``; verl
+                                                                                       ``seq-mean-token-sum-norm``
+    ============================  ===================================================  ==============================
+
+    verl's hyphenated names are understood too. Where gradients are averaged over ranks, the counts of the global batch make
+    the gradient that of one process with the whole batch: their sum over ranks together with ``dp_size``, or their average,
+    :func:`count_per_rank`, without. So do they over micro-batches, whose losses are then added. TRL's gradient accumulation:
+    divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch · accumulation /
+    steps_per_generation`` and ``dp_size = num_processes``.
+
+    Source: TRL 1.16 ``GRPOTrainer``; verl 0.9 ``agg_loss``; OpenRLHF 0.11 ``aggregate_loss``.
+
+    Args:
+        loss: ``(B, S)``, or packed ``(1, total)``.
+        mask: as ``loss``, nonzero for the tokens that count; ``None``: all.
+        aggregation: a row of the table.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+        batch_num_tokens: for ``token_mean``, unmasked tokens of the global batch; ``None``: of this one.
+        global_batch_size: for ``seq_mean_*``, sequences of the global batch; ``None``: of this one.
+        dp_size: number of ranks the gradient will be averaged over; only with a global count, or ``token_sum``.
+        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``: to be given
+            where ranks or micro-batches are padded to different lengths.
+        count_empty: whether a fully masked sequence counts, as 0, in :math:`\mathrm{mean}_B` (default, TRL) or is left
+            out of it (verl, OpenRLHF 0.11).
+
+    Returns:
+        Scalar, fp32 (float64 for float64); 0 where nothing is unmasked.
+
+    Raises:
+        ValueError: an unknown ``aggregation``, shapes that do not match, or ``dp_size`` without the global count.
+
+    Example:
+        >>> loss, mask = torch.tensor([[1.0, 2.0, 3.0], [9.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+        >>> [round(aggregate(loss, mask, a).item(), 2) for a in ("token_mean", "seq_mean_token_mean", "token_sum")]
+        [3.75, 5.5, 15.0]
+    """
+    kind = aggregation.replace("-", "_")
+    if kind not in ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
+        raise ValueError(f"unknown aggregation {aggregation!r}; see the table of fused_losses.aggregate")
+    sequences = Sequences("loss", loss, mask, cu_seqlens)
+    loss = upcast(loss)
+    global_count = batch_num_tokens if kind == "token_mean" else global_batch_size
+    if dp_size > 1 and global_count is None and kind != "token_sum":
+        needed = "batch_num_tokens" if kind == "token_mean" else "global_batch_size"
+        raise ValueError(f"{aggregation} with dp_size={dp_size} needs {needed}, the count over all ranks")
+
+    count: Tensor | float
+    if kind == "token_sum":
+        total, count = masked_sum(loss, sequences.mask), 1 if loss_scale_factor is None else loss_scale_factor
+    elif kind == "token_mean":
+        total, count = masked_sum(loss, sequences.mask), sequences.mask.sum()
+    else:
+        total = (sequences.mean(loss) if kind == "seq_mean_token_mean" else sequences.sum(loss)).sum()
+        count = sequences.number if count_empty else sequences.nonempty().sum()
+        if kind == "seq_mean_token_sum_norm":
+            if loss_scale_factor is None and cu_seqlens is not None:
+                raise ValueError("seq_mean_token_sum_norm of a packed row needs loss_scale_factor: it has no S")
+            total = total / (loss.shape[1] if loss_scale_factor is None else loss_scale_factor)
+    if global_count is not None and kind != "token_sum":
+        count = global_count
+    return total / at_least_one(count) * dp_size

@@ -1,0 +1,280 @@
+"""What is known of sampled sequences before the loss: how much better than expected each was, and which of it to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import inf, nan
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from .aggregation import Sequences
+from .numerics import check_between, upcast
+from .sequences import same_shape
+
+
+def _nanstd(x: Tensor, dim: int) -> Tensor:
+    """Unbiased, over what is not nan; of a single number 0."""
+    deviation = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    return (deviation / ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
+
+
+def group_advantages(
+    rewards: Tensor,
+    num_generations: int,
+    *,
+    scale: Literal["group", "batch", "none", "normalize_then_sum"] = "group",
+    weights: Sequence[float] | Tensor | None = None,
+    leave_one_out: bool = False,
+    eps: float = 1e-4,
+) -> Tensor:
+    r"""Advantages of sequences sampled from the same prompt: how much better than its siblings each one was.
+
+    .. math:: A = \frac{R - \mathrm{mean}_{group} R}{\mathrm{std} R + \epsilon}
+
+    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) scales every reward
+    function by its own group before they are summed, and the sum by the batch, mean and std. nan rewards (a function
+    that does not apply) are left out of sums, means and stds; a sequence without any reward gets 0, as does a group of
+    one.
+
+    Source: GRPO (2402.03300), Dr. GRPO (2503.20783) ``scale="none"``, RLOO (2402.14740) ``leave_one_out``, GDPO
+    (2601.05242); TRL 1.16's ``scale_rewards`` (True is ``group``, False is ``none``) and ``multi_objective_aggregation``.
+
+    Args:
+        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings stand together.
+        num_generations: sequences per prompt; divides B.
+        scale: ``"group"`` (default), ``"batch"``, ``"none"`` or ``"normalize_then_sum"``.
+        weights: ``(K,)`` of the reward functions; ``None``: all 1.
+        leave_one_out: the mean of the *other* siblings instead of all of them, i.e. :math:`R - \mathrm{mean}` times
+            :math:`G/(G-1)`. RLOO has ``scale="none"``; not with ``normalize_then_sum``.
+        eps: added to the std. Default 1e-4, TRL's; verl has 1e-6, OpenRLHF 1e-9.
+
+    Returns:
+        ``(B,)``, fp32 (float64 for float64).
+
+    Raises:
+        ValueError: B is no multiple of ``num_generations``, weights that are not ``(K,)``, or an unknown ``scale``.
+
+    Example:
+        >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
+        tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
+    """
+    if scale not in ("group", "batch", "none", "normalize_then_sum"):
+        raise ValueError(f"scale must be 'group', 'batch', 'none' or 'normalize_then_sum', got {scale!r}")
+    if scale == "normalize_then_sum" and leave_one_out:
+        raise ValueError("leave_one_out is about the mean of a group, which normalize_then_sum takes before the sum")
+    if rewards.dim() not in (1, 2) or num_generations < 1 or len(rewards) % num_generations:
+        raise ValueError(f"rewards must be (B,) or (B, K) in groups of {num_generations}, got {tuple(rewards.shape)}")
+    rewards = upcast(rewards if rewards.dim() == 2 else rewards.unsqueeze(1))
+    rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
+    unscored = rewards.isnan().all(-1)
+    if scale == "normalize_then_sum":
+        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
+    if weights is not None:
+        weights = torch.as_tensor(weights).to(rewards)
+        if weights.shape != rewards.shape[-1:]:
+            raise ValueError(
+                f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {tuple(weights.shape)}"
+            )
+        rewards = rewards * weights
+    total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
+    batch_std = _nanstd(total.view(1, -1), 1)
+    if scale == "normalize_then_sum":
+        advantages = (total - total.nanmean()) / (batch_std + eps)
+    else:
+        advantages = total - total.nanmean(1, keepdim=True)
+        if leave_one_out:
+            siblings = (~total.isnan()).sum(1, keepdim=True)
+            advantages = advantages * siblings / (siblings - 1).clamp(min=1)
+        if scale != "none":
+            advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
+    return advantages.masked_fill(advantages.isnan(), 0).flatten()
+
+
+def off_policy_mask(
+    log_probs: Tensor,
+    sampling_log_probs: Tensor,
+    advantages: Tensor,
+    threshold: float,
+    mask: Tensor | None = None,
+    *,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    r"""Keep a sequence that was worth sampling, or that the policy has not moved far from since.
+
+    .. math:: A \ge 0 \;\lor\; \mathrm{mean}_t(\log\pi_{sampling} - \log\pi) \le threshold
+
+    Source: DeepSeek-V3.2 (2512.02556); TRL 1.16 ``off_policy_mask_threshold``.
+
+    Args:
+        log_probs: ``(B, S)`` of the policy, or packed ``(1, total)``.
+        sampling_log_probs: the same under the policy that sampled the tokens: the inference engine's where it is known,
+            else the old policy's. nan (a token that was not scored) counts as no difference.
+        advantages: ``(B,)`` or ``(B, S)``.
+        threshold: in nats per token.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+
+    Returns:
+        bool, ``(B, 1)``, or a tensor per token for advantages per token or packed rows.
+
+    Example:
+        >>> old, new = torch.tensor([[-1.0], [-1.0], [-1.0]]), torch.tensor([[-3.0], [-3.0], [-1.1]])
+        >>> off_policy_mask(new, old, torch.tensor([1.0, -1.0, -1.0]), threshold=0.5).squeeze(1)
+        tensor([ True, False,  True])
+    """
+    sequences = Sequences("log_probs", log_probs, mask, cu_seqlens)
+    drift = sequences.hide("sampling_log_probs", sampling_log_probs.detach()) - sequences.hide(
+        "log_probs", log_probs.detach()
+    )
+    drift = sequences.mean(drift.masked_fill(drift.isnan(), 0))
+    return (sequences.spread(sequences.constant("advantages", advantages)) >= 0) | sequences.spread(drift <= threshold)
+
+
+def entropy_mask(
+    entropy: Tensor,
+    top_entropy_quantile: float,
+    mask: Tensor | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Keep the tokens where the policy was least certain: the given share of them, over all ranks.
+
+    Source: "Beyond the 80/20 rule" (2506.01939); TRL 1.16 ``top_entropy_quantile``.
+
+    Args:
+        entropy: ``(B, S)`` per token, nats.
+        top_entropy_quantile: the share to keep, 0 to 1: 0.2 keeps the fifth with the highest entropy.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        group: the ranks among whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
+            Several ranks tell each other their numbers of tokens, which waits for the device.
+
+    Returns:
+        bool ``(B, S)``, False where masked.
+
+    Example:
+        >>> entropy_mask(torch.tensor([[0.1, 2.0, 0.5, 1.0]]), 0.5)
+        tensor([[False,  True, False,  True]])
+    """
+    check_between(0, 1, top_entropy_quantile=top_entropy_quantile)
+    same_shape(entropy=entropy, mask=mask)
+    shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
+    entropy = upcast(entropy.detach())
+    values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+        lengths: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(lengths, len(values), group)
+        values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
+        everyone = [torch.empty_like(values) for _ in lengths]
+        dist.all_gather(everyone, values, group)
+        values = torch.cat(everyone)
+    # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
+    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).double()
+    around = torch.stack([rank.floor(), rank.ceil()]).long()
+    low, high = values.sort().values.gather(0, around)  # nan last
+    return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown
+
+
+def mismatch_weight(
+    old_log_probs: Tensor,
+    rollout_log_probs: Tensor,
+    mask: Tensor | None = None,
+    *,
+    level: Literal["token", "sequence_sum", "sequence_mean"] = "token",
+    mode: Literal["truncate", "mask"] = "truncate",
+    gate: Literal["ratio", "binary_kl", "tv"] = "ratio",
+    low: float | None = None,
+    high: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Importance weight that makes up for an inference engine whose probabilities differ.
+
+    .. math:: \pi_{old} / \pi_{rollout}
+
+    A statistic is kept within ``[low, high]``: by truncating the weight itself, or by giving 0 to whatever is outside.
+
+    ====================================================  ==============================================================
+    elsewhere                                             here
+    ====================================================  ==============================================================
+    TRL ``token_truncate``, ``token_mask``                ``level="token"``, ``mode="truncate"`` or ``"mask"``
+    TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
+    verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
+                                                          ``"low_high"`` thresholds are ``mode="mask"``
+    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``
+    OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
+    OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
+    OpenRLHF ``is_correction_gating``                     ``gate``
+    OpenRLHF ``gspo`` with a correction                   no weight: pass the rollout as ``old_log_probs``
+    ====================================================  ==============================================================
+
+    Source: TRL 1.16 ``vllm_importance_sampling_mode``; verl 0.9 ``rollout_is``; OpenRLHF 0.11 ``is_correction_*``.
+
+    Args:
+        old_log_probs: ``(B, S)`` under the old policy, computed by the trainer; or packed ``(1, total)``.
+        rollout_log_probs: the same as the inference engine reported them. nan (not scored) counts as equal to the old.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        level: what the statistic is of: a ``"token"``, the whole sequence (``"sequence_sum"``: the product of its token
+            ratios, which is then also the weight), or its tokens' average (``"sequence_mean"``: the geometric mean
+            decides, the weights stay per token).
+        mode: ``"truncate"`` or ``"mask"``.
+        gate: which statistic: the ``"ratio"``, or with ``mode="mask"`` the divergence between the two
+            probabilities of the sampled token, as a coin's (``"binary_kl"``) or as ``"tv"`` their distance.
+        low, high: the bounds; ``None``: no bound. Exponents are kept within ±20 in any case.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+
+    Returns:
+        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); to be passed as
+        ``mismatch_weight``; and metrics: ``mismatch_kl``, the token mean of :math:`\log\pi_{rollout} - \log\pi_{old}`,
+        and ``filter_fraction``, the share of tokens, or of sequences, outside the bounds.
+
+    Raises:
+        ValueError: a combination without meaning, or ``low`` above ``high``.
+
+    Example:
+        >>> old, rollout = torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -3.0]])
+        >>> mismatch_weight(old, rollout, high=2.0)[0]
+        tensor([[1., 2.]])
+        >>> mismatch_weight(old, rollout, mode="mask", high=2.0)[0]
+        tensor([[1., 0.]])
+    """
+    if (
+        level not in ("token", "sequence_sum", "sequence_mean")
+        or mode not in ("truncate", "mask")
+        or gate not in ("ratio", "binary_kl", "tv")
+        or (mode == "truncate" and (gate != "ratio" or level == "sequence_mean"))
+        or (gate != "ratio" and level == "sequence_sum")
+    ):
+        raise ValueError(
+            f"level={level!r}, mode={mode!r}, gate={gate!r} do not go together: only a ratio that is itself the weight "
+            "can be truncated, and a divergence is a token's or a sequence_mean"
+        )
+    check_between(0, inf, high=high)
+    check_between(-inf, inf if high is None else high, low=low)
+    sequences = Sequences("old_log_probs", old_log_probs, mask, cu_seqlens)
+    old = sequences.hide("old_log_probs", old_log_probs.detach())
+    rollout = sequences.hide("rollout_log_probs", rollout_log_probs.detach())
+    rollout = torch.where(rollout.isnan(), old, rollout)
+    log_weight = old - rollout
+    if level == "sequence_sum":
+        log_weight = sequences.sum(log_weight)
+    weight = log_weight.clamp(-20, 20).exp()
+    if gate == "ratio":
+        statistic = sequences.spread(sequences.mean(log_weight)).exp() if level == "sequence_mean" else weight
+    else:
+        p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+        statistic = (p - q).abs() if gate == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        if level == "sequence_mean":
+            statistic = sequences.spread(sequences.mean(statistic))
+    low, high = (-inf if low is None else low), (inf if high is None else high)
+    outside = (statistic < low) | (statistic > high)
+    weight = weight.clamp(low, high) if mode == "truncate" else weight.masked_fill(outside, 0)
+    if level == "sequence_sum":
+        outside = sequences.spread(outside)
+    metrics = {
+        "mismatch_kl": sequences.average(rollout - old),
+        "filter_fraction": sequences.average(outside, per_sequence=level != "token"),
+    }
+    return weight, metrics

@@ -1,0 +1,171 @@
+"""Advantages, masks and weights of sampled sequences, against loops in float64."""
+
+import pytest
+import torch
+from ranks import needs_ranks
+from rollout_batch import DATA, pack
+
+import fused_losses.reference.rollouts as reference
+from fused_losses.bench import ranks
+from fused_losses.policy import grpo_loss
+from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
+
+NAN = float("nan")
+
+
+def test_off_policy_mask_drops_and_keeps():
+    args = DATA["log_probs"], DATA["old_log_probs"], DATA["advantages"], 0.05, DATA["mask"]
+    keep = off_policy_mask(*args)
+    assert torch.equal(keep.expand(6, 7), reference.off_policy_mask(*args))
+    assert not keep.all()
+    assert (keep[DATA["advantages"] < 0]).any()
+    unscored = DATA["old_log_probs"].clone()
+    unscored[1, 0] = float("nan")
+    torch.testing.assert_close(
+        off_policy_mask(args[0], unscored, *args[2:]).expand(6, 7),
+        reference.off_policy_mask(args[0], unscored, *args[2:]),
+    )
+
+
+@pytest.mark.parametrize("top", [0.05, 0.2, 0.5, 0.99])
+def test_entropy_mask(top):
+    keep = entropy_mask(DATA["entropy"], top, DATA["mask"])
+    assert torch.equal(keep, reference.entropy_mask(DATA["entropy"], top, DATA["mask"]))
+    assert 0 < keep.sum() < (DATA["mask"] != 0).sum()
+    assert not keep[DATA["mask"] == 0].any()
+
+
+def _entropy_mask_of_a_rank(device, entropy, mask):
+    first = torch.distributed.get_rank() == 0
+    rows, columns = (slice(0, 2), slice(0, 7)) if first else (slice(2, 6), slice(0, 6))
+    return entropy_mask(entropy[rows, columns].to(device), 0.3, mask[rows, columns].to(device))
+
+
+@needs_ranks
+def test_entropy_mask_over_all_ranks():
+    """Ranks of different batch and length share one quantile."""
+    entropy, mask = DATA["entropy"].clone(), DATA["mask"].clone()
+    entropy[:2] += 1
+    mask[2:, 6] = 0
+    results = ranks.run(_entropy_mask_of_a_rank, 2, entropy, mask)
+    both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
+    assert torch.equal(both, entropy_mask(entropy, 0.3, mask))
+    assert not torch.equal(both[:2], entropy_mask(entropy[:2], 0.3, mask[:2]))
+
+
+WEIGHTS = {
+    "token_truncate": {"low": 0.7, "high": 1.5},
+    "token_truncate_high": {"high": 1.5},
+    "token_truncate_low": {"low": 0.7},
+    "token_mask": {"mode": "mask", "low": 0.7, "high": 1.5},
+    "token_mask_high": {"mode": "mask", "high": 1.5},
+    "sequence_truncate": {"level": "sequence_sum", "low": 0.7, "high": 1.5},
+    "sequence_mask": {"level": "sequence_sum", "mode": "mask", "low": 0.5, "high": 2.2},
+    "mean_mask": {"level": "sequence_mean", "mode": "mask", "low": 0.9, "high": 1.3},
+    "token_binary_kl": {"mode": "mask", "gate": "binary_kl", "high": 0.05},
+    "mean_binary_kl": {"level": "sequence_mean", "mode": "mask", "gate": "binary_kl", "high": 0.05},
+    "token_tv": {"mode": "mask", "gate": "tv", "high": 0.1},
+    "mean_tv": {"level": "sequence_mean", "mode": "mask", "gate": "tv", "high": 0.15},
+    "none": {},
+    "sequence_none": {"level": "sequence_sum"},
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_mismatch_weight(name):
+    rollout = DATA["rollout_log_probs"].clone()
+    rollout[1, 0] = float("nan")
+    args = DATA["old_log_probs"].clone().requires_grad_(), rollout, DATA["mask"]
+    weight, metrics = mismatch_weight(*args, **WEIGHTS[name])
+    expected, expected_metrics = reference.mismatch_weight(*args, **WEIGHTS[name])
+    shown = DATA["mask"] != 0
+    spread = weight if weight.dim() == 2 else weight[:, None].expand_as(expected)
+    torch.testing.assert_close(spread[shown], expected[shown])
+    for key, value in expected_metrics.items():
+        torch.testing.assert_close(metrics[key].item(), float(value))
+    assert not weight.requires_grad
+    assert (0 < metrics["filter_fraction"] < 1) or name in ("none", "sequence_none")
+    packed, borders, kept = pack(DATA | {"rollout": rollout})
+    weight, metrics = mismatch_weight(
+        packed["old_log_probs"], packed["rollout"], packed["mask"], cu_seqlens=borders, **WEIGHTS[name]
+    )
+    spread = weight if weight.dim() == 2 else weight.repeat_interleave(borders.diff())[None]
+    torch.testing.assert_close(spread[packed["mask"] != 0], expected[kept & shown])
+    torch.testing.assert_close(metrics["filter_fraction"].item(), float(expected_metrics["filter_fraction"]))
+
+
+def test_mismatch_weights_differ():
+    weights = {}
+    for name, options in WEIGHTS.items():
+        weight, _ = mismatch_weight(DATA["old_log_probs"], DATA["rollout_log_probs"], DATA["mask"], **options)
+        tensors = (DATA[key] for key in ("log_probs", "old_log_probs", "advantages", "mask"))
+        loss, _ = grpo_loss(*tensors, mismatch_weight=weight)
+        weights[name] = round(loss.item(), 9)
+    assert len(set(weights.values())) == len(weights)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"level": "sequence_mean", "mode": "truncate"},
+        {"gate": "tv", "mode": "truncate"},
+        {"gate": "binary_kl", "mode": "mask", "level": "sequence_sum"},
+        {"level": "sequence"},
+    ],
+)
+def test_mismatch_weight_rejects_what_has_no_meaning(options):
+    with pytest.raises(ValueError, match="do not go together"):
+        mismatch_weight(torch.zeros(1, 2), torch.zeros(1, 2), **options)
+
+
+def test_mismatch_weight_of_a_huge_difference_is_finite():
+    weight, metrics = mismatch_weight(torch.tensor([[-1.0, -500.0]]), torch.tensor([[-500.0, -1.0]]))
+    assert weight.isfinite().all()
+    assert metrics["mismatch_kl"] == 0
+
+
+REWARDS = {
+    "one": torch.tensor([1.0, 0.0, 0.5, 3.0, 2.0, 2.0, 2.0, 2.0, 0.0, 1.0, 0.0, 0.0]),
+    "nan": torch.tensor([1.0, NAN, 0.5, 3.0, NAN, NAN, NAN, 2.0, NAN, NAN, NAN, NAN]),
+    "three": torch.stack(
+        [
+            torch.tensor([1.0, NAN, 0.5, 3.0, NAN, 2.0, NAN, 2.0, 0.0, 1.0, 0.0, 0.0]),
+            torch.tensor([0.2, NAN, 1.5, 0.3, NAN, 1.0, 1.5, 2.5, 1.0, 0.0, 5.0, 0.0]),
+            torch.tensor([9.0, NAN, NAN, NAN, 0.0, 4.0, NAN, 2.0, 0.0, 0.1, 3.0, 0.5]),
+        ],
+        dim=1,
+    ),
+}
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "normalize_then_sum"])
+@pytest.mark.parametrize("rewards", REWARDS)
+@pytest.mark.parametrize("options", [{}, {"eps": 0.5}, {"leave_one_out": True}, {"weights": [0.5, 2.0, -1.0]}], ids=str)
+def test_group_advantages(rewards, scale, options):
+    if "weights" in options:
+        options = {"weights": options["weights"][: 3 if rewards == "three" else 1]}
+    rewards = REWARDS[rewards].double()
+    if scale == "normalize_then_sum" and "leave_one_out" in options:
+        with pytest.raises(ValueError, match="leave_one_out is about the mean of a group"):
+            group_advantages(rewards, 4, scale=scale, **options)
+        return
+    for group in (4, 2, 1, 12):
+        expected = reference.group_advantages(rewards, group, scale=scale, **options)
+        ours = group_advantages(rewards, group, scale=scale, **options)
+        torch.testing.assert_close(ours, expected)
+        assert ours.isfinite().all()
+    assert group_advantages(rewards.float(), 4, scale=scale, **options).dtype == torch.float32
+
+
+def test_group_advantages_differ():
+    rewards = REWARDS["three"]
+    results = [
+        group_advantages(rewards, 4, scale=scale, leave_one_out=loo, weights=weights, eps=eps)
+        for scale in ("group", "batch", "none", "normalize_then_sum")
+        for loo in ((False, True) if scale != "normalize_then_sum" else (False,))
+        for weights in (None, [1.0, 2.0, 3.0])
+        for eps in ((1e-4, 1e-1) if scale != "none" else (1e-4,))
+    ]
+    assert len({tuple(r.tolist()) for r in results}) == len(results)
+    assert (group_advantages(REWARDS["one"], 1) == 0).all()
+    assert (group_advantages(REWARDS["one"], 4)[4:8] == 0).all()  # a group of equals
