@@ -712,7 +712,7 @@ def test_float16_gradients_of_a_token_that_hardly_counts(upstream, backend, devi
 def test_head_operator_contract(device, monkeypatch):
     leaves, _, _ = heads(device, N=4, V=16)  # whole words: what lies between rows is of no account
     ids = torch.tensor([1, -100, 0, 2], device=device)
-    options = [0.7, 4.0, 1.0, 0.0, 0.5, 1.5]
+    options = [0.7, 4.0, 1.0, 0.0, 0.5, 1.5, 2.0**-12, 0.0]
     shared = (*leaves, None, torch.ones(4, device=device), ids, None, True, "jsd", options, ["", ""])
     torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, (*shared, True, [False] * 10, 0, 2**20, "torch"))
     wanted = [True] * 5 + [False] * 5
