@@ -25,7 +25,7 @@ from torch import Tensor
 from demo import next_token_loss, read_text
 from fused_losses import gradient_filter
 from fused_losses.linear_logits import LinearLogits
-from fused_losses.products import filtered
+from fused_losses.products import few_columns
 
 EXPONENTS = (-10, -12, -14, -16)
 
@@ -39,7 +39,7 @@ def gradients(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) ->
 def multiplied(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) -> float:
     """The share of the vocabulary's columns that backward multiplies, of all these tokens at a time."""
     probabilities = (hidden @ weight.T).softmax(-1)
-    few = filtered(probabilities - F.one_hot(target, len(weight)), epsilon)
+    few = few_columns(probabilities - F.one_hot(target, len(weight)), epsilon)
     return 1.0 if few is None else len(few.columns) / len(weight)
 
 

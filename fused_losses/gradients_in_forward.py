@@ -32,7 +32,7 @@ from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
 from .head import Head, differentiable_statistics
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
-from .products import BLOCK, add_at_columns, add_over_columns, column_sums, filtered
+from .products import BLOCK, add_at_columns, add_over_columns, column_sums, few_columns
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only
 from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
@@ -158,7 +158,7 @@ def loss_and_gradients(
             for total in (d_weight, d_bias, d_B):
                 if total is not None:
                     total *= factor / before
-        first, few = start == 0, filtered(logits, head.gradient_filter)
+        first, few = start == 0, few_columns(logits, head.gradient_filter)
         for total, matrix in ((d_hidden, weight), (d_u, head.B)):
             if total is not None and matrix is not None:
                 product = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])

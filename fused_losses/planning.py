@@ -124,7 +124,7 @@ def plan(
         workspace: bytes, or a string such as ``"256MiB"``, beside inputs, outputs and gradients; None is the setting's.
         accumulate: ``"fp32"`` sums ``d_weight`` over chunks in fp32 however few they are.
         backend: ``"torch"`` also holds a few chunks of rows of a fixed size.
-        gradient_filter: where it is not 0, columns are gathered; None is the setting's.
+        gradient_filter: where it is not 0, room for the columns that are multiplied is planned; None is the setting's.
 
     Returns:
         A :class:`Plan`.
@@ -158,11 +158,13 @@ def plan(
         )
     route = route_setting.parse(route or route_setting.value)
     gradients = (tokens + vocab) * hidden * dtype.itemsize
-    filtered = (gradient_filter_setting.value if gradient_filter is None else gradient_filter) > 0
+    filters = (
+        gradient_filter_setting.parse(gradient_filter_setting.value if gradient_filter is None else gradient_filter) > 0
+    )
     given = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
 
     def sizes(default: int) -> _Sizes:
-        return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend, filtered)
+        return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend, filters)
 
     if per_token:
         reason = "the upstream gradient of a token is known in backward only"
@@ -185,7 +187,7 @@ class _Sizes:
     dtype: torch.dtype
     budget: int
     backend: str
-    filtered: bool
+    filters: bool  # whether there is a gradient filter
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -200,12 +202,11 @@ class _Sizes:
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
 
-    def gathered(self, tokens: int, d_hidden: torch.dtype, d_weight: torch.dtype) -> int:
-        """What is held for the columns that are multiplied."""
-        if not self.filtered:
+    def gathered(self, tokens: int, columns: int, d_hidden: torch.dtype) -> int:
+        """What is held where a gradient filter multiplies few of so many columns."""
+        if not self.filters:
             return 0
-        problem = (tokens, self.vocab, self.hidden, self.dtype)
-        return gathered_bytes(*problem, (d_hidden, d_weight), on_cpu=self.backend == "torch")
+        return gathered_bytes(tokens, columns, self.hidden, self.dtype, d_hidden, on_cpu=self.backend == "torch")
 
     def tile(self) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
@@ -225,10 +226,10 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     per_token = wide if dtype == torch.float16 else dtype
 
     def most_tokens(held: int) -> int:
-        gathered, of_one_more = (sizes.gathered(n, per_token, wide) for n in (0, 1))
-        free = sizes.budget - held - sizes.row_temporaries(N * V) - gathered
-        per_row = padded(V) * dtype.itemsize + of_one_more - gathered
-        return max(0, min(N, free // max(per_row, 1)))
+        free = sizes.budget - held - sizes.row_temporaries(N * V)
+        most = max(0, min(N, free // max(padded(V) * dtype.itemsize, 1)))
+        # As much as for those is gathered for fewer tokens, or a little less.
+        return max(0, min(N, (free - sizes.gathered(most, V, per_token)) // max(padded(V) * dtype.itemsize, 1)))
 
     once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
     if dtype == torch.float16:
@@ -258,7 +259,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     forward = {
         "gradients": held,
         "logits of a chunk": n * padded(V) * dtype.itemsize,
-        "rows or columns at a time": max(sizes.row_temporaries(n * V), sizes.gathered(n, per_token, sums)),
+        "rows or columns at a time": max(sizes.row_temporaries(n * V), sizes.gathered(n, V, per_token)),
     }
     backward = {"gradients": final, "fp32 sums": wide_sums}
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
@@ -274,7 +275,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     wide = sizes.statistics_dtype
     d_hidden, d_weight = sizes.gradients(dtype)
     d_hidden_sum = sizes.gradients(wide)[0]
-    tile = max(sizes.tile(), sizes.gathered(N, wide, dtype))
+    tile = max(sizes.tile(), sizes.gathered(N, V, wide))
     numbers = N * NUMBERS_PER_TOKEN
     free = sizes.budget - (d_hidden_sum - d_hidden) - tile - numbers
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GATHERED = 2048  # columns of a filtered product at a time
-MOST = 0.75  # of the columns: beyond it gathering them costs about what it saves
+GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
+MOST = 0.5  # of the columns: beyond it gathering them may cost what it saves
 BLOCK = 1024  # of a 16-bit matrix that is upcast, or of the vocabulary that is multiplied, at a time on a CPU
 
 
@@ -28,11 +28,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
                 out[i : i + BLOCK].addmm_(a[i : i + BLOCK, k : k + BLOCK].to(out.dtype), b[k : k + BLOCK].to(out.dtype))
 
 
-class Filtered(NamedTuple):
-    """A gradient of the logits as its large columns, and what the small ones are near: ``size · rows sharesᵀ``.
-
-    What a row gives to tokens that no row finds likely, it spreads over them much as other rows do.
-    """
+class FewColumns(NamedTuple):
+    """A gradient of the logits as its large columns, and what stands for the others: ``size · rows sharesᵀ``."""
 
     columns: Tensor  # (k,), where some row has a large gradient
     rows: Tensor  # (n,) the sum of a row's small columns, over the largest such sum
@@ -40,7 +37,7 @@ class Filtered(NamedTuple):
     size: Tensor  # ()
 
 
-def filtered(d_logits: Tensor, gradient_filter: float) -> Filtered | None:
+def few_columns(d_logits: Tensor, gradient_filter: float) -> FewColumns | None:
     """``d_logits (n, V)`` by its columns with an element of ``gradient_filter`` times the largest or more; None: by all.
 
     How many those are the host must know, so that it waits for the device.
@@ -60,8 +57,8 @@ def filtered(d_logits: Tensor, gradient_filter: float) -> Filtered | None:
     add_product(rows, d_logits, small.to(d_logits.dtype)[:, None], first=True)
     sizes *= small
     of_rows, shares = (torch.where(t.any(), t / t.abs().amax(), 0) for t in (rows[:, 0], sizes))
-    size = rows.abs().amax() * sizes.amax() / sizes.sum()
-    return Filtered(columns, of_rows, shares, torch.where(sizes.any(), size, 0))
+    size = rows.abs().amax() * (sizes.amax() / sizes.sum())
+    return FewColumns(columns, of_rows, shares, torch.where(sizes.any(), size, 0))
 
 
 def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,32 +70,38 @@ def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
             torch.linalg.vector_norm(x, 1, dim=0, dtype=wide),
         )
     largest, sizes = x.new_empty(x.shape[1]), x.new_empty(x.shape[1], dtype=wide)
-    for i in range(0, x.shape[1], BLOCK):  # so many columns at a time stay in cache
-        block = x[:, i : i + BLOCK].abs()
-        largest[i : i + BLOCK], sizes[i : i + BLOCK] = block.amax(0), block.sum(0, dtype=wide)
+    width = max(16, BLOCK * BLOCK // (len(x) * x.itemsize))  # a MiB at a time stays in cache
+    for i in range(0, x.shape[1], width):
+        block = x[:, i : i + width].abs()
+        largest[i : i + width], sizes[i : i + width] = block.amax(0), block.sum(0, dtype=wide)
     return largest, sizes
 
 
+def at_a_time(n: int, hidden: int, itemsize: int, on_cpu: bool) -> int:
+    """How many columns are gathered at a time."""
+    return max(256, GATHERED["cpu" if on_cpu else "cuda"] // (n * itemsize + hidden * max(itemsize, 4)))
+
+
 def add_over_columns(
-    out: Tensor,  # (n, H)
+    out: Tensor,  # (n, H); a 16-bit one is written once
     d_logits: Tensor,  # (n, V)
     matrix: Tensor,  # (V, H)
-    few: Filtered | None,
+    few: FewColumns | None,
     first: bool,
 ) -> None:
     """``out = d_logits matrix`` if ``first``, else ``out += d_logits matrix``; of ``few`` columns where given."""
     if few is None:
         return add_product(out, d_logits, matrix, first)
     total = out if out.dtype.itemsize > 2 else out.new_empty(out.shape, dtype=torch.float32)
-    if first or total is not out:
+    if first:
         total.zero_()
-    mean = total.new_empty(1, matrix.shape[1])
-    add_product(mean, few.shares.to(matrix.dtype)[None], matrix, first=True)
-    total.addr_(few.rows, few.size * mean[0])
-    for part in few.columns.split(GATHERED):
+    others = total.new_empty(1, matrix.shape[1])
+    add_product(others, few.shares.to(matrix.dtype)[None], matrix, first=True)
+    total.addr_(few.rows, few.size * others[0])
+    for part in few.columns.split(at_a_time(len(out), out.shape[1], matrix.itemsize, not out.is_cuda)):
         add_product(total, d_logits[:, part], matrix[part], first=False)
     if total is not out:
-        out.copy_(total if first else total + out)
+        out.copy_(total)
     return None
 
 
@@ -106,7 +109,7 @@ def add_at_columns(
     out: Tensor,  # (V, H)
     d_logits: Tensor,  # (n, V)
     x: Tensor,  # (n, H)
-    few: Filtered | None,
+    few: FewColumns | None,
     first: bool,
 ) -> None:
     """``out = d_logitsᵀ x`` if ``first``, else ``out += d_logitsᵀ x``; of ``few`` columns where given."""
@@ -114,23 +117,21 @@ def add_at_columns(
         return add_product(out, d_logits.t(), x, first)
     if first:
         out.zero_()
-    mean = few.rows.new_empty(1, x.shape[1])
-    add_product(mean, few.rows.to(x.dtype)[None], x, first=True)
-    out.addr_(few.shares.to(out.dtype), (few.size * mean[0]).to(out.dtype))
-    for part in few.columns.split(GATHERED):
+    others = few.rows.new_empty(1, x.shape[1])
+    add_product(others, few.rows.to(x.dtype)[None], x, first=True)
+    out.addr_(few.shares.to(out.dtype), (few.size * others[0]).to(out.dtype))
+    for part in few.columns.split(at_a_time(len(x), x.shape[1], x.itemsize, not x.is_cuda)):
         rows = out[part]
         add_product(rows, d_logits[:, part].t(), x, first)
         out.index_copy_(0, part, rows)
     return None
 
 
-def gathered_bytes(
-    n: int, vocab: int, hidden: int, dtype: torch.dtype, outs: tuple[torch.dtype, torch.dtype], on_cpu: bool
-) -> int:
-    """What the products of few columns hold, in ``dtype``, besides ``outs``: the sums over columns, and at columns."""
-    over, at = outs
-    held = 20 * vocab + min(GATHERED, vocab) * (n * dtype.itemsize + hidden * max(dtype.itemsize, at.itemsize))
-    if over.itemsize == 2:
+def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, d_hidden: torch.dtype, on_cpu: bool) -> int:
+    """What the products of few among ``vocab`` columns hold; ``d_hidden``: the dtype of the sum over them."""
+    columns = min(at_a_time(n, hidden, dtype.itemsize, on_cpu), int(MOST * vocab))
+    held = columns * (n * dtype.itemsize + hidden * max(dtype.itemsize, 4)) + 6 * max(dtype.itemsize, 4) * vocab
+    if d_hidden.itemsize == 2:
         held += 4 * n * hidden
     if dtype.itemsize == 2 and on_cpu:
         held += 4 * BLOCK * (min(n, BLOCK) + hidden)

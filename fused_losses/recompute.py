@@ -29,7 +29,7 @@ from .chunked.softmax_rows import skipped
 from .head import Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
-from .products import add_at_columns, add_over_columns, column_sums, filtered
+from .products import add_at_columns, add_over_columns, column_sums, few_columns
 from .row_statistics import RowStatistics, coefficients, empty_statistics, only, total_weight, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
@@ -236,7 +236,7 @@ def linear_rows_grad(
                     piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, logsumexp,
                     *terms, **how, out=d_logits,
                 )  # fmt: skip
-            few = filtered(d_logits, gradient_filter)
+            few = few_columns(d_logits, gradient_filter)
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
                     add_over_columns(total, d_logits, matrix, few, first=start == 0)

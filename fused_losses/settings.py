@@ -1,4 +1,4 @@
-"""Choices that hold for many calls: each is an argument of the functions it concerns, and a setting here.
+"""Choices that hold for many calls: settings, of which most are arguments of the functions they concern too.
 
 A setting takes effect when it is constructed and is restored when a ``with`` block around it ends:
 ``workspace("256MiB")`` alone lasts for the process, ``with workspace("256MiB"):`` for the block. All threads see it. An
@@ -95,25 +95,35 @@ class workspace(_Setting):
 
 
 class gradient_filter(_Setting):
-    r"""Multiply only the large columns of the logits' gradient in a head's backward; the others together: faster, not exact.
+    r"""A head's backward multiplies only the vocabulary entries whose gradient is large somewhere: faster, not exact.
 
-    .. math:: dz \approx dz_L + r s^\top, \quad L = \{j : \max_i |dz_{ij}| \ge \epsilon \max_{ij} |dz_{ij}|\}
+    A trained model gives most of a large vocabulary hardly a chance at any of some thousand tokens. The value is
+    :math:`\epsilon`; 0, the default, multiplies all. With it, for the gradient :math:`dz` of the logits that a product takes
+    at a time (a chunk of tokens on route ``"gradients_in_forward"``, a slice of the vocabulary on ``"recompute"``):
+
+    .. math:: dz \approx dz_L + r s^\top, \quad L = \{j : \max_i |dz_{ij}| \ge \epsilon \max_{ik} |dz_{ik}|\}
 
     .. math:: r_i = \sum_{j \notin L} dz_{ij}, \quad s_j = \sum_i |dz_{ij}| \Big/ \sum_{i,\, k \notin L} |dz_{ik}|
         \text{ for } j \notin L, \text{ else } 0
 
-    over the logits that a product takes at a time: a chunk of tokens on route ``"gradients_in_forward"``, a slice of the
-    vocabulary on ``"recompute"``. A trained model gives most of a large vocabulary hardly a chance at any of some thousand
-    tokens. The two products of backward then shrink to the columns that are left; where those are more than three quarters
-    all are multiplied. What a token gives to the others it spreads over them much as other tokens do, so that one row times
-    one column stands for it: with it the error is several times less than where they are dropped. Losses, statistics and the
-    gradient of the bias stay exact.
+    A row times a column stands for the small entries, which a token gives its probability to much as other tokens do; so
+    the gradient of the hidden states errs several times less than where they are dropped. If L is more than half of
+    the vocabulary, all is multiplied. Losses, statistics and the gradient of a bias are exact, as is what
+    ``create_graph=True`` and ``torch.func`` make.
 
-    ``epsilon`` is 0 (off) by default. With ``2**-14`` a small model trained on source code has gradients as accurate as
-    bf16 products make them, with ``2**-12`` faster ones with an error of half a percent: ``examples/gradient_filter.py``
-    shows both for a head. ``2**-12`` is where the Cut Cross-Entropy paper drops blocks of the gradient (Wijmans et al.,
-    https://arxiv.org/abs/2411.09009). On CUDA the host waits for the number of columns, once a chunk or slice; a captured
-    graph multiplies all, as does a compiled ``token_loss``.
+    Start with ``2**-14``; ``examples/gradient_filter.py`` trains with a filter and without, and prints the error of both
+    gradients beside that of bf16, ``bench/TUNING.md`` what it gave. What to know:
+
+    - It is the sum over tokens that errs little. A token whose gradient is small beside the largest of its chunk (token
+      weights or advantages far apart) gets a rough one, and so do the rows of rare tokens in the weight's gradient where
+      signs differ, in policy losses and distillation.
+    - The result depends on the chunk: on the workspace, the tokens around one, and the part of a shared vocabulary.
+    - The value in forward counts. A checkpoint runs forward again in backward: keep the ``with`` open until then.
+    - On CUDA the host waits for the number of entries, once a chunk or slice; a captured graph multiplies all, as does a
+      compiled ``token_loss``. On a CPU, 16-bit products on route ``"gradients_in_forward"`` become slower.
+
+    ``2**-12`` is where the Cut Cross-Entropy paper drops blocks of the gradient (Wijmans et al.,
+    https://arxiv.org/abs/2411.09009).
 
     Example:
         >>> with gradient_filter(2**-12):

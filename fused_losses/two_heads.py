@@ -43,7 +43,7 @@ from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
 from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import FEWEST_TOKENS, MANY_CHUNKS, padded
-from .products import add_at_columns, add_over_columns, column_sums, filtered, gathered_bytes
+from .products import add_at_columns, add_over_columns, column_sums, few_columns, gathered_bytes
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -155,10 +155,9 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
         wide = statistics_dtype(dtype)
         per_token += padded(V) * wide.itemsize
         if any(side) and head.gradient_filter:
-            outs = (per_token_dtype(dtype, head.shard), wide)
-            gathered, of_one_more = (gathered_bytes(n, V, H, dtype, outs, not head.hidden.is_cuda) for n in (0, 1))
+            most = min(M, workspace // max(padded(V) * dtype.itemsize, 1))
+            gathered = gathered_bytes(most, V, H, dtype, per_token_dtype(dtype, head.shard), not head.hidden.is_cuda)
             fixed = max(fixed, gathered)
-            per_token += of_one_more - gathered
         if wide != dtype:
             per_token += padded(V) * dtype.itemsize * any(side)
             extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself
@@ -255,7 +254,7 @@ class _Side:
             if not isinstance(rows, slice) and d_hidden is not None:
                 d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
             return
-        few = filtered(d_logits, self.head.gradient_filter)
+        few = few_columns(d_logits, self.head.gradient_filter)
         for total, matrix in ((d_hidden, self.cut.weight), (d_u, self.cut.B)):
             if total is not None and matrix is not None:
                 product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_losses import gradient_filter, plan, products, route, workspace
+from fused_losses import drop_ignored, gradient_filter, plan, products, route, workspace
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.distillation import distillation_loss
 from fused_losses.divergence import divergence
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
-from fused_losses.products import add_at_columns, add_over_columns, filtered
+from fused_losses.products import add_at_columns, add_over_columns, few_columns
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.settings import backend as backend_setting
 from fused_losses.token_loss import token_loss
@@ -22,17 +22,19 @@ FILTER = 0.05
 
 def large(d, epsilon):
     """The columns that are multiplied, None where all are."""
-    few = filtered(d, epsilon)
+    few = few_columns(d, epsilon)
     return None if few is None else few.columns.tolist()
 
 
 def test_the_rule():
-    d = torch.tensor([[0.0, 1e-3, -4.0, 0.1, 2e-3, 0.0], [0.0, -0.2, 0.0, 0.0, 1e-3, 0.0]])
+    d = torch.zeros(2, 9)
+    d[0, 1:5] = torch.tensor([1e-3, -4.0, 0.1, 2e-3])
+    d[1, 1], d[1, 4] = -0.2, 1e-3
     assert large(d, 0.05) == [1, 2]  # 0.2 is 0.05 of 4, and counts
     assert large(d.bfloat16(), 0.01) == [1, 2, 3]
+    assert large(d, 1e-9) == [1, 2, 3, 4]
     assert large(d, 0.0) is None
-    assert large(d, 1e-9)[-1] == 4
-    assert large(d[:, 1:4], 1e-9) is None, "more than three quarters"
+    assert large(d[:, :7], 1e-9) is None, "more than half"
     for special in (torch.nan, torch.inf, -torch.inf):
         d[1, 0] = special
         assert large(d, 0.05) is None
@@ -45,37 +47,39 @@ def approximated(d, epsilon):
     """What stands for ``d``, by the formula in the docstring."""
     largest = d.abs().amax(0)
     small = largest < epsilon * largest.max()
-    if small.sum() < 0.25 * len(small):
+    if small.sum() < 0.5 * len(small):
         return d
     sizes = d.abs().sum(0) * small
     return d * ~small + torch.outer(d[:, small].sum(1), sizes / sizes.sum() if small.any() else sizes)
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sums", [torch.float32, None])
-def test_products_of_columns(dtype, sums, first, device, monkeypatch):
-    monkeypatch.setattr(products, "GATHERED", 10)
-    sums = sums or dtype
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wide", [True, False])
+def test_products_of_few_columns(dtype, wide, first, device, monkeypatch):
+    monkeypatch.setattr(products, "at_a_time", lambda *sizes: 10)
+    out_dtype = torch.promote_types(dtype, torch.float32) if wide else dtype
     d, matrix, x = (torch.randn(s, device=device, dtype=dtype) for s in ((30, 50), (50, 20), (30, 20)))
     d[:, torch.randperm(50)[:27]] *= 0.01
-    few = filtered(d, 0.1)
+    few = few_columns(d, 0.1)
     assert len(few.columns) == 23
     left = approximated(d.double(), 0.1)
     assert not torch.equal(left, d.double())
-    out = torch.randn(30, 20, device=device, dtype=sums), torch.randn(50, 20, device=device, dtype=sums)
-    for add, ours, a, b in ((add_over_columns, out[0], left, matrix), (add_at_columns, out[1], left.t(), x)):
-        before = torch.zeros_like(ours) if first else ours.clone()
+    for add, shape, a, b in ((add_over_columns, (30, 20), left, matrix), (add_at_columns, (50, 20), left.t(), x)):
+        if add is add_over_columns and not (first or wide):
+            continue  # a 16-bit sum over columns is written once
+        out = torch.randn(shape, device=device, dtype=out_dtype)
+        before = torch.zeros_like(out) if first else out.clone()
         exact = before.double() + a @ b.double()
-        eager = (before.float() + a.to(dtype).float() @ b.float()).to(sums)
-        add(ours, d, matrix if add is add_over_columns else x, few, first)
-        assert_accurate(ours, eager, exact, add.__name__)
+        eager = (before.float() + a.to(dtype).float() @ b.float()).to(out_dtype)
+        add(out, d, b, few, first)
+        assert_accurate(out, eager, exact, add.__name__)
 
 
 def test_what_is_small_in_all_rows_alike_is_exact():
     large, rows, shares = torch.randn(40, 8), torch.randn(40), torch.rand(90)
     d = torch.cat([large, 1e-3 * torch.outer(rows, shares)], 1)
-    few = filtered(d, 0.05)
+    few = few_columns(d, 0.05)
     assert len(few.columns) <= 8
     weight, d_hidden = torch.randn(98, 16), torch.empty(40, 16)
     add_over_columns(d_hidden, d, weight, few, first=True)
@@ -86,13 +90,13 @@ def test_small_columns_of_nothing_and_of_no_size():
     """No division by zero, and no float16 number too small to be one."""
     d = torch.zeros(4, 20, dtype=torch.float16)
     d[:, 0] = 1
-    few = filtered(d, 0.5)
+    few = few_columns(d, 0.5)
     assert few.columns.tolist() == [0]
     assert not few.shares.any()
     assert few.size == 0
     d[:, 1:] = 6e-8  # the least there is
     d_hidden, ones = torch.empty(4, 3), torch.ones(20, 3, dtype=torch.float16)
-    add_over_columns(d_hidden, d, ones, filtered(d, 0.5), first=True)
+    add_over_columns(d_hidden, d, ones, few_columns(d, 0.5), first=True)
     torch.testing.assert_close(d_hidden, (d.double() @ ones.double()).float(), rtol=1e-7, atol=0)
 
 
@@ -147,6 +151,11 @@ LOSSES = {
         lambda z, y: weighted(divergence(z, TEACHER[0], temperature=2.0)),
         lambda z, y: weighted(F.kl_div((z / 2).log_softmax(-1), (TEACHER[0] / 2).softmax(-1), reduction="none").sum(-1)),
     ),
+    "a teacher that trains": (
+        None,
+        lambda z, y: weighted(divergence(TEACHER[0], z)),
+        lambda z, y: weighted((z.softmax(-1) * (z.log_softmax(-1) - TEACHER[0].log_softmax(-1))).sum(-1)),
+    ),
     "distillation": (
         None,
         lambda z, y: distillation_loss(z, TEACHER[0], y, hard_weight=1.0, soft_weight=1.0, reduction="sum"),
@@ -164,7 +173,7 @@ def with_gradients(loss, inputs):
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, monkeypatch):
-    monkeypatch.setattr(products, "GATHERED", 16)
+    monkeypatch.setattr(products, "at_a_time", lambda *sizes: 16)
     way, ours, plain = LOSSES[name]
     inputs = peaked(device)
     hidden, weight, bias, u, B = inputs
@@ -174,10 +183,10 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
 
     def spy(d_logits, gradient_filter):
         seen.append(d_logits.clone())
-        return filtered(d_logits, gradient_filter)
+        return few_columns(d_logits, gradient_filter)
 
     for module in ("gradients_in_forward", "recompute", "two_heads"):
-        monkeypatch.setattr(f"fused_losses.{module}.filtered", spy)
+        monkeypatch.setattr(f"fused_losses.{module}.few_columns", spy)
         monkeypatch.setattr("fused_losses.planning.FEWEST_TOKENS", 4)
         monkeypatch.setattr("fused_losses.two_heads.FEWEST_TOKENS", N // pieces)
         monkeypatch.setattr("fused_losses.planning.FEWEST_COLUMNS", V if pieces == 1 else 16)
@@ -266,15 +275,62 @@ def test_the_products_shrink(monkeypatch):
     assert sum(sizes) == 2 * N * left * H + N * V + V * H + N * H  # and what stands for the others
 
 
+@pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_peak_is_as_planned(dtype, way, device):
-    n, v, h, room = 512, 16384, 64, 24 * 2**20
+def test_ignored_tokens_are_none(way, drop, device):
+    hidden, weight, *_ = peaked(device)
+    target = torch.randint(0, V, (N,), device=device)
+    ignored = target.clone()
+    ignored[::3] = -100
+    kept = ignored != -100
+    with torch.no_grad():
+        hidden[0] = torch.nan
+    with route(way), gradient_filter(FILTER), drop_ignored(drop):
+        found = torch.autograd.grad(F.cross_entropy(LinearLogits(hidden, weight), ignored), (hidden, weight))
+        alone = hidden[kept].detach().requires_grad_()
+        expected = torch.autograd.grad(F.cross_entropy(LinearLogits(alone, weight), target[kept]), (alone, weight))
+    torch.testing.assert_close((found[0][kept], found[1]), expected)
+    assert not found[0][~kept].any()
+
+
+def test_second_derivatives_are_of_the_exact_gradient():
+    inputs = [t.detach().double().requires_grad_() for t in peaked()[:2]]
+    target = torch.randint(0, V, (N,))
+    with gradient_filter(FILTER):
+        first = torch.autograd.grad(F.cross_entropy(LinearLogits(*inputs), target), inputs, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+    plain = torch.autograd.grad(F.cross_entropy(F.linear(*inputs), target), inputs, create_graph=True)
+    torch.testing.assert_close(first, plain)
+    torch.testing.assert_close(second, torch.autograd.grad(sum(g.square().sum() for g in plain), inputs))
+
+
+def test_sizes_beyond_fp32_squared():
+    """Neither inf nor nothing where the largest of a row times the largest of a column is beyond what fp32 holds."""
+    d = torch.rand(6, 40)
+    d[:, 8:] *= 1e-3
+    weight, x = torch.randn(40, 5), torch.randn(6, 5)
+    for scale in (1e-30, 1e30):
+        over, at = torch.empty(6, 5), torch.empty(40, 5)
+        few = few_columns(d * scale, 0.05)
+        add_over_columns(over, d * scale, weight, few, first=True)
+        add_at_columns(at, d * scale, x, few, first=True)
+        left = approximated(d.double(), 0.05)
+        torch.testing.assert_close(over / scale, (left @ weight.double()).float(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(at / scale, (left.t() @ x.double()).float(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
+@pytest.mark.parametrize(("dtype", "sizes"), [
+    (torch.float32, (512, 16384, 64)), (torch.bfloat16, (512, 16384, 64)), (torch.float32, (8, 200_000, 4)),
+    (torch.bfloat16, (2048, 8192, 512)),
+])  # fmt: skip
+def test_the_peak_is_as_planned(dtype, sizes, way, device):
+    (n, v, h), room = sizes, 24 * 2**20
     hidden = torch.randn(n, h, device=device, dtype=dtype, requires_grad=True)
     weight = torch.randn(v, h, device=device, dtype=dtype, requires_grad=True)
     bias = torch.zeros(v, device=device, dtype=dtype)
-    bias[: v // 2] = -1e4
-    target = torch.randint(v // 2, v, (n,), device=device)
+    bias[: v * 3 // 5] = -1e4
+    target = torch.randint(v * 3 // 5, v, (n,), device=device)
 
     def step():
         with route(way), gradient_filter(2.0**-12), workspace(room):
@@ -287,8 +343,69 @@ def test_the_peak_is_as_planned(dtype, way, device):
     step()
     measured = peak_bytes(step, device)
     assert measured <= 1.05 * planned.peak
-    assert planned.peak - measured < 0.15 * planned.peak
-    assert planned.peak > plan(n, v, h, dtype, **how).peak or planned.chunk < plan(n, v, h, dtype, **how).chunk
+    assert measured >= 0.65 * planned.peak  # columns are counted as if half of them were large
+    assert planned.peak <= (n + v) * h * hidden.itemsize + room
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("room", [2**27, 2**28, 2**30])
+@pytest.mark.parametrize("way", [None, "recompute"])
+def test_what_is_gathered_is_in_the_budget(way, room, dtype):
+    for n, v, h in ((2048, 49152, 576), (8192, 128256, 2048), (16384, 151936, 1024)):
+        how = {"route": way, "workspace": room, "backend": "triton"}
+        exact, filters = (plan(n, v, h, dtype, gradient_filter=e, **how) for e in (0.0, 2.0**-12))
+        gradients = (n + v) * h * dtype.itemsize
+        assert filters.peak - gradients <= max(room, exact.peak - gradients)
+        assert filters.route != exact.route or filters.chunk >= exact.chunk // 2
+        with gradient_filter(2.0**-12):
+            assert plan(n, v, h, dtype, **how) == filters
+
+
+@pytest.mark.parametrize("wrong", [True, 2.0, -1, "a", float("nan")])
+def test_no_plan_with_a_bad_value(wrong):
+    with pytest.raises(ValueError, match="gradient_filter takes"):
+        plan(8, 8, 8, gradient_filter=wrong)
+
+
+def test_two_heads_stay_in_their_workspace(device):
+    n, v, h, room = 1024, 8192, 128, 40 * 2**20
+    hidden, teacher_hidden = torch.randn(n, h, device=device), torch.randn(n, h, device=device)
+    weight, teacher_weight = torch.randn(v, h, device=device), torch.randn(v, h, device=device)
+    hidden.requires_grad_(), weight.requires_grad_()
+
+    def step():
+        with gradient_filter(2.0**-6):
+            found = divergence(
+                LinearLogits(hidden, weight), LinearLogits(teacher_hidden, teacher_weight), workspace=room
+            )
+        return torch.autograd.grad(found.sum(), (hidden, weight))
+
+    multiplied = []
+    step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "GATHERED", {"cpu": 2**24, "cuda": 2**24})
+        patch.setattr("fused_losses.two_heads.few_columns", lambda d, e: multiplied.append(d) or few_columns(d, e))
+        assert peak_bytes(step, device) <= 1.05 * (room + hidden.nbytes + weight.nbytes)
+    assert multiplied
+
+
+def test_compiles_where_the_filter_changes_the_plan():
+    """Few 16-bit chunks with it would be fp32 sums without, and the other way round: the compiler must know."""
+    n, v, h = 512, 4096, 64
+    hidden = torch.randn(n, h, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(v, h, dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(0, v, (n,))
+    how = {"route": "gradients_in_forward", "workspace": 2**22, "backend": "torch"}
+    sums = [plan(n, v, h, torch.bfloat16, gradient_filter=e, **how).accumulate for e in (0.0, FILTER)]
+    assert sums[0] != sums[1]
+
+    def loss(hidden, weight):
+        return F.cross_entropy(LinearLogits(hidden, weight), target)
+
+    with gradient_filter(FILTER), route("gradients_in_forward"), workspace(2**22):
+        expected = with_gradients(loss(hidden, weight), (hidden, weight))
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
+        torch.testing.assert_close(with_gradients(found, (hidden, weight)), expected)
 
 
 @pytest.mark.parametrize("per_token", [False, True])
