@@ -8,6 +8,8 @@ from fused_losses import drop_ignored, gradient_filter, plan, products, route, w
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.distillation import distillation_loss
 from fused_losses.divergence import divergence
+from fused_losses.gradients_in_forward import linear_loss
+from fused_losses.head import Head
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.products import add_at_columns, add_over_columns, few_columns
@@ -15,6 +17,7 @@ from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.settings import backend as backend_setting
 from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import selective_log_softmax
+from fused_losses.two_heads import chunks_of
 
 N, V, H, R = 24, 128, 16, 3
 FILTER = 0.05
@@ -322,7 +325,7 @@ def test_sizes_beyond_fp32_squared():
 @pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
 @pytest.mark.parametrize(("dtype", "sizes"), [
     (torch.float32, (512, 16384, 64)), (torch.bfloat16, (512, 16384, 64)), (torch.float32, (8, 200_000, 4)),
-    (torch.bfloat16, (2048, 8192, 512)),
+    (torch.bfloat16, (2048, 8192, 512)), (torch.float32, (2, 400_000, 1)), (torch.bfloat16, (2048, 2048, 1024)),
 ])  # fmt: skip
 def test_the_peak_is_as_planned(dtype, sizes, way, device):
     (n, v, h), room = sizes, 24 * 2**20
@@ -389,23 +392,31 @@ def test_two_heads_stay_in_their_workspace(device):
     assert multiplied
 
 
-def test_compiles_where_the_filter_changes_the_plan():
-    """Few 16-bit chunks with it would be fp32 sums without, and the other way round: the compiler must know."""
-    n, v, h = 512, 4096, 64
-    hidden = torch.randn(n, h, dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(v, h, dtype=torch.bfloat16, requires_grad=True)
-    target = torch.randint(0, v, (n,))
-    how = {"route": "gradients_in_forward", "workspace": 2**22, "backend": "torch"}
+def test_a_compiler_knows_what_the_filter_changes_in_the_plan():
+    """With it there are so many chunks that they are summed in fp32, without it not."""
+    n, v, h, room = 512, 4096, 64, 2**22
+    hidden, weight = (torch.randn(k, h, dtype=torch.bfloat16, requires_grad=True) for k in (n, v))
+    how = {"route": "gradients_in_forward", "workspace": room, "backend": "torch"}
     sums = [plan(n, v, h, torch.bfloat16, gradient_filter=e, **how).accumulate for e in (0.0, FILTER)]
     assert sums[0] != sums[1]
+    per_token = (torch.randint(0, v, (n, 1)), None, None, -torch.rand(n), None, None, None)
+    rest = (True, 1.0, None, False, [True, True, False, False, False], room, None, "torch", "", FILTER)
+    arguments = (hidden, weight, None, None, None, *per_token, *rest)
+    torch.library.opcheck(linear_loss, arguments, test_utils="test_faketensor")
 
-    def loss(hidden, weight):
-        return F.cross_entropy(LinearLogits(hidden, weight), target)
 
-    with gradient_filter(FILTER), route("gradients_in_forward"), workspace(2**22):
-        expected = with_gradients(loss(hidden, weight), (hidden, weight))
-        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(hidden, weight)
-        torch.testing.assert_close(with_gradients(found, (hidden, weight)), expected)
+def test_two_heads_count_what_is_gathered():
+    n, v, h, room = 4096, 8192, 512, 2**26
+    hidden, weight = torch.empty(n, h), torch.empty(v, h)
+    wanted = [True, True, False, False, False] + [False] * 5
+
+    def tokens(epsilon):
+        heads = Head(hidden, weight, gradient_filter=epsilon), Head(hidden, weight)
+        return chunks_of(heads, n, wanted, room, "triton").tokens
+
+    gathered = products.gathered_bytes(1024, v, h, torch.float32, torch.float32, on_cpu=True)
+    assert tokens(0.0) == room // (2 * v * 4)
+    assert tokens(FILTER) * 2 * v * 4 + gathered <= room
 
 
 @pytest.mark.parametrize("per_token", [False, True])
