@@ -3,8 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import needs_ranks
 
 from fused_losses import drop_ignored, gradient_filter, plan, products, route, workspace
+from fused_losses.bench import ranks
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.distillation import distillation_loss
 from fused_losses.divergence import divergence
@@ -294,6 +296,34 @@ def test_ignored_tokens_are_none(way, drop, device):
         expected = torch.autograd.grad(F.cross_entropy(LinearLogits(alone, weight), target[kept]), (alone, weight))
     torch.testing.assert_close((found[0][kept], found[1]), expected)
     assert not found[0][~kept].any()
+
+
+def _of_a_rank(device, hidden, weight, target):
+    """With the filter, one rank's half of the columns is all multiplied, the other's is not."""
+    half = slice(0, V // 2) if torch.distributed.get_rank() == 0 else slice(V // 2, V)
+    hidden, mine = (t.detach().to(device).requires_grad_() for t in (hidden, weight[half]))
+    found = []
+    for way in ("gradients_in_forward", "recompute"):
+        with route(way), gradient_filter(FILTER):
+            logits = LinearLogits(hidden, mine, group=torch.distributed.group.WORLD)
+            found.append(with_gradients(F.cross_entropy(logits, target.to(device)), (hidden, mine)))
+    return found
+
+
+@needs_ranks
+def test_each_rank_filters_its_part():
+    hidden, weight, *_ = peaked()
+    target = torch.randint(0, V, (N,))
+    z = (hidden @ weight.T).detach().requires_grad_()
+    (dz,) = torch.autograd.grad(3 * F.cross_entropy(z, target), z)
+    halves = [approximated(d, FILTER) for d in dz.split(V // 2, 1)]
+    assert [torch.equal(a, b) for a, b in zip(halves, dz.split(V // 2, 1), strict=True)] == [False, True]
+    left = torch.cat(halves, 1)
+    expected = (left @ weight, left.T @ hidden)
+    for rank, found in enumerate(ranks.run(_of_a_rank, 2, hidden.detach(), weight.detach(), target)):
+        for _, d_hidden, d_weight in found:
+            torch.testing.assert_close(d_hidden, expected[0].detach(), rtol=2e-4, atol=2e-5)
+            torch.testing.assert_close(d_weight, expected[1].detach().split(V // 2)[rank], rtol=2e-4, atol=2e-5)
 
 
 def test_second_derivatives_are_of_the_exact_gradient():
