@@ -36,11 +36,12 @@ def gradients(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) ->
     return torch.autograd.grad(loss, (hidden, weight))
 
 
-def multiplied(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) -> float:
-    """The share of the vocabulary's columns that backward multiplies, of all these tokens at a time."""
-    probabilities = (hidden @ weight.T).softmax(-1)
-    few = few_columns(probabilities - F.one_hot(target, len(weight)), epsilon)
-    return 1.0 if few is None else len(few.columns) / len(weight)
+def large_alone(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) -> tuple[float, Tensor]:
+    """The share of the columns that backward multiplies, and what d_hidden would be if the others were dropped."""
+    d_logits = ((hidden @ weight.T).softmax(-1) - F.one_hot(target, len(weight))) / len(hidden)
+    few = few_columns(d_logits, epsilon)
+    columns = slice(None) if few is None else few.columns
+    return d_logits[:, columns].shape[1] / len(weight), d_logits[:, columns] @ weight[columns]
 
 
 def error(found: Tensor, exact: Tensor) -> float:
@@ -93,14 +94,16 @@ def main() -> None:
     inputs = (hidden.requires_grad_(), model.head.weight, unseen[:, 1:].flatten())
     exact = gradients(*inputs, 0.0)
     table = Table(title=f"{len(hidden)} tokens at a time")
-    for column in ("", "columns multiplied", "error of d_hidden", "error of d_weight"):
+    for column in ("", "columns multiplied", "error of d_hidden", "others dropped", "error of d_weight"):
         table.add_column(column, justify="left" if not column else "right")
     for exponent in EXPONENTS:
-        share = multiplied(*(t.detach() for t in inputs), 2.0**exponent)
-        errors = [error(a, b) for a, b in zip(gradients(*inputs, 2.0**exponent), exact, strict=True)]
+        share, dropped = large_alone(*(t.detach() for t in inputs), 2.0**exponent)
+        d_hidden, d_weight = gradients(*inputs, 2.0**exponent)
+        errors = (error(d_hidden, exact[0]), error(dropped, exact[0]), error(d_weight, exact[1]))
         table.add_row(f"filter 2^{exponent}", f"{share:.2f}", *(f"{e:.1e}" for e in errors))
-    in_bf16 = gradients(*(t.bfloat16() if t.is_floating_point() else t for t in inputs), 0.0)
-    table.add_row("bf16, no filter", "1.00", *(f"{error(a, b):.1e}" for a, b in zip(in_bf16, exact, strict=True)))
+    d_hidden, d_weight = gradients(*(t.bfloat16() if t.is_floating_point() else t for t in inputs), 0.0)
+    errors_in_bf16 = [f"{error(a, b):.1e}" for a, b in ((d_hidden, exact[0]), (d_weight, exact[1]))]
+    table.add_row("all, in bf16", "1.00", errors_in_bf16[0], "", errors_in_bf16[1])
     console.print(table)
 
 

@@ -46,7 +46,8 @@ def test_gradient_filter(monkeypatch, capsys):
     assert float(loss) > 1
     assert float(ratio) > 0
     assert float(filters[0][1]) < 0.75
-    columns, of_hidden, of_weight = zip(*(map(float, row[1:]) for row in filters), strict=True)
+    columns, of_hidden, dropped, of_weight = zip(*(map(float, row[1:]) for row in filters), strict=True)
+    assert of_hidden[0] < dropped[0]
     for found in (columns, [-e for e in of_hidden], [-e for e in of_weight]):
         assert list(found) == sorted(found), "a smaller threshold multiplies more and errs less"
 
