@@ -16,13 +16,13 @@ import time
 
 import torch
 import torch.nn.functional as F
+from demo import next_token_loss, read_text
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from tiny_transformer import TinyTransformer
 from torch import Tensor
 
-from demo import next_token_loss, read_text
 from fused_losses import gradient_filter
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.products import few_columns
