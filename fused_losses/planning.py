@@ -226,10 +226,9 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     per_token = wide if dtype == torch.float16 else dtype
 
     def most_tokens(held: int) -> int:
-        free = sizes.budget - held - sizes.row_temporaries(N * V)
-        most = max(0, min(N, free // max(padded(V) * dtype.itemsize, 1)))
-        # As much as for those is gathered for fewer tokens, or a little less.
-        return max(0, min(N, (free - sizes.gathered(most, V, per_token)) // max(padded(V) * dtype.itemsize, 1)))
+        free, row = sizes.budget - held - sizes.row_temporaries(N * V), max(padded(V) * dtype.itemsize, 1)
+        free -= sizes.gathered(max(0, min(N, free // row)), V, per_token)  # fewer tokens gather no more
+        return max(0, min(N, free // row))
 
     once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
     if dtype == torch.float16:
@@ -294,7 +293,13 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         saved = min(V, slices_saved * v)
         held = N * padded(saved) * wide.itemsize
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}
-    slices = {"d_weight": d_weight, "d_hidden": d_hidden_sum, **buffers, "tile": tile, "numbers per token": numbers}
+    slices = {
+        "d_weight": d_weight,
+        "d_hidden": d_hidden_sum,
+        **buffers,
+        "tile or columns at a time": tile,
+        "numbers per token": numbers,
+    }
     end = {
         "gradients": d_hidden + d_weight,
         "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .numerics import statistics_dtype
+
 GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
 MOST = 0.5  # of the columns: beyond it gathering them may cost what it saves
 BLOCK = 1024  # of a 16-bit matrix that is upcast, or of the vocabulary that is multiplied, at a time on a CPU
@@ -63,7 +65,7 @@ def few_columns(d_logits: Tensor, gradient_filter: float) -> FewColumns | None:
 
 def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
     """The largest of each column of ``|x|``, and its sum in fp32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = statistics_dtype(x.dtype)
     if x.is_cuda:
         return (
             torch.linalg.vector_norm(x, float("inf"), dim=0),
@@ -77,9 +79,14 @@ def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
     return largest, sizes
 
 
-def at_a_time(n: int, hidden: int, itemsize: int, on_cpu: bool) -> int:
+def column_bytes(n: int, hidden: int, dtype: torch.dtype) -> int:
+    """Of a gathered column ``(n,)`` of the logits' gradient with its row ``(H,)`` of the weight or of its gradient."""
+    return n * dtype.itemsize + hidden * statistics_dtype(dtype).itemsize
+
+
+def at_a_time(n: int, hidden: int, dtype: torch.dtype, on_cpu: bool) -> int:
     """How many columns are gathered at a time."""
-    return max(256, GATHERED["cpu" if on_cpu else "cuda"] // (n * itemsize + hidden * max(itemsize, 4)))
+    return max(256, GATHERED["cpu" if on_cpu else "cuda"] // column_bytes(n, hidden, dtype))
 
 
 def add_over_columns(
@@ -98,7 +105,7 @@ def add_over_columns(
     others = total.new_empty(1, matrix.shape[1])
     add_product(others, few.shares.to(matrix.dtype)[None], matrix, first=True)
     total.addr_(few.rows, few.size * others[0])
-    for part in few.columns.split(at_a_time(len(out), out.shape[1], matrix.itemsize, not out.is_cuda)):
+    for part in few.columns.split(at_a_time(len(out), out.shape[1], matrix.dtype, not out.is_cuda)):
         add_product(total, d_logits[:, part], matrix[part], first=False)
     if total is not out:
         out.copy_(total)
@@ -120,7 +127,7 @@ def add_at_columns(
     others = few.rows.new_empty(1, x.shape[1])
     add_product(others, few.rows.to(x.dtype)[None], x, first=True)
     out.addr_(few.shares.to(out.dtype), (few.size * others[0]).to(out.dtype))
-    for part in few.columns.split(at_a_time(len(x), x.shape[1], x.itemsize, not x.is_cuda)):
+    for part in few.columns.split(at_a_time(len(x), x.shape[1], x.dtype, not x.is_cuda)):
         rows = out[part]
         add_product(rows, d_logits[:, part].t(), x, first)
         out.index_copy_(0, part, rows)
@@ -129,8 +136,8 @@ def add_at_columns(
 
 def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, d_hidden: torch.dtype, on_cpu: bool) -> int:
     """What the products of few among ``vocab`` columns hold; ``d_hidden``: the dtype of the sum over them."""
-    columns = min(at_a_time(n, hidden, dtype.itemsize, on_cpu), int(MOST * vocab))
-    held = columns * (n * dtype.itemsize + hidden * max(dtype.itemsize, 4)) + 6 * max(dtype.itemsize, 4) * vocab
+    columns = min(at_a_time(n, hidden, dtype, on_cpu), int(MOST * vocab))
+    held = columns * column_bytes(n, hidden, dtype) + 6 * statistics_dtype(dtype).itemsize * vocab
     if d_hidden.itemsize == 2:
         held += 4 * n * hidden
     if dtype.itemsize == 2 and on_cpu:

@@ -84,10 +84,10 @@ def linear_rows(
     workspace: int,
     backend: str,
     shard: str = "",  # a VocabShard; ids are local to it
-    gradient_filter: float = 0.0,
+    gradient_filter: float = 0.0,  # of backward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
-    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
     saved_logits = _buffer_to_save(hidden, M, columns)

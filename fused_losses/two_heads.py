@@ -414,16 +414,10 @@ IN_PROBLEM, INPUTS, TENSORS = 18, 10, 14
 
 def pack(student: Head, teacher: Head, which: Divergence) -> tuple[str, list[float], list[str]]:
     """kind, options and shards."""
-    filters = (student.gradient_filter, teacher.gradient_filter)
     of = (
-        student.scale,
-        student.softcap or 0.0,
-        teacher.scale,
-        teacher.softcap or 0.0,
-        which.beta,
-        which.temperature,
-        *filters,
-    )
+        student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, which.beta, which.temperature,
+        student.gradient_filter, teacher.gradient_filter,
+    )  # fmt: skip
     return which.kind, [float(x) for x in of], [packed(student.shard), packed(teacher.shard)]
 
 

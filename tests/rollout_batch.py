@@ -4,6 +4,7 @@ import torch
 
 from fused_losses.sequences import document_borders
 
+AGGREGATIONS = ["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 LENGTHS = [7, 5, 0, 6, 3, 7]
 
 

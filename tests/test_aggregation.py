@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from rollout_batch import DATA
+from rollout_batch import AGGREGATIONS, DATA
 
 import fused_losses.reference.aggregation as reference
 from fused_losses.aggregation import aggregate
-
-AGGREGATIONS = ["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 
 
 @pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a != "token_sum"])

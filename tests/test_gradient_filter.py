@@ -413,13 +413,19 @@ def test_two_heads_stay_in_their_workspace(device):
             )
         return torch.autograd.grad(found.sum(), (hidden, weight))
 
-    multiplied = []
+    found = []
+
+    def spy(d_logits, epsilon):
+        few = few_columns(d_logits, epsilon)
+        found.append(few is not None)
+        return few
+
     step()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "GATHERED", {"cpu": 2**24, "cuda": 2**24})
-        patch.setattr("fused_losses.two_heads.few_columns", lambda d, e: multiplied.append(d) or few_columns(d, e))
+        patch.setattr("fused_losses.two_heads.few_columns", spy)
         assert peak_bytes(step, device) <= 1.05 * (room + hidden.nbytes + weight.nbytes)
-    assert multiplied
+    assert any(found)
 
 
 def test_a_compiler_knows_what_the_filter_changes_in_the_plan():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollout_batch import DATA, batch, pack
+from rollout_batch import AGGREGATIONS, DATA, batch, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses.reference.policy as reference
@@ -20,7 +20,6 @@ from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
 
 NAN = float("nan")
-AGGREGATIONS = ["token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"]
 CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo"]  # one equation; only their aggregation differs
 # Arguments by modifier; a string that names a tensor of the batch stands for it.
 MODIFIERS = {
