@@ -6,6 +6,7 @@ what is allocated inside custom operators. On CUDA the caching allocator counts.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,10 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
 
     On CUDA ``call`` runs once before it is measured, so that library workspaces are there already.
     """
+    gc.collect()  # what an earlier call left in cycles, freed during this one, would be taken off its peak
     if device == "cuda":
         call()
+        gc.collect()
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -1,5 +1,6 @@
 """No tensor of tokens × vocabulary: peaks counted exactly, and what the plan predicts."""
 
+import gc
 import time
 
 import pytest
@@ -48,6 +49,21 @@ def test_what_is_freed_is_subtracted():
             torch.zeros(1000, dtype=torch.uint8)
 
     assert peak_bytes(call) < 1100
+
+
+def test_garbage_of_earlier_work_is_not_subtracted():
+    def leave():  # inside a measured call: of what was allocated outside all of them no free is told
+        cycle = [torch.zeros(2000, dtype=torch.uint8)]
+        cycle.append(cycle)
+        gc.collect()  # now old: nothing but a full collection frees it
+
+    peak_bytes(leave)
+
+    def call():
+        gc.collect()
+        return torch.zeros(1000, dtype=torch.uint8)
+
+    assert 1000 <= peak_bytes(call) < 1100
 
 
 @pytest.fixture
