@@ -212,15 +212,16 @@ def _linear_softmax_fwd_kernel(
                     if HAS_SOFTCAP:
                         x = tanh(x * (scale / softcap))
                     z = x * factor[:, None] + tl.where(v < V, 0.0, float("-inf"))[None, :]
-                    if ids_here > 0:
-                        for j in range(K):
-                            at = n.to(tl.int64) * K + j
-                            y = tl.load(ids_ptr + at, mask=inside, other=-1)
-                            start = v_start + part * (BLOCK_V // PARTS)
-                            here = (y >= start) & (y < tl.minimum(start + BLOCK_V // PARTS, V))
-                            if tl.max(here.to(tl.int32), 0) > 0:
-                                match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
-                                tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
+                    if HAS_IDS:  # noqa: SIM102, a branch at compile time
+                        if ids_here > 0:
+                            for j in range(K):
+                                at = n.to(tl.int64) * K + j
+                                y = tl.load(ids_ptr + at, mask=inside, other=-1)
+                                start = v_start + part * (BLOCK_V // PARTS)
+                                here = (y >= start) & (y < tl.minimum(start + BLOCK_V // PARTS, V))
+                                if tl.max(here.to(tl.int32), 0) > 0:
+                                    match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
+                                    tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
                     moved = largest - now

@@ -1,0 +1,170 @@
+"""A pretended GPU: a launch goes Triton's own way down to machine code for a target, and then nothing runs.
+
+What is compiled is therefore what the launch asks for, with Triton's own reading of its arguments: which of them are divisible
+by 16, which are 1, which are absent. Tensors stay on the CPU. Not for a process with ``TRITON_INTERPRET``.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fused_losses.kernels import linear_softmax
+
+os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # quicker, and the same machine code
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    shared_limit: int  # bytes one program may use
+    multiprocessors: int
+    matrix_instruction: str  # as the disassembler prints it
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, 108, r"\bHMMA\b"),
+    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 132, r"\bHGMMA\b"),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 148, r"\bUTC\w*MMA\b"),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 304, r"\bv_mfma_\w+"),
+}
+MULTIPLIES = re.compile("_linear_softmax_.*_kernel")  # matrices, so that the machine code must show the instruction
+
+
+class Report(NamedTuple):
+    kernel: str
+    target: str
+    arguments: str  # which are there, and the values of constants
+    warps: int = 0
+    stages: int = 0
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    matrix_instruction: str = ""  # "" where none was found, "-" where none is wanted
+    trouble: str = ""  # why it cannot be compiled or launched
+
+
+class CannotLaunch(RuntimeError):
+    pass
+
+
+class _Driver:
+    """What Triton's launch asks a device's driver for."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.target = name, TARGETS[name]
+        self.utils = self
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target.gpu
+
+    def get_current_device(self) -> str:
+        return self.name  # Triton keeps what it compiled by device
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        return {"max_shared_mem": self.target.shared_limit, "multiprocessor_count": self.target.multiprocessors}
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: str) -> tuple[int, int, int, int, int]:
+        return 1, 1, 0, 0, 1024  # module, function, registers, spills, the most threads
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return _check_launch
+
+
+def _check_launch(x: int, y: int, z: int, *rest: Any) -> None:
+    """What CUDA would refuse of a grid and of the copy engine's descriptors."""
+    if not (0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16):
+        raise CannotLaunch(f"grid {x, y, z}")
+    for tensor in (t for t in rest if isinstance(t, TensorDescriptor)):
+        size = tensor.base.element_size()
+        if tensor.base.data_ptr() % 16 or any(stride * size % 16 for stride in tensor.strides[:-1]):
+            raise CannotLaunch(f"rows of {tensor.strides} elements of {size} bytes are not aligned to 16")
+        if tensor.strides[-1] != 1 or max(tensor.block_shape) > 256 or tensor.block_shape[-1] * size < 16:
+            raise CannotLaunch(f"blocks of {tensor.block_shape}, strides {tensor.strides}")
+        if not all(0 < length <= 2**32 for length in tensor.shape):
+            raise CannotLaunch(f"shape {tensor.shape}")
+
+
+@contextmanager
+def launches_compile(target: str, then: Callable[[Report], None]) -> Iterator[None]:
+    """Inside, launches compile for ``target``; ``then`` gets a report of each kernel, once."""
+    run, known = JITFunction.run, set()
+
+    def compiling(fn: JITFunction, *args: Any, **kwargs: Any) -> Any:
+        try:
+            kernel = run(fn, *args, **kwargs)
+        except Exception as error:
+            while error.__cause__ is not None:
+                error = error.__cause__  # below the compiler's listing stands the reason
+            reason = (str(error).strip().splitlines() or [repr(error)])[-1]
+            then(Report(fn.__name__, target, "", trouble=f"{type(error).__name__}: {reason[-200:]}"))
+            raise
+        if kernel.hash not in known:
+            known.add(kernel.hash)
+            then(_report(kernel, target))
+        return kernel
+
+    device = {"architecture": lambda device: target, "programs": lambda device: TARGETS[target].multiprocessors}
+    before = driver._active
+    driver.set_active(_Driver(target))
+    try:
+        with patch.object(JITFunction, "run", compiling), patch.multiple(linear_softmax, **device):
+            yield
+    finally:
+        driver._active = before
+
+
+def _report(kernel: Any, target: str) -> Report:
+    of_cuda = TARGETS[target].gpu.backend == "cuda"
+    registers, spilled, code = _nvidia(kernel.asm["cubin"]) if of_cuda else _amd(kernel.asm["amdgcn"])
+    wanted = MULTIPLIES.fullmatch(kernel.name)
+    found = re.search(TARGETS[target].matrix_instruction, code)
+    instruction = (found[0] if found else "") if wanted else "-"
+    meta = kernel.metadata
+    return Report(
+        kernel.name, target, _arguments(kernel.src), meta.num_warps, meta.num_stages, registers, spilled, meta.shared,
+        instruction, "" if instruction else f"no matrix instruction {TARGETS[target].matrix_instruction}",
+    )  # fmt: skip
+
+
+def _arguments(source: Any) -> str:
+    names = source.fn.arg_names
+    constants = {names[path[0]]: getattr(value, "value", value) for path, value in source.constants.items()}
+    flags = [name for name, value in constants.items() if value is True]
+    values = [f"{name}={value}" for name, value in constants.items() if value not in (True, False, None)]
+    types = {t for t in source.signature.values() if t.startswith(("*", "tensordesc"))}
+    return ", ".join([*flags, *values, *sorted(types)])
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, spilled bytes and machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        dump = [subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+                for flag in ("--dump-resource-usage", "--dump-sass")]  # fmt: skip
+    usage, code = dump
+    registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
+    return registers, stack + local, code
+
+
+def _amd(assembly: str) -> tuple[int, int, str]:
+    def count(key: str) -> int:
+        return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+
+    # Scalar registers that do not fit go to lanes of vector registers, which is no memory.
+    return count("vgpr_count"), max(4 * count("vgpr_spill_count"), count("private_segment_fixed_size")), assembly
