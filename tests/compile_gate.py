@@ -33,6 +33,7 @@ ALLOWED = {("linear_softmax_fwd entropy, saving logits", "sm_90"): 8}
 
 N, V, ODD_V, H, R = 17, 256, 131, 64, 16  # only what they are divisible by is compiled, not how many
 OUTPUTS = (("log_probs", "logsumexp"), ("log_probs", "logsumexp", "entropy"), RowStatistics._fields)
+WITHOUT_IDS = ("logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs", "max_logit")
 COEFFICIENTS = ("ac", "abc", "abecd")
 
 
@@ -103,9 +104,10 @@ def _linear_softmax(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
         yield f"linear_softmax_d_logits {COEFFICIENTS[level]}{label}", d_logits
 
-    tensors, _ = head(False, False, False, False)
-    tensors[4:] = [None] * 3
-    yield "linear_softmax_fwd entropy, no ids", lambda: linear_softmax_fwd(*tensors, outputs=OUTPUTS[1][1:])
+    plain = [*head(False, False, False, True)[0][:2], *[None] * 5]
+    yield "linear_softmax_fwd all, nothing optional", lambda: linear_softmax_fwd(*plain, outputs=WITHOUT_IDS)
+    logsumexp, sums = torch.zeros(N, dtype=torch.float64), _coefficients("bd", torch.zeros(N, 1))
+    yield "linear_softmax_d_logits bd, nothing optional", lambda: linear_softmax_d_logits(*plain, logsumexp, *sums)
 
 
 def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -127,6 +129,11 @@ def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
 
         yield f"softmax_rows_fwd {label}", fwd
         yield f"softmax_rows_bwd {label}", bwd
+
+    logits, nothing = torch.zeros(N, ODD_V, 1), (None, None, None)
+    yield "softmax_rows_fwd nothing optional", lambda: softmax_rows_fwd(logits, *nothing, outputs=WITHOUT_IDS)
+    logsumexp, sums = torch.zeros(N, dtype=torch.float64), _coefficients("bd", torch.zeros(N, 1))
+    yield "softmax_rows_bwd nothing optional", lambda: softmax_rows_bwd(logits, *nothing, logsumexp, *sums)
 
     for everything in (False, True):
 

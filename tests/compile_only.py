@@ -128,11 +128,12 @@ def launches_compile(target: str, then: Callable[[Report], None]) -> Iterator[No
 
 
 def _report(kernel: Any, target: str) -> Report:
-    of_cuda = TARGETS[target].gpu.backend == "cuda"
-    registers, spilled, code = _nvidia(kernel.asm["cubin"]) if of_cuda else _amd(kernel.asm["amdgcn"])
-    wanted = MULTIPLIES.fullmatch(kernel.name)
-    found = re.search(TARGETS[target].matrix_instruction, code)
-    instruction = (found[0] if found else "") if wanted else "-"
+    registers, spilled = _nvidia(kernel.asm["cubin"]) if "cubin" in kernel.asm else _amd(kernel.asm["amdgcn"])
+    instruction = "-"
+    if MULTIPLIES.fullmatch(kernel.name):
+        code = _cuobjdump("--dump-sass", kernel.asm["cubin"]) if "cubin" in kernel.asm else kernel.asm["amdgcn"]
+        found = re.search(TARGETS[target].matrix_instruction, code)
+        instruction = found[0] if found else ""
     meta = kernel.metadata
     return Report(
         kernel.name, target, _arguments(kernel.src), meta.num_warps, meta.num_stages, registers, spilled, meta.shared,
@@ -149,22 +150,24 @@ def _arguments(source: Any) -> str:
     return ", ".join([*flags, *values, *sorted(types)])
 
 
-def _nvidia(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, spilled bytes and machine code."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _cuobjdump(what: str, cubin: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        dump = [subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
-                for flag in ("--dump-resource-usage", "--dump-sass")]  # fmt: skip
-    usage, code = dump
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia(cubin: bytes) -> tuple[int, int]:
+    """Registers and spilled bytes."""
+    usage = _cuobjdump("--dump-resource-usage", cubin)
     registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local, code
+    return registers, stack + local
 
 
-def _amd(assembly: str) -> tuple[int, int, str]:
+def _amd(assembly: str) -> tuple[int, int]:
     def count(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
 
     # Scalar registers that do not fit go to lanes of vector registers, which is no memory.
-    return count("vgpr_count"), max(4 * count("vgpr_spill_count"), count("private_segment_fixed_size")), assembly
+    return count("vgpr_count"), max(4 * count("vgpr_spill_count"), count("private_segment_fixed_size"))
