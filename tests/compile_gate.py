@@ -2,7 +2,7 @@
 
 ``python tests/compile_gate.py [--json FILE] [--only TEXT] [--target TARGET …]`` calls the launchers on a pretended GPU
 (``compile_only.py``), prints a table and exits with 1 where a kernel cannot be launched, spills registers, wants more shared
-memory than the target has, or multiplies matrices without the target's matrix instruction.
+memory than the target has, multiplies matrices without the target's matrix instruction, or on sm_90 one product at a time.
 """
 
 import argparse

@@ -134,10 +134,17 @@ def _report(kernel: Any, target: str) -> Report:
         code = _cuobjdump("--dump-sass", kernel.asm["cubin"]) if "cubin" in kernel.asm else kernel.asm["amdgcn"]
         found = re.search(TARGETS[target].matrix_instruction, code)
         instruction = found[0] if found else ""
-    meta = kernel.metadata
+    arguments, meta = _arguments(kernel.src), kernel.metadata
+    trouble = "" if instruction else f"no matrix instruction {TARGETS[target].matrix_instruction}"
+    if (
+        instruction == "HGMMA"
+        and "TMA" in arguments
+        and not re.search(r"wgmma\.wait_group\S* [1-9]", kernel.asm["ptx"])
+    ):
+        trouble = "waits for each product before the next begins"
     return Report(
-        kernel.name, target, _arguments(kernel.src), meta.num_warps, meta.num_stages, registers, spilled, meta.shared,
-        instruction, "" if instruction else f"no matrix instruction {TARGETS[target].matrix_instruction}",
+        kernel.name, target, arguments, meta.num_warps, meta.num_stages, registers, spilled, meta.shared, instruction,
+        trouble,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ trouble("sm_80")
 trouble("sm_80", num_warps=2)
 trouble("sm_80", num_stages=12)
 trouble("sm_80", block_k=24)
+trouble("sm_90", num_stages=1)
 try:
     compile_only._check_launch(1, 2**16, 1)
 except compile_only.CannotLaunch as error:
@@ -76,12 +77,13 @@ def test_the_launches_are_seen_that_do_not_compile(tmp_path):
     assert re.search("[12] cannot be launched", done.stdout)
 
 
-def test_the_gate_sees_spills_shared_memory_and_missing_instructions():
+def test_the_gate_sees_what_is_wrong():
     done = python("-c", FAULTY)
-    good, spill, memory, tile, grid, instruction = done.stdout.splitlines() or [done.stderr]
+    good, spill, memory, tile, wait, grid, instruction = done.stdout.splitlines() or [done.stderr]
     assert good == "none"
     assert "spills" in spill
     assert "shared memory" in memory
     assert "power of 2" in tile
+    assert "waits for each product" in wait
     assert grid == "grid (1, 65536, 1)"
     assert "no matrix instruction HGMMA" in instruction
