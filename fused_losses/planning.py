@@ -29,7 +29,7 @@ from .settings import workspace as workspace_setting
 
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
-RECOMPUTE_BUDGET = 256 * MiB  # larger slices are not faster, and what is held until backward is larger only if asked
+RECOMPUTE_BUDGET = 256 * MiB  # of 16-bit heads: larger slices are not faster, and logits saved in fp32 take twice the room
 ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
@@ -109,7 +109,8 @@ def plan(
 
     .. math:: \text{workspace} \le \max(\text{bytes of } d\_hidden + d\_weight,\ 512\,\text{MiB}) \quad\text{by default}
 
-    Route ``recompute`` may hold logits from forward to backward, once per call, and takes 256 MiB by default.
+    Route ``recompute`` holds what logits it saves from forward to backward, once per call. Heads of 16 bits, which would save
+    them in fp32, take 256 MiB there by default.
 
     On route ``gradients_in_forward`` ``d_weight`` is written once where one chunk fits; else summed over chunks, in its own
     16-bit dtype for up to 8 of them and in fp32 beyond.
@@ -163,6 +164,8 @@ def plan(
     )
     given = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
 
+    usual = max(gradients, DEFAULT_BUDGET)
+
     def sizes(default: int) -> _Sizes:
         return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend, filters)
 
@@ -171,12 +174,10 @@ def plan(
     elif route == "recompute":
         reason = "asked for"
     else:
-        forward, reason = _gradients_in_forward(
-            sizes(max(gradients, DEFAULT_BUDGET)), accumulate, asked=route is not None
-        )
+        forward, reason = _gradients_in_forward(sizes(usual), accumulate, asked=route is not None)
         if forward is not None:
             return forward
-    return _recompute(sizes(RECOMPUTE_BUDGET), f"recompute: {reason}")
+    return _recompute(sizes(RECOMPUTE_BUDGET if dtype.itemsize == 2 else usual), f"recompute: {reason}")
 
 
 @dataclass(frozen=True)
