@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses.bench import cli, measure, report
+from fused_losses.bench import cli, filter_shares, measure, report
 from fused_losses.bench import cross_entropy as case
 from fused_losses.bench.peers import Peer
-from fused_losses.bench.problem import Contender
+from fused_losses.bench.problem import Contender, Problem
+from fused_losses.bench.shapes import Shape
 
 SMALL = ["--vocab", "50", "--hidden", "8", "--tokens", "6", "--device", "cpu", "--inputs", "peaked", "--seconds", "0"]
 
@@ -565,3 +566,16 @@ def test_peaked_inputs_are_like_a_trained_models():
         assert 0.5 < module.eager(x) < 4
         x = module.inputs(dataclasses.replace(problem, distribution="random"))
         assert 8 < module.eager(x) < 11
+
+
+def test_filter_shares(capsys):
+    problem = Problem(Shape("small", 4096, 64), 256, torch.float32, "zipf", "cpu")
+    shares = [filter_shares.share(problem, 2.0**-power)[1] for power in (6, 10, 14)]
+    assert 0 < shares[0] < shares[1] < shares[2] <= 1
+    assert filter_shares.share(problem, 2**-40) == (256, 1.0)
+    filter_shares.main(["stories15m:256:float32", "--filter", "1e-3"])
+    *_, (name, chunk, share) = [
+        row.strip("|").split("|") for row in capsys.readouterr().out.split("\n") if "stories" in row
+    ]
+    assert (name.strip(), int(chunk)) == ("stories15m", 256)
+    assert 0 < float(share) < 0.5
