@@ -18,12 +18,13 @@ from .shapes import find
 
 def share(problem: Problem, gradient_filter: float) -> tuple[int, float]:
     """Tokens of a chunk, and the share; 1 where no filter is used since more than half of the columns are large."""
-    tokens = plan(problem.tokens, problem.shape.vocab, problem.shape.hidden, problem.dtype).chunk
+    shape, dtype = problem.shape, problem.dtype
+    tokens = plan(problem.tokens, shape.vocab, shape.hidden, dtype, gradient_filter=gradient_filter).chunk
     x = head_inputs(problem, (tokens,))
     d_logits = torch.softmax(x["hidden"] @ x["weight"].t(), -1)
     d_logits[torch.arange(tokens), x["target"]] -= 1
     few = few_columns(d_logits, gradient_filter)
-    return tokens, 1.0 if few is None else len(few.columns) / problem.shape.vocab
+    return tokens, 1.0 if few is None else len(few.columns) / shape.vocab
 
 
 def main(argv: list[str] | None = None) -> None:
