@@ -5,6 +5,7 @@ compiled as a launch on that GPU would, and checked against what it can launch. 
 nothing. Prints the kernels that cannot be launched and those that spill, and exits with 1 where there is one of the former.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,7 +27,8 @@ def main(target: str = "sm_90", *tests: str) -> int:
         environment = os.environ | {"TARGET": target, "REPORTS": folder, "OMP_NUM_THREADS": "1"}
         environment |= {"TRITON_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": os.pathsep.join((str(ROOT), "tests"))}
         environment.pop("TRITON_INTERPRET", None)
-        command = ["-m", "pytest", "-q", "-p", "launches_plugin", "-n", "auto", "-m", "not slow", "--tb=no", "-rN"]
+        command = ["-m", "pytest", "-q", "-p", "launches_plugin", "-m", "not slow", "--tb=no", "-rN"]
+        command += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
         subprocess.run([sys.executable, *command, *tests], cwd=ROOT, env=environment, check=False)
         found = [row for file in Path(folder).glob("*.json") for row in json.loads(file.read_text())]
     reports = {
