@@ -8,6 +8,7 @@
 # PY        the Python with torch (default python3)
 # RESULTS   where results go (default bench/results/<device>)
 # TESTS     files of the step "tests" (default all)
+# FILES     how many of them at a time, on eight processes with pytest-xdist (default 10 where it is installed, else 1)
 # WHEELS    folder of peers' wheels, at most 60 MiB (default .wheels; bench/peers.txt says which); without it they are skipped
 #
 # A step that is cut off keeps what it has and goes on from there next time. The script fails if a step failed.
@@ -42,16 +43,23 @@ text() {
     return "$status"
 }
 
-# A file at a time: those that ran to their end are not run again. tests.txt has the outcome of each.
+# A few files at a time: those that ran to their end are not run again. tests.txt has the outcomes, by the first of the files.
 tests() {
-    local failed=0 start=$SECONDS file left name
+    local failed=0 start=$SECONDS file files left name some=1 parallel=()
+    "$PY" -c 'import xdist' 2>/dev/null && some=10
+    some=${FILES:-$some}
+    [ "$some" -eq 1 ] || parallel=(-n 8 --dist loadgroup)
     mkdir -p "$RESULTS/tests"
-    for file in ${TESTS:-tests/test_*.py}; do
-        name=tests/$(basename "$file" .py)
+    # shellcheck disable=SC2086 # words and patterns
+    set -- ${TESTS:-tests/test_*.py}
+    while [ $# -gt 0 ]; do
+        files=("${@:1:some}")
+        shift $(($# < some ? $# : some))
+        name=tests/$(basename "${files[0]}" .py)
         if [ ! -f "$RESULTS/$name.txt" ]; then
             left=$((LIMIT - SECONDS + start))
             [ "$left" -gt 10 ] || return 124
-            LIMIT=$left text "$name" "$PY" -m pytest -q -p no:cacheprovider "$file"
+            LIMIT=$left text "$name" "$PY" -m pytest -q -p no:cacheprovider "${parallel[@]}" "${files[@]}"
             if [ ! -f "$RESULTS/$name.txt" ]; then
                 [ "$left" -eq "$LIMIT" ] || return 124        # with all of the time, next time
                 mv "$RESULTS/$name.partial" "$RESULTS/$name.txt" # it had all of it: it is too slow, and said so

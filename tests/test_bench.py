@@ -539,22 +539,31 @@ def test_the_evidence_script_says_what_is_not_measured_yet(tmp_path):
     assert "no step chekc" in unknown.stderr
 
 
-def test_the_evidence_script_runs_tests_a_file_at_a_time(tmp_path):
+def test_the_evidence_script_does_not_run_tests_again_that_ran_to_their_end(tmp_path):
     good, bad = tmp_path / "test_good.py", tmp_path / "test_bad.py"
     good.write_text("def test_it(): pass\n")
     bad.write_text("def test_it(): assert False\n")
     results = tmp_path / "results"
-    assert evidence(results, "tests", TESTS=f"{bad} {good}").returncode == 1
+    assert evidence(results, "tests", TESTS=f"{bad} {good}", FILES="1").returncode == 1
     outcomes = (results / "tests.txt").read_text().splitlines()
     assert [(line.split()[:3], line.split()[-1]) for line in outcomes] == [
         (["test_bad:", "1", "failed"], "1"),
         (["test_good:", "1", "passed"], "0"),
     ]
     bad.write_text("")  # what ran to its end is not run again
-    again = evidence(results, "tests", TESTS=f"{bad} {good}")
+    again = evidence(results, "tests", TESTS=f"{bad} {good}", FILES="1")
     assert again.returncode == 1
     assert "1 passed" in again.stdout
     assert "== tests" in again.stdout
+
+
+def test_the_evidence_script_runs_several_files_of_tests_at_a_time(tmp_path):
+    files = [tmp_path / f"test_{i}.py" for i in range(3)]
+    for file in files:
+        file.write_text("def test_it(): pass\n")
+    assert evidence(tmp_path, "tests", TESTS=f"{tmp_path}/test_*.py", FILES="2").returncode == 0
+    outcomes = (tmp_path / "tests.txt").read_text().splitlines()
+    assert [line.split()[:3] for line in outcomes] == [["test_0:", "2", "passed"], ["test_2:", "1", "passed"]]
 
 
 def test_peaked_inputs_are_like_a_trained_models():

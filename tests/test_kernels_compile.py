@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 FAULTY = """
@@ -55,6 +56,7 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU, whose time is better spent")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_launch_of_the_tests_compiles(target):
     done = python("tests/compile_launches.py", target)
