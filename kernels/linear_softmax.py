@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
-from .common import FLOOR, rows_skipped, tanh
+from .common import FLOOR, exp, rows_skipped, tanh
 from .configurations import (
     architecture,
     linear_softmax_d_logits_config,
@@ -41,14 +41,7 @@ from .configurations import (
     programs,
 )
 
-LOG2E = tl.constexpr(1.4426950408889634)
 ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full waves of 132 programs
-
-
-@triton.jit
-def _exp(x):
-    # tl.exp spends three more instructions on results below 2⁻¹²⁶, which no sum here can see.
-    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -225,12 +218,12 @@ def _linear_softmax_fwd_kernel(
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
                     moved = largest - now
-                    rescale = _exp(moved)
+                    rescale = exp(moved)
                     if ENTROPY:
                         # The maximum keeps 0·(−inf) out, here and below; a nan it drops is in total already.
                         total_shifted = rescale * tl.maximum(total_shifted + moved * total, FLOOR)
                     shifted = z - now[:, None]
-                    e = _exp(shifted)
+                    e = exp(shifted)
                     total = rescale * total + tl.sum(e, 1)
                     if ENTROPY:
                         total_shifted += tl.sum(e * tl.maximum(shifted, FLOOR), 1)
@@ -299,7 +292,7 @@ def _combine_splits_kernel(
     split_total = tl.load(partial + SPLITS * N, mask=here, other=0.0)
     largest = tl.max(split_largest, 0)
     moved = tl.maximum(split_largest - largest[None, :], FLOOR)
-    rescale = _exp(moved)
+    rescale = exp(moved)
     total = tl.sum(rescale * split_total, 0)
     log_total = tl.log(total.to(tl.float64))
     logsumexp = largest.to(tl.float64) + log_total
@@ -591,7 +584,7 @@ def _linear_softmax_d_logits_kernel(
                 logsumexp = tl.load(logsumexp_ptr + n, mask=inside, other=0.0)
                 hi = logsumexp.to(tl.float32)
                 lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
-                p_unit = _exp(lo)
+                p_unit = exp(lo)
                 a = tl.zeros((BLOCK_N,), tl.float32)
                 b = tl.zeros((BLOCK_N,), tl.float32)
                 e = tl.zeros((BLOCK_N,), tl.float32)
@@ -613,7 +606,7 @@ def _linear_softmax_d_logits_kernel(
                     if HAS_SOFTCAP:
                         x = tanh(x * (scale / softcap))
                     logp = x * factor[:, None] - hi[:, None]
-                    p = _exp(logp)
+                    p = exp(logp)
                     bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
                     if HAS_B:
                         bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite: it meets a probability of 0

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..row_statistics import empty_statistics
-from .common import FLOOR, SKIP, final_logits, final_logits_slope, rows_skipped
+from .common import FLOOR, SKIP, exp, final_logits, final_logits_slope, rows_skipped
 from .configurations import on_its_device, softmax_rows_bwd_config, softmax_rows_fwd_config
 
 
@@ -88,11 +88,11 @@ def _lane_sums(
         now_largest = tl.maximum(largest, tile_largest)
         moved = tl.maximum(largest - now_largest, FLOOR)  # finite: it meets a total of 0
         shifted = z - now_largest[:, :, None]
-        e = tl.exp(shifted)
-        rescale = tl.exp(moved)
+        e = exp(shifted)
+        rescale = exp(moved)
         if ENTROPY:
             total_shifted += tl.maximum(moved * total, FLOOR)  # finite: it meets a rescale of 0
-            total_shifted = rescale * total_shifted + tl.sum(tl.where(e == 0, 0.0, e * shifted), 2)
+            total_shifted = rescale * total_shifted + tl.sum(e * tl.maximum(shifted, FLOOR), 2)
         total = total * rescale + tl.sum(e, 2)
         if LOG_SUM_SQ_PROBS:
             total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
@@ -124,7 +124,7 @@ def _row_total(largest, total):
     """The lanes meet: their factors, and each row's maximum, ``Σ exp(z − max)`` and its logarithm, in float64."""
     row_largest = tl.max(largest, 1)
     moved = tl.maximum(largest - row_largest[:, None], FLOOR)
-    rescale = tl.exp(moved)
+    rescale = exp(moved)
     row_total = tl.sum((total * rescale).to(tl.float64), 1)
     return moved, rescale, row_largest, row_total, tl.log(row_total)
 
@@ -354,7 +354,8 @@ def _softmax_rows_bwd_kernel(
 ):
     v_blocks = tl.cdiv(V, BLOCK_V)
     row = (tl.program_id(0) // v_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    v = (tl.program_id(0) % v_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
+    v_start = (tl.program_id(0) % v_blocks) * BLOCK_V
+    v = v_start + tl.arange(0, BLOCK_V)
     row_inside = row < N
     inside = row_inside[:, None] & (v < V)[None, :]
     active = row_inside
@@ -371,7 +372,7 @@ def _softmax_rows_bwd_kernel(
         temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
     logsumexp = tl.load(logsumexp_ptr + row, mask=row_inside, other=0.0)
     logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
-    p = tl.exp(logp)
+    p = exp(logp)
     factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if HAS_A:
         factor += tl.load(a_ptr + row, mask=row_inside, other=0.0)[:, None]
@@ -397,8 +398,10 @@ def _softmax_rows_bwd_kernel(
     if HAS_C:
         for k in range(K):
             y = tl.load(ids_ptr + row * K + k, mask=row_inside, other=-1) - vocab_start
-            c = tl.load(c_ptr + row * K + k, mask=row_inside, other=0.0)
-            dz += tl.where(v[None, :] == y[:, None], c[:, None], 0.0)
+            here = (y >= v_start) & (y < v_start + BLOCK_V)
+            if tl.max(here.to(tl.int32), 0) > 0:  # most tiles hold no id
+                c = tl.load(c_ptr + row * K + k, mask=row_inside, other=0.0)
+                dz += tl.where(v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None], c[:, None], 0.0)
     dx = tl.where(active[:, None], dz * slope, 0.0)
     tl.store(
         out_ptr + ((row // S) * out_stride_b + (row % S) * out_stride_s)[:, None] + v64 * out_stride_v,
@@ -509,28 +512,29 @@ def _softmax_rows_fwd_bwd_kernel(
     x_y = tl.load(row_ptr + y, mask=found, other=0.0).to(tl.float32)
     temperature = tl.full((1,), 1.0, tl.float32)
     if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row).to(tl.float32)
+        temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
     largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
         row_ptr, 1, active, temperature, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, scale, softcap,
         HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, False, HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1,
         BLOCK_V, VEC,
     )  # fmt: skip
     moved, _, row_largest, _, log_total = _row_total(largest, total)
-    logsumexp = row_largest.to(tl.float64) + log_total
-    tl.store(logsumexp_ptr + row, tl.where(active, logsumexp, 0.0))
+    # All numbers of a skipped row are 0, and so is then its gradient.
+    logsumexp = tl.where(active, row_largest.to(tl.float64) + log_total, 0.0)
+    tl.store(logsumexp_ptr + row, logsumexp)
     z_y = final_logits(x_y, scale, softcap, HAS_SOFTCAP) / temperature
     log_prob = ((z_y - row_largest).to(tl.float64) - log_total).to(tl.float32)
     tl.store(log_probs_ptr + row, tl.where(found, log_prob, 0.0))
-    c = tl.load(of_log_probs_ptr + row).to(tl.float32)
+    c = tl.load(of_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
     a = -c
     d = tl.zeros((1,), tl.float32)
     if SUM_LOG_PROBS:
         sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
         tl.store(sum_log_probs_ptr + row, tl.where(active, sum_log_probs, 0.0))
-        d = tl.load(of_sum_log_probs_ptr + row).to(tl.float32)
+        d = tl.load(of_sum_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
         a -= (d * row_weight).to(tl.float32)
     if SQUARE:
-        a += (2 * tl.load(of_square_ptr + row) * logsumexp).to(tl.float32)
+        a += (2 * tl.load(of_square_ptr + row, mask=active, other=0.0) * logsumexp).to(tl.float32)
     if IS_TOP1:
         tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
 
@@ -541,14 +545,24 @@ def _softmax_rows_fwd_bwd_kernel(
         inside = (v < logits_stride_n)[None, :]
         x = tl.load(row_ptr[:, None] + v[None, :], mask=inside & active[:, None], other=0.0).to(tl.float32)
         logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
-        dz = tl.exp(logp) * a[:, None] + tl.where(v[None, :] == y[:, None], c[:, None], 0.0)
+        dz = exp(logp) * a[:, None]
         if SUM_LOG_PROBS:
             if HAS_COLUMN_WEIGHT:
-                dz += d[:, None] * tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+                weight = tl.load(column_weight_ptr + v, mask=(v < V) & tl.max(active.to(tl.int1), 0), other=0.0)
+                dz += d[:, None] * weight.to(tl.float32)[None, :]
             else:
                 dz += d[:, None]
-        dx = tl.where(active[:, None], dz * slope, 0.0)
-        tl.store(row_ptr[:, None] + v[None, :], dx.to(logits_ptr.dtype.element_ty), mask=inside)
+        dx = (dz * slope).to(logits_ptr.dtype.element_ty)
+        tl.store(row_ptr[:, None] + v[None, :], dx, mask=inside)
+    tl.debug_barrier()  # the id's own comes last: to look for it would cost each logit four instructions
+    logp, slope = _log_softmax(x_y[:, None], temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
+    dz = exp(logp) * a[:, None] + c[:, None]
+    if SUM_LOG_PROBS:
+        if HAS_COLUMN_WEIGHT:
+            dz += d[:, None] * tl.load(column_weight_ptr + y, mask=found, other=0.0).to(tl.float32)[:, None]
+        else:
+            dz += d[:, None]
+    tl.store((row_ptr + y)[:, None], (dz * slope).to(logits_ptr.dtype.element_ty), mask=found[:, None])
 
 
 @on_its_device
