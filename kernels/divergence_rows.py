@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FLOOR, SKIP, final_logits, final_logits_slope
+from .common import FLOOR, SKIP, exp, final_logits, final_logits_slope
 from .configurations import divergence_rows_config, on_its_device
 
 NEAR = tl.constexpr(0.25)  # where the polynomials below are exact to fp32
@@ -129,7 +129,7 @@ def _advance(z, largest, total, LANES: tl.constexpr, VEC: tl.constexpr):
     """Take a tile ``(BLOCK_V,)`` into each lane's maximum and sum of exponentials."""
     z = tl.reshape(z, (LANES, VEC))
     now = tl.maximum(largest, tl.max(z, 1))
-    total = total * tl.exp(largest - now) + tl.sum(tl.exp(z - now[:, None]), 1)
+    total = total * exp(largest - now) + tl.sum(exp(z - now[:, None]), 1)
     return now, total
 
 
@@ -137,7 +137,7 @@ def _advance(z, largest, total, LANES: tl.constexpr, VEC: tl.constexpr):
 def _meet(largest, total):
     """The lanes' maxima and sums become the row's maximum and the logarithm of its sum, in float64."""
     row_largest = tl.max(largest, 0)
-    return row_largest, tl.log(tl.sum((total * tl.exp(largest - row_largest)).to(tl.float64), 0))
+    return row_largest, tl.log(tl.sum((total * exp(largest - row_largest)).to(tl.float64), 0))
 
 
 @triton.jit

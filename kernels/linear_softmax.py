@@ -572,16 +572,20 @@ def _linear_softmax_d_logits_kernel(
                         acc = tl.dot(h, w.T, acc, input_precision="ieee")
                 n = row + tl.arange(0, BLOCK_N)
                 inside = n < N
+                # All numbers of a skipped row are 0, and so is then its gradient.
+                active = inside
+                if HAS_IDS:
+                    active = inside & ~rows_skipped(ids_ptr, n, inside, K)
                 factor = tl.full((BLOCK_N,), 1.0, tl.float32)
                 if HAS_TEMPERATURE:
-                    factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
+                    factor = factor / tl.load(temperature_ptr + n, mask=active, other=1.0)
                 slope = factor * scale
                 if HAS_SOFTCAP:
                     factor = factor * softcap
                 else:
                     factor = slope
                 # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
-                logsumexp = tl.load(logsumexp_ptr + n, mask=inside, other=0.0)
+                logsumexp = tl.load(logsumexp_ptr + n, mask=active, other=0.0)
                 hi = logsumexp.to(tl.float32)
                 lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
                 p_unit = exp(lo)
@@ -590,19 +594,17 @@ def _linear_softmax_d_logits_kernel(
                 e = tl.zeros((BLOCK_N,), tl.float32)
                 d = tl.zeros((BLOCK_N,), tl.float32)
                 if HAS_A:
-                    a = tl.load(a_ptr + n, mask=inside, other=0.0) * p_unit * slope
+                    a = tl.load(a_ptr + n, mask=active, other=0.0) * p_unit * slope
                 if HAS_B:
-                    b = tl.load(b_ptr + n, mask=inside, other=0.0) * p_unit * slope
+                    b = tl.load(b_ptr + n, mask=active, other=0.0) * p_unit * slope
                     a += b * lo
                 if HAS_E:
-                    e = tl.load(e_ptr + n, mask=inside, other=0.0) * p_unit * p_unit * slope
+                    e = tl.load(e_ptr + n, mask=active, other=0.0) * p_unit * p_unit * slope
                 if HAS_D:
-                    d = tl.load(d_ptr + n, mask=inside, other=0.0) * slope
-                active = inside
-                if HAS_IDS:
-                    active = inside & ~rows_skipped(ids_ptr, n, inside, K)
+                    d = tl.load(d_ptr + n, mask=active, other=0.0) * slope
                 for part in tl.static_range(PARTS):
                     v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
+                    x = tl.where(active[:, None], x, 0.0)
                     if HAS_SOFTCAP:
                         x = tanh(x * (scale / softcap))
                     logp = x * factor[:, None] - hi[:, None]
@@ -616,21 +618,20 @@ def _linear_softmax_d_logits_kernel(
                     if HAS_D:
                         if HAS_COLUMN_WEIGHT:
                             column_weight = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                            dx += d[:, None] * column_weight[None, :]
+                            dx += tl.where(active[:, None], d[:, None] * column_weight[None, :], 0.0)
                         else:
                             dx += d[:, None]
                     if HAS_C:
                         for j in range(K):
                             at = n.to(tl.int64) * K + j
                             y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
-                            c = tl.load(c_ptr + at, mask=inside, other=0.0) * slope
+                            c = tl.load(c_ptr + at, mask=active, other=0.0) * slope
                             here = (y >= v_start) & (y < v_start + BLOCK_V)
                             if tl.max(here.to(tl.int32), 0) > 0:
                                 match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
                                 dx += tl.where(match, c[:, None], 0.0)
                     if HAS_SOFTCAP:
                         dx *= 1 - x * x
-                    dx = tl.where(active[:, None], dx, 0.0)
                     if TMA:
                         out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
                     else:

@@ -354,8 +354,7 @@ def _softmax_rows_bwd_kernel(
 ):
     v_blocks = tl.cdiv(V, BLOCK_V)
     row = (tl.program_id(0) // v_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    v_start = (tl.program_id(0) % v_blocks) * BLOCK_V
-    v = v_start + tl.arange(0, BLOCK_V)
+    v = (tl.program_id(0) % v_blocks) * BLOCK_V + tl.arange(0, BLOCK_V)
     row_inside = row < N
     inside = row_inside[:, None] & (v < V)[None, :]
     active = row_inside
@@ -369,43 +368,43 @@ def _softmax_rows_bwd_kernel(
     ).to(tl.float32)
     temperature = 1.0
     if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
-    logsumexp = tl.load(logsumexp_ptr + row, mask=row_inside, other=0.0)
+        temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
+    # All numbers of a skipped row are 0, and so is then its gradient.
+    logsumexp = tl.load(logsumexp_ptr + row, mask=active, other=0.0)
     logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
     p = exp(logp)
     factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if HAS_A:
-        factor += tl.load(a_ptr + row, mask=row_inside, other=0.0)[:, None]
+        factor += tl.load(a_ptr + row, mask=active, other=0.0)[:, None]
     if HAS_B:
-        factor += tl.load(b_ptr + row, mask=row_inside, other=0.0)[:, None] * tl.where(p == 0, 0.0, logp)
+        factor += tl.load(b_ptr + row, mask=active, other=0.0)[:, None] * tl.where(p == 0, 0.0, logp)
     if HAS_E:
-        factor += tl.load(e_ptr + row, mask=row_inside, other=0.0)[:, None] * p
+        factor += tl.load(e_ptr + row, mask=active, other=0.0)[:, None] * p
     dz = p * factor
     if HAS_D:
-        d = tl.load(d_ptr + row, mask=row_inside, other=0.0)[:, None]
+        d = tl.load(d_ptr + row, mask=active, other=0.0)[:, None]
         if HAS_PROBABILITIES:
             t = tl.load(
                 probabilities_ptr
                 + ((row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s)[:, None]
                 + v64 * probabilities_stride_v,
-                mask=inside,
+                mask=inside & active[:, None],
                 other=0.0,
             ).to(tl.float32)
             d = d * ((1 - label_smoothing) * t + label_smoothing / V)
         if HAS_COLUMN_WEIGHT:
             d = d * tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
+            d = tl.where(active[:, None], d, 0.0)
         dz += d
     if HAS_C:
         for k in range(K):
             y = tl.load(ids_ptr + row * K + k, mask=row_inside, other=-1) - vocab_start
-            here = (y >= v_start) & (y < v_start + BLOCK_V)
-            if tl.max(here.to(tl.int32), 0) > 0:  # most tiles hold no id
-                c = tl.load(c_ptr + row * K + k, mask=row_inside, other=0.0)
-                dz += tl.where(v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None], c[:, None], 0.0)
-    dx = tl.where(active[:, None], dz * slope, 0.0)
+            c = tl.load(c_ptr + row * K + k, mask=active, other=0.0)
+            y = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
+            dz += tl.where(v[None, :] == y[:, None], c[:, None], 0.0)
     tl.store(
         out_ptr + ((row // S) * out_stride_b + (row % S) * out_stride_s)[:, None] + v64 * out_stride_v,
-        dx.to(out_ptr.dtype.element_ty),
+        (dz * slope).to(out_ptr.dtype.element_ty),
         mask=inside,
     )
 
@@ -538,6 +537,16 @@ def _softmax_rows_fwd_bwd_kernel(
     if IS_TOP1:
         tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
 
+    # The id's own gradient is stored last: to look for it among the others would cost each of them four instructions.
+    logp_y, slope_y = _log_softmax(x_y[:, None], temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
+    dz_y = exp(logp_y) * a[:, None] + c[:, None]
+    if SUM_LOG_PROBS:
+        if HAS_COLUMN_WEIGHT:
+            dz_y += d[:, None] * tl.load(column_weight_ptr + y, mask=found, other=0.0).to(tl.float32)[:, None]
+        else:
+            dz_y += d[:, None]
+    dx_y = (dz_y * slope_y).to(logits_ptr.dtype.element_ty)
+
     tl.debug_barrier()  # all have read what any will write over
     # Backwards: what was read last is still in L2.
     for v_end in range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
@@ -548,21 +557,14 @@ def _softmax_rows_fwd_bwd_kernel(
         dz = exp(logp) * a[:, None]
         if SUM_LOG_PROBS:
             if HAS_COLUMN_WEIGHT:
-                weight = tl.load(column_weight_ptr + v, mask=(v < V) & tl.max(active.to(tl.int1), 0), other=0.0)
-                dz += d[:, None] * weight.to(tl.float32)[None, :]
+                weight = tl.load((column_weight_ptr + v)[None, :], mask=(v < V)[None, :] & active[:, None], other=0.0)
+                dz += d[:, None] * weight.to(tl.float32)
             else:
                 dz += d[:, None]
         dx = (dz * slope).to(logits_ptr.dtype.element_ty)
         tl.store(row_ptr[:, None] + v[None, :], dx, mask=inside)
-    tl.debug_barrier()  # the id's own comes last: to look for it would cost each logit four instructions
-    logp, slope = _log_softmax(x_y[:, None], temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
-    dz = exp(logp) * a[:, None] + c[:, None]
-    if SUM_LOG_PROBS:
-        if HAS_COLUMN_WEIGHT:
-            dz += d[:, None] * tl.load(column_weight_ptr + y, mask=found, other=0.0).to(tl.float32)[:, None]
-        else:
-            dz += d[:, None]
-    tl.store((row_ptr + y)[:, None], (dz * slope).to(logits_ptr.dtype.element_ty), mask=found[:, None])
+    tl.debug_barrier()
+    tl.store((row_ptr + y)[:, None], dx_y, mask=found[:, None])
 
 
 @on_its_device

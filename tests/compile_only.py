@@ -50,6 +50,7 @@ class Report(NamedTuple):
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
+    loops: str = ""  # instructions of each, where CUDA's tools show them
     matrix_instruction: str = ""  # "" where none was found, "-" where none is wanted
     trouble: str = ""  # why it cannot be compiled or launched
 
@@ -128,10 +129,14 @@ def launches_compile(target: str, then: Callable[[Report], None]) -> Iterator[No
 
 
 def _report(kernel: Any, target: str) -> Report:
-    registers, spilled = _nvidia(kernel.asm["cubin"]) if "cubin" in kernel.asm else _amd(kernel.asm["amdgcn"])
+    if "cubin" in kernel.asm:
+        code = _cuobjdump("--dump-sass", kernel.asm["cubin"])
+        (registers, spilled), loops = _nvidia(kernel.asm["cubin"]), " ".join(map(str, _loops(code)))
+    else:
+        code, loops = kernel.asm["amdgcn"], ""
+        registers, spilled = _amd(code)
     instruction = "-"
     if MULTIPLIES.fullmatch(kernel.name):
-        code = _cuobjdump("--dump-sass", kernel.asm["cubin"]) if "cubin" in kernel.asm else kernel.asm["amdgcn"]
         found = re.search(TARGETS[target].matrix_instruction, code)
         instruction = found[0] if found else ""
     arguments, meta = _arguments(kernel.src), kernel.metadata
@@ -143,8 +148,8 @@ def _report(kernel: Any, target: str) -> Report:
     ):
         trouble = "waits for each product before the next begins"
     return Report(
-        kernel.name, target, arguments, meta.num_warps, meta.num_stages, registers, spilled, meta.shared, instruction,
-        trouble,
+        kernel.name, target, arguments, meta.num_warps, meta.num_stages, registers, spilled, meta.shared, loops,
+        instruction, trouble,
     )  # fmt: skip
 
 
@@ -170,6 +175,15 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
     usage = _cuobjdump("--dump-resource-usage", cubin)
     registers, stack, local = (int(re.findall(rf"\b{key}:(\d+)", usage)[-1]) for key in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
+
+
+def _loops(code: str) -> list[int]:
+    """Instructions from the target of each branch backwards to the branch; of the whole kernel, where there is none."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
+    places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
+    branches = [(i, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines)]
+    lengths = [i + 1 - places[int(to[1], 16)] for i, to in branches if to and int(to[1], 16) in places]
+    return [length for length in lengths if length > 20] or [len(lines)]
 
 
 def _amd(assembly: str) -> tuple[int, int]:

@@ -50,7 +50,7 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "gate.json").read_text())
     assert {report["target"] for report in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert sum("combine" not in report["kernel"] for report in reports) <= 168, "the gate's budget"
+    assert sum("combine" not in report["kernel"] for report in reports) <= 184, "the gate's budget"
     matrix = [report["target"] for report in reports if report["matrix_instruction"] != "-"]
     assert all(matrix.count(target) >= 12 for target in ("sm_80", "sm_90", "sm_100", "gfx942")), matrix
 
