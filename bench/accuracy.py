@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..linear_logits import LinearLogits
 from ..token_statistics import token_statistics
-from .environment import environment
+from .environment import made_on
 
 Statistics = tuple[Tensor, Tensor]  # log-probabilities and entropy, (N,)
 
@@ -66,11 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--largest", type=float, default=50.0, help="largest logit in absolute value")
     options = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    where = environment(device)
-    versions = ", ".join(
-        f"{name} {version}" for name, version in where["versions"].items() if name in ("torch", "triton")
-    )
-    print(f"{where['device']}; {versions}; commit {str(where['commit'])[:12]}")
+    print(made_on(device, "torch", "triton"))
     print("\n| log-probs and entropy from bf16 inputs | mean error | largest | of entropy | largest log-prob |")
     print("| --- | ---: | ---: | ---: | ---: |")
     for name, values in measure(**vars(options), device=device).items():

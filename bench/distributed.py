@@ -18,7 +18,7 @@ from ..cross_entropy import cross_entropy
 from ..linear_logits import LinearLogits
 from ..planning import plan
 from ..token_statistics import token_statistics
-from .environment import environment
+from .environment import made_on
 from .memory import peak_bytes
 from .ranks import collectives, run
 from .shapes import SHAPES, Shape
@@ -119,9 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="of what is measured")
     parser.add_argument("--shape", default="llama3-8b", choices=SHAPES, help="of what is worked out on paper")
     options = parser.parse_args(argv)
-    where = environment("cuda" if torch.cuda.device_count() > 1 else "cpu")
     N, V, H = options.tokens, options.vocab, options.hidden
-    print(f"{where['device']}; torch {where['versions']['torch']}; commit {str(where['commit'])[:12]}\n")
+    print(made_on("cuda" if torch.cuda.device_count() > 1 else "cpu", "torch") + "\n")
     print(
         f"{N} tokens, vocabulary {V} and {8 * V}, hidden {H}, bf16: bytes that a rank hands to collectives, for a token"
     )

@@ -72,6 +72,14 @@ def installed(name: str) -> str | None:
         return None
 
 
+def made_on(device: str, *packages: str) -> str:
+    """Device, versions and commit: the line above a table."""
+    where = environment(device)
+    versions = [f"{name} {version}" for name in packages if (version := installed(name))]
+    changed = " and changes to it" if where["modified"] else ""
+    return f"{where['device']}; {', '.join(versions)}; commit {str(where['commit'])[:12]}{changed}"
+
+
 def clocks() -> str | None:
     """Clocks, power and temperature as the driver reports them now; None where it does not."""
     fields = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,temperature.gpu"

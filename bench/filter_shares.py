@@ -11,7 +11,7 @@ import torch
 
 from ..planning import plan
 from ..products import few_columns
-from .environment import environment
+from .environment import made_on
 from .problem import Problem, head_inputs
 from .shapes import find
 
@@ -32,8 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("heads", nargs="*", default=["A", "B", "C", "smollm2-135m:2048:float32"])
     parser.add_argument("--filter", type=float, default=2**-14)
     options = parser.parse_args(argv)
-    where = environment("cpu")
-    print(f"{where['device']}; torch {torch.__version__}; commit {str(where['commit'])[:12]}\n")
+    print(made_on("cpu", "torch") + "\n")
     print("| head | tokens of a chunk | share multiplied |\n|---|---|---|")
     for head in options.heads:
         name, tokens, dtype = (*head.split(":"), "", "")[:3]

@@ -24,10 +24,10 @@ def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
 
     On CUDA ``call`` runs once before it is measured, so that library workspaces are there already.
     """
-    gc.collect()  # what an earlier call left in cycles, freed during this one, would be taken off its peak
     if device == "cuda":
         call()
-        gc.collect()
+    gc.collect()  # what an earlier call left in cycles, freed during this one, would be taken off its peak
+    if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .. import settings
 from ..integrations.patching import check_version
-from .environment import environment, installed
+from .environment import made_on
 from .memory import peak_bytes
 
 LLAMA3 = 128_256
@@ -197,11 +197,7 @@ def main(argv: list[str] | None = None) -> None:
         check_version(options.library, integration.TESTED)
     except ImportError as error:
         raise SystemExit(str(error)) from None
-    where = environment("cpu")
-    versions = {name: installed(name) for name in ("torch", "transformers", options.library)}
-    changed = " and changes to it" if where["modified"] else ""
-    print(f"{where['device']}; {', '.join(f'{name} {version}' for name, version in versions.items())}; ", end="")
-    print(f"commit {str(where['commit'])[:12]}{changed}\n")
+    print(made_on("cpu", *dict.fromkeys(("torch", "transformers", options.library))) + "\n")
     cases, header = LIBRARIES[options.library]
     print(f"| {header} |\n|{'---|' * (header.count('|') + 1)}")
     for case in cases(options.tokens, options.vocab):

@@ -29,9 +29,7 @@ from .settings import workspace as workspace_setting
 
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
-RECOMPUTE_BUDGET = (
-    256 * MiB
-)  # of 16-bit heads: larger slices are not faster, and logits saved in fp32 take twice the room
+RECOMPUTE_BUDGET = 256 * MiB  # of 16-bit heads: larger slices are not faster, and logits are saved in fp32
 ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
 MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits

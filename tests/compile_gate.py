@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def _linear_softmax(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     saving = {(False, False, 1), (False, False, 2), (True, False, 2), (True, True, 2)}
     if target in ("sm_80", "gfx942"):
         odd = odd[2:]
+    logsumexp = torch.zeros(N, dtype=torch.float64)
     for odd_rows, (options, low_rank, level) in [(False, c) for c in choices] + [(True, c) for c in odd]:
         tensors, named = head(options, low_rank, odd_rows, odd_rows or options or level == 2)
         label = ", odd rows" if odd_rows else ""
@@ -96,23 +98,16 @@ def _linear_softmax(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for save in (False, True) if not odd_rows and (options, low_rank, level) in saving else (False,):
             saved = torch.zeros(N, 112)[:, :100] if save else None
 
-            def fwd(tensors=tensors, named=named, level=level, saved=saved):
-                return linear_softmax_fwd(*tensors, **named, outputs=OUTPUTS[level], saved_logits=saved)
-
+            fwd = partial(linear_softmax_fwd, *tensors, **named, outputs=OUTPUTS[level], saved_logits=saved)
             yield f"linear_softmax_fwd {statistics}{', saving logits' if save else ''}", fwd
-
-        def d_logits(tensors=tensors, named=named, level=level):
-            logsumexp = torch.zeros(N, dtype=torch.float64)
-            return linear_softmax_d_logits(
-                *tensors, logsumexp, *_coefficients(COEFFICIENTS[level], tensors[4]), **named
-            )
-
-        yield f"linear_softmax_d_logits {COEFFICIENTS[level]}{label}", d_logits
+        used = COEFFICIENTS[level]
+        d_logits = partial(linear_softmax_d_logits, *tensors, logsumexp, *_coefficients(used, tensors[4]), **named)
+        yield f"linear_softmax_d_logits {used}{label}", d_logits
 
     plain = [*head(False, False, False, True)[0][:2], *[None] * 5]
-    yield "linear_softmax_fwd all, nothing optional", lambda: linear_softmax_fwd(*plain, outputs=WITHOUT_IDS)
-    logsumexp, sums = torch.zeros(N, dtype=torch.float64), _coefficients("bd", torch.zeros(N, 1))
-    yield "linear_softmax_d_logits bd, nothing optional", lambda: linear_softmax_d_logits(*plain, logsumexp, *sums)
+    yield "linear_softmax_fwd all, nothing optional", partial(linear_softmax_fwd, *plain, outputs=WITHOUT_IDS)
+    sums = _coefficients("bd", torch.zeros(N, 1))
+    yield "linear_softmax_d_logits bd, nothing optional", partial(linear_softmax_d_logits, *plain, logsumexp, *sums)
 
 
 def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -124,42 +119,33 @@ def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
         tensors = [logits, ids, torch.ones(ODD_V) if everything else None, torch.ones(rows)]
         named = {"softcap": 30.0} | ({"probabilities": logits, "label_smoothing": 0.1} if everything else {})
         label = f"{'rows' if contiguous else 'columns'}{', every option' if everything else ''}"
-
-        def fwd(tensors=tensors, named=named, everything=everything):
-            return softmax_rows_fwd(*tensors, **named, outputs=OUTPUTS[2 if everything else 1])
-
-        def bwd(tensors=tensors, named=named, everything=everything, ids=ids):
-            coefficients = _coefficients(COEFFICIENTS[2 if everything else 0], ids)
-            return softmax_rows_bwd(*tensors, torch.zeros(len(ids), dtype=torch.float64), *coefficients, **named)
-
-        yield f"softmax_rows_fwd {label}", fwd
-        yield f"softmax_rows_bwd {label}", bwd
+        outputs, coefficients = OUTPUTS[2 if everything else 1], _coefficients("abecd" if everything else "ac", ids)
+        logsumexp = torch.zeros(rows, dtype=torch.float64)
+        yield f"softmax_rows_fwd {label}", partial(softmax_rows_fwd, *tensors, **named, outputs=outputs)
+        yield f"softmax_rows_bwd {label}", partial(softmax_rows_bwd, *tensors, logsumexp, *coefficients, **named)
 
     # What most call: rows of a vocabulary that is a multiple of 16.
     logits, ids, row = torch.zeros(N, V, 1, dtype=torch.bfloat16), torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N)
     logsumexp, of_log_probs = torch.zeros(N, dtype=torch.float64), _coefficients("ac", ids)
     plain = [logits, ids, None, None]
     for label, outputs in zip(("log-probs", "entropy"), OUTPUTS[:2], strict=True):
-        yield f"softmax_rows_fwd {label}", lambda outputs=outputs: softmax_rows_fwd(*plain, outputs=outputs)
-    yield "softmax_rows_bwd ac", lambda: softmax_rows_bwd(*plain, logsumexp, *of_log_probs)
+        yield f"softmax_rows_fwd {label}", partial(softmax_rows_fwd, *plain, outputs=outputs)
+    yield "softmax_rows_bwd ac", partial(softmax_rows_bwd, *plain, logsumexp, *of_log_probs)
     whole = (logits[..., 0], ids, None, None, row, None, None)
-    yield "softmax_rows_fwd_bwd log-probs", lambda: softmax_rows_fwd_bwd(*whole, outputs=OUTPUTS[0])
+    yield "softmax_rows_fwd_bwd log-probs", partial(softmax_rows_fwd_bwd, *whole, outputs=OUTPUTS[0])
 
     bare, sums = (torch.zeros(N, ODD_V, 1), None, None, None), _coefficients("bd", ids)
-    yield "softmax_rows_fwd nothing optional", lambda: softmax_rows_fwd(*bare, outputs=WITHOUT_IDS)
-    yield "softmax_rows_bwd nothing optional", lambda: softmax_rows_bwd(*bare, logsumexp, *sums)
+    yield "softmax_rows_fwd nothing optional", partial(softmax_rows_fwd, *bare, outputs=WITHOUT_IDS)
+    yield "softmax_rows_bwd nothing optional", partial(softmax_rows_bwd, *bare, logsumexp, *sums)
 
     for everything in (False, True):
-
-        def fwd_bwd(everything=everything):
-            row, wide = torch.zeros(N), ("sum_log_probs", "is_top1") if everything else ()
-            ids, logits = torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N, 144, dtype=torch.bfloat16)[:, :ODD_V]
-            weight, of_sum = (torch.ones(ODD_V), row) if everything else (None, None)
-            return softmax_rows_fwd_bwd(
-                logits, ids, weight, row, row, of_sum, row, softcap=30.0, outputs=(*OUTPUTS[0], *wide)
-            )
-
-        yield f"softmax_rows_fwd_bwd{' every option' if everything else ''}", fwd_bwd
+        unaligned = torch.zeros(N, 144, dtype=torch.bfloat16)[:, :ODD_V]
+        weight, of_sum, wide = (
+            (torch.ones(ODD_V), row, ("sum_log_probs", "is_top1")) if everything else (None, None, ())
+        )
+        tensors = [unaligned, ids, weight, row, row, of_sum, row]
+        call = partial(softmax_rows_fwd_bwd, *tensors, softcap=30.0, outputs=(*OUTPUTS[0], *wide))
+        yield f"softmax_rows_fwd_bwd{' every option' if everything else ''}", call
 
 
 def _divergence_rows() -> Iterator[tuple[str, Callable[[], object]]]:
@@ -188,10 +174,7 @@ def _divergence_rows() -> Iterator[tuple[str, Callable[[], object]]]:
             named |= {"normalizers": torch.zeros(6, N, dtype=torch.float64)}
             named |= {"sums": torch.zeros(4, N, dtype=torch.float64)} if step != "normalizers" else {}
         temperatures = (row, row) if everything else (None, None)
-
-        def call(logits=logits, temperatures=temperatures, named=named):
-            return divergence_rows(logits, logits, torch.zeros(N, dtype=torch.int64), *temperatures, **named)
-
+        call = partial(divergence_rows, logits, logits, torch.zeros(N, dtype=torch.int64), *temperatures, **named)
         made = f"gradients of {'both, every option' if everything else 'student'}" if whole else f"{step} of a slice"
         yield f"divergence_rows {kind}, {made}", call
 
@@ -218,7 +201,6 @@ def judged(report: Report, case: str) -> Report:
 
 
 def check_case(index: int, target: str) -> list[Report]:
-    os.environ["TRITON_CACHE_DIR"] = os.environ["GATE_SCRATCH"]  # of this run alone, so that changes are seen
     return check(*list(cases(target))[index], target)
 
 
@@ -226,7 +208,7 @@ def run(only: str = "", targets: tuple[str, ...] = tuple(TARGETS)) -> list[Repor
     """The reports of every case whose name contains ``only``."""
     jobs = [(i, target) for target in targets for i, (case, _) in enumerate(cases(target)) if only in case]
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["GATE_SCRATCH"] = scratch
+        os.environ["TRITON_CACHE_DIR"] = scratch  # of this run alone, so that changes are seen
         jobs.sort()  # the heaviest kernels are the first cases: no core is left with one at the end
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
             reports = {report for found in pool.map(check_case, *zip(*jobs, strict=True)) for report in found}

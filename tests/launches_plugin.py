@@ -8,14 +8,13 @@ from unittest.mock import patch
 import pytest
 import torch
 
-os.environ.pop("TRITON_INTERPRET", None)  # the tests' conftest.py sets it, too late for kernels that are here already
+os.environ.pop("TRITON_INTERPRET", None)  # xdist's workers inherit what conftest.py set
 
 import compile_only
 
 from fused_losses.kernels import divergence_rows, linear_softmax, softmax_rows  # noqa: F401
 
 reports: list[tuple[compile_only.Report, str]] = []
-test = ""
 
 
 def product(exact):
@@ -31,8 +30,13 @@ def product(exact):
 
 @pytest.fixture(autouse=True, scope="session")
 def _pretended_gpu():
+    os.environ.pop("TRITON_INTERPRET", None)  # again: too late for the kernels, which are here already
+
+    def keep(report):
+        reports.append((report, os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]))
+
     with (
-        compile_only.launches_compile(os.environ["TARGET"], lambda report: reports.append((report, test))),
+        compile_only.launches_compile(os.environ["TARGET"], keep),
         patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)),
         patch.multiple(torch, mm=product(torch.mm), addmm=product(torch.addmm)),
         patch.multiple(torch.cuda, is_current_stream_capturing=lambda: False, synchronize=lambda: None),
@@ -43,13 +47,6 @@ def _pretended_gpu():
 def pytest_collection_modifyitems(items):
     options = ((item, getattr(item, "callspec", None)) for item in items)
     items[:] = [item for item, spec in options if spec is None or spec.params.get("backend") != "torch"]
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    global test
-    test = item.nodeid
-    os.environ.pop("TRITON_INTERPRET", None)
 
 
 def pytest_sessionfinish():
