@@ -83,9 +83,9 @@ def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool, opt
     return 1, 2048 if dtype == torch.float32 else 4096, 8 if options else 4
 
 
-def divergence_rows_config() -> tuple[int, int, int]:
+def divergence_rows_config(dtype: torch.dtype) -> tuple[int, int, int]:
     """``BLOCK_V, VEC, num_warps``: 16 bytes of either row per lane, since about ten numbers per logit are alive at once."""
-    return 1024, 4, 8
+    return (1024, 4, 8) if dtype == torch.float32 else (2048, 8, 8)
 
 
 def odd_rows_config(splits: int) -> MatrixTile:

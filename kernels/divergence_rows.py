@@ -11,10 +11,13 @@ One program per row goes over it twice, three times with gradients: both maxima 
 slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``.
 Where ranks share the vocabulary these are three steps, and between them the ranks put together what each found in its slice.
 
-Never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with ``r = log(a/b)``,
-the same number since both rows sum to 1. Each term is ≥ 0 (clamped there against its rounding), a polynomial in r near 0, and
-an error in a row's logsumexp cancels to first order. ``t − s`` is ``max(t, s)·expm1(∓|d|)``, and ``log(t/m)``, ``log(s/m)`` are
-``log1p`` of ``expm1(−|d|)``, so that none of them is a difference of nearly equal numbers.
+Logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials.
+
+The divergence is never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with
+``r = log(a/b)``, the same number since both rows sum to 1. Each term is ≥ 0 (clamped there against its rounding), and an
+error in a row's logsumexp cancels to first order. ``t − s`` is ``max(t, s)·expm1(∓|d|)``, and ``log(t/m)``, ``log(s/m)`` are
+``log1p`` of ``expm1(−|d|)``, so that none of them is a difference of nearly equal numbers. In the gradients nothing cancels
+further: the error of ``s − t`` there is that of its parts.
 
 An entry that is −inf on both sides counts as equal; −inf on one side gives 0·(−inf) = 0, or an infinite KL where the other
 side has mass there, whose gradient in the row with the mass is then 0.
@@ -27,101 +30,112 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FLOOR, SKIP, exp, final_logits, final_logits_slope
+from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, scales
 from .configurations import divergence_rows_config, on_its_device
 
-NEAR = tl.constexpr(0.25)  # where the polynomials below are exact to fp32
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LEAST = tl.constexpr(1e-30)
 
 
 @triton.jit
-def _expm1_of_negative(x):
-    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
-    return tl.where(x > -NEAR, near, tl.exp(x) - 1)
-
-
-@triton.jit
-def _log1p_of_negative(y, one_plus_y):
-    # 2 artanh(y/(2 + y)); from −¼ down log has nothing to cancel, and near −1 nothing is left of y.
-    w = y / (2 + y)
-    square = w * w
-    near = 2 * w * (1 + square * (1.0 / 3 + square * (1.0 / 5 + square * (1.0 / 7 + square * (1.0 / 9)))))
-    return tl.where(y > -NEAR, near, tl.log(one_plus_y))
+def _expm1(u, power):
+    """``power − 1`` for ``power = 2⁻ᵘ``, u ≥ 0; a polynomial (relative error 1e-8) where they are nearly equal."""
+    near = u * (-0.69314717 + u * (0.24022564 + u * (-0.05549041 + u * (0.00954128 - u * 0.00115445))))
+    return tl.where(u < 0.5, near, power - 1)
 
 
 @triton.jit
 def _excess(a, b, r):
-    """``a r − a + b ≥ 0`` for ``b = a exp(−r)``."""
-    near = a * r * r * (1.0 / 2 - r * (1.0 / 6 - r * (1.0 / 24 - r * (1.0 / 120 - r * (1.0 / 720 - r * (1.0 / 5040))))))
+    """``a r − a + b ≥ 0`` for ``b = a exp(−r)``; a polynomial (relative error 2e-8) where they are nearly equal."""
+    near = a * r * r * (0.5 - r * (0.16666642 - r * (0.04166672 - r * (0.00834884 - r * 0.00138953))))
     far = tl.maximum(a * (r - 1) + b, 0.0)
-    return tl.where(a == 0, b, tl.where(tl.abs(r) < NEAR, near, far))
+    return tl.where(a == 0, b, tl.where(tl.abs(r) < 0.25, near, far))
 
 
 @triton.jit
-def _of_kind(s, t, log_s, log_t, beta, KIND: tl.constexpr):
-    """Element by element: the term of the divergence, and g and h, each up to a constant of the row and 0 at probability 0;
-    as ``s g`` or ``t h`` where :func:`_gradient` is told so."""
-    d = tl.where((s == 0) & (t == 0), 0.0, log_t - log_s)
-    w = _expm1_of_negative(-tl.abs(d))
+def _times(p, x):
+    """``p x``, where 0·∞ = 0."""
+    return tl.where(p == 0, 0.0, p * x)
+
+
+@triton.jit
+def _log_ratio(log_s, log_t):
+    """``d``, and ``2^−|d|``: the smaller of t and s over the larger."""
+    d = tl.where(log_t == log_s, 0.0, log_t - log_s)
+    return d, tl.exp2(-tl.abs(d))
+
+
+@triton.jit
+def _m_over_larger(d, power, beta):
+    """``m`` over the larger of t and s, and the share of the smaller one in that."""
+    share = tl.where(d > 0, 1 - beta, beta)
+    over = tl.where(d > 0, beta, 1 - beta) + share * power
+    return tl.maximum(over, LEAST, propagate_nan=tl.PropagateNan.ALL), share
+
+
+@triton.jit
+def _term(s, t, log_s, d, power, beta, KIND: tl.constexpr):
+    """The term of the divergence, element by element."""
+    w = _expm1(tl.abs(d), power)
     difference = tl.where(d > 0, -t, s) * w  # t − s
     if KIND == "forward_kl":
-        value = _excess(t, s, d)
-        g = -difference
-        h = tl.where(t == 0, 0.0, d)
+        value = tl.maximum(_times(t, d * LN2) - difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "reverse_kl":
-        value = _excess(s, t, -d)
-        g = tl.where(s == 0, 0.0, -d)
-        h = difference
+        value = tl.maximum(difference - _times(s, d * LN2), 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "cross_entropy":
-        finite = log_s != float("-inf")
-        value = tl.where(finite, -t * log_s, 0.0)
-        g = tl.where(finite, -t, 0.0)
-        h = tl.where(finite & (t > 0), -log_s, 0.0)
+        value = tl.where(log_s == float("-inf"), 0.0, -t * (log_s * LN2))
     if KIND == "tvd":
         value = 0.5 * tl.abs(difference)
-        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))  # d is 0 or nan
-        g = -h
     if KIND == "jsd" or KIND == "skewed_kl":
         m = beta * t + (1 - beta) * s
-        E = tl.exp(-tl.abs(d))  # the smaller of t and s over the larger
-        over = tl.where(d > 0, beta + (1 - beta) * E, (1 - beta) + beta * E)
-        larger = -_log1p_of_negative(tl.where(d > 0, 1 - beta, beta) * w, over)  # log of the larger of t and s, over m
-        t_over_m = tl.where(d > 0, larger, d + larger)
-        s_over_m = tl.where(d > 0, larger - d, larger)
+        over, share = _m_over_larger(d, power, beta)
+        y = -share * w  # over = 1 − y; its logarithm by a polynomial (relative error 2e-9) near 0
+        near = y * (
+            1
+            + y
+            * (0.4999991 + y * (0.33338954 + y * (0.24869385 + y * (0.2142242 + y * (0.08962092 + y * 0.33377499)))))
+        )
+        larger = tl.where(y < 0.25, near, -LN2 * tl.log2(over))  # log of the larger of t and s, over m
+        d = d * LN2
+        value = _excess(t, m, tl.where(d > 0, larger, d + larger))
         if KIND == "jsd":
-            value = beta * _excess(t, m, t_over_m) + (1 - beta) * _excess(s, m, s_over_m)
-            g = tl.where(s == 0, 0.0, (1 - beta) * s_over_m)
-            h = tl.where(t == 0, 0.0, beta * t_over_m)
-        else:
-            value = _excess(t, m, t_over_m)
-            g = tl.where(m == 0, 0.0, (beta - 1) * (t / m))
-            h = tl.where((t == 0) | (m == 0), 0.0, t_over_m - beta * (1 - beta) * (difference / m))
-    return value, g, h
+            value = beta * value + (1 - beta) * _excess(s, m, tl.where(d > 0, larger - d, larger))
+    return value
 
 
 @triton.jit
-def _weighed(slope, p, WEIGHED: tl.constexpr):
-    return slope if WEIGHED else p * slope
-
-
-@triton.jit
-def _gradient(slope, p, mean, WEIGHED: tl.constexpr):
-    """``p_j (g_j − Σ p g)`` from g, or from ``p g``."""
-    return slope - p * mean if WEIGHED else p * (slope - mean)
-
-
-@triton.jit
-def _final(x, scale, softcap, row_temperature, HAS_SOFTCAP: tl.constexpr, HAS_ROW_TEMPERATURE: tl.constexpr):
-    z = final_logits(x, scale, softcap, HAS_SOFTCAP)
-    if HAS_ROW_TEMPERATURE:
-        z = z / row_temperature
-    return z
-
-
-@triton.jit
-def _over(z, temperature, HAS_TEMPERATURE: tl.constexpr):
-    if HAS_TEMPERATURE:
-        z = z / temperature
-    return z
+def _slopes(s, t, log_s, d, power, beta, KIND: tl.constexpr):
+    """``s g`` and ``t h``, element by element, g and h each up to a constant of the row."""
+    if KIND == "forward_kl":
+        sg = s - t
+        th = _times(t, d * LN2)
+    if KIND == "reverse_kl":
+        sg = -_times(s, d * LN2)
+        th = t - s
+    if KIND == "cross_entropy":
+        finite = log_s != float("-inf")
+        sg = tl.where(finite, -t, 0.0)
+        th = tl.where(finite, _times(t, log_s * -LN2), 0.0)
+    if KIND == "tvd":
+        half = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))  # d is 0 or nan
+        sg = -s * half
+        th = t * half
+    if KIND == "jsd":
+        over, _ = _m_over_larger(d, power, beta)
+        larger = -tl.log2(over)
+        sg = _times(s, tl.where(d > 0, larger - d, larger) * ((1 - beta) * LN2))
+        th = _times(t, tl.where(d > 0, larger, d + larger) * (beta * LN2))
+    if KIND == "skewed_kl":
+        over, _ = _m_over_larger(d, power, beta)
+        r = tl.rsqrt(over)
+        r = r * r
+        t_over_m = r * tl.where(d > 0, 1.0, power)
+        s_over_m = r * tl.where(d > 0, power, 1.0)
+        sg = s * ((beta - 1) * (t_over_m - 1))
+        log_over = tl.log2(over)
+        th = _times(t, tl.where(d > 0, 0.0, d) * LN2 - log_over * LN2 + (1 - beta) * (s_over_m - 1))
+    return sg, th
 
 
 @triton.jit
@@ -141,15 +155,28 @@ def _meet(largest, total):
 
 
 @triton.jit
+def _log_softmax(z, largest, log_total):
+    """To base 2, from the row's maximum and float64 logarithm of its sum."""
+    log_total = log_total * LOG2E
+    hi = log_total.to(tl.float32)
+    lo = (log_total - hi.to(tl.float64)).to(tl.float32)
+    return ((z - largest) * LOG2E - hi) - lo
+
+
+@triton.jit
+def _load(row_ptr, stride_v, v, inside):
+    return tl.load(row_ptr + v.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
     return tl.sum(tl.reshape(x, (LANES, VEC)), 1)
 
 
 @triton.jit
-def _mean_slope(total):
-    """``Σ p g`` of a row, and whether it is infinite, as the divergence then is."""
-    slope = total.to(tl.float32)
-    return slope, tl.abs(slope) == float("inf")
+def _gradient(pg, p, mean, factor):
+    """``factor (p g − p Σ p g)``; 0 where the divergence is infinite, as its mean slope then is."""
+    return tl.where(tl.abs(mean) == float("inf"), 0.0, factor * (pg - p * mean))
 
 
 @triton.jit
@@ -202,8 +229,6 @@ def _divergence_rows_kernel(
     VEC: tl.constexpr,
 ):
     LANES: tl.constexpr = BLOCK_V // VEC
-    G_WEIGHED: tl.constexpr = KIND == "forward_kl" or KIND == "cross_entropy"
-    H_WEIGHED: tl.constexpr = KIND == "reverse_kl"
     row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     y = row
     if HAS_IDS:
@@ -212,12 +237,32 @@ def _divergence_rows_kernel(
     b, at = row // S, row % S
     student_row = student_ptr + b * student_stride_b + at * student_stride_s
     teacher_row = teacher_ptr + b * teacher_stride_b + at * teacher_stride_s
-    student_temperature = 1.0
-    teacher_temperature = 1.0
+    student_temperature = tl.full((1,), 1.0, tl.float32)
+    teacher_temperature = tl.full((1,), 1.0, tl.float32)
     if HAS_STUDENT_TEMPERATURE:
-        student_temperature = tl.load(student_temperature_ptr + row).to(tl.float32)
+        student_temperature *= tl.load(student_temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
     if HAS_TEACHER_TEMPERATURE:
-        teacher_temperature = tl.load(teacher_temperature_ptr + row).to(tl.float32)
+        teacher_temperature *= tl.load(teacher_temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
+    hard_inner, hard_outer = scales(
+        student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
+    )
+    if HAS_TEMPERATURE:
+        student_temperature *= temperature
+        teacher_temperature *= temperature
+    s_inner, s_outer = scales(
+        student_scale,
+        student_softcap,
+        student_temperature,
+        HAS_STUDENT_SOFTCAP,
+        HAS_STUDENT_TEMPERATURE or HAS_TEMPERATURE,
+    )
+    t_inner, t_outer = scales(
+        teacher_scale,
+        teacher_softcap,
+        teacher_temperature,
+        HAS_TEACHER_SOFTCAP,
+        HAS_TEACHER_TEMPERATURE or HAS_TEMPERATURE,
+    )
 
     v_end = tl.where(active, V, 0)  # a skipped row reads nothing
     if STEP == "sums" or STEP == "gradients":
@@ -237,22 +282,18 @@ def _divergence_rows_kernel(
         t_total = tl.zeros((LANES,), tl.float32)
         hard_total = tl.zeros((LANES,), tl.float32)  # of the student at temperature 1
         for v_start in range(0, v_end, BLOCK_V):
-            v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
+            v = v_start + tl.arange(0, BLOCK_V)
             inside = v < V
-            x = tl.load(student_row + v * student_stride_v, mask=inside, other=0.0).to(tl.float32)
-            z = _final(
-                x, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
-            )
-            z = tl.where(inside, z, float("-inf"))
+            x = _load(student_row, student_stride_v, v, inside)
+            z = final_logits(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
+            s_largest, s_total = _advance(tl.where(inside, z, float("-inf")), s_largest, s_total, LANES, VEC)
             if HAS_HARD and HAS_TEMPERATURE:
+                z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
+                z = tl.where(inside, z, float("-inf"))
                 hard_largest, hard_total = _advance(z, hard_largest, hard_total, LANES, VEC)
-            s_largest, s_total = _advance(_over(z, temperature, HAS_TEMPERATURE), s_largest, s_total, LANES, VEC)
-            x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
-            z = _final(
-                x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE
-            )
-            z = tl.where(inside, _over(z, temperature, HAS_TEMPERATURE), float("-inf"))
-            t_largest, t_total = _advance(z, t_largest, t_total, LANES, VEC)
+            x = _load(teacher_row, teacher_stride_v, v, inside)
+            z = final_logits(x, t_inner, t_outer, HAS_TEACHER_SOFTCAP)
+            t_largest, t_total = _advance(tl.where(inside, z, float("-inf")), t_largest, t_total, LANES, VEC)
         s_max, s_log_total = _meet(s_largest, s_total)
         t_max, t_log_total = _meet(t_largest, t_total)
         hard_max, hard_log_total = s_max, s_log_total
@@ -266,10 +307,6 @@ def _divergence_rows_kernel(
         if HAS_HARD and HAS_TEMPERATURE:
             tl.store(normalizers_ptr + 4 * N + row, hard_max.to(tl.float64))
             tl.store(normalizers_ptr + 5 * N + row, hard_log_total)
-    s_hi = s_log_total.to(tl.float32)
-    s_lo = (s_log_total - s_hi.to(tl.float64)).to(tl.float32)
-    t_hi = t_log_total.to(tl.float32)
-    t_lo = (t_log_total - t_hi.to(tl.float64)).to(tl.float32)
 
     if STEP == "gradients":
         s_slope = tl.load(sums_ptr + 2 * N + row)
@@ -279,26 +316,20 @@ def _divergence_rows_kernel(
         s_slopes = tl.zeros((LANES,), tl.float32)
         t_slopes = tl.zeros((LANES,), tl.float32)
         for v_start in range(0, v_end, BLOCK_V):
-            v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
+            v = v_start + tl.arange(0, BLOCK_V)
             inside = v < V
-            x = tl.load(student_row + v * student_stride_v, mask=inside, other=0.0).to(tl.float32)
-            z = _final(
-                x, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
-            )
-            log_s = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - s_max) - s_hi) - s_lo, float("-inf"))
-            x = tl.load(teacher_row + v * teacher_stride_v, mask=inside, other=0.0).to(tl.float32)
-            z = _final(
-                x, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE
-            )
-            log_t = tl.where(inside, ((_over(z, temperature, HAS_TEMPERATURE) - t_max) - t_hi) - t_lo, float("-inf"))
-            s = tl.exp(log_s)
-            t = tl.exp(log_t)
-            value, g, h = _of_kind(s, t, log_s, log_t, beta, KIND)
-            values += _folded(value, LANES, VEC)
+            z = final_logits(_load(student_row, student_stride_v, v, inside), s_inner, s_outer, HAS_STUDENT_SOFTCAP)
+            log_s = tl.where(inside, _log_softmax(z, s_max, s_log_total), float("-inf"))
+            z = final_logits(_load(teacher_row, teacher_stride_v, v, inside), t_inner, t_outer, HAS_TEACHER_SOFTCAP)
+            log_t = tl.where(inside, _log_softmax(z, t_max, t_log_total), float("-inf"))
+            s, t = tl.exp2(log_s), tl.exp2(log_t)
+            d, power = _log_ratio(log_s, log_t)
+            values += _folded(_term(s, t, log_s, d, power, beta, KIND), LANES, VEC)
+            sg, th = _slopes(s, t, log_s, d, power, beta, KIND)
             if D_STUDENT:
-                s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
+                s_slopes += _folded(sg, LANES, VEC)
             if D_TEACHER:
-                t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
+                t_slopes += _folded(th, LANES, VEC)
         divergence = tl.sum(values.to(tl.float64), 0)
         s_slope = tl.sum(s_slopes.to(tl.float64), 0)
         t_slope = tl.sum(t_slopes.to(tl.float64), 0)
@@ -311,58 +342,55 @@ def _divergence_rows_kernel(
         if HAS_HARD:
             found = (y >= 0) & (y < V)
             x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
-            z_y = _final(
-                x_y, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
-            )
-            nll = hard_log_total - (z_y - hard_max).to(tl.float64)
+            z_y = final_logits(x_y, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
+            # Compilers fuse a product and a sum as they like: rounded otherwise it could exceed the maximum.
+            nll = hard_log_total - tl.minimum(z_y - hard_max, 0.0).to(tl.float64)
+            nll = tl.sum(tl.where(found, nll, 0.0), 0)
             if STEP == "all":
-                tl.store(nll_ptr + row, tl.where(found, nll.to(tl.float32), 0.0))
+                tl.store(nll_ptr + row, nll.to(tl.float32))
             else:
-                tl.store(sums_ptr + N + row, tl.where(found, nll, 0.0))
+                tl.store(sums_ptr + N + row, nll)
 
     if (D_STUDENT or D_TEACHER) and (STEP == "all" or STEP == "gradients"):
-        soft = tl.load(soft_ptr + row) / temperature
-        s_mean, s_infinite = _mean_slope(s_slope)
-        t_mean, t_infinite = _mean_slope(t_slope)
-        hard = 0.0
-        hard_hi = hard_log_total.to(tl.float32)
-        hard_lo = (hard_log_total - hard_hi.to(tl.float64)).to(tl.float32)
+        # All numbers of a skipped row are 0, and so is then its gradient.
+        soft = tl.load(soft_ptr + row, mask=active, other=0.0).to(tl.float32)
+        s_max, s_log_total = tl.where(active, s_max, 0.0), tl.where(active, s_log_total, 0.0)
+        t_max, t_log_total = tl.where(active, t_max, 0.0), tl.where(active, t_log_total, 0.0)
+        s_mean, t_mean = tl.where(active, s_slope, 0.0).to(tl.float32), tl.where(active, t_slope, 0.0).to(tl.float32)
         if HAS_HARD:
-            hard = tl.load(hard_ptr + row)
+            # The slope of the logits has the divergence's temperature in it.
+            hard = tl.load(hard_ptr + row, mask=active, other=0.0).to(tl.float32) * temperature
+            hard_max, hard_log_total = tl.where(active, hard_max, 0.0), tl.where(active, hard_log_total, 0.0)
+            label = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
+        tl.debug_barrier()  # all have read what any will write over
         for v_start in range(0, V, BLOCK_V):
-            v = (v_start + tl.arange(0, BLOCK_V)).to(tl.int64)
+            v = v_start + tl.arange(0, BLOCK_V)
             inside = v < V
-            read = inside & active
-            x_s = tl.load(student_row + v * student_stride_v, mask=read, other=0.0).to(tl.float32)
-            z_s = _final(
-                x_s, student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
+            x = _load(student_row, student_stride_v, v, inside & active)
+            z, s_scale = final_logits_and_slope(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
+            log_s = _log_softmax(z, s_max, s_log_total)
+            z, t_scale = final_logits_and_slope(
+                _load(teacher_row, teacher_stride_v, v, inside & active), t_inner, t_outer, HAS_TEACHER_SOFTCAP
             )
-            log_s = ((_over(z_s, temperature, HAS_TEMPERATURE) - s_max) - s_hi) - s_lo
-            x_t = tl.load(teacher_row + v * teacher_stride_v, mask=read, other=0.0).to(tl.float32)
-            z_t = _final(
-                x_t, teacher_scale, teacher_softcap, teacher_temperature, HAS_TEACHER_SOFTCAP, HAS_TEACHER_TEMPERATURE
-            )
-            log_t = ((_over(z_t, temperature, HAS_TEMPERATURE) - t_max) - t_hi) - t_lo
-            s = tl.exp(log_s)
-            t = tl.exp(log_t)
-            value, g, h = _of_kind(s, t, log_s, log_t, beta, KIND)
+            log_t = _log_softmax(z, t_max, t_log_total)
+            s, t = tl.exp2(log_s), tl.exp2(log_t)
+            d, power = _log_ratio(log_s, log_t)
+            sg, th = _slopes(s, t, log_s, d, power, beta, KIND)
             if D_STUDENT:
-                dz = tl.where(s_infinite, 0.0, soft * _gradient(g, s, s_mean, G_WEIGHED))
+                dz = _gradient(sg, s, s_mean, soft)
                 if HAS_HARD:
                     p = s
                     if HAS_TEMPERATURE:
-                        p = tl.exp(((z_s - hard_max) - hard_hi) - hard_lo)
-                    dz += hard * (p - tl.where(v == y, 1.0, 0.0))
-                slope = final_logits_slope(x_s, student_scale, student_softcap, HAS_STUDENT_SOFTCAP)
-                dx = tl.where(active, dz * (slope / student_temperature), 0.0)
-                out = d_student_ptr + b * d_student_stride_b + at * d_student_stride_s + v * d_student_stride_v
-                tl.store(out, dx.to(d_student_ptr.dtype.element_ty), mask=inside)
+                        z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
+                        p = tl.exp2(_log_softmax(z, hard_max, hard_log_total))
+                    dz += hard * tl.where(v == label, p - 1, p)
+                out = d_student_ptr + b * d_student_stride_b + at * d_student_stride_s
+                dx = (dz * s_scale).to(d_student_ptr.dtype.element_ty)
+                tl.store(out + v.to(tl.int64) * d_student_stride_v, dx, mask=inside)
             if D_TEACHER:
-                dz = tl.where(t_infinite, 0.0, soft * _gradient(h, t, t_mean, H_WEIGHED))
-                slope = final_logits_slope(x_t, teacher_scale, teacher_softcap, HAS_TEACHER_SOFTCAP)
-                dx = tl.where(active, dz * (slope / teacher_temperature), 0.0)
-                out = d_teacher_ptr + b * d_teacher_stride_b + at * d_teacher_stride_s + v * d_teacher_stride_v
-                tl.store(out, dx.to(d_teacher_ptr.dtype.element_ty), mask=inside)
+                out = d_teacher_ptr + b * d_teacher_stride_b + at * d_teacher_stride_s
+                dx = (_gradient(th, t, t_mean, soft) * t_scale).to(d_teacher_ptr.dtype.element_ty)
+                tl.store(out + v.to(tl.int64) * d_teacher_stride_v, dx, mask=inside)
 
 
 @on_its_device
@@ -400,7 +428,7 @@ def divergence_rows(
         return divergence, nll
     if kind == "jsd":
         beta = min(beta, 1 - 2**-24)  # in fp32 too the student has a share of the mixture
-    BLOCK_V, VEC, num_warps = divergence_rows_config()
+    BLOCK_V, VEC, num_warps = divergence_rows_config(student.dtype)
     _divergence_rows_kernel[(N,)](
         student,
         teacher,

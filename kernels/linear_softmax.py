@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
-from .common import FLOOR, exp, rows_skipped, tanh
+from .common import FLOOR, exp, final_logits, rows_skipped, scales, tanh
 from .configurations import (
     architecture,
     linear_softmax_d_logits_config,
@@ -160,11 +160,10 @@ def _linear_softmax_fwd_kernel(
         row = row_tile * BLOCK_N
         n = row + tl.arange(0, BLOCK_N)
         inside = n < N
-        factor = tl.full((BLOCK_N,), 1.0, tl.float32) * scale
-        if HAS_SOFTCAP:
-            factor = tl.full((BLOCK_N,), 1.0, tl.float32) * softcap
+        temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
         if HAS_TEMPERATURE:
-            factor = factor / tl.load(temperature_ptr + n, mask=inside, other=1.0)
+            temperature = tl.load(temperature_ptr + n, mask=inside, other=1.0)
+        inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
         largest = tl.full((BLOCK_N,), FLOOR, tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(shifted)·shifted, shifted = z − largest
@@ -202,9 +201,8 @@ def _linear_softmax_fwd_kernel(
                             tile = saved_logits_ptr + row.to(tl.int64) * saved_stride_n
                             within = tl.arange(0, BLOCK_N)[:, None] * saved_stride_n + v[None, :]
                             tl.store(tile + within, x, mask=inside[:, None] & (v < saved_columns)[None, :])
-                    if HAS_SOFTCAP:
-                        x = tanh(x * (scale / softcap))
-                    z = x * factor[:, None] + tl.where(v < V, 0.0, float("-inf"))[None, :]
+                    z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
+                    z += tl.where(v < V, 0.0, float("-inf"))[None, :]
                     if HAS_IDS:  # noqa: SIM102, a branch at compile time
                         if ids_here > 0:
                             for j in range(K):
@@ -576,14 +574,13 @@ def _linear_softmax_d_logits_kernel(
                 active = inside
                 if HAS_IDS:
                     active = inside & ~rows_skipped(ids_ptr, n, inside, K)
-                factor = tl.full((BLOCK_N,), 1.0, tl.float32)
+                temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
                 if HAS_TEMPERATURE:
-                    factor = factor / tl.load(temperature_ptr + n, mask=active, other=1.0)
-                slope = factor * scale
+                    temperature = tl.load(temperature_ptr + n, mask=active, other=1.0)
+                inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+                slope = inner  # but for what the softcap makes of it
                 if HAS_SOFTCAP:
-                    factor = factor * softcap
-                else:
-                    factor = slope
+                    slope = inner * outer
                 # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
                 logsumexp = tl.load(logsumexp_ptr + n, mask=active, other=0.0)
                 hi = logsumexp.to(tl.float32)
@@ -605,9 +602,11 @@ def _linear_softmax_d_logits_kernel(
                 for part in tl.static_range(PARTS):
                     v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
                     x = tl.where(active[:, None], x, 0.0)
+                    z = x * inner[:, None]
                     if HAS_SOFTCAP:
-                        x = tanh(x * (scale / softcap))
-                    logp = x * factor[:, None] - hi[:, None]
+                        capped = tanh(z)
+                        z = outer[:, None] * capped
+                    logp = z - hi[:, None]
                     p = exp(logp)
                     bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
                     if HAS_B:
@@ -631,7 +630,7 @@ def _linear_softmax_d_logits_kernel(
                                 match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
                                 dx += tl.where(match, c[:, None], 0.0)
                     if HAS_SOFTCAP:
-                        dx *= 1 - x * x
+                        dx *= 1 - capped * capped
                     if TMA:
                         out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
                     else:

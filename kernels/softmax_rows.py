@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..row_statistics import empty_statistics
-from .common import FLOOR, SKIP, exp, final_logits, final_logits_slope, rows_skipped
+from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, rows_skipped, scales
 from .configurations import on_its_device, softmax_rows_bwd_config, softmax_rows_fwd_config
 
 
@@ -38,17 +38,15 @@ def _lane_sums(
     row_ptr,  # (BLOCK_N,) pointers
     stride_v,
     active,  # (BLOCK_N,) rows to read
-    temperature,  # (BLOCK_N,)
+    inner,  # (BLOCK_N,), see scales
+    outer,  # (BLOCK_N,)
     column_weight_ptr,  # (V,)
     t_row_ptr,  # (BLOCK_N,) pointers
     t_stride_v,
     V,
     readable,  # columns of a row that may be read, V or more
     label_smoothing,
-    scale,
-    softcap,
     HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     HAS_PROBABILITIES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
@@ -79,9 +77,7 @@ def _lane_sums(
             mask=active[:, None] & (v < readable)[None, :],
             other=0.0,
         ).to(tl.float32)
-        z = final_logits(x, scale, softcap, HAS_SOFTCAP)
-        if HAS_TEMPERATURE:
-            z = z / temperature[:, None]
+        z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
         z = tl.where(inside, z, float("-inf"))  # not before: a scale may be negative, a cap is finite
         z = tl.reshape(z, (BLOCK_N, LANES, VEC))
         tile_largest = tl.max(z, 2)
@@ -138,11 +134,18 @@ def _row_sum_log_probs(moved, weighted, weight_seen, log_total):
 
 
 @triton.jit
+def _log_prob(x, inner, outer, row_largest, log_total, HAS_SOFTCAP: tl.constexpr):
+    """Of one logit a row. Compilers fuse a product and a sum as they like: rounded otherwise it could exceed the maximum."""
+    z = final_logits(x, inner, outer, HAS_SOFTCAP)
+    return (tl.minimum(z - row_largest, 0.0).to(tl.float64) - log_total).to(tl.float32)
+
+
+@triton.jit
 def _row_is_top1(largest, row_largest, top, first_id, V):
     return tl.min(tl.where(largest == row_largest[:, None], top, V), 1) == first_id
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _softmax_rows_fwd_kernel(
     logits_ptr,  # (B, V, S)
     ids_ptr,  # (N, K) int64
@@ -197,11 +200,12 @@ def _softmax_rows_fwd_kernel(
     temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
+    inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
 
     largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
-        row_ptr, logits_stride_v, active, temperature, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
-        label_smoothing, scale, softcap, HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, HAS_PROBABILITIES, HAS_SOFTCAP, ENTROPY,
-        LOG_SUM_SQ_PROBS, SUM_LOG_PROBS, MAX_LOGIT, IS_TOP1, BLOCK_N, BLOCK_V, VEC,
+        row_ptr, logits_stride_v, active, inner, outer, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
+        label_smoothing, HAS_COLUMN_WEIGHT, HAS_PROBABILITIES, HAS_SOFTCAP, ENTROPY, LOG_SUM_SQ_PROBS, SUM_LOG_PROBS,
+        MAX_LOGIT, IS_TOP1, BLOCK_N, BLOCK_V, VEC,
     )  # fmt: skip
 
     # From here on there are a few numbers per row, put together in float64 and rounded once.
@@ -234,8 +238,7 @@ def _softmax_rows_fwd_kernel(
             y = tl.load(ids_ptr + row * K + k, mask=active, other=-1)
             found = (y >= 0) & (y < V)
             x_y = tl.load(row_ptr + y * logits_stride_v, mask=found, other=0.0).to(tl.float32)
-            z_y = final_logits(x_y, scale, softcap, HAS_SOFTCAP) / temperature
-            log_prob = ((z_y - row_largest).to(tl.float64) - log_total).to(tl.float32)
+            log_prob = _log_prob(x_y, inner, outer, row_largest, log_total, HAS_SOFTCAP)
             tl.store(log_probs_ptr + row * K + k, tl.where(found, log_prob, 0.0), mask=row_inside)
 
 
@@ -295,20 +298,16 @@ def softmax_rows_fwd(
 
 
 @triton.jit
-def _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """``logp`` and ``dz/dx`` of a tile ``(BLOCK_N, BLOCK_V)`` of logits, from its rows' temperature and float64 logsumexp."""
-    z = final_logits(x, scale, softcap, HAS_SOFTCAP)
-    slope = final_logits_slope(x, scale, softcap, HAS_SOFTCAP)
-    if HAS_TEMPERATURE:
-        z = z / temperature[:, None]
-        slope = slope / temperature[:, None]
+def _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP: tl.constexpr):
+    """``logp`` and ``dz/dx`` of a tile ``(BLOCK_N, BLOCK_V)`` of logits, from its rows' scales and float64 logsumexp."""
+    z, slope = final_logits_and_slope(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
     # float64 once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(tl.float32)
     lo = (logsumexp - hi.to(tl.float64)).to(tl.float32)
     return (z - hi[:, None]) - lo[:, None], slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _softmax_rows_bwd_kernel(
     logits_ptr,  # (B, V, S)
     ids_ptr,  # (N, K) int64
@@ -366,12 +365,13 @@ def _softmax_rows_bwd_kernel(
         mask=inside & active[:, None],
         other=0.0,
     ).to(tl.float32)
-    temperature = 1.0
+    temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
+    inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
     # All numbers of a skipped row are 0, and so is then its gradient.
     logsumexp = tl.load(logsumexp_ptr + row, mask=active, other=0.0)
-    logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
+    logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
     p = exp(logp)
     factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     if HAS_A:
@@ -512,17 +512,16 @@ def _softmax_rows_fwd_bwd_kernel(
     temperature = tl.full((1,), 1.0, tl.float32)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
+    inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
     largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
-        row_ptr, 1, active, temperature, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, scale, softcap,
-        HAS_COLUMN_WEIGHT, HAS_TEMPERATURE, False, HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1,
-        BLOCK_V, VEC,
+        row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_COLUMN_WEIGHT, False,
+        HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC,
     )  # fmt: skip
     moved, _, row_largest, _, log_total = _row_total(largest, total)
     # All numbers of a skipped row are 0, and so is then its gradient.
     logsumexp = tl.where(active, row_largest.to(tl.float64) + log_total, 0.0)
     tl.store(logsumexp_ptr + row, logsumexp)
-    z_y = final_logits(x_y, scale, softcap, HAS_SOFTCAP) / temperature
-    log_prob = ((z_y - row_largest).to(tl.float64) - log_total).to(tl.float32)
+    log_prob = _log_prob(x_y, inner, outer, row_largest, log_total, HAS_SOFTCAP)
     tl.store(log_probs_ptr + row, tl.where(found, log_prob, 0.0))
     c = tl.load(of_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
     a = -c
@@ -538,7 +537,7 @@ def _softmax_rows_fwd_bwd_kernel(
         tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
 
     # The id's own gradient is stored last: to look for it among the others would cost each of them four instructions.
-    logp_y, slope_y = _log_softmax(x_y[:, None], temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
+    logp_y, slope_y = _log_softmax(x_y[:, None], inner, outer, logsumexp, HAS_SOFTCAP)
     dz_y = exp(logp_y) * a[:, None] + c[:, None]
     if SUM_LOG_PROBS:
         if HAS_COLUMN_WEIGHT:
@@ -553,7 +552,7 @@ def _softmax_rows_fwd_bwd_kernel(
         v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
         inside = (v < logits_stride_n)[None, :]
         x = tl.load(row_ptr[:, None] + v[None, :], mask=inside & active[:, None], other=0.0).to(tl.float32)
-        logp, slope = _log_softmax(x, temperature, logsumexp, scale, softcap, HAS_TEMPERATURE, HAS_SOFTCAP)
+        logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
         dz = exp(logp) * a[:, None]
         if SUM_LOG_PROBS:
             if HAS_COLUMN_WEIGHT:

@@ -352,7 +352,7 @@ def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, 
 def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backend, device):
     if backend == "triton" and (dtype == torch.float64 or (dtype == torch.float16 and kind != "jsd")):
         pytest.skip("the kernel computes in fp32, and reads float16 alike for every kind")
-    copies = 32 if backend == "torch" else 1  # of each case: enough that the tolerance is not a matter of luck
+    copies = 32 if backend == "torch" else 1  # of each case
     student, teacher = (x.unsqueeze(-1) for x in pair(device, dtype, tokens=(7 * copies,), V=203))
     student[0::7, 3] = teacher[0::7, 3] = -math.inf
     student[1::7, :60] = teacher[1::7, :60] = -math.inf  # all that the first slices hold
@@ -387,6 +387,8 @@ def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backen
     for name, ours, theirs, true in zip(names, found, whole(*given), exact, strict=True):
         if dtype == torch.float64:
             torch.testing.assert_close(ours, true)
+        elif copies == 1:  # so few rows are of one accuracy by luck alone: see the next test
+            torch.testing.assert_close(ours.to(theirs.dtype), true.to(theirs.dtype), rtol=2e-5, atol=2e-6)
         else:
             assert_accurate(ours.to(theirs.dtype), theirs, true, name)
     assert not (found[0] < 0).any()

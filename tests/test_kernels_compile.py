@@ -12,6 +12,16 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
+# Instructions that sm_90 may spend on a logit (a pair of them in a divergence), and how many of them a lane takes at a time.
+PER_LOGIT = {
+    "softmax_rows_fwd log-probs": (10.5, 32),
+    "softmax_rows_fwd entropy": (13, 32),
+    "softmax_rows_fwd_bwd log-probs": (20.5, 32),
+    "softmax_rows_bwd ac": (17, 32),
+    "softmax_rows_bwd rows": (50, 32),
+    "divergence_rows forward_kl, gradients of student": (81, 8),
+    "divergence_rows jsd, gradients of student": (200, 8),
+}
 FAULTY = """
 import os, sys, tempfile
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
@@ -51,6 +61,9 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
     reports = json.loads((tmp_path / "gate.json").read_text())
     assert {report["target"] for report in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert sum("combine" not in report["kernel"] for report in reports) <= 184, "the gate's budget"
+    loops = {report["kernel"]: report["loops"].split() for report in reports if report["target"] == "sm_90"}
+    spent = {kernel: sum(map(int, loops[kernel])) / logits for kernel, (_, logits) in PER_LOGIT.items()}
+    assert all(spent[kernel] <= allowed for kernel, (allowed, _) in PER_LOGIT.items()), spent
     matrix = [report["target"] for report in reports if report["matrix_instruction"] != "-"]
     assert all(matrix.count(target) >= 12 for target in ("sm_80", "sm_90", "sm_100", "gfx942")), matrix
 
