@@ -206,12 +206,12 @@ def test_hooks_see_no_logits(backend, device):
 
 
 def test_top1_is_the_first_maximum(backend, device):
-    hidden = torch.ones(4, 8, device=device).half()
-    weight = torch.zeros(6, 8, device=device).half()
-    weight[2:5] = 1  # three equal maxima
-    ids = torch.tensor([[2], [3], [4], [0]], device=device)
+    hidden = torch.ones(5, 8, device=device).half()
+    weight = torch.zeros(20, 8, device=device).half()
+    weight[2:5] = weight[17] = 1  # equal maxima, three in one tile and one in another
+    ids = torch.tensor([[2], [3], [4], [0], [17]], device=device)
     found = linear_statistics(Head(hidden, weight), ids, outputs=("is_top1",), backend=backend)
-    assert found.is_top1.tolist() == [True, False, False, False]
+    assert found.is_top1.tolist() == [True, False, False, False, False]
 
 
 def test_sixteen_bit_logits_are_never_rounded(backend, device):
@@ -271,6 +271,31 @@ def test_slices_of_the_vocabulary_do_not_matter():
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_sums_over_slices_of_the_vocabulary_are_wide(dtype, device):
+    V = 2080  # 130 slices
+
+    def random(*shape):
+        return torch.randn(shape, device=device).to(dtype).requires_grad_()
+
+    h, ids = Head(random(N, H), random(V, H), random(V), random(N, R), random(V, R)), some_ids(device)
+
+    def ours(h):
+        return linear_statistics(h, ids, outputs=(), backend="torch", workspace=1).log_probs
+
+    def plain(h):
+        hidden, weight, bias, u, B = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in h.inputs)
+        logp = (hidden @ weight.T + u @ B.T + bias).log_softmax(-1)
+        return torch.where(ids == -100, 0, logp.gather(1, ids.clamp(min=0)))
+
+    results = [
+        torch.autograd.grad(fn(of).sum(), (of.hidden, of.u))
+        for fn, of in ((ours, h), (plain, at(h, dtype)), (plain, at(h, torch.float64)))
+    ]
+    for name, *tensors in zip(("d_hidden", "d_u"), *results, strict=True):
+        assert_accurate(*tensors, name)
+
+
 def test_true_minus_infinity_in_the_bias(backend, device):
     hidden, weight = torch.randn(5, 8, device=device).half(), torch.randn(6, 8, device=device).half()
     bias = torch.zeros(6, device=device).half()
@@ -326,6 +351,21 @@ def test_second_derivatives():
         return found.log_probs, found.entropy, found.log_sum_sq_probs
 
     assert torch.autograd.gradgradcheck(of, (h.hidden, h.weight), atol=1e-4)
+
+
+def test_a_gradient_to_differentiate_again_is_the_same_gradient():
+    h, ids, u = at(head(scale=0.5, softcap=3.0), torch.float64), some_ids(), torch.rand(V)
+    once, again = (
+        torch.autograd.grad(
+            sum((i + 1) * t.sum() for i, t in enumerate(linear_statistics(h, ids, u, outputs=DIFFERENTIABLE)[:5])),
+            h.inputs,
+            create_graph=create_graph,
+        )
+        for create_graph in (False, True)
+    )
+    for a, b in zip(once, again, strict=True):
+        assert b.requires_grad
+        torch.testing.assert_close(a, b)
 
 
 def test_kept_tokens():
