@@ -12,6 +12,7 @@ from fused_losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cro
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import linear_cross_entropy as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import drop_ignored
 
 N, C, H = 13, 37, 9  # nothing a multiple of anything
 ROUTES = ["gradients_in_forward", "recompute"]
@@ -143,6 +144,23 @@ def test_sums_over_chunks_in_sixteen_bits(accumulate, device, monkeypatch):
         return linear_cross_entropy(h, w, target, reduction="sum", **how)
 
     check(ours, lambda h, w: F.cross_entropy(h @ w.T, target, reduction="sum"), (hidden, weight))
+
+
+def test_the_bias_sums_over_many_chunks_in_fp32(device):
+    tokens, how = 1200, {"route": "gradients_in_forward", "backend": "torch", "workspace": 1}
+    hidden, weight, bias, target = problem(torch.bfloat16, device, tokens)
+    assert planning.plan(tokens, C, H, torch.bfloat16, **how).chunks == tokens // 4
+
+    def ours(h, w, b):
+        return linear_cross_entropy(h, w, target, linear_bias=b, reduction="sum", **how)
+
+    def plain(h, w, b):
+        h, w, b = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (h, w, b))
+        return F.cross_entropy(F.linear(h, w, b), target, reduction="sum")
+
+    results = [with_gradients(fn, *(t.to(dtype) for t in (hidden, weight, bias)))[3]
+               for fn, dtype in ((ours, torch.bfloat16), (plain, torch.bfloat16), (plain, torch.float64))]  # fmt: skip
+    assert_accurate(*results, "d_bias")
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -292,6 +310,20 @@ def test_low_rank_through_lazy_logits(backend, device):
         check(ours, plain, (hidden, weight, bias, u, B))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_softcap_of_lazy_logits(reduction, backend, device):
+    hidden, weight, bias, target = problem(device=device)
+
+    def ours(h, w, b):
+        logits = LinearLogits(h, w, b, scale=0.5)
+        return cross_entropy(logits, target, reduction=reduction, softcap=3.0, backend=backend)
+
+    def plain(h, w, b):
+        return reference.linear_cross_entropy(h, w, target, linear_bias=b, scale=0.5, softcap=3.0, reduction=reduction)
+
+    check(ours, plain, (hidden, weight, bias))
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_lazy_logits_with_the_vocabulary_anywhere(route):
     hidden, weight, bias, target = problem(tokens=12, dtype=torch.float64)
@@ -347,6 +379,23 @@ def test_fp16_under_a_loss_scale(route, reduction, backend, device):
         return scale * F.cross_entropy(
             (h @ w.T).to(torch.promote_types(h.dtype, torch.float32)), target, reduction=reduction
         )
+
+    check(ours, plain, (hidden, weight))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_fp16_under_small_token_weights(route, backend, device):
+    """Those of a mean over many tokens, say, which a loss scale makes up for."""
+    hidden, weight, _, target = problem(torch.float16, device, tokens=33, size=1.0)
+    small = torch.full((33,), 2.0**-40, device=device)
+
+    def ours(h, w):
+        how = {"reduction": "sum", "out_dtype": torch.float32, "route": route, "backend": backend}
+        return 2.0**40 * linear_cross_entropy(h, w, target, token_weights=small, workspace=16 * C * 4, **how)
+
+    def plain(h, w):
+        z = (h @ w.T).to(torch.promote_types(h.dtype, torch.float32))
+        return F.cross_entropy(z, target, reduction="sum")
 
     check(ours, plain, (hidden, weight))
 
@@ -435,19 +484,40 @@ def test_main_grad_of_a_weight_that_trains_alone(route):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_nan_in_ignored_rows_reaches_nothing(drop_ignored, route, reduction, backend, device):
     hidden, weight, bias, target = problem(device=device)
+    token_weights, ignored = torch.rand(N, device=device), target == -100
     how = {"backend": backend, "reduction": reduction, "drop_ignored": drop_ignored}
     if reduction == "mean":
         how["route"] = route
 
-    def ours(h, w, b):
-        return linear_cross_entropy(h, w, target, linear_bias=b, **how)
+    def gradients(hidden, token_weights):
+        def ours(h, w, b):
+            return linear_cross_entropy(h, w, target, linear_bias=b, token_weights=token_weights, **how)
 
-    clean = with_gradients(ours, hidden, weight, bias)
-    poisoned = with_gradients(ours, hidden.masked_fill((target == -100)[:, None], NAN), weight, bias)
-    assert target.eq(-100).any()
+        return with_gradients(ours, hidden, weight, bias)
+
+    clean = gradients(hidden, token_weights)
+    poisoned = gradients(hidden.masked_fill(ignored[:, None], NAN), token_weights.masked_fill(ignored, NAN))
+    assert ignored.any()
     for a, b in zip(clean, poisoned, strict=True):
         assert torch.equal(a, b)
-    assert not poisoned[1][target == -100].any()
+    assert not poisoned[1][ignored].any()
+
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nan_in_ignored_rows_of_a_low_rank_factor_reaches_nothing(drop, reduction, backend, device):
+    hidden, weight, _, target = problem(torch.float16, device)
+    u, B, ignored = torch.randn(N, 3, device=device).half(), torch.randn(C, 3, device=device).half(), target == -100
+
+    def ours(h, w, u, B):
+        return cross_entropy(LinearLogits(h, w, low_rank=(u, B)), target, reduction=reduction, backend=backend)
+
+    with drop_ignored(drop):
+        clean = with_gradients(ours, hidden, weight, u, B)
+        poisoned = with_gradients(ours, hidden, weight, u.masked_fill(ignored[:, None], NAN), B)
+    for a, b in zip(clean, poisoned, strict=True):
+        assert torch.equal(a, b)
+    assert not poisoned[3][ignored].any()
 
 
 def test_ignored_tokens_are_not_projected(monkeypatch):
@@ -614,6 +684,17 @@ def test_second_derivatives(reduction):
 
     assert torch.autograd.gradcheck(loss, leaves)
     assert torch.autograd.gradgradcheck(loss, leaves)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_gradient_to_differentiate_again_is_the_same_gradient(route):
+    hidden, weight, bias, target = problem(torch.float64)
+    leaves, options = [t.requires_grad_() for t in (hidden, weight, bias)], cast(OPTIONS["everything"], hidden)
+    loss = linear_cross_entropy(hidden, weight, target, linear_bias=bias, route=route, **options)
+    again = torch.autograd.grad(loss, leaves, create_graph=True)
+    for a, b in zip(again, torch.autograd.grad(loss, leaves), strict=True):
+        assert a.requires_grad
+        torch.testing.assert_close(a, b)
 
 
 def test_transforms_and_forward_mode():
