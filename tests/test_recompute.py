@@ -296,6 +296,15 @@ def test_sums_over_slices_of_the_vocabulary_are_wide(dtype, device):
         assert_accurate(*tensors, name)
 
 
+def test_entropy_of_huge_logits(backend, device):
+    """Further from the least number than numbers go."""
+    hidden, weight = torch.ones(3, 1, device=device), torch.full((V, 1), 1e35, device=device)
+    found = linear_statistics(Head(hidden, weight), None, outputs=("entropy", "log_sum_sq_probs"), backend=backend)
+    uniform = torch.full((3,), V, device=device).double().log()
+    torch.testing.assert_close(found.entropy, uniform)
+    torch.testing.assert_close(found.log_sum_sq_probs, -uniform)
+
+
 def test_true_minus_infinity_in_the_bias(backend, device):
     hidden, weight = torch.randn(5, 8, device=device).half(), torch.randn(6, 8, device=device).half()
     bias = torch.zeros(6, device=device).half()

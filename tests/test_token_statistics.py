@@ -99,10 +99,11 @@ def test_ignored_tokens_are_not_read(backend, device):
 def test_row_mask(backend, device):
     x, ids = logits_and_ids(device, K=2)
     mask = torch.ones(2, 5, device=device)
-    mask[1, 4] = 0
+    mask[0], mask[1, 4] = 0.5, 0  # a weight that is not 0 masks nothing
     x[1, 4] = math.nan
     got = selective_log_softmax(x, ids, row_mask=mask, backend=backend)
     assert (got[1, 4] == 0).all()
+    assert torch.equal(got[0], selective_log_softmax(x, ids, backend=backend)[0])
     assert (got[1, 3] < 0).all()
     assert (selective_log_softmax(x, ids, backend=backend)[1, 4]).isnan().all()
 
@@ -121,6 +122,35 @@ def test_special_logits(bad, backend, device):
         torch.testing.assert_close(
             getattr(found, name).double(), expected[name], rtol=1e-5, atol=1e-5, equal_nan=True, msg=name
         )
+
+
+@pytest.mark.parametrize("lazy", [None, torch.float16, torch.float32], ids=str)
+def test_nothing_but_minus_infinity(lazy, backend, device):
+    x, ids = torch.full((2, 50), -math.inf, device=device), torch.tensor([3, 49], device=device)
+    if lazy is not None:
+        hidden, weight = (torch.ones(n, 1, device=device, dtype=lazy) for n in x.shape)
+        x = LinearLogits(hidden, weight, torch.full((50,), -math.inf, device=device, dtype=lazy))
+    found = token_statistics(x, ids, ("log_probs", "logsumexp", "max_logit"), backend=backend)
+    assert (found.logsumexp == -math.inf).all()
+    assert (found.max_logit == -math.inf).all()
+    assert found.log_probs.isnan().all()
+
+
+def test_gradients_beside_logits_of_minus_infinity(backend, device):
+    """They are those of the columns that are left, and 0."""
+    x, _ = logits_and_ids(device, tokens=(2, 60))
+    x[..., ::3] = -math.inf
+    left, upstream = x[0, 0] > -math.inf, torch.randn(2, 2, 60, device=device)
+
+    def gradient(x, found):
+        total = (torch.stack([found["entropy"], found["log_sum_sq_probs"]]) * upstream).sum()
+        return torch.autograd.grad(total, x)[0]
+
+    leaf, rest = x.requires_grad_(), x.detach()[..., left].requires_grad_()
+    ours = gradient(leaf, token_statistics(leaf, None, ("entropy", "log_sum_sq_probs"), backend=backend)._asdict())
+    exact = gradient(rest, reference.token_statistics(rest.double()))
+    assert (ours[..., ~left] == 0).all()
+    assert_accurate(ours[..., left], gradient(rest, reference.token_statistics(rest)), exact)
 
 
 @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e31, 1e38])
@@ -148,10 +178,10 @@ def test_peaked_rows(backend, device):
 
 
 def test_first_of_equal_maxima(backend, device):
-    x = torch.zeros(3, 5000, device=device)
-    x[:, 4100] = x[:, 17] = x[:, 4000] = 2.0
-    ids = torch.tensor([17, 4000, 4100], device=device)
-    assert token_statistics(x, ids, ("is_top1",), backend=backend).is_top1.tolist() == [True, False, False]
+    x = torch.zeros(4, 9000, device=device)
+    x[:, 4100] = x[:, 17] = x[:, 4000] = x[:, 17 + 8192] = 2.0  # the last at the first's place in any tile
+    ids = torch.tensor([17, 4000, 4100, 17 + 8192], device=device)
+    assert token_statistics(x, ids, ("is_top1",), backend=backend).is_top1.tolist() == [True, False, False, False]
 
 
 def test_writing_into_results_changes_no_gradient(backend, device):
@@ -236,6 +266,22 @@ def test_wrong_temperature(device):
         selective_log_softmax(x, ids, temperature=torch.ones(2, device=device))
     with pytest.raises(RuntimeError, match="derivative for temperature"):
         selective_log_softmax(x.requires_grad_(), ids, temperature=torch.ones(2, 5, device=device, requires_grad=True))
+
+
+@pytest.mark.parametrize("temperature", [0.7, "per token"])
+def test_a_temperature_of_lazy_logits(temperature, backend, device):
+    hidden, weight = torch.randn(2, 30, 8, device=device), torch.randn(77, 8, device=device)
+    ids = torch.randint(0, 77, (2, 30), device=device)
+    T = torch.rand(2, 30, device=device) + 0.5 if temperature == "per token" else temperature
+
+    names = ("log_probs", "entropy", "max_logit")
+    found = token_statistics(LinearLogits(hidden, weight), ids, names, temperature=T, backend=backend)._asdict()
+    found["selected"] = selective_log_softmax(LinearLogits(hidden, weight), ids, temperature=T, backend=backend)
+    eager = reference.token_statistics(hidden @ weight.T, ids, T)
+    T = T.double() if isinstance(T, torch.Tensor) else T
+    exact = reference.token_statistics(hidden.double() @ weight.double().T, ids, T)
+    for ours, name in (*zip(names, names, strict=True), ("selected", "log_probs")):
+        assert_accurate(found[ours], eager[name], exact[name], ours)
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])
