@@ -290,6 +290,16 @@ def test_special_logits(bad, backend, device):
     assert cross_entropy(everywhere, target[:2], backend=backend).isnan()
 
 
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_class_weight_without_end_reaches_no_ignored_row(bad, backend, device):
+    x, target = torch.randn(4, 9, device=device), torch.tensor([1, -100, 3, 2], device=device)
+    weight = torch.ones(9, device=device)
+    weight[5] = bad
+    _, d_input = gradients(cross_entropy, x, target, weight=weight, label_smoothing=0.1, backend=backend)
+    assert not d_input[1].any()
+    assert d_input[0].isnan().any()
+
+
 def test_minus_infinity_at_the_target(backend, device):
     x = torch.zeros(2, 5, device=device)
     x[0, 3] = -math.inf

@@ -201,6 +201,21 @@ def test_each_coefficient_of_the_gradient(device, variant, dtype, option, names)
     assert_accurate(head.d_logits(logsumexp, coefficients), eager, exact)
 
 
+@dtypes
+@pytest.mark.parametrize("names", ["a", "b", "e"])
+def test_each_coefficient_at_a_large_logsumexp(device, dtype, names):
+    """Where fp32 holds the logits exactly and logsumexp to 1/32: what is left of it is part of every factor."""
+    head = Head(device, dtype=dtype, N=19, V=99, K=1, bias=True, scale=16.0)
+    head.hidden, head.weight = (head.hidden * 4).round() / 64, (head.weight * 4).round() / 4
+    head.bias.fill_(2.0**15)
+    coefficients = random_coefficients(head, names)
+    logsumexp = head.statistics(torch.float64).logsumexp
+    assert (logsumexp - logsumexp.float()).abs().max() > 1e-2
+    exact = head.gradient(torch.float64, coefficients)
+    eager = head.gradient(torch.float32, coefficients).to(dtype)
+    assert_accurate(head.d_logits(logsumexp, coefficients), eager, exact)
+
+
 @variants
 def test_column_weights_are_optional(device, variant):
     head = Head(device, variant, N=5)

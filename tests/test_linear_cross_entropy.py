@@ -520,6 +520,26 @@ def test_nan_in_ignored_rows_of_a_low_rank_factor_reaches_nothing(drop, reductio
     assert not poisoned[3][ignored].any()
 
 
+@pytest.mark.parametrize(
+    ("route", "workspace", "dtype"),
+    [
+        ("gradients_in_forward", None, torch.float32),
+        ("recompute", None, torch.float32),  # from saved logits
+        ("recompute", 1, torch.float16),
+    ],
+)
+def test_a_class_weight_without_end_reaches_no_ignored_token(route, workspace, dtype, backend, device):
+    hidden, weight, _, target = problem(dtype, device)
+    class_weight = torch.ones(C, device=device)
+    class_weight[5] = torch.inf
+    how = {"label_smoothing": 0.1, "drop_ignored": False, "route": route, "workspace": workspace, "backend": backend}
+    (d_hidden,) = torch.autograd.grad(
+        linear_cross_entropy(hidden.requires_grad_(), weight, target, weight=class_weight, **how), hidden
+    )
+    assert not d_hidden[target == -100].any()
+    assert d_hidden[target != -100].isnan().any()
+
+
 def test_ignored_tokens_are_not_projected(monkeypatch):
     hidden, weight, _, target = problem()
     hidden.requires_grad_()
