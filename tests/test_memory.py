@@ -114,6 +114,37 @@ def test_sixteen_bit_peak_is_as_planned(accumulate, device):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
+def test_fp16_gradients_of_tokens_are_not_held_twice(device):
+    """Forward has them in fp32, backward makes those in fp16."""
+    hidden = torch.randn(16384, 256, dtype=torch.float16, device=device).requires_grad_()
+    weight = torch.randn(128, 256, dtype=torch.float16, device=device).requires_grad_()
+    target = torch.randint(0, 128, (16384,), device=device)
+    backend = "triton" if device == "cuda" else "torch"
+
+    def call():
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, target, workspace="32MiB"), (hidden, weight))
+
+    planned = plan(16384, 128, 256, torch.float16, workspace="32MiB", backend=backend)
+    assert planned.route == "gradients_in_forward"
+    peak = peak_bytes(call, device)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
+def test_numbers_per_token_are_planned(device):
+    hidden = torch.randn(32768, 1, dtype=torch.bfloat16, device=device).requires_grad_()
+    weight = torch.randn(128, 1, dtype=torch.bfloat16, device=device).requires_grad_()
+    ids = torch.randint(0, 128, (32768,), device=device)
+
+    def call():
+        out = selective_log_softmax(LinearLogits(hidden, weight), ids, workspace="64MiB")
+        return torch.autograd.grad(out.sum(), (hidden, weight))
+
+    backend = "triton" if device == "cuda" else "torch"
+    planned = plan(32768, 128, 1, torch.bfloat16, workspace="64MiB", per_token=True, backend=backend)
+    peak = peak_bytes(call, device)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
 @pytest.mark.parametrize("workspace", ["8MiB", "40MiB", "200MiB"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ignored", [0, 3])

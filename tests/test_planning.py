@@ -89,6 +89,18 @@ def test_fp32_sums_are_counted():
     assert plan(*LLAMA, workspace="4GiB", accumulate="fp32").accumulate is None  # one chunk: nothing to sum
 
 
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA, QWEN])
+@pytest.mark.parametrize(("dtype", "accumulate"), [(torch.float16, None), (torch.bfloat16, "fp32")])
+@pytest.mark.parametrize("part", [0.6, 0.75, 0.9, 0.99, 1.01, 1.25])
+def test_fp32_sums_fit_the_budget(part, dtype, accumulate, shape):
+    """They stand beside the gradients that are made of them."""
+    N, V, H = shape
+    sums = V * H * 4 + (N * H * 4 if dtype == torch.float16 else 0)
+    p = plan(*shape, dtype, workspace=int(part * sums), accumulate=accumulate)
+    assert p.route == ("recompute" if part < 1 else "gradients_in_forward")
+    assert p.peak <= (N + V) * H * 2 + p.budget
+
+
 def test_fp16_gradients_wait_for_their_scale_in_fp32():
     p = plan(2048, 65536, 64, torch.float16)
     assert (p.route, p.chunks, p.accumulate) == ("gradients_in_forward", 1, torch.float32)
