@@ -393,13 +393,13 @@ def test_a_constant_added_to_the_logits_costs_no_accuracy(device):
 
 
 @variants
-def test_the_first_of_equal_maxima_is_top1(device, variant):
+@pytest.mark.parametrize("columns", [(20, 21, 40, 100, 150), (140, 200)], ids=["parts and splits", "tiles of a split"])
+def test_the_first_of_equal_maxima_is_top1(device, variant, columns):
     head = Head(device, variant, N=24, V=203, K=1)
-    for column in (20, 21, 40, 150):  # in one part of a tile, in two, in two splits
-        head.weight[column] = head.weight[100]
-    head.hidden = (head.weight[100] * 2).expand(24, -1).contiguous()
-    head.ids[:, 0] = torch.arange(24) + 10
-    assert torch.equal(head.forward().is_top1, head.ids[:, 0] == 20)
+    head.weight[list(columns)] = head.weight[columns[-1]].clone()
+    head.hidden = (head.weight[columns[-1]] * 2).expand(24, -1).contiguous()
+    head.ids[:, 0] = torch.arange(24) + columns[0] - 10
+    assert torch.equal(head.forward().is_top1, head.ids[:, 0] == columns[0])
 
 
 @variants
