@@ -271,10 +271,11 @@ def is_lazy(x: Any) -> bool:
 
 
 def _report(name: str, x: LazyTensor) -> None:
-    size = x.numel() * x.dtype.itemsize
+    # Sizes that vary have no numbers while a function is compiled.
+    size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
     message = (
-        f"{name} materialises {type(x).__name__} {tuple(x.shape)}: {size:,} bytes. Reduce over the vocabulary with one "
-        "of the operations it answers, or call materialize() where this is meant."
+        f"{name} materialises {type(x).__name__}{size}. Reduce over the vocabulary with one of the operations it "
+        "answers, or call materialize() where this is meant."
     )
     if settings.strict.value:
         raise RuntimeError(message)

@@ -83,7 +83,7 @@ def unsqueeze(x: LazyTensor, dim: int) -> Any:
 @answers("permute")
 def permute(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
     order = [wrap_dim(x, d) for d in _sizes(args or (dims,))]
-    if sorted(order) != list(range(x.ndim)):
+    if len(order) != x.ndim or {*order} != {*range(x.ndim)}:  # Dynamo sorts no symbols
         raise RuntimeError(f"permute: {order} does not name each dimension of {tuple(x.shape)} once")
     return x.mapped(lambda t: t.permute(order), order.index(x.vocab_dim))
 

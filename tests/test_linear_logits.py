@@ -1092,6 +1092,31 @@ def test_compiled_code_that_materialises_is_right():
     assert [m.split()[0] for m in messages] == ["__pow__", "cat", "std"]
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["made_inside", "given"])
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.std(),
+        lambda z: z.softmax(-1).square().sum(),
+        lambda z: z[:, :, 2].sum(),
+        lambda z: F.cross_entropy(z.transpose(1, 2), torch.zeros(z.shape[:2], dtype=torch.long)),
+    ],
+    ids=["std", "square", "one_entry", "cross_entropy"],
+)
+def test_compiled_for_any_length(fn, dynamic, given):
+    torch._dynamo.reset()
+    weight = torch.randn(V, H)
+    compiled = torch.compile(
+        fn if given else lambda h: fn(LinearLogits(h, weight)), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for length in (4, 6, 9):
+            h = torch.randn(B, length, H)
+            torch.testing.assert_close(compiled(LinearLogits(h, weight) if given else h), fn(h @ weight.T))
+
+
 def test_checkpointing_without_reentry_works_and_with_it_raises():
     from torch.utils.checkpoint import checkpoint
 
