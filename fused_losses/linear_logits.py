@@ -8,6 +8,7 @@ returns one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,7 +128,8 @@ class LinearLogits(LazyTensor):
 
     Slices, views and arithmetic by numbers stay lazy; ``F.cross_entropy``, ``log_softmax``, ``gather``, ``logsumexp``,
     ``argmax`` and their kin are answered without the logits, and differentiable in ``hidden``, ``weight``, ``bias``,
-    ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error).
+    ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error): so does a
+    bias ``(V,)`` added to 16-bit logits in another dtype than theirs, which would lose digits in the head's.
 
     It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. Weights swapped through
     ``.data``, as for an average of weights, are not detected: use the logits before the swap. It can be pickled and copied,
@@ -596,9 +598,20 @@ class LinearLogits(LazyTensor):
         linear = linear and self.shard is None
         if bias is NotImplemented or not linear or (self.rest.detached and bias.requires_grad):
             return NotImplemented
+        if not self._keeps_digits(bias.dtype):
+            return NotImplemented
         bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
         hidden = self.hidden if self.rest.detached else _WithParameters.apply(self.hidden, bias)
         return self._but(hidden, bias=bias if self.bias is None else self.bias + bias)
+
+    def _keeps_digits(self, dtype: torch.dtype) -> bool:
+        """Whether a bias of ``dtype`` loses nothing in ``hidden``'s that eager would keep: of 16 bits, it must go in as it
+        is, or where eager rounds the sum to as many, divided by a scale that changes none and leaves it in range."""
+        own, scale = self.hidden.dtype, self.scale
+        if own.itemsize > 2 or (dtype == own and abs(scale) == 1 and self.bias is None):
+            return True
+        shifts = abs(math.frexp(scale)[0]) == 0.5 and (own == torch.bfloat16 or abs(scale) >= 1)
+        return dtype == self.dtype == own and shifts
 
     def times(self, other: Any) -> Any:
         from .log_softmax import LazyExpression

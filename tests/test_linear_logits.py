@@ -701,6 +701,49 @@ def test_arithmetic_between_dtypes(name, operand, dtype, other):
         torch.testing.assert_close(leaf.grad.double(), true.grad, rtol=tolerance, atol=4 * tolerance)
 
 
+BIASES = {
+    "plus": lambda z, b: z + b,
+    "halved": lambda z, b: z / 2 + b,
+    "scaled": lambda z, b: z / 3 + b,
+    "sharpened": lambda z, b: z * 4 - b,
+    "tripled": lambda z, b: z * 3 + b,
+    "label": lambda z, b: z.float() + b,
+    "from_label": lambda z, b: b - z.float(),
+    "scaled_label": lambda z, b: (z / 3).float() + b,
+    "twice": lambda z, b: z + b + b.flip(0),
+    "twice_label": lambda z, b: (z + b).float() - b.flip(0),
+}
+LAZY_BIASES = {
+    torch.bfloat16: ["plus", "halved", "sharpened", "label", "from_label", "twice"],
+    torch.float16: ["plus", "sharpened", "label", "from_label", "twice"],
+}
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("other", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_keeps_its_digits(name, dtype, other, mask):
+    """A trainer's bias in the model's dtype stays lazy; one with more digits or more range than that is added to logits."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(64, 32, generator=g).to(dtype), torch.randn(100, 32, generator=g).to(dtype)
+    bias = torch.randn(100, generator=g) * 5
+    bias = bias.masked_fill(torch.arange(100) % 4 < 2, -3e4).to(other) if mask else bias.to(other)
+
+    def loss(z):
+        z = z if z.dtype == torch.float64 else z.float()
+        return F.cross_entropy(z, torch.arange(64), label_smoothing=0.1, reduction="none")
+
+    with settings.strict(other == dtype and name in LAZY_BIASES[dtype]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours = BIASES[name](LinearLogits(hidden, weight), bias)
+    assert isinstance(ours, LinearLogits) == (other == dtype and name in LAZY_BIASES[dtype])
+    eager = BIASES[name](F.linear(hidden, weight), bias)
+    true = BIASES[name](linear_logits(hidden.double(), weight.double()), bias.double())
+    assert ours.dtype == eager.dtype
+    assert_accurate(loss(ours), loss(eager), loss(true), name)
+
+
 def test_arithmetic_in_place_keeps_the_dtype():
     tensors = leaves(torch.bfloat16)
     lazy = LinearLogits(tensors["hidden"], tensors["weight"]).div_(TEMPERATURE[..., None])
