@@ -310,6 +310,12 @@ def dim(x: LazyTensor) -> int:
     return x.ndim
 
 
+@answers("stride")
+def stride(x: LazyTensor, dim: int | None = None) -> Any:
+    # As an expanded tensor's, for there is no storage: what would read through a pointer declines.
+    return (0,) * x.ndim if dim is None else 0 * wrap_dim(x, dim)
+
+
 @answers("numel", "nelement")
 def numel(x: LazyTensor) -> int:
     return math.prod(x.shape)

@@ -628,6 +628,12 @@ def test_properties_are_those_of_the_logits():
     assert (lazy.element_size(), lazy.is_contiguous(), lazy.is_floating_point()) == (4, True, True)
     assert torch.is_floating_point(lazy)
     assert not lazy.transpose(1, 2).is_contiguous()
+    with settings.strict():
+        for ours in (lazy, lazy.transpose(1, 2), lazy.softmax(-1)):
+            assert ours.stride() == (0, 0, 0)
+            assert (ours.stride(0), ours.stride(-1), ours.stride(dim=1)) == (0, 0, 0)
+            with pytest.raises(IndexError, match="out of range"):
+                ours.stride(3)
     assert lazy.get_device() == eager.get_device()
     assert lazy.grad_fn is not None
     assert lazy.detach().grad_fn is None

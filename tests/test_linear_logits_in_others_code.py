@@ -178,6 +178,31 @@ def test_trl_helpers(several):
     assert_same_training(loss, batch()[2])
 
 
+def takes_a_pointer_kernel(logits, index):
+    """As TRL decides whether its Triton kernel reads the logits."""
+    return (
+        logits.device.type in ("cuda", "xpu")
+        and logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
+        and 1 <= logits.ndim <= 3
+        and logits.stride(-1) == 1
+        and logits.shape[-1] > 0
+        and index.shape == logits.shape[:-1]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_that_read_through_pointers_decline(dtype, monkeypatch):
+    hidden, head, ids = batch()
+    lazy = LinearLogits(hidden.to(dtype), head.weight.to(dtype))
+    eager = lazy.materialize()
+    for kind in (LinearLogits, torch.Tensor):
+        monkeypatch.setattr(kind, "device", property(lambda _: torch.device("cuda")))
+    with settings.strict():
+        assert takes_a_pointer_kernel(eager, ids)
+        assert not takes_a_pointer_kernel(lazy, ids)
+        assert not takes_a_pointer_kernel(lazy[:, 1:].transpose(0, 1).transpose(0, 1), ids[:, 1:])
+
+
 def tiny_llama(transformers):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
