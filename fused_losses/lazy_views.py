@@ -134,6 +134,8 @@ def flip(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
 
 @answers("__getitem__")
 def index(x: LazyTensor, key: Any) -> Any:
+    if isinstance(key, list) and len(key) < 32 and any([_is_entry(k) for k in key]):  # noqa: C419  as in reshape
+        key = tuple(key)
     items = [_as_key(k) for k in (key if isinstance(key, tuple) else (key,))]
     if any(isinstance(k, bool) or (isinstance(k, Tensor) and k.ndim == 0 and k.dtype == torch.bool) for k in items):
         return NotImplemented
@@ -164,10 +166,17 @@ def index(x: LazyTensor, key: Any) -> Any:
     return _index_tokens(x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented, items, position)
 
 
+def _is_entry(k: Any) -> bool:
+    """Whether PyTorch takes a short list that holds it for a tuple, with an entry for each dimension."""
+    return k is None or k is Ellipsis or isinstance(k, (Tensor, Sequence, slice)) or getattr(k, "ndim", 0) > 0
+
+
 def _as_key(k: Any) -> Any:
-    if isinstance(k, (list, range)) or type(k).__module__ == "numpy":
+    if isinstance(k, (list, tuple, range)):
         k = torch.as_tensor(k)
-        k = k.long() if k.is_floating_point() and k.numel() == 0 else k  # of an empty list
+        k = k.long() if k.is_floating_point() else k  # as of an empty list
+    elif type(k).__module__ == "numpy":
+        k = torch.as_tensor(k)
     return k.bool() if isinstance(k, Tensor) and k.dtype == torch.uint8 else k  # a mask of old
 
 
@@ -209,7 +218,11 @@ def _pointwise(x: LazyTensor, items: list[Any], position: int, ids: Tensor) -> A
     ):
         return NotImplemented
     picked = _index_tokens(x, items, position)
-    if torch.broadcast_shapes(picked.token_shape, ids.shape) != picked.token_shape:
+    try:
+        shape = torch.broadcast_shapes(picked.token_shape, ids.shape)
+    except RuntimeError as error:
+        raise IndexError(f"index {tuple(ids.shape)} does not broadcast with {tuple(picked.token_shape)}") from error
+    if shape != picked.token_shape:
         return NotImplemented
     return picked.value_at(from_front(x, ids))
 

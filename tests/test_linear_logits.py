@@ -433,6 +433,10 @@ OUT_OF_RANGE = {
     "columns_of_log_probs": lambda z: z.log_softmax(-1)[..., [0, -V - 1]],
     "t": lambda z: z.t(),
     "flatten": lambda z: z.flatten(1, 0),
+    "index_lists": lambda z: z[[[0, 1]] * 31],
+    "index_pair": lambda z: z[[0, 1, 1], [1, 2]],
+    "index_everything": lambda z: z[[0, 1], [1, 2], [3, 4, 5]],
+    "index_slice_in_a_tuple": lambda z: z[((0, slice(1)),)],
     "index_select_bool": lambda z: z.index_select(1, torch.ones(S, dtype=torch.bool)),
     "index_select": lambda z: z.index_select(0, torch.tensor([B])),
     "index_select_vocab": lambda z: z.index_select(-1, torch.tensor([V])),
@@ -492,6 +496,50 @@ def test_edges(name):
     assert [t.requires_grad for t in numbers(EDGES[name](lazy))] == [
         t.requires_grad for t in numbers(EDGES[name](eager))
     ]
+
+
+PAIR = torch.tensor([1, 0]), torch.tensor([4, 2])
+SEQUENCES = {
+    "tuples": ((0, 1), (1, 2)),
+    "tuples_of_everything": ((0, 1), (1, 2), (3, -4)),
+    "tuples_apart": ((0, 1), None, (1, 2)),
+    "tuple_and_tensor": ((0, 1, 1), torch.tensor([1, 2, 3])),
+    "tensor_and_tuple": (PAIR[0], (1, 2)),
+    "tuple_for_tokens": (slice(None), (0,)),
+    "tuple_for_the_vocabulary": (..., (1, 2)),
+    "tuple_in_a_tuple": (((0, 1), (1, 0)),),
+    "mask_in_a_tuple": ((False, True),),
+    "no_tuple": ((),),
+    "sizes": torch.Size([1, 2]),
+    "floats": ([1.0, 0.0],),
+    "lists": [[0, 1], [1, 2]],
+    "lists_of_everything": [[0, 1], [1, 2], [3, 4]],
+    "lists_in_a_tuple": ([[0, 1], [1, 0]],),
+    "list_of_tuples": [(0, 1), (1, 2)],
+    "list_of_ranges": [range(2), range(1, 3)],
+    "list_of_numbers": [torch.tensor(0), torch.tensor(1)],
+    "list_of_tensors": [*PAIR],
+    "list_of_one": [PAIR[0]],
+    "list_of_arrays": [t.numpy() for t in PAIR],
+    "list_of_numpy_numbers": [np.int64(1), np.int64(0)],
+    "list_of_masks": [[False, True]],
+    "list_of_a_mask": [MASK],
+    "list_of_slices": [slice(0, 2), 1],
+    "list_with_none": [None, 1],
+    "list_with_an_ellipsis": [..., 1],
+    "list_with_nothing": [[]],
+    "mixed_list": [[0, 1], 2],
+    "tensors_in_a_list_in_a_tuple": ([torch.tensor(0), torch.tensor(1)],),
+    "range": range(2),
+    "list_too_long_for_a_tuple": [[0, 1]] * 32,
+    "tensors_too_many_for_a_tuple": [torch.tensor(1)] * 32,
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:Creating a tensor from a list")
+def test_sequences_index_as_in_eager(name):
+    check(lambda z: z[SEQUENCES[name]], "all", lazy=False)
 
 
 def test_an_index_of_bytes_is_a_mask():
