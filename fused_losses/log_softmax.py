@@ -436,6 +436,8 @@ def kl_div(
         form = "log_softmax" if log_target else "softmax"
         if not isinstance(target, LazyExpression) or target.form != form or not target.unscaled:
             return NotImplemented
+        if target.vocab_dim != input.vocab_dim:  # as many tokens as entries
+            return NotImplemented
         from .divergence import divergence
 
         total = divergence(input.base.vocab_last(), target.base.vocab_last(), kind="forward_kl").sum()

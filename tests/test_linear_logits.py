@@ -639,6 +639,18 @@ def test_the_rest_materialises_and_says_so(name):
         fn(lazy)
 
 
+@pytest.mark.parametrize("log_target", [False, True])
+def test_kl_div_of_a_teacher_whose_vocabulary_stands_where_tokens_do(log_target):
+    results = []
+    for kind in (LinearLogits, linear_logits):
+        x, y = (kind(*arguments(leaves(seed=seed))[0]).flatten(0, 1)[:7, :7] for seed in (0, 1))
+        q = y.T.log_softmax(0) if log_target else y.T.softmax(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            results.append(F.kl_div(x.log_softmax(-1), q, reduction="sum", log_target=log_target))
+    torch.testing.assert_close(*results)
+
+
 def test_a_warning_names_operation_bytes_and_line_once_per_call_site():
     lazy, *_ = make()
     with warnings.catch_warnings(record=True) as caught:
