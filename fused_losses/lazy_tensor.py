@@ -237,7 +237,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place; it is a value: only "
             "mul_ and div_ by a number or by one number per token are possible. Use the out-of-place form."
         )
-    return func(*_materialised(name, args), **_materialised(name, kwargs))
+    return func(*materialised(name, args), **materialised(name, kwargs))
 
 
 def _unboxed(x: Any) -> Any:
@@ -245,7 +245,7 @@ def _unboxed(x: Any) -> Any:
     return x.item() if type(x).__module__ == "numpy" and getattr(x, "ndim", None) == 0 else x
 
 
-def _materialised(name: str, arguments: Any) -> Any:
+def materialised(name: str, arguments: Any) -> Any:
     found = {id(x): x for x in tree_leaves(arguments, is_leaf=is_lazy) if is_lazy(x)}
     for x in found.values():
         _report(name, x)

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lazy_tensor import LazyTensor, answers, from_front, numel, wrap_dim
+from .lazy_tensor import LazyTensor, answers, from_front, materialised, numel, wrap_dim
 
 
 def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], Sequence) else sizes
 
 
-@answers("view", "reshape")
+@answers("reshape")
 def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
     shape = shape or tuple(kwargs.values())  # which view calls size or dtype
     if isinstance(shape[0], torch.dtype):
@@ -42,9 +42,18 @@ def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
     return NotImplemented  # the vocabulary would share a dimension with tokens
 
 
+@answers("view")
+def view(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
+    found = reshape(x, *shape, **kwargs)
+    shape = shape or tuple(kwargs.values())
+    if found is not NotImplemented or isinstance(shape[0], torch.dtype):
+        return found
+    return materialised("view", x).reshape(_sizes(shape))  # what contiguous() left as it was has no such view
+
+
 @answers("view_as", "reshape_as")
 def view_as(x: LazyTensor, other: Any) -> Any:
-    return reshape(x, other.shape)
+    return view(x, other.shape)
 
 
 @answers("flatten")
