@@ -336,6 +336,19 @@ def is_complex(x: LazyTensor) -> bool:
     return False
 
 
+def _of_any_size(name: str) -> None:
+    """Answer what depends on dtype and device alone, as a tensor without elements does."""
+    function = getattr(Tensor, name)
+
+    @answers(name)
+    def answer(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+        return function(torch.empty(0, dtype=x.dtype, device=x.device), *args, **kwargs)
+
+
+for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "is_conj", "is_signed"):
+    _of_any_size(_name)
+
+
 @answers("is_contiguous")
 def is_contiguous(x: LazyTensor, **_: Any) -> bool:
     return x.vocab_dim == x.ndim - 1

@@ -223,6 +223,11 @@ def _logits(x: LazyTensor) -> Any:
     return x if isinstance(x, LinearLogits) else x.up_to_shift()
 
 
+@answers("is_inference")
+def is_inference(x: LazyTensor) -> bool:
+    return (x.base if isinstance(x, LazyExpression) else x).hidden.is_inference()
+
+
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
     dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
     base = _logits(x)

@@ -711,6 +711,29 @@ def test_properties_are_those_of_the_logits():
     assert not hasattr(lazy, "keys")
 
 
+NEW = {
+    "new_zeros": lambda z: z.new_zeros(2, 3),
+    "new_ones": lambda z: z.new_ones((2, 3), dtype=torch.int64),
+    "new_full": lambda z: z.new_full((2,), 0.5),
+    "new_full_size": lambda z: z.new_full(size=(2,), fill_value=0.5),
+    "new_tensor": lambda z: z.new_tensor([1, 2], requires_grad=True),
+    "new_empty": lambda z: z.new_empty(2, 0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", NEW)
+def test_new_tensors_are_like_the_logits(name, dtype):
+    tensors = leaves(dtype)
+    with settings.strict():
+        lazy = LinearLogits(tensors["hidden"], tensors["weight"])
+        for z in (lazy, lazy.softmax(-1)):
+            found, expected = NEW[name](z), NEW[name](F.linear(tensors["hidden"], tensors["weight"]))
+            assert found.requires_grad == expected.requires_grad
+            torch.testing.assert_close(found, expected)
+            assert (z.is_signed(), torch.is_conj(z)) == (True, False)
+
+
 def test_a_label_changes_what_functions_return_and_not_the_numbers():
     tensors = leaves(torch.bfloat16)
     logits = LinearLogits(tensors["hidden"], tensors["weight"])
@@ -1001,6 +1024,10 @@ def test_no_grad_gives_logits_without_gradient():
         logits = LinearLogits(torch.randn(B, H), tensors["weight"])
         assert logits.log_softmax(-1).gather(-1, IDS[:, :2]).shape == (B, 2)
     lazy = LinearLogits(tensors["hidden"], tensors["weight"])
+    with settings.strict(), torch.inference_mode():
+        assert torch.is_inference(logits)
+        assert logits.log_softmax(-1).is_inference()
+        assert not lazy.is_inference()
     with torch.no_grad():
         assert not lazy.logsumexp(-1).requires_grad
     assert lazy.logsumexp(-1).requires_grad
