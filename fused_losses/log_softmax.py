@@ -284,7 +284,9 @@ def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
 
 @answers("take_along_dim")
 def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> Any:
-    return NotImplemented if dim is None else gather(x, dim, indices)
+    if dim is None or wrap_dim(x, dim) != x.vocab_dim:
+        return NotImplemented
+    return gather(x, dim, from_front(x, indices))
 
 
 def _dims(x: LazyTensor, dim: Any) -> list[int]:
@@ -415,6 +417,11 @@ def nll_loss(
     log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
     if not log_probs or not is_number(x.factor) or not is_number(x.offset) or x.offset != 0:
         return NotImplemented
+    if target.is_floating_point():  # of which cross_entropy would take the soft labels' loss
+        raise RuntimeError(
+            f"nll_loss of {tuple(x.shape)} expects int64 or uint8 class indices, got {target.dtype} {tuple(target.shape)}; "
+            "cross_entropy of the logits takes probabilities"
+        )
     loss = cross_entropy(x.base.with_dtype(x.dtype), target, weight, size_average, ignore_index, reduce, reduction)
     return loss if loss is NotImplemented else loss * x.factor
 
