@@ -283,7 +283,8 @@ def split(x: LazyTensor, split_size_or_sections: int | Sequence[int], dim: int =
 def chunk(x: LazyTensor, chunks: int, dim: int = 0) -> Any:
     if chunks <= 0:
         raise RuntimeError(f"chunk expects a positive number of chunks, got {chunks}")
-    return split(x, max(1, -(-x.shape[wrap_dim(x, dim)] // chunks)), dim)
+    n = x.shape[wrap_dim(x, dim)]
+    return split(x, -(-n // chunks) or [0] * chunks, dim)
 
 
 @answers("unbind")

@@ -1693,6 +1693,7 @@ def test_no_tokens():
     assert logits.logsumexp(-1).shape == (0, S)
     assert logits.argmax(-1).shape == (0, S)
     assert logits.materialize().shape == (0, S, V)
+    assert [part.shape for part in logits.chunk(3)] == [(0, S, V)] * 3
     assert F.cross_entropy(logits.view(-1, V), torch.zeros(0, dtype=torch.long)).isnan()
     assert F.cross_entropy(logits.view(-1, V), torch.zeros(0, dtype=torch.long), reduction="sum") == 0
 
