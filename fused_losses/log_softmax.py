@@ -201,6 +201,8 @@ class LazyExpression(LazyTensor):
         """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
         if self.form not in ("logits", "log_softmax"):
             return NotImplemented
+        if self.requires_grad and not self.base.requires_grad and not no_gradient():
+            return NotImplemented  # the result requires grad, with a gradient of 0
         factor, _ = self._coefficients(self.vocab_dim)
         base = self.base.scaled(factor)
         return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)

@@ -931,6 +931,29 @@ def test_div_and_mul_in_place_change_the_object_and_not_the_tensors():
         lazy.log_softmax(-1).mul_(2)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: z.log_softmax(-1).gather(-1, FEW).sum(),
+        lambda z: F.cross_entropy(z.transpose(1, 2), IDS),
+        lambda z: z.softmax(-1).square().sum(),
+    ],
+)
+def test_an_offset_of_detached_logits_gets_the_gradient_0(loss):
+    lazy, eager, _ = make()
+    results = []
+    for z in (lazy, eager):
+        offset = TEMPERATURE[..., None].float().requires_grad_()
+        with torch.no_grad(), settings.strict(z is lazy):
+            (z.detach() + offset).log_softmax(-1).gather(-1, FEW)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = loss(z.detach() + offset)
+        found.backward()
+        results.append((found, offset.grad))
+    torch.testing.assert_close(*results, atol=1e-6, rtol=1e-5)
+
+
 def test_views_of_logits_changed_in_place_raise():
     lazy, *_ = make()
     view, copied = lazy[:, 1:], lazy.clone()
