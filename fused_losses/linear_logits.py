@@ -142,6 +142,7 @@ class LinearLogits(LazyTensor):
       by element and without gradient: call ``materialize()``.
     - Two operations that find the same logit may differ in its last bit: to compare logits with one another (a rank, a
       top-k filter), ``materialize()`` once and compare within that.
+    - Where entries tie for the largest, ``amax`` has its gradient in one of them; a tensor's is shared among them.
     - It has no storage: ``stride`` gives 0 for every dimension, whatever ``is_contiguous`` says.
     - In a row with a logit of +∞, or of −∞ alone, ``logsumexp`` and ``gather`` give nan where a tensor gives an infinity.
     - It is a pytree of the one leaf ``hidden``, because FSDP and DDP look for the tensors in a module's outputs: what
