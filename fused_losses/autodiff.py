@@ -46,6 +46,8 @@ def differentiable_gradients(
     fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """Gradients of plain-PyTorch ``fn(*inputs)`` that can be differentiated again: one per input, or None."""
+    # As tensors of their own: where one input was made from another, autograd itself follows that path.
+    inputs = [None if x is None else x.view_as(x) for x in inputs]
     outputs = fn(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = {i: x for i, x in enumerate(inputs) if x is not None and x.requires_grad}

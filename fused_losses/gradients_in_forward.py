@@ -70,7 +70,8 @@ def by_coefficients(
         assert statistics.logsumexp is not None
         terms = of_chunk(statistics, rows)
         if in_float16:
-            factor = in_range(terms) if factor is None else torch.minimum(in_range(terms), factor)
+            of_chunk_alone = in_range(None if t is None else t * chunk.steepest for t in terms)
+            factor = of_chunk_alone if factor is None else torch.minimum(of_chunk_alone, factor)
             terms = Coefficients(*(None if t is None else t * factor for t in terms))
         a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
         if logits.shape[1]:

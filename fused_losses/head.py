@@ -50,6 +50,11 @@ class Head(NamedTuple):
         return self.weight.shape[0] if self.shard is None else self.shard.even_size
 
     @property
+    def steepest(self) -> Tensor | float:
+        """The most that a final logit changes by where the product of hidden and weight changes by 1."""
+        return abs(self.scale) if self.temperature is None else (self.scale / self.temperature).abs().amax()
+
+    @property
     def inputs(self) -> tuple[Tensor | None, ...]:
         """What a gradient may be asked of."""
         return self[:5]

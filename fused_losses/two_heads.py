@@ -48,6 +48,8 @@ from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
+LOG_OF_STUDENT = ("forward_kl", "cross_entropy")  # their slope in the teacher has no bound, nor reverse_kl's in the student
+STEEPEST = 64.0  # what float16 leaves room for there
 TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are scaled, capped or over a temperature
 
 
@@ -312,7 +314,10 @@ def both_heads(
     ]
     factor: Tensor | None = None  # at which float16 gradients neither vanish nor overflow
     if any(s.wanted and s.head.hidden.dtype == torch.float16 for s in sides) and N:
-        factor = in_range((soft, hard))
+        steep = (which.kind == "reverse_kl" and any(parts[0])) or (which.kind in LOG_OF_STUDENT and any(parts[1]))
+        of_soft = (STEEPEST if steep else 1) / which.temperature
+        of_logits = (None if soft is None else soft * of_soft, hard)
+        factor = in_range(None if t is None else t * head.steepest for t in of_logits for head in heads)
         soft, hard = (None if t is None else t * factor for t in (soft, hard))
     divergence = student.hidden.new_zeros(N, dtype=dtype)
     nll = student.hidden.new_zeros(N, dtype=dtype) if with_nll else None

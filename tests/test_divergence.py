@@ -686,6 +686,35 @@ def test_checkpointing_under_a_workspace_that_has_ended(backend, device, monkeyp
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+def test_float16_gradients_of_heads_whose_scale_is_large(kind, backend, device):
+    """As of normalised hidden states and weights."""
+    hidden, weight = (torch.nn.functional.normalize(torch.randn(n, 16, device=device), dim=-1) for n in (6, 50))
+    noise = torch.randn(6, 16, device=device) * 0.05
+
+    def gradients(of_heads, dtype):
+        leaves = [x.half().to(dtype).requires_grad_() for x in (hidden, weight)]
+        teacher = (hidden + noise).half().to(dtype)
+        return torch.autograd.grad(of_heads(leaves[0], leaves[1], teacher).mean(), leaves)
+
+    def dense(student, weight, teacher):
+        return eager(
+            *((x @ weight.T).to(torch.promote_types(x.dtype, torch.float32)) * 100 for x in (student, teacher)), kind
+        )
+
+    def ours(student, weight, teacher):
+        of = (LinearLogits(x, weight, scale=100.0) for x in (student, teacher))
+        return divergence(*of, kind=kind, backend=backend)
+
+    found, theirs, exact = (
+        gradients(ours, torch.float16),
+        gradients(dense, torch.float16),
+        gradients(dense, torch.float64),
+    )
+    for name, a, b, c in zip(("d_hidden", "d_weight"), found, theirs, exact, strict=True):
+        assert_accurate(a, b, c, name)
+
+
 @pytest.mark.parametrize("upstream", [0.0, 0.01])
 def test_float16_gradients_of_a_token_that_hardly_counts(upstream, backend, device):
     """However large its gradient is before the upstream gradient is known."""
