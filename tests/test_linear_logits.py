@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fused_losses import settings
+from fused_losses.cross_entropy import cross_entropy as fused_cross_entropy
 from fused_losses.distillation import teacher_topk
 from fused_losses.divergence import divergence
 from fused_losses.linear_logits import LinearHead, LinearLogits
@@ -1749,6 +1750,31 @@ def test_sharded_tensors_raise():
     weight.device_mesh = "a DTensor has one"
     with pytest.raises(TypeError, match="LinearHead"):
         LinearLogits(torch.ones(S, H), weight)
+
+
+TIED = {
+    "cross_entropy": lambda of, h, w, ids: F.cross_entropy(of(h, w), ids),
+    "per token": lambda of, h, w, ids: F.cross_entropy(of(h, w), ids, reduction="none").square().sum(),
+    "dense logits": lambda of, h, w, ids: fused_cross_entropy((h @ w.T) * w.sum(), ids),
+    "two heads": lambda of, h, w, ids: F.kl_div(
+        of(h, w).log_softmax(-1), of(2 * h, w).softmax(-1), reduction="batchmean"
+    ),
+    "low rank": lambda of, h, w, ids: F.cross_entropy(of(h, w, low_rank=(h, w)), ids),
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_gradients_to_differentiate_again_of_tensors_made_from_one_another(name):
+    """As hidden states are, of a model whose embeddings are its head: no path may be counted twice."""
+    embedding, ids = torch.randn(V, H, dtype=torch.float64), torch.randint(0, V, (S,))
+
+    def derivatives(of):
+        leaf = embedding.clone().requires_grad_()
+        loss = TIED[name](of, leaf[ids].tanh(), leaf, ids.roll(1))
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.square().sum(), leaf)[0]
+
+    torch.testing.assert_close(derivatives(LinearLogits), derivatives(linear_logits))
 
 
 @pytest.mark.parametrize("name", ["cross_entropy", "log_prob", "label_smoother"])
