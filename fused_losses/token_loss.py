@@ -49,7 +49,7 @@ def token_loss(
     Args:
         fn: ``fn(statistics, *per_token) -> (n,)``, or ``((n,), {name: (n,)})``: PyTorch on ``n`` tokens at a time, each token
             on its own. ``statistics`` is a :class:`TokenStatistics` with what was asked for, ``log_probs`` ``(n,)`` or
-            ``(n, K)``.
+            ``(n, K)``. What else it reads may not require grad where ``logits`` are lazy.
         logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
         index: ids in ``[0, V)``, ``(…)`` or ``(…, K)``. Tokens whose ids are all −100 do not reach ``fn`` (with
             ``drop_ignored=False`` and under ``torch.compile`` they do, with statistics of 0, and count 0).
@@ -63,7 +63,7 @@ def token_loss(
         ``(…)`` with 0 where there is no index.
 
     Raises:
-        ValueError: ``per_token`` of another shape, or that requires grad.
+        ValueError: ``per_token`` of another shape, or that requires grad; an ``fn`` that reads another tensor that does.
 
     Example:
         >>> advantages = torch.tensor([1.0, -1.0])
@@ -196,8 +196,14 @@ class _PerToken:
             return self.split(seen._replace(**dict(zip(names, differentiable, strict=True))), per_token)
 
         primals = [getattr(seen, name) for name in names]
-        value, pullback, aux = torch.func.vjp(of, *primals, has_aux=True)  # type: ignore[misc]
-        gradients = dict(zip(names, pullback(torch.ones_like(value)), strict=True))
+        with torch.enable_grad():  # else a tensor of fn's own that requires grad would go unseen
+            value, pullback, aux = torch.func.vjp(of, *primals, has_aux=True)  # type: ignore[misc]
+            if value.requires_grad:
+                raise ValueError(
+                    "fn reads a tensor that requires grad, beside its arguments, and that would get none: detach it, or use "
+                    "token_statistics"
+                )
+            gradients = dict(zip(names, pullback(torch.ones_like(value)), strict=True))
         self.store(aux, rows)
         if self.counted is not None:
             here = self.counted[rows]

@@ -402,6 +402,28 @@ def test_many_tokens_are_summed_in_float64(route):
     assert loss.item() == N - 2
 
 
+def test_a_tensor_of_fn_that_requires_grad_is_not_forgotten(backend, device):
+    hidden, weight, bias, index = problem(device=device)
+    scale = torch.tensor(2.0, device=device, requires_grad=True)
+
+    def fn(s):
+        return -s.log_probs * scale
+
+    logits = LinearLogits(hidden.requires_grad_(), weight, bias)
+    with pytest.raises(ValueError, match=r"fn reads a tensor that requires grad.*detach it, or use token_statistics"):
+        token_loss(fn, logits, index, backend=backend)
+    loss, _ = token_loss(fn, hidden @ weight.T + bias, index, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(loss, scale)[0], loss.detach() / 2)
+    scale = scale.detach()
+    loss, aux = token_loss(lambda s: (fn(s), {"nll": fn(s)}), logits, index, backend=backend)
+    assert not aux["nll"].requires_grad
+    assert not torch.autograd.grad(loss, hidden)[0].requires_grad
+    scale.requires_grad_()
+    with torch.no_grad():
+        again, _ = token_loss(fn, logits, index, backend=backend)
+    torch.testing.assert_close(again, loss.detach())
+
+
 def test_bad_input():
     hidden, weight, bias, index = problem()
     logits = LinearLogits(hidden.requires_grad_(), weight, bias)
