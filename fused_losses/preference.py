@@ -568,8 +568,8 @@ class RunningMean(nn.Module):
     """Mean of all rewards given to it so far: the baseline δ of BCO.
 
     Called in training mode it takes the rewards in first, from all ranks where a process group is initialised; in
-    evaluation mode it only answers. TRL 0.25's ``bco_pair`` gives each batch's mean the same weight, which differs
-    where batches differ in size.
+    evaluation mode it only answers. Where the model it is in is cast, it stays in float64. TRL 0.25's ``bco_pair`` gives
+    each batch's mean the same weight, which differs where batches differ in size.
 
     Source: Jung et al., "Binary Classifier Optimization" (2404.04656); TRL's ``RunningMoments``.
 
@@ -586,6 +586,15 @@ class RunningMean(nn.Module):
         super().__init__()
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
+        """Moves with the model it is in, and is not cast with it: in bfloat16 a count stops at 256."""
+
+        def moved(buffer: Tensor) -> Tensor:
+            result = fn(buffer)
+            return result if result.dtype == buffer.dtype else buffer.to(result.device)
+
+        return super()._apply(moved, recurse)
 
     def forward(self, rewards: Tensor) -> Tensor:
         """The mean so far, ``()`` in the dtype of ``rewards``, detached; ``rewards`` of any shape enter first."""

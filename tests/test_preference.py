@@ -1,5 +1,6 @@
 """Every preference loss and modifier, value and gradient, against the float64 reference that loops over pairs."""
 
+import copy
 import itertools
 import math
 import re
@@ -522,6 +523,26 @@ def test_running_mean_takes_rewards_in_training_only_and_is_saved():
     other.eval()
     assert torch.equal(other(torch.full((4,), 100.0)), delta.eval()(torch.zeros(2)))
     assert preference.RunningMean()(torch.zeros(0)) == 0
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.float().to("cpu", torch.float16)]
+)
+def test_a_model_that_is_cast_leaves_its_running_mean_exact(cast):
+    model = torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "delta": preference.RunningMean()})
+    same = preference.RunningMean()
+    seen = torch.randn(3000)
+    for delta in (model["delta"], same):
+        delta(seen)
+    model = copy.deepcopy(cast(model))
+    assert model["head"].weight.dtype in (torch.bfloat16, torch.float16)
+    for rewards in torch.randn(8, 3):  # in bfloat16 a count of 3000 and more stands still
+        assert torch.equal(model["delta"](rewards), same(rewards))
+    other = cast(torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "delta": preference.RunningMean()}))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other["delta"](seen), same(seen))
+    assert other["delta"].to("meta").mean.is_meta
+    assert other["delta"].to_empty(device="cpu").count.dtype == torch.float64
 
 
 @spawn_threads_and_init_comms(world_size=2)
