@@ -602,7 +602,7 @@ def value_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The critic's loss in PPO: half the squared error, the worse of plain and clipped.
 
-    .. math:: \tfrac12 \max\big((v_c - R)^2, (v - R)^2\big), \qquad v_c = v_{old} + \mathrm{clamp}(v - v_{old}, \pm\epsilon)
+    .. math:: \tfrac12 \max\big((v_c - R)^2, (v - R)^2\big), \qquad v_c = \mathrm{clamp}(v, v_{old} \pm \epsilon)
 
     Source: OpenRLHF 0.11 ``ValueLoss``; verl 0.9 ``compute_value_loss``; DeepSpeed-Chat ``critic_loss_fn``. OpenRLHF's
     first version has ``aggregation="seq_mean_token_mean"``.
@@ -637,7 +637,8 @@ def value_loss(
         if old_values is None:
             raise ValueError("clip_eps needs old_values")
         old_values = sequences.hide("old_values", old_values.detach())
-        clipped = (old_values + (values - old_values).clamp(-clip_eps, clip_eps) - returns).square()
+        # Of a value inside the clip exactly the value: rounding is not clipping.
+        clipped = (values.clamp(old_values - clip_eps, old_values + clip_eps) - returns).square()
         held = clipped > error
         error = torch.max(clipped, error)
     loss = aggregate(

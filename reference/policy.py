@@ -297,14 +297,14 @@ def value_loss(
     aggregation: str = "token_mean",
     **counts: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """½ max((v_c − R)², (v − R)²), v_c = old_v + clamp(v − old_v, ±clip_eps)."""
+    """½ max((v_c − R)², (v − R)²), v_c = clamp(v, old_v − clip_eps, old_v + clip_eps)."""
     mask = torch.ones_like(values) if mask is None else mask
     loss, held = [[values.new_zeros(())] * mask.shape[1] for _ in mask], []
     for b, row in enumerate(tokens_of(mask)):
         for t in row:
             error = (values[b, t] - returns[b, t]) ** 2
             if clip_eps is not None:
-                clipped = old_values[b, t] + _clamp(values[b, t] - old_values[b, t], -clip_eps, clip_eps)
+                clipped = _clamp(values[b, t], old_values[b, t] - clip_eps, old_values[b, t] + clip_eps)
                 clipped = (clipped - returns[b, t]) ** 2
                 held.append(float(clipped > error))
                 error = clipped if clipped > error else error

@@ -736,6 +736,12 @@ def test_value_clip_holds_the_gradient():
     assert metrics["clip_ratio"] == 0.5
 
 
+def test_rounding_is_not_a_value_clip():
+    values, old = torch.randn(64, 128), torch.randn(64, 128)
+    _, metrics = value_loss(values, old, torch.randn(64, 128), clip_eps=20.0)
+    assert metrics["clip_ratio"] == 0
+
+
 def test_ppo_loss_is_the_textbook_formula():
     shown = DATA["mask"] != 0
     r = (DATA["log_probs"] - DATA["old_log_probs"])[shown].exp()
