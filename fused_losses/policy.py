@@ -202,7 +202,7 @@ def _sapo(t: Tokens, *, sapo_temperature_pos: float, sapo_temperature_neg: float
 def _vespo(t: Tokens, *, vespo_pos: tuple[float, float], vespo_neg: tuple[float, float], **_: Any) -> Surrogate:
     """−sg(φ)·A·log π, φ = e^{λ + ks − λe^s}, s = Σ_t ρ and the log of the weight. VESPO (2602.10693).
 
-    φ is 1 where the sequence has not moved, and falls smoothly on both sides.
+    φ is 1 where the sequence has not moved, and falls smoothly on both sides, with λ at least 1e-4 (TRL).
     """
     floor = log(1e-8)
     s = t.sequences.sum((t.log_probs - t.old_log_probs).detach().clamp(-20, 20))
@@ -211,6 +211,7 @@ def _vespo(t: Tokens, *, vespo_pos: tuple[float, float], vespo_neg: tuple[float,
         s = s + (log_weight if t.weight.dim() == 1 else t.sequences.sum(log_weight))
     s = t.sequences.spread(s.clamp(floor, 20))
     k, lam = (torch.full_like(t.A, n).masked_fill(t.A >= 0, p) for p, n in zip(vespo_pos, vespo_neg, strict=True))
+    lam = lam.clamp(min=1e-4)
     phi = (lam + k * s - lam * s.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return Surrogate(-phi * t.A * t.log_probs, {}, weight=torch.ones_like(t.A))
 
@@ -412,7 +413,8 @@ def grpo_loss(
         cispo_max: cispo's bound on the ratio itself: TRL's ``epsilon_high`` there; default 5.0. ``None``: the ratio is
             clipped to ``1 − eps_low … 1 + eps_high``, as verl.
         sapo_temperature_pos, sapo_temperature_neg: SAPO's :math:`\tau` for ``A > 0``, and otherwise.
-        vespo_pos, vespo_neg: VESPO's :math:`(k, \lambda)` for ``A ≥ 0``, and for negative advantages.
+        vespo_pos, vespo_neg: VESPO's :math:`(k, \lambda)` for ``A ≥ 0``, and for negative advantages; a :math:`\lambda`
+            below 1e-4 is 1e-4, as in TRL.
         dro_beta: DRO's :math:`\beta`; verl has no default.
         kl_cov_ratio: the share of this batch's tokens that kl_cov holds near the old policy.
         kl_cov_coef: its :math:`c`, verl's ``ppo_kl_coef``.

@@ -63,6 +63,7 @@ def _vespo(
     losses = []
     for x, advantage in zip(logp, a, strict=True):
         k, lam = k_lambda[0] if advantage >= 0 else k_lambda[1]
+        lam = max(lam, 1e-4)
         losses.append(-math.exp(lam + k * total - lam * math.exp(total)) * advantage * x)
     return losses
 

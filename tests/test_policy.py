@@ -90,6 +90,7 @@ SPECIFIC = {
         "lambda_pos": {"vespo_pos": (2.0, 3.5)},
         "k_neg": {"vespo_neg": (3.5, 2.0)},
         "lambda_neg": {"vespo_neg": (3.0, 2.5)},
+        "lambda_0": {"vespo_pos": (2.0, 0.0), "vespo_neg": (3.0, -1.0)},
     },
 }
 CASES = [(t, name, options) for t in LOSS_TYPES for name, options in (MODIFIERS | SPECIFIC.get(t, {})).items()]
@@ -676,6 +677,13 @@ def test_arguments_are_named(options, message):
     x = torch.zeros(2, 4)
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         grpo_loss(**{"log_probs": x, "old_log_probs": x, "advantages": torch.ones(2)} | options)
+
+
+def test_vespo_bounds_a_sequence_that_moved_far():
+    log_probs, old = torch.full((1, 10), -0.1), torch.full((1, 10), -3.0)
+    for A, side in ((1.0, "vespo_pos"), (-1.0, "vespo_neg")):
+        loss, _ = grpo_loss(log_probs, old, torch.tensor([A]), loss_type="vespo", **{side: (2.0, 0.0)})
+        assert loss == 0
 
 
 def test_vespo_takes_no_step_on_a_weight_that_is_not_a_number():
