@@ -103,7 +103,7 @@ def aggregate(
     the gradient that of one process with the whole batch: their sum over ranks together with ``dp_size``, or their average,
     :func:`count_per_rank`, without. So do they over micro-batches, whose losses are then added. TRL's gradient accumulation:
     divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch · accumulation /
-    steps_per_generation`` and ``dp_size = num_processes``.
+    steps_per_generation`` and ``dp_size = num_processes``, and :func:`grpo_loss` an ``entropy_coef`` divided by the steps.
 
     Source: TRL 1.16 ``GRPOTrainer``; verl 0.9 ``agg_loss``; OpenRLHF 0.11 ``aggregate_loss``.
 

@@ -390,7 +390,8 @@ def grpo_loss(
     2. ``+ beta · KL``, with ``use_bias_correction_kl`` times :math:`r`, its gradient included and before any clip
        (not in gmpo);
     3. :func:`aggregate`;
-    4. ``− entropy_coef ·`` the mean entropy, of the tokens the entropy mask keeps.
+    4. ``− entropy_coef ·`` the mean entropy of the tokens the entropy mask keeps (TRL), or, with ``entropy_aggregation``,
+       the entropy aggregated as the loss is: what the mask drops is 0, and denominators stay what they were.
 
     Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
     ``PolicyLoss``. The papers stand beside each entry of ``LOSS_TYPES`` or in its function.
@@ -436,9 +437,12 @@ def grpo_loss(
         kl_aggregation: how the KL is aggregated; ``None``: with the loss (TRL). OpenRLHF: ``"token_mean"``.
         entropy: ``(B, S)`` per token, nats, with its gradient where ``entropy_coef`` is to act.
         top_entropy_quantile: share of tokens that train, those with the highest entropy; see :func:`entropy_mask`.
-        entropy_coef: weight of the entropy bonus.
-        entropy_aggregation: how the entropy is aggregated; ``None``: the mean over this batch's tokens (TRL). OpenRLHF:
-            ``"token_mean"`` with its global count; verl: the loss's own aggregation.
+        entropy_coef: weight of the entropy bonus. TRL's gradient accumulation divides the bonus by the steps under every
+            loss type: divide this where the loss is not divided (see :func:`aggregate`).
+        entropy_aggregation: how the entropy is aggregated; ``None``: the mean over this batch's tokens, of those that
+            ``top_entropy_quantile`` keeps (TRL), whose number over all ranks no count here has. OpenRLHF: ``"token_mean"``
+            with its global count; verl: the loss's own aggregation. Named, it takes the counts, which are of all tokens:
+            under a quantile of 0.2 the bonus is about a fifth of TRL's.
         group: the ranks of the entropy mask's quantile, see :func:`entropy_mask`.
         aggregation: a row of the table at :func:`aggregate`; ``None``: the loss type's own.
         cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
@@ -551,7 +555,7 @@ def grpo_loss(
             if entropy_aggregation is None:
                 bonus = masked_mean(entropy, kept)
             else:
-                bonus = aggregate(entropy, kept, entropy_aggregation, **counts)
+                bonus = aggregate(entropy.where(kept, 0), mask, entropy_aggregation, **counts)
             total = total - entropy_coef * bonus
     return total, {name: metric.detach() for name, metric in metrics.items()}
 

@@ -247,9 +247,11 @@ def grpo_loss(
     total = aggregate(table(loss), mask, aggregation, **counts)
     total = total + beta * aggregate(table(kl), mask, kl_aggregation or aggregation, **counts)
     if entropy_coef:
-        shown = mask * keep
-        local = {} if entropy_aggregation is None else counts
-        total = total - entropy_coef * aggregate(entropy, shown, entropy_aggregation or "token_mean", **local)
+        if entropy_aggregation is None:
+            bonus = aggregate(entropy, mask * keep)
+        else:
+            bonus = aggregate(torch.where(keep, entropy, zero), mask, entropy_aggregation, **counts)
+        total = total - entropy_coef * bonus
 
     def flat(lists: list[list]) -> list:
         return [x for each in lists for x in each]

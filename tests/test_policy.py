@@ -42,6 +42,12 @@ MODIFIERS = {
     "bonus": {"entropy": "entropy", "entropy_coef": 0.2},
     "bonus_sum": {"entropy": "entropy", "entropy_coef": 0.2, "entropy_aggregation": "seq_mean_token_sum"},
     "bonus_mask": {"entropy": "entropy", "entropy_coef": 0.2, "top_entropy_quantile": 0.4},
+    "bonus_mask_sum": {
+        "entropy": "entropy",
+        "entropy_coef": 0.2,
+        "top_entropy_quantile": 0.4,
+        "entropy_aggregation": "token_mean",
+    },
     "all": {
         "advantages": "token_advantages",
         "off_policy_mask_threshold": 0.05,
@@ -511,6 +517,14 @@ def test_two_ranks_are_one_process(loss_type, aggregation, count_empty):
         torch.testing.assert_close(torch.cat([r[2][name] for r in ranks]) / 2, gradient)
     local = [run(grpo_loss, half, **options, count_empty=count_empty) for half in halves]
     assert aggregation == "token_sum" or not torch.allclose((local[0][0] + local[1][0]) / 2, whole[0])
+
+
+@pytest.mark.parametrize(("aggregation", "count_empty"), [(a, e) for a in AGGREGATIONS for e in (True, False)])
+def test_the_bonus_of_kept_tokens_is_the_same_with_its_count_and_without(aggregation, count_empty):
+    options = {"entropy_aggregation": aggregation, "count_empty": count_empty, "loss_type": "dapo"}
+    options |= {"entropy": "entropy", "entropy_coef": 0.2, "top_entropy_quantile": 0.15}  # of some sequences, no token
+    counts = {"batch_num_tokens": DATA["mask"].sum(), "global_batch_size": 6 if count_empty else 5}
+    assert_same(run(grpo_loss, DATA, **options, **counts), run(grpo_loss, DATA, **options))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
