@@ -203,7 +203,9 @@ def mismatch_weight(
     TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
     verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
                                                           ``"low_high"`` thresholds are ``mode="mask"``
-    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``
+    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``, of a weight ``(B,)``
+                                                          ``weight / masked_mean(weight, mask.sum(-1))``; verl takes the
+                                                          mean over all ranks
     OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
     OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
     OpenRLHF ``is_correction_gating``                     ``gate``

@@ -52,19 +52,20 @@ def _one_packing(cu_seqlens: Tensor | None, position_ids: Tensor | None) -> None
 
 
 def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Sum of ``x`` where ``mask`` is nonzero (everywhere without a mask), over ``dim`` or over everything.
+    """Sum of ``x`` where ``mask``, of its shape, is nonzero (everywhere without one), over ``dim`` or over everything.
 
     Example:
         >>> masked_sum(torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([1, 0, 1]))
         tensor(3.)
     """
+    same_shape(x=x, mask=mask)
     if mask is not None:
         x = x.masked_fill(mask == 0, 0)
     return x.sum() if dim is None else x.sum(dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask`` is nonzero; 0 where nothing is selected.
+    """Mean of ``x`` where ``mask``, of its shape, is nonzero; 0 where nothing is selected.
 
     Example:
         >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1, 1], [0, 0]]), dim=-1)

@@ -9,6 +9,7 @@ import fused_losses.reference.rollouts as reference
 from fused_losses.bench import ranks
 from fused_losses.policy import grpo_loss
 from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
+from fused_losses.sequences import masked_mean
 
 NAN = float("nan")
 
@@ -122,6 +123,17 @@ def test_mismatch_weight_of_a_huge_difference_is_finite():
     weight, metrics = mismatch_weight(torch.tensor([[-1.0, -500.0]]), torch.tensor([[-500.0, -1.0]]))
     assert weight.isfinite().all()
     assert metrics["mismatch_kl"] == 0
+
+
+@pytest.mark.parametrize("level", ["token", "sequence_sum"])
+def test_weights_of_mean_one(level):
+    """verl's ``rollout_is_batch_normalize``, as the table of mismatch_weight has it."""
+    mask = DATA["mask"]
+    weight, _ = mismatch_weight(DATA["old_log_probs"], DATA["rollout_log_probs"], mask, level=level, high=2.0)
+    each = mask if level == "token" else mask.sum(-1)
+    counted = weight[each != 0]
+    assert len(counted) == (27 if level == "token" else 5)  # of six sequences one is empty
+    torch.testing.assert_close((weight / masked_mean(weight, each))[each != 0], counted / counted.mean())
 
 
 REWARDS = {

@@ -1,6 +1,7 @@
 """Sums and means of sequences, padded and packed, against one token at a time."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -104,6 +105,14 @@ def test_packed_mean_of_nothing_is_zero():
     assert sequences.packed_sum(x, **packing).tolist() == [6.0, 5.0]
     assert sequences.packed_mean(x, **packing).tolist() == [2.0, 5.0]
     assert sequences.packed_mean(x, torch.tensor([[0, 1, 1, 0]]), **packing).tolist() == [2.5, 0.0]
+
+
+@pytest.mark.parametrize("f", [sequences.masked_sum, sequences.masked_mean])
+@pytest.mark.parametrize("dim", [None, -1])
+def test_a_number_per_sequence_takes_no_mask_of_tokens(f, dim):
+    for shape, other in (((3,), (3, 3)), ((3,), (3, 4)), ((3, 4), (4,)), ((3, 1), (3, 4))):
+        with pytest.raises(ValueError, match=re.escape(f"x and mask must have one shape, got {shape} and {other}")):
+            f(torch.ones(shape), torch.ones(other), dim)
 
 
 def test_a_mask_does_not_broadcast():
