@@ -40,7 +40,7 @@ from .settings import Backend, Route
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 from .token_loss import token_loss
-from .token_statistics import TokenStatistics, selective_log_softmax, target_ids
+from .token_statistics import TokenStatistics, integer_ids, selective_log_softmax, target_ids
 from .two_heads import Divergence, budget, planned_vocab
 from .vocab_parallel import VocabShard, local_part
 
@@ -339,7 +339,7 @@ def sparse_distillation_loss(
     if labels is not None and labels.shape != tokens:
         raise ValueError(f"labels must be {tuple(tokens)}, got {tuple(labels.shape)}")
     which = chosen_divergence(kind, beta, temperature)
-    ids = teacher_ids.long()
+    ids = integer_ids(teacher_ids)
     missing = ids == -100
     log_t = upcast(teacher_log_probs).masked_fill(missing, -math.inf)
     if labels is not None:

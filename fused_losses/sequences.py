@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .autodiff import traced, transforms_active
 from .numerics import upcast
+from .token_statistics import integer_ids
 
 
 def same_shape(**tensors: Tensor | None) -> None:
@@ -285,6 +286,7 @@ def shift_labels(
         int64 in the shape of ``labels``.
 
     Raises:
+        TypeError: labels that are no integers.
         ValueError: ``position_ids`` are not shaped like ``labels``, ``cu_seqlens`` as for :func:`sums_and_counts`, both
             of them, or zigzag parts of odd length.
 
@@ -293,7 +295,7 @@ def shift_labels(
         tensor([[   2,    3, -100,    5, -100]])
     """
     _one_packing(cu_seqlens, position_ids)
-    labels = labels.long()  # in uint8 −100 would be 156
+    labels = integer_ids(labels)  # in uint8 −100 would be 156
     if labels.shape[-1] == 0:
         return labels
     rank, ranks = (

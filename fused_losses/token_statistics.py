@@ -63,13 +63,20 @@ def rows_module(backend: str) -> ModuleType:
     return softmax_rows
 
 
+def integer_ids(target: Tensor) -> Tensor:
+    """``target`` as int64, which no fraction is cut off for."""
+    if target.is_floating_point() or target.dtype == torch.bool:
+        raise TypeError(f"token ids must be an integer tensor, got {target.dtype} {tuple(target.shape)}")
+    return target.to(torch.int64)
+
+
 @torch.library.custom_op("fused_losses::target_ids", mutates_args=())
 def target_ids(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
     """``target`` as int64 ids with −100 where it is ``ignore_index``.
 
     An id outside ``[0, vocab)`` raises ``IndexError`` on a CPU; elsewhere it fails the device's next synchronisation.
     """
-    ids = target.to(torch.int64)
+    ids = integer_ids(target)
     ignored = ids == ignore_index
     outside = ((ids < 0) | (ids >= vocab)) & ~ignored
     if target.device.type != "cpu":
@@ -81,7 +88,7 @@ def target_ids(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
 
 @target_ids.register_fake
 def _(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
-    return torch.empty_like(target, dtype=torch.int64)
+    return torch.empty_like(integer_ids(target))
 
 
 @torch.library.custom_op("fused_losses::softmax_rows", mutates_args=())
@@ -410,8 +417,6 @@ def token_statistics(
         raise ValueError(f"index {tuple(index.shape)} has no id per token; give one or more")
     if index is None and {"log_probs", "is_top1"} & set(outputs):
         raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {(*tokens, 'K')}; got None")
-    if index is not None and (index.is_floating_point() or index.dtype == torch.bool):
-        raise TypeError(f"index holds token ids and must be an integer tensor, got {index.dtype} {tuple(index.shape)}")
     logits, per_token = _at_temperature(logits, temperature, tokens)
     ids = None
     if index is not None:
@@ -475,7 +480,7 @@ def selective_log_softmax(
                 f"{tuple(tokens)}, got {tuple(index.shape)} and {tuple(row_mask.shape)}"
             )
         keep = row_mask != 0
-        index = index.long().masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
+        index = integer_ids(index).masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
     found = token_statistics(
         logits, index, ("log_probs",), temperature=temperature, group=group, backend=backend, workspace=workspace
     )

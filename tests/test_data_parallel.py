@@ -257,7 +257,7 @@ def shifted_parts(device, group):
     found = {}
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     with pytest.raises(ValueError, match=r"two chunks of equal length, got \(1, 3\)"):
-        sequences.shift_labels(torch.zeros(1, 3), context_group=group, zigzag=True)
+        sequences.shift_labels(torch.zeros(1, 3, dtype=torch.long), context_group=group, zigzag=True)
     for (name, (labels, packing)), zigzag in itertools.product(layouts().items(), (False, True)):
         mine = {k: x if k == "cu_seqlens" else split(x, rank, ranks, zigzag) for k, x in packing.items()}
         labels = split(labels, rank, ranks, zigzag).to(device)

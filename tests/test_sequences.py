@@ -244,6 +244,11 @@ def test_shift_labels_of_rows():
     ]
 
 
+def test_shift_labels_takes_no_fractions():
+    with pytest.raises(TypeError, match=r"integer tensor, got torch\.float32 \(1, 3\)"):
+        sequences.shift_labels(torch.tensor([[1.0, 2.9, 3.0]]))
+
+
 def test_shift_labels_is_int64():
     """In uint8, which byte-level models keep their ids in, −100 would be 156, and a token."""
     labels = torch.tensor([[3, 156, 7, 200]])

@@ -6,9 +6,11 @@ import re
 import pytest
 import torch
 
+from fused_losses.distillation import distillation_loss, sparse_distillation_loss
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_statistics as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import TokenStatistics, selective_log_softmax, token_statistics
 
 NAMES = TokenStatistics._fields
@@ -290,6 +292,32 @@ def test_a_temperature_is_positive(temperature, lazy):
     logits = LinearLogits(torch.randn(2, 5, 3), torch.randn(7, 3)) if lazy else torch.randn(2, 5, 7)
     with pytest.raises(ValueError, match=f"temperature must be positive, got {temperature}"):
         selective_log_softmax(logits, torch.zeros(2, 5, dtype=torch.long), temperature=temperature)
+
+
+@pytest.mark.parametrize("call", ["log_softmax", "row_mask", "token_loss", "lazy token_loss", "distillation", "sparse"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_ids_are_not_rounded(call, dtype):
+    x, weight = torch.randn(2, 5), torch.randn(7, 5)
+    z = x @ weight.T
+    ids = (torch.tensor([1.9, 3.9]) if dtype.is_floating_point else torch.ones(2)).to(dtype)
+    calls = {
+        "log_softmax": lambda y: selective_log_softmax(z, y),
+        "row_mask": lambda y: selective_log_softmax(z, y, row_mask=torch.tensor([1, 0])),
+        "token_loss": lambda y: token_loss(lambda s: -s.log_probs, z, y),
+        "lazy token_loss": lambda y: token_loss(lambda s: -s.log_probs, LinearLogits(x.requires_grad_(), weight), y),
+        "distillation": lambda y: distillation_loss(z, z, y, hard_weight=0.5),
+        "sparse": lambda y: sparse_distillation_loss(z, y[:, None], torch.tensor([[-1.0], [-2.0]])),
+    }
+    with pytest.raises(TypeError, match=f"token ids must be an integer tensor, got {dtype} \\(2"):
+        calls[call](ids)
+    for integer in (torch.uint8, torch.int32, torch.int64):
+        calls[call](torch.tensor([1, 3], dtype=integer))
+
+
+def test_rounded_ids_do_not_compile():
+    compiled = torch.compile(selective_log_softmax, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"integer tensor, got torch\.float32 \(2, 1\)"):
+        compiled(torch.randn(2, 7), torch.tensor([1.9, 3.9]))
 
 
 @pytest.mark.parametrize("row_mask", [(2,), (5,), (2, 1), (2, 5, 3), ()])
