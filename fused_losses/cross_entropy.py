@@ -206,6 +206,7 @@ def cross_entropy(
     else:
         shares = row_shares(ids[:, 0], weight, dtype)
         total = shares.sum(dtype=wide_dtype(input.device))
+        total = total.where(total != 0, torch.nan)  # of targets without weight 0/0, and not what is smoothed over 0
         if z_loss and weight is not None and reduction == "mean":
             z_loss = z_loss * total / (ids != -100).sum()  # the z-loss has a denominator of its own
         loss = hard_label_loss(statistics, shares, C, label_smoothing, z_loss)

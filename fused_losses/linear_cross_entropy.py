@@ -341,6 +341,7 @@ def heads_cross_entropy(
     shares = row_shares(ids.reshape(-1), weight, dtype).view(N, D)
     counted = ids != -100
     total = shares.sum()
+    total = total.where(total != 0, torch.nan)  # of targets without weight 0/0, and not what is smoothed over 0
     square: float | Tensor = z_loss
     if z_loss and weight is not None and reduction == "mean":
         square = z_loss * total / counted.sum()  # the z-loss has a denominator of its own

@@ -21,7 +21,7 @@ def cross_entropy(
     .. math:: \ell = -\sum_c w_c\,t'_c \log p_c + z\_loss·lse^2, \qquad p = softmax(softcap·\tanh(z/softcap))
 
     ``mean`` divides the first term by the summed ``w_y`` of class indices or the number of positions, and the second by the
-    number of positions that are not ignored.
+    number of positions that are not ignored. Of targets whose weights are all 0 it is nan.
     """
     class_dim = 0 if input.ndim == 1 else 1
     z = input.movedim(class_dim, -1)  # (…, C)
@@ -46,4 +46,5 @@ def cross_entropy(
         return loss + z_part
     if reduction == "sum":
         return loss.sum() + z_part.sum()
-    return loss.sum() / share.sum() + z_part.sum() / counted.sum()
+    mean = loss.sum() / share.sum() if share.sum() else loss.sum() * torch.nan
+    return mean + z_part.sum() / counted.sum()

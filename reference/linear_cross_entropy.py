@@ -30,7 +30,8 @@ def linear_cross_entropy(
         \ell_n = \sum_c w_c\,t_{n,c}\,(lse_n - z_{n,c}), \qquad t = (1-ε)·target + ε/C
 
     plus ``z_loss·lse²``, times the token's weight. With class indices the smoothed part keeps the weight of each class, and
-    the mean divides by the weights of the targets, except for the z-loss, whose mean is over the tokens that count.
+    the mean divides by the weights of the targets, except for the z-loss, whose mean is over the tokens that count. It is nan
+    where the weights of all targets are 0.
     """
     x = input @ linear_weight.T
     if low_rank is not None:
@@ -65,5 +66,5 @@ def linear_cross_entropy(
         return loss + square
     if reduction == "sum":
         return (loss + square).sum()
-    mean = loss.sum() / share.sum()
+    mean = loss.sum() / share.sum() if share.sum() else loss.sum() * torch.nan
     return mean + square.sum() / count if z_loss else mean

@@ -274,6 +274,19 @@ def test_nothing_to_average(reduction, z_loss, backend, device):
         torch.testing.assert_close(loss.detach().cpu(), expected, equal_nan=True)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_targets_without_weight(reduction, smoothing, backend, device):
+    x, weight = torch.randn(3, 5, device=device), torch.tensor([0.0, 0.0, 2.0, 1.0, 1.0], device=device)
+    kwargs = {"weight": weight, "reduction": reduction, "label_smoothing": smoothing}
+    for target in ([0, 1, 0], [1, -100, -100], [-100, -100, -100], [0, 2, -100]):
+        target = torch.tensor(target, device=device)
+        ours = gradients(cross_entropy, x, target, backend=backend, **kwargs)
+        torch.testing.assert_close(ours, gradients(F.cross_entropy, x, target, **kwargs), equal_nan=True)
+        exact = reference.cross_entropy(x, target, **kwargs)
+        torch.testing.assert_close(ours[0], exact, equal_nan=True)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_special_logits(bad, backend, device):
     """As PyTorch where a row counts; nowhere where it is ignored."""

@@ -601,6 +601,25 @@ def test_nothing_left(drop_ignored, route, backend, device):
         assert not rows.any()
 
 
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@pytest.mark.parametrize("route", ROUTES)
+def test_targets_without_weight(drop_ignored, route, backend, device):
+    hidden, weight, bias, target = problem(device=device)
+    target[target != -100] = 0
+    leaves = [t.requires_grad_() for t in (hidden, weight, bias)]
+    kwargs = {"weight": torch.ones(len(weight), device=device), "label_smoothing": 0.1}
+    kwargs["weight"][0] = 0
+    how = {"linear_bias": bias, "backend": backend, "route": route, "drop_ignored": drop_ignored}
+    ours = linear_cross_entropy(hidden, weight, target, **how, **kwargs)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), target, **kwargs)
+    assert ours.isnan()
+    assert expected.isnan()
+    found, wanted = (torch.autograd.grad(loss, leaves) for loss in (ours, expected))
+    for g, e in zip(found, wanted, strict=True):
+        assert e.isnan().any()
+        assert g[e.isnan()].isnan().all()
+
+
 def test_one_class(backend, device):
     hidden, weight, _, target = problem(classes=1, device=device)
     target.clamp_(max=0)
