@@ -24,7 +24,7 @@ TRL ``use_weighting``                           ``weight=wpo_weight(...)``; TRL 
 TRL 0.25 ``alpha_divergence`` with ``a``        ``f_alpha_divergence_coef = 1 − a``, so 0 for its default
 TRL 0.25 ``exo_pair`` without smoothing         ``label_smoothing=1e-3``
 TRL 0.25 rewards of several loss types          ``weighted_rewards=True``
-TRL 0.25 ``bco_pair``, TRL ``BCOTrainer``       ``running_mean=RunningMean()``; TRL 1.16 ``bco_pair``: without
+TRL 0.25 ``bco_pair``, ``BCOTrainer``           ``running_mean=RunningMean()``; TRL 1.16 ``bco_pair``: without
 OpenRLHF ``nll_loss_coef``                      ``rpo_alpha``, with ``nll_loss`` the mean of per-sequence means
 TRL CPO ``simpo``, ``alphapo``                  :func:`simpo_loss` with ``cpo_alpha=1``; ``cpo_alpha=0, alpha=…``
 ==============================================  =================================================================
@@ -269,6 +269,12 @@ def _check_side(
         raise ValueError(f"{' and '.join(given)} must be (B,) sums or (B, S) per token, got {shapes}")
 
 
+def _check_scalars(**scalars: Tensor | float | None) -> None:
+    for name, x in scalars.items():
+        if isinstance(x, Tensor) and x.shape not in ((), (1,)):
+            raise ValueError(f"{name} must be a scalar, one number for the batch, got {tuple(x.shape)}")
+
+
 def _answers(
     chosen: Tensor,
     rejected: Tensor,
@@ -278,7 +284,7 @@ def _answers(
     rejected_lengths: Tensor | None,
     reference_chosen: Tensor | None = None,
     reference_rejected: Tensor | None = None,
-    **scalars: Tensor | None,
+    **scalars: Tensor | float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Sums ``(B,)`` and token counts of the chosen, then of the rejected answers, once everything fits."""
     if chosen.dim() not in (1, 2) or rejected.dim() not in (1, 2) or chosen.shape[0] != rejected.shape[0]:
@@ -288,9 +294,7 @@ def _answers(
         )
     _check_side("chosen", chosen, chosen_mask, chosen_lengths, reference_chosen)
     _check_side("rejected", rejected, rejected_mask, rejected_lengths, reference_rejected)
-    for name, x in scalars.items():
-        if isinstance(x, Tensor) and x.numel() != 1:
-            raise ValueError(f"{name} must be a scalar, one number for the batch, got {tuple(x.shape)}")
+    _check_scalars(**scalars)
     return *_sequence(chosen, chosen_mask, chosen_lengths), *_sequence(rejected, rejected_mask, rejected_lengths)
 
 
@@ -419,6 +423,7 @@ def dpo_loss(
     chosen, n_chosen, rejected, n_rejected = _answers(
         *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
         *(reference_chosen_logps, reference_rejected_logps),
+        beta=beta,
         nll_loss=nll_loss,
         aux_loss=aux_loss,
     )
@@ -571,7 +576,7 @@ class RunningMean(nn.Module):
     evaluation mode it only answers. Where the model it is in is cast, it stays in float64. TRL 0.25's ``bco_pair`` gives
     each batch's mean the same weight, which differs where batches differ in size.
 
-    Source: Jung et al., "Binary Classifier Optimization" (2404.04656); TRL's ``RunningMoments``.
+    Source: Jung et al., "Binary Classifier Optimization" (2404.04656); ``RunningMoments`` of TRL 0.25, not in 1.16.
 
     Example:
         >>> delta = RunningMean()
@@ -670,6 +675,7 @@ def cpo_loss(
     _check_label_smoothing([label_smoothing])
     chosen, n_chosen, rejected, n_rejected = _answers(
         *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
+        beta=beta,
         nll_loss=nll_loss,
     )
     if nll_loss is None and cpo_alpha:
@@ -804,6 +810,7 @@ def orpo_loss(
     """
     chosen, n_chosen, rejected, n_rejected = _answers(
         *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
+        beta=beta,
         nll_loss=nll_loss,
     )
     chosen, rejected = _mean(chosen, n_chosen), _mean(rejected, n_rejected)
@@ -879,6 +886,7 @@ def kto_loss(
         >>> kto_loss(chosen + 1, rejected, chosen + 0.5, chosen, rejected, chosen, beta=1.0)
         (tensor(0.3775), tensor([1.]), tensor([0., 0.]), tensor(0.5000))
     """
+    _check_scalars(beta=beta)
     chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
     rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
     if loss_type == "kto":
@@ -937,6 +945,7 @@ def vanilla_kto_loss(
         >>> vanilla_kto_loss(chosen + 1, rejected, chosen, rejected, beta=1.0)
         (tensor(0.2689), tensor([1.]), tensor([0.]))
     """
+    _check_scalars(beta=beta)
     chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
     rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
     kl_chosen, kl_rejected = chosen.mean().clamp(min=0), rejected.mean().clamp(min=0)
@@ -960,7 +969,8 @@ def bco_loss(
 
     one mean over both sides together; :math:`\delta` is the mean of all rewards so far, this batch's included.
 
-    Source: Jung et al., "Binary Classifier Optimization" (2404.04656); TRL's ``BCOTrainer``, without its density ratio.
+    Source: Jung et al., "Binary Classifier Optimization" (2404.04656); the ``BCOTrainer`` of TRL 0.25 to 1.9
+    (1.16 has none), without its density ratio.
 
     Args:
         policy_chosen_logps: summed log-probabilities ``(B_w,)`` of desirable answers, nats; may be empty.
@@ -983,6 +993,7 @@ def bco_loss(
         >>> bco_loss(chosen + 1, rejected, chosen, rejected, beta=1.0, running_mean=RunningMean())
         (tensor(0.4741), tensor([1.]), tensor([0.]), tensor(0.5000))
     """
+    _check_scalars(beta=beta)
     chosen = beta * _log_ratio(policy_chosen_logps, reference_chosen_logps)
     rejected = beta * _log_ratio(policy_rejected_logps, reference_rejected_logps)
     delta = chosen.new_zeros(()) if running_mean is None else running_mean(torch.cat([chosen, rejected]))

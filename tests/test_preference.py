@@ -841,12 +841,25 @@ def test_a_mask_serves_a_reference_per_token():
         ({"weight": COUNTS[:1]}, r"losses and weight must have one shape, got \(3,\) and \(1,\)"),
         ({"aux_loss": SUMS[:, None]}, r"aux_loss must be a scalar, .* \(3, 1\)"),
         ({"nll_loss": SUMS[:, None], "rpo_alpha": 1.0}, r"nll_loss must be a scalar, .* \(3, 1\)"),
+        ({"beta": SUMS[:, None]}, r"beta must be a scalar, .* \(3, 1\)"),
+        ({"beta": SUMS[:1, None]}, r"beta must be a scalar, .* \(1, 1\)"),
     ],
 )
 def test_nothing_broadcasts(change, message):
     arguments = dict.fromkeys(NAMES, SUMS) | change
     with pytest.raises(ValueError, match=message):
         preference.dpo_loss(**arguments)
+
+
+@pytest.mark.parametrize("name", ["cpo_loss", "simpo_loss", "orpo_loss", "kto_loss", "vanilla_kto_loss", "bco_loss"])
+def test_beta_does_not_broadcast(name):
+    loss = getattr(preference, name)
+    sums = {"cpo_loss": 2, "simpo_loss": 2, "orpo_loss": 2, "kto_loss": 6}.get(name, 4)
+    options = {"chosen_lengths": COUNTS, "rejected_lengths": COUNTS} if sums == 2 else {}
+    options |= {"nll_loss": torch.tensor(0.0)} if name == "orpo_loss" else {}
+    loss(*[SUMS] * sums, beta=torch.tensor([0.1]), **options)
+    with pytest.raises(ValueError, match=r"beta must be a scalar, .* \(3, 1\)"):
+        loss(*[SUMS] * sums, beta=SUMS[:, None], **options)
 
 
 def test_unpaired_answers_come_summed():
