@@ -60,7 +60,7 @@ Shapes: token tensors are ``(B, S)`` with a mask, or packed ``(1, total)`` with 
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import inf, log
+from math import inf, log, nan
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -137,13 +137,16 @@ def _clip_ratios(t: Tokens, held: Tensor, low: float, high: float) -> dict[str, 
     below, above = (held < low) & (t.A < 0), (held > high) & (t.A > 0)
     empty = ~(t.sequences.nonempty() | (t.one_each and t.count_empty))
     below_of_each, above_of_each = (t.sequences.mean(upcast(x).expand_as(t.mask)) for x in (below, above))
+    nothing = empty.all()
     return {
         "clip_ratio/low_mean": t.share(below),
         "clip_ratio/high_mean": t.share(above),
         "clip_ratio/region_mean": t.share(below | above),
         # Padded with one number, so that a batch of no sequences has an extreme.
-        "clip_ratio/low_min": F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin(),
-        "clip_ratio/high_max": F.pad(above_of_each.masked_fill(empty, 0), (0, 1)).amax(),
+        "clip_ratio/low_min": F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0)
+        .amin()
+        .masked_fill(nothing, nan),
+        "clip_ratio/high_max": F.pad(above_of_each.masked_fill(empty, 0), (0, 1)).amax().masked_fill(nothing, nan),
     }
 
 
@@ -329,6 +332,41 @@ LOSS_TYPES = {
     "kl_cov": LossType(_kl_cov, "token", "token_mean"),
     "clip_cov": LossType(_clip_cov, "token", "token_mean"),
 }
+_USE_DUAL_CLIP = {_clip, _clip_cov}
+_USE_DELTA = {_clip, _clip_cov, _dppo_tv, _dppo_kl}
+
+
+def _check_options(
+    loss_type: str,
+    level: Level | None,
+    delta: float | None,
+    dual_clip: float | None,
+    log_ratio_clamp: Bounds,
+    off_policy_mask_threshold: float | None,
+    rollout_log_probs: Tensor | None,
+) -> None:
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    surrogate = LOSS_TYPES[loss_type].surrogate
+    ignored = {
+        "delta": delta is not None and surrogate not in _USE_DELTA,
+        "dual_clip": dual_clip is not None and surrogate not in _USE_DUAL_CLIP,
+        "importance_sampling_level": level is not None and surrogate is _gmpo,
+    }
+    if names := [name for name, given in ignored.items() if given]:
+        raise ValueError(f"{' and '.join(names)} has no effect on {loss_type}: leave it out")
+    if rollout_log_probs is not None and off_policy_mask_threshold is None:
+        raise ValueError(
+            "rollout_log_probs has no effect without off_policy_mask_threshold: leave it out, or pass mismatch_weight(…)"
+        )
+    if log_ratio_clamp is not None:
+        pair = tuple(log_ratio_clamp) if isinstance(log_ratio_clamp, tuple | list) else ()
+        known = [x for x in pair if x is not None]
+        if len(pair) != 2 or not known or not known[0] <= known[-1]:
+            raise ValueError(
+                "log_ratio_clamp must be (low, high) with low ≤ high, of which one may be None, or None for no clamp; got "
+                f"{log_ratio_clamp!r}"
+            )
 
 
 def grpo_loss(
@@ -453,13 +491,15 @@ def grpo_loss(
         of this batch, detached: ``ratio_mean``, ``ppo_kl`` (the token mean of :math:`-\rho`, clamped), ``kl`` (as it was
         weighted), ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is
         one ratio and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
-        ``clip_ratio/high_max`` (extremes among the sequences), ``clip_ratio/dual_mean`` and ``clip_ratio/cov_mean`` (share
-        of tokens that clip_cov drew). One ratio of a fully masked
-        sequence, which no clip holds, counts too with ``count_empty``.
+        ``clip_ratio/high_max`` (extremes among the sequences; nan, as in TRL, where none has a token),
+        ``clip_ratio/dual_mean`` and ``clip_ratio/cov_mean`` (share of tokens that clip_cov drew). One ratio of a fully
+        masked sequence, which no clip holds, counts too with ``count_empty``.
 
     Raises:
-        ValueError: an unknown name, shapes that do not match, an input that an option needs is missing, or a number
-            without meaning: a bound below 0, a share that is not from 0 to 1.
+        ValueError: an unknown name, shapes that do not match, an input that an option needs is missing, a number without
+            meaning (a bound below 0, a share that is not from 0 to 1), or an option without effect: ``delta``, ``dual_clip``
+            or ``importance_sampling_level`` on a loss type that has no place for it, ``rollout_log_probs`` without a
+            threshold. Options that have a number by default may be given for nothing.
 
     Example:
         >>> new, old = torch.tensor([[-1.0, -1.0], [-0.5, -2.0]]), torch.tensor([[-1.0, -2.0], [-1.0, -1.0]])
@@ -467,8 +507,15 @@ def grpo_loss(
         >>> loss, metrics["clip_ratio/high_mean"], metrics["clip_ratio/low_mean"]
         (tensor(0.0622), tensor(0.2500), tensor(0.2500))
     """
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    _check_options(
+        loss_type,
+        importance_sampling_level,
+        delta,
+        dual_clip,
+        log_ratio_clamp,
+        off_policy_mask_threshold,
+        rollout_log_probs,
+    )
     if beta != 0 and ref_log_probs is None:
         raise ValueError("beta needs ref_log_probs")
     check_between(0, 1, top_entropy_quantile=top_entropy_quantile)

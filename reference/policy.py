@@ -274,8 +274,8 @@ def grpo_loss(
         metrics["clip_ratio/low_mean"] = average(low_clips)
         metrics["clip_ratio/high_mean"] = average(high_clips)
         metrics["clip_ratio/region_mean"] = average(low_clips) + average(high_clips)
-        metrics["clip_ratio/low_min"] = min((mean_of(x) for x in low_clips), default=1.0)
-        metrics["clip_ratio/high_max"] = max((mean_of(x) for x in high_clips), default=0.0)
+        metrics["clip_ratio/low_min"] = min((mean_of(x) for x in low_clips), default=math.nan)
+        metrics["clip_ratio/high_max"] = max((mean_of(x) for x in high_clips), default=math.nan)
         if loss_type not in ("cispo", "gmpo", "dppo_tv", "dppo_kl") and dual_clip is not None:
             metrics["clip_ratio/dual_mean"] = average(dual_clips)
     if loss_type == "clip_cov":

@@ -12,6 +12,7 @@ from rollout_batch import AGGREGATIONS, DATA, batch, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses.reference.policy as reference
+from fused_losses import policy
 from fused_losses.aggregation import aggregate
 from fused_losses.kl import kl_estimate
 from fused_losses.policy import LOSS_TYPES, LossType, Surrogate, grpo_loss, ppo_loss, value_loss
@@ -99,7 +100,14 @@ SPECIFIC = {
         "lambda_0": {"vespo_pos": (2.0, 0.0), "vespo_neg": (3.0, -1.0)},
     },
 }
-CASES = [(t, name, options) for t in LOSS_TYPES for name, options in (MODIFIERS | SPECIFIC.get(t, {})).items()]
+
+
+def options_of(loss_type):
+    modifiers = {k: v for k, v in MODIFIERS.items() if (loss_type, k) != ("gmpo", "sequence_level")}
+    return modifiers | SPECIFIC.get(loss_type, {})
+
+
+CASES = [(t, name, options) for t in LOSS_TYPES for name, options in options_of(t).items()]
 
 
 def run(loss_fn, data, **options):
@@ -183,14 +191,13 @@ def test_loss_under_every_aggregation(loss_type, aggregation):
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_every_option_changes_the_number(loss_type):
-    options = MODIFIERS | SPECIFIC.get(loss_type, {})
+    options = options_of(loss_type)
     results = {name: run(grpo_loss, DATA, loss_type=loss_type, **o) for name, o in options.items()}
     same_as_plain = {
         "vespo": {"clamp", "sequence_level"},  # has its own clamp and its own sequence ratio
         "reinforce": {"clamp", "sequence_level", "no_old"},  # has no ratio
         "gpg": {"clamp", "sequence_level", "no_old"},
         "dro": {"sequence_level"},
-        "gmpo": {"sequence_level"},  # is a sequence level
         "gspo": {"sequence_level"},
         "gspo-token": {"sequence_level"},  # gspo, for advantages per sequence
     }.get(loss_type, set())
@@ -389,10 +396,23 @@ def test_nothing_to_train_on_is_zero(loss_type):
             )
             assert loss == 0
             assert all((g == 0).all() for g in gradients.values() if g is not None)
-            assert all(m.isfinite() for m in metrics.values())
+            extremes = {"clip_ratio/low_min", "clip_ratio/high_max"}
+            assert all(m.isfinite() for k, m in metrics.items() if k not in extremes)
     empty = {k: v[:0] for k, v in DATA.items()}
     loss, _, _ = run(grpo_loss, empty, loss_type=loss_type, **MODIFIERS["all"])
     assert loss == 0
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+@pytest.mark.parametrize(
+    ("loss_type", "count_empty"), [("grpo", True), ("gmpo", True), ("gspo", False), ("gspo", True)]
+)
+def test_no_token_has_no_extreme_clip_ratio(loss_type, count_empty, rows):
+    data = {k: v[:rows] for k, v in DATA.items()} | {"mask": torch.zeros_like(DATA["mask"][:rows])}
+    _, metrics, _ = run(grpo_loss, data, loss_type=loss_type, count_empty=count_empty)
+    counted = loss_type == "gspo" and count_empty and rows > 0  # sequences that no clip holds
+    for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
+        assert metrics[name] == 0 if counted else metrics[name].isnan()
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -429,8 +449,10 @@ def test_computed_in_fp32(loss_type, dtype):
             assert_accurate(ours[2]["log_probs"], eager[2]["log_probs"].to(dtype), exact[2]["log_probs"], name)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("level", [None, "sequence"])
+@pytest.mark.parametrize(
+    ("loss_type", "level"),
+    [(t, level) for t in LOSS_TYPES for level in (None, "sequence") if (t, level) != ("gmpo", "sequence")],
+)
 def test_huge_ratios_stay_finite(loss_type, level):
     log_probs = torch.tensor([[-300.0, -1.0], [-1.0, -300.0], [-0.1, -0.2], [-400.0, -400.0]])
     old = log_probs.flip(0)
@@ -475,8 +497,12 @@ def test_any_rows_and_columns(loss_type, name, aggregation, rows, columns, count
         assert_same(run(grpo_loss, data, **options), run(reference.grpo_loss, data, **options))
 
 
-@pytest.mark.parametrize("name", ["plain", "sequence_level", "off_policy_rollout", "sequence_weight", "all"])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+PACKED = ("plain", "sequence_level", "off_policy_rollout", "sequence_weight", "all")
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "name"), [(t, name) for t in LOSS_TYPES for name in PACKED if name in options_of(t)]
+)
 def test_packed_rows_are_padded_rows(loss_type, name):
     options = MODIFIERS[name] | {"loss_scale_factor": 7.0}
     if loss_type == "clip_cov":  # another shape draws other tokens: all
@@ -551,7 +577,9 @@ def test_upstream_gradient_layout_and_inputs(loss_type):
 def test_compiles_to_one_graph(loss_type):
     torch._dynamo.reset()
     data = batch(torch.float32)
-    options = MODIFIERS["all"] | {"dual_clip": 3.0, "kl_aggregation": "token_mean", "loss_type": loss_type}
+    options = MODIFIERS["all"] | {"kl_aggregation": "token_mean", "loss_type": loss_type}
+    if LOSS_TYPES[loss_type].surrogate in policy._USE_DUAL_CLIP:
+        options["dual_clip"] = 3.0
     compiled = torch.compile(grpo_loss, fullgraph=True, backend="eager")
     assert_same(run(compiled, data, **options), run(grpo_loss, data, **options))
 
@@ -582,6 +610,30 @@ def test_waits_for_no_device(loss_type):
         value_loss(data["log_probs"], data["old_log_probs"], data["ref_log_probs"], data["mask"], clip_eps=0.2)
     assert loss.shape == ()
     assert gradients["log_probs"].shape == data["log_probs"].shape
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_options_without_effect(loss_type):
+    x, used = (
+        torch.zeros(2, 3),
+        options_of(loss_type) | (CLIPS if LOSS_TYPES[loss_type].surrogate is policy._clip else {}),
+    )
+    for name, option in {"delta": 1.1, "dual_clip": 1.1, "importance_sampling_level": "sequence"}.items():
+        call = functools.partial(grpo_loss, x, x, torch.zeros(2), loss_type=loss_type, **{name: option})
+        if name in used or (name == "importance_sampling_level" and loss_type != "gmpo"):
+            call()
+        else:
+            with pytest.raises(ValueError, match=f"^{name} has no effect on {loss_type}: leave it out$"):
+                call()
+    with pytest.raises(ValueError, match="rollout_log_probs has no effect without off_policy_mask_threshold"):
+        grpo_loss(x, x, torch.zeros(2), loss_type=loss_type, rollout_log_probs=x)
+
+
+@pytest.mark.parametrize("bounds", [20.0, (20.0, -20.0), (-20.0,), (-20.0, 0.0, 20.0), (None, None), (NAN, 20.0), "20"])
+def test_log_ratio_clamp_is_a_pair_of_bounds(bounds):
+    x = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match=rf"log_ratio_clamp must be \(low, high\) .*; got {re.escape(repr(bounds))}"):
+        grpo_loss(x, x, torch.zeros(2), log_ratio_clamp=bounds)
 
 
 def test_errors_say_what_to_do():
