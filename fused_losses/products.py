@@ -20,6 +20,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
     elif out.is_cuda and first:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif out.is_cuda and torch.compiler.is_compiling():  # which does not lower addmm to another dtype
+        out += torch.mm(a, b, out_dtype=out.dtype)
     elif out.is_cuda:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:

@@ -215,7 +215,7 @@ def _linear_softmax_fwd_kernel(
                                     tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
-                    moved = largest - now
+                    moved = tl.maximum(largest - now, FLOOR)  # finite: it meets sums of 0
                     rescale = exp(moved)
                     if ENTROPY:
                         # The maximum keeps 0·(−inf) out, here and below; a nan it drops is in total already.
@@ -314,7 +314,7 @@ def _combine_splits_kernel(
     if SUM_LOG_PROBS:
         split_weight = tl.load(split_weight_ptr + split, mask=split < SPLITS, other=0.0).to(tl.float64)
         weighted = tl.load(partial + 4 * SPLITS * N, mask=here, other=0.0).to(tl.float64)
-        weighted += tl.where(split_weight == 0, 0.0, moved.to(tl.float64) * split_weight)
+        weighted += moved.to(tl.float64) * split_weight
         row_weighted = tl.sum(weighted, 0) - log_total * tl.sum(split_weight)
         tl.store(sum_log_probs_ptr + n, tl.where(skipped, 0.0, row_weighted), mask=inside)
     if MAX_LOGIT:

@@ -305,6 +305,13 @@ def test_entropy_of_huge_logits(backend, device):
     torch.testing.assert_close(found.log_sum_sq_probs, -uniform)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_statistics_where_a_tile_moves_the_maximum_beyond_fp32(dtype, backend, device):
+    hidden, weight = torch.ones(2, 1, device=device).to(dtype), torch.ones(200, 1, device=device).to(dtype)
+    found = linear_statistics(Head(hidden, weight, scale=2e31), None, outputs=("entropy",), backend=backend)
+    torch.testing.assert_close(found.entropy, torch.full((2,), 200.0, device=device).double().log())
+
+
 def test_true_minus_infinity_in_the_bias(backend, device):
     hidden, weight = torch.randn(5, 8, device=device).half(), torch.randn(6, 8, device=device).half()
     bias = torch.zeros(6, device=device).half()
