@@ -353,6 +353,21 @@ def test_fullgraph(monkeypatch):
     torch.testing.assert_close(ours, expected)
 
 
+def test_fullgraph_of_16_bit_heads_summed_in_fp32(device):
+    """On a GPU through the library's product to another dtype, which a compiled graph must know how to lower."""
+    torch._dynamo.reset()
+    hidden, weight, bias, index = problem(torch.bfloat16, device)
+
+    def loss(h, w, b):
+        logits = LinearLogits(h, w, b)
+        how = {"accumulate": "fp32", "backend": "torch", "workspace": 1}
+        return token_loss(lambda s: -s.log_probs, logits, index, **how)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    ours, expected = with_gradients(compiled, hidden, weight, bias), with_gradients(loss, hidden, weight, bias)
+    torch.testing.assert_close(ours, expected)
+
+
 def test_under_a_loss_scale_in_fp16(backend, device):
     problems = [problem(torch.float16, device)[:3] for _ in range(12)]
     index = problem(device=device)[3]
