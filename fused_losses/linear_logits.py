@@ -604,7 +604,9 @@ class LinearLogits(LazyTensor):
             return NotImplemented
         bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
         hidden = self.hidden if self.rest.detached else _WithParameters.apply(self.hidden, bias)
-        return self._but(hidden, bias=bias if self.bias is None else self.bias + bias)
+        with self.gathered():
+            bias = bias if self.bias is None else self.bias + bias
+        return self._but(hidden, bias=bias)
 
     def _keeps_digits(self, dtype: torch.dtype) -> bool:
         """Whether a bias of ``dtype`` loses nothing in ``hidden``'s that eager would keep: of 16 bits, it must go in as it
@@ -664,11 +666,12 @@ class LinearLogits(LazyTensor):
         hidden, temperature, low_rank = self.rows()
         dtype = statistics_dtype(hidden.dtype)
         with self.gathered(), full_precision(self.device):
-            total = self.gather_in_backward(hidden.to(dtype) @ self.weight.sum(0, dtype=dtype))
-        if low_rank is not None:
-            total = total + low_rank[0].to(dtype) @ low_rank[1].sum(0, dtype=dtype)
-        if self.bias is not None:
-            total = total + self.bias.sum(dtype=dtype)
+            total = hidden.to(dtype) @ self.weight.sum(0, dtype=dtype)
+            if low_rank is not None:
+                total = total + low_rank[0].to(dtype) @ low_rank[1].sum(0, dtype=dtype)
+            if self.bias is not None:
+                total = total + self.bias.sum(dtype=dtype)
+            total = self.gather_in_backward(total)
         total = total * self.scale if temperature is None else total * self.scale / temperature
         return total.view(self.token_shape)
 

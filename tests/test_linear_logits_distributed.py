@@ -22,13 +22,13 @@ B, S, V, H = 2, 5, 13, 8
 
 
 class Model(nn.Module):
-    def __init__(self, tied=False, rank=0):
+    def __init__(self, tied=False, rank=0, softcap=4.0):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.embed = nn.Embedding(V, H, dtype=torch.float64)
         self.layer = nn.Linear(H, H, dtype=torch.float64)
         self.unused = nn.Linear(H, H, dtype=torch.float64)
-        self.head = LinearHead(H, V, dtype=torch.float64, softcap=4.0, rank=rank)
+        self.head = LinearHead(H, V, dtype=torch.float64, softcap=softcap, rank=rank)
         if tied:
             self.head.weight = self.embed.weight
         for parameter in self.parameters():
@@ -51,6 +51,10 @@ def step_loss(name, logits, ids):
             ).mean()
             - 0.1 * entropy.mean()
         )
+    if name == "sum":
+        offset = torch.linspace(-1, 1, V, dtype=torch.float64, device=ids.device)
+        sums = logits.sum(-1) + logits.log_softmax(-1).sum(-1)
+        return sums.mean() / V + (logits + offset).logsumexp(-1).mean()
     # Several passes over the weight in one backward, one of them through materialised logits.
     return (
         F.cross_entropy(logits.transpose(1, 2), ids)
@@ -109,7 +113,7 @@ def prepare(case, kind=Model, **options):
     return model
 
 
-VARIANTS = {"": {}, "frozen": {}, "tied": {"tied": True}, "lora": {"rank": 2}}
+VARIANTS = {"": {}, "frozen": {}, "tied": {"tied": True}, "lora": {"rank": 2}, "linear": {"rank": 2, "softcap": None}}
 
 
 def freeze(model, variant):
@@ -123,7 +127,10 @@ def freeze(model, variant):
 
 # The gradient of a mean survives its rounding to fp32.
 CASES = [(w, loss, "") for w in WRAPPERS for loss in LOSSES if loss == "mean" or w != "fully_shard_output_dtype"]
-CASES += [(w, "mean", v) for w in WRAPPERS for v in VARIANTS if v and not (w == "fully_shard_head" and v == "tied")]
+CASES += [
+    (w, "mean", v) for w in WRAPPERS for v in ("frozen", "tied", "lora") if (w, v) != ("fully_shard_head", "tied")
+]
+CASES += [(w, "sum", "linear") for w in WRAPPERS if w != "fully_shard_output_dtype"]  # what reads more than the weight
 
 
 def batches(rank):
