@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import settings
-from .autodiff import transforms_active
+from .autodiff import may_save, transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
 from .lazy_tensor import (
@@ -516,7 +516,7 @@ class LinearLogits(LazyTensor):
         low_rank = rest.low_rank and (per_token(rest.low_rank[0]), rest.low_rank[1])
         temperature = number(rest.temperature) if isinstance(rest.temperature, Tensor) else rest.temperature
         new = self._but(per_token(self.hidden), view, vocab_dim=vocab_dim, low_rank=low_rank, temperature=temperature)
-        new._cache = {key: number(t) for key, t in self._cache.items()}
+        new._cache = {key: number(t) for key, t in self._measured.items()}
         return new
 
     def _but(self, hidden: Tensor, view: bool = False, **changes: Any) -> LinearLogits:
@@ -627,9 +627,17 @@ class LinearLogits(LazyTensor):
     def statistic(self, name: str) -> Tensor:
         """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
         self.check()
-        if self._key(name) not in self._cache:
-            self._measure(None, name)
-        return self._cache[self._key(name)]
+        found = self._measured
+        if self._key(name) not in found:
+            self._measure(None, name, found)
+        return found[self._key(name)]
+
+    @property
+    def _measured(self) -> dict[tuple[str, bool], Tensor]:
+        """The statistics known so far, to which more are added; none where a checkpoint may run this again, and must find the
+        same then."""
+        again = not torch.compiler.is_compiling() and not may_save(self.hidden)
+        return {} if again else self._cache
 
     def _key(self, name: str) -> tuple[str, bool]:
         return name, torch.is_grad_enabled() and not self.rest.detached
@@ -638,16 +646,16 @@ class LinearLogits(LazyTensor):
         """Log-probabilities at ``ids (*token_shape, K)``."""
         if ids.shape[-1] == 0:
             return self._nothing(self.wide)
-        return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs").view(ids.shape)
+        return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs", self._measured).view(ids.shape)
 
     def values_at(self, ids: Tensor) -> Tensor:
         return self.log_probs_at(ids) + self.statistic("logsumexp").unsqueeze(-1)
 
-    def _measure(self, ids: Tensor | None, name: str) -> Any:
+    def _measure(self, ids: Tensor | None, name: str, known: dict[tuple[str, bool], Tensor]) -> Any:
         flat = None if ids is None else ids.reshape(-1, ids.shape[-1])
         found = linear_logits_statistics(self, flat, outputs=[name, "logsumexp"])._asdict()
         for kept in {name, "logsumexp"} - {"log_probs"}:
-            self._cache[self._key(kept)] = found[kept].view(self.token_shape)
+            known[self._key(kept)] = found[kept].view(self.token_shape)
         return found["log_probs"]
 
     def vocab_sum(self) -> Tensor:

@@ -1317,6 +1317,26 @@ def test_checkpointed_loss_is_recomputed(name):
     torch.testing.assert_close(tensors["weight"].grad, same["weight"].grad)
 
 
+@pytest.mark.parametrize("name", ["log_prob", "label_smoother", "entropy", "logsumexp"])
+@pytest.mark.parametrize("read", ["", "before", "after"])
+def test_checkpointed_loss_of_logits_is_recomputed(name, read):
+    """Whatever else was read of the logits, and when."""
+    from torch.utils.checkpoint import checkpoint
+
+    def loss(z):
+        return NUMBERS[name](z).sum() + z[torch.arange(B)].logsumexp(-1).sum()
+
+    lazy, _, tensors = make()
+    same, _, expected = make()
+    other = lazy.logsumexp(-1).sum() if read == "before" else 0
+    value = checkpoint(loss, lazy, use_reentrant=False)
+    other = lazy.logsumexp(-1).sum() if read == "after" else other
+    (value + other).backward()
+    (loss(same) + (same.logsumexp(-1).sum() if read else 0)).backward()
+    for key, t in tensors.items():
+        torch.testing.assert_close(t.grad, expected[key].grad)
+
+
 def test_statistics_are_made_once_for_a_loss_that_reads_several(monkeypatch):
     from fused_losses import linear_logits as module
 
