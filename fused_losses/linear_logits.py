@@ -133,7 +133,8 @@ class LinearLogits(LazyTensor):
 
     It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. Weights swapped through
     ``.data``, as for an average of weights, are not detected: use the logits before the swap. It can be pickled and copied,
-    detached and without ``module``; a copy keeps the name of its ``group``. Built inside reentrant checkpointing it raises,
+    detached and without ``module``; a copy keeps the name of its ``group``. Where the weight is sharded between uses it is
+    gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing it raises,
     since no gradient would reach it there; pass ``use_reentrant=False``.
 
     Where it differs from a tensor:
@@ -374,10 +375,14 @@ class LinearLogits(LazyTensor):
         rest = self.rest.but(
             shard=shard, gathered=None, module=None, detached=True, frozen=False, versions={}, views=[0]
         )
-        for name in ("weight", "bias"):
-            value = getattr(rest, name)
-            setattr(rest, name, None if value is None else value.detach())
-        rest.low_rank = rest.low_rank and tuple(t.detach() for t in rest.low_rank)
+        whole = is_whole(rest.weight)
+
+        def own(t: Tensor) -> Tensor:
+            return t.detach() if whole else t.detach().clone()  # what is gathered is freed again
+
+        with self.gathered():
+            rest.weight, rest.bias = own(rest.weight), None if rest.bias is None else own(rest.bias)
+            rest.low_rank = rest.low_rank and (rest.low_rank[0].detach(), own(rest.low_rank[1]))
         return _rebuild, (self.hidden.detach(), rest)
 
     def check(self) -> None:

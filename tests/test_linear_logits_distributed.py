@@ -1,5 +1,7 @@
 """The head under FSDP2 and DDP with the loss outside the model: every parameter moves as in one process."""
 
+import copy
+import pickle
 from collections import Counter
 
 import pytest
@@ -197,6 +199,22 @@ def sent(model, loss, ids, steps=2):
     return counts, left
 
 
+# A weight that is not whole outside of its passes
+
+
+def copies(ids):
+    """Copies of logits whose weight is sharded between uses."""
+    found = []
+    for softcap in (4.0, None):
+        model = Model(rank=2, softcap=softcap)
+        expected = model(ids).logsumexp(-1)
+        logits = shard_head(model)(ids)
+        for copied in (copy.deepcopy(logits), copy.copy(logits[:, 1:]), pickle.loads(pickle.dumps(logits))):
+            left = logits.rest.weight.untyped_storage().size()
+            found.append((left, copied.logsumexp(-1), expected.detach()[:, -copied.shape[1] :]))
+    return found
+
+
 # Gradients of several micro-batches, summed in fp32
 
 
@@ -250,6 +268,7 @@ def work(device):
             found["sent", shards, loss] = [
                 sent(wrap(prepare("", kind=kind).to(device)), loss, mine[0]) for kind in (Model, Eager)
             ]
+    found["copies"] = copies(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
     found["main_grad"] = main_grad_of(Model(), mine)
     return found
@@ -286,6 +305,13 @@ def test_gathers_once_for_each_pass_and_reduces_once(trained, shards, loss):
         assert Counter(counts) == expected
         kept = shards != "head"  # until the gradients are reduced
         assert [size > 0 for size in left] == [kept, kept, kept and loss == "evaluation"]
+
+
+def test_a_copy_has_the_weight_that_is_sharded_again(trained):
+    for found in trained:
+        for left, logsumexp, expected in found["copies"]:
+            assert left == 0
+            torch.testing.assert_close(logsumexp, expected)
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(trained):
