@@ -500,6 +500,13 @@ class LinearLogits(LazyTensor):
         if hasattr(module, "unshard"):
             module.unshard()
             return module.reshard
+        if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+            raise RuntimeError(
+                f"the storage of the head's weight is empty, and {type(module).__name__} cannot gather it: it belongs to "
+                f"another module's FSDP unit, which was sharded again. For LinearLogits {tuple(self.shape)} give the head a "
+                "unit of its own, fully_shard(head), or call fully_shard(model, reshard_after_forward=False) and make one "
+                "backward of all losses."
+            )
         import deepspeed  # type: ignore[import-not-found]
 
         context = deepspeed.zero.GatheredParameters(list(module.parameters()))

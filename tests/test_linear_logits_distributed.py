@@ -215,6 +215,30 @@ def copies(ids):
     return found
 
 
+def messages(ids):
+    """What is said where the root of a model alone is sharded, and was sharded again."""
+    found = []
+
+    def loss_of(logits):
+        try:
+            return step_loss("mean", logits, ids)
+        except Exception as error:
+            found.append(repr(error))
+
+    resharded = fully_shard(prepare(""), reshard_after_forward=True)
+    loss_of(resharded(ids))
+    kept = fully_shard(prepare(""))
+    logits, others = kept(ids), kept(ids)
+    first, second = loss_of(logits), loss_of(logits)
+    first.backward(retain_graph=True)
+    loss_of(others)
+    try:
+        second.backward()
+    except Exception as error:
+        found.append(repr(error))
+    return found
+
+
 # Gradients of several micro-batches, summed in fp32
 
 
@@ -269,6 +293,7 @@ def work(device):
                 sent(wrap(prepare("", kind=kind).to(device)), loss, mine[0]) for kind in (Model, Eager)
             ]
     found["copies"] = copies(mine[0])
+    found["messages"] = messages(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
     found["main_grad"] = main_grad_of(Model(), mine)
     return found
@@ -312,6 +337,14 @@ def test_a_copy_has_the_weight_that_is_sharded_again(trained):
         for left, logsumexp, expected in found["copies"]:
             assert left == 0
             torch.testing.assert_close(logsumexp, expected)
+
+
+def test_a_weight_that_another_unit_sharded_again_is_an_error_that_says_so(trained):
+    for found in trained:
+        assert len(found["messages"]) == 3
+        for message in found["messages"]:
+            assert "fully_shard(head)" in message, message
+            assert f"LinearLogits {(B, S - 1, V)}" in message or f"LinearLogits {(B * (S - 1), V)}" in message
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(trained):
