@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .linear_logits_checks import is_distributed
+from .numerics import wide_dtype
 from .sequences import check_tensors
 
 
@@ -34,7 +35,7 @@ def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Ten
         group: the ranks that gradients are averaged over; ``None``: all, where ``torch.distributed`` runs.
 
     Returns:
-        As ``count``, fp32, the same bits on all ranks. One all-reduce; nothing waits for the device.
+        As ``count``, fp32, without gradient, the same bits on all ranks. One all-reduce; nothing waits for the device.
 
     Example:
         >>> labels = torch.tensor([[5, 6, -100, 8]])
@@ -42,8 +43,8 @@ def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Ten
         tensor(2.)
     """
     check_tensors(count=count)
-    ranks = 1
+    total, ranks = count.detach().to(wide_dtype(count.device), copy=True), 1  # of any dtype, on ranks of different ones
     if is_distributed():
-        count, ranks = count.clone(), dist.get_world_size(group)
-        dist.all_reduce(count, group=group)
-    return count.to(torch.float32) / ranks
+        ranks = dist.get_world_size(group)
+        dist.all_reduce(total, group=group)
+    return (total / ranks).to(torch.float32)

@@ -363,6 +363,14 @@ def gradient(fn, device, rank, ranks):
 
 STATISTICS = {"kto": kto, "bco": bco}
 AVERAGES = ("token", "sequence")
+COUNTS = [  # whose sum over ranks is no number of their dtype, or has no sum in it
+    torch.tensor(200, dtype=torch.uint8),
+    torch.tensor(20000, dtype=torch.int16),
+    torch.tensor(2**30, dtype=torch.int32),
+    torch.tensor(40000.0, dtype=torch.float16),
+    torch.tensor(4097.0, requires_grad=True),
+    torch.tensor(True),
+]
 
 
 def work(device):
@@ -370,6 +378,9 @@ def work(device):
     halves = dist.new_subgroups(2)[0] if ranks == 4 else None
     count = torch.tensor([dist.get_rank(), 1], device=device)
     found = {("count", None): count_per_rank(count)}
+    found["count", "dtypes"] = [count_per_rank(x.to(device)) for x in COUNTS]
+    mixed = torch.tensor(3, dtype=(torch.int64, torch.float32)[dist.get_rank() % 2], device=device)
+    found["count", "mixed"] = count_per_rank(mixed)
     for wrap, loss in TRAINED:
         found[wrap, loss] = train(loss, WRAPS[wrap], device)
     for how, group in (("whole", dist.group.WORLD), ("halves", halves)):
@@ -409,6 +420,9 @@ def test_counts_are_averaged(found, ranks):
         assert of_rank["count", None].tolist() == of_rank["count", "whole"].tolist() == [(ranks - 1) / 2, 1.0]
         if ranks == 4:
             assert of_rank["count", "halves"].tolist() == [rank // 2 * 2 + 0.5, 1.0]
+        assert [x.item() for x in of_rank["count", "dtypes"]] == [x.item() for x in COUNTS]
+        assert of_rank["count", "mixed"].item() == 3
+        assert all(x.dtype == torch.float32 and not x.requires_grad for x in of_rank["count", "dtypes"])
 
 
 @functools.cache
