@@ -116,8 +116,10 @@ class Head(NamedTuple):
 def head_of(logits: LinearLogits) -> Head:
     rows = logits.rows()
     u, B = rows.low_rank or (None, None)
+    shard = logits.shard
+    shard = None if shard is None else shard.of_head(rows.hidden, u)
     return Head(
-        rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, logits.shard,
+        rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, shard,
         gradient_filter_setting.value,
     )  # fmt: skip
 

@@ -168,6 +168,7 @@ def linear_cross_entropy(
     biases: Sequence[Tensor | None] = [linear_bias]
     if dims:
         biases = [None] * D if linear_bias is None else linear_bias.reshape(C, D).unbind(1)
+    shard = None if shard is None else shard.of_head(hidden, None)
     heads = [
         Head(hidden, w, b, None, None, temperature, scale, softcap, shard, gradient_filter_setting.value)
         for w, b in zip(weights, biases, strict=True)

@@ -113,7 +113,7 @@ def linear_rows(
         found = statistics_of(names)
     else:
         weight_sum = total_weight(column_weight, weight.shape[0])
-        found = merged_statistics(statistics_of, hidden, M, ids_kept, weight_sum, names, head.shard)
+        found = merged_statistics(statistics_of, hidden, M, ids_kept, weight_sum, names, head.shard, "recompute")
     if keep is not None:
         N = hidden.shape[0]
         found = RowStatistics(

@@ -116,6 +116,7 @@ class VocabShard(NamedTuple):
     # Where hidden was gathered from tokens (outer, ranks, inner), of whose gradient each rank wants its own; (0, 0): of all.
     outer: int = 0
     inner: int = 0
+    sums: int = 0  # which gradients the ranks sum: 0 of logits that exist; of a head 1, + 2 for hidden's, + 4 for u's
 
     @property
     def size(self) -> int:
@@ -138,13 +139,24 @@ class VocabShard(NamedTuple):
     def unpacked(cls, text: str) -> VocabShard | None:
         if not text:
             return None
-        *numbers, group = text.split(":", 6)
+        *numbers, group = text.split(":", 7)
         return cls(group, *map(int, numbers))
 
+    def of_head(self, hidden: Tensor, u: Tensor | None) -> VocabShard:
+        """The same of a head that reads these."""
+        wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, u)]
+        return self._replace(sums=1 + 2 * wanted[0] + 4 * wanted[1])
+
     def local(self, ids: Tensor) -> Tensor:
-        """Ids counted from this rank's first row; −100 stays, and an id of another rank becomes ``size``, no row at all."""
+        """Ids counted from this rank's first row; −100 stays, and an id of another rank is counted from beyond ``size``, where
+        there is no row."""
         mine = (ids >= self.start) & (ids < self.stop)
-        return torch.where(mine, ids - self.start, self.size).masked_fill(ids == -100, -100)
+        return torch.where(mine, ids - self.start, ids + self.size + 1).masked_fill(ids == -100, -100)
+
+    def sum_of(self, local: Tensor) -> Tensor:
+        """The sum of the ids that :meth:`local` counted."""
+        of_all = torch.where(local > self.size, local - self.size - 1, local + self.start)
+        return torch.where(local == -100, local, of_all).sum()
 
     def process_group(self) -> Any:
         return dist.distributed_c10d._resolve_process_group(self.group)  # type: ignore[arg-type]
@@ -158,12 +170,14 @@ class VocabShard(NamedTuple):
         all_gather(out, x.reshape(-1).contiguous(), group=group)
         return out.view(self.ranks, *x.shape)
 
-    def gather_checked(self, x: Tensor) -> Tensor:
-        """:meth:`gather` of floating point numbers; raises on all ranks where they do not hold the vocabulary once."""
-        header = _header(self, x.device, x.dtype)
-        found = self.gather(torch.cat([header, x.reshape(-1)]))
-        _check_ranges(found[:, : len(header)])
-        return found[:, len(header) :].view(self.ranks, *x.shape)
+    def gather_checked(self, x: Tensor, route: str = "", rows: int = 0, ids: Tensor | None = None) -> Tensor:
+        """:meth:`gather`; raises on all ranks where they do not hold the vocabulary once, or do not make the same call: of
+        one size, by one route, of as many rows and of the same (local) ids."""
+        counts = [x.new_full((1,), n, dtype=torch.int64) for n in (rows, x.numel())]
+        total = torch.zeros_like(counts[0]) if ids is None else self.sum_of(ids).view(1)
+        # On its own, and so of one size even then.
+        _check_alike(self.gather(torch.cat([_header(self, route, x.device), *counts, total])))
+        return self.gather(x)
 
     def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
         """The best of every rank's ``(N, k)``, by ids of the whole vocabulary; negative ids are of no entry."""
@@ -233,22 +247,42 @@ def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequenc
     return (*outputs, "weight_sum") if shard is not None and "sum_log_probs" in outputs else outputs
 
 
+ROUTES = ("", "gradients_in_forward", "recompute")
+
+
 @functools.lru_cache
-def _header(shard: VocabShard, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return torch.tensor([*shard[1:4]], device=device, dtype=dtype)
+def _header(shard: VocabShard, route: str, device: torch.device) -> Tensor:
+    return torch.tensor([*shard[1:4], ROUTES.index(route), shard.sums], device=device)
 
 
-def _check_ranges(found: Tensor) -> None:
-    """Raise on every rank where the shards of all, ``(R, 3)``, are not the vocabulary once, in order."""
-    start, stop, vocab = found.unbind(1)
+def _check_alike(found: Tensor) -> None:
+    """Raise on every rank where the shards of all are not the vocabulary once, in order, or their calls differ."""
+    start, stop, vocab, *call = found.unbind(1)  # (R,) each
     fits = (start[1:] == stop[:-1]).all() & (start[0] == 0) & (stop[-1] == vocab[-1]) & (vocab == vocab[0]).all()
+    alike = (found[1:, 3:] == found[0, 3:]).all()
     if found.device.type != "cpu":
-        torch._assert_async(fits)
+        torch._assert_async(fits & alike)
     elif not fits:
         ranges = [(int(a), int(b)) for a, b in zip(start, stop, strict=True)]
         raise ValueError(
             f"the ranks of a group must hold consecutive parts of one vocabulary in rank order, from 0 to its size; got "
             f"{ranges} of {[int(v) for v in vocab]}"
+        )
+    elif not alike:
+        route, sums, rows, numbers, ids = (x.tolist() for x in call)
+        wanted = [", ".join(n for n, bit in (("hidden", 2), ("u", 4)) if x & bit) or "neither" for x in sums]
+        values = {
+            "routes": [ROUTES[x] or "of two heads" for x in route],
+            "of a head": [x > 0 for x in sums],
+            "what of hidden and u wants a gradient": wanted,
+            "tokens of a chunk": rows,
+            "numbers to exchange": numbers,
+            "sums of the ids": ids,
+        }
+        differ = "; ".join(f"{name} {x}" for name, x in values.items() if len(set(x)) > 1)
+        raise ValueError(
+            "the ranks of a group that shares a vocabulary must call alike: the same batch, mask, route, workspace and "
+            f"requires_grad; got, rank by rank, {differ}"
         )
 
 
@@ -267,6 +301,7 @@ def merged_statistics(
     weight_sum: Tensor | float | None,  # Σ u of this rank's columns; None: of_mine gives it
     outputs: Collection[str],
     shard: VocabShard,
+    route: str = "gradients_in_forward",
 ) -> RowStatistics:
     """Statistics of the whole rows from ``of_mine(outputs)``, those of this rank's columns."""
     needed = {*outputs} | ({"max_logit"} if "is_top1" in outputs else set())
@@ -280,7 +315,8 @@ def merged_statistics(
         total = weight_sum if isinstance(weight_sum, Tensor) else lse.new_full((), weight_sum)
         mine = mine._replace(weight_sum=total.to(lse.dtype).expand(rows))
     parts = {name: t for name, t in mine._asdict().items() if t is not None}
-    gathered = shard.gather_checked(torch.cat([t.reshape(-1).to(lse.dtype) for t in parts.values()]))
+    numbers = torch.cat([t.reshape(-1).to(lse.dtype) for t in parts.values()])
+    gathered = shard.gather_checked(numbers, route, rows, ids)
     columns = gathered.split([t.numel() for t in parts.values()], 1)
     whole = _whole(
         {name: x.reshape(shard.ranks, *t.shape) for (name, t), x in zip(parts.items(), columns, strict=True)}

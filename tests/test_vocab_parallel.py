@@ -347,16 +347,16 @@ def bytes_sent(device):
 @needs_ranks
 def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary():
     kept = N - len(range(0, N, 9))
-    header = 3 * 8
+    header = 8 * 8
     forward = {"mean": 2 * 8, "none": 4 * 8, "token_loss": 3 * 8}  # float64 numbers per token
     for sent in run(bytes_sent, 2):
         for (vocab, name, dtype), calls in sent.items():
             assert calls == sent[V, name, dtype], f"{name} {dtype}: {vocab} entries"
             gathered = [size for what, size in calls if "gather" in what]
-            assert gathered == [header + kept * forward[name]], name
+            assert gathered == [header, kept * forward[name]], name
             reduced = [size for what, size in calls if what == "all_reduce"]
             assert sorted(reduced) == [kept * R * 4, kept * H * 4], name  # fp32, d_u and d_hidden
-            assert len(calls) == 3, calls
+            assert len(calls) == 4, calls
 
 
 def bad_ranges(device):
@@ -404,6 +404,69 @@ def test_a_bad_shard_is_an_error_on_every_rank():
     first, second = run(bad_ranges, 2)
     assert first == second
     assert "(0, 5), (4, 9)" in first[0]
+
+
+def different_calls(device):
+    """What each rank raises where the ranks call differently."""
+    rank = dist.get_rank()
+    tensors, x = inputs(torch.float64)
+    mine, _ = of_shard(tensors, x, slice(rank * V // 2, (rank + 1) * V // 2))
+    leaves = {name: t.clone().requires_grad_() for name, t in mine.items()}
+    frozen = leaves | {"hidden": mine["hidden"]}, leaves | {"u": mine["u"]}
+    z, target = lazy(leaves, dist.group.WORLD), x["target"]
+    masked, others = target.clone(), target.clone()
+    masked[3], others[3] = -100, (target[3] + 1) % (V // 2)  # rank 0 holds both
+    exists = logits_of(leaves)
+    whole = functools.partial(fused_losses.cross_entropy, group=dist.group.WORLD)
+    cases = {
+        "route": [functools.partial(F.cross_entropy, z, target)] * 2,
+        "workspace": [functools.partial(F.cross_entropy, z, target)] * 2,
+        "tokens": [functools.partial(F.cross_entropy, z[: N - r], target[: N - r]) for r in range(2)],
+        "mask": [functools.partial(F.cross_entropy, z, ids) for ids in (target, masked)],
+        "ids": [functools.partial(F.cross_entropy, z, ids) for ids in (target, others)],
+        "ids of logits": [functools.partial(whole, exists, ids) for ids in (target, others)],
+        "statistics": [functools.partial(statistic(name), z, x) for name in ("entropy", "logsumexp")],
+        "hidden": [functools.partial(F.cross_entropy, lazy(t, dist.group.WORLD), target) for t in (leaves, frozen[0])],
+        "u": [functools.partial(F.cross_entropy, lazy(t, dist.group.WORLD), target) for t in (leaves, frozen[1])],
+        "head": [functools.partial(F.cross_entropy, z, target), functools.partial(whole, exists, target)],
+        "size": [functools.partial(fused_losses.divergence, z, z.detach())] * 2,
+    }
+    cases["size"][1] = functools.partial(fused_losses.divergence, z[1:], z[1:].detach())
+    different = {
+        "route": [{"route": FORWARD}, {"route": "recompute"}],
+        "workspace": [{"route": FORWARD}, {"route": FORWARD, "workspace": 1}],
+    }
+    found = {}
+    for name, calls in cases.items():
+        with within(different.get(name, [{}, {}])[rank]), pytest.raises(ValueError, match="must call alike") as error:
+            calls[rank]()
+        found[name] = str(error.value).split("rank by rank, ")[1]
+    # Another slice of the vocabulary in backward changes nothing that is sent.
+    with within({"route": "recompute", "workspace": (None, 1)[rank]}):
+        found["d_hidden"] = gradients(ce, functools.partial(lazy, group=dist.group.WORLD), mine, x)["hidden"]
+    return found
+
+
+@needs_ranks
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="device-side assertions end the process")
+def test_ranks_that_call_differently_are_told_so():
+    first, second = run(different_calls, 2)
+    d_hidden = first.pop("d_hidden"), second.pop("d_hidden")
+    assert torch.equal(*d_hidden)
+    torch.testing.assert_close(d_hidden[0], gradients(ce, logits_of, *inputs(torch.float64))["hidden"])
+    assert first == second
+    kept = N - len(range(0, N, 9))
+    assert first["route"] == f"routes ['{FORWARD}', 'recompute']"
+    assert f"tokens of a chunk [{kept}, " in first["workspace"]
+    assert f"tokens of a chunk [{kept}, {kept - 1}]" in first["tokens"]
+    assert f"tokens of a chunk [{kept}, {kept - 1}]" in first["mask"]
+    assert first["ids"].startswith("sums of the ids [")
+    assert first["ids of logits"].startswith("sums of the ids [")
+    assert first["statistics"].startswith("numbers to exchange [")
+    assert first["hidden"] == "what of hidden and u wants a gradient ['hidden, u', 'u']"
+    assert first["u"] == "what of hidden and u wants a gradient ['hidden, u', 'hidden']"
+    assert "of a head [True, False]" in first["head"]
+    assert first["size"].startswith("numbers to exchange [")
 
 
 def one_rank_raises(device):
