@@ -20,7 +20,7 @@ import torch
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .numerics import statistics_dtype
-from .products import gathered_bytes
+from .products import BLOCK, gathered_bytes, upcast_bytes
 from .settings import Route
 from .settings import backend as backend_setting
 from .settings import gradient_filter as gradient_filter_setting
@@ -203,17 +203,21 @@ class _Sizes:
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
 
+    def upcast(self, tokens: int, columns: int) -> int:
+        """What products of 16-bit factors that are summed in fp32 hold."""
+        return 0 if self.backend == "triton" else upcast_bytes(tokens, columns, self.hidden, self.dtype)
+
     def gathered(self, tokens: int, columns: int, d_hidden: torch.dtype) -> int:
         """What is held where a gradient filter multiplies few of so many columns."""
         if not self.filters:
             return 0
         return gathered_bytes(tokens, columns, self.hidden, self.dtype, d_hidden, on_cpu=self.backend == "torch")
 
-    def tile(self) -> int:
+    def tile(self, columns: int) -> int:
         """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
         if self.backend == "triton":
             return 0
-        rows, columns = min(self.tokens, TILE), min(self.vocab, TILE)
+        rows, columns = min(self.tokens, TILE), min(columns, TILE)
         factors = (rows + columns) * self.hidden if self.dtype.itemsize == 2 else 0
         elements = rows * columns
         rows_at_once = min(elements, max(CHUNK_ELEMENTS, columns))
@@ -226,12 +230,16 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     final = sum(sizes.gradients(dtype))
     per_token = wide if dtype == torch.float16 else dtype
 
-    def most_tokens(held: int) -> int:
-        free, row = sizes.budget - held - sizes.row_temporaries(N * V), max(padded(V) * dtype.itemsize, 1)
-        free -= sizes.gathered(max(0, min(N, free // row)), V, per_token)  # fewer tokens gather no more
+    def at_a_time(tokens: int, sums: torch.dtype) -> int:
+        upcast = sizes.upcast(tokens, V) if sums != dtype else 0
+        return max(sizes.row_temporaries(tokens * V), sizes.gathered(tokens, V, per_token), upcast)
+
+    def most_tokens(held: int, sums: torch.dtype) -> int:
+        free, row = sizes.budget - held, max(padded(V) * dtype.itemsize, 1)
+        free -= at_a_time(max(0, min(N, free // row)), sums)  # fewer tokens need no more
         return max(0, min(N, free // row))
 
-    once, few = most_tokens(0) >= N, most_tokens(0) * MANY_CHUNKS >= N
+    once, few = most_tokens(0, dtype) >= N, most_tokens(0, dtype) * MANY_CHUNKS >= N
     if dtype == torch.float16:
         sums, note = wide, "gradients before their scale is known overflow float16"
     elif once or wide == dtype:
@@ -240,14 +248,15 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
         sums, note = dtype, f"few enough to sum in {dtype}"
     else:
         sums, note = wide, "asked for" if accumulate else f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
-    wide_sums = 0
+    wide_sums = scaled = 0
     if sums != dtype:
+        scaled = min(V, BLOCK) * sizes.hidden * sums.itemsize  # times the upstream gradient, so many rows at a time
         wide_hidden, wide_weight = sizes.gradients(sums)
         wide_sums = wide_weight + (wide_hidden if dtype == torch.float16 else 0)
     held = wide_sums + (final if not wide_sums else 0 if dtype == torch.float16 else sizes.gradients(dtype)[0])
-    n = most_tokens(held - final)
+    n = most_tokens(held - final, sums)
     if not asked:
-        if n < min(N, FEWEST_TOKENS) or wide_sums > sizes.budget:
+        if n < min(N, FEWEST_TOKENS) or wide_sums + scaled > sizes.budget:
             return (
                 None,
                 f"a chunk of {FEWEST_TOKENS} tokens{' and fp32 sums' if wide_sums else ''} do not fit the budget",
@@ -259,9 +268,9 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     forward = {
         "gradients": held,
         "logits of a chunk": n * padded(V) * dtype.itemsize,
-        "rows or columns at a time": max(sizes.row_temporaries(n * V), sizes.gathered(n, V, per_token)),
+        "at a time": at_a_time(n, sums),
     }
-    backward = {"gradients": final, "fp32 sums": wide_sums}
+    backward = {"gradients": final, "fp32 sums": wide_sums, "rows at a time": scaled}
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
     if chunks > 1 and note:
         why.append(f"{chunks} chunks: {note}")
@@ -275,9 +284,12 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     wide = sizes.statistics_dtype
     d_hidden, d_weight = sizes.gradients(dtype)
     d_hidden_sum = sizes.gradients(wide)[0]
-    tile = max(sizes.tile(), sizes.gathered(N, V, wide))
+
+    def at_a_time(columns: int) -> int:
+        return max(sizes.tile(columns), sizes.gathered(N, columns, wide), sizes.upcast(N, columns))
+
     numbers = N * NUMBERS_PER_TOKEN
-    free = sizes.budget - (d_hidden_sum - d_hidden) - tile - numbers
+    free = sizes.budget - (d_hidden_sum - d_hidden) - at_a_time(V) - numbers
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)
     fits = most >= min(V, FEWEST_COLUMNS)
     if not fits:
@@ -298,7 +310,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         "d_weight": d_weight,
         "d_hidden": d_hidden_sum,
         **buffers,
-        "tile or columns at a time": tile,
+        "at a time": at_a_time(v),
         "numbers per token": numbers,
     }
     end = {

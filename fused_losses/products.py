@@ -142,9 +142,15 @@ def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, d_hidden
     held = columns * column_bytes(n, hidden, dtype) + 6 * statistics_dtype(dtype).itemsize * vocab
     if d_hidden.itemsize == 2:
         held += 4 * n * hidden
-    if dtype.itemsize == 2 and on_cpu:
-        held += 4 * BLOCK * (min(n, BLOCK) + hidden)
-    return held
+    return held + upcast_bytes(n, vocab, hidden, dtype) * on_cpu
+
+
+def upcast_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
+    """Of the blocks of 16-bit factors that :func:`add_product` has in fp32 at once on a CPU."""
+    if dtype.itemsize > 2:
+        return 0
+    rows, columns = min(n, BLOCK), min(vocab, BLOCK)
+    return 4 * (rows * columns + max(rows, columns) * hidden)
 
 
 def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -114,6 +114,26 @@ def test_sixteen_bit_peak_is_as_planned(accumulate, device):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
+def planned_and_measured(tokens, vocab, hidden, dtype, bias=False, options=None, **how):
+    h, w = (torch.randn(n, hidden, dtype=dtype).requires_grad_() for n in (tokens, vocab))
+    b = torch.zeros(vocab, dtype=dtype).requires_grad_() if bias else None
+    target = torch.randint(0, vocab, (tokens,))
+
+    def call():
+        loss = linear_cross_entropy(h, w, target, linear_bias=b, **how, **(options or {}))
+        return torch.autograd.grad(loss, [t for t in (h, w, b) if t is not None])
+
+    return plan(tokens, vocab, hidden, dtype, backend="torch", **how), peak_bytes(call)
+
+
+@pytest.mark.parametrize("shape", [(512, 3000, 320), (2048, 1000, 512)])
+@pytest.mark.parametrize("workspace", [None, "8MiB"])
+def test_blocks_of_fp32_sums_are_planned(workspace, shape):
+    """Of products in forward, and of the upstream gradient's in backward."""
+    planned, peak = planned_and_measured(*shape, torch.float16, route="gradients_in_forward", workspace=workspace)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
 def test_fp16_gradients_of_tokens_are_not_held_twice(device):
     """Forward has them in fp32, backward makes those in fp16."""
     hidden = torch.randn(16384, 256, dtype=torch.float16, device=device).requires_grad_()

@@ -108,6 +108,16 @@ def test_fp16_gradients_wait_for_their_scale_in_fp32():
     assert p.peak >= (2048 + 65536) * 64 * (2 + 4)
 
 
+def test_blocks_of_fp32_sums_are_counted():
+    """Upcast on a CPU: 4 MiB of the logits' gradient beside rows of the hidden states. In backward: rows of the sum."""
+    how = {"route": "gradients_in_forward", "workspace": "30MiB"}
+    forward, on_gpu = (plan(8192, 4096, 16, torch.float16, backend=b, **how) for b in ("torch", "triton"))
+    assert forward.parts["at a time"] == 4 * 1024 * (1024 + 16)
+    assert on_gpu.peak == forward.peak - 4 * 1024 * (1024 + 16)
+    backward = plan(8192, 4096, 4096, torch.float16, backend="torch", **how)
+    assert backward.parts["rows at a time"] == 4 * 1024 * 4096
+
+
 def test_fp32_heads_sum_exactly_in_any_number_of_chunks():
     p = plan(2048, 65536, 64, torch.float32, workspace="32MiB")
     assert p.route == "gradients_in_forward"
