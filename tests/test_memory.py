@@ -126,6 +126,13 @@ def planned_and_measured(tokens, vocab, hidden, dtype, bias=False, options=None,
     return plan(tokens, vocab, hidden, dtype, backend="torch", **how), peak_bytes(call)
 
 
+@pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
+def test_a_bias_of_many_tokens_is_summed_in_blocks(route):
+    workspace = "64MiB" if route == "gradients_in_forward" else "8MiB"
+    planned, peak = planned_and_measured(16384, 2048, 16, torch.bfloat16, True, route=route, workspace=workspace)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
 @pytest.mark.parametrize("shape", [(512, 3000, 320), (2048, 1000, 512)])
 @pytest.mark.parametrize("workspace", [None, "8MiB"])
 def test_blocks_of_fp32_sums_are_planned(workspace, shape):
