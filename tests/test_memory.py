@@ -114,6 +114,9 @@ def test_sixteen_bit_peak_is_as_planned(accumulate, device):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
+OPTIONS = ({"softcap": 30.0}, {"temperature": 0.7}, {"scale": 0.5}, {"label_smoothing": 0.1})
+
+
 def planned_and_measured(tokens, vocab, hidden, dtype, bias=False, options=None, **how):
     h, w = (torch.randn(n, hidden, dtype=dtype).requires_grad_() for n in (tokens, vocab))
     b = torch.zeros(vocab, dtype=dtype).requires_grad_() if bias else None
@@ -124,6 +127,15 @@ def planned_and_measured(tokens, vocab, hidden, dtype, bias=False, options=None,
         return torch.autograd.grad(loss, [t for t in (h, w, b) if t is not None])
 
     return plan(tokens, vocab, hidden, dtype, backend="torch", **how), peak_bytes(call)
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS, {k: v for o in OPTIONS for k, v in o.items()}], ids=" ".join)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
+def test_options_and_a_bias_need_no_more_than_is_planned(route, dtype, options):
+    planned, peak = planned_and_measured(1024, 8192, 16, dtype, True, options, route=route, workspace="16MiB")
+    assert planned.route == route
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
 @pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])

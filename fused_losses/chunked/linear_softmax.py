@@ -70,7 +70,9 @@ def linear_softmax_fwd(
             if saved_logits is not None and columns.start < saved_logits.shape[1]:
                 part = saved_logits[rows, columns]
                 part.copy_(x[:, : part.shape[1]])
-            z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+            z, _ = transform(
+                x, None if temperature is None else temperature[rows], scale, softcap, out=x, with_slope=False
+            )
             if at_ids is not None and ids is not None:
                 local = ids[rows] - columns.start
                 inside = (local >= 0) & (local < z.shape[1])
@@ -83,12 +85,12 @@ def linear_softmax_fwd(
                 column_sum[rows] += (z.sum(-1) if w is None else z @ w).double()
             before = largest[rows]
             after = torch.maximum(before, z.amax(-1))
-            shifted = z - after[:, None]
-            e = shifted.exp()
+            shifted = z.sub_(after[:, None])
+            e = shifted.exp() if "entropy" in outputs else shifted.exp_()
             decay = (before - after).double().exp()
             if "entropy" in outputs:
                 moved = weighted[rows] + (before - after).double().masked_fill(total[rows] == 0, 0) * total[rows]
-                weighted[rows] = decay * moved + (e * shifted.masked_fill_(e == 0, 0)).sum(-1).double()
+                weighted[rows] = decay * moved + shifted.masked_fill_(e == 0, 0).mul_(e).sum(-1).double()
             total[rows] = decay * total[rows] + e.sum(-1).double()
             if "log_sum_sq_probs" in outputs:
                 squares[rows] = decay * decay * squares[rows] + e.square_().sum(-1).double()

@@ -13,13 +13,24 @@ from ..numerics import statistics_dtype, wide_dtype
 from ..row_statistics import RowStatistics, empty_statistics, label_weights, total_weight
 
 LOG2_E = 1 / math.log(2)
-CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32: 2 MiB, which stays in a core's cache
+CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, which stays in a core's cache
+SUM_ELEMENTS = 2**15  # of fp32 rows that are summed in float64
 
 
-def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+def copies(softcap: float | None) -> int:
+    """Of a chunk of rows that are held at once: the rows, and softcap's slope."""
+    return 1 if softcap is None else 2
+
+
+def rows_at_once(rows: int, vocab: int, copies: int) -> int:
+    """Of a chunk that is held so many times, all of which are as large as a chunk that is held once."""
+    return max(1, math.ceil(min(rows, CHUNK_ELEMENTS // max(vocab, 1)) / copies))
+
+
+def row_chunks(logits: Tensor, *others: Tensor | None, copies: int = 1) -> Iterator[tuple[Any, ...]]:
     """Yield ``(rows, chunk, ...)``: a slice of the ``N = B·S`` rows, and the views ``(…, V)`` of each ``(B, V, S)`` tensor."""
     B, V, S = logits.shape
-    n = max(1, CHUNK_ELEMENTS // max(V, 1))
+    n = rows_at_once(B * S, V, copies)
     step_b, step_s = max(1, n // max(S, 1)), min(n, max(S, 1))
     for b in range(0, B, step_b):
         for s in range(0, S, step_s):
@@ -29,10 +40,10 @@ def row_chunks(logits: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ..
             yield slice(start, start + views[0].shape[:2].numel()), *views
 
 
-def rows_buffer(logits: Tensor) -> Tensor:
+def rows_buffer(logits: Tensor, copies: int = 1) -> Tensor:
     """``(n, V)``, written over by every chunk: fresh pages cost more than the arithmetic on them."""
     B, V, S = logits.shape
-    return logits.new_empty(min(B * S, max(1, CHUNK_ELEMENTS // max(V, 1))), V, dtype=statistics_dtype(logits.dtype))
+    return logits.new_empty(min(B * S, rows_at_once(B * S, V, copies)), V, dtype=statistics_dtype(logits.dtype))
 
 
 def upcast_rows(chunk: Tensor, buffer: Tensor) -> Tensor:
@@ -52,17 +63,40 @@ def floor(dtype: torch.dtype) -> float:
 
 
 def transform(
-    x: Tensor, temperature: Tensor | None, scale: float, softcap: float | None
+    x: Tensor,
+    temperature: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    out: Tensor | None = None,
+    with_slope: bool = True,
 ) -> tuple[Tensor, Tensor | float]:
-    """``z = softcap·tanh(scale·x/softcap)/temperature`` of rows ``(n, V)``, and ``dz/dx``."""
+    """``z = softcap·tanh(scale·x/softcap)/temperature`` of rows ``(n, V)``, and ``dz/dx`` if ``with_slope``.
+
+    ``z`` is ``x`` where there is nothing to do, else it is written to ``out``, which may be ``x``.
+    """
     slope: Tensor | float = scale
-    z = x * scale if scale != 1.0 else x
+    z = x
+    if scale != 1.0:
+        z = torch.mul(z, scale, out=out)
     if softcap is not None:
-        t = torch.tanh(z / softcap)
-        z, slope = softcap * t, slope * (1 - t * t)
+        t = torch.tanh(torch.div(z, softcap, out=out), out=out)
+        slope = (t * t).neg_().add_(1).mul_(scale) if with_slope else slope
+        z = torch.mul(t, softcap, out=out)
     if temperature is not None:
-        z, slope = z / temperature[:, None], slope / temperature[:, None]
+        t = temperature[:, None]
+        z = torch.div(z, t, out=out)
+        slope = slope.div_(t) if out is not None and isinstance(slope, Tensor) else slope / t
     return z, slope
+
+
+def wide_sums(x: Tensor, w: Tensor | None) -> Tensor:
+    """``Σ_j w_j x_j`` of rows ``(n, V)`` in float64, a few rows at a time: PyTorch sums a copy in that dtype."""
+    wide, size = wide_dtype(x.device), max(1, SUM_ELEMENTS // max(x.shape[1], 1))
+    parts = x.split(size)
+    if w is None:
+        return torch.cat([part.sum(-1, dtype=wide) for part in parts])
+    of_parts = w.split(size) if w.ndim == 2 else [w] * len(parts)
+    return torch.cat([(part * v).sum(-1, dtype=wide) for part, v in zip(parts, of_parts, strict=True)])
 
 
 def skipped(ids: Tensor | None) -> Tensor | None:
@@ -87,7 +121,9 @@ def softmax_rows_fwd(
     buffer = rows_buffer(logits)
     for rows, chunk, t in row_chunks(logits, probabilities):
         x = upcast_rows(chunk, buffer)
-        z, _ = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+        z, _ = transform(
+            x, None if temperature is None else temperature[rows], scale, softcap, buffer[: len(x)], with_slope=False
+        )
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
         values = row_statistics(z, None if ids is None else ids[rows], w, outputs, buffer)
         for total, value in zip(out, values, strict=True):
@@ -108,7 +144,10 @@ def row_statistics(
     shifted = z - largest if buffer is None else torch.sub(z, largest, out=buffer[: len(z)])
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
     if "sum_log_probs" in outputs:
-        weighted = (shifted if w is None else shifted * w).sum(-1, dtype=wide)
+        if buffer is None:
+            weighted = (shifted if w is None else shifted * w).sum(-1, dtype=wide)
+        else:
+            weighted = wide_sums(shifted, w)
     e = shifted.exp() if buffer is None or "entropy" in outputs else exp_(shifted)
     total = e.sum(-1).to(wide)
     log_total = total.log()
@@ -165,12 +204,13 @@ def softmax_rows_bwd(
     # float64 once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(dtype)
     lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
-    buffer = rows_buffer(logits)
-    for rows, chunk, t, grad in row_chunks(logits, probabilities, out):
+    buffer = rows_buffer(logits, copies(softcap))
+    for rows, chunk, t, grad in row_chunks(logits, probabilities, out, copies=copies(softcap)):
         x = upcast_rows(chunk, buffer)
-        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
         in_place = grad.is_contiguous() and grad.dtype == dtype
-        logp = torch.sub(z, hi[rows, None], out=grad.view(z.shape) if in_place else buffer[: len(z)])
+        logp = grad.view(x.shape) if in_place else buffer[: len(x)]
+        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap, out=logp)
+        torch.sub(z, hi[rows, None], out=logp)
         if b is None and e is None:
             # p·a alone: what is left of logsumexp goes into the row's factor.
             dz = exp_(logp).mul_(0.0 if a is None else (a[rows] * (-lo[rows]).exp())[:, None])
@@ -188,6 +228,7 @@ def softmax_rows_bwd(
         finish_gradient(dz, w, d_, local, c_, slope, skip_)
         if dz.data_ptr() != grad.data_ptr():
             grad.copy_(dz.view(grad.shape))
+        del slope  # the next chunk needs its memory
     return out
 
 
@@ -229,10 +270,10 @@ def softmax_rows_fwd_bwd(
     """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``."""
     N, V = logits.shape
     out = empty_statistics(logits, N, ids, outputs)
-    dtype, buffer = statistics_dtype(logits.dtype), rows_buffer(logits[..., None])
-    for rows, chunk in row_chunks(logits[..., None]):
+    dtype, buffer = statistics_dtype(logits.dtype), rows_buffer(logits[..., None], copies(softcap))
+    for rows, chunk in row_chunks(logits[..., None], copies=copies(softcap)):
         x = upcast_rows(chunk, buffer)
-        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap)
+        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap, out=x)
         found = row_statistics(z, ids[rows], column_weight, {*outputs, "max_logit"}, x)
         for total, value in zip(out, found, strict=True):
             if total is not None and value is not None:
@@ -251,4 +292,5 @@ def softmax_rows_fwd_bwd(
         finish_gradient(dz, column_weight, d, ids[rows], of_log_probs[rows, None].to(dtype), slope, skipped(ids[rows]))
         if dz.data_ptr() != chunk.data_ptr():
             chunk.copy_(dz.view(chunk.shape))
+        del slope  # the next chunk needs its memory
     return out
