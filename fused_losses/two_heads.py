@@ -48,7 +48,10 @@ from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
-LOG_OF_STUDENT = ("forward_kl", "cross_entropy")  # their slope in the teacher has no bound, nor reverse_kl's in the student
+LOG_OF_STUDENT = (
+    "forward_kl",
+    "cross_entropy",
+)  # their slope in the teacher has no bound, nor reverse_kl's in the student
 STEEPEST = 64.0  # what float16 leaves room for there
 TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are scaled, capped or over a temperature
 

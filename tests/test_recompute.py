@@ -312,6 +312,16 @@ def test_statistics_where_a_tile_moves_the_maximum_beyond_fp32(dtype, backend, d
     torch.testing.assert_close(found.entropy, torch.full((2,), 200.0, device=device).double().log())
 
 
+@pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, 1e38])
+@pytest.mark.parametrize("u", [None, torch.full((V,), 4.0)])
+def test_sums_of_huge_logits(value, u):
+    """A tile's is beyond fp32."""
+    hidden, weight = torch.ones(3, 1), torch.full((V, 1), value)
+    found = linear_statistics(Head(hidden, weight), None, u, outputs=("sum_log_probs",), backend="torch")
+    mean = found.sum_log_probs / (V if u is None else u.sum()) + found.logsumexp
+    torch.testing.assert_close(mean, torch.full_like(mean, value))
+
+
 def test_true_minus_infinity_in_the_bias(backend, device):
     hidden, weight = torch.randn(5, 8, device=device).half(), torch.randn(6, 8, device=device).half()
     bias = torch.zeros(6, device=device).half()

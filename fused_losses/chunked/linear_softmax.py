@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..numerics import statistics_dtype
 from ..row_statistics import RowStatistics
-from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
+from .softmax_rows import floor, skipped, softmax_rows_bwd, transform, wide_sums
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
 TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of which a few are alive at once
@@ -64,7 +64,7 @@ def linear_softmax_fwd(
     top1 = torch.zeros(N, dtype=torch.int64, device=hidden.device)
     at_ids = None if ids is None else hidden.new_zeros(ids.shape, dtype=dtype)
     for columns in slices(V, TILE):
-        w = None if column_weight is None else column_weight[columns].to(dtype)
+        w = None if column_weight is None else column_weight[columns].double()
         for rows in slices(N, TILE):
             x = logits_tile(hidden, weight, bias, low_rank, rows, columns)
             if saved_logits is not None and columns.start < saved_logits.shape[1]:
@@ -82,7 +82,7 @@ def linear_softmax_fwd(
                 top1[rows] = torch.where(value > max_logit[rows], index + columns.start, top1[rows])
                 max_logit[rows] = torch.maximum(max_logit[rows], value)
             if "sum_log_probs" in outputs:
-                column_sum[rows] += (z.sum(-1) if w is None else z @ w).double()
+                column_sum[rows] += wide_sums(z, w)
             before = largest[rows]
             after = torch.maximum(before, z.amax(-1))
             shifted = z.sub_(after[:, None])
