@@ -66,8 +66,8 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
     for name, points in found.items():
         points = [row for row in points if row["inputs"] == "peaked"] or points
         on_gpu = "ms" in points[0]
-        case, shape, tokens = (points[0][key] for key in ("case", "shape", "tokens"))
-        its_file = file.with_stem(f"{file.stem}-{case}-{shape}-{tokens}") if len(found) > 1 else file
+        parts = (str(points[0][key]) for key in ("case", "shape", "tokens", "dtype"))
+        its_file = file.with_stem("-".join([file.stem, *parts])) if len(found) > 1 else file
         figure, ax = axes(name, "ms" if on_gpu else "time, ratio to eager in the same run", "peak above inputs, GiB")
         for i, row in enumerate(sorted(points, key=ours)):
             x = row["ms" if on_gpu else "to_eager"]["median"]

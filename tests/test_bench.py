@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_losses.bench import cli, filter_shares, measure, report
+from fused_losses.bench import cli, filter_shares, measure, plot, report
 from fused_losses.bench import cross_entropy as case
 from fused_losses.bench.peers import Peer
 from fused_losses.bench.problem import Contender, Problem
@@ -372,6 +372,17 @@ def test_plot_draws_or_says_why_not(mode, tmp_path, capsys):
     printed = capsys.readouterr()
     assert picture.exists() == (mode == "full")
     assert str(picture) in printed.out if mode == "full" else "--mode full" in printed.err
+
+
+def test_each_problem_has_a_picture_of_its_own(results):
+    rows = json.loads(results.read_text())["rows"]
+    rows += [row | {"dtype": "bfloat16"} for row in rows]
+    pictures = plot.frontier(rows, results.with_name("frontier.png"))
+    assert [picture.name for picture in pictures] == [
+        f"frontier-linear_cross_entropy-50x8-{tokens}-{dtype}.png"
+        for dtype in ("float32", "bfloat16")
+        for tokens in (6, 12)
+    ]
 
 
 def test_the_readme_is_what_report_renders(tmp_path):
