@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -119,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="folder for report.md and pictures; default beside the results")
     sub.add_argument("--into", type=Path, metavar="README.md", help="replace the text between its report markers")
 
-    sub = command("compare", run_compare, "two result files: what became slower or larger")
+    sub = command("compare", run_compare, "two result files: what became slower or larger, or is missing")
     sub.add_argument("before", type=Path)
     sub.add_argument("after", type=Path)
     sub.add_argument("--threshold", type=float, default=0.05, help="largest tolerated growth; default 0.05, 5 %%")
@@ -155,6 +156,12 @@ def numbers(text: str | None) -> list[int]:
     return found
 
 
+def not_negative(option: str, number: float) -> float:
+    if not 0 <= number < math.inf:
+        raise ValueError(f"{option} takes a number, 0 or more, got {number:g}")
+    return number
+
+
 def one_of(option: str, text: str, choices: Sequence[str]) -> list[str]:
     names = text.split(",")
     for name in names:
@@ -187,7 +194,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
     rows: list[Row] = result["rows"]
     done = {(row["case"], *problem_key(row)) for row in rows}
     wanted = [(name, problem) for name in names for problem in problems]
-    seconds = args.seconds if args.seconds is not None else 1 if args.quick else 10
+    seconds = not_negative("--seconds", args.seconds if args.seconds is not None else 1 if args.quick else 10)
     interrupted = False
     if args.backend:
         check_backend(args.backend, device)
@@ -371,10 +378,11 @@ def run_report(args: argparse.Namespace, argv: list[str]) -> int:
 
 
 def run_compare(args: argparse.Namespace, argv: list[str]) -> int:
+    not_negative("--threshold", args.threshold)
     table, worse = compare(args.before, args.after, args.threshold)
     columns = ("case, shape, tokens, dtype, inputs, mode, contender", "time", "memory", "status")
     show_table(f"{args.before} -> {args.after}", columns, table, worse)
-    print(f"{sum(worse)} of {len(table)} worse by more than {args.threshold:.0%}")
+    print(f"{sum(worse)} of {len(table)} missing, broken or worse by more than {args.threshold:.0%}")
     return int(any(worse))
 
 

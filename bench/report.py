@@ -260,22 +260,30 @@ def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[P
 
 
 def compare(before: Path, after: Path, threshold: float) -> tuple[list[list[str]], list[bool]]:
-    """Rows of both files side by side, and which of them grew in time or memory by more than ``threshold``, or broke.
+    """Rows of both files side by side, and which of them grew in time or memory by more than ``threshold``, broke, or went.
 
     Times of a GPU are compared as they are, those of a CPU as ratios to eager.
 
     Raises:
-        ValueError: they are of different devices, or have no rows in common.
+        ValueError: they are not two files, are of different devices, or have no rows in common.
     """
+    for path in (before, after):
+        if path.is_dir():
+            raise ValueError(f"compare takes two files of results, {path} is a folder")
     first, second = load([before, after])
     if first["device"] != second["device"]:
         raise ValueError(f"{before} is of {first['device']}, {after} of {second['device']}: not comparable")
-    old, new = ({row_key(row): row for row in result["rows"]} for result in (first, second))
+    old = {row_key(row): row for row in first["rows"] if row["status"] in TIMED}
+    new = {row_key(row): row for row in second["rows"]}
+    if not old.keys() & new.keys():
+        raise ValueError(f"{before} and {after} have no rows in common")
     table, worse = [], []
     for key, a in old.items():
-        b = new.get(key)
-        if b is None or a["status"] not in TIMED:
+        if key not in new:
+            table.append([", ".join(map(str, key)), "", "", "missing"])
+            worse.append(True)
             continue
+        b = new[key]
         changes = []
         for measure_of in (speed, lambda row: row.get("peak_bytes", math.inf)):
             x, y = measure_of(a), measure_of(b)
@@ -284,8 +292,6 @@ def compare(before: Path, after: Path, threshold: float) -> tuple[list[list[str]
         status = b["status"] if b["status"] not in TIMED else "worse" if regressed else "ok"
         table.append([", ".join(map(str, key)), *(f"{change:+.1%}" for change in changes), status])
         worse.append(regressed)
-    if not table:
-        raise ValueError(f"{before} and {after} have no rows in common")
     return table, worse
 
 

@@ -71,6 +71,11 @@ def test_the_case_alone_is_short_for_bench(capsys):
         (["bench", "cross_entropy", "--resume"], "--resume needs --json"),
         (["plan", "--shape", "B", "--budget", "lots"], "'256MiB'"),
         (["report", "/nowhere"], "/nowhere"),
+        (["bench", "cross_entropy", "--seconds", "-1"], "--seconds takes a number, 0 or more, got -1"),
+        (["bench", "cross_entropy", "--seconds", "nan"], "--seconds takes a number, 0 or more, got nan"),
+        (["compare", "a.json", "b.json", "--threshold", "-1"], "--threshold takes a number, 0 or more, got -1"),
+        (["compare", str(Path(__file__).parent), "b.json"], "compare takes two files of results"),
+        (["compare", __file__, str(Path(__file__).parent)], "compare takes two files of results"),
     ],
 )
 def test_a_wrong_argument_says_what_to_do(arguments, says, capsys):
@@ -448,7 +453,7 @@ def test_compare_finds_what_became_slower_larger_or_wrong(results, capsys):
         return status, capsys.readouterr().out
 
     assert cli.main(["compare", str(results), str(results)]) == 0
-    assert f"0 of {len(result['rows'])} worse" in capsys.readouterr().out
+    assert f"0 of {len(result['rows'])} missing, broken or worse" in capsys.readouterr().out
     assert compared(lambda row: row.update(peak_bytes=int(row["peak_bytes"] * 1.05)))[0] == 0
     for change in (
         lambda row: row.update(peak_bytes=int(row["peak_bytes"] * 1.2)),
@@ -457,7 +462,20 @@ def test_compare_finds_what_became_slower_larger_or_wrong(results, capsys):
     ):
         status, printed = compared(change)
         assert status == 1
-        assert f"1 of {len(result['rows'])} worse" in printed
+        assert f"1 of {len(result['rows'])} missing, broken or worse" in printed
+
+
+def test_compare_lists_what_is_missing(results, capsys):
+    result, fewer = json.loads(results.read_text()), results.with_name("fewer.json")
+    fewer.write_text(json.dumps(result | {"rows": [r for r in result["rows"] if r["contender"] != "fused_losses"]}))
+    assert cli.main(["compare", str(results), str(fewer)]) == 1
+    *rows, total = [line for line in capsys.readouterr().out.splitlines() if "missing" in line]
+    assert len(rows) == sum(row["contender"] == "fused_losses" for row in result["rows"]) > 0
+    assert total.startswith(f"{len(rows)} of {len(result['rows'])} missing")
+    assert cli.main(["compare", str(fewer), str(results)]) == 0
+    fewer.write_text(json.dumps(result | {"rows": []}))
+    assert cli.main(["compare", str(results), str(fewer)]) == 2
+    assert "no rows in common" in capsys.readouterr().err
 
 
 def test_plan_prints_the_route_and_the_largest_batch(capsys):
