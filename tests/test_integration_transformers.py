@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import needs_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from fused_losses import settings
-from fused_losses.bench import trainers
+from fused_losses.bench import ranks, trainers
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_logits import LinearLogits
 
@@ -309,6 +310,13 @@ def head_sharded_by_itself(model):
     return sharded(model)
 
 
+WRAPPED = [wrapped_in_ddp, sharded, head_sharded_by_itself]
+
+
+def whole_gradients(model):
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients(model).items()}
+
+
 @pytest.fixture
 def one_rank():
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -316,7 +324,7 @@ def one_rank():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("wrap", [wrapped_in_ddp, sharded, head_sharded_by_itself])
+@pytest.mark.parametrize("wrap", WRAPPED)
 def test_wrapped_after_apply(wrap, one_rank):
     eager = tiny("gemma2", tie_word_embeddings=wrap is not head_sharded_by_itself)
     lazy = apply(copy.deepcopy(eager))
@@ -328,8 +336,35 @@ def test_wrapped_after_apply(wrap, one_rank):
     expected = eager(input_ids=IDS, labels=LABELS)
     expected.loss.backward()
     assert_same(expected.loss, found.loss)
-    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients(lazy).items()}
-    assert_same(gradients(eager), whole)
+    assert_same(gradients(eager), whole_gradients(lazy))
+
+
+def of_two_ranks(device):
+    rank, found = dist.get_rank(), {}
+    for wrap in WRAPPED:
+        model = apply(tiny("gemma2", tie_word_embeddings=wrap is not head_sharded_by_itself)).to(device)
+        wrapped = wrap(model)
+        with settings.strict():
+            output = wrapped(input_ids=IDS[rank::2].to(device), labels=LABELS[rank::2].to(device))
+            output.loss.backward()
+        assert isinstance(output.logits, LinearLogits)
+        found[wrap.__name__] = output.loss.detach(), whole_gradients(model)
+    return found
+
+
+@needs_ranks
+def test_wrapped_on_two_ranks():
+    """As many labels on each, so that the mean over ranks is that of one process with the whole batch."""
+    first, second = ranks.run(of_two_ranks, 2)
+    for wrap in WRAPPED:
+        eager = tiny("gemma2", tie_word_embeddings=wrap is not head_sharded_by_itself)
+        expected = eager(input_ids=IDS, labels=LABELS)
+        expected.loss.backward()
+        (loss, of_first), (other, of_second) = first[wrap.__name__], second[wrap.__name__]
+        assert (loss - other).abs() > 1e-3
+        assert_same(expected.loss.detach(), (loss + other) / 2)
+        assert_same(gradients(eager), of_first)
+        assert_same(gradients(eager), of_second)
 
 
 # Back again
