@@ -8,6 +8,8 @@ from torch import Tensor
 from .numerics import upcast
 from .sequences import at_least_one, checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
 
+AGGREGATIONS = ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
+
 
 class Sequences:
     """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
@@ -132,8 +134,8 @@ def aggregate(
         [3.75, 5.5, 15.0]
     """
     kind = aggregation.replace("-", "_")
-    if kind not in ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"):
-        raise ValueError(f"unknown aggregation {aggregation!r}; see the table of fused_losses.aggregate")
+    if kind not in AGGREGATIONS:
+        raise ValueError(f"unknown aggregation {aggregation!r}; choose from {', '.join(AGGREGATIONS)}")
     sequences = Sequences("loss", loss, mask, cu_seqlens)
     loss = upcast(loss)
     global_count = batch_num_tokens if kind == "token_mean" else global_batch_size

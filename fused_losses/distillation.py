@@ -40,7 +40,7 @@ from .settings import Backend, Route
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 from .token_loss import token_loss
-from .token_statistics import TokenStatistics, integer_ids, selective_log_softmax, target_ids
+from .token_statistics import TokenStatistics, integer_ids, selective_log_softmax, target_ids, with_ids
 from .two_heads import Divergence, budget, planned_vocab
 from .vocab_parallel import VocabShard, local_part
 
@@ -333,7 +333,7 @@ def sparse_distillation_loss(
     tokens = student_logits.shape[:-1]
     if teacher_ids.shape != teacher_log_probs.shape or teacher_ids.shape[:-1] != tokens:
         raise ValueError(
-            f"student_logits {tuple(student_logits.shape)} need teacher_ids and teacher_log_probs {(*tokens, 'K')}, got "
+            f"student_logits {tuple(student_logits.shape)} need teacher_ids and teacher_log_probs {with_ids(tokens)}, got "
             f"{tuple(teacher_ids.shape)} and {tuple(teacher_log_probs.shape)}"
         )
     if labels is not None and labels.shape != tokens:

@@ -19,7 +19,7 @@ from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
 from .settings import Backend, resolve_backend
-from .token_statistics import TokenStatistics, check_names, target_ids, token_statistics
+from .token_statistics import TokenStatistics, check_names, target_ids, token_statistics, with_ids
 from .vocab_parallel import local_part, local_target
 
 DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
@@ -86,7 +86,7 @@ def token_loss(
             )
     if index.shape not in (tokens, tokens + index.shape[-1:]):
         raise ValueError(
-            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, got {tuple(index.shape)}"
+            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)}, got {tuple(index.shape)}"
         )
     check_names("statistics", statistics)
     single = index.ndim == len(tokens)

@@ -54,6 +54,11 @@ def check_names(argument: str, names: Collection[str]) -> None:
         raise ValueError(f"unknown {argument} {sorted(unknown)}; choose from {', '.join(TokenStatistics._fields)}")
 
 
+def with_ids(tokens: torch.Size) -> str:
+    """The shape of ``K`` ids per token, as errors print it."""
+    return f"({', '.join(map(str, (*tokens, 'K')))})"
+
+
 def rows_module(backend: str) -> ModuleType:
     """Where ``softmax_rows_fwd`` and ``softmax_rows_bwd`` come from."""
     if backend == "torch":
@@ -410,13 +415,13 @@ def token_statistics(
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
     if logits.ndim == 0 or (index is not None and index.shape not in (tokens, tokens + index.shape[-1:])):
         raise ValueError(
-            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')}, "
+            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)}, "
             f"got {None if index is None else tuple(index.shape)}"
         )
     if index is not None and index.ndim > len(tokens) and index.shape[-1] == 0:
         raise ValueError(f"index {tuple(index.shape)} has no id per token; give one or more")
     if index is None and {"log_probs", "is_top1"} & set(outputs):
-        raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {(*tokens, 'K')}; got None")
+        raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {with_ids(tokens)}; got None")
     logits, per_token = _at_temperature(logits, temperature, tokens)
     ids = None
     if index is not None:
@@ -476,7 +481,7 @@ def selective_log_softmax(
         tokens = logits.shape[:-1]
         if row_mask.shape != tokens or index.shape[: len(tokens)] != tokens:
             raise ValueError(
-                f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {(*tokens, 'K')} and a row_mask "
+                f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)} and a row_mask "
                 f"{tuple(tokens)}, got {tuple(index.shape)} and {tuple(row_mask.shape)}"
             )
         keep = row_mask != 0

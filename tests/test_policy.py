@@ -640,7 +640,7 @@ def test_errors_say_what_to_do():
     x, a = torch.zeros(2, 3), torch.zeros(2)
     with pytest.raises(ValueError, match="loss_type must be one of grpo"):
         grpo_loss(x, x, a, loss_type="ppo2")
-    with pytest.raises(ValueError, match="unknown aggregation"):
+    with pytest.raises(ValueError, match="unknown aggregation 'mean'; choose from token_mean, token_sum"):
         grpo_loss(x, x, a, aggregation="mean")
     with pytest.raises(ValueError, match="beta needs ref_log_probs"):
         grpo_loss(x, x, a, beta=0.1)

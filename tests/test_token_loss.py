@@ -447,7 +447,7 @@ def test_bad_input():
         token_loss(entropy_bonus, logits, index, a.clone().requires_grad_(), statistics=("log_probs", "entropy"))
     with pytest.raises(ValueError, match=r"\(23,\).*got \(5,\)"):
         token_loss(entropy_bonus, logits, index, a[:5])
-    with pytest.raises(ValueError, match=r"need an index \(23,\)"):
+    with pytest.raises(ValueError, match=r"need an index \(23,\) or \(23, K\),"):
         token_loss(dft, logits, index[:5])
     with pytest.raises(ValueError, match="one number per token"):
         token_loss(lambda s: s.log_probs.sum(), logits, index)
