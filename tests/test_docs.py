@@ -8,9 +8,10 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
-from fused_losses import aggregation, policy, preference
+from fused_losses import LinearLogits, aggregation, policy, preference, strict
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
@@ -43,6 +44,13 @@ CALLS += [code for code in SPAN.findall(PROSE) if code.partition("(")[0] in PUBL
 
 def names_called(code):
     return {n.func.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
+
+
+def names_of(code):
+    try:
+        return {n.id for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Name)}
+    except SyntaxError:
+        return set()
 
 
 REFERENCES = {code: SPAN.findall(row[5]) for row in ROWS if len(row) == 7 for code in SPAN.findall(row[4])}
@@ -98,7 +106,8 @@ def arguments():
         "chosen": ids,
         "rejected": ids,
         "rewards": rewards,
-        "fn": lambda statistics: -statistics.log_probs,
+        "fn": lambda s: -s.log_probs - 0.01 * s.entropy,
+        "weights": torch.rand(B, S),
     }
     values |= {"n": 7, "margin": 0.5, "beta": 0.1, "threshold": 0.1, "max_length": 16, "pad_id": 0, "pad_value": 0}
     values |= {"prompt_length": 2, "id": 1, "good": 2, "bad": 1, "placeholder_token_id": 1, "reward_token_ids": [2, 1]}
@@ -144,6 +153,62 @@ def test_call_gives_what_its_reference_gives(code):
 
 def test_most_calls_have_such_a_reference():
     assert sum(bool(references(code)) for code in dict.fromkeys(CALLS)) > 60
+
+
+LAZY_OR_NOT = [
+    (code, row[2].strip(), next(iter(SPAN.findall(row[3])), None))
+    for row in ROWS
+    if len(row) == 5 and row[2].strip() in ("lazy", "materialises", "raises")
+    for code in SPAN.findall(row[1])
+    if "z" in names_of(code)
+]
+
+
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
+@pytest.mark.parametrize(("code", "kind", "instead"), LAZY_OR_NOT)
+def test_lazy_or_not(code, kind, instead):
+    torch.manual_seed(0)
+    B, S, V, H = 2, 6, 10, 4
+    heads = {name: LinearLogits(torch.randn(B, S, H), torch.randn(V, H)) for name in "zt"}
+    scope = PUBLIC | {"torch": torch, "F": F, "V": V, "ids": torch.randint(V, (B, S)), "mask": torch.rand(B, S) > 0.5}
+    scope |= {"banned": torch.arange(V) > 5}
+    eager = {name: logits.materialize() for name, logits in heads.items()}
+
+    def value(code, logits):
+        found = eval(code, scope | logits)
+        return found.materialize() if isinstance(found, LinearLogits) else found
+
+    if kind == "raises":
+        with pytest.raises((RuntimeError, AttributeError), match=r"materialize|out-of-place"):
+            eval(code, scope | heads)
+    elif kind == "materialises":
+        with strict(), pytest.raises(RuntimeError, match="materialises"):
+            eval(code, scope | heads)
+    with strict():
+        found = value(code if kind == "lazy" else instead, heads)
+    if kind != "raises":
+        torch.testing.assert_close(found, value(code, eager), rtol=1e-4, atol=1e-5)
+
+
+def test_lazy_or_not_has_every_row():
+    assert {kind: sum(k == kind for _, k, _ in LAZY_OR_NOT) for kind in ("lazy", "materialises", "raises")} == {
+        "lazy": 9,
+        "materialises": 6,
+        "raises": 2,
+    }
+    assert all(instead for _, kind, instead in LAZY_OR_NOT if kind != "lazy")
+
+
+@pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean"])
+@pytest.mark.parametrize("lazy_teacher", [True, False])
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
+def test_kl_div_is_lazy(reduction, lazy_teacher):
+    z, t = (LinearLogits(torch.randn(2, 3, 4), torch.randn(10, 4)) for _ in range(2))
+    code = next(code for code, *_ in LAZY_OR_NOT if "batchmean" in code).replace("batchmean", reduction)
+    expected = eval(code, {"F": F, "z": z.materialize(), "t": t.materialize()})
+    with strict():
+        found = eval(code, {"F": F, "z": z, "t": t if lazy_teacher else t.materialize()})
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
