@@ -1,6 +1,7 @@
 """Models and trainers of transformers, with and without us, on tiny random models: the same numbers, and no logits."""
 
 import copy
+import importlib
 import importlib.metadata
 import pathlib
 import re
@@ -638,7 +639,7 @@ def accuracy(prediction):
     return {"accuracy": (kept[:, :-1] == labels[:, 1:]).mean(), "sum": float(abs(logits).sum())}
 
 
-def run(model, folder, options=None, **trainer):
+def trainer_of(model, folder, options=None, **trainer):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -653,9 +654,13 @@ def run(model, folder, options=None, **trainer):
         disable_tqdm=True,
         **(options or {}),
     )
+    return transformers.Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:5], **trainer)
+
+
+def run(model, folder, options=None, **trainer):
     made = []
     hook = model.get_output_embeddings().register_forward_hook(lambda *a: made.append(type(a[-1])))
-    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=DATA, eval_dataset=DATA[:5], **trainer)
+    trainer = trainer_of(model, folder, options, **trainer)
     trainer.train()
     in_training = len(made)
     metrics = trainer.evaluate()
@@ -777,9 +782,58 @@ def test_the_example(capsys):
     assert "[48, 49, 50, 51]" in out
 
 
+PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+
+
+def by_hand(model):
+    """As the page replaces a head."""
+    section = PAGE.partition("\n## `LinearHead` or `apply`?\n")[2].partition("\n## ")[0]
+    exec(section.partition("```python\n")[2].partition("```")[0], {"model": model})
+    return model
+
+
+def test_a_head_replaced_by_hand():
+    model = tiny()
+    parameters, state = list(model.parameters()), torch.random.get_rng_state()
+    by_hand(model)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert_same_step(tiny(), model, lambda m: m(input_ids=IDS, labels=LABELS))
+    model.resize_token_embeddings(V + 8, mean_resizing=False)
+    assert type(model.lm_head) is nn.Linear
+    assert isinstance(by_hand(model)(IDS, labels=LABELS).logits, LinearLogits)
+
+
+def test_what_a_head_replaced_by_hand_cannot_do(tmp_path):
+    message = re.search(r"raise `(Unsupported types) … (passed to _pad_across_processes)`", PAGE)
+    message = f"{message[1]} .*LinearLogits.* {message[2].replace('_pad', '`_pad')}"
+    with pytest.raises(TypeError, match=message):
+        run(by_hand(tiny("gemma2")), tmp_path, compute_metrics=accuracy)
+    with pytest.raises(TypeError, match=message):
+        trainer_of(by_hand(tiny("gemma2")), tmp_path).predict(DATA[:5])
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=["lm_head"])
+    model = peft.get_peft_model(by_hand(tiny()), config)
+    with settings.strict(), pytest.raises(RuntimeError, match="__add__ materialises"):
+        model(input_ids=IDS, labels=LABELS)
+
+
+def test_how_the_page_looks_at_it(capsys):
+    section = PAGE.partition("\n## How do I know that it worked?\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    exec(blocks[0], {"model": apply(tiny()), "ids": IDS})
+    pytest.importorskip("trl")
+    trl = importlib.import_module("fused_losses.integrations.trl")
+    try:
+        exec(blocks[1], {})
+    finally:
+        trl.unapply()
+    assert capsys.readouterr().out.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", section, re.MULTILINE)
+
+
 def test_the_page_calls_what_exists():
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
-    section = page.partition("\n## transformers\n")[2].partition("\n## ")[0]
+    section = PAGE.partition("\n## transformers\n")[2].partition("\n## ")[0]
     names = {"model": tiny()}
     exec(section.partition("```python\n")[2].partition("```")[0], names)
     assert isinstance(names["model"](IDS, labels=LABELS).logits, LinearLogits)
