@@ -1,6 +1,7 @@
 """What the README says runs."""
 
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 import fused_losses
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README_FILE = ROOT / "README.md"
+README = README_FILE.read_text()
 
 
 def test_before_and_after_are_equal():
@@ -32,6 +34,25 @@ def test_before_and_after_are_equal():
     torch.testing.assert_close(*results)
 
 
+def test_a_head_is_replaced():
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    model = torch.nn.ModuleDict({"lm_head": torch.nn.Linear(8, 50)})
+    before = list(model.parameters())
+    exec(block, {"model": model, "fused_losses": fused_losses})
+    assert all(a is b for a, b in zip(model.parameters(), before, strict=True))
+    assert isinstance(model.lm_head(torch.randn(2, 5, 8)), fused_losses.LinearLogits)
+
+
+def test_what_a_filter_gives_is_what_was_measured():
+    result = json.loads((ROOT / "bench" / "results" / "cpu" / "filter.json").read_text())
+    row = next(line for line in README.splitlines() if "`gradient_filter" in line)
+    for of in ("fused_losses filter", "fused_losses"):
+        ours = next(r for r in result["rows"] if r["contender"] == of)
+        assert f"{ours['to_eager']['median']:.2f}" in row
+        for name in ("d_hidden", "d_weight"):
+            assert f"{ours['errors'][name]:.1e}".replace("e-0", "e-") in row
+
+
 def test_every_make_target_exists():
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for document in (README, (ROOT / "CONTRIBUTING.md").read_text()):
@@ -46,7 +67,7 @@ def test_every_name_exists():
 
 
 def test_every_integration_it_names_exists():
-    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
     names = re.findall(r"from (fused_losses\.integrations\.\w+) import apply", block)
     assert len(names) == 4
     assert all(callable(importlib.import_module(name).apply) for name in names)
@@ -55,6 +76,22 @@ def test_every_integration_it_names_exists():
 def test_every_file_it_links_to_exists():
     for target in re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"`(?:python )?(examples/\w+\.py)`", README):
         assert (ROOT / target).exists(), target
+
+
+def test_every_heading_that_a_document_links_to_exists():
+    links = [
+        (file, *link)
+        for file in (README_FILE, *sorted((ROOT / "docs").glob("*.md")))
+        for link in re.findall(r"\]\(([^)#:]*)#([\w-]+)\)", file.read_text())
+    ]
+    assert len(links) > 2
+    for file, target, heading in links:
+        page = (file.parent / target if target else file).read_text()
+        headings = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+        assert heading in {re.sub(r"[^\w -]", "", h).strip().lower().replace(" ", "-") for h in headings}, (
+            file,
+            heading,
+        )
 
 
 def test_the_demo(tmp_path):
