@@ -96,9 +96,7 @@ def odd_rows_config(splits: int) -> MatrixTile:
     return MatrixTile(64, 64, 32, 8, 3, splits=splits)
 
 
-def linear_softmax_fwd_config(
-    arch: str, tma: bool, low_rank: bool, options: bool, all_statistics: bool, odd_rows: bool
-) -> MatrixTile:
+def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statistics: bool, odd_rows: bool) -> MatrixTile:
     """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
 
     With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: whole, it spills 192 bytes with

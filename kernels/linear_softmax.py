@@ -402,10 +402,9 @@ def linear_softmax_fwd(
     statistics_entropy = statistics_all or "entropy" in outputs
     arch = architecture(hidden.device)
     tma = _tma_fits(arch, hidden, weight, u, b)
-    options = any(x is not None for x in (bias, softcap, column_weight))
     odd_rows = _odd_rows(hidden, weight, u, b)
     save_logits = saved_logits is not None
-    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, options, statistics_all, odd_rows)
+    config = linear_softmax_fwd_config(arch, tma, low_rank is not None, statistics_all, odd_rows)
     V, H = weight.shape
     K = 0 if ids is None else ids.shape[1]
     rows = min(max(hidden.shape[0], 1), ROWS_PER_LAUNCH)
