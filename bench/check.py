@@ -99,9 +99,8 @@ def row_checks() -> Iterator[Check]:
 
     for N, V in ROW_SHAPES:
         for name, how in options.items():
-            if (
-                V == 1 and len(how) > 1
-            ):  # a gradient of what roundings leave of 0, where plain PyTorch's happen to cancel
+            # A gradient of what roundings leave of 0, where plain PyTorch's happen to cancel.
+            if V == 1 and len(how) > 1:
                 continue
             pair = functools.partial(ours, **how), functools.partial(plain, **how)
             yield Check(

@@ -31,9 +31,8 @@ from .problem import Contender, Inputs, Problem, Work
 from .timing import Run, Sample, interleave, quartiles
 
 Row = dict[str, Any]
-SAME_FUNCTION = (
-    1e-2  # relative error in the norm, of every result and gradient, beyond which a peer computes something else
-)
+# Relative error in the norm, of every result and gradient, beyond which a peer computes something else.
+SAME_FUNCTION = 1e-2
 TIMED = ("ok", "inaccurate")
 MODES = ("forward", "full", "memory")
 DRAWS, DRAWN_VOCAB, DRAWN_HIDDEN = 8, 1024, 256  # beside the problem itself, to judge a loss by

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault(
-    "KINETO_LOG_LEVEL", "99"
-)  # the profiler's library writes a line to stderr for each start and stop
+# The profiler's library writes a line to stderr for each start and stop.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:

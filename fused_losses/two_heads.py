@@ -48,10 +48,8 @@ from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
 DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
-LOG_OF_STUDENT = (
-    "forward_kl",
-    "cross_entropy",
-)  # their slope in the teacher has no bound, nor reverse_kl's in the student
+# Their slope in the teacher has no bound, nor reverse_kl's in the student.
+LOG_OF_STUDENT = ("forward_kl", "cross_entropy")
 STEEPEST = 64.0  # what float16 leaves room for there
 TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are scaled, capped or over a temperature
 
@@ -222,9 +220,8 @@ class _Side:
                 self.totals.append(like.new_empty(like.shape, dtype=t))
             else:
                 self.totals.append(like.new_zeros(like.shape, dtype=t))
-        self.begun: list[
-            tuple[Any, Tensor, slice | Tensor, Tensor]
-        ] = []  # sums over ranks: of a product, for total[rows]
+        # Sums over ranks: of a product, for total[rows].
+        self.begun: list[tuple[Any, Tensor, slice | Tensor, Tensor]] = []
 
     def take(self, rows: slice | Tensor, ignored: Tensor | None) -> None:
         self.chunk = self.cut.tokens(rows, None if self.direct else ignored)

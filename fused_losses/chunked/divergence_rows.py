@@ -90,12 +90,11 @@ def divergence_rows(
     d_teacher: Tensor | None = None,  # (B, V, S)
     # For a slice of the vocabulary; "normalizers" and "sums" write what is the slice's, "gradients" takes those of the whole
     step: str = "all",
-    normalizers: Tensor
-    | None = None,  # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of
-    # the teacher, over the temperature; (6, N) with −log p and a temperature: then of the student at temperature 1
-    sums: Tensor
-    | None = None,  # (4, N) float64: divergence, −log p at the slice's ids, Σ p g of the student, Σ p h of the
-    # teacher
+    # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of the teacher, over the temperature;
+    # (6, N) with −log p and a temperature: then of the student at temperature 1
+    normalizers: Tensor | None = None,
+    # (4, N) float64: divergence, −log p at the slice's ids, Σ p g of the student, Σ p h of the teacher
+    sums: Tensor | None = None,
     slopes: tuple[bool, bool] = (False, False),  # which of the last two to make
 ) -> tuple[Tensor | None, Tensor | None]:
     V = min(student.shape[1], teacher.shape[1])
