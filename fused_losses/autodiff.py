@@ -58,6 +58,11 @@ def differentiable_gradients(
     return [gradients.get(i) for i in range(len(inputs))]
 
 
+def for_inputs(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients of an operator's first arguments, and None for each of the others."""
+    return *gradients, *[None] * (len(ctx.needs_input_grad) - len(gradients))
+
+
 def traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from .autodiff import (
     absent,
     differentiable_gradients,
+    for_inputs,
     present,
     refuse_shard,
     save_for_backward,
@@ -68,7 +69,7 @@ def divergence_rows(
     beta: float,
     temperature: float,
     backend: str,
-    shard: str = "",  # a VocabShard: columns [0, size) of the logits are its, ids are those of the whole vocabulary
+    shard: str,  # a VocabShard: columns [0, size) of the logits are its, ids are those of the whole vocabulary
 ) -> tuple[Tensor, Tensor]:
     """``divergence (N,)`` and the student's ``−log p (N,)`` at ids, 0-dim without with_nll."""
     found, nll = compare_rows(
@@ -88,9 +89,7 @@ def _of_shard(
 
 
 @divergence_rows.register_fake
-def _(
-    student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, *options: Any, **kwargs: Any
-) -> tuple[Tensor, Tensor]:
+def _(student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, *options: Any) -> tuple[Tensor, Tensor]:
     found = student.new_empty(student.shape[0] * student.shape[2], dtype=statistics_dtype(student.dtype))
     return found, torch.empty_like(found) if with_nll else absent(found)
 
@@ -107,7 +106,7 @@ def divergence_rows_grad(
     temperature: float,
     wanted: list[bool],
     backend: str,
-    shard: str = "",
+    shard: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of student and teacher, 0-dim where not ``wanted``."""
     part, *logits, ids = _of_shard(shard, student, teacher, ids)
@@ -141,9 +140,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 7
     if d_divergence is None and d_nll is None:
-        return None, None, *rest
+        return for_inputs(ctx)
     student, teacher, ids = saved_tensors(ctx)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard(ctx.shard, student.shape)
@@ -152,7 +150,7 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
             found, nll = _differentiable(student, teacher, ids, ctx.with_nll, Divergence(*ctx.which))
             return [found, present(nll, found)]
 
-        return *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)), *rest
+        return for_inputs(ctx, *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)))
     hard = d_nll if ctx.with_nll else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
@@ -160,7 +158,7 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
         student, teacher, ids, soft.contiguous(), None if hard is None else hard.contiguous(), *ctx.which,
         list(ctx.needs_input_grad[:2]), ctx.backend, ctx.shard,
     )  # fmt: skip
-    return *(None if g.ndim == 0 else g for g in gradients), *rest
+    return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 
 divergence_rows.register_autograd(_backward, setup_context=_setup_context)

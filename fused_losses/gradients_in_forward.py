@@ -22,6 +22,7 @@ from .autodiff import (
     absent,
     check_differentiable,
     differentiable_gradients,
+    for_inputs,
     present,
     read_again,
     refuse_shard,
@@ -282,8 +283,8 @@ def linear_loss(
     workspace: int,
     accumulate: str | None,
     backend: str,
-    shard: str = "",  # a VocabShard; ids are those of the whole vocabulary
-    gradient_filter: float = 0.0,
+    shard: str,  # a VocabShard; ids are those of the whole vocabulary
+    gradient_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``, and its gradients.
 
@@ -320,8 +321,8 @@ def _(
     workspace: int,
     accumulate: str | None,
     backend: str,
-    shard: str = "",
-    gradient_filter: float = 0.0,
+    shard: str,
+    gradient_filter: float,
 ) -> tuple[Tensor, ...]:
     dtype = hidden.dtype
     wide = statistics_dtype(dtype)
@@ -358,9 +359,8 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    rest = (None,) * 17
     if g is None:
-        return (None,) * 22
+        return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     gradients, inputs = stored[:5], stored[5:]
     N, V, dtype, scale, softcap, shard = ctx.rest
@@ -380,8 +380,8 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
                 total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()  # type: ignore[union-attr]
             return [total]
 
-        return *differentiable_gradients(fn, inputs[:5], [g]), *rest
-    return *scale_gradients(gradients, ctx.head_inputs, g), *rest
+        return for_inputs(ctx, *differentiable_gradients(fn, inputs[:5], [g]))
+    return for_inputs(ctx, *scale_gradients(gradients, ctx.head_inputs, g))
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)

@@ -18,6 +18,7 @@ from . import library_tiles
 from .autodiff import (
     absent,
     differentiable_gradients,
+    for_inputs,
     may_save,
     present,
     read_again,
@@ -83,8 +84,8 @@ def linear_rows(
     columns: int,  # of logits that are saved for backward
     workspace: int,
     backend: str,
-    shard: str = "",  # a VocabShard; ids are local to it
-    gradient_filter: float = 0.0,  # of backward
+    shard: str,  # a VocabShard; ids are local to it
+    gradient_filter: float,  # of backward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
@@ -147,8 +148,8 @@ def _(
     columns: int,
     workspace: int,
     backend: str,
-    shard: str = "",
-    gradient_filter: float = 0.0,
+    shard: str,
+    gradient_filter: float,
 ) -> tuple[Tensor, ...]:
     statistics = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
@@ -181,8 +182,8 @@ def linear_rows_grad(
     wanted: list[bool],
     workspace: int,
     backend: str,
-    shard: str = "",
-    gradient_filter: float = 0.0,
+    shard: str,
+    gradient_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
     N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
@@ -289,10 +290,9 @@ def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    nothing = (None,) * 14
     grads = grads[:-1]
     if all(g is None for g in grads):
-        return (None,) * 19
+        return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
@@ -307,7 +307,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
             found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
             return [present(s, logsumexp) for s in found]
 
-        return *differentiable_gradients(fn, inputs, grads), *nothing
+        return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
     found = RowStatistics(
         logsumexp=logsumexp,
         entropy=entropy,
@@ -340,7 +340,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         ctx.shard,
         ctx.gradient_filter,
     )
-    return *(None if g.ndim == 0 else g for g in gradients), *nothing
+    return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 
 linear_rows.register_autograd(_linear_rows_backward, setup_context=_linear_rows_setup)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autodiff import check_differentiable, differentiable_gradients, refuse_shard, transforms_active
+from .autodiff import check_differentiable, differentiable_gradients, for_inputs, refuse_shard, transforms_active
 from .chunked import softmax_rows as chunked_softmax_rows
 from .numerics import check_scaling, statistics_dtype
 from .row_statistics import (
@@ -109,7 +109,7 @@ def softmax_rows(
     outputs: str,  # names of RowStatistics, separated by commas
     inplace_backward: bool,
     backend: str,
-    shard: str = "",  # a VocabShard; ids are local to it
+    shard: str,  # a VocabShard; ids are local to it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`; an empty tensor stands for what was not asked for."""
 
@@ -149,7 +149,7 @@ def _(
     outputs: str,
     inplace_backward: bool,
     backend: str,
-    shard: str = "",
+    shard: str,
 ) -> tuple[Tensor, ...]:
     room = empty_statistics(logits, logits.shape[0] * logits.shape[2], ids, outputs.split(","))
     return tuple(logits.new_empty(0) if s is None else s for s in room)
@@ -241,8 +241,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, ids, column_weight, temperature, probabilities, *own = ctx.saved_tensors
     label_smoothing, scale, softcap, outputs = ctx.options
-    constants = (None,) * 3
-    rest = (None,) * 7
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard(ctx.shard, logits.shape)
 
@@ -253,7 +251,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return [x.new_empty(0) if s is None else s for s in found]
 
         d_logits, d_probabilities = differentiable_gradients(statistics, [logits, probabilities], grads)
-        return d_logits, *constants, d_probabilities, *rest
+        return for_inputs(ctx, d_logits, None, None, None, d_probabilities)
     dtype = statistics_dtype(logits.dtype)
     logsumexp, entropy, log_sum_sq_probs, weight_sum = own
     found = RowStatistics(
@@ -274,16 +272,16 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_t = d_t if column_weight is None else d_t * column_weight
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
     if not ctx.needs_input_grad[0]:
-        return None, *constants, d_probabilities, *rest
+        return for_inputs(ctx, None, None, None, None, d_probabilities)
     shared = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
     out = logits.detach() if ctx.inplace_backward and not shared else torch.empty_like(logits)
     if logits.shape[1] == 0:  # an empty shard
-        return out, *constants, d_probabilities, *rest
+        return for_inputs(ctx, out, None, None, None, d_probabilities)
     softmax_rows_grad(
         logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, probabilities, label_smoothing, scale, softcap,
         ctx.backend, out,
     )  # fmt: skip
-    return out, *constants, d_probabilities, *rest
+    return for_inputs(ctx, out, None, None, None, d_probabilities)
 
 
 softmax_rows.register_autograd(_backward, setup_context=_setup_context)

@@ -29,6 +29,7 @@ from .autodiff import (
     absent,
     check_differentiable,
     differentiable_gradients,
+    for_inputs,
     may_save,
     present,
     read_again,
@@ -504,9 +505,8 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    rest = (None,) * (IN_PROBLEM - INPUTS + 6)
     if g is None:
-        return *(None,) * INPUTS, *rest
+        return for_inputs(ctx)
     stored = saved_tensors(ctx)
     gradients, tensors = stored[:INPUTS], stored[INPUTS:]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -522,8 +522,8 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
             divergence, nll = problem.differentiable(inputs, ctx.with_nll)
             return [(ctx.soft * divergence if nll is None else ctx.soft * divergence + ctx.hard * nll).sum()]
 
-        return *differentiable_gradients(fn, problem.inputs, [g]), *rest
-    return *scale_gradients(gradients, ctx.dtypes, g), *rest
+        return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, [g]))
+    return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g))
 
 
 two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
@@ -597,9 +597,8 @@ def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
 
 
 def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, *_: None) -> tuple[Any, ...]:
-    rest = (None,) * (IN_PROBLEM - INPUTS + 5)
     if d_divergence is None and d_nll is None:
-        return *(None,) * INPUTS, *rest
+        return for_inputs(ctx)
     *tensors, s_saved, t_saved = saved_tensors(ctx)
     arguments = (*tensors, *ctx.options)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -610,7 +609,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
             divergence, nll = problem.differentiable(inputs, ctx.with_nll)
             return [divergence, present(nll, divergence)]
 
-        return *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)), *rest
+        return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)))
     hard = d_nll if ctx.with_nll else None
     soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
     assert soft is not None
@@ -626,7 +625,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
         ctx.workspace,
         ctx.backend,
     )
-    return *(None if g.ndim == 0 else g for g in gradients), *rest
+    return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 
 two_heads_rows.register_autograd(_rows_backward, setup_context=_rows_setup)

@@ -567,10 +567,10 @@ def test_operators_pass_opcheck(backend, device):
     ids = torch.randint(0, 9, (6, 2), device=device)
     u, t = torch.rand(9, device=device), torch.rand(6, device=device) + 1
     outputs = "log_probs,entropy,log_sum_sq_probs,sum_log_probs,max_logit,is_top1"
-    torch.library.opcheck(softmax_rows, (x, ids, u, t, None, 0.0, 2.0, 30.0, outputs, False, backend))
+    torch.library.opcheck(softmax_rows, (x, ids, u, t, None, 0.0, 2.0, 30.0, outputs, False, backend, ""))
     soft = torch.rand(2, 9, 3, device=device)
     torch.library.opcheck(
-        softmax_rows, (x, None, u, t, soft, 0.1, 1.0, None, "sum_log_probs,weight_sum", False, backend)
+        softmax_rows, (x, None, u, t, soft, 0.1, 1.0, None, "sum_log_probs,weight_sum", False, backend, "")
     )
     torch.library.opcheck(target_ids, (ids, 9, -100))
 

@@ -66,7 +66,7 @@ def test_opcheck_linear_loss(keep, dtype, monkeypatch):
     ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.tensor([-1.0, 0.0, -1.0, 2.0])
     rest = (None, None, None, ids, None, None, factors, factors, factors, keep, keep is None, 1.0, None, True)
     wanted = [True, True, False, False, False]
-    torch.library.opcheck(linear_loss, (hidden, weight, *rest, wanted, 2**20, None, "torch"))
+    torch.library.opcheck(linear_loss, (hidden, weight, *rest, wanted, 2**20, None, "torch", "", 0.0))
 
 
 def test_opcheck_with_gradients():

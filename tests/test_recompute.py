@@ -418,8 +418,8 @@ def out_of_place(monkeypatch):
 def test_opcheck_linear_rows(keep, columns, out_of_place):
     hidden, weight = torch.randn(4, H).requires_grad_(), torch.randn(16, H).requires_grad_()
     ids = torch.tensor([[1], [-100], [3], [8]])
-    rest = (None, None, None, ids, None, None, keep, None, keep is None, 1.0, None, "entropy", columns, 2**20, "torch")
-    torch.library.opcheck(linear_rows, (hidden, weight, *rest))
+    rest = (None, None, None, ids, None, None, keep, None, keep is None, 1.0, None, "entropy", columns, 2**20)
+    torch.library.opcheck(linear_rows, (hidden, weight, *rest, "torch", "", 0.0))
 
 
 @pytest.mark.parametrize("main_grad", [torch.zeros(()), torch.zeros(9, H)])
@@ -429,4 +429,4 @@ def test_opcheck_linear_rows_grad(main_grad, saved_logits):
     head = (hidden, weight, None, None, None, ids, None, None, None, main_grad, saved_logits)
     terms = (torch.zeros(4, dtype=torch.float64), torch.ones(4), None, None, torch.ones(4, 1), None)
     wanted = [True, main_grad.ndim == 0, False, False, False]
-    torch.library.opcheck(linear_rows_grad, (*head, *terms, False, 1.0, None, wanted, 2**20, "torch"))
+    torch.library.opcheck(linear_rows_grad, (*head, *terms, False, 1.0, None, wanted, 2**20, "torch", "", 0.0))
