@@ -111,7 +111,7 @@ def softmax_rows(
     backend: str,
     shard: str,  # a VocabShard; ids are local to it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:class:`RowStatistics`; an empty tensor stands for what was not asked for."""
+    """:class:`RowStatistics`; an empty tensor stands for what was not asked for, and takes no kernel to make."""
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         return rows_module(backend).softmax_rows_fwd(
@@ -232,10 +232,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.shard,
     ) = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[5:])  # weight_sum, max_logit, is_top1
+    found = RowStatistics(*output)
+    ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1)
     # Copies of what backward reads: the caller may write into what it was given.
-    own = (output[i].clone() for i in (1, 2, 3, 5))  # logsumexp, entropy, log_sum_sq_probs, weight_sum
-    ctx.save_for_backward(logits, ids, column_weight, temperature, probabilities, *own)
+    found = only(found, ctx.options[-1].split(","), ids is not None)
+    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
+    copies = (None if s is None else s.clone() for s in own)
+    ctx.save_for_backward(logits, ids, column_weight, temperature, probabilities, *copies)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -255,13 +258,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     dtype = statistics_dtype(logits.dtype)
     logsumexp, entropy, log_sum_sq_probs, weight_sum = own
     found = RowStatistics(
-        logsumexp=logsumexp,
-        entropy=entropy,
-        log_sum_sq_probs=log_sum_sq_probs,
-        weight_sum=weight_sum if weight_sum.numel() else None,
+        logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs, weight_sum=weight_sum
     )
-    asked = {"log_probs", "logsumexp", *outputs.split(",")}  # a compiled graph sends zeros for the others
-    upstream = RowStatistics(*(g if n in asked else None for n, g in zip(RowStatistics._fields, grads, strict=True)))
+    upstream = only(grads, outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     a, b, e, c, d = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
     d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
