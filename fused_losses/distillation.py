@@ -34,7 +34,7 @@ from .divergence import (
     token_divergence,
 )
 from .linear_logits import LinearLogits
-from .numerics import check_reduction, check_scaling, full_precision, statistics_dtype, upcast, wide_dtype
+from .numerics import check_reduction, check_scaling, full_precision, log1mexp, statistics_dtype, upcast, wide_dtype
 from .sequences import at_least_one, check_tensors
 from .settings import Backend, Route
 from .settings import route as route_setting
@@ -407,11 +407,7 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
 
 def _rest(log_p: Tensor) -> Tensor:
     """``log(1 − Σ p)``, ``(…, 1)``."""
-    mass = log_p.logsumexp(-1, keepdim=True).clamp(max=LARGEST_LOG_MASS)
-    large = mass > -math.log(2)
-    # Each branch sees only what it is accurate for: the other's gradient would be nan.
-    near = torch.log(-torch.expm1(mass.masked_fill(~large, -1)))
-    return torch.where(large, near, torch.log1p(-mass.masked_fill(large, -1).exp()))
+    return log1mexp(log_p.logsumexp(-1, keepdim=True).clamp(max=LARGEST_LOG_MASS))
 
 
 def _kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:

@@ -55,3 +55,19 @@ def check_between(low: float, high: float, /, **options: float | None) -> None:
     for name, x in options.items():
         if x is not None and not isinstance(x, Tensor) and not low <= x <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {x}")
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    r""":math:`\log(1 - e^x)` for :math:`x \le 0`, accurate at both ends and finite, with finite gradient, at 0.
+
+    Source: Mächler, "Accurately computing log(1 − exp(−|a|))" (2012). At 0, where the limit is −∞, the value is that of
+    the largest negative number and the gradient 0.
+
+    Example:
+        >>> log1mexp(torch.tensor([-50.0, -0.6931472, -1e-10, 0.0]))
+        tensor([-1.9287e-22, -6.9315e-01, -2.3026e+01, -8.7337e+01])
+    """
+    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
+    split = -math.log(2)
+    # Each branch sees only its own side: where() passes zero to the other, and zero times an infinite slope is nan.
+    return torch.where(x < split, torch.log1p(-x.clamp(max=split).exp()), (-torch.expm1(x.clamp(min=split))).log())
