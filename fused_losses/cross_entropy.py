@@ -179,7 +179,7 @@ def cross_entropy(
     probabilities = None
     positions = target.shape
     if target.shape == input.shape:
-        probabilities = as_rows(target)
+        probabilities = flatten_positions(target)
         positions = input.shape[:-1] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
         ids = None
         outputs: tuple[str, ...] = ("sum_log_probs",)
@@ -187,7 +187,7 @@ def cross_entropy(
         ids = target_ids(target.reshape(-1, 1), C, ignore_index)
         outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if return_statistics else ())
     statistics = rows_statistics(
-        as_rows(input),
+        flatten_positions(input),
         ids,
         of_columns,
         probabilities=probabilities,
@@ -226,7 +226,7 @@ def cross_entropy(
     )
 
 
-def as_rows(x: Tensor) -> Tensor:
+def flatten_positions(x: Tensor) -> Tensor:
     """``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)`` as ``(B, V, S)``: a view wherever strides allow."""
     if x.ndim == 1:
         return x[None, :, None]

@@ -38,6 +38,7 @@ from .head import Head, check_head, head_of, kept_tokens, ready
 from .numerics import check_scaling, statistics_dtype
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
+from .token_statistics import rows_of
 from .two_heads import (
     Divergence,
     budget,
@@ -214,13 +215,6 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
     )
 
 
-def _as_rows(logits: Tensor) -> Tensor:
-    """``(…, V)`` as ``(B, V, S)``: a view wherever strides allow."""
-    if logits.ndim <= 2:
-        return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]).unsqueeze(-1)
-    return logits.flatten(0, -3).transpose(1, 2)
-
-
 def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
     """The divergence meant: at the ends of its mixture ``jsd`` is one of the KLs."""
     if not 0 <= beta <= 1:
@@ -278,7 +272,7 @@ def token_divergence(
     if transforms_active():
         refuse_shard(packed(shards[0]), student.shape)
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-        rows = (_as_rows(student), _as_rows(teacher))
+        rows = (rows_of(student), rows_of(teacher))
         if transforms_active():
             return _differentiable(*rows, ids, with_nll, which)
         found, nll = divergence_rows(*rows, ids, with_nll, *which, resolve_backend(student, backend), packed(shards[0]))

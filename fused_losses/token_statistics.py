@@ -428,7 +428,7 @@ def token_statistics(
     rows_outputs = ["sum_log_probs" if name == "mean_logits" else name for name in outputs]
     if isinstance(logits, Tensor):
         found = rows_statistics(
-            _as_rows(logits), ids, None, per_token, outputs=rows_outputs, backend=backend, shard=shard
+            rows_of(logits), ids, None, per_token, outputs=rows_outputs, backend=backend, shard=shard
         )
     else:
         found = linear_logits_statistics(logits, ids, outputs=rows_outputs, backend=backend, workspace=workspace)
@@ -507,12 +507,10 @@ def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size
     return logits, temperature.expand(tokens).reshape(-1)
 
 
-def _as_rows(logits: Tensor) -> Tensor:
+def rows_of(logits: Tensor) -> Tensor:
     """``(…, V)`` as ``(B, V, S)``: a view wherever strides allow."""
-    if logits.ndim == 1:
-        return logits[None, :, None]
-    if logits.ndim == 2:
-        return logits.unsqueeze(-1)
+    if logits.ndim <= 2:
+        return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]).unsqueeze(-1)
     return logits.flatten(0, -3).transpose(1, 2)
 
 
