@@ -38,7 +38,7 @@ from .head import Head, check_head, head_of, kept_tokens, ready
 from .numerics import check_scaling, statistics_dtype
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
-from .token_statistics import rows_of
+from .token_statistics import check_vocab_last, rows_of
 from .two_heads import (
     Divergence,
     budget,
@@ -239,12 +239,7 @@ def check_logits(
                 f"{name} {tuple(logits.shape)} is a DTensor, {logits.placements}: pass to_local(), and group= where the "  # type: ignore[union-attr]
                 "vocabulary is shared"
             )
-        if isinstance(logits, Tensor):
-            continue
-        if logits.vocab_dim != logits.ndim - 1:
-            raise ValueError(
-                f"the vocabulary of {name} {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
-            )
+        check_vocab_last(name, logits)
     found = student.shape[:-1]
     if teacher.shape[:-1] != found or (tokens is not None and tokens != found):
         raise ValueError(

@@ -19,7 +19,7 @@ from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
 from .settings import Backend, resolve_backend
-from .token_statistics import TokenStatistics, check_names, target_ids, token_statistics, with_ids
+from .token_statistics import TokenStatistics, check_names, check_vocab_last, target_ids, token_statistics, with_ids
 from .vocab_parallel import local_part, local_target
 
 DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
@@ -71,6 +71,7 @@ def token_loss(
         >>> loss
         tensor(0.)
     """
+    check_vocab_last("logits", logits)
     logits, shard = local_part(logits, group)
     index = local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
@@ -97,10 +98,6 @@ def token_loss(
     loss_of = _PerToken(fn, flat, ids, zero_ignored, single, statistics, V)
 
     if not isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled() and not transforms_active():
-        if logits.vocab_dim != logits.ndim - 1:
-            raise ValueError(
-                f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
-            )
         with logits.gathered():
             head = head_of(logits)
             check_head(head)

@@ -59,6 +59,13 @@ def with_ids(tokens: torch.Size) -> str:
     return f"({', '.join(map(str, (*tokens, 'K')))})"
 
 
+def check_vocab_last(name: str, logits: Tensor | LinearLogits) -> None:
+    if not isinstance(logits, Tensor) and logits.vocab_dim != logits.ndim - 1:
+        raise ValueError(
+            f"the vocabulary of {name} {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
+        )
+
+
 def rows_module(backend: str) -> ModuleType:
     """Where ``softmax_rows_fwd`` and ``softmax_rows_bwd`` come from."""
     if backend == "torch":
@@ -400,10 +407,7 @@ def token_statistics(
         >>> found.log_probs, found.entropy
         (tensor([-1.3863, -1.3863]), tensor([1.3863, 1.3863]))
     """
-    if not isinstance(logits, Tensor) and logits.vocab_dim != logits.ndim - 1:
-        raise ValueError(
-            f"the vocabulary of logits {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
-        )
+    check_vocab_last("logits", logits)
     check_names("outputs", outputs)
     check_scaling(temperature=temperature)
     workspace = workspace_setting.parse(workspace)

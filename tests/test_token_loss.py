@@ -449,6 +449,9 @@ def test_bad_input():
         token_loss(entropy_bonus, logits, index, a[:5])
     with pytest.raises(ValueError, match=r"need an index \(23,\) or \(23, K\),"):
         token_loss(dft, logits, index[:5])
+    for turned in (logits.T, logits.detach().T):
+        with pytest.raises(ValueError, match=r"vocabulary of logits \(37, 23\) must stand last"):
+            token_loss(dft, turned, index)
     with pytest.raises(ValueError, match="one number per token"):
         token_loss(lambda s: s.log_probs.sum(), logits, index)
     with pytest.raises(ValueError, match=r"'x'.*one number per token"):
