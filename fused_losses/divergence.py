@@ -34,7 +34,7 @@ from .autodiff import (
     saved_tensors,
     transforms_active,
 )
-from .head import Head, check_head, head_of, kept_tokens, ready
+from .head import Head, head_of, kept_tokens, ready
 from .numerics import check_scaling, statistics_dtype
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
@@ -183,9 +183,7 @@ def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> H
     """The tokens of logits of which the columns of the shard are meant."""
     if isinstance(logits, Tensor):
         return _logits_as_head(logits)._replace(shard=shard)
-    head = head_of(logits)._replace(shard=shard)
-    check_head(head)
-    return ready(head, None)[0]
+    return ready(head_of(logits)._replace(shard=shard), None)[0]
 
 
 Shards = tuple[VocabShard | None, VocabShard | None]

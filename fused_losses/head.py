@@ -116,12 +116,13 @@ class Head(NamedTuple):
 def head_of(logits: LinearLogits) -> Head:
     rows = logits.rows()
     u, B = rows.low_rank or (None, None)
-    shard = logits.shard
-    shard = None if shard is None else shard.of_head(rows.hidden, u)
-    return Head(
+    shard = None if logits.shard is None else logits.shard.of_head(rows.hidden, u)
+    head = Head(
         rows.hidden, logits.weight, logits.bias, u, B, rows.temperature, logits.scale, logits.softcap, shard,
         gradient_filter_setting.value,
     )  # fmt: skip
+    check_head(head)
+    return head
 
 
 def check_head(head: Head) -> None:

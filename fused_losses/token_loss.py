@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .autodiff import transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
-from .head import check_head, head_of, kept_tokens, ready
+from .head import head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
@@ -100,7 +100,6 @@ def token_loss(
     if not isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled() and not transforms_active():
         with logits.gathered():
             head = head_of(logits)
-            check_head(head)
             backend = resolve_backend(head.hidden, backend)
             planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
             in_forward = planned.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0

@@ -1,12 +1,16 @@
 """Token statistics of logits that exist: values, gradients, masks and what the caller may do with the results."""
 
+import dataclasses
+import functools
 import math
 import re
 
 import pytest
 import torch
 
+from fused_losses.cross_entropy import cross_entropy
 from fused_losses.distillation import distillation_loss, sparse_distillation_loss
+from fused_losses.divergence import divergence
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_statistics as reference
 from fused_losses.reference.tolerance import assert_accurate
@@ -260,6 +264,17 @@ def test_wrong_input(index, outputs, error, message, device):
         pytest.skip("a device-side assert ends the process")
     with pytest.raises(error, match=message):
         token_statistics(torch.randn(2, 5, 7, device=device), None if index is None else index.to(device), outputs)
+
+
+def test_a_hidden_of_another_size(device):
+    logits = LinearLogits(torch.zeros(5, 4, device=device), torch.zeros(7, 4, device=device))
+    other = dataclasses.replace(logits, hidden=torch.zeros(5, 3, device=device))
+    ids = torch.zeros(5, dtype=torch.long, device=device)
+    for loss in (token_statistics, cross_entropy, functools.partial(token_loss, lambda s: s.log_probs)):
+        with pytest.raises(RuntimeError, match=r"last dimensions .*\(5, 3\) and \(7, 4\)"):
+            loss(other, ids)
+    with pytest.raises(RuntimeError, match=r"last dimensions .*\(5, 3\) and \(7, 4\)"):
+        divergence(other, logits)
 
 
 def test_wrong_temperature(device):
