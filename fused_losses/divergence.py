@@ -275,13 +275,12 @@ def token_divergence(
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         if transforms_active():
             return differentiable_two_heads(*heads, ids, with_nll, which)
-        inputs = (*heads[0].inputs, *heads[1].inputs)
-        wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
+        wanted = heads[0].trained + heads[1].trained
         M = len(heads[0].hidden) if keep is None else len(keep)
         how = (budget(heads, workspace), resolve_backend(heads[0].hidden, backend))
         found, nll, *_ = two_heads_rows(
-            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which), with_nll,
-            wanted, saved_tokens(heads, M, wanted, with_nll, *how), *how,
+            *pack(*heads, ids, keep, zero_ignored, which), with_nll, wanted,
+            saved_tokens(heads, M, wanted, with_nll, *how), *how,
         )  # fmt: skip
     _gather_in_backward(found, student, teacher)
     return found, nll if with_nll else None
@@ -310,11 +309,10 @@ def summed_divergence(
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
-        inputs = (*heads[0].inputs, *heads[1].inputs)
-        wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in inputs]
+        wanted = heads[0].trained + heads[1].trained
         loss, *_ = two_heads_loss(
-            *inputs, heads[0].temperature, heads[1].temperature, ids, keep, zero_ignored, *pack(*heads, which),
-            float(soft), float(hard), hard != 0, wanted, budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
+            *pack(*heads, ids, keep, zero_ignored, which), float(soft), float(hard), hard != 0, wanted,
+            budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
         )  # fmt: skip
     return _gather_in_backward(loss, student, teacher)
 

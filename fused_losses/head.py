@@ -59,6 +59,11 @@ class Head(NamedTuple):
         """What a gradient may be asked of."""
         return self[:5]
 
+    @property
+    def trained(self) -> list[bool]:
+        """Which of the inputs a gradient is asked of."""
+        return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in self.inputs]
+
     def with_inputs(self, inputs: Iterable[Tensor | None]) -> Head:
         values: dict[str, Any] = dict(zip(self._fields, inputs, strict=False))
         return self._replace(**values)

@@ -405,7 +405,7 @@ def _hard(
     """
     N, C = head.hidden.shape[0], head.vocab
     weight = weight if weight is None or head.shard is None else weight[head.shard.part]
-    wanted = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in head.inputs]
+    wanted = head.trained
     chosen_backend = resolve_backend(head.hidden, backend)
     chosen = head.plan(
         N,

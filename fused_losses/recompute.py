@@ -50,8 +50,7 @@ def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
 
 def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
     """How many columns of logits forward saves; none where no backward follows."""
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.inputs)
-    if not trained or not may_save(head.hidden):
+    if not any(head.trained) or not may_save(head.hidden):
         return 0
     planned = head.plan(tokens, route="recompute", workspace=workspace, backend=backend)
     return min(planned.saved, head.weight.shape[0])

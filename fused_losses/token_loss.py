@@ -105,7 +105,7 @@ def token_loss(
             in_forward = planned.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
             if in_forward:
                 head, _ = ready(head, None)
-                wanted = [t is not None and t.requires_grad for t in head.inputs]
+                wanted = head.trained
                 with torch.no_grad(), full_precision(head.hidden.device):
                     in_float16 = head.hidden.dtype == torch.float16
                     over_logits = by_coefficients(loss_of.coefficients, loss_of.outputs, None, backend, in_float16)

@@ -418,13 +418,18 @@ PROBLEM = """
 IN_PROBLEM, INPUTS, TENSORS = 18, 10, 14
 
 
-def pack(student: Head, teacher: Head, which: Divergence) -> tuple[str, list[float], list[str]]:
-    """kind, options and shards."""
-    of = (
+def pack(
+    student: Head, teacher: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool, which: Divergence
+) -> tuple[Any, ...]:
+    """What :meth:`_Problem.of` unpacks."""
+    options = (
         student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, which.beta, which.temperature,
         student.gradient_filter, teacher.gradient_filter,
     )  # fmt: skip
-    return which.kind, [float(x) for x in of], [packed(student.shard), packed(teacher.shard)]
+    return (
+        *student.inputs, *teacher.inputs, student.temperature, teacher.temperature, ids, keep, zero_ignored, which.kind,
+        [float(x) for x in options], [packed(student.shard), packed(teacher.shard)],
+    )  # fmt: skip
 
 
 class _Problem(NamedTuple):
