@@ -74,9 +74,8 @@ def by_coefficients(
             of_chunk_alone = in_range(None if t is None else t * chunk.steepest for t in terms)
             factor = of_chunk_alone if factor is None else torch.minimum(of_chunk_alone, factor)
             terms = Coefficients(*(None if t is None else t * factor for t in terms))
-        a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
         if logits.shape[1]:
-            softmax_rows_grad(*seen, statistics.logsumexp, a, b, e, c, d, *transform, backend, logits.unsqueeze(-1))
+            softmax_rows_grad(*seen, statistics.logsumexp, *terms, *transform, backend, logits.unsqueeze(-1))
         return factor
 
     return over_logits

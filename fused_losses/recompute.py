@@ -315,7 +315,6 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     )
     upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(without_ignored(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
-    a, b, e, c, d = (None if t is None else t.contiguous() for t in terms)
     if saved_logits.ndim == 0:
         saved_logits = absent(saved_logits)  # no tensor of forward, which a compiler would think is written over
     elif read_again(saved_logits):
@@ -325,11 +324,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         present(ctx.main_grad, logsumexp),
         saved_logits,
         logsumexp,
-        a,
-        b,
-        e,
-        c,
-        d,
+        *terms,
         ctx.zero_ignored,
         ctx.scale,
         ctx.softcap,

@@ -16,7 +16,7 @@ from .autodiff import transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
-from .numerics import full_precision, statistics_dtype, wide_dtype
+from .numerics import full_precision, wide_dtype
 from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
 from .settings import Backend, resolve_backend
 from .token_statistics import TokenStatistics, check_names, check_vocab_last, target_ids, token_statistics, with_ids
@@ -114,7 +114,7 @@ def token_loss(
                         backend,
                     )  # fmt: skip
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
-                value = loss_of.total(head.hidden)
+                value = loss_of.total()
                 loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
             else:  # in here: how often the weight is gathered must not depend on whether this rank has tokens
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
@@ -213,10 +213,9 @@ class _PerToken:
         upstream = without_ignored(RowStatistics(**gradients), self.ids[rows])
         return coefficients(upstream, found, self.vocab, None, dtype)
 
-    def total(self, like: Tensor) -> Tensor:
-        if self.loss is None:
-            return like.new_zeros((), dtype=statistics_dtype(like.dtype))
-        return self.loss.sum(dtype=wide_dtype(like.device)).to(self.loss.dtype)
+    def total(self) -> Tensor:
+        assert self.loss is not None
+        return self.loss.sum(dtype=wide_dtype(self.loss.device)).to(self.loss.dtype)
 
     def aux_at(self, tokens: torch.Size) -> dict[str, Tensor]:
         return {name: x.view(tokens) for name, x in self.aux.items()}

@@ -268,7 +268,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs, weight_sum=weight_sum
     )
     upstream = only(grads, outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
-    a, b, e, c, d = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
+    terms = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
     d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape
@@ -284,7 +284,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if logits.shape[1] == 0:  # an empty shard
         return for_inputs(ctx, out, None, None, None, d_probabilities)
     softmax_rows_grad(
-        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, probabilities, label_smoothing, scale, softcap,
+        logits, ids, column_weight, temperature, logsumexp, *terms, probabilities, label_smoothing, scale, softcap,
         ctx.backend, out,
     )  # fmt: skip
     return for_inputs(ctx, out, None, None, None, d_probabilities)
