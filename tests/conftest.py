@@ -7,6 +7,7 @@ os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
 import torch
+import torch.distributed as dist
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -21,6 +22,21 @@ def device():
 @pytest.fixture(params=["torch", "triton"])
 def backend(request):
     return request.param
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    """Chunks, slices and tiles so small that a small problem has several."""
+    monkeypatch.setattr("fused_losses.planning.FEWEST_TOKENS", 4)
+    monkeypatch.setattr("fused_losses.planning.FEWEST_COLUMNS", 16)
+    monkeypatch.setattr("fused_losses.chunked.linear_softmax.TILE", 8)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)

@@ -14,13 +14,6 @@ PAGE = (Path(__file__).parents[1] / "docs" / "distributed.md").read_text(encodin
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs torch.distributed with gloo")
 def test_its_code_runs_from_top_to_bottom(one_rank):
     names = {"torch": torch, "dist": dist}

@@ -1,13 +1,12 @@
 """Divergences over a vocabulary that 2 and 4 processes share give what one process gives: values, gradients, errors."""
 
-import contextlib
 import functools
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import needs_ranks
+from ranks import needs_ranks, within
 
 import fused_losses
 from fused_losses import LinearLogits, VocabParallel, settings, two_heads
@@ -131,13 +130,6 @@ CASES = [
     *((name, torch.float32, "logits", {"backend": "triton"}) for name in ("tvd", "none")),
     *((name, torch.float16, "head", {"backend": "triton"}) for name in ("mean", "skewed_kl")),
 ]
-
-
-def within(options):
-    stack = contextlib.ExitStack()
-    for name, value in options.items():
-        stack.enter_context(getattr(settings, name)(value))
-    return stack
 
 
 def runs(count, split, number):

@@ -318,13 +318,6 @@ def whole_gradients(model):
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients(model).items()}
 
 
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("wrap", WRAPPED)
 def test_wrapped_after_apply(wrap, one_rank):
     eager = tiny("gemma2", tie_word_embeddings=wrap is not head_sharded_by_itself)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.testing._internal.common_methods_invocations import op_db
 
 from fused_losses import gradients_in_forward, planning, products
-from fused_losses.chunked import linear_softmax, softmax_rows
+from fused_losses.chunked import softmax_rows
 from fused_losses.cross_entropy import cross_entropy
 from fused_losses.linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
@@ -17,14 +17,7 @@ from fused_losses.settings import drop_ignored
 N, C, H = 13, 37, 9  # nothing a multiple of anything
 ROUTES = ["gradients_in_forward", "recompute"]
 NAN = float("nan")
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
-    """Chunks, slices and tiles so small that a small problem has several."""
-    monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
-    monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
-    monkeypatch.setattr(linear_softmax, "TILE", 8)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def problem(dtype=torch.float32, device="cpu", tokens=N, classes=C, size=2.0):

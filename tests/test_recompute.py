@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses import planning, recompute
-from fused_losses.chunked import linear_softmax
 from fused_losses.head import Head, kept_tokens
 from fused_losses.recompute import linear_rows, linear_rows_grad, linear_statistics
 from fused_losses.reference.tolerance import assert_accurate
@@ -18,14 +17,7 @@ from fused_losses.settings import workspace
 N, V, H, R, K = 19, 41, 7, 3, 2
 DIFFERENTIABLE = ("log_probs", "logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs")
 OUTPUTS = (*DIFFERENTIABLE, "max_logit", "is_top1")
-
-
-@pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
-    """Chunks, slices and tiles so small that a small problem has several."""
-    monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
-    monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
-    monkeypatch.setattr(linear_softmax, "TILE", 8)
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 
 def head(dtype=torch.float32, device="cpu", **options):

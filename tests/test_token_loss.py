@@ -5,8 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fused_losses import gradients_in_forward, planning, products, settings
-from fused_losses.chunked import linear_softmax
+from fused_losses import gradients_in_forward, products, settings
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import token_loss as reference
 from fused_losses.reference.tolerance import assert_accurate
@@ -19,11 +18,7 @@ ALL = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs", "mean_logits", "
 
 
 @pytest.fixture(autouse=True)
-def _small_pieces(monkeypatch):
-    """Chunks, slices and tiles so small that a small problem has several."""
-    monkeypatch.setattr(planning, "FEWEST_TOKENS", 4)
-    monkeypatch.setattr(planning, "FEWEST_COLUMNS", 16)
-    monkeypatch.setattr(linear_softmax, "TILE", 8)
+def _in_forward(small_pieces):
     with settings.route("gradients_in_forward"):  # whatever the workspace
         yield
 

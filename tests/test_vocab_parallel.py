@@ -1,6 +1,5 @@
 """A vocabulary shared by 2 and 4 processes gives what one process gives: values, gradients, errors."""
 
-import contextlib
 import functools
 import itertools
 import time
@@ -9,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import needs_ranks
+from ranks import needs_ranks, within
 
 import fused_losses
 from fused_losses import LinearLogits, VocabParallel, settings
@@ -137,13 +136,6 @@ CASES = [
     *((name, torch.float32, "head", {"backend": "triton"}) for name in ("weighted", "none", "log_sum_sq_probs")),
     *((name, torch.float16, "head", {"backend": "triton"}) for name in ("token_loss", "none", "several_ids")),
 ]
-
-
-def within(options):
-    stack = contextlib.ExitStack()
-    for name, value in options.items():
-        stack.enter_context(getattr(settings, name)(value))
-    return stack
 
 
 def of_shard(tensors, x, part):
