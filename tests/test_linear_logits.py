@@ -1611,6 +1611,7 @@ def test_zero3_parameters_are_gathered(monkeypatch, frozen):
     import types
 
     module = nn.Linear(H, V, bias=False)
+    module.weight.ds_id = 0  # by which DeepSpeed knows it
     whole = module.weight.data.clone()
     log = []
 
