@@ -54,9 +54,9 @@ def _excess(a, b, r):
 
 
 @triton.jit
-def _times(p, x):
-    """``p x``, where 0·∞ = 0."""
-    return tl.where(p == 0, 0.0, p * x)
+def _unless_none(p, x):
+    """``x`` where p has mass: 0·∞ is 0."""
+    return tl.where(p == 0, 0.0, x)
 
 
 @triton.jit
@@ -80,9 +80,9 @@ def _term(s, t, log_s, d, power, beta, KIND: tl.constexpr):
     w = _expm1(tl.abs(d), power)
     difference = tl.where(d > 0, -t, s) * w  # t − s
     if KIND == "forward_kl":
-        value = tl.maximum(_times(t, d * LN2) - difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.maximum(t * _unless_none(t, d * LN2) - difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "reverse_kl":
-        value = tl.maximum(difference - _times(s, d * LN2), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.maximum(difference - s * _unless_none(s, d * LN2), 0.0, propagate_nan=tl.PropagateNan.ALL)
     if KIND == "cross_entropy":
         value = tl.where(log_s == float("-inf"), 0.0, -t * (log_s * LN2))
     if KIND == "tvd":
@@ -106,36 +106,38 @@ def _term(s, t, log_s, d, power, beta, KIND: tl.constexpr):
 
 @triton.jit
 def _slopes(s, t, log_s, d, power, beta, KIND: tl.constexpr):
-    """``s g`` and ``t h``, element by element, g and h each up to a constant of the row."""
+    """g and h, element by element, each up to a constant of the row and 0 at probability 0; as ``s g`` or ``t h`` where
+    :func:`_gradient` is told so."""
     if KIND == "forward_kl":
-        sg = s - t
-        th = _times(t, d * LN2)
+        g = s - t
+        h = _unless_none(t, d * LN2)
     if KIND == "reverse_kl":
-        sg = -_times(s, d * LN2)
-        th = t - s
+        g = _unless_none(s, d * -LN2)
+        h = t - s
     if KIND == "cross_entropy":
         finite = log_s != float("-inf")
-        sg = tl.where(finite, -t, 0.0)
-        th = tl.where(finite, _times(t, log_s * -LN2), 0.0)
+        g = tl.where(finite, -t, 0.0)
+        h = tl.where(finite, _unless_none(t, log_s * -LN2), 0.0)
     if KIND == "tvd":
-        half = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))  # d is 0 or nan
-        sg = -s * half
-        th = t * half
+        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))  # d is 0 or nan
+        g = -h
     if KIND == "jsd":
         over, _ = _m_over_larger(d, power, beta)
         larger = -tl.log2(over)
-        sg = _times(s, tl.where(d > 0, larger - d, larger) * ((1 - beta) * LN2))
-        th = _times(t, tl.where(d > 0, larger, d + larger) * (beta * LN2))
+        g = _unless_none(s, tl.where(d > 0, larger - d, larger) * ((1 - beta) * LN2))
+        h = _unless_none(t, tl.where(d > 0, larger, d + larger) * (beta * LN2))
     if KIND == "skewed_kl":
         over, _ = _m_over_larger(d, power, beta)
-        r = tl.rsqrt(over)
-        r = r * r
-        t_over_m = r * tl.where(d > 0, 1.0, power)
-        s_over_m = r * tl.where(d > 0, power, 1.0)
-        sg = s * ((beta - 1) * (t_over_m - 1))
-        log_over = tl.log2(over)
-        th = _times(t, tl.where(d > 0, 0.0, d) * LN2 - log_over * LN2 + (1 - beta) * (s_over_m - 1))
-    return sg, th
+        r = 1 / over
+        g = (beta - 1) * (r * tl.where(d > 0, 1.0, power))
+        smaller = tl.where(d > 0, 0.0, d) * LN2 - tl.log2(over) * LN2
+        h = _unless_none(t, smaller + (1 - beta) * (r * tl.where(d > 0, power, 1.0) - 1))
+    return g, h
+
+
+@triton.jit
+def _weighed(slope, p, WEIGHED: tl.constexpr):
+    return slope if WEIGHED else p * slope
 
 
 @triton.jit
@@ -174,9 +176,10 @@ def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _gradient(pg, p, mean, factor):
-    """``factor (p g − p Σ p g)``; 0 where the divergence is infinite, as its mean slope then is."""
-    return tl.where(tl.abs(mean) == float("inf"), 0.0, factor * (pg - p * mean))
+def _gradient(slope, p, mean, factor, WEIGHED: tl.constexpr):
+    """``factor p (g − Σ p g)`` from g, or from ``p g``; 0 where the divergence is infinite, as its mean slope then is."""
+    dz = slope - p * mean if WEIGHED else p * (slope - mean)
+    return tl.where(tl.abs(mean) == float("inf"), 0.0, factor * dz)
 
 
 @triton.jit
@@ -229,6 +232,8 @@ def _divergence_rows_kernel(
     VEC: tl.constexpr,
 ):
     LANES: tl.constexpr = BLOCK_V // VEC
+    G_WEIGHED: tl.constexpr = KIND == "forward_kl" or KIND == "cross_entropy"
+    H_WEIGHED: tl.constexpr = KIND == "reverse_kl"
     row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     y = row
     if HAS_IDS:
@@ -325,11 +330,11 @@ def _divergence_rows_kernel(
             s, t = tl.exp2(log_s), tl.exp2(log_t)
             d, power = _log_ratio(log_s, log_t)
             values += _folded(_term(s, t, log_s, d, power, beta, KIND), LANES, VEC)
-            sg, th = _slopes(s, t, log_s, d, power, beta, KIND)
+            g, h = _slopes(s, t, log_s, d, power, beta, KIND)
             if D_STUDENT:
-                s_slopes += _folded(sg, LANES, VEC)
+                s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
             if D_TEACHER:
-                t_slopes += _folded(th, LANES, VEC)
+                t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
         divergence = tl.sum(values.to(tl.float64), 0)
         s_slope = tl.sum(s_slopes.to(tl.float64), 0)
         t_slope = tl.sum(t_slopes.to(tl.float64), 0)
@@ -375,9 +380,9 @@ def _divergence_rows_kernel(
             log_t = _log_softmax(z, t_max, t_log_total)
             s, t = tl.exp2(log_s), tl.exp2(log_t)
             d, power = _log_ratio(log_s, log_t)
-            sg, th = _slopes(s, t, log_s, d, power, beta, KIND)
+            g, h = _slopes(s, t, log_s, d, power, beta, KIND)
             if D_STUDENT:
-                dz = _gradient(sg, s, s_mean, soft)
+                dz = _gradient(g, s, s_mean, soft, G_WEIGHED)
                 if HAS_HARD:
                     p = s
                     if HAS_TEMPERATURE:
@@ -389,7 +394,7 @@ def _divergence_rows_kernel(
                 tl.store(out + v.to(tl.int64) * d_student_stride_v, dx, mask=inside)
             if D_TEACHER:
                 out = d_teacher_ptr + b * d_teacher_stride_b + at * d_teacher_stride_s
-                dx = (_gradient(th, t, t_mean, soft) * t_scale).to(d_teacher_ptr.dtype.element_ty)
+                dx = (_gradient(h, t, t_mean, soft, H_WEIGHED) * t_scale).to(d_teacher_ptr.dtype.element_ty)
                 tl.store(out + v.to(tl.int64) * d_teacher_stride_v, dx, mask=inside)
 
 

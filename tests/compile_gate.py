@@ -34,6 +34,7 @@ ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
     ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_100"): 8,
     ("divergence_rows jsd, 32 bits, normalizers of a slice", "sm_80"): 8,
+    ("divergence_rows skewed_kl, gradients of both, every option", "sm_100"): 8,
 }
 
 N, V, ODD_V, H, R = 17, 256, 131, 64, 16  # only what they are divisible by is compiled, not how many
