@@ -11,7 +11,7 @@ One program per row goes over it twice, three times with gradients: both maxima 
 slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``.
 Where ranks share the vocabulary these are three steps, and between them the ranks put together what each found in its slice.
 
-Logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials.
+In the code logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials.
 
 The divergence is never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with
 ``r = log(a/b)``, the same number since both rows sum to 1. Each term is ≥ 0 (clamped there against its rounding), and an
@@ -49,7 +49,7 @@ def _expm1(u, power):
 def _excess(a, b, r):
     """``a r − a + b ≥ 0`` for ``b = a exp(−r)``; a polynomial (relative error 2e-8) where they are nearly equal."""
     near = a * r * r * (0.5 - r * (0.16666642 - r * (0.04166672 - r * (0.00834884 - r * 0.00138953))))
-    far = tl.maximum(a * (r - 1) + b, 0.0)
+    far = tl.maximum(a * (r - 1) + b, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(a == 0, b, tl.where(tl.abs(r) < 0.25, near, far))
 
 

@@ -32,6 +32,7 @@ from fused_losses.row_statistics import RowStatistics
 # two registers stored once a program, or once a row tile and split, and loaded once there or once a tile.
 ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
+    ("divergence_rows jsd, gradients of student", "sm_100"): 8,
     ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_100"): 8,
     ("divergence_rows jsd, 32 bits, normalizers of a slice", "sm_80"): 8,
     ("divergence_rows skewed_kl, gradients of both, every option", "sm_100"): 8,
