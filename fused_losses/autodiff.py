@@ -24,6 +24,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def trains(t: Tensor | None) -> bool:
+    """Whether a gradient is asked of ``t``."""
+    return t is not None and t.requires_grad and torch.is_grad_enabled()
+
+
 def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
     """Raise unless logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
     if dtype != torch.float64 and tokens * vocab > SMALL:

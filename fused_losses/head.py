@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import check_differentiable, traced, transforms_active
+from .autodiff import check_differentiable, traced, trains, transforms_active
 from .chunked.linear_softmax import TILE, logits_tile, slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import statistics_dtype
@@ -62,7 +62,7 @@ class Head(NamedTuple):
     @property
     def trained(self) -> list[bool]:
         """Which of the inputs a gradient is asked of."""
-        return [t is not None and t.requires_grad and torch.is_grad_enabled() for t in self.inputs]
+        return [trains(t) for t in self.inputs]
 
     def with_inputs(self, inputs: Iterable[Tensor | None]) -> Head:
         values: dict[str, Any] = dict(zip(self._fields, inputs, strict=False))
@@ -156,7 +156,7 @@ def check_head(head: Head) -> None:
 def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
     """The head and the column weights as the operators read them."""
     for name, constant in (("weight", column_weight), ("temperature", head.temperature)):
-        if constant is not None and constant.requires_grad and torch.is_grad_enabled():
+        if constant is not None and trains(constant):
             raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
     dtype = statistics_dtype(head.hidden.dtype)
     temperature = None if head.temperature is None else head.temperature.detach().to(dtype).contiguous()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .autodiff import transforms_active
+from .autodiff import trains, transforms_active
 from .cross_entropy import (
     CrossEntropyStatistics,
     hard_label_loss,
@@ -334,7 +334,7 @@ def heads_cross_entropy(
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
         return loss, statistics if return_statistics else None
 
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+    if weight is not None and trains(weight):
         raise RuntimeError(
             f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
         )

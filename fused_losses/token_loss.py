@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import transforms_active
+from .autodiff import trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
@@ -81,7 +81,7 @@ def token_loss(
                 f"per_token tensors are {tuple(tokens)} or {(*tokens, 'm')} as the logits {tuple(logits.shape)}, got "
                 f"{tuple(x.shape)}"
             )
-        if x.requires_grad and torch.is_grad_enabled():
+        if trains(x):
             raise ValueError(
                 f"per_token tensors get no gradient, and one {tuple(x.shape)} requires it: detach it, or use token_statistics"
             )

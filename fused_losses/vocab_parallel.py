@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .autodiff import trains
 from .numerics import statistics_dtype
 from .row_statistics import RowStatistics, empty_statistics
 
@@ -144,8 +145,7 @@ class VocabShard(NamedTuple):
 
     def of_head(self, hidden: Tensor, u: Tensor | None) -> VocabShard:
         """The same of a head that reads these."""
-        wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, u)]
-        return self._replace(sums=1 + 2 * wanted[0] + 4 * wanted[1])
+        return self._replace(sums=1 + 2 * trains(hidden) + 4 * trains(u))
 
     def local(self, ids: Tensor) -> Tensor:
         """Ids counted from this rank's first row; −100 stays, and an id of another rank is counted from beyond ``size``, where
