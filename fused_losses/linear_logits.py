@@ -453,8 +453,11 @@ class LinearLogits(LazyTensor):
 
             output.grad_fn.register_prehook(check)
             return output
-        if hasattr(module, "unshard"):  # FSDP2 frees the weight itself, once it has reduced the gradient
-            output.grad_fn.register_prehook(lambda _: module.unshard())
+        undo: list[Callable[[], Any]] = []
+        if hasattr(module, "unshard"):
+            output.grad_fn.register_prehook(lambda _: undo.append(self._gather()))
+            if not self.requires_grad:  # else FSDP2 frees the weight, once it has reduced the gradient
+                output.grad_fn.register_hook(lambda *_: undo.pop()())
             return output
         if getattr(module, "ds_grads_remaining", 0):
             # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
@@ -464,7 +467,6 @@ class LinearLogits(LazyTensor):
             output.grad_fn.register_prehook(lambda _: fetch(torch.zeros(())) and None)
             return output
         waiting: list[Tensor] = []
-        undo: list[Callable[[], Any]] = []
 
         def release(*_: Any) -> None:
             while undo:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 
-from fused_losses import settings
+from fused_losses import distillation_loss, divergence, settings
 from fused_losses.bench.ranks import run
 from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.token_loss import token_loss
@@ -215,6 +215,24 @@ def copies(ids):
     return found
 
 
+def teachers(ids):
+    """What is left whole of the head of a teacher, which trains nothing, and what a student learns from it."""
+    found = {}
+    for loss in (divergence, distillation_loss):
+        heads = {}
+        for wrap in (lambda model: model, shard_head):
+            torch.manual_seed(0)
+            student, teacher = wrap(Model()), wrap(Model().requires_grad_(False))
+            with torch.no_grad():
+                of_teacher = teacher(ids) * 2
+            options = {"kind": "reverse_kl", **({"labels": ids} if loss is distillation_loss else {})}
+            loss(student(ids), of_teacher, **options).mean().backward()
+            heads[wrap] = student.head.weight.grad, of_teacher.rest.weight.untyped_storage().size()
+        (expected, _), (grad, left) = heads.values()
+        found[loss.__name__] = left, grad.full_tensor(), expected
+    return found
+
+
 def messages(ids):
     """What is said where the root of a model alone is sharded, and was sharded again."""
     found = []
@@ -293,6 +311,7 @@ def work(device):
                 sent(wrap(prepare("", kind=kind).to(device)), loss, mine[0]) for kind in (Model, Eager)
             ]
     found["copies"] = copies(mine[0])
+    found["teachers"] = teachers(batches(0)[0].to(device))
     found["messages"] = messages(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
     found["main_grad"] = main_grad_of(Model(), mine)
@@ -337,6 +356,15 @@ def test_a_copy_has_the_weight_that_is_sharded_again(trained):
         for left, logsumexp, expected in found["copies"]:
             assert left == 0
             torch.testing.assert_close(logsumexp, expected)
+
+
+@pytest.mark.parametrize("loss", ["divergence", "distillation_loss"])
+def test_the_head_of_a_teacher_is_sharded_again(trained, loss):
+    """Whole, it would be read in the next step as it is now, whatever became of the teacher in between."""
+    for found in trained:
+        left, grad, expected = found["teachers"][loss]
+        assert left == 0
+        torch.testing.assert_close(grad, expected)
 
 
 def test_a_weight_that_another_unit_sharded_again_is_an_error_that_says_so(trained):
