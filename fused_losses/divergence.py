@@ -314,17 +314,17 @@ def summed_divergence(
             *pack(*heads, ids, keep, zero_ignored, which), float(soft), float(hard), hard != 0, wanted,
             budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
         )  # fmt: skip
-    return _gather_in_backward(loss, student, teacher)
+    return _gather_in_backward(loss, student, teacher, made=True)
 
 
 def gathered(logits: Tensor | LinearLogits) -> Any:
     return contextlib.nullcontext() if isinstance(logits, Tensor) else logits.gathered()
 
 
-def _gather_in_backward(output: Tensor, *sides: Tensor | LinearLogits) -> Tensor:
+def _gather_in_backward(output: Tensor, *sides: Tensor | LinearLogits, made: bool = False) -> Tensor:
     for logits in sides:
         if not isinstance(logits, Tensor):
-            output = logits.gather_in_backward(output)
+            output = logits.gather_in_backward(output, made)
     return output
 
 

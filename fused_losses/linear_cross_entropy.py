@@ -31,6 +31,7 @@ from .numerics import autocast_dtype, check_reduction, check_scaling, statistics
 from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
 from .settings import gradient_filter as gradient_filter_setting
+from .settings import route as route_setting
 from .token_statistics import rows_statistics, target_ids
 from .vocab_parallel import is_dtensor, local_target, packed, summed_in_backward, vocab_shard
 
@@ -178,7 +179,7 @@ def linear_cross_entropy(
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
     if dims and probabilities:
         target = target.movedim(1, -1)
-    loss, statistics = heads_cross_entropy(
+    loss, statistics, _ = heads_cross_entropy(
         heads,
         target,
         probabilities=probabilities,
@@ -233,7 +234,7 @@ def linear_logits_cross_entropy(
         target = target.movedim(logits.vocab_dim, -1)
     with logits.gathered():
         head = head_of(logits)._replace(softcap=softcap or logits.softcap)
-        loss, statistics = heads_cross_entropy(
+        loss, statistics, made = heads_cross_entropy(
             [head],
             target,
             probabilities=probabilities,
@@ -245,7 +246,7 @@ def linear_logits_cross_entropy(
             return_statistics=return_statistics,
             **options,
         )
-    loss = logits.gather_in_backward(loss).to(out_dtype or logits.dtype)
+    loss = logits.gather_in_backward(loss, made).to(out_dtype or logits.dtype)
     return (loss, statistics) if return_statistics else loss
 
 
@@ -269,8 +270,9 @@ def heads_cross_entropy(
     accumulate: str | None = None,
     main_grad: Tensor | None = None,
     grad_scale: float | Tensor | None = None,
-) -> tuple[Tensor, CrossEntropyStatistics | None]:
-    """The loss in fp32 or wider, reduced, and its statistics."""
+) -> tuple[Tensor, CrossEntropyStatistics | None, bool]:
+    """The loss in fp32 or wider, reduced, its statistics, and whether its gradients were made in forward because that route
+    was asked for: of its own, a rank with more tokens may plan another."""
     hidden, C, shard = heads[0].hidden, heads[0].vocab, heads[0].shard
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
     for head in heads:
@@ -332,7 +334,7 @@ def heads_cross_entropy(
         else:
             loss = loss.sum() if reduction == "sum" else loss.sum() / loss.numel()
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
-        return loss, statistics if return_statistics else None
+        return loss, statistics if return_statistics else None, False
 
     if weight is not None and trains(weight):
         raise RuntimeError(
@@ -350,7 +352,7 @@ def heads_cross_entropy(
         token_weights = token_weights.masked_fill(~counted, 0)
     values, found = [], []
     for i, head in enumerate(heads):
-        value, statistics_of_head = _hard(
+        value, statistics_of_head, in_forward = _hard(
             head,
             ids[:, i : i + 1],
             shares[:, i],
@@ -374,10 +376,11 @@ def heads_cross_entropy(
     if reduction == "mean":  # of nothing: nan, whose gradient is 0 and not 0·∞
         some = counted.any()
         loss = torch.where(some, loss / torch.where(some, total, 1), torch.nan)
+    made = in_forward and (route or route_setting.value) == "gradients_in_forward"
     if not return_statistics:
-        return loss, None
+        return loss, None, made
     log_probs, logsumexp, is_top1 = (torch.stack(list(part), -1).view(positions) for part in zip(*found, strict=True))
-    return loss, CrossEntropyStatistics(log_probs.detach(), logsumexp.detach().to(dtype), is_top1)
+    return loss, CrossEntropyStatistics(log_probs.detach(), logsumexp.detach().to(dtype), is_top1), made
 
 
 def _hard(
@@ -398,8 +401,8 @@ def _hard(
     accumulate: str | None,
     main_grad: Tensor | None,
     promised: float | Tensor | None,
-) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The loss with class indices, summed or per token, and ``(log_probs, logsumexp, is_top1)``.
+) -> tuple[Tensor, tuple[Tensor | None, ...], bool]:
+    """The loss with class indices, summed or per token, ``(log_probs, logsumexp, is_top1)``, and whether gradients are made.
 
     ``promised``: the upstream gradient of the sum, where the caller vouches for it.
     """
@@ -445,7 +448,7 @@ def _hard(
                 )
             pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g.ndim and t is not None]
             loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs]) / promised
-        return loss, (log_probs[:, 0], logsumexp, is_top1)
+        return loss, (log_probs[:, 0], logsumexp, is_top1), True
     outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if top1 else ())
     statistics = linear_statistics(
         head,
@@ -461,11 +464,8 @@ def _hard(
     if token_weights is not None:
         loss = loss * token_weights
     assert statistics.log_probs is not None
-    return loss.sum(dtype=torch.float64).to(loss.dtype) if summed else loss, (
-        statistics.log_probs[:, 0],
-        statistics.logsumexp,
-        statistics.is_top1,
-    )
+    loss = loss.sum(dtype=torch.float64).to(loss.dtype) if summed else loss
+    return loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1), False
 
 
 def _soft(

@@ -441,8 +441,11 @@ class LinearLogits(LazyTensor):
         finally:
             release()
 
-    def gather_in_backward(self, output: Tensor) -> Tensor:
-        """``output``, before whose backward the weight is made whole again."""
+    def gather_in_backward(self, output: Tensor, made: bool = False) -> Tensor:
+        """``output``, before whose backward the weight is made whole again.
+
+        ``made``: every rank made the gradients in forward, and only a second derivative reads the weight again.
+        """
         module = self.module
         if torch.compiler.is_compiling() or output.grad_fn is None or (module is None and not is_distributed()):
             return output
@@ -454,10 +457,21 @@ class LinearLogits(LazyTensor):
             output.grad_fn.register_prehook(check)
             return output
         undo: list[Callable[[], Any]] = []
+
+        def release(*_: Any) -> None:
+            while undo:
+                undo.pop()()
+
         if hasattr(module, "unshard"):
-            output.grad_fn.register_prehook(lambda _: undo.append(self._gather()))
+
+            def unshard(_: Any) -> None:
+                if not made or torch.is_grad_enabled():
+                    module.set_unshard_in_backward(True)  # switched off, unshard would do nothing amid a backward
+                    undo.append(self._gather())
+
+            output.grad_fn.register_prehook(unshard)
             if not self.requires_grad:  # else FSDP2 frees the weight, once it has reduced the gradient
-                output.grad_fn.register_hook(lambda *_: undo.pop()())
+                output.grad_fn.register_hook(release)
             return output
         if getattr(module, "ds_grads_remaining", 0):
             # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
@@ -466,11 +480,9 @@ class LinearLogits(LazyTensor):
                 fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
             output.grad_fn.register_prehook(lambda _: fetch(torch.zeros(())) and None)
             return output
+        if made and not self.requires_grad:
+            return output
         waiting: list[Tensor] = []
-
-        def release(*_: Any) -> None:
-            while undo:
-                undo.pop()()
 
         def accumulated(parameter: Tensor) -> None:
             waiting[:] = [p for p in waiting if p is not parameter]

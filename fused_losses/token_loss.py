@@ -17,8 +17,9 @@ from .gradients_in_forward import by_coefficients, loss_and_gradients, with_grad
 from .head import head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, wide_dtype
-from .row_statistics import Coefficients, RowStatistics, coefficients, without_ignored
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, without_ignored
 from .settings import Backend, resolve_backend
+from .settings import route as route_setting
 from .token_statistics import TokenStatistics, check_names, check_vocab_last, target_ids, token_statistics, with_ids
 from .vocab_parallel import local_part, local_target
 
@@ -102,7 +103,7 @@ def token_loss(
             head = head_of(logits)
             backend = resolve_backend(head.hidden, backend)
             planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
-            in_forward = planned.route == "gradients_in_forward" and (N if keep is None else len(keep)) > 0
+            in_forward = planned.route == "gradients_in_forward"
             if in_forward:
                 head, _ = ready(head, None)
                 wanted = head.trained
@@ -113,13 +114,17 @@ def token_loss(
                         head.detached(), ids, keep, zero_ignored, over_logits, wanted, planned.budget, accumulate,
                         backend,
                     )  # fmt: skip
+                    if (N if keep is None else len(keep)) == 0:  # to know what fn returns
+                        nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
+                        loss_of.coefficients(nothing, slice(0, 0))
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
                 value = loss_of.total()
                 loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
-            else:  # in here: how often the weight is gathered must not depend on whether this rank has tokens
+            else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:
-            return logits.gather_in_backward(loss), loss_of.aux_at(tokens)
+            asked = route_setting.value == "gradients_in_forward"  # else a rank with more tokens may plan another
+            return logits.gather_in_backward(loss, made=asked), loss_of.aux_at(tokens)
     else:
         group = shard if isinstance(logits, Tensor) else None
         found = token_statistics(logits, index, statistics, group=group, backend=backend, workspace=workspace)

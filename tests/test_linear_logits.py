@@ -14,7 +14,7 @@ from torch import nn
 
 from fused_losses import settings
 from fused_losses.cross_entropy import cross_entropy as fused_cross_entropy
-from fused_losses.distillation import teacher_topk
+from fused_losses.distillation import distillation_loss, teacher_topk
 from fused_losses.divergence import divergence
 from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
@@ -1532,6 +1532,9 @@ class Sharded(nn.Module):
             self.weight.untyped_storage().resize_(self.whole.nbytes)
             self.weight.copy_(self.whole)
 
+    def set_unshard_in_backward(self, unshard):
+        assert unshard
+
     def reshard(self):
         self.calls.append("reshard")
         self.weight.untyped_storage().resize_(0)
@@ -1664,6 +1667,9 @@ def test_zero3_parameters_are_gathered(monkeypatch, frozen):
                 again = LinearLogits(hidden.detach(), module.weight, module=module)
                 module.weight.data = torch.empty(0)
                 torch.testing.assert_close(use(again), expected)
+    log.clear()
+    distillation_loss(torch.zeros(B, S, V, requires_grad=True), again, FEW[..., 0]).backward()
+    assert log == ["gather", "partition"]  # the gradients of a sum were made in forward, and a teacher has none
 
 
 # Bad input

@@ -1,8 +1,10 @@
 """The head under FSDP2 and DDP with the loss outside the model: every parameter moves as in one process."""
 
 import copy
+import itertools
 import pickle
 from collections import Counter
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from ranks import needs_ranks
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor.debug import CommDebugMode
 
 from fused_losses import distillation_loss, divergence, settings
@@ -158,6 +161,7 @@ class Eager(Model):
 
 # Loss and how often it reads the weight in forward. Whoever reads it twice gathers it twice: nothing stays whole between.
 PASSES = {"mean": 1, "per_token": 1, "token_loss": 1, "several": 3, "evaluation": 1}
+TRAINED = [*(loss for loss in PASSES if loss != "evaluation"), "unlabelled", "twice"]
 
 
 def shard_head(model, **options):
@@ -213,6 +217,46 @@ def copies(ids):
             left = logits.rest.weight.untyped_storage().size()
             found.append((left, copied.logsumexp(-1), expected.detach()[:, -copied.shape[1] :]))
     return found
+
+
+def not_gathered(ids):
+    """Gathers of the head in backward where FSDP2 leaves them to the losses, and gradients beside those of one process."""
+    found = {}
+    for loss, frozen, asked in itertools.product(TRAINED, (False, True), (False, True)):
+        gradients = {}
+        for wrap in (lambda model: model, shard_head):
+            model = wrap(prepare(""))
+            for module in (model.embed, model.layer):
+                module.requires_grad_(not frozen)
+            if wrap is shard_head:
+                model.head.set_unshard_in_backward(False)
+            with settings.route("gradients_in_forward" if asked else None):
+                if loss == "twice":
+                    value = reading("per_token", model(ids), ids) + reading("mean", model(ids) / 2, ids)
+                elif loss == "unlabelled":  # on one rank
+                    value = reading("token_loss", model(ids), ids if dist.get_rank() else ids * 0 - 100)
+                else:
+                    value = reading(loss, model(ids), ids)
+                with gathers() as count:
+                    value.backward()
+            gradients[wrap] = [p.grad for p in model.parameters() if p.grad is not None]
+        expected, sharded = gradients.values()
+        found[loss, frozen, asked] = count[0], [g.full_tensor() for g in sharded], expected
+    return found
+
+
+@contextmanager
+def gathers():
+    """How often the weights of a unit are gathered inside."""
+    count, gather = [0], _fsdp_param_group.foreach_all_gather
+
+    def counted(*args):
+        count[0] += any(p._param_fqn == "head.weight" for p in args[0])
+        return gather(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_fsdp_param_group, "foreach_all_gather", counted)
+        yield count
 
 
 def teachers(ids):
@@ -311,6 +355,7 @@ def work(device):
                 sent(wrap(prepare("", kind=kind).to(device)), loss, mine[0]) for kind in (Model, Eager)
             ]
     found["copies"] = copies(mine[0])
+    found["not gathered"] = not_gathered(mine[0])
     found["teachers"] = teachers(batches(0)[0].to(device))
     found["messages"] = messages(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
@@ -356,6 +401,20 @@ def test_a_copy_has_the_weight_that_is_sharded_again(trained):
         for left, logsumexp, expected in found["copies"]:
             assert left == 0
             torch.testing.assert_close(logsumexp, expected)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("loss", TRAINED)
+def test_gradients_made_in_forward_need_no_weight_in_backward(trained, loss, frozen, asked):
+    """Where the route is asked for: of its own, a rank with more tokens may take another, and would gather alone."""
+    of_ranks = [found["not gathered"][loss, frozen, asked] for found in trained]
+    needed = 0 if asked and loss in ("mean", "token_loss", "unlabelled") else 1
+    needed += loss == "twice" and not frozen and not asked  # the gradient of one forward is reduced before the other's
+    for count, gradients, _ in of_ranks:
+        assert count == needed
+        for at, found in enumerate(gradients):
+            torch.testing.assert_close(found, sum(expected[at] for _, _, expected in of_ranks) / RANKS)
 
 
 @pytest.mark.parametrize("loss", ["divergence", "distillation_loss"])
