@@ -25,6 +25,7 @@ from .shapes import SHAPES, Shape
 
 MiB = 2**20
 NUMBER = 8  # bytes of one number of a token: they are exchanged in float64
+CALL = 64  # bytes that say what is called, once for a chunk of tokens: here there is one
 SUM = 4  # bytes of one number of the gradient of hidden while it is summed
 
 
@@ -132,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
             (peak, sent), (larger_peak, larger_sent) = (found[name] for found in of_vocab)
             if sent != larger_sent:
                 raise AssertionError(f"{name}: traffic depends on the vocabulary, {sent} and {larger_sent}")
-            cells = (sent["gather"] / N, NUMBER * numbers, sent["reduce"] / N, SUM * H)
+            cells = (sent["gather"] / N, NUMBER * numbers + CALL / N, sent["reduce"] / N, SUM * H)
             print(f"| {name} | {ranks} | " + " | ".join(f"{x:.1f}" for x in cells), end=" | ")
             print(f"{peak / MiB:.1f}, {larger_peak / MiB:.1f} |")
     print()
