@@ -288,7 +288,7 @@ def shift_labels(
     Raises:
         TypeError: labels that are no integers.
         ValueError: ``position_ids`` are not shaped like ``labels``, ``cu_seqlens`` as for :func:`sums_and_counts`, both
-            of them, or zigzag parts of odd length.
+            of them, zigzag parts of odd length, or a part without tokens.
 
     Example:
         >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
@@ -297,6 +297,10 @@ def shift_labels(
     _one_packing(cu_seqlens, position_ids)
     labels = integer_ids(labels)  # in uint8 −100 would be 156
     if labels.shape[-1] == 0:
+        if context_group is not None:  # the others would wait for this rank's first label
+            raise ValueError(
+                f"each rank of a context_group holds a token of every row, got labels {tuple(labels.shape)}"
+            )
         return labels
     rank, ranks = (
         (0, 1) if context_group is None else (dist.get_rank(context_group), dist.get_world_size(context_group))

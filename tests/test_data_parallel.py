@@ -496,6 +496,8 @@ def test_what_split_sequences_cannot_have():
             torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), average="sequence", context_group=object(),
             cu_seqlens=torch.tensor([0, 4]),
         )  # fmt: skip
+    with pytest.raises(ValueError, match=r"holds a token of every row, got labels \(2, 0\)"):
+        sequences.shift_labels(torch.zeros(2, 0, dtype=torch.long), context_group=object())
 
 
 def test_a_rank_may_have_less_than_one_token_to_divide_by():
