@@ -183,7 +183,8 @@ def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> H
     """The tokens of logits of which the columns of the shard are meant."""
     if isinstance(logits, Tensor):
         return _logits_as_head(logits)._replace(shard=shard)
-    return ready(head_of(logits)._replace(shard=shard), None)[0]
+    head = head_of(logits)
+    return ready(head._replace(shard=shard and shard.of_head(head.hidden, head.u)), None)[0]
 
 
 Shards = tuple[VocabShard | None, VocabShard | None]

@@ -104,7 +104,7 @@ def compare_rows(
     with_nll = which["with_nll"]
     normalizers = student.new_empty(6 if with_nll and which["temperature"] != 1 else 4, N, dtype=wide)
     rows(step="normalizers", normalizers=normalizers)
-    normalizers = whole_normalizers(shard.gather_checked(normalizers))
+    normalizers = whole_normalizers(shard.gather_checked(normalizers, rows=N, ids=ids))
     sums = student.new_zeros(4, N, dtype=wide)
     rows(step="sums", normalizers=normalizers, sums=sums, slopes=slopes)
     sums = shard.gather(sums if any(slopes) else sums[:2]).sum(0)
@@ -304,6 +304,8 @@ def both_heads(
     takes as ``saved``, writes over, and multiplies with its ``soft``: not in float16, see :func:`saved_tokens`.
     """
     heads, shard = (student, teacher), student.shard
+    if shard is not None and teacher.shard is not None:
+        shard = shard._replace(sums=shard.sums + 8 * teacher.shard.sums)
     N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
     ids = ids if ids is None or shard is None else shard.local(ids)
     M = N if keep is None else keep.shape[0]

@@ -117,7 +117,8 @@ class VocabShard(NamedTuple):
     # Where hidden was gathered from tokens (outer, ranks, inner), of whose gradient each rank wants its own; (0, 0): of all.
     outer: int = 0
     inner: int = 0
-    sums: int = 0  # which gradients the ranks sum: 0 of logits that exist; of a head 1, + 2 for hidden's, + 4 for u's
+    # Which gradients the ranks sum: 0 of logits that exist; of a head 1, + 2 for hidden's, + 4 for u's; + 8 · a teacher's.
+    sums: int = 0
 
     @property
     def size(self) -> int:
@@ -270,10 +271,11 @@ def _check_alike(found: Tensor) -> None:
         )
     elif not alike:
         route, sums, rows, numbers, ids = (x.tolist() for x in call)
-        wanted = [", ".join(n for n, bit in (("hidden", 2), ("u", 4)) if x & bit) or "neither" for x in sums]
-        values = {
+        bits = {"hidden": 2, "u": 4, "of the teacher hidden": 16, "of the teacher u": 32}
+        wanted = [", ".join(n for n, bit in bits.items() if x & bit) or "neither" for x in sums]
+        values: dict[str, list[Any]] = {
             "routes": [ROUTES[x] or "of two heads" for x in route],
-            "of a head": [x > 0 for x in sums],
+            "of a head": [bool(x & 9) for x in sums],
             "what of hidden and u wants a gradient": wanted,
             "tokens of a chunk": rows,
             "numbers to exchange": numbers,

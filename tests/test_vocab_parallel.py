@@ -423,6 +423,8 @@ def different_calls(device):
         "head": [functools.partial(F.cross_entropy, z, target), functools.partial(whole, exists, target)],
         "size": [functools.partial(fused_losses.divergence, z, z.detach())] * 2,
     }
+    cases["teacher"] = [functools.partial(fused_losses.divergence, z, t) for t in (z / 2, z.detach() / 2)]
+    cases["labels"] = [functools.partial(fused_losses.distillation_loss, z, z.detach(), x) for x in (target, others)]
     cases["size"][1] = functools.partial(fused_losses.divergence, z[1:], z[1:].detach())
     different = {
         "route": [{"route": FORWARD}, {"route": "recompute"}],
@@ -458,7 +460,10 @@ def test_ranks_that_call_differently_are_told_so():
     assert first["hidden"] == "what of hidden and u wants a gradient ['hidden, u', 'u']"
     assert first["u"] == "what of hidden and u wants a gradient ['hidden, u', 'hidden']"
     assert "of a head [True, False]" in first["head"]
-    assert first["size"].startswith("numbers to exchange [")
+    wanted = "['hidden, u, of the teacher hidden, of the teacher u', 'hidden, u']"
+    assert first["teacher"] == f"what of hidden and u wants a gradient {wanted}"
+    assert first["size"].startswith(f"tokens of a chunk [{N}, {N - 1}]")
+    assert first["labels"].startswith("sums of the ids [")
 
 
 def one_rank_raises(device):
