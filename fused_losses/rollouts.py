@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aggregation import Sequences
+from .linear_logits_checks import is_distributed
 from .numerics import check_between, upcast
 from .sequences import same_shape
 
@@ -164,7 +165,7 @@ def entropy_mask(
     shown = torch.ones_like(entropy, dtype=torch.bool) if mask is None else mask != 0
     entropy = upcast(entropy.detach())
     values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1:
+    if is_distributed() and dist.get_world_size(group) > 1:
         lengths: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(lengths, len(values), group)
         values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
