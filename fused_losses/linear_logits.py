@@ -466,8 +466,13 @@ class LinearLogits(LazyTensor):
 
             def unshard(_: Any) -> None:
                 if not made or torch.is_grad_enabled():
-                    module.set_unshard_in_backward(True)  # switched off, unshard would do nothing amid a backward
                     undo.append(self._gather())
+                    if not is_whole(
+                        self.rest.weight
+                    ):  # unshard_in_backward is off, and unshard heeds that amid a backward
+                        module.set_unshard_in_backward(True)
+                        module.unshard()
+                        module.set_unshard_in_backward(False)
 
             output.grad_fn.register_prehook(unshard)
             if not self.requires_grad:  # else FSDP2 frees the weight, once it has reduced the gradient

@@ -1532,9 +1532,6 @@ class Sharded(nn.Module):
             self.weight.untyped_storage().resize_(self.whole.nbytes)
             self.weight.copy_(self.whole)
 
-    def set_unshard_in_backward(self, unshard):
-        assert unshard
-
     def reshard(self):
         self.calls.append("reshard")
         self.weight.untyped_storage().resize_(0)
