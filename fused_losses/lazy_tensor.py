@@ -31,24 +31,8 @@ _ALIASES = {
     **{"x2": "other", "axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
 }
 
-_BINARY = ["add", "sub", "mul", "truediv", "floordiv", "mod", "pow"]
-_CHANGING = [f"__i{name}__" for name in _BINARY] + ["__setitem__"]
+_CHANGING = [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")] + ["__setitem__"]
 _IN_PLACE = {*_CHANGING, *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
-_OPERATORS = _CHANGING + [f"__{r}{name}__" for name in [*_BINARY, "matmul"] for r in ("", "r")]
-_OPERATORS += [
-    "__neg__",
-    "__pos__",
-    "__abs__",
-    "__invert__",
-    "__and__",
-    "__or__",
-    "__xor__",
-    "__lt__",
-    "__le__",
-    "__gt__",
-]
-_OPERATORS += ["__ge__", "__getitem__", "__len__", "__contains__", "__bool__", "__int__", "__float__", "__index__"]
-_OPERATORS += ["__array__"]
 # No storage, no gradient and no hooks of its own to speak of.
 _MEANINGLESS = {"data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad", "backward", "set_"}
 _WARNED: set[tuple[str, int, str]] = set()
@@ -65,6 +49,51 @@ class LazyTensor:
     device: torch.device
     requires_grad: bool
     wide: torch.dtype  # in which its numbers are computed, whatever its dtype
+
+    # Operators, which Python looks for in the class; below, each becomes the Tensor's of that name.
+    __add__: Any
+    __radd__: Any
+    __iadd__: Any
+    __sub__: Any
+    __rsub__: Any
+    __isub__: Any
+    __mul__: Any
+    __rmul__: Any
+    __imul__: Any
+    __truediv__: Any
+    __rtruediv__: Any
+    __itruediv__: Any
+    __floordiv__: Any
+    __rfloordiv__: Any
+    __ifloordiv__: Any
+    __mod__: Any
+    __rmod__: Any
+    __imod__: Any
+    __pow__: Any
+    __rpow__: Any
+    __ipow__: Any
+    __matmul__: Any
+    __rmatmul__: Any
+    __neg__: Any
+    __pos__: Any
+    __abs__: Any
+    __invert__: Any
+    __and__: Any
+    __or__: Any
+    __xor__: Any
+    __lt__: Any
+    __le__: Any
+    __gt__: Any
+    __ge__: Any
+    __getitem__: Any
+    __setitem__: Any
+    __len__: Any
+    __contains__: Any
+    __bool__: Any
+    __int__: Any
+    __float__: Any
+    __index__: Any
+    __array__: Any
 
     def materialize(self) -> Tensor:
         """The tensor itself, differentiable, in ``dtype``."""
@@ -196,7 +225,7 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in _OPERATORS:
+for _name in [name for name in LazyTensor.__annotations__ if name.startswith("__")]:
     setattr(LazyTensor, _name, _method(_name))
 
 

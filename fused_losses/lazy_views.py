@@ -237,7 +237,7 @@ def _pointwise(x: LazyTensor, items: list[Any], position: int, ids: Tensor) -> A
 
 
 def index_along(x: LazyTensor, dim: int, key: Any) -> Any:
-    return x[(slice(None),) * wrap_dim(x, dim) + (key,)]  # type: ignore[index]
+    return x[(slice(None),) * wrap_dim(x, dim) + (key,)]
 
 
 @answers("select")

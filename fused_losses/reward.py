@@ -293,7 +293,7 @@ def prm_loss(
         raise ValueError(f"soft labels need two reward_token_ids, got {reward_token_ids}")
     is_placeholder = inputs == placeholder_token_id
     counted = is_placeholder & (labels != ignore_index)
-    z: Any = logits[counted]  # type: ignore[index]
+    z: Any = logits[counted]
     z, target = z.to(statistics_dtype(z.dtype)), labels[counted]
     if reward_token_ids is not None:
         ids = torch.tensor(reward_token_ids, device=labels.device)
