@@ -701,6 +701,26 @@ def test_trainer(case, tmp_path):
         torch.testing.assert_close(*predicted, rtol=1e-2, atol=1e-3)
 
 
+class OnPolicy(transformers.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "repetition_penalty": 1.2}
+        made = model.generate(inputs["input_ids"], output_logits=True, return_dict_in_generate=True, **options)
+        self.kinds = {type(logits) for logits in made.logits}
+        output = model(input_ids=made.sequences, labels=made.sequences)
+        self.kind = type(output.logits)
+        return (output.loss, output) if return_outputs else output.loss
+
+
+def test_a_loss_that_generates_in_evaluation(tmp_path):
+    arguments = transformers.TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    trainers = [OnPolicy(m, arguments, eval_dataset=DATA[:2]) for m in (tiny("gemma2"), apply(tiny("gemma2")))]
+    with settings.strict():
+        expected, found = (torch.tensor(trainer.evaluate()["eval_loss"]) for trainer in trainers)
+    assert_same(expected, found)
+    assert trainers[1].kinds == {torch.Tensor}
+    assert trainers[1].kind is LinearLogits
+
+
 def test_trainer_options_change_the_loss(tmp_path):
     losses = [
         run(apply(tiny()), tmp_path, **TRAINERS[case])[0][0] for case in ("plain", "smoothing", "compute_loss_func")

@@ -117,13 +117,18 @@ def _after(model: Any, args: Any, output: Any) -> None:
 
 
 def _trainer_drops_logits() -> bool | None:
-    """Whether the ``Trainer.prediction_step`` that waits for this forward wants the loss only; None: none waits."""
+    """Whether the ``Trainer.prediction_step`` that waits for this forward wants the loss only; None: none waits.
+
+    A loss of its own may generate there, as on-policy ones do: ``generate`` reads logits.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     frame: Any = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
             return bool(frame.f_locals["prediction_loss_only"])
+        if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
+            return False
         frame = frame.f_back
     return None
 
