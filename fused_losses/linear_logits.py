@@ -907,7 +907,12 @@ class LinearHead(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None) -> LinearHead:
-        """A head that shares the parameters of ``linear``."""
+        """A head that shares the parameters of ``linear``, which must be a plain ``nn.Linear``."""
+        if not isinstance(linear, nn.Linear) or getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
+            raise TypeError(
+                f"from_linear takes an nn.Linear, got {type(linear).__name__}, whose forward is its own and would be lost: an "
+                "adapter is to be merged first or put beside the LinearHead with add_update, a scale or softcap named here"
+            )
         head = cls(linear.in_features, linear.out_features, device="meta", scale=scale, softcap=softcap)
         head.weight, head.bias = linear.weight, linear.bias
         return head

@@ -1507,11 +1507,38 @@ def test_head_with_a_lora_update():
 
 def test_head_owns_its_options():
     hidden = torch.randn(B, S, H)
-    head = LinearHead(H, V)
-    plain = head(hidden).logsumexp(-1)
+    linear = nn.Linear(H, V)
+    plain = LinearHead.from_linear(linear)(hidden).logsumexp(-1)
     for option, value in {"scale": 0.5, "softcap": 1.0}.items():
-        other = LinearHead.from_linear(head, **{option: value})
+        other = LinearHead.from_linear(linear, **{option: value})
         assert not torch.allclose(other(hidden).logsumexp(-1), plain)
+
+
+class Doubled(nn.Linear):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+class Adapter(nn.Module):
+    """As PEFT's: not an nn.Linear, with the attributes of one."""
+
+    in_features, out_features = H, V
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.zeros(V, H)), None
+
+
+def hooked():
+    linear = nn.Linear(H, V)
+    linear.forward = lambda input: 2 * nn.Linear.forward(linear, input)
+    return linear
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(H, V), lambda: LinearHead(H, V, softcap=1.0), Adapter, hooked])
+def test_a_head_is_made_from_nothing_but_a_linear_layer(make):
+    with pytest.raises(TypeError, match="forward is its own"):
+        LinearHead.from_linear(make())
 
 
 # Gathering
