@@ -7,7 +7,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,6 +27,26 @@ SENT = {  # collectives, and which argument is what a rank hands over
 }
 
 
+def interpret() -> None:
+    """Let Triton's interpreter run the kernels; before they are imported."""
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a module with @triton.jit is imported
+    with suppress(ImportError):
+        import numpy as np
+        from triton.runtime import interpreter
+
+        # As on a GPU, whose maximum of a number and a nan is the number: the interpreter's would be the nan.
+        interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
+        interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+        patch_tensor = interpreter._patch_lang_tensor
+
+        def patch_index(tensor: Any, *scope: Any) -> None:
+            """Before Triton 3.7 a loop's end is read from an array of one element, which NumPy 2.4 refuses."""
+            patch_tensor(tensor, *scope)
+            tensor.__index__ = lambda self: self.handle.data.item()
+
+        interpreter._patch_lang_tensor = patch_index
+
+
 def _process(rank: int, ranks: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)
@@ -34,7 +54,7 @@ def _process(rank: int, ranks: int, folder: str, fn: Callable[..., Any], args: t
     if gpus:
         torch.cuda.set_device(rank)
     else:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when a module with @triton.jit is imported
+        interpret()
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     torch.save(fn(torch.device("cuda", rank) if gpus else torch.device("cpu"), *args), f"{folder}/{rank}")

@@ -1,25 +1,19 @@
 """One set of tests for both backends: PyTorch natively, Triton on a GPU or, without one, in Triton's interpreter."""
 
-import contextlib
 import os
 
 # Read when torch is imported. A cached graph does not notice that an operator beneath it has changed.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
+from fused_losses.bench.ranks import interpret
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a module with @triton.jit is imported
-    with contextlib.suppress(ImportError):
-        from triton.runtime.interpreter import InterpreterBuilder
-
-        # As on a GPU, whose maximum of a number and a nan is the number: the interpreter's would be the nan.
-        InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
-        InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    interpret()
 
 
 @pytest.fixture
