@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)
+# Importing torch takes longer than most functions: without a GPU ranks are forked from one process that has done it. With one,
+# Triton, which it imports too, would not see what ``_process`` sets.
+START = "spawn" if torch.cuda.is_available() else "forkserver"
+multiprocessing.set_forkserver_preload(["torch._dynamo"])
 SENT = {  # collectives, and which argument is what a rank hands over
     "all_gather_single": 1,
     "all_gather_into_tensor": 1,
@@ -67,7 +72,7 @@ def run(fn: Callable[..., Any], ranks: int, *args: Any, together: bool = True) -
     """What ``fn(device, *args)``, a function of a module, returns on each of ``ranks`` processes; ``together``: none ends
     before the others."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_process, (ranks, folder, fn, args, together), nprocs=ranks)
+        mp.start_processes(_process, (ranks, folder, fn, args, together), nprocs=ranks, start_method=START)
         return [torch.load(f"{folder}/{rank}", map_location="cpu", weights_only=False) for rank in range(ranks)]
 
 
