@@ -37,6 +37,7 @@ def interpret() -> None:
     os.environ["TRITON_INTERPRET"] = "1"  # read when a module with @triton.jit is imported
     with suppress(ImportError):
         import numpy as np
+        import triton.language as tl
         from triton.runtime import interpreter
 
         # As on a GPU, whose maximum of a number and a nan is the number: the interpreter's would be the nan.
@@ -50,6 +51,14 @@ def interpret() -> None:
             tensor.__index__ = lambda self: self.handle.data.item()
 
         interpreter._patch_lang_tensor = patch_index
+        patch_lang = interpreter._patch_lang
+
+        def patch_once(fn: Any) -> Any:
+            """A launch patches the language, and each call of a helper inside it did so again: half of all the time."""
+            langs = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
+            return patch_lang(fn) if any(tl.core.is_builtin(lang.load) for lang in langs) else None
+
+        interpreter._patch_lang = patch_once
 
 
 def _process(rank: int, ranks: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...], together: bool) -> None:
