@@ -1,5 +1,7 @@
 """How gradients that forward made are scaled, and the operators that take them; their values: test_linear_cross_entropy.py."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -76,11 +78,16 @@ def test_opcheck_with_gradients():
     torch.library.opcheck(scaled_gradient, (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16))
 
 
-@pytest.mark.parametrize("options", [{}, {"scale": 2.0, "softcap": 3.0}, {"scale": -1.5}])
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("V", [35, 48, 2 * 8192 + 5])
+TILES = 2 * 8192 + 5  # entries
+OPTIONS = {"plain": {}, "capped": {"scale": 2.0, "softcap": 3.0}, "negative": {"scale": -1.5}}
+
+
+@pytest.mark.parametrize(
+    ("V", "weighted", "options"),
+    [*itertools.product((35, 48), (False, True), OPTIONS), (TILES, True, "capped"), (TILES, False, "negative")],
+)
 def test_one_pass_is_statistics_then_gradient(V, weighted, options, backend, device):
-    N, rows = 9, rows_module(backend)
+    N, rows, options = 9, rows_module(backend), OPTIONS[options]
     room = torch.full((N, planning.padded(V)), torch.nan, device=device)  # what lies beyond a row reaches nothing
     logits = room[:, :V]
     logits.copy_(3 * torch.randn(N, V))

@@ -109,8 +109,8 @@ def per_token_of(name, logits, index):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("name", LOSSES)
 def test_lazy_logits(name, dtype, backend, device):
-    if backend == "triton" and dtype == torch.float64:
-        pytest.skip("Triton computes in fp32")
+    if backend == "triton" and (dtype == torch.float64 or name in ("cispo", "dft")):
+        pytest.skip("Triton computes in fp32, and reads what grpo reads")
     fn, statistics = LOSSES[name]
     problems = [problem(dtype, device)[:3] for _ in range(12)]
     index = problem(dtype, device)[3]
