@@ -11,13 +11,13 @@ One program per row goes over it twice, three times with gradients: both maxima 
 slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``.
 Where ranks share the vocabulary these are three steps, and between them the ranks put together what each found in its slice.
 
-In the code logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials.
+In the code logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials, and what is negated is
+multiplied by −1: that costs nothing, and Triton's ``−x`` a subtraction.
 
 The divergence is never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with
-``r = log(a/b)``, the same number since both rows sum to 1. Each term is ≥ 0 (clamped there against its rounding), and an
-error in a row's logsumexp cancels to first order. ``t − s`` is ``max(t, s)·expm1(∓|d|)``, and ``log(t/m)``, ``log(s/m)`` are
-``log1p`` of ``expm1(−|d|)``, so that none of them is a difference of nearly equal numbers. In the gradients nothing cancels
-further: the error of ``s − t`` there is that of its parts.
+``r = log(a/b)``, the same number since both rows sum to 1. Each term is ≥ 0, and an error in a row's logsumexp cancels to
+first order; in ``jsd`` so does one in ``log m``. That of ``m`` over the larger of t and s, and ``d``, make ``log(m/t)`` and
+``log(m/s)`` without a difference of nearly equal numbers, for values and gradients alike.
 
 An entry that is −inf on both sides counts as equal; −inf on one side gives 0·(−inf) = 0, or an infinite KL where the other
 side has mass there, whose gradient in the row with the mass is then 0.
@@ -35,79 +35,81 @@ from .configurations import divergence_rows_config, on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-LEAST = tl.constexpr(1e-30)
+FARTHEST = tl.constexpr(100.0)  # beyond it the smaller of t and s is as good as none
 
 
 @triton.jit
-def _expm1(u, power):
-    """``power − 1`` for ``power = 2⁻ᵘ``, u ≥ 0; a polynomial (relative error 1e-8) where they are nearly equal."""
-    near = u * (-0.69314717 + u * (0.24022564 + u * (-0.05549041 + u * (0.00954128 - u * 0.00115445))))
-    return tl.where(u < 0.5, near, power - 1)
+def _log2(x):
+    """Of a normal positive x, in fewer instructions than ``tl.log2``; the polynomial's relative error is 3e-8."""
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) & -0x800000  # times 2²³; √½ ≤ 1 + f < √2
+    f = (bits - exponent).to(tl.float32, bitcast=True) - 1
+    p = 0.28791624 + f * (-0.23894483 + f * (0.2157156 + f * (-0.20726973 + f * 0.12583701)))
+    p = 1.442695 + f * (-0.72134733 + f * (0.48091063 + f * (-0.36070368 + f * p)))
+    return exponent.to(tl.float32) * 2**-23 + f * p
 
 
 @triton.jit
-def _excess(a, b, r):
-    """``a r − a + b ≥ 0`` for ``b = a exp(−r)``; a polynomial (relative error 2e-8) where they are nearly equal."""
-    near = a * r * r * (0.5 - r * (0.16666642 - r * (0.04166672 - r * (0.00834884 - r * 0.00138953))))
-    far = tl.maximum(a * (r - 1) + b, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return tl.where(a == 0, b, tl.where(tl.abs(r) < 0.25, near, far))
+def _excess(a, b, u):
+    """``a log(a/b) − a + b ≥ 0`` for ``b = a 2ᵘ``; a polynomial (relative error 2e-8) where they are nearly equal."""
+    near = a * u * u * (0.24022651 + u * (0.05550403 + u * (0.00961814 + u * (0.00133583 + u * 0.00015411))))
+    far = b - a * (u * LN2 + 1)
+    return tl.where(tl.abs(u) < 0.36, near, far)
 
 
 @triton.jit
 def _unless_none(p, x):
-    """``x`` where p has mass: 0·∞ is 0."""
-    return tl.where(p == 0, 0.0, x)
+    """``x`` where p has mass, else a number: 0·∞ is 0."""
+    return tl.where(p == 0, 1.0, x)
 
 
 @triton.jit
-def _log_ratio(log_s, log_t):
-    """``d``, and ``2^−|d|``: the smaller of t and s over the larger."""
-    d = tl.where(log_t == log_s, 0.0, log_t - log_s)
-    return d, tl.exp2(-tl.abs(d))
+def _apart(d):
+    """``|d|``, finite also where one side is −inf, or both are and d is nan."""
+    return tl.where(tl.abs(d) < FARTHEST, tl.abs(d), FARTHEST)
 
 
 @triton.jit
-def _m_over_larger(d, power, beta):
-    """``m`` over the larger of t and s, and the share of the smaller one in that."""
-    share = tl.where(d > 0, 1 - beta, beta)
-    over = tl.where(d > 0, beta, 1 - beta) + share * power
-    return tl.maximum(over, LEAST, propagate_nan=tl.PropagateNan.ALL), share
+def _below_one(u):
+    """``1 − 2⁻ᵘ``, u ≥ 0; a polynomial (relative error 1e-8) where that is small."""
+    near = u * (0.69314717 - u * (0.24022564 - u * (0.05549041 - u * (0.00954128 - u * 0.00115445))))
+    return tl.where(u < 0.5, near, 1 - tl.exp2(u * -1.0))
 
 
 @triton.jit
-def _term(s, t, log_s, d, power, beta, KIND: tl.constexpr):
+def _mixture(d, beta):
+    """``log(m/s)`` and ``log(m/t)``, to base 2, then ``s/m`` and ``t/m``."""
+    apart = _apart(d)
+    ratio = tl.exp2(apart * -1.0)  # the smaller of s and t over the larger
+    over = ratio + tl.where(d > 0, beta, 1 - beta) * (1 - ratio)  # m over the larger
+    log_m_over_s = _log2(over) + tl.where(d > 0, apart, 0.0)
+    log_m_over_t = _log2(over) + tl.where(d > 0, 0.0, apart)
+    return log_m_over_s, log_m_over_t, tl.where(d > 0, ratio, 1.0) / over, tl.where(d > 0, 1.0, ratio) / over
+
+
+@triton.jit
+def _term(s, t, log_s, d, beta, KIND: tl.constexpr):
     """The term of the divergence, element by element."""
-    w = _expm1(tl.abs(d), power)
-    difference = tl.where(d > 0, -t, s) * w  # t − s
     if KIND == "forward_kl":
-        value = tl.maximum(t * _unless_none(t, d * LN2) - difference, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = _excess(t, s, _unless_none(t, d * -1.0))
     if KIND == "reverse_kl":
-        value = tl.maximum(difference - s * _unless_none(s, d * LN2), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = _excess(s, t, _unless_none(s, d))
     if KIND == "cross_entropy":
-        value = tl.where(log_s == float("-inf"), 0.0, -t * (log_s * LN2))
+        value = t * tl.where(log_s == float("-inf"), 0.0, log_s * -LN2)
     if KIND == "tvd":
-        value = 0.5 * tl.abs(difference)
+        value = 0.5 * tl.maximum(s, t) * _below_one(_apart(d))
     if KIND == "jsd" or KIND == "skewed_kl":
         m = beta * t + (1 - beta) * s
-        over, share = _m_over_larger(d, power, beta)
-        y = -share * w  # over = 1 − y; its logarithm by a polynomial (relative error 2e-9) near 0
-        near = y * (
-            1
-            + y
-            * (0.4999991 + y * (0.33338954 + y * (0.24869385 + y * (0.2142242 + y * (0.08962092 + y * 0.33377499)))))
-        )
-        larger = tl.where(y < 0.25, near, -LN2 * tl.log2(over))  # log of the larger of t and s, over m
-        d = d * LN2
-        value = _excess(t, m, tl.where(d > 0, larger, d + larger))
+        log_m_over_s, log_m_over_t, _, _ = _mixture(d, beta)
+        value = _excess(t, m, log_m_over_t)
         if KIND == "jsd":
-            value = beta * value + (1 - beta) * _excess(s, m, tl.where(d > 0, larger - d, larger))
+            value = beta * value + (1 - beta) * _excess(s, m, log_m_over_s)
     return value
 
 
 @triton.jit
-def _slopes(s, t, log_s, d, power, beta, KIND: tl.constexpr):
-    """g and h, element by element, each up to a constant of the row and 0 at probability 0; as ``s g`` or ``t h`` where
-    :func:`_gradient` is told so."""
+def _slopes(s, t, log_s, d, beta, KIND: tl.constexpr):
+    """g and h, element by element, each up to a constant of the row; as ``s g`` or ``t h`` where :func:`_gradient` is told."""
     if KIND == "forward_kl":
         g = s - t
         h = _unless_none(t, d * LN2)
@@ -115,23 +117,19 @@ def _slopes(s, t, log_s, d, power, beta, KIND: tl.constexpr):
         g = _unless_none(s, d * -LN2)
         h = t - s
     if KIND == "cross_entropy":
-        finite = log_s != float("-inf")
-        g = tl.where(finite, -t, 0.0)
-        h = tl.where(finite, _unless_none(t, log_s * -LN2), 0.0)
+        g = tl.where(log_s == float("-inf"), 0.0, t * -1.0)
+        h = tl.where(log_s == float("-inf"), 0.0, log_s * -LN2)
     if KIND == "tvd":
-        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, d))  # d is 0 or nan
+        h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0))
         g = -h
     if KIND == "jsd":
-        over, _ = _m_over_larger(d, power, beta)
-        larger = -tl.log2(over)
-        g = _unless_none(s, tl.where(d > 0, larger - d, larger) * ((1 - beta) * LN2))
-        h = _unless_none(t, tl.where(d > 0, larger, d + larger) * (beta * LN2))
+        log_m_over_s, log_m_over_t, _, _ = _mixture(d, beta)
+        g = log_m_over_s * ((beta - 1) * LN2)
+        h = log_m_over_t * (beta * -LN2)
     if KIND == "skewed_kl":
-        over, _ = _m_over_larger(d, power, beta)
-        r = 1 / over
-        g = (beta - 1) * (r * tl.where(d > 0, 1.0, power))
-        smaller = tl.where(d > 0, 0.0, d) * LN2 - tl.log2(over) * LN2
-        h = _unless_none(t, smaller + (1 - beta) * (r * tl.where(d > 0, power, 1.0) - 1))
+        _, log_m_over_t, s_over_m, t_over_m = _mixture(d, beta)
+        g = (beta - 1) * t_over_m
+        h = log_m_over_t * -LN2 + (1 - beta) * (s_over_m - 1)
     return g, h
 
 
@@ -176,10 +174,12 @@ def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def _gradient(slope, p, mean, factor, WEIGHED: tl.constexpr):
-    """``factor p (g − Σ p g)`` from g, or from ``p g``; 0 where the divergence is infinite, as its mean slope then is."""
-    dz = slope - p * mean if WEIGHED else p * (slope - mean)
-    return tl.where(tl.abs(mean) == float("inf"), 0.0, factor * dz)
+def _gradient(slope, p, mean, factor, WEIGHED: tl.constexpr, KIND: tl.constexpr):
+    """``factor p (g − Σ p g)`` from g, or from ``p g``; 0 where a KL is infinite, as its mean slope then is."""
+    dz = factor * (slope - p * mean if WEIGHED else p * (slope - mean))
+    if not WEIGHED and (KIND == "forward_kl" or KIND == "reverse_kl"):
+        dz = tl.where(tl.abs(mean) == float("inf"), 0.0, dz)
+    return dz
 
 
 @triton.jit
@@ -313,6 +313,8 @@ def _divergence_rows_kernel(
             tl.store(normalizers_ptr + 4 * N + row, hard_max.to(tl.float64))
             tl.store(normalizers_ptr + 5 * N + row, hard_log_total)
 
+    # A nan on one side is on both.
+    s_log_total, t_log_total = s_log_total + 0 * t_log_total, t_log_total + 0 * s_log_total
     if STEP == "gradients":
         s_slope = tl.load(sums_ptr + 2 * N + row)
         t_slope = tl.load(sums_ptr + 3 * N + row)
@@ -327,10 +329,9 @@ def _divergence_rows_kernel(
             log_s = tl.where(inside, _log_softmax(z, s_max, s_log_total), float("-inf"))
             z = final_logits(_load(teacher_row, teacher_stride_v, v, inside), t_inner, t_outer, HAS_TEACHER_SOFTCAP)
             log_t = tl.where(inside, _log_softmax(z, t_max, t_log_total), float("-inf"))
-            s, t = tl.exp2(log_s), tl.exp2(log_t)
-            d, power = _log_ratio(log_s, log_t)
-            values += _folded(_term(s, t, log_s, d, power, beta, KIND), LANES, VEC)
-            g, h = _slopes(s, t, log_s, d, power, beta, KIND)
+            s, t, d = tl.exp2(log_s), tl.exp2(log_t), log_t - log_s
+            values += _folded(_term(s, t, log_s, d, beta, KIND), LANES, VEC)
+            g, h = _slopes(s, t, log_s, d, beta, KIND)
             if D_STUDENT:
                 s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
             if D_TEACHER:
@@ -378,23 +379,21 @@ def _divergence_rows_kernel(
                 _load(teacher_row, teacher_stride_v, v, inside & active), t_inner, t_outer, HAS_TEACHER_SOFTCAP
             )
             log_t = _log_softmax(z, t_max, t_log_total)
-            s, t = tl.exp2(log_s), tl.exp2(log_t)
-            d, power = _log_ratio(log_s, log_t)
-            g, h = _slopes(s, t, log_s, d, power, beta, KIND)
+            s, t, d = tl.exp2(log_s), tl.exp2(log_t), log_t - log_s
+            g, h = _slopes(s, t, log_s, d, beta, KIND)
             if D_STUDENT:
-                dz = _gradient(g, s, s_mean, soft, G_WEIGHED)
+                dx = _gradient(g, s, s_mean, soft * s_scale, G_WEIGHED, KIND)
                 if HAS_HARD:
                     p = s
                     if HAS_TEMPERATURE:
                         z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
                         p = tl.exp2(_log_softmax(z, hard_max, hard_log_total))
-                    dz += hard * tl.where(v == label, p - 1, p)
+                    dx += hard * s_scale * tl.where(v == label, p - 1, p)
                 out = d_student_ptr + b * d_student_stride_b + at * d_student_stride_s
-                dx = (dz * s_scale).to(d_student_ptr.dtype.element_ty)
-                tl.store(out + v.to(tl.int64) * d_student_stride_v, dx, mask=inside)
+                tl.store(out + v.to(tl.int64) * d_student_stride_v, dx.to(d_student_ptr.dtype.element_ty), mask=inside)
             if D_TEACHER:
                 out = d_teacher_ptr + b * d_teacher_stride_b + at * d_teacher_stride_s
-                dx = (_gradient(h, t, t_mean, soft, H_WEIGHED) * t_scale).to(d_teacher_ptr.dtype.element_ty)
+                dx = _gradient(h, t, t_mean, soft * t_scale, H_WEIGHED, KIND).to(d_teacher_ptr.dtype.element_ty)
                 tl.store(out + v.to(tl.int64) * d_teacher_stride_v, dx, mask=inside)
 
 

@@ -19,8 +19,8 @@ PER_LOGIT = {
     "softmax_rows_fwd_bwd log-probs": (20.5, 32),
     "softmax_rows_bwd ac": (17, 32),
     "softmax_rows_bwd rows": (50, 32),
-    "divergence_rows forward_kl, gradients of student": (81, 8),
-    "divergence_rows jsd, gradients of student": (200, 8),
+    "divergence_rows forward_kl, gradients of student": (71, 8),
+    "divergence_rows jsd, gradients of student": (133, 8),
 }
 FAULTY = """
 import os, sys, tempfile
