@@ -42,7 +42,7 @@ def tanh(x):
 
 @triton.jit
 def scales(scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
-    """The numbers ``inner`` and ``outer`` of :func:`final_logits_and_slope`, one a row, so that no logit is divided."""
+    """The numbers ``inner`` and ``outer`` of :func:`final_logits_and_tanh`, one a row, so that no logit is divided."""
     inner = scale
     outer = softcap
     if HAS_SOFTCAP:
@@ -55,18 +55,32 @@ def scales(scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATU
 
 
 @triton.jit
+def final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP: tl.constexpr, offset=0.0):
+    """``z = softcap·tanh(scale·x/softcap)/temperature``, or ``scale·x/temperature`` without softcap; and the tanh.
+
+    ``offset`` (0 or −∞) is added, so that the product is rounded here. Compilers fuse a bare product with what they find
+    subtracted from it, in one pass and not in another: a probability would be of another logit than its logsumexp.
+    """
+    capped = x
+    if HAS_SOFTCAP:
+        capped = tanh(x * inner)
+        z = tl.fma(capped, outer, offset)
+    else:
+        z = tl.fma(x, inner, offset)
+    return z, capped
+
+
+@triton.jit
 def final_logits_and_slope(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """``z = softcap·tanh(scale·x/softcap)/temperature``, or ``scale·x/temperature`` without softcap; and ``dz/dx``."""
-    z = x * inner
+    """With ``dz/dx``."""
+    z, capped = final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP)
     slope = inner
     if HAS_SOFTCAP:
-        capped = tanh(z)
-        z = outer * capped
         slope = inner * outer * (1 - capped * capped)
     return z, slope
 
 
 @triton.jit
-def final_logits(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    z, _ = final_logits_and_slope(x, inner, outer, HAS_SOFTCAP)
+def final_logits(x, inner, outer, HAS_SOFTCAP: tl.constexpr, offset=0.0):
+    z, _ = final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP, offset)
     return z

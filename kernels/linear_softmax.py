@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
-from .common import FLOOR, exp, final_logits, rows_skipped, scales, tanh
+from .common import FLOOR, exp, final_logits, final_logits_and_tanh, rows_skipped, scales
 from .configurations import (
     architecture,
     linear_softmax_d_logits_config,
@@ -201,8 +201,8 @@ def _linear_softmax_fwd_kernel(
                             tile = saved_logits_ptr + row.to(tl.int64) * saved_stride_n
                             within = tl.arange(0, BLOCK_N)[:, None] * saved_stride_n + v[None, :]
                             tl.store(tile + within, x, mask=inside[:, None] & (v < saved_columns)[None, :])
-                    z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
-                    z += tl.where(v < V, 0.0, float("-inf"))[None, :]
+                    beyond = tl.where(v < V, 0.0, float("-inf"))[None, :]
+                    z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP, beyond)
                     if HAS_IDS:  # noqa: SIM102, a branch at compile time
                         if ids_here > 0:
                             for j in range(K):
@@ -601,10 +601,7 @@ def _linear_softmax_d_logits_kernel(
                 for part in tl.static_range(PARTS):
                     v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
                     x = tl.where(active[:, None], x, 0.0)
-                    z = x * inner[:, None]
-                    if HAS_SOFTCAP:
-                        capped = tanh(z)
-                        z = outer[:, None] * capped
+                    z, capped = final_logits_and_tanh(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
                     logp = z - hi[:, None]
                     p = exp(logp)
                     bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))

@@ -32,6 +32,7 @@ from fused_losses.row_statistics import RowStatistics
 # three registers stored once a program, or once a row tile and split, and loaded once there or once a tile.
 ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
+    ("linear_softmax_fwd all, bias softcap weights low-rank, saving logits", "sm_90"): 8,
     ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_100"): 16,
     ("divergence_rows jsd, 32 bits, normalizers of a slice", "sm_80"): 8,
 }

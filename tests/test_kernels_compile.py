@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 PER_LOGIT = {
     "softmax_rows_fwd log-probs": (10.5, 32),
     "softmax_rows_fwd entropy": (13, 32),
-    "softmax_rows_fwd_bwd log-probs": (20.5, 32),
-    "softmax_rows_bwd ac": (17, 32),
+    "softmax_rows_fwd_bwd log-probs": (21, 32),
+    "softmax_rows_bwd ac": (18, 32),
     "softmax_rows_bwd rows": (50, 32),
-    "divergence_rows forward_kl, gradients of student": (71, 8),
-    "divergence_rows jsd, gradients of student": (133, 8),
+    "divergence_rows forward_kl, gradients of student": (74, 8),
+    "divergence_rows jsd, gradients of student": (136, 8),
 }
 FAULTY = """
 import os, sys, tempfile
@@ -40,7 +40,7 @@ trouble("sm_80", num_stages=12)
 trouble("sm_80", block_k=24)
 trouble("sm_90", num_stages=1)
 try:
-    compile_only._check_launch(1, 2**16, 1)
+    compile_only.check_launch(1, 2**16, 1)
 except compile_only.CannotLaunch as error:
     print(error)
 compile_only.TARGETS["sm_80"] = compile_only.TARGETS["sm_80"]._replace(matrix_instruction="HGMMA")
