@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -59,7 +60,7 @@ class CannotLaunch(RuntimeError):
     pass
 
 
-class _Driver:
+class Driver:
     """What Triton's launch asks a device's driver for."""
 
     def __init__(self, name: str) -> None:
@@ -82,10 +83,14 @@ class _Driver:
         return 1, 1, 0, 0, 1024  # module, function, registers, spills, the most threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return _check_launch
+        return self._launch
+
+    def _launch(self, x: int, y: int, z: int, *rest: Any) -> None:
+        check_launch(x, y, z, *rest)
+        self.launched = (x, y, z), rest[6:]  # the grid, and what the kernel is given
 
 
-def _check_launch(x: int, y: int, z: int, *rest: Any) -> None:
+def check_launch(x: int, y: int, z: int, *rest: Any) -> None:
     """What CUDA would refuse of a grid and of the copy engine's descriptors."""
     if not (0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16):
         raise CannotLaunch(f"grid {x, y, z}")
@@ -100,11 +105,41 @@ def _check_launch(x: int, y: int, z: int, *rest: Any) -> None:
 
 
 @contextmanager
+def pretended_gpu(target: str, launch: Callable[..., Any]) -> Iterator[Driver]:
+    """Inside, tensors count as a GPU's, and ``launch(run, fn, *args, **kwargs)`` stands for a kernel's own ``run``."""
+    run, before, gpu = JITFunction.run, driver._active, Driver(target)
+    device = {"architecture": lambda device: target, "programs": lambda device: TARGETS[target].multiprocessors}
+    driver.set_active(gpu)
+    try:
+        with (
+            patch.object(JITFunction, "run", lambda fn, *args, **kwargs: launch(run, fn, *args, **kwargs)),
+            patch.multiple(linear_softmax, **device),
+            patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)),
+            patch.multiple(torch, mm=_product(torch.mm), addmm=_product(torch.addmm)),
+            patch.multiple(torch.cuda, is_current_stream_capturing=lambda: False, synchronize=lambda: None),
+        ):
+            yield gpu
+    finally:
+        driver._active = before
+
+
+def _product(exact: Callable[..., Any]) -> Callable[..., Any]:
+    """A CPU has no products of 16-bit factors with an fp32 sum."""
+
+    def multiply(*factors: Any, out_dtype: Any = None, **named: Any) -> Any:
+        if out_dtype is not None:
+            factors = tuple(factor.to(out_dtype) for factor in factors)
+        return exact(*factors, **named)
+
+    return multiply
+
+
+@contextmanager
 def launches_compile(target: str, then: Callable[[Report], None]) -> Iterator[None]:
     """Inside, launches compile for ``target``; ``then`` gets a report of each kernel, once."""
-    run, known = JITFunction.run, set()
+    known = set()
 
-    def compiling(fn: JITFunction, *args: Any, **kwargs: Any) -> Any:
+    def compiling(run: Callable[..., Any], fn: JITFunction, *args: Any, **kwargs: Any) -> Any:
         try:
             kernel = run(fn, *args, **kwargs)
         except Exception as error:
@@ -118,14 +153,8 @@ def launches_compile(target: str, then: Callable[[Report], None]) -> Iterator[No
             then(_report(kernel, target))
         return kernel
 
-    device = {"architecture": lambda device: target, "programs": lambda device: TARGETS[target].multiprocessors}
-    before = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        with patch.object(JITFunction, "run", compiling), patch.multiple(linear_softmax, **device):
-            yield
-    finally:
-        driver._active = before
+    with pretended_gpu(target, compiling):
+        yield
 
 
 def _report(kernel: Any, target: str) -> Report:

@@ -1,4 +1,7 @@
-"""One set of tests for both backends: PyTorch natively, Triton on a GPU or, without one, in Triton's interpreter."""
+"""One set of tests for both backends: PyTorch natively, Triton on a GPU or, without one, in Triton's interpreter.
+
+``EMULATE=sm_90 pytest …`` (or ``sm_80``) runs Triton's alone, in the machine's own code emulated: see ``emulated_gpu.py``.
+"""
 
 import os
 
@@ -12,7 +15,9 @@ import torch.distributed as dist
 from fused_losses.bench.ranks import interpret
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
+EMULATED = os.environ.get("EMULATE")
+INTERPRETED = DEVICE == "cpu" and not EMULATED
+if INTERPRETED:
     interpret()
 
 
@@ -21,7 +26,18 @@ def device():
     return DEVICE
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(autouse=True, scope="session")
+def _emulated_gpu():
+    if EMULATED:
+        from emulated_gpu import launches_run
+
+        with launches_run(EMULATED):
+            yield
+    else:
+        yield
+
+
+@pytest.fixture(params=["triton"] if EMULATED else ["torch", "triton"])
 def backend(request):
     return request.param
 

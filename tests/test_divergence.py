@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +62,7 @@ def value_and_gradients(fn, student, teacher, upstream, **options):
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_both_gradients(kind, temperature, dtype, backend, device):
-    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter is wrong about bfloat16")
     student, teacher = pair(device, dtype)
     upstream = torch.randn(2, 3, device=device)
@@ -114,7 +115,7 @@ def test_ends_of_the_mixture(backend, device):
 @pytest.mark.parametrize("kind", ["jsd", "forward_kl", "reverse_kl", "skewed_kl", "tvd"])
 def test_nearly_equal_distributions(kind, backend, device):
     """Where t ≈ s to one bf16 rounding a sum of plain terms is noise: negative values and wrong gradients elsewhere."""
-    dtype = torch.float16 if backend == "triton" and device == "cpu" else torch.bfloat16
+    dtype = torch.float16 if backend == "triton" and INTERPRETED else torch.bfloat16
     student = (torch.randn(6, 900, device=device) * 3).to(dtype)
     step = torch.randint(-1, 2, student.shape, device=device) * torch.finfo(dtype).eps
     teacher = (student.float() * (1 + step)).to(dtype)
@@ -279,7 +280,7 @@ def test_vocabularies_of_different_padded_size(backend, device):
         found = value_and_gradients(divergence, a, b, upstream, kind="jsd", backend=backend)
         exact = value_and_gradients(reference.divergence, a.double(), b.double(), upstream, kind="jsd")
         cut = value_and_gradients(divergence, a[..., :40], b[..., :40], upstream, kind="jsd", backend=backend)
-        assert torch.equal(found[0], cut[0])
+        torch.testing.assert_close(found[0], cut[0], rtol=1e-6, atol=1e-6)  # rows aligned otherwise: another kernel
         for ours, theirs in zip(found, exact, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
         assert all((g[..., 40:] == 0).all() for g in found[1:])
@@ -508,7 +509,7 @@ def heads(device, dtype=torch.float32, N=7, V=50, teacher_V=None, options=True):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
 def test_two_heads(kind, dtype, backend, device, monkeypatch):
-    if backend == "triton" and device == "cpu" and dtype == torch.bfloat16:
+    if backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
         pytest.skip("the interpreter is wrong about bfloat16")
     leaves, make, whole = heads(device, dtype, N=11)
     upstream = torch.randn(11, device=device)

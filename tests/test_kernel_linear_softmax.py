@@ -6,6 +6,7 @@ tolerance rule is eager PyTorch on logits that were accumulated and kept in fp32
 
 import pytest
 import torch
+from conftest import INTERPRETED
 
 from fused_losses.kernels import linear_softmax as kernel
 from fused_losses.kernels import softmax_rows
@@ -13,7 +14,7 @@ from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.row_statistics import RowStatistics
 
 STATISTICS = ("entropy", "log_sum_sq_probs", "sum_log_probs", "max_logit", "is_top1")
-DTYPES = [torch.float16] + [torch.bfloat16] * torch.cuda.is_available()  # the interpreter's bfloat16 is wrong
+DTYPES = [torch.float16] + [torch.bfloat16] * (not INTERPRETED)  # the interpreter's bfloat16 is wrong
 OPTIONS = {
     "scale": {"scale": 0.7},
     "softcap": {"softcap": 5.0},
@@ -41,7 +42,7 @@ class Head:
 
     def exact_in_the_interpreter(self):
         """The interpreter's matrix product rounds by a row's place in its tile: give it products that need no rounding."""
-        if self.hidden.device.type == "cpu":
+        if INTERPRETED:
             for x in (self.hidden, self.weight, *(self.low_rank or ())):
                 x.copy_((x * 4).round() / 4)
         return self
