@@ -215,7 +215,7 @@ def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> L
 pytree.register_pytree_node(
     LazyExpression,
     lambda x: (list(x._parts()), (x.form, x.label)),
-    lambda parts, rest: _expression(*parts, *rest),
+    lambda parts, rest: _expression(*parts, *rest) if is_lazy(parts[0]) else parts[0],
     serialized_type_name="fused_losses.LazyExpression",
 )
 
