@@ -71,16 +71,6 @@ static uint16_t of_f16(float x) {
     frexpf(x, &e);
     return sign + (uint16_t)((e + 13) * 1024 + (int)rintf(ldexpf(x, 11 - e)));
 }
-static uint32_t permuted(uint32_t a, uint32_t b, uint32_t selector) {
-    uint64_t x = (uint64_t)b << 32 | a;
-    uint32_t y = 0;
-    for (int i = 0; i < 4; i++) {
-        uint32_t choice = selector >> 4 * i & 15, byte = x >> 8 * (choice & 7) & 255;
-        y |= (choice & 8 ? (byte & 128 ? 255 : 0) : byte) << 8 * i;
-    }
-    return y;
-}
-
 // Warps
 
 static void together(uint32_t lanes) { if (lanes != ~0u) FAIL("lanes %08x alone at an instruction of the warp", lanes); }
@@ -159,15 +149,9 @@ static void mma_m16n8k16(uint32_t a[32][4], uint32_t b[32][2], float d[32][4], f
             d[l][i] = sum;
         }
 }
-static void ldmatrix(struct Warp* w, uint32_t at[32], uint32_t v[4][32], int n, int transposed) {
-    for (int j = 0; j < n; j++) {
-        uint16_t m[8][8];
-        for (int i = 0; i < 8; i++) memcpy(m[i], load_shared(w, at[8 * j + i], 16), 16);
-        for (int l = 0; l < 32; l++) {
-            int r = l / 4, c = 2 * (l % 4);
-            v[j][l] = transposed ? m[c][r] | (uint32_t)m[c + 1][r] << 16 : m[r][c] | (uint32_t)m[r][c + 1] << 16;
-        }
-    }
+static void ldmatrix(struct Warp* w, uint32_t at[32], uint32_t v[4][32], int n) {
+    for (int j = 0; j < n; j++)
+        for (int i = 0; i < 8; i++) memcpy(&v[j][4 * i], load_shared(w, at[8 * j + i], 16), 16);
 }
 static void stmatrix(struct Warp* w, uint32_t at[32], uint32_t v[4][32], int n) {
     for (int j = 0; j < n; j++)

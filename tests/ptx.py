@@ -22,15 +22,14 @@ from typing import Any, NamedTuple
 
 BITS = {"pred": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64} | {f"{k}{n}": n for k in "bus" for n in (8, 16, 32, 64)}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
-ROUNDINGS = {"rzi": "trunc", "rni": "nearbyint", "rmi": "floor", "rpi": "ceil"}
 SPECIAL = {"%tid.x": "(32 * w->id + l)"} | {
     f"%{name}.{x}": f"w->{name}[{i}]" for name in ("ctaid", "nctaid") for i, x in enumerate("xyz")
 }
-SYNCHRONISATION = (
+STORED = (
     "async.bulk.commit_group",
     "async.bulk.wait_group.read",
     "async.bulk.wait_group",
-)  # copies do not wait
+)  # at once: nothing to wait for
 
 
 class Parameter(NamedTuple):
@@ -77,6 +76,7 @@ class Translation:
                 self.blocks.append([])
             else:
                 yield match["statement"].strip()
+        assert not body[at:].strip(), body[at:]
 
     def _named(self, name: str) -> str:
         return next((scope[name] for scope in reversed(self.scopes) if name in scope), name)
@@ -179,9 +179,6 @@ class Translation:
         kind = f"u{BITS[modifiers[-1]]}"
         return self._write(to, "", f"{self._read(which, 'pred')} ? {self._read(a, kind)} : {self._read(b, kind)}")
 
-    def lane_prmt(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._write(arguments[0], "", f"permuted({', '.join(self._read(x, 'u32') for x in arguments[1:])})")
-
     def lane_cvt(self, modifiers: list[str], arguments: list[str]) -> str:
         to, of = (m for m in modifiers if m.removesuffix("x2") in BITS)
         if to.endswith("x2"):
@@ -192,7 +189,8 @@ class Translation:
             return self._write(arguments[0], "", f"of_{to}({x})")
         if to in ("f32", "f64"):
             return self._write(arguments[0], to, f"({'float' if to == 'f32' else 'double'}){x}")
-        return self._write(arguments[0], "", f"({_integer(to)}){ROUNDINGS.get(modifiers[0], '')}({x})")
+        assert of[0] != "f", modifiers
+        return self._write(arguments[0], "", f"({_integer(to)}){x}")
 
     # Of lanes: arithmetic
 
@@ -235,9 +233,6 @@ class Translation:
 
     def lane_div(self, modifiers: list[str], arguments: list[str]) -> str:
         return self._of("a / b", modifiers, arguments)
-
-    def lane_rem(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a % b", modifiers, arguments)
 
     def lane_neg(self, modifiers: list[str], arguments: list[str]) -> str:
         return self._of("-a", modifiers, arguments)
@@ -343,9 +338,9 @@ class Translation:
         return f"together(m); {operands} mma_m16n8k16(a, b, d, {number}); {self._result(d, 'f32', 'd[l][{}]')}"
 
     def warp_ldmatrix(self, modifiers: list[str], arguments: list[str]) -> str:
+        assert "trans" not in modifiers
         to = _parts(arguments[0])
-        load = f"uint32_t at[32], x[4][32]; LANES at[l] = {self._address(arguments[1])};"
-        load += f"ldmatrix(w, at, x, {len(to)}, {int('trans' in modifiers)});"
+        load = f"uint32_t at[32], x[4][32]; LANES at[l] = {self._address(arguments[1])}; ldmatrix(w, at, x, {len(to)});"
         return f"together(m); {load} {self._result(to, 'u32', 'x[{}][l]')}"
 
     def warp_stmatrix(self, modifiers: list[str], arguments: list[str]) -> str:
@@ -374,7 +369,7 @@ class Translation:
             return "w->group++;"
         if name == "async.wait_group":
             return f"copy_now(w, {arguments[0]});"
-        if name in SYNCHRONISATION:
+        if name in STORED:
             return ""
         store = name.startswith("async.bulk.tensor.2d.global")
         tile, place = (arguments[1], arguments[0]) if store else (arguments[0], arguments[1])
