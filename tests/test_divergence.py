@@ -286,6 +286,25 @@ def test_vocabularies_of_different_padded_size(backend, device):
         assert all((g[..., 40:] == 0).all() for g in found[1:])
 
 
+def test_gradients_written_over_the_logits(backend, device):
+    """As of a head's logits, among them the label's, which other warps may be about to write over."""
+    (student, teacher), ids = pair(device, tokens=(9,), V=2500), torch.randint(0, 2500, (9,), device=device)
+    soft, hard = torch.rand(2, 9, device=device)
+    rows = divergence_module(backend).divergence_rows
+
+    def run(student, teacher, d_student, d_teacher):
+        logits = (t.unsqueeze(-1) for t in (student, teacher))
+        gradients = {"d_student": d_student.unsqueeze(-1), "d_teacher": d_teacher.unsqueeze(-1)}
+        return rows(*logits, ids, None, None, kind="jsd", with_nll=True, soft=soft, hard=hard, **gradients)
+
+    beside = [torch.empty_like(student), torch.empty_like(teacher)]
+    expected = run(student, teacher, *beside)
+    exact = torch.nn.functional.cross_entropy(student.double(), ids, reduction="none")
+    torch.testing.assert_close(expected[1].double(), exact, rtol=1e-6, atol=1e-6)
+    assert all(map(torch.equal, run(student, teacher, student, teacher), expected))
+    assert all(map(torch.equal, (student, teacher), beside))
+
+
 @pytest.mark.parametrize("only", [0, 1])
 def test_frozen_side(only, backend, device):
     both = pair(device)

@@ -26,6 +26,7 @@ linear_cross_entropy.py::test_other_dtypes[triton-plain-gradients_in_forward-tor
 linear_cross_entropy.py::test_other_dtypes[triton-plain-recompute-torch.bfloat16]
 divergence.py::test_values_and_both_gradients[triton-forward_kl-2.5-torch.bfloat16]
 divergence.py::test_values_and_both_gradients[triton-jsd-2.5-torch.float32]
+divergence.py::test_gradients_written_over_the_logits[triton]
 """
 FAULTY = """
 import torch, triton, triton.language as tl
