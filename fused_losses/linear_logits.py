@@ -748,12 +748,17 @@ def _rebuild(hidden: Tensor, rest: _Rest) -> LinearLogits:
     return LinearLogits(hidden, rest=rest)
 
 
-# Under compile the whole of it travels as one output; elsewhere hidden is all that hooks and sinks may touch. What is mapped to
-# something else than a tensor, as by PyTorch 2.11's checkpoint, which looks for devices, has nothing to stand for.
+def _of_leaf(leaves: Any, rest: _Rest) -> Any:
+    # PyTorch 2.11's checkpoint, which looks for devices, maps hidden to None: that stands for nothing.
+    (hidden,) = leaves
+    return LinearLogits(hidden, rest=rest) if isinstance(hidden, Tensor) else hidden
+
+
+# Under compile the whole of it travels as one output; elsewhere hidden is all that hooks and sinks may touch.
 pytree.register_pytree_node(
     LinearLogits,
     lambda x: ([x.hidden], x.rest),
-    lambda children, rest: LinearLogits(*children, rest=rest) if isinstance(children[0], Tensor) else children[0],
+    _of_leaf,
     serialized_type_name="fused_losses.LinearLogits",
 )
 

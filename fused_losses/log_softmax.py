@@ -208,14 +208,14 @@ class LazyExpression(LazyTensor):
         return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)
 
 
-def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> LazyExpression:
-    return LazyExpression(base, form, factor, offset, label)
+def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> Any:
+    return LazyExpression(base, form, factor, offset, label) if is_lazy(base) else base  # what was mapped to no logits
 
 
 pytree.register_pytree_node(
     LazyExpression,
     lambda x: (list(x._parts()), (x.form, x.label)),
-    lambda parts, rest: _expression(*parts, *rest) if is_lazy(parts[0]) else parts[0],
+    lambda parts, rest: _expression(*parts, *rest),
     serialized_type_name="fused_losses.LazyExpression",
 )
 
