@@ -398,7 +398,7 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) 
     if dtype.itemsize > 2:
         return gradient.mul_(scale)
     # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies its factors then.
-    for piece in gradient.view(-1).split(max(1, gradient.numel() if gradient.is_cuda else BLOCK * BLOCK)):
+    for piece in gradient.view(-1).split(max(1, gradient.numel() if gradient.is_cuda else 256 * BLOCK)):
         piece.mul_(scale.reshape(1))
     return gradient
 

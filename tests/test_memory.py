@@ -158,6 +158,12 @@ def test_blocks_of_fp32_sums_are_planned(workspace, shape):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
+@pytest.mark.parametrize("sizes", [(256, 4096, 512), (512, 8192, 256), (128, 16384, 128)])
+def test_scaling_in_place_is_planned_where_gradients_are_most_of_the_memory(sizes):
+    planned, peak = planned_and_measured(*sizes, torch.bfloat16)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak
+
+
 def test_fp16_gradients_of_tokens_are_not_held_twice(device):
     """Forward has them in fp32, backward makes those in fp16."""
     hidden = torch.randn(16384, 256, dtype=torch.float16, device=device).requires_grad_()
