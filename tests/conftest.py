@@ -4,6 +4,9 @@
 """
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 # Read when torch is imported. A cached graph does not notice that an operator beneath it has changed.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
@@ -19,6 +22,14 @@ EMULATED = os.environ.get("EMULATE")
 INTERPRETED = DEVICE == "cpu" and not EMULATED
 if INTERPRETED:
     interpret()
+
+
+def python(*arguments, folder=Path(__file__).parent.parent, **environment):
+    """In a process of its own, without the interpreter that these tests may run kernels in."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
+    paths = [str(folder), str(folder / "tests"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture

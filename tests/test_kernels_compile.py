@@ -1,15 +1,13 @@
 """The compile gate passes: every shipped kernel configuration, on every target, spill-free and with matrix instructions."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import python
 
 ROOT = Path(__file__).parent.parent
 # Instructions that sm_90 may spend on a logit (a pair of them in a divergence), and how many of them a lane takes at a time.
@@ -23,9 +21,8 @@ PER_LOGIT = {
     "divergence_rows jsd, gradients of student": (136, 8),
 }
 FAULTY = """
-import os, sys, tempfile
+import os, tempfile
 os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
-sys.path.insert(0, "tests")
 import compile_gate as gate, compile_only, torch
 from fused_losses.kernels import linear_softmax
 
@@ -46,13 +43,6 @@ except compile_only.CannotLaunch as error:
 compile_only.TARGETS["sm_80"] = compile_only.TARGETS["sm_80"]._replace(matrix_instruction="HGMMA")
 trouble("sm_80", num_stages=3)
 """
-
-
-def python(*arguments, folder=ROOT):
-    """In a process of its own, without the interpreter that these tests may run kernels in."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder), environment.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def test_every_shipped_configuration_compiles_well(tmp_path):

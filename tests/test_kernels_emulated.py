@@ -4,15 +4,10 @@ In processes of their own: here kernels run in Triton's interpreter, which is wr
 barriers. ``EMULATE=sm_90 pytest tests/test_divergence.py`` runs any other of the tests so.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from conftest import python
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which all tests run")
 # Each kernel forward and backward; on either way to load a matrix, with every option.
 TESTS = """
@@ -49,12 +44,6 @@ for n, masked, barrier in ((128, True, True), (100, True, True), (100, False, Tr
     except RuntimeError as error:
         print(error)
 """
-
-
-def python(*arguments, **environment):
-    environment |= {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), environment.get("PYTHONPATH", "")])
-    return subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
