@@ -21,6 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 BITS = {"pred": 8, "f16": 16, "bf16": 16, "f32": 32, "f64": 64} | {f"{k}{n}": n for k in "bus" for n in (8, 16, 32, 64)}
+EXPRESSIONS = {
+    **{"add": "a + b", "sub": "a - b", "div": "a / b", "neg": "-a", "and": "a & b", "or": "a | b", "xor": "a ^ b"},
+    **{"abs": "fabs(a)", "ex2": "exp2f(a)", "rsqrt": "(float)(1 / sqrt((double)a))"},
+}
 COMPARISONS = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 SPECIAL = {"%tid.x": "(32 * w->id + l)"} | {
     f"%{name}.{x}": f"w->{name}[{i}]" for name in ("ctaid", "nctaid") for i, x in enumerate("xyz")
@@ -98,6 +102,9 @@ class Translation:
             to = f"TO({self._named(arguments[0])})" if operation == "bra" else "DONE"
             self.blocks[-1].append(f"LANES pc[l] = {condition} ? {to} : {len(self.blocks)};")
             self.blocks.append([])
+        elif operation in EXPRESSIONS:
+            code = self._of(EXPRESSIONS[operation], modifiers, arguments)
+            self.blocks[-1].append(f"LANES if ({condition}) {{ {code} }}")
         elif of_lane := getattr(self, f"lane_{operation}", None):
             self.blocks[-1].append(f"LANES if ({condition}) {{ {of_lane(modifiers, arguments)} }}")
         elif of_warp := getattr(self, f"warp_{operation}", None):
@@ -195,7 +202,7 @@ class Translation:
     # Of lanes: arithmetic
 
     def _of(self, expression: str, modifiers: list[str], arguments: list[str]) -> str:
-        """``expression`` of the operands a, b, c; integers wrap."""
+        """``expression`` of the operands a, b, c."""
         kind, flush = modifiers[-1], "ftz" in modifiers
         if kind.endswith("16x2"):
             halves = [re.sub(r"\b([abc])\b", rf"(uint16_t)(\1 >> {s})", expression) for s in (0, 16)]
@@ -204,12 +211,6 @@ class Translation:
             value = self._read(x, kind)
             expression = re.sub(rf"\b{name}\b", f"ftz({value})" if flush else value, expression)
         return self._write(arguments[0], kind, f"ftz({expression})" if flush else expression)
-
-    def lane_add(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a + b", _unsigned(modifiers), arguments)
-
-    def lane_sub(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a - b", _unsigned(modifiers), arguments)
 
     def lane_mul(self, modifiers: list[str], arguments: list[str]) -> str:
         if modifiers[-1] in ("f32", "f64"):
@@ -231,15 +232,6 @@ class Translation:
     def lane_fma(self, modifiers: list[str], arguments: list[str]) -> str:
         return self._of(f"fma{'f' * (modifiers[-1] == 'f32')}(a, b, c)", modifiers, arguments)
 
-    def lane_div(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a / b", modifiers, arguments)
-
-    def lane_neg(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("-a", modifiers, arguments)
-
-    def lane_abs(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("fabs(a)" if modifiers[-1][0] == "f" else "llabs(a)", modifiers, arguments)
-
     def lane_max(self, modifiers: list[str], arguments: list[str]) -> str:
         return self._extreme("max", ">", modifiers, arguments)
 
@@ -252,25 +244,10 @@ class Translation:
         whole = "isnan(a) || isnan(b) ? NAN : " * ("NaN" in modifiers)
         return self._of(f"{whole}f{name}(a, b)", modifiers, arguments)
 
-    def lane_ex2(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("exp2f(a)", modifiers, arguments)
-
-    def lane_rsqrt(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("(float)(1 / sqrt((double)a))", modifiers, arguments)
-
     def lane_rcp(self, modifiers: list[str], arguments: list[str]) -> str:
         # In float64 a first guess, of which the upper half is meant.
         exact = "f64(of_f64(1 / a) & ~0xffffffffull)" if "approx" in modifiers and "f64" in modifiers else "1 / a"
         return self._of(exact, [m for m in modifiers if m != "ftz" or "f64" not in modifiers], arguments)
-
-    def lane_and(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a & b", modifiers, arguments)
-
-    def lane_or(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a | b", modifiers, arguments)
-
-    def lane_xor(self, modifiers: list[str], arguments: list[str]) -> str:
-        return self._of("a ^ b", modifiers, arguments)
 
     def lane_not(self, modifiers: list[str], arguments: list[str]) -> str:
         return self._of("!a" if modifiers[-1] == "pred" else "~a", modifiers, arguments)
@@ -418,10 +395,6 @@ def _integer(kind: str) -> str:
     return f"{'int' if kind[0] == 's' else 'uint'}{BITS[kind]}_t"
 
 
-def _unsigned(modifiers: list[str]) -> list[str]:
-    return [*modifiers[:-1], re.sub("^s", "u", modifiers[-1])]
-
-
 def _parts(x: str) -> list[str]:
     return [part.strip() for part in x.strip("{} ").split(",")]
 
@@ -442,8 +415,8 @@ def compiled(ptx: str) -> Program:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
             source.write_text(translation.code)
-            # Neither fused nor folded but where the PTX says so.
-            flags = ["-Og", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
+            # Integers wrap; nothing is fused but where the PTX says so.
+            flags = ["-Og", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
             subprocess.run(["cc", *flags, "-o", str(made), str(source), "-lm"], check=True)
             made.rename(library)
     run: Any = ctypes.CDLL(str(library)).run
