@@ -467,9 +467,8 @@ class LinearLogits(LazyTensor):
             def unshard(_: Any) -> None:
                 if not made or torch.is_grad_enabled():
                     undo.append(self._gather())
-                    if not is_whole(
-                        self.rest.weight
-                    ):  # unshard_in_backward is off, and unshard heeds that amid a backward
+                    if not is_whole(self.rest.weight):
+                        # unshard_in_backward is off, and amid a backward unshard heeds that.
                         module.set_unshard_in_backward(True)
                         module.unshard()
                         module.set_unshard_in_backward(False)

@@ -349,7 +349,7 @@ def _divergence_rows_kernel(
             found = (y >= 0) & (y < V)
             x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
             z_y = final_logits(x_y, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
-            # Compilers fuse a product and a sum as they like: rounded otherwise it could exceed the maximum.
+            # Compilers fuse a tanh's products and sums as they like: it could exceed the maximum.
             nll = hard_log_total - tl.minimum(z_y - hard_max, 0.0).to(tl.float64)
             nll = tl.sum(tl.where(found, nll, 0.0), 0)
             if STEP == "all":

@@ -135,7 +135,7 @@ def _row_sum_log_probs(moved, weighted, weight_seen, log_total):
 
 @triton.jit
 def _log_prob(x, inner, outer, row_largest, log_total, HAS_SOFTCAP: tl.constexpr):
-    """Of one logit a row. Compilers fuse a product and a sum as they like: rounded otherwise it could exceed the maximum."""
+    """Of one logit a row. Compilers fuse a tanh's products and sums as they like: it could exceed the maximum."""
     z = final_logits(x, inner, outer, HAS_SOFTCAP)
     return (tl.minimum(z - row_largest, 0.0).to(tl.float64) - log_total).to(tl.float32)
 
