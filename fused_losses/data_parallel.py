@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linear_logits_checks import is_distributed
 from .numerics import wide_dtype
 from .sequences import check_tensors
+from .sharded_weight import is_distributed
 
 
 def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

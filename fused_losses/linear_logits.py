@@ -9,8 +9,8 @@ returns one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,14 +39,13 @@ from .linear_logits_checks import (
     autocast,
     check_shapes,
     check_whereabouts,
-    is_distributed,
-    is_whole,
     no_gradient,
     per_token_temperature,
     refuse_reentrant_checkpoint,
     versions,
 )
 from .numerics import check_scaling, full_precision, statistics_dtype, upcast
+from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole
 from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
@@ -432,104 +431,14 @@ class LinearLogits(LazyTensor):
             z = self.gather_in_backward(_project(self.rows(), self, self.weight, self.bias))
         return z.to(self.dtype).view(*self.token_shape, self.rest.vocab).movedim(-1, self.vocab_dim)
 
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
+    def gathered(self) -> AbstractContextManager[None]:
         """The weight is whole inside."""
-        release = self._gather()
-        try:
-            yield
-        finally:
-            release()
+        return gathered(self.rest.weight, self.module, self.shape)
 
     def gather_in_backward(self, output: Tensor, made: bool = False) -> Tensor:
-        """``output``, before whose backward the weight is made whole again.
-
-        ``made``: every rank made the gradients in forward, and only a second derivative reads the weight again.
-        """
-        module = self.module
-        if torch.compiler.is_compiling() or output.grad_fn is None or (module is None and not is_distributed()):
-            return output
-        if module is None:
-
-            def check(_: Any) -> None:
-                self._gather()  # raises where the weight is not whole
-
-            output.grad_fn.register_prehook(check)
-            return output
-        undo: list[Callable[[], Any]] = []
-
-        def release(*_: Any) -> None:
-            while undo:
-                undo.pop()()
-
-        if hasattr(module, "unshard"):
-
-            def unshard(_: Any) -> None:
-                if not made or torch.is_grad_enabled():
-                    undo.append(self._gather())
-                    if not is_whole(self.rest.weight):
-                        # unshard_in_backward is off, and amid a backward unshard heeds that.
-                        module.set_unshard_in_backward(True)
-                        module.unshard()
-                        module.set_unshard_in_backward(False)
-
-            output.grad_fn.register_prehook(unshard)
-            if not self.requires_grad:  # else FSDP2 frees the weight, once it has reduced the gradient
-                output.grad_fn.register_hook(release)
-            return output
-        if getattr(module, "ds_grads_remaining", 0):
-            # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
-            # it when that of its output came. What came out, it did not know for tensors: these are.
-            with torch.enable_grad():
-                fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
-            output.grad_fn.register_prehook(lambda _: fetch(torch.zeros(())) and None)
-            return output
-        if made and not self.requires_grad:
-            return output
-        waiting: list[Tensor] = []
-
-        def accumulated(parameter: Tensor) -> None:
-            waiting[:] = [p for p in waiting if p is not parameter]
-            if not waiting:
-                release()
-
-        def gather(_: Any) -> None:
-            if is_whole(self.rest.weight):
-                return
-            undo.append(self._gather())
-            # A parameter must be whole until its gradient was accumulated.
-            waiting[:] = [p for p in module.parameters() if p.requires_grad]
-            undo.extend(p.register_post_accumulate_grad_hook(accumulated).remove for p in waiting)
-            torch.autograd.Variable._execution_engine.queue_callback(release)
-
-        output.grad_fn.register_prehook(gather)
-        return output
-
-    def _gather(self) -> Callable[[], None]:
-        """Make the weight whole; returns what undoes it."""
-        weight, module = self.rest.weight, self.rest.module
-        if torch.compiler.is_compiling() or transforms_active() or weight.is_meta or is_whole(weight):
-            return lambda: None
-        if module is None:
-            raise RuntimeError(
-                f"the storage of the head's weight is empty: it was sharded again when the module that owns it (FSDP2, "
-                f"ZeRO-3) returned. LinearLogits {tuple(self.shape)} can gather it: pass module=<that module>."
-            )
-        if hasattr(module, "unshard"):
-            module.unshard()
-            return module.reshard
-        if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-            raise RuntimeError(
-                f"the storage of the head's weight is empty, and {type(module).__name__} cannot gather it: it belongs to "
-                f"another module's FSDP unit, which was sharded again. For LinearLogits {tuple(self.shape)} give the head a "
-                "unit of its own, fully_shard(head), or call fully_shard(model, reshard_after_forward=False) and make one "
-                "backward of all losses."
-            )
-        import deepspeed  # type: ignore[import-not-found]
-
-        context = deepspeed.zero.GatheredParameters(list(module.parameters()))
-        context.__enter__()
-        return lambda: context.__exit__(None, None, None)
+        """``output``, before whose backward the weight is made whole again; ``made``: see :mod:`.sharded_weight`."""
+        rest = self.rest
+        return gather_in_backward(output, rest.weight, rest.module, self.shape, trains=self.requires_grad, made=made)
 
     # What a lazy tensor must know
 

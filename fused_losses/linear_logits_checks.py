@@ -24,15 +24,6 @@ def no_gradient() -> bool:
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
 
 
-def is_whole(weight: Tensor) -> bool:
-    """Whether the head's weight is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
-    return weight.ndim == 2 and (weight.numel() == 0 or weight.untyped_storage().size() > 0)
-
-
-def is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def check_whereabouts(weight: Any, module: Any) -> None:
     if hasattr(weight, "ds_id") and weight.ndim == 1:
         raise ValueError(

@@ -43,9 +43,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear_logits_checks import is_distributed
 from .numerics import check_reduction, log1mexp, upcast
 from .sequences import check_tensors, masked_mean, same_shape, sums_and_counts
+from .sharded_weight import is_distributed
 from .token_statistics import TokenStatistics
 
 Reduction = Literal["mean", "sum", "none"]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aggregation import Sequences
-from .linear_logits_checks import is_distributed
 from .numerics import check_between, upcast
 from .sequences import same_shape
+from .sharded_weight import is_distributed
 
 
 def _nanstd(x: Tensor, dim: int) -> Tensor:

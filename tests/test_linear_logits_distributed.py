@@ -4,7 +4,7 @@ import copy
 import itertools
 import pickle
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import needs_ranks
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -80,9 +80,10 @@ def train(model, wrapped, loss, batches):
             step_loss(loss, logits, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {
-        n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in model.named_parameters()
-    }
+    whole = isinstance(wrapped, FullyShardedDataParallel)
+    with FullyShardedDataParallel.summon_full_params(wrapped) if whole else nullcontext():
+        parameters = model.named_parameters()
+        return {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone() for n, p in parameters}
 
 
 def fully_shard_head(model):
@@ -96,14 +97,25 @@ def fully_shard_output_dtype(model):
     return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float32))
 
 
+def reshard_root(model):
+    return fully_shard(model, reshard_after_forward=True)
+
+
+def predecessor(model):
+    """FSDP1, which keeps what the root holds until backward."""
+    return FullyShardedDataParallel(model, device_id=next(model.parameters()).device, use_orig_params=True)
+
+
 def ddp(**options):
     return lambda model: nn.parallel.DistributedDataParallel(model, **options)
 
 
 WRAPPERS = {
     "fully_shard_model": fully_shard,
+    "fully_shard_model_resharded": reshard_root,
     "fully_shard_head": fully_shard_head,
     "fully_shard_output_dtype": fully_shard_output_dtype,
+    "fsdp1": predecessor,
     "ddp": ddp(),
     "ddp_static_graph": ddp(static_graph=True),
     "ddp_find_unused": ddp(find_unused_parameters=True),
@@ -173,6 +185,7 @@ SHARDS = {
     "head": shard_head,
     "head, kept whole": lambda model: shard_head(model, reshard_after_forward=False),
     "model": fully_shard,
+    "model, sharded again": reshard_root,
 }
 
 
@@ -282,28 +295,27 @@ def teachers(ids):
     return found
 
 
-def messages(ids):
-    """What is said where the root of a model alone is sharded, and was sharded again."""
-    found = []
-
-    def loss_of(logits):
-        try:
-            return step_loss("mean", logits, ids)
-        except Exception as error:
-            found.append(repr(error))
-
-    resharded = fully_shard(prepare(""), reshard_after_forward=True)
-    loss_of(resharded(ids))
-    kept = fully_shard(prepare(""))
-    logits, others = kept(ids), kept(ids)
-    first, second = loss_of(logits), loss_of(logits)
-    first.backward(retain_graph=True)
-    loss_of(others)
-    try:
-        second.backward()
-    except Exception as error:
-        found.append(repr(error))
+def apart(ids):
+    """Gradients of two losses of two forwards, one backward after the other: after the first, FSDP2 shards the root again."""
+    found = {}
+    for name, wrap in {"whole": lambda model: model, "kept": fully_shard, "resharded": reshard_root}.items():
+        model = wrap(prepare(""))
+        losses = [reading("per_token", model(part), part) for part in (ids, ids.flip(0, 1))]
+        for loss in losses:
+            loss.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        found[name] = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in gradients]
     return found
+
+
+def message(ids):
+    """What is said where FSDP2's predecessor wraps the head by itself."""
+    model = prepare("")
+    model.head = predecessor(model.head)
+    try:
+        step_loss("mean", predecessor(model)(ids), ids)
+    except RuntimeError as error:
+        return str(error)
 
 
 # Gradients of several micro-batches, summed in fp32
@@ -362,7 +374,8 @@ def work(device):
     found["copies"] = copies(mine[0])
     found["not gathered"] = not_gathered(mine[0])
     found["teachers"] = teachers(batches(0)[0].to(device))
-    found["messages"] = messages(mine[0])
+    found["apart"] = apart(mine[0])
+    found["message"] = message(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
     found["main_grad"] = main_grad_of(Model(), mine)
     return found
@@ -392,12 +405,12 @@ def test_trains_as_one_process_does(trained, case, loss, variant):
 def test_gathers_once_for_each_pass_and_reduces_once(trained, shards, loss):
     for found in trained:
         (counts, left), (eager, _) = found["sent", shards, loss]
-        groups = 1 if shards == "model" else 2
+        groups = 1 if shards.startswith("model") else 2
         assert eager.get("_reduce_scatter_base_", 0) == (0 if loss == "evaluation" else groups)
         expected = Counter(eager)
-        expected["_allgather_base_"] += PASSES[loss] if shards == "head" else 0
+        kept = shards not in ("head", "model, sharded again")  # until the gradients are reduced
+        expected["_allgather_base_"] += 0 if kept else PASSES[loss]
         assert Counter(counts) == expected
-        kept = shards != "head"  # until the gradients are reduced
         assert [size > 0 for size in left] == [kept, kept, kept and loss == "evaluation"]
 
 
@@ -431,12 +444,17 @@ def test_the_head_of_a_teacher_is_sharded_again(trained, loss):
         torch.testing.assert_close(grad, expected)
 
 
-def test_a_weight_that_another_unit_sharded_again_is_an_error_that_says_so(trained):
+@pytest.mark.parametrize("root", ["kept", "resharded"])
+def test_losses_apart_gather_the_root_each_for_itself(trained, root):
     for found in trained:
-        assert len(found["messages"]) == 3
-        for message in found["messages"]:
-            assert "fully_shard(head)" in message, message
-            assert f"LinearLogits {(B, S - 1, V)}" in message or f"LinearLogits {(B * (S - 1), V)}" in message
+        for at, grad in enumerate(found["apart"][root]):
+            torch.testing.assert_close(grad, sum(f["apart"]["whole"][at] for f in trained) / RANKS)
+
+
+def test_a_weight_that_no_unit_gathers_is_an_error_that_says_so(trained):
+    for found in trained:
+        assert "no FSDP2 unit around LinearHead" in found["message"]
+        assert f"LinearLogits {(B * (S - 1), V)}" in found["message"]
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(trained):

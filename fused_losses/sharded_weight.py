@@ -1,0 +1,142 @@
+"""A head's weight that its owner shards between uses (FSDP2, ZeRO-3): whole for a use in forward, and for its backward.
+
+Such a weight is whole inside its module's forward alone, and logits that are never made are read after it. Whoever reads the
+weight makes it whole for as long as that takes, through the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import transforms_active
+
+
+def is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def is_whole(weight: Tensor) -> bool:
+    """Whether the head's weight is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
+    return weight.ndim == 2 and (weight.numel() == 0 or weight.untyped_storage().size() > 0)
+
+
+def fsdp_unit(module: Any) -> Any:
+    """What FSDP2 gathers and shards the parameters of ``module`` with: itself, or the nearest module around it; else None."""
+    if module is None or hasattr(module, "unshard"):
+        return module
+    if not is_distributed():
+        return None
+    from torch.distributed._composable_state import _module_state_mapping
+
+    around = [m for m in _module_state_mapping if hasattr(m, "unshard") and any(x is module for x in m.modules())]
+    return min(around, key=lambda m: sum(1 for _ in m.modules()), default=None)
+
+
+def gather(weight: Tensor, module: Any, shape: torch.Size) -> Callable[[], Any]:
+    """Make ``weight`` whole; returns what undoes it. ``shape``: of the logits, for errors."""
+    if torch.compiler.is_compiling() or transforms_active() or weight.is_meta or is_whole(weight):
+        return lambda: None
+    if module is None:
+        raise RuntimeError(
+            f"the storage of the head's weight is empty: it was sharded again when the module that owns it (FSDP2, "
+            f"ZeRO-3) returned. LinearLogits {tuple(shape)} can gather it: pass module=<that module>."
+        )
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        import deepspeed  # type: ignore[import-not-found]
+
+        context = deepspeed.zero.GatheredParameters(list(module.parameters()))
+        context.__enter__()
+        return lambda: context.__exit__(None, None, None)
+    unit = fsdp_unit(module)
+    if unit is None:
+        raise RuntimeError(
+            f"the storage of the head's weight is empty, and no FSDP2 unit around {type(module).__name__} holds it: for "
+            f"LinearLogits {tuple(shape)} call fully_shard(head) or fully_shard(model). FullyShardedDataParallel, its "
+            "predecessor, must not wrap the head by itself."
+        )
+    unit.unshard()
+    return unit.reshard
+
+
+@contextmanager
+def gathered(weight: Tensor, module: Any, shape: torch.Size) -> Iterator[None]:
+    """``weight`` is whole inside."""
+    release = gather(weight, module, shape)
+    try:
+        yield
+    finally:
+        release()
+
+
+def gather_in_backward(
+    output: Tensor, weight: Tensor, module: Any, shape: torch.Size, *, trains: bool, made: bool
+) -> Tensor:
+    """``output``, before whose backward ``weight`` is made whole again.
+
+    ``trains``: the logits have a gradient. ``made``: every rank made the gradients in forward, and only a second derivative
+    reads the weight again.
+    """
+    if torch.compiler.is_compiling() or output.grad_fn is None or (module is None and not is_distributed()):
+        return output
+    node = output.grad_fn
+    if module is None:
+
+        def check(_: Any) -> None:
+            gather(weight, module, shape)  # raises where it is not whole
+
+        node.register_prehook(check)
+        return output
+    undo: list[Callable[[], Any]] = []
+
+    def release(*_: Any) -> None:
+        while undo:
+            undo.pop()()
+
+    unit = fsdp_unit(module)
+    if unit is not None:
+
+        def unshard(_: Any) -> None:
+            if not made or torch.is_grad_enabled():
+                undo.append(gather(weight, unit, shape))
+                if not is_whole(weight):
+                    # unshard_in_backward is off, and amid a backward unshard heeds that.
+                    unit.set_unshard_in_backward(True)
+                    unit.unshard()
+                    unit.set_unshard_in_backward(False)
+
+        node.register_prehook(unshard)
+        if not trains:  # else FSDP2 frees the weight, once it has reduced the gradient
+            node.register_hook(release)
+        return output
+    if getattr(module, "ds_grads_remaining", 0):
+        # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
+        # it when that of its output came. What came out, it did not know for tensors: these are.
+        with torch.enable_grad():
+            fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
+        node.register_prehook(lambda _: fetch(torch.zeros(())) and None)
+        return output
+    if made and not trains:
+        return output
+    waiting: list[Tensor] = []
+
+    def accumulated(parameter: Tensor) -> None:
+        waiting[:] = [p for p in waiting if p is not parameter]
+        if not waiting:
+            release()
+
+    def gather_until_accumulated(_: Any) -> None:
+        if is_whole(weight):
+            return
+        undo.append(gather(weight, module, shape))
+        # A parameter must be whole until its gradient was accumulated.
+        waiting[:] = [p for p in module.parameters() if p.requires_grad]
+        undo.extend(p.register_post_accumulate_grad_hook(accumulated).remove for p in waiting)
+        torch.autograd.Variable._execution_engine.queue_callback(release)
+
+    node.register_prehook(gather_until_accumulated)
+    return output
