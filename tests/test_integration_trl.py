@@ -336,6 +336,13 @@ def test_other_ways_to_train(folder, make, setting, monkeypatch):
     assert_same(make, folder, **settings[setting])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo, distillation, cpo, orpo, gkd, online_dpo])
+def test_same_when_compiled(folder, make):
+    torch._dynamo.reset()
+    assert_same(make, folder, torch_compile=True, per_device_train_batch_size=2, rtol=1e-3)
+
+
 # The two functions of TRL's that are replaced, on their own.
 
 N, V, H = 11, 37, 8
