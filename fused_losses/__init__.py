@@ -29,7 +29,7 @@ from .modules import (
     VanillaKTOLoss,
 )
 from .planning import Plan, plan
-from .policy import grpo_loss, ppo_loss, value_loss
+from .policy import a2po_loss, grpo_loss, ppo_loss, value_loss
 from .preference import (
     RunningMean,
     bco_loss,
@@ -50,7 +50,7 @@ from .reward import (
     prm_loss,
     reward_metrics,
 )
-from .rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
+from .rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask, optimal_values
 from .sequences import (
     concatenate_pairs,
     masked_mean,
@@ -92,6 +92,7 @@ __all__ = [
     "ValueLoss",
     "VanillaKTOLoss",
     "VocabParallel",
+    "a2po_loss",
     "aggregate",
     "backend",
     "bco_loss",
@@ -125,6 +126,7 @@ __all__ = [
     "masked_sum",
     "mismatch_weight",
     "off_policy_mask",
+    "optimal_values",
     "orpo_loss",
     "packed_mean",
     "packed_sum",

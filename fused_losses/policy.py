@@ -706,3 +706,55 @@ def value_loss(
         count_empty=count_empty,
     )
     return loss, {"clip_ratio": sequences.average(held)}
+
+
+def a2po_loss(
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 1e-3,
+    cu_seqlens: Tensor | None = None,
+    global_batch_size: Tensor | float | None = None,
+    dp_size: int = 1,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""A*-PO: regress the policy's implicit reward on the advantage over the best policy's value; one answer a prompt.
+
+    .. math:: \Big(\beta \sum_t (\log\pi - \log\pi_{ref}) - A\Big)^2, \qquad A = R - V^*
+
+    Source: Brantley et al., "A*-PO" (2505.20686); TRL 1.16's ``A2POTrainer``, whose ``beta2`` is ``beta``.
+
+    Args:
+        log_probs: ``(B, S)`` of the policy, or packed ``(1, total)``.
+        ref_log_probs: the same under the reference.
+        advantages: ``(B,)``: rewards less :func:`optimal_values`.
+        mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
+        beta: scale of the implicit reward.
+        cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
+        global_batch_size, dp_size: as for :func:`aggregate`.
+
+    Returns:
+        The mean over sequences, a scalar in fp32 (float64 for float64), differentiable in ``log_probs``; and the means
+        ``{"implicit_reward", "advantage"}``, detached.
+
+    Raises:
+        ValueError: shapes that do not match.
+
+    Example:
+        >>> a2po_loss(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-2.0, -2.0]]), torch.tensor([0.5]), beta=0.1)[0]
+        tensor(0.0900)
+    """
+    sequences = Sequences("log_probs", log_probs, mask, cu_seqlens)
+    log_ratio = sequences.hide("log_probs", log_probs) - sequences.hide("ref_log_probs", ref_log_probs.detach())
+    implicit_reward = beta * sequences.sum(log_ratio)
+    if advantages.shape != implicit_reward.shape:
+        raise ValueError(f"advantages must be one per sequence ({sequences.number},), got {tuple(advantages.shape)}")
+    advantages = upcast(advantages.detach())
+    loss = aggregate(
+        (implicit_reward - advantages).square().unsqueeze(1),
+        aggregation="seq_mean_token_sum",
+        global_batch_size=global_batch_size,
+        dp_size=dp_size,
+    )
+    return loss, {"implicit_reward": implicit_reward.detach().mean(), "advantage": advantages.mean()}

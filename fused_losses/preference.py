@@ -27,6 +27,8 @@ TRL 0.25 rewards of several loss types          ``weighted_rewards=True``
 TRL 0.25 ``bco_pair``, ``BCOTrainer``           ``running_mean=RunningMean()``; TRL 1.16 ``bco_pair``: without
 OpenRLHF ``nll_loss_coef``                      ``rpo_alpha``, with ``nll_loss`` the mean of per-sequence means
 TRL CPO ``simpo``, ``alphapo``                  :func:`simpo_loss` with ``cpo_alpha=1``; ``cpo_alpha=0, alpha=…``
+TRL TPO                                         :func:`cpo_loss` with the gold answers' ``nll_loss``, ``cpo_alpha`` its
+                                                ``tpo_alpha``; ``tpo-l`` is ``simpo``
 ==============================================  =================================================================
 """
 
@@ -945,16 +947,18 @@ def bco_loss(
     *,
     beta: float = 0.1,
     running_mean: RunningMean | None = None,
+    rejected_weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     r"""Binary classifier optimisation, unpaired: is the reward of this answer above or below the average reward?
 
-    .. math:: -\log\sigma(\beta\,lr_w - \delta), \qquad -\log\sigma(\delta - \beta\,lr_l)
+    .. math:: -\log\sigma(\beta\,lr_w - \delta), \qquad -u\log\sigma(\delta - \beta\,lr_l)
 
-    one mean over both sides together; :math:`\delta` is the mean of all rewards so far, this batch's included.
+    one mean over both sides together; :math:`\delta` is the mean of all rewards so far, this batch's included; :math:`u` is 1,
+    or how much more likely the prompt is among desirable answers than among undesirable ones.
 
     Source: Jung et al., "Binary Classifier Optimization" (2404.04656); the ``BCOTrainer`` of TRL 0.25 to 1.9
-    (1.16 has none), without its density ratio.
+    (1.16 has none), whose density ratio is ``rejected_weight``.
 
     Args:
         policy_chosen_logps: summed log-probabilities ``(B_w,)`` of desirable answers, nats; may be empty.
@@ -963,6 +967,8 @@ def bco_loss(
         reference_rejected_logps: see above.
         beta: how closely the policy is held to the reference.
         running_mean: keeps δ between calls; default δ = 0.
+        rejected_weight: ``u`` ``(B_l,)``, which gets no gradient: with a classifier's probability ``p`` that a prompt is a
+            desirable answer's, ``p/(1 − p)``; default 1.
         reduction: over both sides concatenated: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -980,8 +986,12 @@ def bco_loss(
     _check_scalars(beta=beta)
     chosen = beta * _log_ratio(policy_chosen_logps, reference_chosen_logps)
     rejected = beta * _log_ratio(policy_rejected_logps, reference_rejected_logps)
+    same_shape(policy_rejected_logps=rejected, rejected_weight=rejected_weight)
     delta = chosen.new_zeros(()) if running_mean is None else running_mean(torch.cat([chosen, rejected]))
-    losses = torch.cat([-F.logsigmoid(chosen - delta), -F.logsigmoid(delta - rejected)])
+    rejected_losses = -F.logsigmoid(delta - rejected)
+    if rejected_weight is not None:
+        rejected_losses = upcast(rejected_weight.detach()) * rejected_losses
+    losses = torch.cat([-F.logsigmoid(chosen - delta), rejected_losses])
     return _reduce(losses, reduction), chosen.detach(), rejected.detach(), delta
 
 

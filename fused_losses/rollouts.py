@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, nan
+from math import inf, log, nan
 from typing import Any, Literal
 
 import torch
@@ -93,6 +93,36 @@ def group_advantages(
         if scale != "none":
             advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
     return advantages.masked_fill(advantages.isnan(), 0).flatten()
+
+
+def optimal_values(rewards: Tensor, num_generations: int, *, beta: float = 0.5) -> Tensor:
+    r"""What a prompt is worth to the best policy near the reference, estimated from answers that the reference sampled.
+
+    .. math:: V^* = \beta \log \mathrm{mean}_{group}\, e^{R/\beta}
+
+    Source: Brantley et al., "A*-PO" (2505.20686); TRL 1.16's ``A2POTrainer``, whose ``beta1`` this is.
+
+    Args:
+        rewards: ``(B,)``; the ``num_generations`` answers to a prompt stand together.
+        num_generations: answers per prompt; divides B.
+        beta: how far the best policy may be from the reference: near 0 the largest reward, far from it their mean.
+
+    Returns:
+        ``(B / num_generations,)``, fp32 (float64 for float64).
+
+    Raises:
+        ValueError: B is no multiple of ``num_generations``, or ``beta`` is not positive.
+
+    Example:
+        >>> optimal_values(torch.tensor([1.0, 0.0, 0.0, 0.0]), 2)
+        tensor([0.7169, 0.0000])
+    """
+    if rewards.dim() != 1 or num_generations < 1 or len(rewards) % num_generations:
+        raise ValueError(f"rewards must be (B,) in groups of {num_generations}, got {tuple(rewards.shape)}")
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    scaled = upcast(rewards).unflatten(0, (len(rewards) // num_generations, num_generations)) / beta
+    return beta * (scaled.logsumexp(1) - log(num_generations))
 
 
 def off_policy_mask(

@@ -315,3 +315,22 @@ def value_loss(
     return aggregate(torch.stack([torch.stack(row) for row in loss]), mask, aggregation, **counts), {
         "clip_ratio": mean_of(held)
     }
+
+
+def a2po_loss(
+    log_probs: Tensor,
+    ref_log_probs: Tensor,
+    advantages: Tensor,
+    mask: Tensor | None = None,
+    *,
+    beta: float = 1e-3,
+    **counts: Any,
+) -> tuple[Tensor, dict[str, float]]:
+    """(β Σ_t (log π − log π_ref) − A)², a mean over sequences."""
+    mask = torch.ones_like(log_probs) if mask is None else mask
+    implicit = []
+    for b, row in enumerate(tokens_of(mask)):
+        implicit.append(beta * sum((log_probs[b, t] - ref_log_probs[b, t] for t in row), log_probs.new_zeros(())))
+    losses = torch.stack([(reward - A) ** 2 for reward, A in zip(implicit, advantages, strict=True)])
+    metrics = {"implicit_reward": mean_of([x.item() for x in implicit]), "advantage": float(advantages.mean())}
+    return aggregate(losses[:, None], torch.ones_like(losses[:, None]), "seq_mean_token_sum", **counts), metrics

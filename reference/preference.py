@@ -418,12 +418,14 @@ def bco_loss(
     *,
     beta: float = 0.1,
     running_mean: RunningMean | None = None,
+    rejected_weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Chosen ``−ls(b lr_w − δ)``, rejected ``−ls(−(b lr_l − δ))``, δ the mean of all rewards so far, a constant."""
+    """Chosen ``−ls(b lr_w − δ)``, rejected ``−u·ls(−(b lr_l − δ))``, δ the mean of all rewards so far, a constant."""
     like = policy_chosen_logps
     chosen = [beta * (π - ref) for π, ref in zip(policy_chosen_logps, reference_chosen_logps, strict=True)]
     rejected = [beta * (π - ref) for π, ref in zip(policy_rejected_logps, reference_rejected_logps, strict=True)]
     δ = like.new_zeros(()) if running_mean is None else running_mean(chosen + rejected)
-    losses = [-ls(r - δ) for r in chosen] + [-ls(-(r - δ)) for r in rejected]
+    weights = [1.0] * len(rejected) if rejected_weight is None else rejected_weight
+    losses = [-ls(r - δ) for r in chosen] + [-u * ls(-(r - δ)) for u, r in zip(weights, rejected, strict=True)]
     return _reduce(losses, reduction, like), _stack(chosen, like), _stack(rejected, like), δ

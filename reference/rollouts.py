@@ -66,6 +66,12 @@ def group_advantages(
     return torch.tensor(advantages, dtype=torch.float64)
 
 
+def optimal_values(rewards: Tensor, num_generations: int, *, beta: float = 0.5) -> Tensor:
+    """V* = β log of the group's mean of exp(R/β)."""
+    groups = rewards.double().split(num_generations)
+    return torch.stack([beta * torch.log(torch.exp(group / beta).mean()) for group in groups])
+
+
 def off_policy_mask(
     log_probs: Tensor, sampling_log_probs: Tensor, advantages: Tensor, threshold: float, mask: Tensor | None = None
 ) -> Tensor:

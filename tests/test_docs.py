@@ -124,6 +124,8 @@ OWN = {
         "target": torch.tensor([1, 2, 4]),
     },
     "group_advantages": {"rewards": torch.randn(4)},
+    "optimal_values": {"rewards": torch.randn(4)},
+    "bco_loss": {"u": torch.rand(4)},
     "sequence_log_probs": {"cu_seqlens": torch.tensor([0, 10, 24])},
 }
 

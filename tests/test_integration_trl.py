@@ -28,6 +28,7 @@ ROWS = {
     "prompt": [f"{t} and" for t in TEXT],
     "chosen": [" then it slept well all night", " found a bone", " at noon too, quite loudly", " by the fire"],
     "rejected": [" no", " lost the way back home again", " never", " but not the new ones, we think"],
+    "reference": [" fell asleep", " met a cat on the road", " while we listen", " aloud"],
 }
 
 
@@ -243,6 +244,29 @@ def online_dpo(folder, **settings):
     )
 
 
+def tpo(folder, **settings):
+    from trl.experimental.tpo import TPOConfig, TPOTrainer
+
+    model, tokenizer = loaded(folder)
+    args = arguments(TPOConfig, folder, max_length=48, **settings)
+    rows = data("prompt", "chosen", "rejected", "reference")
+    return TPOTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+
+
+def a2po(folder, **settings):
+    from trl.experimental.a2po import A2POConfig, A2POTrainer
+
+    model, tokenizer = loaded(folder)
+    args = arguments(A2POConfig, folder, max_completion_length=6, num_value_samples=3, beta2=0.1, **settings)
+    return A2POTrainer(
+        model,
+        reward_funcs=lambda completions, **kwargs: [float(len(text) % 2) for text in completions],
+        args=args,
+        train_dataset=data("prompt"),
+        processing_class=tokenizer,
+    )
+
+
 def run(make, folder, **settings):
     trainer = make(folder, **settings)
     torch.manual_seed(0)
@@ -295,6 +319,9 @@ CASES = {
     "orpo": (orpo, {}),
     **{f"gkd {beta}": (gkd, {"beta": beta, "lmbda": 0.5, "temperature": 0.8}) for beta in (0.0, 0.5, 1.0)},
     **{f"online_dpo {t}": (online_dpo, {"loss_type": t}) for t in ("sigmoid", "ipo")},
+    **{f"tpo {t}": (tpo, {"loss_type": t, "tpo_alpha": 0.5}) for t in ("sigmoid", "hinge", "ipo", "tpo-l")},
+    "tpo without gold": (tpo, {"tpo_alpha": 0.0}),
+    "a2po": (a2po, {"filter_all_incorrect": False}),
 }
 
 
@@ -304,7 +331,7 @@ def test_same_losses_gradient_norms_and_metrics(folder, name):
     assert_same(make, folder, **settings)
 
 
-@pytest.mark.parametrize("make", [cpo, orpo, gkd], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [cpo, orpo, tpo, gkd], ids=lambda f: f.__name__)
 def test_same_evaluation(folder, make):
     expected = make(folder).evaluate(make(folder).train_dataset)
     integration.apply()
@@ -314,6 +341,16 @@ def test_same_evaluation(folder, make):
         if not any(word in name for word in UNCOMPARED):
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
     assert "eval_loss" in found
+
+
+@pytest.mark.parametrize("make", [tpo, gkd], ids=lambda f: f.__name__)
+def test_predictions_are_real_logits(folder, make):
+    trainer = make(folder)
+    expected = trainer.predict(trainer.train_dataset)
+    integration.apply()
+    found = trainer.predict(trainer.train_dataset)
+    torch.testing.assert_close(found.predictions, expected.predictions)
+    assert found.metrics["test_loss"] == pytest.approx(expected.metrics["test_loss"], rel=1e-4)
 
 
 @pytest.mark.parametrize("setting", ["gradient_checkpointing", "gradient_accumulation_steps", "bf16", "peft"])
@@ -337,7 +374,7 @@ def test_other_ways_to_train(folder, make, setting, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo, distillation, cpo, orpo, gkd, online_dpo])
+@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo, distillation, cpo, orpo, tpo, gkd, online_dpo, a2po])
 def test_same_when_compiled(folder, make):
     torch._dynamo.reset()
     assert_same(make, folder, torch_compile=True, per_device_train_batch_size=2, rtol=1e-3)
@@ -437,12 +474,15 @@ def step(trainer):
     if hasattr(trainer, "_forward"):
         ids, mask = torch.randint(4, 320, (4, 24)), torch.ones(4, 24, dtype=torch.long)
         return 4 * 47, lambda: trainer._forward(model, ids, mask, ids, mask).sum().backward()
+    if hasattr(trainer, "_get_sequence_logps"):
+        ids = torch.randint(4, 320, (4, 48))
+        return 4 * 47, lambda: trainer._get_sequence_logps(model, ids, torch.ones_like(ids), 47).sum().backward()
     batch = next(iter(trainer.get_train_dataloader()))
     tokens = sum(batch[k].numel() for k in ("chosen_input_ids", "rejected_input_ids", "input_ids") if k in batch)
     return tokens, lambda: trainer.compute_loss(model, batch).backward()
 
 
-@pytest.mark.parametrize("make", [cpo, orpo, gkd, online_dpo, sft, dpo], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [cpo, orpo, tpo, gkd, online_dpo, a2po, sft, dpo], ids=lambda f: f.__name__)
 def test_no_logits_are_held(folder, make, monkeypatch):
     rows, vocab = (32, 4096) if make is gkd else (4, 16384)  # a chunk of a divergence has 128 tokens or more
 

@@ -15,7 +15,7 @@ import fused_losses.reference.policy as reference
 from fused_losses import policy
 from fused_losses.aggregation import aggregate
 from fused_losses.kl import kl_estimate
-from fused_losses.policy import LOSS_TYPES, LossType, Surrogate, grpo_loss, ppo_loss, value_loss
+from fused_losses.policy import LOSS_TYPES, LossType, Surrogate, a2po_loss, grpo_loss, ppo_loss, value_loss
 from fused_losses.reference.kl import kl_estimate as reference_kl_estimate
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
@@ -825,3 +825,42 @@ def test_ppo_loss_is_the_textbook_formula():
     torch.testing.assert_close(loss, expected)
     ours = run(lambda *a, **o: ppo_loss(*a, **o), DATA, eps_high=0.3, dual_clip=1.3)
     assert_same(ours, run(reference.ppo_loss, DATA, eps_high=0.3, dual_clip=1.3))
+
+
+A2PO = {
+    "plain": {},
+    "beta": {"beta": 0.8},
+    "masked": {"beta": 0.8, "mask": "mask"},
+    "global": {"beta": 0.8, "mask": "mask", "global_batch_size": 20.0, "dp_size": 3},
+}
+
+
+def a2po_case(loss_fn, data=DATA, **options):
+    """Without a mask: what the mask of the others hides is nan."""
+    mask = data[options.pop("mask")] if "mask" in options else None
+    log_probs, ref = (data[k] if mask is not None else data[k].nan_to_num() for k in ("log_probs", "ref_log_probs"))
+    log_probs = log_probs.detach().clone().requires_grad_()
+    loss, metrics = loss_fn(log_probs, ref, data["advantages"], mask, **options)
+    return loss.detach(), metrics, {"log_probs": torch.autograd.grad(loss, log_probs)[0]}
+
+
+def test_a2po_loss():
+    results = {name: a2po_case(a2po_loss, **options) for name, options in A2PO.items()}
+    for name, options in A2PO.items():
+        assert_same(results[name], a2po_case(reference.a2po_loss, **options))
+        compiled = torch.compile(a2po_loss, fullgraph=True, backend="eager")
+        assert_same(a2po_case(compiled, **options), results[name])
+        assert a2po_case(a2po_loss, batch(torch.bfloat16), **options)[0].dtype == torch.float32
+    assert coinciding(results) == []
+    packed, borders, kept = pack(DATA)
+    in_one_row = a2po_case(
+        a2po_loss, packed, mask="mask", beta=0.8, cu_seqlens=borders, global_batch_size=len(DATA["advantages"])
+    )
+    expected = results["masked"][2]["log_probs"][kept]
+    torch.testing.assert_close(in_one_row[2]["log_probs"].squeeze(0), expected)  # the empty sequence moves nothing
+
+
+def test_a2po_advantages_are_one_per_sequence():
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match=re.escape("advantages must be one per sequence (2,), got (2, 4)")):
+        a2po_loss(x, x, x)

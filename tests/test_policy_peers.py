@@ -14,8 +14,8 @@ import torch
 from fused_losses import modules
 from fused_losses.aggregation import aggregate
 from fused_losses.kl import kl_estimate
-from fused_losses.policy import grpo_loss, value_loss
-from fused_losses.rollouts import group_advantages, mismatch_weight
+from fused_losses.policy import a2po_loss, grpo_loss, value_loss
+from fused_losses.rollouts import group_advantages, mismatch_weight, optimal_values
 
 B, S = 6, 7
 MASK = (torch.arange(S) < torch.tensor([7, 5, 2, 6, 3, 7])[:, None]).long()
@@ -179,6 +179,30 @@ def test_trl_gmpo(setting):
         lambda logp, entropy: trl_loss(trainer, logp, entropy, **theirs),
         lambda logp, entropy: grpo_loss(logp, OLD, A, MASK, loss_type="gmpo", entropy=entropy, **ours),
     )
+
+
+def test_trl_a2po():
+    trainer = pytest.importorskip("trl.experimental.a2po").A2POTrainer
+    rewards, group = torch.tensor([1.0, 0.0, 0.0, 1.0] * B, dtype=torch.float64), 4
+    self = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        args=SimpleNamespace(beta2=0.3, beta1=0.4),
+        _metrics={"train": defaultdict(list)},
+    )
+    values = 0.4 * ((rewards / 0.4).exp().view(B, group).mean(1)).log()
+    inputs = {"input_ids": None, "attention_mask": None, "logits_to_keep": None, "ref_logps": (REF * MASK).sum(1)}
+    inputs |= {"rewards": rewards[:B], "v_star": values}
+
+    def theirs(logp, entropy):
+        self._get_sequence_logps = lambda *args: (logp * MASK).sum(1)
+        return trainer.compute_loss(self, None, inputs), {}
+
+    def ours(logp, entropy):
+        return a2po_loss(logp, REF, rewards[:B] - optimal_values(rewards, group, beta=0.4), MASK, beta=0.3)
+
+    metrics, _ = compare(theirs, ours)
+    assert metrics["implicit_reward"].item() == pytest.approx(self._metrics["train"]["implicit_reward"][0])
+    assert metrics["advantage"].item() == pytest.approx(self._metrics["train"]["advantage"][0])
 
 
 def test_trl_rloo():

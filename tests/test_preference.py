@@ -511,6 +511,19 @@ def test_bco(remember, sides):
     assert (outputs[-1] != 0) == remember
 
 
+def test_bco_weighs_the_rejected():
+    weight = torch.linspace(0.3, 1.7, len(KTO_REJECTED[0]), dtype=torch.float64)
+    options = {"beta": 0.8, "remember": True, "rejected_weight": weight}
+    weighted = assert_matches("bco_loss", kto_pairs(), options | {"reduction": "none"})
+    plain = run(
+        preference, "bco_loss", kto_pairs(), torch.float64, {"beta": 0.8, "remember": True, "reduction": "none"}
+    )
+    n = len(KTO_CHOSEN[0])
+    torch.testing.assert_close(weighted[0], torch.cat([plain[0][:n], plain[0][n:] * weight]))
+    with pytest.raises(ValueError, match="policy_rejected_logps and rejected_weight must have one shape"):
+        preference.bco_loss(*kto_pairs(), rejected_weight=weight[:1])
+
+
 def test_running_mean_takes_rewards_in_training_only_and_is_saved():
     delta = preference.RunningMean()
     seen = torch.randn(3, 5)

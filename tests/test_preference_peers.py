@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fused_losses import modules, preference
+from fused_losses import modules, preference, selective_log_softmax
 
 trl = pytest.importorskip("trl", reason="as is OpenRLHF, not part of the test extra")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -230,6 +230,27 @@ def test_cpo(loss_type, e, alpha):
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(torch.autograd.grad(ours, out.leaf)[0], their_grad)
     torch.testing.assert_close(rewards, their_rewards)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "tpo-l"])
+def test_tpo(loss_type):
+    """CPO's losses, with the likelihood of a third, gold answer."""
+    tpo = pytest.importorskip("trl.experimental.tpo")
+    logits = torch.randn(3 * B, S + 1, 5, dtype=torch.float64, requires_grad=True)
+    ids = torch.randint(5, (3 * B, S + 1))
+    completion_mask = torch.cat([COMPLETION_MASK, COMPLETION_MASK[B:].roll(2, 0)])
+    fake = trainer(beta=0.3, loss_type=loss_type, label_smoothing=0.0, tpo_alpha=0.6, tpo_l_gamma=0.7)
+    fake.model = SimpleNamespace(training=True)
+    inputs = {"input_ids": ids, "completion_mask": completion_mask, "attention_mask": torch.ones_like(ids)}
+    theirs = tpo.TPOTrainer._compute_loss(fake, lambda **_: SimpleNamespace(logits=logits), inputs, False)
+    (their_grad,) = torch.autograd.grad(theirs, logits)
+    logps = selective_log_softmax(logits[:, :-1], ids[:, 1:])
+    (chosen, rejected, gold), masks = logps.chunk(3), completion_mask[:, 1:].chunk(3)
+    options = {"beta": 0.3, "cpo_alpha": 0.6, "simpo_gamma": 0.7, "nll_loss": -gold[masks[2] == 1].mean()}
+    options |= {"loss_type": "simpo" if loss_type == "tpo-l" else loss_type}
+    ours, *_ = preference.cpo_loss(chosen, rejected, chosen_mask=masks[0], rejected_mask=masks[1], **options)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, logits)[0], their_grad)
 
 
 def test_orpo():

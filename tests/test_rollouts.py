@@ -8,10 +8,25 @@ from rollout_batch import DATA, pack
 import fused_losses.reference.rollouts as reference
 from fused_losses.bench import ranks
 from fused_losses.policy import grpo_loss
-from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask
+from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask, optimal_values
 from fused_losses.sequences import masked_mean
 
 NAN = float("nan")
+
+
+def test_optimal_values():
+    rewards = torch.tensor([1.0, 0.0, 0.0, 0.0, 3.0, -2.0, 0.5, 0.5], dtype=torch.float64)
+    for group, beta in ((2, 0.5), (4, 0.5), (2, 0.1), (8, 5.0), (1, 0.5)):
+        values = optimal_values(rewards, group, beta=beta)
+        torch.testing.assert_close(values, reference.optimal_values(rewards, group, beta=beta))
+        largest, mean = rewards.view(-1, group).amax(1), rewards.view(-1, group).mean(1)
+        assert ((mean <= values + 1e-12) & (values <= largest + 1e-12)).all()
+    assert optimal_values(rewards.half() * 1000, 2, beta=1e-3).isfinite().all()
+    for wrong in (lambda: optimal_values(rewards, 3), lambda: optimal_values(rewards[:, None], 2)):
+        with pytest.raises(ValueError, match="in groups of"):
+            wrong()
+    with pytest.raises(ValueError, match="beta must be positive, got 0"):
+        optimal_values(rewards, 2, beta=0)
 
 
 def test_off_policy_mask_drops_and_keeps():

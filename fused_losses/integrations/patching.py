@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..linear_logits import LinearHead, LinearLogits
@@ -81,3 +83,20 @@ class _LazyForward:
 
     def __call__(self, input: Tensor) -> LinearLogits:
         return LinearLogits(input, self.head.weight, self.head.bias, module=self.head)
+
+
+def trainer_drops_logits() -> bool | None:
+    """Whether the ``Trainer.prediction_step`` that waits for this forward wants the loss only; None: none waits.
+
+    A loss of its own may generate there, as on-policy ones do: ``generate`` reads logits.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
+            return bool(frame.f_locals["prediction_loss_only"])
+        if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
+            return False
+        frame = frame.f_back
+    return None

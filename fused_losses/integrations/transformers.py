@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
 from types import MethodType
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear_logits import LinearLogits
-from .patching import check_version
+from .patching import check_version, trainer_drops_logits
 
 TESTED = "5.23"
 _KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -104,7 +103,7 @@ def _before(labels_at: int, model: Any, args: tuple[Any, ...], kwargs: dict[str,
         )
     labels = kwargs.get("labels", args[labels_at] if len(args) > labels_at else None)
     trains = model.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None
-    lazy = _trainer_drops_logits()
+    lazy = trainer_drops_logits()
     if lazy is None:
         lazy = labels is not None or trains
     for linear in applied.linears:
@@ -114,23 +113,6 @@ def _before(labels_at: int, model: Any, args: tuple[Any, ...], kwargs: dict[str,
 def _after(model: Any, args: Any, output: Any) -> None:
     for linear in model._fused_losses.linears:
         linear.lazy = False
-
-
-def _trainer_drops_logits() -> bool | None:
-    """Whether the ``Trainer.prediction_step`` that waits for this forward wants the loss only; None: none waits.
-
-    A loss of its own may generate there, as on-policy ones do: ``generate`` reads logits.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
-            return bool(frame.f_locals["prediction_loss_only"])
-        if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
-            return False
-        frame = frame.f_back
-    return None
 
 
 # How

@@ -1,9 +1,9 @@
 """TRL's trainers on fused losses: :func:`apply` once before training, :func:`unapply` to go back.
 
 SFT, DPO, KTO, GRPO and RLOO get their log-probs, entropies and the rest from one function of TRL's, distillation its divergence
-from another: those two are replaced. CPO, SimPO, ORPO, GKD and online DPO hold whole logits: while one of them computes its
-loss, the model's head returns :class:`~fused_losses.linear_logits.LinearLogits` instead. Everything else, options and metrics
-included, stays TRL's.
+from another: those two are replaced. CPO, SimPO, ORPO, TPO, GKD, online DPO and A2PO hold whole logits: while one of them
+computes its loss, the model's head returns :class:`~fused_losses.linear_logits.LinearLogits` instead. Everything else,
+options and metrics included, stays TRL's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..divergence import divergence
 from ..linear_logits import LinearLogits
 from ..token_statistics import selective_log_softmax, token_statistics
-from .patching import Patches, check_version, lazy_logits
+from .patching import Patches, check_version, lazy_logits, trainer_drops_logits
 
 TESTED = "1.16"
 
@@ -47,14 +47,18 @@ def apply() -> None:
         ("cpo", "CPOTrainer", "concatenated_forward"),
         ("orpo", "ORPOTrainer", "concatenated_forward"),
         ("online_dpo", "OnlineDPOTrainer", "_forward"),
+        ("a2po", "A2POTrainer", "_get_sequence_logps"),
+        ("tpo", "TPOTrainer", "compute_loss"),
         ("gkd", "GKDTrainer", "compute_loss"),
     ):
         module = importlib.import_module(f"trl.experimental.{name}.{name}_trainer")
         owner = getattr(module, trainer)
-        wrap = _with_lazy_teacher if name == "gkd" else _with_lazy_model
+        wrap = _with_lazy_models if method == "compute_loss" else _with_lazy_model
         _patches.replace(owner, method, wrap(getattr(owner, method)))
-        if name in ("cpo", "orpo"):
+        if name in ("cpo", "orpo", "a2po"):
             _patches.replace(module, "selective_log_softmax", selective_log_softmax)
+        elif name == "tpo":
+            _patches.replace(module, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
         elif name == "gkd":
             _patches.replace(owner, "generalized_jsd_loss", _generalized_jsd_loss(owner.generalized_jsd_loss))
 
@@ -149,17 +153,27 @@ def _with_lazy_model(method: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _with_lazy_teacher(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+def _with_lazy_models(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A trainer's ``compute_loss`` in which neither the model nor a teacher makes logits, unless someone will get them."""
+
     @functools.wraps(compute_loss)
     def wrapped(
         self: Any, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if return_outputs and self.compute_metrics is not None:  # which get real logits
+        if return_outputs and trainer_drops_logits() is False:
             return compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        with lazy_logits(model, self.teacher_model):
+        with lazy_logits(model, *([self.teacher_model] if hasattr(self, "teacher_model") else [])):
             return compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
 
     return wrapped
+
+
+def _log_probs_and_entropy(
+    logits: Any, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Any = None
+) -> tuple[Any, Any]:
+    index = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
+    found = token_statistics(logits / temperature, index, ("log_probs", "entropy"))
+    return found.log_probs, found.entropy if entropy_requires_grad else found.entropy.detach()  # type: ignore[union-attr]
 
 
 def _generalized_jsd_loss(original: Callable[..., Any]) -> Any:
