@@ -69,8 +69,11 @@ MODELS = {
     "phi_with_a_bias": ("Phi", {}, 1.0, None),
     "gpt2": ("GPT2", {"n_embd": 16, "n_head": 2, "n_layer": 2, **GPT2_DROPOUT}, 1.0, None),
     "t5": ("T5", {"tie_word_embeddings": False}, 1.0, None),
+    "bert_with_a_bias": ("Bert", {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}, 1.0, None),
+    "modernbert_with_a_bias": ("ModernBert", {"tie_word_embeddings": False}, 1.0, None),
 }
 CLASSES = {"Gemma3": "Gemma3ForCausalLM", "GPT2": "GPT2LMHeadModel", "T5": "T5ForConditionalGeneration"}
+CLASSES |= {"Bert": "BertForMaskedLM", "ModernBert": "ModernBertForMaskedLM"}
 IDS = torch.randint(3, V, (B, S), generator=torch.Generator().manual_seed(0))
 LABELS = IDS.masked_fill(torch.arange(S) < 3, -100)
 
@@ -153,11 +156,14 @@ def tiny_of(config_class, model_class):
 
 
 @pytest.mark.slow
-def test_every_causal_class_that_can_be_made_tiny():
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+@pytest.mark.parametrize(
+    ("kind", "refuses", "at_least"), [("CAUSAL", {"BertGenerationDecoder"}, 120), ("MASKED", set(), 40)]
+)
+def test_every_class_that_can_be_made_tiny(kind, refuses, at_least):
+    from transformers.models.auto import modeling_auto
 
     ran, refused = set(), set()
-    for config_class, model_classes in MODEL_FOR_CAUSAL_LM_MAPPING.items():
+    for config_class, model_classes in getattr(modeling_auto, f"MODEL_FOR_{kind}_LM_MAPPING").items():
         model_class = model_classes[0] if isinstance(model_classes, tuple) else model_classes
         made = None if model_class.__name__ in ran else tiny_of(config_class, model_class)
         if made is None:
@@ -177,8 +183,8 @@ def test_every_causal_class_that_can_be_made_tiny():
         assert isinstance(output.logits, LinearLogits), model_class
         torch.testing.assert_close(output.loss, loss, rtol=1e-4, atol=1e-4, msg=model_class.__name__)
         torch.testing.assert_close(gradients(lazy), gradients(eager), rtol=1e-3, atol=1e-4, msg=model_class.__name__)
-    assert refused == {"BertGenerationDecoder"}
-    assert len(ran) >= 120
+    assert refused == refuses
+    assert len(ran) >= at_least
 
 
 @pytest.mark.parametrize("case", ["fp32", "bf16", "autocast"])

@@ -22,7 +22,7 @@ from ..linear_logits import LinearLogits
 from .patching import check_version, trainer_drops_logits
 
 TESTED = "5.23"
-_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
 _WRITES_INTO_LOGITS = {"ChameleonForConditionalGeneration"}
 
 
@@ -42,8 +42,8 @@ def apply(model: Any) -> Any:
     Call it after PEFT and before DDP, FSDP or ``accelerator.prepare``; ``Trainer`` does the latter itself.
 
     Args:
-        model: a causal or encoder-decoder language model of transformers, or a PEFT model around one. LoRA on the head becomes
-            a low-rank term of the logits, in the head's dtype.
+        model: a causal, masked or encoder-decoder language model of transformers, or a PEFT model around one. LoRA on the
+            head becomes a low-rank term of the logits, in the head's dtype.
 
     Returns:
         ``model`` itself, changed.
