@@ -1,17 +1,24 @@
 """verl's fused head and ours give the same numbers, and ours those of the model's own logits: verl 0.9 where installed."""
 
+import contextlib
+import functools
 import importlib.metadata
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import needs_ranks
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, MixedPrecisionPolicy, ShardingStrategy
 
 pytest.importorskip("verl")
 transformers = pytest.importorskip("transformers")
 heads = pytest.importorskip("verl.utils.experimental.torch_functional")
 dense_common = pytest.importorskip("verl.models.transformers.dense_common")
 
-from fused_losses import workspace  # noqa: E402
+from fused_losses import strict, workspace  # noqa: E402
 from fused_losses.bench.memory import peak_bytes  # noqa: E402
+from fused_losses.bench.ranks import run  # noqa: E402
 from fused_losses.integrations import verl as integration  # noqa: E402
 
 Theirs, unpatched = heads.FusedLinearForPPO, dense_common.forward_with_torch_backend
@@ -134,19 +141,152 @@ def test_log_probs_are_those_of_the_models_logits(kind, with_bias):
     assert torch.allclose(theirs, found.log_probs, atol=1e-4) is (kind == "Llama" and not with_bias)
 
 
-def test_verls_own_patch_takes_ours():
+def with_lora(policy, target):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(policy, peft.LoraConfig(target_modules=target, init_lora_weights=False))
+
+
+def test_lora_on_the_head():
+    policy = with_lora(model("Gemma2", **MODELS["Gemma2"]), ["lm_head"]).model
+    ids = IDS.view(3, 4)
+    integration.apply()
+    with pytest.warns(UserWarning, match="the logits are made: the head of Gemma2ForCausalLM"):
+        found = dense_common.forward_with_torch_backend(policy, input_ids=ids, temperature=0.7, return_dict=True)
+    torch.testing.assert_close((found.log_probs, found.entropy), of_logits(policy, ids), rtol=1e-4, atol=1e-5)
+
+
+@contextlib.contextmanager
+def patched(policy):
+    """By verl, for the length of a ``with``."""
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
+    owner = type(policy)
+    original = owner.forward
+    patch_forward_with_backends(policy, use_fused_kernels=True, fused_kernels_backend="torch")
+    try:
+        yield
+    finally:
+        owner.forward = original
+
+
+def test_verls_own_patch_takes_ours():
     integration.apply()
     policy = model("Gemma2", **MODELS["Gemma2"])
-    original = type(policy).forward
-    try:
-        patch_forward_with_backends(policy, use_fused_kernels=True, fused_kernels_backend="torch")
+    with patched(policy):
         found = policy(input_ids=IDS[None], temperature=1.0, return_dict=True).log_probs
-    finally:
-        type(policy).forward = original
     logp = policy(IDS[None]).logits.log_softmax(-1)
     torch.testing.assert_close(found, logp.gather(-1, IDS.roll(-1)[None, :, None]).squeeze(-1), rtol=1e-4, atol=1e-5)
+
+
+RANKS, STEPS, B, S = 2, 3, 2, 6
+ENGINES = [f"{engine}, {freed}" for engine in ("fsdp", "fsdp2") for freed in ("resharded", "kept")]
+TRAINED = {  # a model, and whether its embeddings are tied: a head that is not FSDP2 shards by itself
+    "Llama": ("Llama", False),
+    "Llama, tied": ("Llama", True),
+    "Llama, LoRA": ("Llama", False),
+    "Gemma2, tied": ("Gemma2", True),
+    "Cohere": ("Cohere", False),
+}
+
+
+def prepared(name, engine):
+    """A model sharded as verl's engine does it, in fp32."""
+    from verl.utils import fsdp_utils
+
+    kind, tied = TRAINED[name]
+    policy = model(kind, tie_word_embeddings=tied, **MODELS[kind])
+    policy = with_lora(policy, "all-linear") if name.endswith("LoRA") else policy
+    if engine is None:
+        return policy
+    resharded, mesh = engine.endswith("resharded"), init_device_mesh("cpu", (RANKS,))
+    if engine.startswith("fsdp2"):
+        options = {"mesh": mesh, "mp_policy": MixedPrecisionPolicy(torch.float32, torch.float32)}
+        fsdp_utils.apply_fsdp2(policy, options | {"reshard_after_forward": resharded}, {})
+        return policy
+    return FullyShardedDataParallel(
+        policy,
+        auto_wrap_policy=fsdp_utils.get_fsdp_wrap_policy(policy, is_lora=name.endswith("LoRA")),
+        sharding_strategy=ShardingStrategy.FULL_SHARD if resharded else ShardingStrategy.SHARD_GRAD_OP,
+        device_id=torch.device("cpu"),
+        device_mesh=mesh,
+        mixed_precision=MixedPrecision(torch.float32, torch.float32, torch.float32),
+    )
+
+
+def history(name, engine, forward):
+    """Gradient norms, log-probs and entropies of a few steps on all ranks' sequences."""
+    policy = prepared(name, engine)
+    optimizer = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.randint(1, V, (STEPS, RANKS * B, S), generator=torch.Generator().manual_seed(1))
+    found = []
+    for batch in ids if engine is None else ids.chunk(RANKS, 1)[dist.get_rank()]:
+        outputs = forward(policy, batch)
+        sum(x.sin() * 0.7**i for i, x in enumerate(outputs)).mean().backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in policy.parameters() if p.grad is not None])
+        if hasattr(norm, "full_tensor"):
+            norm = norm.full_tensor()
+        elif engine is not None:
+            norm = policy.clip_grad_norm_(1e9)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((norm, *(x.detach() if engine is None else gathered(x.detach()) for x in outputs)))
+    return found
+
+
+def gathered(x):
+    parts = [torch.empty_like(x) for _ in range(RANKS)]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def fused(policy, ids):
+    output = policy(input_ids=ids, temperature=0.7, return_dict=True, use_cache=False)
+    return output.log_probs, output.entropy
+
+
+def of_logits(policy, ids):
+    logp = (policy(input_ids=ids).logits / 0.7).log_softmax(-1)
+    return logp.gather(-1, ids.roll(-1, -1)[..., None]).squeeze(-1), -(logp.exp() * logp).sum(-1)
+
+
+def work(device):
+    found = {}
+    for name, (kind, _) in TRAINED.items():
+        found[name, None] = history(name, None, of_logits)
+        for ours in (True, False):
+            if ours:
+                integration.apply()
+            with patched(model(kind)):
+                for engine in ENGINES:
+                    try:
+                        with strict() if ours else contextlib.nullcontext():
+                            found[name, engine, ours] = history(name, engine, fused)
+                    except Exception as error:
+                        found[name, engine, ours] = repr(error)
+            integration.unapply()
+    return found
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    return functools.cache(lambda: run(work, RANKS)[0])
+
+
+@needs_ranks
+@pytest.mark.xdist_group("integration_verl")
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_trains_sharded_as_with_logits_in_one_process(sharded, name, engine):
+    found = sharded()[name, engine, True]
+    assert not isinstance(found, str), found
+    torch.testing.assert_close(found, sharded()[name, None], rtol=1e-4, atol=1e-4)
+    assert found[0][0] > 0
+    if name.startswith("Llama"):  # whose head is its weight
+        theirs = sharded()[name, engine, False]
+        if engine.startswith("fsdp2") and "tied" not in name:
+            assert "mixed torch.Tensor and DTensor" in theirs  # verl does not gather a head that is sharded by itself
+        else:
+            torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-4)
 
 
 def test_no_logits_are_held():

@@ -12,16 +12,17 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..linear_logits import LinearLogits
 from ..token_statistics import token_statistics
-from .patching import Patches, check_version
+from .patching import Patches, check_version, lazy_logits
 
 TESTED = "0.9"
 
 _patches = Patches()
-_head: ContextVar[dict[str, Any]] = ContextVar("head")  # what the model that runs has beside its weight
+_head: ContextVar[Callable[[Tensor], Tensor | LinearLogits]] = ContextVar("head")  # of the model that runs
 
 
 class FusedLinearForPPO(nn.Module):
@@ -65,9 +66,11 @@ class FusedLinearForPPO(nn.Module):
             bias: ``(V,)``.
             softcap, scale: of the logits, before the temperature.
         """
-        head = {"bias": bias, "softcap": softcap, "scale": scale} | _head.get({})
-        logits = LinearLogits(hidden_states, vocab_weights, temperature=temperature, **head)
-        found = token_statistics(logits, input_ids.long(), ("log_probs", "entropy"))
+        given = functools.partial(LinearLogits, weight=vocab_weights, bias=bias, scale=scale, softcap=softcap)
+        logits = _head.get(given)(hidden_states)
+        if isinstance(temperature, Tensor):
+            temperature = temperature.expand_as(input_ids)
+        found = token_statistics(logits, input_ids.long(), ("log_probs", "entropy"), temperature=temperature)
         assert found.log_probs is not None
         assert found.entropy is not None
         return found.log_probs, found.entropy
@@ -105,7 +108,14 @@ def _with_head(forward: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = self.config.get_text_config()
         softcap = getattr(config, "final_logit_softcapping", None)
-        token = _head.set({"bias": self.lm_head.bias, "softcap": softcap, "scale": _scale(config)})
+
+        def head(hidden: Tensor) -> Tensor | LinearLogits:
+            # Where FSDP2 shards the head by itself, its weight is whole in its own forward alone: called, not read.
+            with lazy_logits(self):
+                logits = self.lm_head(hidden) * _scale(config)
+            return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+        token = _head.set(head)
         try:
             return forward(self, *args, **kwargs)
         finally:
