@@ -12,6 +12,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("openrlhf")
 pytest.importorskip("deepspeed")
@@ -38,9 +39,24 @@ def pad_input(x, indices, batch, seqlen):
     return x.new_zeros(batch * seqlen, *x.shape[1:]).index_copy(0, indices, x).view(batch, seqlen, *x.shape[1:])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def actors():
-    """OpenRLHF's module of actors."""
+class AllGather(torch.autograd.Function):
+    """Along the first dimension; what every rank makes of the whole has a gradient."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group, ctx.rows = group, len(x)
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, x.contiguous(), group)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad[ctx.rows * dist.get_rank(ctx.group) :][: ctx.rows], None
+
+
+def stand_in_for_flash_attn():
     if importlib.util.find_spec("flash_attn") is None:
         for name in ("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed"):
             sys.modules[name] = types.ModuleType(name)
@@ -48,7 +64,13 @@ def actors():
         padding = sys.modules["flash_attn.bert_padding"]
         padding.unpad_input, padding.pad_input = unpad_input, pad_input
         padding.index_first_axis, padding.rearrange = lambda x, at: x[at], lambda x, how: x.flatten(0, 1)
-        sys.modules["flash_attn.utils.distributed"].all_gather = None
+        sys.modules["flash_attn.utils.distributed"].all_gather = AllGather.apply
+
+
+@pytest.fixture(scope="module", autouse=True)
+def actors():
+    """OpenRLHF's module of actors."""
+    stand_in_for_flash_attn()
     try:
         yield pytest.importorskip("openrlhf.models.actor", exc_type=ImportError)
     finally:
@@ -65,7 +87,7 @@ def _unapplied():
     integration.unapply()
 
 
-def make_actor(actors, packing=False, temperature=1.0, kind="Llama", vocab=V):
+def model(kind="Llama", vocab=V, **settings):
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=vocab,
@@ -78,8 +100,13 @@ def make_actor(actors, packing=False, temperature=1.0, kind="Llama", vocab=V):
         initializer_range=0.5,
         pad_token_id=0,
         **({"final_logit_softcapping": 0.7} if kind == "Gemma2" else {}),
+        **settings,
     )
-    actor = actors.Actor(getattr(transformers, f"{kind}ForCausalLM")(config), temperature=temperature)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def make_actor(actors, packing=False, temperature=1.0, kind="Llama", vocab=V):
+    actor = actors.Actor(model(kind, vocab), temperature=temperature)
     actor.packing_samples = packing
     return actor
 
