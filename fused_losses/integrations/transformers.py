@@ -22,7 +22,7 @@ from ..linear_logits import LinearLogits
 from .patching import check_version, trainer_drops_logits
 
 TESTED = "5.23"
-_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM")
+_KINDS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration", "ForMaskedLM", "MarianMTModel")
 _WRITES_INTO_LOGITS = {"ChameleonForConditionalGeneration"}
 
 
