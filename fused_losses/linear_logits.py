@@ -41,6 +41,7 @@ from .linear_logits_checks import (
     check_whereabouts,
     no_gradient,
     per_token_temperature,
+    refuse_autograd_function,
     refuse_reentrant_checkpoint,
     versions,
 )
@@ -133,13 +134,15 @@ class LinearLogits(LazyTensor):
     It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. Weights swapped through
     ``.data``, as for an average of weights, are not detected: use the logits before the swap. It can be pickled and copied,
     detached and without ``module``; a copy keeps the name of its ``group``. Where the weight is sharded between uses it is
-    gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing it raises,
-    since no gradient would reach it there; pass ``use_reentrant=False``.
+    gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing, or given to the
+    ``apply`` of a ``torch.autograd.Function``, it raises, since no gradient would reach it there; pass ``use_reentrant=False``,
+    or ``materialize()``.
 
     Where it differs from a tensor:
 
     - ``isinstance(x, torch.Tensor)`` is false, and ``torch.as_tensor`` and ``torch.asarray``, which do not ask, copy it element
       by element and without gradient: call ``materialize()``.
+    - A number per token is a copy: what is written into ``x[..., 5]`` is not written into ``x``.
     - Two operations that find the same logit may differ in its last bit: to compare logits with one another (a rank, a
       top-k filter), ``materialize()`` once and compare within that.
     - Where entries tie for the largest, ``amax`` has its gradient in one of them; a tensor's is shared among them.
@@ -388,6 +391,8 @@ class LinearLogits(LazyTensor):
         """Raise if what these logits stand for changed since they were made."""
         if torch.compiler.is_compiling():
             return
+        if self.requires_grad and no_gradient():
+            refuse_autograd_function(self)
         u, B = self.rest.low_rank or (None, None)
         now = versions(weight=self.rest.weight, bias=self.rest.bias, u=u, B=B)
         for name, version in (self.rest.versions | self._versions).items():

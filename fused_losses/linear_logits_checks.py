@@ -12,6 +12,8 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from .numerics import autocast_dtype, statistics_dtype
 
+_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+
 
 def versions(**tensors: Tensor | None) -> dict[str, int]:
     if torch.compiler.is_compiling():
@@ -86,6 +88,22 @@ def per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float 
         raise ValueError(
             f"expected temperature with one number per token {tuple(tokens)}, got {tuple(temperature.shape)}"
         ) from None
+
+
+def refuse_autograd_function(logits: Any) -> None:
+    """A ``torch.autograd.Function`` connects only the tensors it is given; checkpointing runs the rest again, if any is."""
+    frame: Any = sys._getframe()
+    while frame is not None:
+        if frame.f_code is _APPLY:
+            function, args = frame.f_locals["cls"], frame.f_locals["args"]
+            again = function is CheckpointFunction and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+            if not again and any(a is logits or getattr(a, "base", None) is logits for a in args):
+                raise RuntimeError(
+                    f"LinearLogits {tuple(logits.shape)} given to {function.__name__}.apply would get no gradient, which an "
+                    "autograd Function passes on to tensors only: give it materialize(), or detach() where no gradient is "
+                    "wanted; to checkpoint, pass use_reentrant=False"
+                )
+        frame = frame.f_back
 
 
 def refuse_reentrant_checkpoint() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fused_losses import settings
 from fused_losses.linear_logits import LinearHead, LinearLogits
@@ -201,6 +202,45 @@ def test_kernels_that_read_through_pointers_decline(dtype, monkeypatch):
         assert takes_a_pointer_kernel(eager, ids)
         assert not takes_a_pointer_kernel(lazy, ids)
         assert not takes_a_pointer_kernel(lazy[:, 1:].transpose(0, 1).transpose(0, 1), ids[:, 1:])
+
+
+class HandWritten(torch.autograd.Function):
+    """As trainers that split the sequence or the vocabulary have them, with a backward of their own."""
+
+    @staticmethod
+    def forward(ctx, logits, labels):
+        return F.cross_entropy(logits.float().transpose(1, 2), labels)
+
+
+@pytest.mark.parametrize(
+    "of", [lambda z: z, lambda z: z[:, 1:], lambda z: z.log_softmax(-1)], ids=["logits", "view", "form"]
+)
+def test_an_autograd_function_refuses_what_would_get_no_gradient(of):
+    hidden, head, ids = batch()
+    lazy = of(LinearHead.from_linear(head)(hidden))
+    ids = ids[:, : lazy.shape[1]]
+    with pytest.raises(RuntimeError, match=r"given to HandWritten.apply would get no gradient.*materialize"):
+        HandWritten.apply(lazy, ids)
+    expected = HandWritten.apply(lazy.materialize(), ids)
+    assert expected.requires_grad
+    with torch.no_grad():
+        without = of(LinearHead.from_linear(head)(hidden))
+    for logits in (without, lazy.detach()):
+        torch.testing.assert_close(HandWritten.apply(logits, ids), expected.detach())
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_reentrant_checkpointing_refuses_logits_alone():
+    def loss(logits, *tensors):
+        return ShiftedLoss()(logits, ids)
+
+    hidden, head, ids = batch()
+    lazy = LinearHead.from_linear(head)(hidden)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpoint(loss, lazy, use_reentrant=True)
+    assert_same_training(lambda z, _: checkpoint(loss, z, use_reentrant=False), ids)
+    scale = torch.ones((), requires_grad=True)  # whose gradient makes it run again
+    assert_same_training(lambda z, _: checkpoint(loss, z, scale, use_reentrant=True), ids)
 
 
 def tiny_llama(transformers):
