@@ -460,7 +460,7 @@ class LinearLogits(LazyTensor):
         low_rank = rest.low_rank and (per_token(rest.low_rank[0]), rest.low_rank[1])
         temperature = number(rest.temperature) if isinstance(rest.temperature, Tensor) else rest.temperature
         new = self._but(per_token(self.hidden), view, vocab_dim=vocab_dim, low_rank=low_rank, temperature=temperature)
-        new._cache = {key: number(t) for key, t in self._measured.items()}
+        new._cache = {key: number(t) for key, t in self._measured.items() if key[0] != "elements"}
         return new
 
     def _but(self, hidden: Tensor, view: bool = False, **changes: Any) -> LinearLogits:
@@ -576,9 +576,18 @@ class LinearLogits(LazyTensor):
             self._measure(None, name, found)
         return found[self._key(name)]
 
+    def elements(self) -> Tensor:
+        """``materialize()`` in ``wide``, once: what several expressions give it as gradient is summed before it is rounded."""
+        self.check()
+        known, key = self._measured, self._key("elements")
+        z = known[key] if key in known else self.with_dtype(self.wide).materialize()
+        if z.requires_grad:
+            known[key] = z
+        return z
+
     @property
     def _measured(self) -> dict[tuple[str, bool], Tensor]:
-        """The statistics known so far, to which more are added; none where a checkpoint may run this again, and must find the
+        """What is known so far, to which more is added; nothing where a checkpoint may run this again, and must find the
         same then."""
         again = not torch.compiler.is_compiling() and not may_save(self.hidden)
         return {} if again else self._cache

@@ -125,7 +125,7 @@ class LazyExpression(LazyTensor):
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
-        z = self.base.with_dtype(self.wide).materialize()
+        z = self.base.elements()
         factor, offset = self._coefficients(self.vocab_dim)
         return (_FORMS[self.form].elements(z, self.vocab_dim) * factor + offset).to(self.dtype)
 

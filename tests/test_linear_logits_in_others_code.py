@@ -243,6 +243,31 @@ def test_reentrant_checkpointing_refuses_logits_alone():
     assert_same_training(lambda z, _: checkpoint(loss, z, scale, use_reentrant=True), ids)
 
 
+def mixed_divergence(logits, teacher):
+    """As DistiLLM writes it: sums of softmax and log_softmax, whose gradients cancel but for a small rest."""
+    p, log_p = logits.softmax(-1, dtype=torch.float32), logits.log_softmax(-1, dtype=torch.float32)
+    q = teacher.softmax(-1, dtype=torch.float32)
+    mixed = torch.log(0.1 * q + 0.9 * p)
+    impossible = teacher.isinf()
+    return ((p * log_p).masked_fill(impossible, 0) - (p * mixed).masked_fill(impossible, 0)).sum(-1).mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_expressions_of_16_bit_logits_share_one_gradient():
+    """However often they are materialised, what cancels does so before it is rounded."""
+    start, head, _ = batch()
+    grads = {}
+    for kind in ("exact", "eager", "lazy"):
+        dtype = torch.float64 if kind == "exact" else torch.bfloat16
+        hidden = start.detach().bfloat16().to(dtype).requires_grad_()
+        weight = head.weight.detach().bfloat16().to(dtype).requires_grad_()
+        logits = LinearLogits(hidden, weight) if kind == "lazy" else hidden @ weight.T
+        mixed_divergence(logits, torch.linspace(-4, 4, B * S * V).sin().view(B, S, V).to(dtype) * 2).backward()
+        grads[kind] = torch.cat([hidden.grad.flatten(), weight.grad.flatten()]).double()
+    errors = {kind: (grads[kind] - grads["exact"]).norm() for kind in ("eager", "lazy")}
+    assert 0 < errors["lazy"] < errors["eager"] < 0.1 * grads["exact"].norm()
+
+
 def tiny_llama(transformers):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
