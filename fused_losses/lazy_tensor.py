@@ -121,6 +121,10 @@ class LazyTensor:
     def shifted(self, offset: Any) -> Any:
         return NotImplemented
 
+    def plus(self, other: LazyTensor, sign: float) -> Any:
+        """``self + sign · other``."""
+        return NotImplemented
+
     def values_at(self, ids: Tensor) -> Any:
         """Values at ``ids (*token_shape, K)``, in the same shape."""
         return NotImplemented
@@ -357,7 +361,7 @@ def element_size(x: LazyTensor) -> int:
 
 @answers("is_floating_point")
 def is_floating_point(x: LazyTensor) -> bool:
-    return True
+    return x.dtype.is_floating_point
 
 
 @answers("is_complex")
@@ -517,16 +521,20 @@ def neg(x: LazyTensor) -> Any:
 
 @answers("add", "__add__", "__radd__", anywhere=True)
 def add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    if alpha != 1 or (is_lazy(input) and is_lazy(other)):
+    if alpha != 1:
         return NotImplemented
+    if is_lazy(input) and is_lazy(other):
+        return input.plus(other, 1.0)
     x, offset = (input, other) if is_lazy(input) else (other, input)
     return _promoted(x.shifted(offset), x, offset)
 
 
 @answers("sub", "subtract", "__sub__", anywhere=True)
 def sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
-    if alpha != 1 or (is_lazy(input) and is_lazy(other)):
+    if alpha != 1:
         return NotImplemented
+    if is_lazy(input) and is_lazy(other):
+        return input.plus(other, -1.0)
     if is_lazy(input):
         integers = isinstance(other, Tensor) and not other.is_floating_point()
         return _promoted(input.shifted(-(other.to(input.wide) if integers else other)), input, other)

@@ -13,6 +13,7 @@ softmax        exp(z − lse)           exp(logp)      1
 p_log_p        softmax·log_softmax                   −entropy
 p_z            softmax·z                             lse − entropy
 tanh           tanh(z)                               (becomes a softcap when multiplied)
+isinf          isinf(z)                              (where products of two heads count as 0)
 =============  =====================  =============  ==========================
 """
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .lazy_products import LazyProducts, elementwise_kl, products
 from .lazy_tensor import LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
@@ -59,6 +61,7 @@ _FORMS = {
     "p_log_p": _Form(_times_log, None, lambda z: -z.statistic("entropy")),
     "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
     "tanh": _Form(lambda z, dim: z.tanh(), None, None),
+    "isinf": _Form(lambda z, dim: z.isinf(), None, None),
 }
 
 
@@ -103,7 +106,8 @@ class LazyExpression(LazyTensor):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        return any(isinstance(t, (Tensor, LinearLogits)) and t.requires_grad for t in self._parts())
+        parts = (t for t in self._parts() if isinstance(t, (Tensor, LinearLogits)))
+        return self.form != "isinf" and any(t.requires_grad for t in parts)
 
     @property
     def grad_fn(self) -> Any:
@@ -120,8 +124,12 @@ class LazyExpression(LazyTensor):
         return f"LazyExpression({tuple(self.shape)}, {self.dtype}, {self.factor}·{self.form}(…) + {self.offset}, {self.base})"
 
     @property
+    def unshifted(self) -> bool:
+        return is_number(self.offset) and self.offset == 0
+
+    @property
     def unscaled(self) -> bool:
-        return is_number(self.factor) and is_number(self.offset) and self.factor == 1 and self.offset == 0
+        return self.unshifted and is_number(self.factor) and self.factor == 1
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
@@ -158,7 +166,7 @@ class LazyExpression(LazyTensor):
             )
         if not is_number(factor):
             factor = per_token_number(self, factor)
-        if factor is NotImplemented:
+        if factor is NotImplemented or self.form == "isinf":
             return NotImplemented
         return replace(self, factor=self.factor * factor, offset=self.offset * factor)
 
@@ -171,7 +179,13 @@ class LazyExpression(LazyTensor):
     def shifted(self, offset: Any) -> Any:
         if not is_number(offset):
             offset = per_token_number(self, offset)
-        return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
+        if offset is NotImplemented or self.form == "isinf":
+            return NotImplemented
+        return replace(self, offset=self.offset + offset)
+
+    def plus(self, other: LazyTensor, sign: float) -> Any:
+        found = products(self)
+        return NotImplemented if found is NotImplemented else found.plus(other, sign)
 
     def values_at(self, ids: Tensor) -> Any:
         at = _FORMS[self.form].at
@@ -185,15 +199,19 @@ class LazyExpression(LazyTensor):
         return NotImplemented if total is None else total(self.base) * self.factor + self.offset * self.base.rest.vocab
 
     def times(self, other: LazyTensor) -> Any:
-        """The product with another lazy tensor, where it is one of the forms."""
+        """The product with another lazy tensor, where it is one of the forms, or of two heads."""
+        if isinstance(other, LazyProducts):
+            return other.times(self)
         other = other if isinstance(other, LazyExpression) else LazyExpression(other)  # type: ignore[arg-type]
         forms = {self.form: self, other.form: other}
         product = {"log_softmax": "p_log_p", "logits": "p_z"}.get(next((f for f in forms if f != "softmax"), ""))
-        plain = all(is_number(x.offset) and x.offset == 0 for x in (self, other))
         if len(forms) != 2 or "softmax" not in forms or product is None:
             return NotImplemented
-        if not plain or not same_logits(self.base, other.base):
+        if not self.unshifted or not other.unshifted:
             return NotImplemented
+        if not same_logits(self.base, other.base):
+            found = products(forms["log_softmax"]) if product == "p_log_p" else NotImplemented
+            return NotImplemented if found is NotImplemented else found.times(forms["softmax"])
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, form=product, factor=self.factor * other.factor, label=dtype)
 
@@ -222,12 +240,14 @@ pytree.register_pytree_node(
 
 def _logits(x: LazyTensor) -> Any:
     """The logits whose softmax ``x`` has."""
-    return x if isinstance(x, LinearLogits) else x.up_to_shift()
+    if isinstance(x, LinearLogits):
+        return x
+    return x.up_to_shift() if isinstance(x, LazyExpression) else NotImplemented
 
 
 @answers("is_inference")
 def is_inference(x: LazyTensor) -> bool:
-    return (x.base if isinstance(x, LazyExpression) else x).hidden.is_inference()
+    return (x if isinstance(x, LinearLogits) else x.base).hidden.is_inference()
 
 
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
@@ -267,6 +287,11 @@ def log(x: LazyTensor) -> Any:
     return _reformed(x, "softmax", "log_softmax")
 
 
+@answers("isinf")
+def isinf(x: LazyTensor) -> Any:
+    return LazyExpression(x, "isinf", label=torch.bool) if isinstance(x, LinearLogits) else NotImplemented
+
+
 @answers("tanh")
 def tanh(x: LazyTensor) -> Any:
     unbounded = isinstance(x, LinearLogits) and x.softcap is None and not isinstance(x.temperature, Tensor)
@@ -298,8 +323,8 @@ def _dims(x: LazyTensor, dim: Any) -> list[int]:
 
 @answers("logsumexp", "special_logsumexp")
 def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
-    logits = isinstance(x, LinearLogits) or (x.form == "logits" and is_number(x.factor) and x.factor == 1)
-    if _dims(x, dim) != [x.vocab_dim] or not logits:
+    shifted = isinstance(x, LazyExpression) and x.form == "logits" and is_number(x.factor) and x.factor == 1
+    if _dims(x, dim) != [x.vocab_dim] or not (shifted or isinstance(x, LinearLogits)):
         return NotImplemented
     lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.base.statistic("logsumexp") + x.offset
     return _kept(lse.to(x.dtype, copy=True), x, keepdim)  # callers write into what they get
@@ -333,6 +358,8 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
         factor, offset = x._coefficients(-1)
         values = values * factor + offset if x.form == "logits" else x.values_at(ids)
         return values.to(x.dtype), ids
+    if not isinstance(x, LinearLogits):
+        return NotImplemented
     values, ids = x.topk_ids(k, largest)
     if x.requires_grad and torch.is_grad_enabled():
         same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
@@ -444,17 +471,21 @@ def kl_div(
     log_probs = isinstance(input, LazyExpression) and input.form == "log_softmax" and input.unscaled
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    if not log_probs or reduction == "none" or target.shape != input.shape:
+    if not log_probs or target.shape != input.shape:
         return NotImplemented
     if is_lazy(target):
         form = "log_softmax" if log_target else "softmax"
         if not isinstance(target, LazyExpression) or target.form != form or not target.unscaled:
             return NotImplemented
+        if reduction == "none":
+            return elementwise_kl(input.base, target.base, result_dtype(input, target))
         if target.vocab_dim != input.vocab_dim:  # as many tokens as entries
             return NotImplemented
         from .divergence import divergence
 
         total = divergence(input.base.vocab_last(), target.base.vocab_last(), kind="forward_kl").sum()
+    elif reduction == "none":
+        return NotImplemented
     else:
         total = _kl_of_probabilities(input.base, target, log_target)
     count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]

@@ -1,0 +1,234 @@
+"""Products of one head's ``softmax`` with another's ``log_softmax``, as losses of distillation write them by hand.
+
+A student ``s`` learns from a teacher ``t`` by ``Σ_j t_j log s_j``, or by a difference of two such sums. :class:`LazyProducts`
+holds ``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)`` until it is summed over the vocabulary; without ``a_i`` a term is
+``log_softmax(b_i)`` alone. The sum is answered term by term:
+
+=====================================  =====================================================
+terms                                  summed over the vocabulary
+=====================================  =====================================================
+``softmax(a) (log a − log b)``         the KL divergence of a from b
+``softmax(a) log_softmax(b)``          −their cross entropy
+``softmax(a) log_softmax(a)``          −entropy
+``log_softmax(b)``                     as in ``log_softmax.py``
+=====================================  =====================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lazy_tensor import LazyTensor, answers, is_number, per_token_number
+from .linear_logits import LinearLogits, same_logits
+
+
+class _Term(NamedTuple):
+    factor: float
+    softmax: LinearLogits | None
+    log_softmax: LinearLogits
+
+    @property
+    def bases(self) -> tuple[LinearLogits, ...]:
+        return (self.log_softmax,) if self.softmax is None else (self.softmax, self.log_softmax)
+
+
+@dataclass(eq=False, repr=False)
+class LazyProducts(LazyTensor):
+    """``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)``, the factor a number or one per token; see the module."""
+
+    terms: tuple[_Term, ...]
+    dtype: torch.dtype
+    factor: Any = 1.0
+    finite: LinearLogits | None = None  # entries where these logits are infinite count as 0
+
+    @property
+    def base(self) -> LinearLogits:
+        return self.terms[0].log_softmax
+
+    @property
+    def vocab_dim(self) -> int:  # type: ignore[override]
+        return self.base.vocab_dim
+
+    @property
+    def wide(self) -> torch.dtype:  # type: ignore[override]
+        return self.base.wide
+
+    @property
+    def token_shape(self) -> torch.Size:  # type: ignore[override]
+        return self.base.token_shape
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.base.device
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        trained = any(base.requires_grad for term in self.terms for base in term.bases)
+        return trained or (isinstance(self.factor, Tensor) and self.factor.requires_grad)
+
+    @property
+    def grad_fn(self) -> Any:
+        return self.base.grad_fn
+
+    def __repr__(self) -> str:
+        return f"LazyProducts({tuple(self.shape)}, {self.dtype}, {len(self.terms)} terms of {self.base})"
+
+    def materialize(self) -> Tensor:
+        """The elements themselves, differentiable, in ``dtype``."""
+        total: Any = 0
+        for c, a, b in self.terms:
+            z = b.elements()
+            term = z.log_softmax(self.vocab_dim)
+            term = term if a is None else a.elements().softmax(self.vocab_dim) * term
+            total = total + c * (term if self.finite is None else term.masked_fill(self.finite.elements().isinf(), 0))
+        factor = self.factor.unsqueeze(self.vocab_dim) if isinstance(self.factor, Tensor) else self.factor
+        return (total * factor).to(self.dtype)
+
+    def _each(self, fn: Callable[[LinearLogits], LinearLogits], factor: Any) -> LazyProducts:
+        """With ``fn`` of all logits, the same of the same."""
+        known: list[tuple[LinearLogits, LinearLogits]] = []
+
+        def once(x: LinearLogits | None) -> Any:
+            if x is None:
+                return None
+            found = next((new for old, new in known if same_logits(old, x)), None)
+            if found is None:
+                found = fn(x)
+                known.append((x, found))
+            return found
+
+        terms = tuple(_Term(c, once(a), once(b)) for c, a, b in self.terms)
+        return replace(self, terms=terms, factor=factor, finite=once(self.finite))
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
+        factor = self.factor
+        if isinstance(factor, Tensor):
+            factor = fn(factor.unsqueeze(self.vocab_dim)).squeeze(vocab_dim)
+        return self._each(lambda x: x.mapped(fn, vocab_dim, view=view), factor)
+
+    def with_dtype(self, dtype: torch.dtype) -> LazyProducts:
+        return replace(self, dtype=dtype)
+
+    def detach(self) -> LazyProducts:
+        return self._each(LinearLogits.detach, self.factor.detach() if isinstance(self.factor, Tensor) else self.factor)
+
+    def scaled(self, factor: Any) -> Any:
+        factor = factor if is_number(factor) else per_token_number(self, factor)
+        return NotImplemented if factor is NotImplemented else replace(self, factor=self.factor * factor)
+
+    def divided(self, divisor: Any) -> Any:
+        if is_number(divisor):
+            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
+        divisor = per_token_number(self, divisor)
+        return NotImplemented if divisor is NotImplemented else self.scaled(1 / divisor)
+
+    def plus(self, other: LazyTensor, sign: float) -> Any:
+        found = products(other)
+        if found is NotImplemented or not _fit(self.base, found.base):
+            return NotImplemented
+        alike = _same(self.finite, found.finite)
+        if not alike or not (is_number(self.factor) and is_number(found.factor)):
+            return NotImplemented
+        terms = [t._replace(factor=t.factor * self.factor) for t in self.terms]
+        terms += [t._replace(factor=t.factor * found.factor * sign) for t in found.terms]
+        dtype = torch.promote_types(self.dtype, found.dtype)
+        return replace(self, terms=tuple(terms), factor=1.0, dtype=dtype)
+
+    def times(self, other: LazyTensor) -> Any:
+        """With a softmax."""
+        from .log_softmax import LazyExpression
+
+        softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
+        if not softmax or not _fit(self.base, other.base) or any(t.softmax is not None for t in self.terms):
+            return NotImplemented
+        terms = tuple(t._replace(softmax=other.base) for t in self.terms)
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
+
+    def vocab_sum(self) -> Any:
+        masked = self.finite
+        if masked is not None and masked.bias is not None:  # which may have made them infinite
+            nothing = all(_same(t.softmax, masked) for t in self.terms)  # 0 there anyway
+            alone = len(self.terms) == 1 and self.terms[0].softmax is not None and _same(self.base, masked)
+            if not nothing and not alone:
+                return NotImplemented
+        total: Any = 0
+        left = list(self.terms)
+        while left:
+            c, a, b = left.pop()
+            if a is None:
+                total = total + c * b.sum_log_probs()
+                continue
+            # With what makes it a KL: of softmax(a) log_softmax(a) that of another b, and the other way round.
+            own = _same(a, b)
+            pairs = (t for t in left if t.factor == -c and _same(t.softmax, a) and _same(t.log_softmax, a) != own)
+            pair = next(pairs, None)
+            if pair is not None:
+                left = [t for t in left if t is not pair]
+                other, c = (pair.log_softmax, c) if own else (b, -c)
+                total = total + c * _divergence(other, a, "forward_kl")
+            elif own:
+                total = total - c * a.statistic("entropy")
+            elif b.bias is None or _same(b, masked):
+                total = total - c * _divergence(b, a, "cross_entropy")
+            else:  # whose −inf is infinite where there is mass
+                total = total - c * (_divergence(b, a, "forward_kl") + a.statistic("entropy"))
+        return total * self.factor
+
+
+def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str) -> Tensor:
+    from .divergence import Divergence, shared_vocabulary, token_divergence
+
+    shards = shared_vocabulary(student, teacher, None)
+    sides = student.vocab_last(), teacher.vocab_last()
+    return token_divergence(*sides, None, False, Divergence(kind, 0.5, 1.0), shards)[0].view(student.token_shape)
+
+
+def _same(x: LinearLogits | None, y: LinearLogits | None) -> bool:
+    return x is y or (x is not None and y is not None and same_logits(x, y))
+
+
+def _fit(x: LinearLogits, y: LinearLogits) -> bool:
+    return x.shape == y.shape and x.vocab_dim == y.vocab_dim and x.device == y.device and x.wide == y.wide
+
+
+def products(x: LazyTensor) -> Any:
+    """``x`` as such, where it is one or a scaled ``log_softmax`` or ``softmax·log_softmax``."""
+    from .log_softmax import LazyExpression
+
+    if isinstance(x, LazyProducts):
+        return x
+    if not isinstance(x, LazyExpression) or x.form not in ("log_softmax", "p_log_p") or not x.unshifted:
+        return NotImplemented
+    softmax = x.base if x.form == "p_log_p" else None
+    return LazyProducts((_Term(1.0, softmax, x.base),), x.dtype, x.factor)
+
+
+@answers("masked_fill")
+def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
+    """0 where logits are infinite, which ``0 · (−inf)`` is not."""
+    from .log_softmax import LazyExpression
+
+    infinite = isinstance(mask, LazyExpression) and mask.form == "isinf"
+    if not infinite or not is_number(value) or value != 0:
+        return NotImplemented
+    found = products(x)
+    if found is NotImplemented or found.finite is not None or not _fit(found.base, mask.base):
+        return NotImplemented
+    return replace(found, finite=mask.base)
+
+
+def elementwise_kl(student: LinearLogits, teacher: LinearLogits, dtype: torch.dtype) -> Any:
+    """``t (log t − log s)``, what ``F.kl_div(…, reduction="none")`` gives."""
+    if not _fit(student, teacher):
+        return NotImplemented
+    return LazyProducts((_Term(1.0, teacher, teacher), _Term(-1.0, teacher, student)), dtype)

@@ -1,0 +1,232 @@
+"""Losses of distillation written by hand, run unchanged on two heads that make no logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fused_losses import LinearLogits, strict
+from fused_losses.lazy_products import LazyProducts
+from fused_losses.reference.tolerance import assert_accurate
+
+B, S, V, H = 2, 6, 37, 8
+MASK = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])
+
+
+def forward_kl(s, t):
+    """As torchtune, DistiLLM and MiniLLM write it."""
+    product = F.softmax(t, dim=-1, dtype=torch.float64) * F.log_softmax(s, dim=-1, dtype=torch.float64)
+    product = torch.masked_fill(product, torch.isinf(s), 0)
+    per_token = torch.sum(product, dim=-1).view(-1)
+    return -torch.sum(per_token * MASK.view(-1), dim=0) / torch.sum(MASK.view(-1), dim=0)
+
+
+def reverse_kl(s, t):
+    own, infinite = F.softmax(s, dim=-1), torch.isinf(s)
+    product = torch.masked_fill(own * F.log_softmax(t, dim=-1), infinite, 0)
+    product = product - torch.masked_fill(own * F.log_softmax(s, dim=-1), infinite, 0)
+    return -(product.sum(-1) * MASK).sum() / MASK.sum()
+
+
+def difference(s, t):
+    return (s.softmax(-1) * (s.log_softmax(-1) - t.log_softmax(-1))).sum(-1).mean()
+
+
+def difference_of_logs(s, t):
+    p = t.softmax(-1)
+    return (p * (p.log() - s.log_softmax(-1))).sum(-1).mean()
+
+
+def elementwise(s, t):
+    return (F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none").sum(-1) * MASK).sum() / MASK.sum()
+
+
+def elementwise_of_logs(s, t):
+    found = F.kl_div(F.log_softmax(s, -1), F.log_softmax(t, -1), reduction="none", log_target=True)
+    return (found * MASK.unsqueeze(-1)).sum() / MASK.sum()
+
+
+def with_a_temperature(s, t):
+    return -(F.log_softmax(s / 2.0, -1) * F.softmax(t / 2.0, -1)).sum(dim=-1).mean() * 4.0
+
+
+def flattened(s, t):
+    s, t = s[:, :-1].reshape(-1, V), t[:, :-1].reshape(-1, V)
+    return -(t.softmax(-1) * s.log_softmax(-1)).view(B, S - 1, V).sum(-1).mean()
+
+
+def viewed(s, t):
+    """What is one head's before a view is one head's after it."""
+    p = s.softmax(-1)
+    return (p * s.log_softmax(-1) - p * t.log_softmax(-1)).view(-1, V).sum(-1).mean()
+
+
+def masked_and_viewed(s, t):
+    product = (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), 0)
+    return -(product.view(-1, V).sum(-1) * MASK.view(-1)).mean()
+
+
+def against_another(s, t):
+    """Not a KL: neither of the two is the softmax's own."""
+    return (t.softmax(-1) * (s.log_softmax(-1) - (s / 2).log_softmax(-1))).sum(-1).mean()
+
+
+def symmetric(s, t):
+    d = s.log_softmax(-1) - t.log_softmax(-1)
+    return (s.softmax(-1) * d).sum(-1).mean() - (t.softmax(-1) * d / 3).sum(-1).mean()
+
+
+def several_terms(s, t):
+    p = t.softmax(-1)
+    return (p * s.log_softmax(-1) - 2 * (p * t.log_softmax(-1)) + s.log_softmax(-1) + p * t.log_softmax(-1)).mean()
+
+
+def gaps(s, t):
+    return (s.log_softmax(-1) - t.log_softmax(-1)).sum(-1).square().mean()
+
+
+LOSSES = [forward_kl, reverse_kl, difference, difference_of_logs, elementwise, elementwise_of_logs, with_a_temperature]
+LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, several_terms, gaps]
+
+
+def leaves(dtype=torch.float64, teacher_trains=False, bias=True):
+    shapes = [(B, S, H), (V, H), (V,), (B, S, 5), (V, 5), (V,)]
+    made = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
+    made[2], made[5] = (made[2], made[5]) if bias else (None, None)
+    return [t if t is None else t.requires_grad_(teacher_trains or at < 3) for at, t in enumerate(made)]
+
+
+def outcome(loss, inputs, lazy):
+    """The loss, and its gradients."""
+    inputs = [t if t is None else t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
+    head = LinearLogits if lazy else F.linear
+    with strict(lazy):
+        found = loss(head(*inputs[:3]), head(*inputs[3:]))
+    found.backward()
+    return [found, *(t.grad for t in inputs if t is not None and t.requires_grad)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("teacher_trains", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_unchanged_loss(loss, teacher_trains, bias):
+    inputs = leaves(teacher_trains=teacher_trains, bias=bias)
+    torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
+
+
+@pytest.mark.parametrize("loss", [forward_kl, difference, elementwise, symmetric])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_accuracy(loss, dtype):
+    inputs = leaves(dtype)
+    exact = [t if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    found, eager, expected = outcome(loss, inputs, True), outcome(loss, inputs, False), outcome(loss, exact, False)
+    for a, b, c in zip(found[1:], eager[1:], expected[1:], strict=True):
+        assert_accurate(a, b, c)
+
+
+def test_the_teacher_may_be_read_under_no_grad():
+    def loss(s, t):
+        with torch.no_grad():
+            p, log_p = t.softmax(-1), t.log_softmax(-1)
+        return (p * (log_p - s.log_softmax(-1))).sum(-1).mean()
+
+    inputs = leaves(teacher_trains=True)
+    lazy, eager = outcome_without_teacher(loss, inputs, True), outcome_without_teacher(loss, inputs, False)
+    torch.testing.assert_close(lazy, eager)
+
+
+def outcome_without_teacher(loss, inputs, lazy):
+    inputs = [t.detach().clone().requires_grad_() for t in inputs]
+    head = LinearLogits if lazy else F.linear
+    with strict(lazy):
+        loss(head(*inputs[:3]), head(*inputs[3:])).backward()
+    assert all(t.grad is None for t in inputs[3:])
+    return [t.grad for t in inputs[:3]]
+
+
+@pytest.mark.parametrize("banned", ["student", "teacher"])
+def test_entries_that_a_bias_bans(banned):
+    """−inf in one head: counted as 0 where the loss says so, else infinite where the other has mass."""
+    inputs = leaves()
+    with torch.no_grad():
+        inputs[2 if banned == "student" else 5][3] = -torch.inf
+    masked = outcome(forward_kl, inputs, True)
+    torch.testing.assert_close(masked, outcome(forward_kl, inputs, False))
+    assert masked[0].isfinite()
+
+    def per_token(s, t):
+        return -(t.softmax(-1) * s.log_softmax(-1)).sum(-1)
+
+    heads = [(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])), (F.linear(*inputs[:3]), F.linear(*inputs[3:]))]
+    lazy, eager = (per_token(*pair) for pair in heads)
+    torch.testing.assert_close(lazy, eager)
+    assert bool(eager.isinf().all()) == (banned == "student")
+
+
+def test_a_kl_with_masked_entries_materialises():
+    def loss(s, t):
+        p, infinite = t.softmax(-1), torch.isinf(s)
+        parts = ((p * x.log_softmax(-1)).masked_fill(infinite, 0) for x in (t, s))
+        return (next(parts) - next(parts)).sum(-1).mean()
+
+    inputs = leaves()
+    with torch.no_grad():
+        inputs[2][3] = -torch.inf
+    with pytest.warns(UserWarning, match="sum materialises LazyProducts"):
+        found = loss(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:]))
+    torch.testing.assert_close(found, loss(F.linear(*inputs[:3]), F.linear(*inputs[3:])))
+
+
+def test_what_it_is_and_its_elements():
+    inputs = leaves()
+    s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+    eager_s, eager_t = s.materialize(), t.materialize()
+    made = {
+        "products": (
+            t.softmax(-1) * s.log_softmax(-1) * MASK.unsqueeze(-1),
+            lambda s, t: t.softmax(-1) * s.log_softmax(-1) * MASK[..., None],
+        ),
+        "difference": (
+            (s.log_softmax(-1) - t.log_softmax(-1)).transpose(1, 2),
+            lambda s, t: (s.log_softmax(-1) - t.log_softmax(-1)).mT,
+        ),
+        "masked": (
+            (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), 0) / 3,
+            lambda s, t: t.softmax(-1) * s.log_softmax(-1) / 3,
+        ),
+    }
+    for lazy, eager in made.values():
+        assert isinstance(lazy, LazyProducts)
+        assert lazy.requires_grad
+        assert not lazy.detach().requires_grad
+        expected = eager(eager_s, eager_t)
+        assert (lazy.shape, lazy.dtype) == (expected.shape, expected.dtype)
+        torch.testing.assert_close(lazy.materialize(), expected)
+        assert lazy.float().dtype == torch.float32
+    with pytest.warns(UserWarning, match="abs materialises LazyProducts"):
+        torch.testing.assert_close(made["products"][0].abs(), made["products"][1](eager_s, eager_t).abs())
+    infinite = s.isinf()
+    assert (infinite.dtype, infinite.requires_grad, infinite.is_floating_point()) == (torch.bool, False, False)
+    with pytest.warns(UserWarning, match="materialises"):
+        assert not infinite.any()
+    with pytest.warns(UserWarning, match="materialises"):
+        torch.testing.assert_close(infinite * 2, eager_s.isinf() * 2)
+
+
+def test_compiles_without_a_break():
+    inputs = leaves(torch.float32)
+
+    def loss(*inputs):
+        s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+        return forward_kl(s, t).float() + difference(s, t) + elementwise(s, t)
+
+    expected = torch.autograd.grad(loss(*inputs), inputs[:3])
+    found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs[:3])
+    torch.testing.assert_close(found, expected)
+
+
+def test_heads_that_do_not_fit_materialise():
+    inputs = leaves()
+    s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+    with pytest.warns(UserWarning, match="materialises"):
+        found = s.softmax(-1) * t[:, :1].log_softmax(-1)
+    torch.testing.assert_close(found, s.materialize().softmax(-1) * t[:, :1].materialize().log_softmax(-1))
