@@ -75,12 +75,12 @@ class _WithParameters(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """``weight``, whose gradient wakes the hooks that FSDP2 and DDP put on ``hidden`` though hidden itself is frozen."""
+    """``t``, whose gradient wakes the hooks that FSDP2 and DDP put on ``hidden`` though hidden itself is frozen."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, hidden: Tensor) -> Tensor:
+    def forward(ctx: Any, t: Tensor, hidden: Tensor) -> Tensor:
         ctx.like = hidden.shape, hidden.dtype
-        return weight.detach()
+        return t.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -266,19 +266,19 @@ class LinearLogits(LazyTensor):
         self._cache: dict[tuple[str, bool], Tensor] = {}
         self._bare: tuple[Tensor, Tensor | None] | None = None  # hidden and u, detached
 
+    def _part(self, t: Tensor) -> Tensor:
+        """A part of the head, as its gradient is to find it."""
+        if self.rest.detached:
+            return t.detach()
+        return _Tie.apply(t, self.hidden) if self.rest.frozen and t.requires_grad and is_distributed() else t
+
     @property
     def weight(self) -> Tensor:
-        weight = self.rest.weight
-        if self.rest.detached:
-            return weight.detach()
-        if self.rest.frozen and weight.requires_grad and is_distributed():
-            return _Tie.apply(weight, self.hidden)
-        return weight
+        return self._part(self.rest.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        bias = self.rest.bias
-        return bias.detach() if bias is not None and self.rest.detached else bias
+        return None if self.rest.bias is None else self._part(self.rest.bias)
 
     @property
     def scale(self) -> float:
@@ -298,7 +298,7 @@ class LinearLogits(LazyTensor):
         if self.rest.low_rank is None:
             return None
         u, B = self.rest.low_rank
-        return u, B.detach() if self.rest.detached else B
+        return self._part(u), self._part(B)
 
     @property
     def shard(self) -> VocabShard | None:

@@ -130,22 +130,38 @@ def prepare(case, kind=Model, **options):
     return model
 
 
-VARIANTS = {"": {}, "frozen": {}, "tied": {"tied": True}, "lora": {"rank": 2}, "linear": {"rank": 2, "softcap": None}}
+VARIANTS = {
+    "": {},
+    "frozen": {},
+    "tied": {"tied": True},
+    "lora": {"rank": 2},
+    "lora_alone": {"rank": 2},
+    "lora_A_alone": {"rank": 2},
+    "bias_alone": {},
+    "linear": {"rank": 2, "softcap": None},
+}
 
 
 def freeze(model, variant):
-    if variant == "frozen":
+    head, alone = model.head, variant.endswith("alone")
+    if variant == "frozen" or alone:
         for module in (model.embed, model.layer):
             module.requires_grad_(False)
-    if variant == "lora":
-        model.head.weight.requires_grad_(False)
+    if variant == "lora" or alone:
+        head.weight.requires_grad_(False)
+    if variant in ("lora_alone", "lora_A_alone"):
+        head.bias.requires_grad_(False)
+        head.lora_B.requires_grad_(variant == "lora_alone")
     return model
 
 
 # The gradient of a mean survives its rounding to fp32.
 CASES = [(w, loss, "") for w in WRAPPERS for loss in LOSSES if loss == "mean" or w != "fully_shard_output_dtype"]
 CASES += [
-    (w, "mean", v) for w in WRAPPERS for v in ("frozen", "tied", "lora") if (w, v) != ("fully_shard_head", "tied")
+    (w, "mean", v)
+    for w in WRAPPERS
+    for v in VARIANTS
+    if v not in ("", "linear") and (w, v) != ("fully_shard_head", "tied")
 ]
 CASES += [(w, "sum", "linear") for w in WRAPPERS if w != "fully_shard_output_dtype"]  # what reads more than the weight
 
