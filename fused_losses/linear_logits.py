@@ -46,7 +46,7 @@ from .linear_logits_checks import (
     versions,
 )
 from .numerics import check_scaling, full_precision, statistics_dtype, upcast
-from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole
+from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole, shards
 from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
@@ -110,6 +110,7 @@ class _Rest:
     frozen: bool  # hidden got a grad_fn for DDP's sake only
     detached: bool
     versions: dict[str, int]  # of weight, bias and low_rank
+    shards: dict[str, Tensor]  # of them, where FSDP2 changes only those
     views: list[int]  # shared by views of one another: how often one was changed in place
 
     def __init__(self, **values: Any) -> None:
@@ -132,11 +133,11 @@ class LinearLogits(LazyTensor):
     bias ``(V,)`` added to 16-bit logits in another dtype than theirs, which would lose digits in the head's.
 
     It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. Weights swapped through
-    ``.data``, as for an average of weights, are not detected: use the logits before the swap. It can be pickled and copied,
-    detached and without ``module``; a copy keeps the name of its ``group``. Where the weight is sharded between uses it is
-    gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing, or given to the
-    ``apply`` of a ``torch.autograd.Function``, it raises, since no gradient would reach it there; pass ``use_reentrant=False``,
-    or ``materialize()``.
+    ``.data``, as for an average of weights or in ZeRO-3's step, are not detected: use the logits before the swap. It can be
+    pickled and copied, detached and without ``module``; a copy keeps the name of its ``group``. Where the weight is sharded
+    between uses it is gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing,
+    or given to the ``apply`` of a ``torch.autograd.Function``, it raises, since no gradient would reach it there; pass
+    ``use_reentrant=False``, or ``materialize()``.
 
     Where it differs from a tensor:
 
@@ -233,6 +234,7 @@ class LinearLogits(LazyTensor):
                 refuse_reentrant_checkpoint()
                 hidden, u = hidden.detach(), None if u is None else u.detach()
             frozen = not hidden.requires_grad and not plain
+            sharded = shards(module, weight=weight, bias=bias, B=B)
             rest = _Rest(
                 weight=weight,
                 bias=bias,
@@ -248,7 +250,8 @@ class LinearLogits(LazyTensor):
                 dtype=hidden.dtype,
                 frozen=frozen,
                 detached=detached,
-                versions=versions(weight=weight, bias=bias, u=u, B=B),
+                versions=versions(weight=weight, bias=bias, u=u, B=B, **sharded),
+                shards=sharded,
                 views=[0],
             )
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
@@ -375,7 +378,7 @@ class LinearLogits(LazyTensor):
         self.check()
         shard = self.shard and self.shard._replace(outer=0, inner=0)
         rest = self.rest.but(
-            shard=shard, gathered=None, module=None, detached=True, frozen=False, versions={}, views=[0]
+            shard=shard, gathered=None, module=None, detached=True, frozen=False, versions={}, shards={}, views=[0]
         )
         whole = is_whole(rest.weight)
 
@@ -394,7 +397,7 @@ class LinearLogits(LazyTensor):
         if self.requires_grad and no_gradient():
             refuse_autograd_function(self)
         u, B = self.rest.low_rank or (None, None)
-        now = versions(weight=self.rest.weight, bias=self.rest.bias, u=u, B=B)
+        now = versions(weight=self.rest.weight, bias=self.rest.bias, u=u, B=B, **self.rest.shards)
         for name, version in (self.rest.versions | self._versions).items():
             found = self.hidden._version if name == "hidden" else now[name]
             if found != version:
@@ -475,7 +478,7 @@ class LinearLogits(LazyTensor):
                 self._bare = bare  # the same each time: same_logits knows them by it
             hidden, u = bare
             changed.low_rank = None if u is None else (u, B)
-        changed.versions = versions(weight=changed.weight, bias=changed.bias, u=u, B=B)
+        changed.versions = versions(weight=changed.weight, bias=changed.bias, u=u, B=B, **changed.shards)
         changed.views = self.rest.views if view else [0]
         return LinearLogits(hidden, rest=changed)
 

@@ -37,6 +37,23 @@ def fsdp_unit(module: Any) -> Any:
     return min(around, key=lambda m: sum(1 for _ in m.modules()), default=None)
 
 
+def shards(module: Any, **whole: Tensor | None) -> dict[str, Tensor]:
+    """The shards that FSDP2 gathers these from: an optimizer changes those, and a gather keeps the version of what is whole."""
+    unit = None if torch.compiler.is_compiling() else fsdp_unit(module)
+    if unit is None or not hasattr(unit, "_get_fsdp_state"):
+        return {}
+    state = unit._get_fsdp_state()
+    one = not hasattr(state, "_fsdp_param_groups")  # in PyTorch 2.10 and 2.11
+    groups = [state._fsdp_param_group] if one else state._fsdp_param_groups
+    parameters = [p for group in groups if group is not None for p in group.fsdp_params]
+    return {
+        f"shard of {name}": p.sharded_param
+        for name, t in whole.items()
+        for p in parameters
+        if t is not None and getattr(p, "_unsharded_param", None) is t
+    }
+
+
 def gather(weight: Tensor, module: Any, shape: torch.Size) -> Callable[[], Any]:
     """Make ``weight`` whole; returns what undoes it. ``shape``: of the logits, for errors."""
     if torch.compiler.is_compiling() or transforms_active() or weight.is_meta or is_whole(weight):

@@ -324,14 +324,33 @@ def apart(ids):
     return found
 
 
+def after_a_step(ids):
+    """What is said of logits that are read when the head has changed."""
+    found = {}
+    for (shards, wrap), variant in itertools.product(SHARDS.items(), ("", "bias_alone")):
+        model = wrap(freeze(prepare(""), variant))
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        logits, others = model(ids), model(ids)[..., 1:]
+        step_loss("mean", logits, ids).backward()
+        logits.argmax(-1)  # nothing has changed yet
+        optimizer.step()
+        found[shards, variant] = [said(lambda: logits.argmax(-1)), said(lambda: others.argmax(-1))]  # noqa: B023
+    return found
+
+
+def said(fn):
+    try:
+        fn()
+    except RuntimeError as error:
+        return str(error)
+
+
 def message(ids):
     """What is said where FSDP2's predecessor wraps the head by itself."""
     model = prepare("")
     model.head = predecessor(model.head)
-    try:
-        step_loss("mean", predecessor(model)(ids), ids)
-    except RuntimeError as error:
-        return str(error)
+    model = predecessor(model)
+    return said(lambda: step_loss("mean", model(ids), ids))
 
 
 # Gradients of several micro-batches, summed in fp32
@@ -391,6 +410,7 @@ def work(device):
     found["not gathered"] = not_gathered(mine[0])
     found["teachers"] = teachers(batches(0)[0].to(device))
     found["apart"] = apart(mine[0])
+    found["after a step"] = after_a_step(mine[0])
     found["message"] = message(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
     found["main_grad"] = main_grad_of(Model(), mine)
@@ -471,6 +491,14 @@ def test_a_weight_that_no_unit_gathers_is_an_error_that_says_so(trained):
     for found in trained:
         assert "no FSDP2 unit around LinearHead" in found["message"]
         assert f"LinearLogits {(B * (S - 1), V)}" in found["message"]
+
+
+@pytest.mark.parametrize("variant", ["", "bias_alone"])
+@pytest.mark.parametrize("shards", SHARDS)
+def test_logits_of_before_a_step_are_not_those_of_after(trained, shards, variant):
+    for found in trained:
+        for message in found["after a step"][shards, variant]:
+            assert f"shard of {'weight' if variant == '' else 'bias'} was modified in place" in message
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(trained):
