@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import trains, transforms_active
+from .autodiff import may_save, traced, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
@@ -103,7 +103,8 @@ def token_loss(
             head = head_of(logits)
             backend = resolve_backend(head.hidden, backend)
             planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
-            in_forward = planned.route == "gradients_in_forward"
+            # torch.func, which fn's gradient comes from, refuses saved-tensor hooks.
+            in_forward = planned.route == "gradients_in_forward" and (traced(head.hidden) or may_save(head.hidden))
             if in_forward:
                 head, _ = ready(head, None)
                 wanted = head.trained

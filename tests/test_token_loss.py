@@ -1,9 +1,11 @@
 """token_loss: the user's function at the price of a cross entropy, equal to the same loss on token statistics."""
 
 import importlib
+from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from fused_losses import gradients_in_forward, products, settings
 from fused_losses.linear_logits import LinearLogits
@@ -287,6 +289,23 @@ def test_frozen_weight_costs_no_product(monkeypatch):
     loss.backward()
     assert hidden.grad.any()
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("how", ["checkpoint", "save_on_cpu"])
+def test_under_saved_tensor_hooks(how):
+    """Which the gradient of fn in forward does not bear."""
+    hidden, weight, bias, index = problem()
+
+    def of(hidden):
+        return token_loss(dft, LinearLogits(hidden, weight, bias), index)[0]
+
+    expected = torch.autograd.grad(of(hidden.requires_grad_()), hidden)
+    with (
+        settings.route("gradients_in_forward"),
+        torch.autograd.graph.save_on_cpu() if how == "save_on_cpu" else nullcontext(),
+    ):
+        loss = of(hidden) if how == "save_on_cpu" else checkpoint(of, hidden, use_reentrant=False)
+        torch.testing.assert_close(torch.autograd.grad(loss, hidden), expected)
 
 
 def test_where_no_chunk_fits_it_is_token_statistics_after_all(monkeypatch):
