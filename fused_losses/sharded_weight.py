@@ -31,9 +31,10 @@ def fsdp_unit(module: Any) -> Any:
         return module
     if not is_distributed():
         return None
-    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed import _composable_state
 
-    around = [m for m in _module_state_mapping if hasattr(m, "unshard") and any(x is module for x in m.modules())]
+    sharded = getattr(_composable_state, "_module_state_mapping", ())  # PyTorch's own list, which has no public name
+    around = [m for m in sharded if hasattr(m, "unshard") and any(x is module for x in m.modules())]
     return min(around, key=lambda m: sum(1 for _ in m.modules()), default=None)
 
 
@@ -43,8 +44,9 @@ def shards(module: Any, **whole: Tensor | None) -> dict[str, Tensor]:
     if unit is None or not hasattr(unit, "_get_fsdp_state"):
         return {}
     state = unit._get_fsdp_state()
-    one = not hasattr(state, "_fsdp_param_groups")  # in PyTorch 2.10 and 2.11
-    groups = [state._fsdp_param_group] if one else state._fsdp_param_groups
+    groups = getattr(
+        state, "_fsdp_param_groups", [getattr(state, "_fsdp_param_group", None)]
+    )  # one in PyTorch 2.10 and 2.11
     parameters = [p for group in groups if group is not None for p in group.fsdp_params]
     return {
         f"shard of {name}": p.sharded_param
