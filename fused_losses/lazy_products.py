@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lazy_tensor import LazyTensor, answers, is_number, per_token_number
+from .lazy_tensor import Derived, LazyTensor, answers, is_number, per_token_number
 from .linear_logits import LinearLogits, same_logits
 
 
@@ -38,7 +38,7 @@ class _Term(NamedTuple):
 
 
 @dataclass(eq=False, repr=False)
-class LazyProducts(LazyTensor):
+class LazyProducts(Derived):
     """``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)``, the factor a number or one per token; see the module."""
 
     terms: tuple[_Term, ...]
@@ -51,33 +51,9 @@ class LazyProducts(LazyTensor):
         return self.terms[0].log_softmax
 
     @property
-    def vocab_dim(self) -> int:  # type: ignore[override]
-        return self.base.vocab_dim
-
-    @property
-    def wide(self) -> torch.dtype:  # type: ignore[override]
-        return self.base.wide
-
-    @property
-    def token_shape(self) -> torch.Size:  # type: ignore[override]
-        return self.base.token_shape
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.base.shape
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.base.device
-
-    @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         trained = any(base.requires_grad for term in self.terms for base in term.bases)
         return trained or (isinstance(self.factor, Tensor) and self.factor.requires_grad)
-
-    @property
-    def grad_fn(self) -> Any:
-        return self.base.grad_fn
 
     def __repr__(self) -> str:
         return f"LazyProducts({tuple(self.shape)}, {self.dtype}, {len(self.terms)} terms of {self.base})"

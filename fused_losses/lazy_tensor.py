@@ -220,6 +220,36 @@ class LazyTensor:
         return self.mT
 
 
+class Derived(LazyTensor):
+    """What has the shape, device and precision of the lazy logits it is made of."""
+
+    base: Any
+
+    @property
+    def vocab_dim(self) -> int:  # type: ignore[override]
+        return self.base.vocab_dim
+
+    @property
+    def wide(self) -> torch.dtype:  # type: ignore[override]
+        return self.base.wide
+
+    @property
+    def token_shape(self) -> torch.Size:  # type: ignore[override]
+        return self.base.token_shape
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return self.base.shape
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.base.device
+
+    @property
+    def grad_fn(self) -> Any:
+        return self.base.grad_fn
+
+
 def _method(name: str) -> Callable[..., Any]:
     function = getattr(Tensor, name)
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .lazy_products import LazyProducts, elementwise_kl, products
-from .lazy_tensor import LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
+from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
 from .numerics import autocast_dtype, statistics_dtype, upcast
@@ -66,7 +66,7 @@ _FORMS = {
 
 
 @dataclass(eq=False, repr=False)
-class LazyExpression(LazyTensor):
+class LazyExpression(Derived):
     """``factor · f(base) + offset``, each a number or one per token ``token_shape``; see the module."""
 
     base: LinearLogits
@@ -85,33 +85,9 @@ class LazyExpression(LazyTensor):
         return self.label or self.base.dtype
 
     @property
-    def vocab_dim(self) -> int:  # type: ignore[override]
-        return self.base.vocab_dim
-
-    @property
-    def wide(self) -> torch.dtype:  # type: ignore[override]
-        return self.base.wide
-
-    @property
-    def token_shape(self) -> torch.Size:  # type: ignore[override]
-        return self.base.token_shape
-
-    @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
-        return self.base.shape
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return self.base.device
-
-    @property
     def requires_grad(self) -> bool:  # type: ignore[override]
         parts = (t for t in self._parts() if isinstance(t, (Tensor, LinearLogits)))
         return self.form != "isinf" and any(t.requires_grad for t in parts)
-
-    @property
-    def grad_fn(self) -> Any:
-        return self.base.grad_fn
 
     def _parts(self) -> tuple[Any, ...]:
         return self.base, self.factor, self.offset
