@@ -44,7 +44,8 @@ class LazyProducts(Derived):
     terms: tuple[_Term, ...]
     dtype: torch.dtype
     factor: Any = 1.0
-    finite: LinearLogits | None = None  # entries where these logits are infinite count as 0
+    finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
+    viewed: bool = False
 
     @property
     def base(self) -> LinearLogits:
@@ -65,7 +66,7 @@ class LazyProducts(Derived):
             z = b.elements()
             term = z.log_softmax(self.vocab_dim)
             term = term if a is None else a.elements().softmax(self.vocab_dim) * term
-            total = total + c * (term if self.finite is None else term.masked_fill(self.finite.elements().isinf(), 0))
+            total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
         factor = self.factor.unsqueeze(self.vocab_dim) if isinstance(self.factor, Tensor) else self.factor
         return (total * factor).to(self.dtype)
 
@@ -83,12 +84,13 @@ class LazyProducts(Derived):
             return found
 
         terms = tuple(_Term(c, once(a), once(b)) for c, a, b in self.terms)
-        return replace(self, terms=terms, factor=factor, finite=once(self.finite))
+        return replace(self, terms=terms, factor=factor, finite=tuple(map(once, self.finite)), viewed=False)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
         factor = self.factor
         if isinstance(factor, Tensor):
             factor = fn(factor.unsqueeze(self.vocab_dim)).squeeze(vocab_dim)
+        self.viewed = self.viewed or view
         return self._each(lambda x: x.mapped(fn, vocab_dim, view=view), factor)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyProducts:
@@ -111,7 +113,7 @@ class LazyProducts(Derived):
         found = products(other)
         if found is NotImplemented or not _fit(self.base, found.base):
             return NotImplemented
-        alike = _same(self.finite, found.finite)
+        alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
         if not alike or not (is_number(self.factor) and is_number(found.factor)):
             return NotImplemented
         terms = [t._replace(factor=t.factor * self.factor) for t in self.terms]
@@ -131,12 +133,12 @@ class LazyProducts(Derived):
         return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
 
     def vocab_sum(self) -> Any:
-        masked = self.finite
-        if masked is not None and masked.bias is not None:  # which may have made them infinite
-            nothing = all(_same(t.softmax, masked) for t in self.terms)  # 0 there anyway
-            alone = len(self.terms) == 1 and self.terms[0].softmax is not None and _same(self.base, masked)
-            if not nothing and not alone:
-                return NotImplemented
+        for masked in self.finite:
+            if masked.bias is not None:  # which may have made them infinite
+                nothing = all(_same(t.softmax, masked) for t in self.terms)  # 0 there anyway
+                alone = len(self.terms) == 1 and self.terms[0].softmax is not None and _same(self.base, masked)
+                if not nothing and not alone:
+                    return NotImplemented
         total: Any = 0
         left = list(self.terms)
         while left:
@@ -154,7 +156,7 @@ class LazyProducts(Derived):
                 total = total + c * _divergence(other, a, "forward_kl")
             elif own:
                 total = total - c * a.statistic("entropy")
-            elif b.bias is None or _same(b, masked):
+            elif b.bias is None or any(_same(b, masked) for masked in self.finite):
                 total = total - c * _divergence(b, a, "cross_entropy")
             else:  # whose −inf is infinite where there is mass
                 total = total - c * (_divergence(b, a, "forward_kl") + a.statistic("entropy"))
@@ -189,18 +191,73 @@ def products(x: LazyTensor) -> Any:
     return LazyProducts((_Term(1.0, softmax, x.base),), x.dtype, x.factor)
 
 
+@dataclass(eq=False, repr=False)
+class LazyMask(Derived):
+    """Where one of these logits is infinite."""
+
+    of: tuple[LinearLogits, ...]
+    dtype = torch.bool
+    requires_grad = False
+
+    @property
+    def base(self) -> LinearLogits:
+        return self.of[0]
+
+    def __repr__(self) -> str:
+        return f"LazyMask({tuple(self.shape)}, {len(self.of)} logits like {self.base})"
+
+    def materialize(self) -> Tensor:
+        masks = [z.elements().isinf() for z in self.of]
+        return torch.stack(masks).any(0)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
+        return LazyMask(tuple(z.mapped(fn, vocab_dim, view=view) for z in self.of))
+
+    def with_dtype(self, dtype: torch.dtype) -> Any:
+        return NotImplemented
+
+    def detach(self) -> LazyMask:
+        return self
+
+
+@answers("isinf")
+def isinf(x: LazyTensor) -> Any:
+    return LazyMask((x,)) if isinstance(x, LinearLogits) else NotImplemented
+
+
+@answers("__or__", "logical_or", "bitwise_or")
+def or_(x: LazyTensor, other: Any) -> Any:
+    both = isinstance(x, LazyMask) and isinstance(other, LazyMask) and _fit(x.base, other.base)
+    return LazyMask(x.of + other.of) if both else NotImplemented
+
+
 @answers("masked_fill")
 def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
     """0 where logits are infinite, which ``0 · (−inf)`` is not."""
-    from .log_softmax import LazyExpression
+    found = products(x) if isinstance(mask, LazyMask) and is_number(value) and value == 0 else NotImplemented
+    if found is NotImplemented or found.finite or not _fit(found.base, mask.base):
+        return NotImplemented
+    return replace(found, finite=mask.of)
 
-    infinite = isinstance(mask, LazyExpression) and mask.form == "isinf"
-    if not infinite or not is_number(value) or value != 0:
+
+@answers("sub_", "subtract_", "__isub__")
+def sub_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
+    return _become(x, other, -1.0) if alpha == 1 else NotImplemented
+
+
+@answers("add_", "__iadd__")
+def add_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
+    return _become(x, other, 1.0) if alpha == 1 else NotImplemented
+
+
+def _become(x: LazyTensor, other: Any, sign: float) -> Any:
+    if not isinstance(x, LazyProducts) or not isinstance(other, LazyTensor) or x.viewed:
         return NotImplemented
-    found = products(x)
-    if found is NotImplemented or found.finite is not None or not _fit(found.base, mask.base):
+    new = x.plus(other, sign)
+    if new is NotImplemented:
         return NotImplemented
-    return replace(found, finite=mask.base)
+    vars(x).update(vars(new), dtype=x.dtype)
+    return x
 
 
 def elementwise_kl(student: LinearLogits, teacher: LinearLogits, dtype: torch.dtype) -> Any:

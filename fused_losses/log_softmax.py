@@ -13,7 +13,6 @@ softmax        exp(z − lse)           exp(logp)      1
 p_log_p        softmax·log_softmax                   −entropy
 p_z            softmax·z                             lse − entropy
 tanh           tanh(z)                               (becomes a softcap when multiplied)
-isinf          isinf(z)                              (where products of two heads count as 0)
 =============  =====================  =============  ==========================
 """
 
@@ -61,7 +60,6 @@ _FORMS = {
     "p_log_p": _Form(_times_log, None, lambda z: -z.statistic("entropy")),
     "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
     "tanh": _Form(lambda z, dim: z.tanh(), None, None),
-    "isinf": _Form(lambda z, dim: z.isinf(), None, None),
 }
 
 
@@ -86,8 +84,7 @@ class LazyExpression(Derived):
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        parts = (t for t in self._parts() if isinstance(t, (Tensor, LinearLogits)))
-        return self.form != "isinf" and any(t.requires_grad for t in parts)
+        return any(isinstance(t, (Tensor, LinearLogits)) and t.requires_grad for t in self._parts())
 
     def _parts(self) -> tuple[Any, ...]:
         return self.base, self.factor, self.offset
@@ -142,7 +139,7 @@ class LazyExpression(Derived):
             )
         if not is_number(factor):
             factor = per_token_number(self, factor)
-        if factor is NotImplemented or self.form == "isinf":
+        if factor is NotImplemented:
             return NotImplemented
         return replace(self, factor=self.factor * factor, offset=self.offset * factor)
 
@@ -155,9 +152,7 @@ class LazyExpression(Derived):
     def shifted(self, offset: Any) -> Any:
         if not is_number(offset):
             offset = per_token_number(self, offset)
-        if offset is NotImplemented or self.form == "isinf":
-            return NotImplemented
-        return replace(self, offset=self.offset + offset)
+        return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         found = products(self)
@@ -261,11 +256,6 @@ def exp(x: LazyTensor) -> Any:
 @answers("log")
 def log(x: LazyTensor) -> Any:
     return _reformed(x, "softmax", "log_softmax")
-
-
-@answers("isinf")
-def isinf(x: LazyTensor) -> Any:
-    return LazyExpression(x, "isinf", label=torch.bool) if isinstance(x, LinearLogits) else NotImplemented
 
 
 @answers("tanh")

@@ -176,6 +176,50 @@ def test_a_kl_with_masked_entries_materialises():
     torch.testing.assert_close(found, loss(F.linear(*inputs[:3]), F.linear(*inputs[3:])))
 
 
+def reverse_kl_in_place(s, t):
+    """As torchtune and DistiLLM write it."""
+    own, infinite = F.softmax(s, dim=-1), torch.isinf(s) | torch.isinf(t)
+    product = torch.masked_fill(own * F.log_softmax(t, dim=-1), infinite, 0)
+    alias = product
+    product -= torch.masked_fill(own * F.log_softmax(s, dim=-1), infinite, 0)
+    return -(alias.sum(-1) * MASK).sum() / MASK.sum()
+
+
+def entropy_of_masked_logs(s, t):
+    """As MiniLLM writes it."""
+    return -torch.sum(s.softmax(-1) * s.log_softmax(-1).masked_fill(torch.isinf(s), 0), dim=-1).mean() + 0 * t.sum()
+
+
+@pytest.mark.parametrize("loss", [reverse_kl_in_place, entropy_of_masked_logs])
+def test_in_place_and_masked_by_both(loss):
+    inputs = leaves(bias=False)
+    torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
+
+
+@pytest.mark.parametrize("banned", [2, 5])
+def test_both_masks_where_a_bias_bans(banned):
+    inputs = leaves()
+    with torch.no_grad():
+        inputs[banned][3] = -torch.inf
+    heads = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+    with strict(), pytest.raises(RuntimeError, match="sum materialises LazyProducts"):
+        reverse_kl_in_place(*heads)
+    found, expected = reverse_kl_in_place(*heads), reverse_kl_in_place(F.linear(*inputs[:3]), F.linear(*inputs[3:]))
+    torch.testing.assert_close(found, expected)
+
+
+def test_in_place_under_a_view_is_refused():
+    inputs = leaves()
+    s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+    product = t.softmax(-1) * s.log_softmax(-1)
+    view = product.view(-1, V)
+    with pytest.raises(RuntimeError, match="__isub__ would change a LazyProducts"):
+        product -= t.softmax(-1) * t.log_softmax(-1)
+    assert view.shape == (B * S, V)
+    with pytest.raises(RuntimeError, match="__iadd__ would change a LazyProducts"):
+        product += 1
+
+
 def test_what_it_is_and_its_elements():
     inputs = leaves()
     s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
