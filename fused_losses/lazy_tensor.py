@@ -449,8 +449,9 @@ def to(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
             dtype, device = a.dtype, a.device
     if device is not None and not _same_device(torch.device(device), x.device):
         return NotImplemented
-    dtype = dtype or x.dtype
-    return (x if dtype == x.dtype else x.with_dtype(dtype)) if dtype.is_floating_point else NotImplemented
+    if dtype is None or dtype == x.dtype:
+        return x
+    return x.with_dtype(dtype) if dtype.is_floating_point else NotImplemented
 
 
 def _same_device(a: torch.device, b: torch.device) -> bool:

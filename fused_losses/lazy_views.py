@@ -148,6 +148,8 @@ def index(x: LazyTensor, key: Any) -> Any:
     items = [_as_key(k) for k in (key if isinstance(key, tuple) else (key,))]
     if any(isinstance(k, bool) or (isinstance(k, Tensor) and k.ndim == 0 and k.dtype == torch.bool) for k in items):
         return NotImplemented
+    if any(isinstance(k, LazyTensor) for k in items):  # a mask over tokens and vocabulary at once
+        return NotImplemented
     taken = sum(_consumed(k) for k in items)
     if taken > x.ndim:
         raise IndexError(f"too many indices for {type(x).__name__} of dimension {x.ndim}")
@@ -159,7 +161,7 @@ def index(x: LazyTensor, key: Any) -> Any:
         dim += _consumed(items[position])
         position += 1
     if dim != x.vocab_dim:
-        return NotImplemented  # a mask over tokens and vocabulary at once
+        return NotImplemented  # such a mask too
     vocab_key, items[position] = items[position], slice(None)
     if isinstance(vocab_key, slice):
         return _index_tokens(x if vocab_key == slice(None) else x.columns(vocab_key), items, position)

@@ -249,6 +249,9 @@ def test_what_it_is_and_its_elements():
     with pytest.warns(UserWarning, match="abs materialises LazyProducts"):
         torch.testing.assert_close(made["products"][0].abs(), made["products"][1](eager_s, eager_t).abs())
     infinite = s.isinf()
+    assert infinite.to("cpu") is infinite
+    with pytest.warns(UserWarning, match="__getitem__ materialises"):
+        assert s[infinite].numel() == 0
     assert (infinite.dtype, infinite.requires_grad, infinite.is_floating_point()) == (torch.bool, False, False)
     with pytest.warns(UserWarning, match="materialises"):
         assert not infinite.any()
