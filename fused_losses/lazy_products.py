@@ -27,6 +27,12 @@ from .lazy_tensor import Derived, LazyTensor, answers, is_number, per_token_numb
 from .linear_logits import LinearLogits, same_logits
 
 
+def times_log(z: Tensor, dim: int) -> Tensor:
+    """``softmax · log_softmax``, 0 where there is no mass."""
+    logp = z.log_softmax(dim)
+    return torch.where(logp == -torch.inf, 0, logp.exp() * logp)
+
+
 class _Term(NamedTuple):
     factor: float
     softmax: LinearLogits | None
@@ -45,7 +51,7 @@ class LazyProducts(Derived):
     dtype: torch.dtype
     factor: Any = 1.0
     finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
-    viewed: bool = False
+    viewed: bool = False  # and may not change in place
 
     @property
     def base(self) -> LinearLogits:
@@ -63,9 +69,11 @@ class LazyProducts(Derived):
         """The elements themselves, differentiable, in ``dtype``."""
         total: Any = 0
         for c, a, b in self.terms:
-            z = b.elements()
-            term = z.log_softmax(self.vocab_dim)
-            term = term if a is None else a.elements().softmax(self.vocab_dim) * term
+            dim, z = self.vocab_dim, b.elements()
+            if a is None:
+                term = z.log_softmax(dim)
+            else:
+                term = times_log(z, dim) if _same(a, b) else a.elements().softmax(dim) * z.log_softmax(dim)
             total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
         factor = self.factor.unsqueeze(self.vocab_dim) if isinstance(self.factor, Tensor) else self.factor
         return (total * factor).to(self.dtype)
@@ -222,7 +230,8 @@ class LazyMask(Derived):
 
 @answers("isinf")
 def isinf(x: LazyTensor) -> Any:
-    return LazyMask((x,)) if isinstance(x, LinearLogits) else NotImplemented
+    # A copy, which mul_ and div_ of the given one do not change.
+    return LazyMask((x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
 
 
 @answers("__or__", "logical_or", "bitwise_or")

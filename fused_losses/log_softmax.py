@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .lazy_products import LazyProducts, elementwise_kl, products
+from .lazy_products import LazyProducts, elementwise_kl, products, times_log
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
@@ -38,11 +38,6 @@ class _Form(NamedTuple):
     elements: Callable[[Tensor, int], Tensor]  # of whole logits
     at: Callable[[LinearLogits, Tensor], Tensor] | None  # (*token_shape, K)
     total: Callable[[LinearLogits], Tensor] | None  # token_shape
-
-
-def _times_log(z: Tensor, dim: int) -> Tensor:
-    logp = z.log_softmax(dim)
-    return torch.where(logp == -torch.inf, 0, logp.exp() * logp)
 
 
 _FORMS = {
@@ -57,7 +52,7 @@ _FORMS = {
         lambda z, ids: z.log_probs_at(ids).exp(),
         lambda z: z.hidden[..., :0].sum(-1, dtype=z.wide) + 1,  # a constant that requires grad, as eager's sum
     ),
-    "p_log_p": _Form(_times_log, None, lambda z: -z.statistic("entropy")),
+    "p_log_p": _Form(times_log, None, lambda z: -z.statistic("entropy")),
     "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
     "tanh": _Form(lambda z, dim: z.tanh(), None, None),
 }

@@ -208,6 +208,18 @@ def test_both_masks_where_a_bias_bans(banned):
     torch.testing.assert_close(found, expected)
 
 
+def test_elements_where_a_teacher_has_no_mass():
+    inputs = leaves()
+    with torch.no_grad():
+        inputs[5][3] = -torch.inf
+    lazy, eager = (
+        F.kl_div(head(*inputs[:3]).log_softmax(-1), head(*inputs[3:]).softmax(-1), reduction="none")
+        for head in (LinearLogits, F.linear)
+    )
+    torch.testing.assert_close(lazy.materialize(), eager)
+    torch.testing.assert_close(lazy.sum(-1), eager.sum(-1))
+
+
 def test_in_place_under_a_view_is_refused():
     inputs = leaves()
     s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
