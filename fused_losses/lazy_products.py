@@ -2,12 +2,14 @@
 
 A student ``s`` learns from a teacher ``t`` by ``Σ_j t_j log s_j``, or by a difference of two such sums. :class:`LazyProducts`
 holds ``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)`` until it is summed over the vocabulary; without ``a_i`` a term is
-``log_softmax(b_i)`` alone. The sum is answered term by term:
+``log_softmax(b_i)`` alone, and in place of that may stand the logarithm of a mixture ``m = w softmax(a) + (1 − w) softmax(b)``.
+The sum is answered term by term:
 
 =====================================  =====================================================
 terms                                  summed over the vocabulary
 =====================================  =====================================================
 ``softmax(a) (log a − log b)``         the KL divergence of a from b
+``softmax(a) (log a − log m)``         the skewed one
 ``softmax(a) log_softmax(b)``          −their cross entropy
 ``softmax(a) log_softmax(a)``          −entropy
 ``log_softmax(b)``                     as in ``log_softmax.py``
@@ -36,11 +38,65 @@ def times_log(z: Tensor, dim: int) -> Tensor:
 class _Term(NamedTuple):
     factor: float
     softmax: LinearLogits | None
-    log_softmax: LinearLogits
+    log_softmax: LinearLogits | LazyMixture
 
     @property
-    def bases(self) -> tuple[LinearLogits, ...]:
-        return (self.log_softmax,) if self.softmax is None else (self.softmax, self.log_softmax)
+    def requires_grad(self) -> bool:
+        return self.log_softmax.requires_grad or (self.softmax is not None and self.softmax.requires_grad)
+
+
+@dataclass(eq=False, repr=False)
+class LazyMixture(Derived):
+    """``w softmax(a) + w' softmax(b)``."""
+
+    parts: tuple[tuple[float, LinearLogits], tuple[float, LinearLogits]]
+    dtype: torch.dtype
+
+    @property
+    def base(self) -> LinearLogits:
+        return self.parts[0][1]
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return any(z.requires_grad for _, z in self.parts)
+
+    def __repr__(self) -> str:
+        (w, a), (v, _) = self.parts
+        return f"LazyMixture({tuple(self.shape)}, {self.dtype}, {w} and {v} of softmaxes like that of {a})"
+
+    def elements(self) -> Tensor:
+        (w, a), (v, b) = self.parts
+        return w * a.elements().softmax(self.vocab_dim) + v * b.elements().softmax(self.vocab_dim)
+
+    def materialize(self) -> Tensor:
+        return self.elements().to(self.dtype)
+
+    def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> LazyMixture:
+        (w, a), (v, b) = self.parts
+        return replace(self, parts=((w, fn(a)), (v, fn(b))))
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMixture:
+        return self.each(lambda z: z.mapped(fn, vocab_dim, view=view))
+
+    def with_dtype(self, dtype: torch.dtype) -> LazyMixture:
+        return replace(self, dtype=dtype)
+
+    def detach(self) -> LazyMixture:
+        return self.each(LinearLogits.detach)
+
+    def scaled(self, factor: Any) -> Any:
+        if not is_number(factor):
+            return NotImplemented
+        (w, a), (v, b) = self.parts
+        return replace(self, parts=((w * factor, a), (v * factor, b)))
+
+    def divided(self, divisor: Any) -> Any:
+        return self.scaled(1 / divisor) if is_number(divisor) and divisor != 0 else NotImplemented
+
+    def logarithm(self) -> Any:
+        (w, _), (v, _) = self.parts
+        whole = min(w, v) > 0 and abs(w + v - 1) < 1e-6
+        return LazyProducts((_Term(1.0, None, self),), self.dtype) if whole else NotImplemented
 
 
 @dataclass(eq=False, repr=False)
@@ -55,11 +111,12 @@ class LazyProducts(Derived):
 
     @property
     def base(self) -> LinearLogits:
-        return self.terms[0].log_softmax
+        first = self.terms[0].log_softmax
+        return first if isinstance(first, LinearLogits) else first.base
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
-        trained = any(base.requires_grad for term in self.terms for base in term.bases)
+        trained = any(term.requires_grad for term in self.terms)
         return trained or (isinstance(self.factor, Tensor) and self.factor.requires_grad)
 
     def __repr__(self) -> str:
@@ -70,10 +127,11 @@ class LazyProducts(Derived):
         total: Any = 0
         for c, a, b in self.terms:
             dim, z = self.vocab_dim, b.elements()
-            if a is None:
-                term = z.log_softmax(dim)
+            if _same(a, b):
+                term = times_log(z, dim)
             else:
-                term = times_log(z, dim) if _same(a, b) else a.elements().softmax(dim) * z.log_softmax(dim)
+                term = z.log() if isinstance(b, LazyMixture) else z.log_softmax(dim)
+                term = term if a is None else a.elements().softmax(dim) * term
             total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
         factor = self.factor.unsqueeze(self.vocab_dim) if isinstance(self.factor, Tensor) else self.factor
         return (total * factor).to(self.dtype)
@@ -82,9 +140,9 @@ class LazyProducts(Derived):
         """With ``fn`` of all logits, the same of the same."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
-        def once(x: LinearLogits | None) -> Any:
-            if x is None:
-                return None
+        def once(x: LinearLogits | LazyMixture | None) -> Any:
+            if not isinstance(x, LinearLogits):
+                return None if x is None else x.each(once)
             found = next((new for old, new in known if same_logits(old, x)), None)
             if found is None:
                 found = fn(x)
@@ -144,7 +202,8 @@ class LazyProducts(Derived):
         for masked in self.finite:
             if masked.bias is not None:  # which may have made them infinite
                 nothing = all(_same(t.softmax, masked) for t in self.terms)  # 0 there anyway
-                alone = len(self.terms) == 1 and self.terms[0].softmax is not None and _same(self.base, masked)
+                alone = len(self.terms) == 1 and self.terms[0].softmax is not None
+                alone = alone and _same(self.terms[0].log_softmax, masked)
                 if not nothing and not alone:
                     return NotImplemented
         total: Any = 0
@@ -152,6 +211,8 @@ class LazyProducts(Derived):
         while left:
             c, a, b = left.pop()
             if a is None:
+                if isinstance(b, LazyMixture):
+                    return NotImplemented
                 total = total + c * b.sum_log_probs()
                 continue
             # With what makes it a KL: of softmax(a) log_softmax(a) that of another b, and the other way round.
@@ -161,30 +222,53 @@ class LazyProducts(Derived):
             if pair is not None:
                 left = [t for t in left if t is not pair]
                 other, c = (pair.log_softmax, c) if own else (b, -c)
-                total = total + c * _divergence(other, a, "forward_kl")
+                found = _kl(a, other)
             elif own:
-                total = total - c * a.statistic("entropy")
-            elif b.bias is None or any(_same(b, masked) for masked in self.finite):
-                total = total - c * _divergence(b, a, "cross_entropy")
-            else:  # whose −inf is infinite where there is mass
-                total = total - c * (_divergence(b, a, "forward_kl") + a.statistic("entropy"))
+                found = -a.statistic("entropy")
+            elif isinstance(b, LinearLogits) and (b.bias is None or any(_same(b, masked) for masked in self.finite)):
+                found = -_divergence(b, a, "cross_entropy")
+            else:  # a bias of −inf makes it infinite where there is mass
+                kl = _kl(a, b)
+                found = kl if kl is NotImplemented else -(kl + a.statistic("entropy"))
+            if found is NotImplemented:
+                return NotImplemented
+            total = total + c * found
         return total * self.factor
 
 
-def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str) -> Tensor:
+def _kl(a: LinearLogits, b: LinearLogits | LazyMixture) -> Any:
+    """Of b from a, ``Σ a log(a/b)``; from a mixture of which a is a part."""
+    if isinstance(b, LinearLogits):
+        return _divergence(b, a, "forward_kl")
+    for (w, x), (_, y) in (b.parts, b.parts[::-1]):
+        if _same(a, x):
+            return _divergence(y, a, "skewed_kl", w)
+    return NotImplemented
+
+
+def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str, beta: float = 0.5) -> Tensor:
     from .divergence import Divergence, shared_vocabulary, token_divergence
 
     shards = shared_vocabulary(student, teacher, None)
     sides = student.vocab_last(), teacher.vocab_last()
-    return token_divergence(*sides, None, False, Divergence(kind, 0.5, 1.0), shards)[0].view(student.token_shape)
+    return token_divergence(*sides, None, False, Divergence(kind, beta, 1.0), shards)[0].view(student.token_shape)
 
 
-def _same(x: LinearLogits | None, y: LinearLogits | None) -> bool:
-    return x is y or (x is not None and y is not None and same_logits(x, y))
+def _same(x: Any, y: Any) -> bool:
+    return x is y or (isinstance(x, LinearLogits) and isinstance(y, LinearLogits) and same_logits(x, y))
 
 
 def _fit(x: LinearLogits, y: LinearLogits) -> bool:
     return x.shape == y.shape and x.vocab_dim == y.vocab_dim and x.device == y.device and x.wide == y.wide
+
+
+def mixture(x: Any, y: Any) -> Any:
+    """``x + y`` of two softmaxes of different heads."""
+    if not all(e.form == "softmax" and e.unshifted and is_number(e.factor) for e in (x, y)) or not _fit(x.base, y.base):
+        return NotImplemented
+    if same_logits(x.base, y.base):
+        return NotImplemented
+    return LazyMixture(((x.factor, x.base), (y.factor, y.base)), torch.promote_types(x.dtype, y.dtype))
 
 
 def products(x: LazyTensor) -> Any:
@@ -269,8 +353,8 @@ def _become(x: LazyTensor, other: Any, sign: float) -> Any:
     return x
 
 
-def elementwise_kl(student: LinearLogits, teacher: LinearLogits, dtype: torch.dtype) -> Any:
-    """``t (log t − log s)``, what ``F.kl_div(…, reduction="none")`` gives."""
-    if not _fit(student, teacher):
-        return NotImplemented
-    return LazyProducts((_Term(1.0, teacher, teacher), _Term(-1.0, teacher, student)), dtype)
+def elementwise_kl(input: LazyTensor, target: Any) -> Any:
+    """``t (log t − log s)`` of a lazy ``log s`` and ``softmax`` ``t``, what ``F.kl_div(…, reduction="none")`` gives."""
+    log_target = products(replace(target, form="log_softmax"))
+    found = log_target.plus(input, -1.0)
+    return found if found is NotImplemented else found.times(target)

@@ -121,6 +121,9 @@ class LazyTensor:
     def shifted(self, offset: Any) -> Any:
         return NotImplemented
 
+    def times(self, other: LazyTensor) -> Any:
+        return NotImplemented
+
     def plus(self, other: LazyTensor, sign: float) -> Any:
         """``self + sign · other``."""
         return NotImplemented

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .lazy_products import LazyProducts, elementwise_kl, products, times_log
+from .lazy_products import LazyMixture, LazyProducts, elementwise_kl, mixture, products, times_log
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
@@ -150,6 +150,8 @@ class LazyExpression(Derived):
         return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
+        if isinstance(other, LazyExpression) and "softmax" in (self.form, other.form):
+            return mixture(self, other.scaled(sign))
         found = products(self)
         return NotImplemented if found is NotImplemented else found.plus(other, sign)
 
@@ -168,7 +170,9 @@ class LazyExpression(Derived):
         """The product with another lazy tensor, where it is one of the forms, or of two heads."""
         if isinstance(other, LazyProducts):
             return other.times(self)
-        other = other if isinstance(other, LazyExpression) else LazyExpression(other)  # type: ignore[arg-type]
+        if not isinstance(other, (LazyExpression, LinearLogits)):
+            return NotImplemented
+        other = other if isinstance(other, LazyExpression) else LazyExpression(other)
         forms = {self.form: self, other.form: other}
         product = {"log_softmax": "p_log_p", "logits": "p_z"}.get(next((f for f in forms if f != "softmax"), ""))
         if len(forms) != 2 or "softmax" not in forms or product is None:
@@ -250,7 +254,7 @@ def exp(x: LazyTensor) -> Any:
 
 @answers("log")
 def log(x: LazyTensor) -> Any:
-    return _reformed(x, "softmax", "log_softmax")
+    return x.logarithm() if isinstance(x, LazyMixture) else _reformed(x, "softmax", "log_softmax")
 
 
 @answers("tanh")
@@ -429,7 +433,8 @@ def kl_div(
     teacher, the divergence of two heads."""
     from .cross_entropy import result_dtype
 
-    log_probs = isinstance(input, LazyExpression) and input.form == "log_softmax" and input.unscaled
+    log_probs = isinstance(input, LazyProducts)
+    log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.unscaled)
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     if not log_probs or target.shape != input.shape:
@@ -438,14 +443,14 @@ def kl_div(
         form = "log_softmax" if log_target else "softmax"
         if not isinstance(target, LazyExpression) or target.form != form or not target.unscaled:
             return NotImplemented
-        if reduction == "none":
-            return elementwise_kl(input.base, target.base, result_dtype(input, target))
-        if target.vocab_dim != input.vocab_dim:  # as many tokens as entries
+        each = elementwise_kl(input, replace(target, form="softmax"))
+        if each is NotImplemented or reduction == "none":
+            return each if each is NotImplemented else each.with_dtype(result_dtype(input, target))
+        total = each.vocab_sum()
+        if total is NotImplemented:
             return NotImplemented
-        from .divergence import divergence
-
-        total = divergence(input.base.vocab_last(), target.base.vocab_last(), kind="forward_kl").sum()
-    elif reduction == "none":
+        total = total.sum()
+    elif reduction == "none" or isinstance(input, LazyProducts):
         return NotImplemented
     else:
         total = _kl_of_probabilities(input.base, target, log_target)

@@ -80,12 +80,34 @@ def several_terms(s, t):
     return (p * s.log_softmax(-1) - 2 * (p * t.log_softmax(-1)) + s.log_softmax(-1) + p * t.log_softmax(-1)).mean()
 
 
+def jensen_shannon(s, t):
+    p, q = s.softmax(-1), t.softmax(-1)
+    m = (0.5 * (p + q)).log()
+    each = F.kl_div(m, q, reduction="none").sum(-1) + F.kl_div(m, q.log(), reduction="none", log_target=True).sum(-1)
+    return (each * MASK).sum() / 3 + F.kl_div(m, p, reduction="batchmean")
+
+
+def skewed(s, t):
+    """As DistiLLM writes it."""
+    p, q = F.softmax(t, dim=-1), F.softmax(s, dim=-1)
+    m = torch.log(0.1 * p + (1 - 0.1) * q)
+    forward, backward = p * m - p * t.log_softmax(-1), q * s.log_softmax(-1) - q * m
+    return -(forward.sum(-1) * MASK).sum() / MASK.sum() + (backward.view(-1, V).sum(-1) * MASK.view(-1)).mean()
+
+
+def entropy_of_a_mixture(s, t):
+    p, q = s.softmax(-1), t.softmax(-1)
+    m = (0.25 * p + q * 0.75).log()
+    return -(p * m).sum(-1).mean() * 0.25 - (q * m).sum(-1).mean() * 0.75
+
+
 def gaps(s, t):
     return (s.log_softmax(-1) - t.log_softmax(-1)).sum(-1).square().mean()
 
 
 LOSSES = [forward_kl, reverse_kl, difference, difference_of_logs, elementwise, elementwise_of_logs, with_a_temperature]
 LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, several_terms, gaps]
+LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture]
 
 
 def leaves(dtype=torch.float64, teacher_trains=False, bias=True):
@@ -276,11 +298,33 @@ def test_compiles_without_a_break():
 
     def loss(*inputs):
         s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
-        return forward_kl(s, t).float() + difference(s, t) + elementwise(s, t)
+        return forward_kl(s, t).float() + difference(s, t) + elementwise(s, t) + jensen_shannon(s, t)
 
     expected = torch.autograd.grad(loss(*inputs), inputs[:3])
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs[:3])
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, t: (0.5 * (s.softmax(-1) - t.softmax(-1)).abs()).sum(-1),
+        lambda s, t: (s.softmax(-1) + t.softmax(-1)).log().sum(-1),
+        lambda s, t: ((s.softmax(-1) + t.softmax(-1)) / 2).log().sum(-1),
+        lambda s, t: (0.3 * s.softmax(-1) + 0.7 * t.softmax(-1)).transpose(1, 2).amax(1),
+        lambda s, t: (s.softmax(-1) + t.softmax(-1)) * s.log_softmax(-1),
+        lambda s, t: s.isinf() * s.softmax(-1),
+        lambda s, t: s.softmax(-1) * s.isinf(),
+        lambda s, t: ((s.softmax(-1) + t.softmax(-1)) / 2).log() * (s / 2).softmax(-1),
+        lambda s, t: F.kl_div(s.log_softmax(-1) - t.log_softmax(-1), t.softmax(-1), reduction="sum"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_what_else_is_done_with_them(fn):
+    inputs = leaves()
+    found = fn(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:]))
+    found = found if isinstance(found, torch.Tensor) else found.materialize()
+    torch.testing.assert_close(found, fn(F.linear(*inputs[:3]), F.linear(*inputs[3:])))
 
 
 def test_heads_that_do_not_fit_materialise():
