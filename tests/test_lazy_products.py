@@ -311,6 +311,8 @@ def test_compiles_without_a_break():
         lambda s, t: (0.5 * (s.softmax(-1) - t.softmax(-1)).abs()).sum(-1),
         lambda s, t: (s.softmax(-1) + t.softmax(-1)).log().sum(-1),
         lambda s, t: ((s.softmax(-1) + t.softmax(-1)) / 2).log().sum(-1),
+        lambda s, t: (s.softmax(-1) * (s.softmax(-1) + t.softmax(-1)).log()).sum(-1),
+        lambda s, t: (s.softmax(-1) * (0.5 * s.softmax(-1) + s.softmax(-1) / 2).log()).sum(-1),
         lambda s, t: (0.3 * s.softmax(-1) + 0.7 * t.softmax(-1)).transpose(1, 2).amax(1),
         lambda s, t: (s.softmax(-1) + t.softmax(-1)) * s.log_softmax(-1),
         lambda s, t: s.isinf() * s.softmax(-1),
