@@ -264,7 +264,7 @@ def _fit(x: LinearLogits, y: LinearLogits) -> bool:
 
 def mixture(x: Any, y: Any) -> Any:
     """``x + y`` of two softmaxes."""
-    if not all(e.form == "softmax" and e.unshifted and is_number(e.factor) for e in (x, y)) or not _fit(x.base, y.base):
+    if not all(e.unshifted and is_number(e.factor) for e in (x, y)) or not _fit(x.base, y.base):
         return NotImplemented
     return LazyMixture(((x.factor, x.base), (y.factor, y.base)), torch.promote_types(x.dtype, y.dtype))
 

@@ -150,7 +150,7 @@ class LazyExpression(Derived):
         return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
-        if isinstance(other, LazyExpression) and "softmax" in (self.form, other.form):
+        if isinstance(other, LazyExpression) and self.form == other.form == "softmax":
             return mixture(self, other.scaled(sign))
         found = products(self)
         return NotImplemented if found is NotImplemented else found.plus(other, sign)
