@@ -65,21 +65,21 @@ def gather(weight: Tensor, module: Any, shape: torch.Size) -> Callable[[], Any]:
             f"the storage of the head's weight is empty: it was sharded again when the module that owns it (FSDP2, "
             f"ZeRO-3) returned. LinearLogits {tuple(shape)} can gather it: pass module=<that module>."
         )
-    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
-        import deepspeed  # type: ignore[import-not-found]
-
-        context = deepspeed.zero.GatheredParameters(list(module.parameters()))
-        context.__enter__()
-        return lambda: context.__exit__(None, None, None)
     unit = fsdp_unit(module)
-    if unit is None:
+    if unit is not None:
+        unit.unshard()
+        return unit.reshard
+    if not any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
         raise RuntimeError(
             f"the storage of the head's weight is empty, and no FSDP2 unit around {type(module).__name__} holds it: for "
             f"LinearLogits {tuple(shape)} call fully_shard(head) or fully_shard(model). FullyShardedDataParallel, its "
             "predecessor, must not wrap the head by itself."
         )
-    unit.unshard()
-    return unit.reshard
+    import deepspeed  # type: ignore[import-not-found]
+
+    context = deepspeed.zero.GatheredParameters(list(module.parameters()))
+    context.__enter__()
+    return lambda: context.__exit__(None, None, None)
 
 
 @contextmanager
