@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -90,31 +91,35 @@ def per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float 
         ) from None
 
 
+def callers() -> Iterator[Any]:
+    """The frames that wait for whoever asks, the innermost first."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
 def refuse_autograd_function(logits: Any) -> None:
     """A ``torch.autograd.Function`` connects only the tensors it is given; checkpointing runs the rest again, if any is."""
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code is _APPLY:
-            function, args = frame.f_locals["cls"], frame.f_locals["args"]
-            again = function is CheckpointFunction and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-            if not again and any(a is logits or getattr(a, "base", None) is logits for a in args):
-                raise RuntimeError(
-                    f"LinearLogits {tuple(logits.shape)} given to {function.__name__}.apply would get no gradient, which an "
-                    "autograd Function passes on to tensors only: give it materialize(), or detach() where no gradient is "
-                    "wanted; to checkpoint, pass use_reentrant=False"
-                )
-        frame = frame.f_back
+    for frame in callers():
+        if frame.f_code is not _APPLY:
+            continue
+        function, args = frame.f_locals["cls"], frame.f_locals["args"]
+        again = function is CheckpointFunction and any(isinstance(a, Tensor) and a.requires_grad for a in args)
+        if not again and any(a is logits or getattr(a, "base", None) is logits for a in args):
+            raise RuntimeError(
+                f"LinearLogits {tuple(logits.shape)} given to {function.__name__}.apply would get no gradient, which an "
+                "autograd Function passes on to tensors only: give it materialize(), or detach() where no gradient is "
+                "wanted; to checkpoint, pass use_reentrant=False"
+            )
 
 
 def refuse_reentrant_checkpoint() -> None:
     """Reentrant checkpointing runs a function without gradients and connects only the tensors it returns."""
     if torch.compiler.is_compiling():
         return
-    frame: Any = sys._getframe()
-    while frame is not None:
-        if frame.f_code is CheckpointFunction.forward.__code__:
-            raise RuntimeError(
-                "LinearLogits made inside reentrant activation checkpointing would get no gradient: pass "
-                "use_reentrant=False to checkpoint, or leave the head out of it"
-            )
-        frame = frame.f_back
+    if any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers()):
+        raise RuntimeError(
+            "LinearLogits made inside reentrant activation checkpointing would get no gradient: pass "
+            "use_reentrant=False to checkpoint, or leave the head out of it"
+        )

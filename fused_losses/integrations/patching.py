@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..linear_logits import LinearHead, LinearLogits
+from ..linear_logits_checks import callers
 
 _MISSING = object()
 
@@ -92,11 +92,9 @@ def trainer_drops_logits() -> bool | None:
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    frame: Any = sys._getframe()
-    while frame is not None:
+    for frame in callers():
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
             return bool(frame.f_locals["prediction_loss_only"])
         if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
             return False
-        frame = frame.f_back
     return None
