@@ -198,14 +198,15 @@ class LazyProducts(Derived):
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
 
+    def _leaves_out_itself(self, masked: LinearLogits) -> bool:
+        """Whether sums are 0 where these logits are infinite: without a bias they are finite, where a bias makes them −inf
+        their own softmax is 0, and of a cross entropy alone those entries are left out."""
+        alone = len(self.terms) == 1 and self.terms[0].softmax is not None and _same(self.terms[0].log_softmax, masked)
+        return masked.rest.bias is None or alone or all(_same(t.softmax, masked) for t in self.terms)
+
     def vocab_sum(self) -> Any:
-        for masked in self.finite:
-            if masked.bias is not None:  # which may have made them infinite
-                nothing = all(_same(t.softmax, masked) for t in self.terms)  # 0 there anyway
-                alone = len(self.terms) == 1 and self.terms[0].softmax is not None
-                alone = alone and _same(self.terms[0].log_softmax, masked)
-                if not nothing and not alone:
-                    return NotImplemented
+        if not all(map(self._leaves_out_itself, self.finite)):
+            return NotImplemented
         total: Any = 0
         left = list(self.terms)
         while left:
@@ -225,7 +226,7 @@ class LazyProducts(Derived):
                 found = _kl(a, other)
             elif own:
                 found = -a.statistic("entropy")
-            elif isinstance(b, LinearLogits) and (b.bias is None or any(_same(b, masked) for masked in self.finite)):
+            elif isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in self.finite)):
                 found = -_divergence(b, a, "cross_entropy")
             else:  # a bias of −inf makes it infinite where there is mass
                 kl = _kl(a, b)
