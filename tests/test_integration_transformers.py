@@ -162,8 +162,8 @@ def tiny_of(config_class, model_class):
 @pytest.mark.parametrize(
     ("kind", "refuses", "at_least"),
     [
-        ("CAUSAL", {"BertGenerationDecoder"}, 120),
-        ("MASKED", set(), 40),
+        ("CAUSAL", {"BertGenerationDecoder"}, 134),
+        ("MASKED", set(), 41),
         (
             "SEQ_TO_SEQ_CAUSAL",
             {"FSMTForConditionalGeneration", "SeamlessM4TForTextToText", "SeamlessM4Tv2ForTextToText"},
