@@ -43,6 +43,15 @@ def interpret() -> None:
         # As on a GPU, whose maximum of a number and a nan is the number: the interpreter's would be the nan.
         interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
         interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+        splat = interpreter.InterpreterBuilder.create_splat
+
+        def splat_mask(self: Any, ret_ty: Any, arg: Any) -> Any:
+            """A comparison's result is bool with its operands' type, which Triton 3.9 gives the numbers spread from it."""
+            found = splat(self, ret_ty, arg)
+            found.data = found.data.astype(arg.data.dtype)
+            return found
+
+        interpreter.InterpreterBuilder.create_splat = splat_mask
         patch_tensor = interpreter._patch_lang_tensor
 
         def patch_index(tensor: Any, *scope: Any) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterator
+from functools import cache
+from types import CodeType
 from typing import Any
 
 import torch
@@ -12,8 +15,6 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import CheckpointFunction
 
 from .numerics import autocast_dtype, statistics_dtype
-
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 
 
 def versions(**tensors: Tensor | None) -> dict[str, int]:
@@ -99,12 +100,25 @@ def callers() -> Iterator[Any]:
         frame = frame.f_back
 
 
+@cache
+def _autograd_function(code: CodeType) -> Any:
+    """The ``torch.autograd.Function`` whose ``forward`` this is, if any."""
+    if code.co_name != "forward":
+        return None
+    classes = [torch.autograd.Function]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    return next((cls for cls in classes if getattr(inspect.unwrap(cls.forward), "__code__", None) is code), None)
+
+
 def refuse_autograd_function(logits: Any) -> None:
     """A ``torch.autograd.Function`` connects only the tensors it is given; checkpointing runs the rest again, if any is."""
     for frame in callers():
-        if frame.f_code is not _APPLY:
+        function = _autograd_function(frame.f_code)
+        if function is None:
             continue
-        function, args = frame.f_locals["cls"], frame.f_locals["args"]
+        names, varargs, _, values = inspect.getargvalues(frame)
+        args = [values.get(name) for name in names] + list(values[varargs] if varargs else ())
         again = function is CheckpointFunction and any(isinstance(a, Tensor) and a.requires_grad for a in args)
         if not again and any(a is logits or getattr(a, "base", None) is logits for a in args):
             raise RuntimeError(

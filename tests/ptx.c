@@ -110,7 +110,7 @@ static void* shared(struct Warp* w, uint32_t at, int n, const void* written) {
     }
     return memory + at;
 }
-static const void* load_param(struct Warp* w, uint64_t at, int n) { return (const void*)at; }
+static const void* load_param(struct Warp* w, uint64_t at, int n) { return w->params + at; }
 static const void* load_global(struct Warp* w, uint64_t at, int n) { return global(at, n, "read"); }
 static const void* load_shared(struct Warp* w, uint64_t at, int n) { return shared(w, at, n, 0); }
 static void store_global(struct Warp* w, uint64_t at, const void* x, int n) { memcpy(global(at, n, "write"), x, n); }

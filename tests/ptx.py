@@ -134,7 +134,7 @@ class Translation:
         elif re.fullmatch(r"-?\d+|0x[0-9a-f]+", x):
             c = f"{x}ull"
         elif x in self.parameters:
-            c = f"((uint64_t)w->params + {self.parameters[x].offset})"
+            c = f"{self.parameters[x].offset}ull"  # where they begin is added at their use
         else:
             c = "0" if x == "global_smem" else SPECIAL.get(x) or self._register(x)
         if kind in ("f32", "f64"):
@@ -167,7 +167,10 @@ class Translation:
             return self._write(to, "", " | ".join(placed))
         return self._write(to, "", self._read(x, modifiers[-1]))
 
-    lane_cvta = lane_mov
+    def lane_cvta(self, modifiers: list[str], arguments: list[str]) -> str:
+        to, x = arguments
+        begin = "(uint64_t)w->params + " if modifiers[0] == "param" else ""
+        return self._write(to, modifiers[-1], f"{begin}{self._read(x, modifiers[-1])}")
 
     def lane_ld(self, modifiers: list[str], arguments: list[str]) -> str:
         parts, space, kind = _parts(arguments[0]), modifiers[0].partition(":")[0], modifiers[-1]

@@ -204,29 +204,51 @@ def test_kernels_that_read_through_pointers_decline(dtype, monkeypatch):
         assert not takes_a_pointer_kernel(lazy[:, 1:].transpose(0, 1).transpose(0, 1), ids[:, 1:])
 
 
+def cross_entropy_in_float32(logits, labels):
+    return F.cross_entropy(logits.float().transpose(1, 2), labels)
+
+
 class HandWritten(torch.autograd.Function):
     """As trainers that split the sequence or the vocabulary have them, with a backward of their own."""
 
     @staticmethod
     def forward(ctx, logits, labels):
-        return F.cross_entropy(logits.float().transpose(1, 2), labels)
+        return cross_entropy_in_float32(logits, labels)
 
 
+class InFloat32(torch.autograd.Function):
+    @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu", cast_inputs=torch.float32)
+    def forward(ctx, logits, labels):
+        return cross_entropy_in_float32(logits, labels)
+
+
+class WithSetup(torch.autograd.Function):
+    @staticmethod
+    def forward(*args):
+        return cross_entropy_in_float32(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+
+@pytest.mark.parametrize("function", [HandWritten, InFloat32, WithSetup])
 @pytest.mark.parametrize(
     "of", [lambda z: z, lambda z: z[:, 1:], lambda z: z.log_softmax(-1)], ids=["logits", "view", "form"]
 )
-def test_an_autograd_function_refuses_what_would_get_no_gradient(of):
+def test_an_autograd_function_refuses_what_would_get_no_gradient(of, function):
     hidden, head, ids = batch()
     lazy = of(LinearHead.from_linear(head)(hidden))
     ids = ids[:, : lazy.shape[1]]
-    with pytest.raises(RuntimeError, match=r"given to HandWritten.apply would get no gradient.*materialize"):
-        HandWritten.apply(lazy, ids)
-    expected = HandWritten.apply(lazy.materialize(), ids)
+    with pytest.raises(RuntimeError, match=rf"given to {function.__name__}.apply would get no gradient.*materialize"):
+        function.apply(lazy, ids)
+    expected = function.apply(lazy.materialize(), ids)
     assert expected.requires_grad
     with torch.no_grad():
         without = of(LinearHead.from_linear(head)(hidden))
     for logits in (without, lazy.detach()):
-        torch.testing.assert_close(HandWritten.apply(logits, ids), expected.detach())
+        torch.testing.assert_close(function.apply(logits, ids), expected.detach())
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
