@@ -473,5 +473,6 @@ def divergence_rows(
         BLOCK_V=BLOCK_V,
         VEC=VEC,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return divergence, nll

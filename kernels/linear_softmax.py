@@ -462,6 +462,7 @@ def linear_softmax_fwd(
             PARTS=config.parts,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            enable_fp_fusion=True,
         )
         _combine_splits_kernel[(triton.cdiv(N, 64),)](
             partials,
@@ -486,6 +487,7 @@ def linear_softmax_fwd(
             SPLITS=config.splits,
             BLOCK_SPLITS=triton.next_power_of_2(config.splits),
             BLOCK_N=64,
+            enable_fp_fusion=True,
         )
     return out
 
@@ -718,5 +720,6 @@ def linear_softmax_d_logits(
         PARTS=config.parts,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        enable_fp_fusion=True,
     )
     return out

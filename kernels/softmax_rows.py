@@ -293,6 +293,7 @@ def softmax_rows_fwd(
         BLOCK_V=BLOCK_V,
         VEC=VEC,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -473,6 +474,7 @@ def softmax_rows_bwd(
         BLOCK_N=BLOCK_N,
         BLOCK_V=BLOCK_V,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -612,5 +614,6 @@ def softmax_rows_fwd_bwd(
         BLOCK_V=BLOCK_V,
         VEC=VEC,
         num_warps=num_warps,
+        enable_fp_fusion=True,
     )
     return out

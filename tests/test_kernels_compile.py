@@ -36,6 +36,14 @@ trouble("sm_80", num_warps=2)
 trouble("sm_80", num_stages=12)
 trouble("sm_80", block_k=24)
 trouble("sm_90", num_stages=1)
+
+class Unfused:
+    def __getitem__(self, grid):
+        return lambda *args, enable_fp_fusion, **named: kernel[grid](*args, **named)
+
+kernel = linear_softmax._linear_softmax_fwd_kernel
+with compile_only.patch.object(linear_softmax, "_linear_softmax_fwd_kernel", Unfused()):
+    trouble("sm_80")
 try:
     compile_only.check_launch(1, 2**16, 1)
 except compile_only.CannotLaunch as error:
@@ -77,17 +85,18 @@ def test_the_launches_are_seen_that_do_not_compile(tmp_path):
     kernels.write_text(text.replace(guard, "if True:"))
     done = python("tests/compile_launches.py", "sm_90", faulty, folder=copy)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search("_linear_softmax_fwd_kernel .*CompilationError.*NoneType", done.stdout)
+    assert re.search("_linear_softmax_fwd_kernel .*Error.*NoneType", done.stdout)
     assert re.search(r"[45] kernels, 0 of them spill, [12] cannot be launched", done.stdout)
 
 
 def test_the_gate_sees_what_is_wrong():
     done = python("-c", FAULTY)
-    good, spill, memory, tile, wait, grid, instruction = done.stdout.splitlines() or [done.stderr]
+    good, spill, memory, tile, wait, fusion, grid, instruction = done.stdout.splitlines() or [done.stderr]
     assert good == "none"
     assert "spills" in spill
     assert "shared memory" in memory
     assert "power of 2" in tile
     assert "waits for each product" in wait
+    assert "whether products fuse" in fusion
     assert grid == "grid (1, 65536, 1)"
     assert "no matrix instruction HGMMA" in instruction
