@@ -3,7 +3,7 @@
 A student ``s`` learns from a teacher ``t`` by ``Σ_j t_j log s_j``, or by a difference of two such sums. :class:`LazyProducts`
 holds ``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)`` until it is summed over the vocabulary; without ``a_i`` a term is
 ``log_softmax(b_i)`` alone, and in place of that may stand the logarithm of a mixture ``m = w softmax(a) + (1 − w) softmax(b)``.
-The sum is answered term by term:
+Of a teacher whose numbers exist either may be a tensor: probabilities ``P``, values ``L``. The sum is answered term by term:
 
 =====================================  =====================================================
 terms                                  summed over the vocabulary
@@ -12,6 +12,8 @@ terms                                  summed over the vocabulary
 ``softmax(a) (log a − log m)``         the skewed one
 ``softmax(a) log_softmax(b)``          −their cross entropy
 ``softmax(a) log_softmax(a)``          −entropy
+``P log_softmax(b)``                   −the cross entropy with probabilities
+``P L``, ``L``                         the sum itself
 ``log_softmax(b)``                     as in ``log_softmax.py``
 =====================================  =====================================================
 """
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from .lazy_tensor import Derived, LazyTensor, answers, is_number, per_token_number
 from .linear_logits import LinearLogits, same_logits
+from .linear_logits_checks import no_gradient, versions
 
 
 def times_log(z: Tensor, dim: int) -> Tensor:
@@ -35,10 +38,27 @@ def times_log(z: Tensor, dim: int) -> Tensor:
     return torch.where(logp == -torch.inf, 0, logp.exp() * logp)
 
 
+class _Dense:
+    """Numbers that exist, one per token and entry; eager would have read them at once, so they may not change."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach() if no_gradient() else tensor
+        self.versions = versions(tensor=tensor)
+        self.requires_grad = self.tensor.requires_grad
+
+    def elements(self) -> Tensor:
+        if versions(tensor=self.tensor) != self.versions:
+            raise RuntimeError(
+                f"a tensor {tuple(self.tensor.shape)} was modified in place after a product or sum of it with lazy logits was "
+                "made, which would have kept its values. Make that anew."
+            )
+        return self.tensor
+
+
 class _Term(NamedTuple):
     factor: float
-    softmax: LinearLogits | None
-    log_softmax: LinearLogits | LazyMixture
+    softmax: LinearLogits | _Dense | None
+    log_softmax: LinearLogits | LazyMixture | _Dense
 
     @property
     def requires_grad(self) -> bool:
@@ -76,22 +96,19 @@ class LazyMixture(Derived):
         return replace(self, parts=((w, fn(a)), (v, fn(b))))
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMixture:
-        return self.each(lambda z: z.mapped(fn, vocab_dim, view=view))
+        return self.seen(self.each(lambda z: z.mapped(fn, vocab_dim, view=view)), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyMixture:
         return replace(self, dtype=dtype)
 
     def detach(self) -> LazyMixture:
-        return self.each(LinearLogits.detach)
+        return self.seen(self.each(LinearLogits.detach))
 
     def scaled(self, factor: Any) -> Any:
         if not is_number(factor):
             return NotImplemented
         (w, a), (v, b) = self.parts
         return replace(self, parts=((w * factor, a), (v * factor, b)))
-
-    def divided(self, divisor: Any) -> Any:
-        return self.scaled(1 / divisor) if is_number(divisor) and divisor != 0 else NotImplemented
 
     def logarithm(self) -> Any:
         (w, _), (v, _) = self.parts
@@ -107,11 +124,11 @@ class LazyProducts(Derived):
     dtype: torch.dtype
     factor: Any = 1.0
     finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
-    viewed: bool = False  # and may not change in place
+    skipped: Tensor | None = None  # tokens whose entries all count as 0
 
     @property
     def base(self) -> LinearLogits:
-        first = self.terms[0].log_softmax
+        first = next(term.log_softmax for term in self.terms if not isinstance(term.log_softmax, _Dense))
         return first if isinstance(first, LinearLogits) else first.base
 
     @property
@@ -122,25 +139,38 @@ class LazyProducts(Derived):
     def __repr__(self) -> str:
         return f"LazyProducts({tuple(self.shape)}, {self.dtype}, {len(self.terms)} terms of {self.base})"
 
+    @property
+    def _precision(self) -> torch.dtype:
+        return torch.promote_types(self.wide, self.dtype)
+
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
         total: Any = 0
         for c, a, b in self.terms:
-            dim, z = self.vocab_dim, b.elements()
+            dim, z = self.vocab_dim, b.elements().to(self._precision)
             if _same(a, b):
                 term = times_log(z, dim)
             else:
-                term = z.log() if isinstance(b, LazyMixture) else z.log_softmax(dim)
-                term = term if a is None else a.elements().softmax(dim) * term
+                term = z if isinstance(b, _Dense) else z.log() if isinstance(b, LazyMixture) else z.log_softmax(dim)
+                weight = 1 if a is None else a.elements() if isinstance(a, _Dense) else a.elements().softmax(dim)
+                term = term * weight
             total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
         factor = self.factor.unsqueeze(self.vocab_dim) if isinstance(self.factor, Tensor) else self.factor
-        return (total * factor).to(self.dtype)
+        total = (total * factor).to(self.dtype)
+        return total if self.skipped is None else total.masked_fill(self.skipped.unsqueeze(self.vocab_dim), 0)
 
-    def _each(self, fn: Callable[[LinearLogits], LinearLogits], factor: Any) -> LazyProducts:
-        """With ``fn`` of all logits, the same of the same."""
+    def _each(
+        self,
+        fn: Callable[[LinearLogits], LinearLogits],
+        of_dense: Callable[[Tensor], Tensor],
+        of_tokens: Callable[[Any], Any],
+    ) -> LazyProducts:
+        """With ``fn`` of all logits, the same of the same, and the others of what is held beside them."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
-        def once(x: LinearLogits | LazyMixture | None) -> Any:
+        def once(x: LinearLogits | LazyMixture | _Dense | None) -> Any:
+            if isinstance(x, _Dense):
+                return _Dense(of_dense(x.elements()))
             if not isinstance(x, LinearLogits):
                 return None if x is None else x.each(once)
             found = next((new for old, new in known if same_logits(old, x)), None)
@@ -150,36 +180,45 @@ class LazyProducts(Derived):
             return found
 
         terms = tuple(_Term(c, once(a), once(b)) for c, a, b in self.terms)
-        return replace(self, terms=terms, factor=factor, finite=tuple(map(once, self.finite)), viewed=False)
+        numbers = {"factor": of_tokens(self.factor), "skipped": of_tokens(self.skipped)}
+        return replace(self, terms=terms, finite=tuple(map(once, self.finite)), **numbers)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
-        factor = self.factor
-        if isinstance(factor, Tensor):
-            factor = fn(factor.unsqueeze(self.vocab_dim)).squeeze(vocab_dim)
-        self.viewed = self.viewed or view
-        return self._each(lambda x: x.mapped(fn, vocab_dim, view=view), factor)
+        def number(t: Any) -> Any:
+            return fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
+
+        return self.seen(self._each(lambda x: x.mapped(fn, vocab_dim, view=view), fn, number), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyProducts:
         return replace(self, dtype=dtype)
 
     def detach(self) -> LazyProducts:
-        return self._each(LinearLogits.detach, self.factor.detach() if isinstance(self.factor, Tensor) else self.factor)
+        def number(t: Any) -> Any:
+            return t.detach() if isinstance(t, Tensor) else t
+
+        return self.seen(self._each(LinearLogits.detach, Tensor.detach, number))
 
     def scaled(self, factor: Any) -> Any:
-        factor = factor if is_number(factor) else per_token_number(self, factor)
-        return NotImplemented if factor is NotImplemented else replace(self, factor=self.factor * factor)
+        number = factor if is_number(factor) else per_token_number(self, factor)
+        if number is not NotImplemented:
+            return replace(self, factor=self.factor * number)
+        if not _alike(self, factor) or any(t.softmax is not None for t in self.terms):
+            return NotImplemented
+        dense = _Dense(factor)
+        return replace(self, terms=tuple(t._replace(softmax=dense) for t in self.terms))
 
-    def divided(self, divisor: Any) -> Any:
-        if is_number(divisor):
-            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
-        divisor = per_token_number(self, divisor)
-        return NotImplemented if divisor is NotImplemented else self.scaled(1 / divisor)
+    def shifted(self, offset: Any) -> Any:
+        if not _alike(self, offset) or self.finite or self.skipped is not None or not is_number(self.factor):
+            return NotImplemented
+        terms = [t._replace(factor=t.factor * self.factor) for t in self.terms]
+        return replace(self, terms=(*terms, _Term(1.0, None, _Dense(offset))), factor=1.0)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         found = products(other)
         if found is NotImplemented or not _fit(self.base, found.base):
             return NotImplemented
         alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
+        alike = alike and self.skipped is found.skipped
         if not alike or not (is_number(self.factor) and is_number(found.factor)):
             return NotImplemented
         terms = [t._replace(factor=t.factor * self.factor) for t in self.terms]
@@ -192,7 +231,8 @@ class LazyProducts(Derived):
         from .log_softmax import LazyExpression
 
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
-        if not softmax or not _fit(self.base, other.base) or any(t.softmax is not None for t in self.terms):
+        free = all(t.softmax is None and not isinstance(t.log_softmax, _Dense) for t in self.terms)
+        if not softmax or not free or not _fit(self.base, other.base):
             return NotImplemented
         terms = tuple(t._replace(softmax=other.base) for t in self.terms)
         dtype = torch.promote_types(self.dtype, other.dtype)
@@ -201,7 +241,8 @@ class LazyProducts(Derived):
     def _leaves_out_itself(self, masked: LinearLogits) -> bool:
         """Whether sums are 0 where these logits are infinite: without a bias they are finite, where a bias makes them −inf
         their own softmax is 0, and of a cross entropy alone those entries are left out."""
-        alone = len(self.terms) == 1 and self.terms[0].softmax is not None and _same(self.terms[0].log_softmax, masked)
+        alone = len(self.terms) == 1 and isinstance(self.terms[0].softmax, LinearLogits)
+        alone = alone and _same(self.terms[0].log_softmax, masked)
         return masked.rest.bias is None or alone or all(_same(t.softmax, masked) for t in self.terms)
 
     def vocab_sum(self) -> Any:
@@ -211,11 +252,6 @@ class LazyProducts(Derived):
         left = list(self.terms)
         while left:
             c, a, b = left.pop()
-            if a is None:
-                if isinstance(b, LazyMixture):
-                    return NotImplemented
-                total = total + c * b.sum_log_probs()
-                continue
             # With what makes it a KL: of softmax(a) log_softmax(a) that of another b, and the other way round.
             own = _same(a, b)
             pairs = (t for t in left if t.factor == -c and _same(t.softmax, a) and _same(t.log_softmax, a) != own)
@@ -224,6 +260,8 @@ class LazyProducts(Derived):
                 left = [t for t in left if t is not pair]
                 other, c = (pair.log_softmax, c) if own else (b, -c)
                 found = _kl(a, other)
+            elif not isinstance(a, LinearLogits):
+                found = self._dense_sum(a, b)
             elif own:
                 found = -a.statistic("entropy")
             elif isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in self.finite)):
@@ -234,10 +272,29 @@ class LazyProducts(Derived):
             if found is NotImplemented:
                 return NotImplemented
             total = total + c * found
-        return total * self.factor
+        total = total * self.factor
+        return total if self.skipped is None else total.masked_fill(self.skipped, 0)
+
+    def _dense_sum(self, a: _Dense | None, b: LinearLogits | LazyMixture | _Dense) -> Any:
+        """Summed with weights that exist, or none."""
+        if isinstance(b, _Dense):
+            weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
+            return weighed.sum(self.vocab_dim, dtype=self._precision)
+        if isinstance(b, LazyMixture):
+            return NotImplemented
+        return b.sum_log_probs() if a is None else -cross_entropy_with(b, a.elements(), "none")
 
 
-def _kl(a: LinearLogits, b: LinearLogits | LazyMixture) -> Any:
+def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: str) -> Tensor:
+    from .cross_entropy import cross_entropy
+
+    dtype = torch.promote_types(logits.wide, probabilities.dtype)
+    at = min(1, logits.ndim - 1)  # where cross entropy wants the classes
+    z, p = (x.movedim(logits.vocab_dim, at) for x in (logits.with_dtype(dtype), probabilities.to(dtype)))
+    return cross_entropy(z, p, reduction=reduction)
+
+
+def _kl(a: Any, b: Any) -> Any:
     """Of b from a, ``Σ a log(a/b)``; from a mixture of which a is a part."""
     if isinstance(b, LinearLogits):
         return _divergence(b, a, "forward_kl")
@@ -257,6 +314,11 @@ def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str, beta: f
 
 def _same(x: Any, y: Any) -> bool:
     return x is y or (isinstance(x, LinearLogits) and isinstance(y, LinearLogits) and same_logits(x, y))
+
+
+def _alike(x: LazyTensor, t: Any) -> bool:
+    """Whether ``t`` is a tensor with a number for each of ``x``."""
+    return isinstance(t, Tensor) and t.shape == x.shape and t.device == x.device and not t.is_complex()
 
 
 def _fit(x: LinearLogits, y: LinearLogits) -> bool:
@@ -325,31 +387,21 @@ def or_(x: LazyTensor, other: Any) -> Any:
 
 @answers("masked_fill")
 def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
-    """0 where logits are infinite, which ``0 · (−inf)`` is not."""
-    found = products(x) if isinstance(mask, LazyMask) and is_number(value) and value == 0 else NotImplemented
-    if found is NotImplemented or found.finite or not _fit(found.base, mask.base):
+    """0 where logits are infinite, which ``0 · (−inf)`` is not, or for whole tokens."""
+    found = products(x) if is_number(value) and value == 0 else NotImplemented
+    if found is NotImplemented:
         return NotImplemented
-    return replace(found, finite=mask.of)
+    if isinstance(mask, LazyMask):
+        fits = not found.finite and _fit(found.base, mask.base)
+        return replace(found, finite=mask.of) if fits else NotImplemented
+    tokens = per_token_number(found, mask)
+    fits = tokens is not NotImplemented and found.skipped is None
+    return replace(found, skipped=tokens != 0) if fits else NotImplemented
 
 
-@answers("sub_", "subtract_", "__isub__")
-def sub_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
-    return _become(x, other, -1.0) if alpha == 1 else NotImplemented
-
-
-@answers("add_", "__iadd__")
-def add_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
-    return _become(x, other, 1.0) if alpha == 1 else NotImplemented
-
-
-def _become(x: LazyTensor, other: Any, sign: float) -> Any:
-    if not isinstance(x, LazyProducts) or not isinstance(other, LazyTensor) or x.viewed:
-        return NotImplemented
-    new = x.plus(other, sign)
-    if new is NotImplemented:
-        return NotImplemented
-    vars(x).update(vars(new), dtype=x.dtype)
-    return x
+@answers("masked_fill_")
+def masked_fill_(x: LazyTensor, mask: Any, value: Any) -> Any:
+    return x.become(masked_fill(x, mask, value))
 
 
 def elementwise_kl(input: LazyTensor, target: Any) -> Any:

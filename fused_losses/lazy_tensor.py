@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
+from .linear_logits_checks import no_gradient
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
 _KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
@@ -128,6 +129,10 @@ class LazyTensor:
         """``self + sign · other``."""
         return NotImplemented
 
+    def become(self, new: Any) -> Any:
+        """Self, changed in place to the numbers of ``new``."""
+        return NotImplemented
+
     def values_at(self, ids: Tensor) -> Any:
         """Values at ``ids (*token_shape, K)``, in the same shape."""
         return NotImplemented
@@ -227,6 +232,25 @@ class Derived(LazyTensor):
     """What has the shape, device and precision of the lazy logits it is made of."""
 
     base: Any
+    viewed = False  # in eager it would share its numbers with another, which a change in place would have to reach
+
+    def divided(self, divisor: Any) -> Any:
+        if is_number(divisor):
+            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
+        fits = per_token_number(self, divisor) is not NotImplemented
+        return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
+
+    def seen(self, new: Any, view: bool = True) -> Any:
+        """``new``, made of this; ``view``: eager would alias, not copy."""
+        if view:
+            self.viewed = new.viewed = True
+        return new
+
+    def become(self, new: Any) -> Any:
+        if type(new) is not type(self) or self.viewed or (self.requires_grad and no_gradient()):
+            return NotImplemented
+        vars(self).update(vars(new if new.dtype == self.dtype else new.with_dtype(self.dtype)))
+        return self
 
     @property
     def vocab_dim(self) -> int:  # type: ignore[override]
@@ -300,8 +324,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
             return result
     if isinstance(first, LazyTensor) and name in _IN_PLACE:
         raise RuntimeError(
-            f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place; it is a value: only "
-            "mul_ and div_ by a number or by one number per token are possible. Use the out-of-place form."
+            f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which has no elements to "
+            "write to and keeps no view in step. Use the out-of-place form."
         )
     return func(*materialised(name, args), **materialised(name, kwargs))
 
@@ -579,3 +603,26 @@ def sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
 @answers("rsub", "__rsub__", anywhere=True)
 def rsub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     return sub(other, input, alpha=alpha)
+
+
+# In place
+
+
+@answers("mul_", "multiply_", "__imul__")
+def mul_(x: LazyTensor, other: Any) -> Any:
+    return x.become(mul(x, other))
+
+
+@answers("div_", "divide_", "true_divide_", "__itruediv__")
+def div_(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
+    return x.become(div(x, other, rounding_mode=rounding_mode))
+
+
+@answers("add_", "__iadd__")
+def add_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
+    return x.become(add(x, other, alpha=alpha))
+
+
+@answers("sub_", "subtract_", "__isub__")
+def sub_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
+    return x.become(sub(x, other, alpha=alpha))

@@ -26,10 +26,8 @@ from .chunked.softmax_rows import transform
 from .lazy_tensor import (
     LazyTensor,
     answers,
-    div,
     is_lazy,
     is_number,
-    mul,
     numel,
     per_entry_number,
     per_token_number,
@@ -407,7 +405,7 @@ class LinearLogits(LazyTensor):
                 )
         if self.rest.views[0] != self._views_changed:
             raise RuntimeError(
-                f"mul_ or div_ changed another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
+                f"a change in place reached another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
                 "follow, and counts as one where eager would copy (contiguous(), reshape). Use the out-of-place form, change "
                 "the logits before taking views, or clone() the view."
             )
@@ -481,6 +479,19 @@ class LinearLogits(LazyTensor):
         changed.versions = versions(weight=changed.weight, bias=changed.bias, u=u, B=B, **changed.shards)
         changed.views = self.rest.views if view else [0]
         return LinearLogits(hidden, rest=changed)
+
+    def become(self, new: Any) -> Any:
+        if not isinstance(new, LinearLogits):
+            return NotImplemented
+        if new.rest.detached != self.rest.detached:
+            raise RuntimeError(
+                f"a change in place under no_grad would take the gradient of a LinearLogits {tuple(self.shape)} away: use "
+                "the out-of-place form there, or change the logits before"
+            )
+        new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
+        self.rest.views[0] += 1  # what is left of it: its views
+        vars(self).update(vars(new))
+        return self
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         new = self._but(self.hidden, dtype=dtype)
@@ -700,30 +711,6 @@ def _project(rows: Rows, like: LinearLogits, weight: Tensor, bias: Tensor | None
 
 
 # In place, and several at once
-
-
-@answers("mul_", "multiply_", "__imul__")
-def mul_(x: LazyTensor, other: Any) -> Any:
-    return _become(x, mul(x, other))
-
-
-@answers("div_", "divide_", "true_divide_", "__itruediv__")
-def div_(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
-    return _become(x, div(x, other, rounding_mode=rounding_mode))
-
-
-def _become(x: LazyTensor, new: Any) -> Any:
-    if not isinstance(new, LinearLogits) or not isinstance(x, LinearLogits):
-        return NotImplemented
-    if new.rest.detached != x.rest.detached:
-        raise RuntimeError(
-            f"mul_ and div_ of a LinearLogits {tuple(x.shape)} that requires grad would take its gradient away under "
-            "no_grad: use the out-of-place form there, or change the logits before"
-        )
-    new = new if new.dtype == x.dtype else new.with_dtype(x.dtype)
-    x.rest.views[0] += 1  # what is left of it: its views
-    vars(x).update(vars(new))
-    return x
 
 
 @answers("detach")

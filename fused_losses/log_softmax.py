@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .lazy_products import LazyMixture, LazyProducts, elementwise_kl, mixture, products, times_log
+from .lazy_products import LazyMixture, LazyProducts, cross_entropy_with, elementwise_kl, mixture, products, times_log
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
@@ -110,14 +110,14 @@ class LazyExpression(Derived):
             return fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
 
         base = self.base.mapped(fn, vocab_dim, view=view)
-        return replace(self, base=base, factor=number(self.factor), offset=number(self.offset))
+        return self.seen(replace(self, base=base, factor=number(self.factor), offset=number(self.offset)), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyExpression:
         return replace(self, label=dtype)
 
     def detach(self) -> LazyExpression:
         base, factor, offset = (t if is_number(t) else t.detach() for t in self._parts())
-        return replace(self, base=base, factor=factor, offset=offset)
+        return self.seen(replace(self, base=base, factor=factor, offset=offset))
 
     def columns(self, key: slice | Tensor) -> Any:
         if isinstance(key, slice) or key.dtype == torch.bool:
@@ -132,22 +132,18 @@ class LazyExpression(Derived):
             return self.base._but(self.base.hidden, scale=self.base.scale * factor, softcap=factor).with_dtype(
                 self.dtype
             )
-        if not is_number(factor):
-            factor = per_token_number(self, factor)
-        if factor is NotImplemented:
-            return NotImplemented
-        return replace(self, factor=self.factor * factor, offset=self.offset * factor)
-
-    def divided(self, divisor: Any) -> Any:
-        if is_number(divisor):
-            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
-        fits = per_token_number(self, divisor) is not NotImplemented
-        return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
+        number = factor if is_number(factor) else per_token_number(self, factor)
+        if number is NotImplemented:
+            found = products(self)
+            return found if found is NotImplemented else found.scaled(factor)
+        return replace(self, factor=self.factor * number, offset=self.offset * number)
 
     def shifted(self, offset: Any) -> Any:
-        if not is_number(offset):
-            offset = per_token_number(self, offset)
-        return NotImplemented if offset is NotImplemented else replace(self, offset=self.offset + offset)
+        number = offset if is_number(offset) else per_token_number(self, offset)
+        if number is NotImplemented:
+            found = products(self)
+            return found if found is NotImplemented else found.shifted(offset)
+        return replace(self, offset=self.offset + number)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         if isinstance(other, LazyExpression) and self.form == other.form == "softmax":
@@ -444,25 +440,19 @@ def kl_div(
         if not isinstance(target, LazyExpression) or target.form != form or not target.unscaled:
             return NotImplemented
         each = elementwise_kl(input, replace(target, form="softmax"))
-        if each is NotImplemented or reduction == "none":
-            return each if each is NotImplemented else each.with_dtype(result_dtype(input, target))
-        total = each.vocab_sum()
-        if total is NotImplemented:
-            return NotImplemented
-        total = total.sum()
-    elif reduction == "none" or isinstance(input, LazyProducts):
+        total = each if each is NotImplemented or reduction == "none" else each.vocab_sum()
+    elif isinstance(input, LazyProducts):
         return NotImplemented
     else:
-        total = _kl_of_probabilities(input.base, target, log_target)
+        t = upcast(target.exp() if log_target else target)
+        t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
+        if reduction == "none":
+            total = products(input).scaled(-1).scaled(t).shifted(t_log_t)
+        else:
+            total = t_log_t.sum() + cross_entropy_with(input.base, t, "sum")
+    if total is NotImplemented:
+        return NotImplemented
+    if reduction == "none":
+        return total.with_dtype(result_dtype(input, target))
     count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]
-    return (total / count).to(result_dtype(input, target))
-
-
-def _kl_of_probabilities(logits: LinearLogits, target: Tensor, log_target: bool) -> Tensor:
-    from .cross_entropy import cross_entropy as fused
-
-    t = upcast(target.exp() if log_target else target)
-    t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
-    classes = min(1, logits.ndim - 1)  # where cross entropy wants them
-    logits, t = logits.with_dtype(t.dtype).movedim(logits.vocab_dim, classes), t.movedim(logits.vocab_dim, classes)
-    return t_log_t.sum() + fused(logits, t, reduction="sum")
+    return (total.sum() / count).to(result_dtype(input, target))

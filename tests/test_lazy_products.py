@@ -110,6 +110,66 @@ LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, sev
 LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture]
 
 
+PROBS = torch.linspace(-3, 3, B * S * V, dtype=torch.float64).sin().mul(3).view(B, S, V).softmax(-1)
+IDS = torch.arange(B * S).view(B, S) * 3
+
+
+def dense_cross_entropy(s, t):
+    return -(PROBS * F.log_softmax(s, -1)).sum(-1).mean() + 0 * t.sum()
+
+
+def dense_difference(s, t):
+    d = PROBS * (PROBS.log() - s.log_softmax(-1)) - PROBS * (t.log_softmax(-1) - PROBS.log())
+    return (d.sum(-1) * MASK).sum() / MASK.sum()
+
+
+def dense_elementwise(s, t):
+    each = F.kl_div(F.log_softmax(s, -1), PROBS, reduction="none")
+    each = each + F.kl_div(t.log_softmax(-1), PROBS.log(), reduction="none", log_target=True)
+    return (each.transpose(1, 2)[:, :, 1:].sum(1) * MASK[:, 1:]).sum()
+
+
+def dense_and_masked(s, t):
+    """As DistiLLM writes it."""
+    product = torch.masked_fill(PROBS * F.log_softmax(s, -1, dtype=torch.float64), torch.isinf(s), 0)
+    return -(product.sum(-1).view(-1) * MASK.view(-1)).sum() + 0 * t.sum()
+
+
+def smoothed_labels(s, t):
+    """As the Annotated Transformer writes it."""
+    smooth = torch.full((B, S, V), 0.1 / (V - 1), dtype=torch.float64).scatter_(-1, IDS[..., None], 0.9)
+    return -(s.log_softmax(-1) * smooth).sum(-1).mean() + 0 * t.sum()
+
+
+def one_hot(s, t):
+    return -(F.one_hot(IDS, V) * s.log_softmax(-1)).sum() + 0 * t.sum()
+
+
+def mixed_with_dense(s, t):
+    return (PROBS * (0.5 * s.log_softmax(-1) + t.log_softmax(-1) - 3 * PROBS)).float().sum(-1).square().mean()
+
+
+def r_drop(s, t):
+    both = [F.kl_div(F.log_softmax(x, -1), F.softmax(y, -1), reduction="none") for x, y in ((s, t), (t, s))]
+    for each in both:
+        each.masked_fill_(MASK.unsqueeze(-1) == 0, 0.0)
+    return (both[0].sum() + both[1].sum()) / 2
+
+
+def scaled_in_place(s, t):
+    each = F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none")
+    each *= MASK.unsqueeze(-1)
+    each /= MASK.sum()
+    shifted = s + 1
+    shifted *= -0.1
+    shifted += MASK.unsqueeze(-1)
+    return each.sum() + shifted.gather(-1, IDS[..., None]).mean()
+
+
+LOSSES += [dense_cross_entropy, dense_difference, dense_elementwise, smoothed_labels, one_hot, mixed_with_dense]
+LOSSES += [r_drop, scaled_in_place]
+
+
 def leaves(dtype=torch.float64, teacher_trains=False, bias=True):
     shapes = [(B, S, H), (V, H), (V,), (B, S, 5), (V, 5), (V,)]
     made = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in shapes]
@@ -135,7 +195,7 @@ def test_unchanged_loss(loss, teacher_trains, bias):
     torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
 
 
-@pytest.mark.parametrize("loss", [forward_kl, difference, elementwise, symmetric])
+@pytest.mark.parametrize("loss", [forward_kl, difference, elementwise, symmetric, dense_difference])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy(loss, dtype):
     inputs = leaves(dtype)
@@ -204,7 +264,7 @@ def entropy_of_masked_logs(s, t):
     return -torch.sum(s.softmax(-1) * s.log_softmax(-1).masked_fill(torch.isinf(s), 0), dim=-1).mean() + 0 * t.sum()
 
 
-@pytest.mark.parametrize("loss", [reverse_kl_in_place, entropy_of_masked_logs])
+@pytest.mark.parametrize("loss", [reverse_kl_in_place, entropy_of_masked_logs, dense_and_masked])
 def test_in_place_and_masked_by_both(loss):
     inputs = leaves(bias=False)
     torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
@@ -234,16 +294,76 @@ def test_elements_where_a_teacher_has_no_mass():
     torch.testing.assert_close(lazy.sum(-1), eager.sum(-1))
 
 
-def test_in_place_under_a_view_is_refused():
+@pytest.mark.parametrize("of", [lambda x: x.view(-1, V), torch.detach, lambda x: x[:, 1:]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s, t: t.softmax(-1) * s.log_softmax(-1),
+        lambda s, t: s.log_softmax(-1),
+        lambda s, t: s.softmax(-1) + t.softmax(-1),
+    ],
+    ids=["products", "expression", "mixture"],
+)
+def test_in_place_beside_a_view_is_refused(make, of):
+    """Which would have to change with it."""
     inputs = leaves()
     s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
-    product = t.softmax(-1) * s.log_softmax(-1)
+    viewed = make(s, t)
+    view = of(viewed)
+    for x in (viewed, view):
+        with pytest.raises(RuntimeError, match=r"__imul__ would change a Lazy.*view"):
+            x *= 2
+    copy = viewed[torch.arange(B)]
+    copy *= 2
+    torch.testing.assert_close(copy.materialize(), viewed.materialize() * 2)
+
+
+def test_in_place_without_gradient_is_refused_where_there_is_one():
+    log_p = LinearLogits(*leaves()[:3]).log_softmax(-1)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="out-of-place"):
+        log_p *= 2
+
+
+def test_a_tensor_among_them_may_not_change():
+    log_p, probs = LinearLogits(*leaves()[:3]).log_softmax(-1), PROBS.clone()
+    product, total = probs * log_p, log_p + probs
     view = product.view(-1, V)
-    with pytest.raises(RuntimeError, match="__isub__ would change a LazyProducts"):
-        product -= t.softmax(-1) * t.log_softmax(-1)
-    assert view.shape == (B * S, V)
-    with pytest.raises(RuntimeError, match="__iadd__ would change a LazyProducts"):
-        product += 1
+    probs.zero_()
+    for x in (product, view, total):
+        with pytest.raises(RuntimeError, match=r"tensor \(.*37\) was modified in place"):
+            x.sum(-1)
+
+
+def test_probabilities_that_train():
+    inputs = leaves()
+    results = []
+    for head in (LinearLogits, F.linear):
+        start = PROBS.log().requires_grad_()
+        with strict():
+            loss = (start.softmax(-1) * (start.log_softmax(-1) - head(*inputs[:3]).log_softmax(-1))).sum(-1).mean()
+        results.append([loss, *torch.autograd.grad(loss, [start, *inputs[:3]])])
+    torch.testing.assert_close(*results)
+
+
+def test_masked_tokens_count_as_0_whatever_they_are():
+    inputs = leaves(bias=False)
+    with torch.no_grad():
+        inputs[0][0, 1] = torch.nan
+    s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+    product = (t.softmax(-1) * s.log_softmax(-1)).masked_fill(~MASK.bool().unsqueeze(-1), 0)
+    with strict():
+        found, flat, rest = product.sum(-1), product.view(-1, V)[MASK.view(-1) == 0], product.detach().mT[..., 1:]
+        assert found.isfinite().all()
+        assert found.requires_grad
+        assert not found[MASK == 0].any()
+        assert flat.sum() == 0
+        torch.testing.assert_close(rest.sum(1), found.detach()[:, 1:])
+    elements = product.materialize()
+    torch.testing.assert_close(found, elements.sum(-1))
+    with pytest.warns(UserWarning, match="masked_fill materialises"):
+        torch.testing.assert_close(product.masked_fill(MASK.unsqueeze(-1) == 1, 0), torch.zeros_like(elements))
+    other = product - t.log_softmax(-1).masked_fill(MASK.unsqueeze(-1) == 1, 0)
+    torch.testing.assert_close(other[1], elements[1] - t[1].materialize().log_softmax(-1) * (MASK[1, :, None] == 0))
 
 
 def test_what_it_is_and_its_elements():
@@ -290,7 +410,8 @@ def test_compiles_without_a_break():
 
     def loss(*inputs):
         s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
-        return forward_kl(s, t).float() + difference(s, t) + elementwise(s, t) + jensen_shannon(s, t)
+        found = forward_kl(s, t).float() + difference(s, t) + elementwise(s, t) + jensen_shannon(s, t)
+        return found + dense_difference(s, t).float() + r_drop(s, t)
 
     expected = torch.autograd.grad(loss(*inputs), inputs[:3])
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs[:3])
@@ -314,6 +435,15 @@ def test_compiles_without_a_break():
         lambda s, t: s.softmax(-1) * s.isinf(),
         lambda s, t: ((s.softmax(-1) + t.softmax(-1)) / 2).log() * (s / 2).softmax(-1),
         lambda s, t: F.kl_div(s.log_softmax(-1) - t.log_softmax(-1), t.softmax(-1), reduction="sum"),
+        lambda s, t: (s.softmax(-1) * (s.log_softmax(-1) - PROBS.log())).sum(-1),
+        lambda s, t: (PROBS * (0.5 * (s.softmax(-1) + t.softmax(-1))).log()).sum(-1),
+        lambda s, t: F.kl_div((0.5 * (s.softmax(-1) + t.softmax(-1))).log(), PROBS, reduction="sum"),
+        lambda s, t: PROBS * (t.softmax(-1) * s.log_softmax(-1)),
+        lambda s, t: (t.softmax(-1) * s.log_softmax(-1)) * MASK[..., None].double() + PROBS,
+        lambda s, t: (s.log_softmax(-1) - t.log_softmax(-1)).masked_fill(MASK[..., None] == 0, 0) + PROBS,
+        lambda s, t: PROBS * s.softmax(-1),
+        lambda s, t: s.log_softmax(-1) * PROBS[:1],
+        lambda s, t: s.log_softmax(-1) * PROBS.to(torch.complex128),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*materialises")
