@@ -37,15 +37,16 @@ from .token_statistics import rows_module
 from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
 
 
-def linear_module(backend: str, dtype: torch.dtype) -> ModuleType:
+def linear_module(backend: str, hidden: Tensor) -> ModuleType:
     """Where ``linear_softmax_fwd`` and ``linear_softmax_d_logits`` come from."""
     if backend == "torch":
         return chunked_linear_softmax
-    if dtype.itemsize > 2:
+    if hidden.dtype.itemsize > 2:
         return library_tiles
-    from .kernels import linear_softmax  # Triton is imported only where it runs
+    from .kernels import configurations, linear_softmax  # Triton is imported only where it runs
 
-    return linear_softmax
+    # Where Triton knows no matrix instruction the library's products of a tile do.
+    return linear_softmax if configurations.multiplies_matrices(hidden.device) else chunked_linear_softmax
 
 
 def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
@@ -94,7 +95,7 @@ def linear_rows(
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         with full_precision(hidden.device):
-            return linear_module(backend, hidden.dtype).linear_softmax_fwd(
+            return linear_module(backend, hidden).linear_softmax_fwd(
                 head.hidden,
                 weight,
                 bias,
@@ -232,7 +233,7 @@ def linear_rows_grad(
                     out=d_logits[..., None],
                 )
             else:
-                linear_module(backend, hidden.dtype).linear_softmax_d_logits(
+                linear_module(backend, hidden).linear_softmax_d_logits(
                     piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, logsumexp,
                     *terms, **how, out=d_logits,
                 )  # fmt: skip

@@ -39,6 +39,11 @@ def architecture(device: torch.device) -> str:
     return {9: "sm_90", 10: "sm_100", 11: "sm_100"}.get(major, "sm_80")
 
 
+def multiplies_matrices(device: torch.device) -> bool:
+    """Whether Triton has matrix instructions for it: before sm_80 (T4) ``tl.dot`` becomes single products, and spills."""
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device, wherever the tensors are: make that the device of the first argument."""
 

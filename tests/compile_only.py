@@ -31,6 +31,7 @@ class Target(NamedTuple):
     shared_limit: int  # bytes one program may use
     multiprocessors: int
     matrix_instruction: str  # as the disassembler prints it
+    like: str = ""  # the target whose configurations it takes
 
 
 TARGETS = {
@@ -38,7 +39,12 @@ TARGETS = {
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 132, r"\bHGMMA\b"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 148, r"\bUTC\w*MMA\b"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 304, r"\bv_mfma_\w+"),
+    # T4, whose heads are multiplied by the library; RTX 4090; RTX 5090.
+    "sm_75": Target(GPUTarget("cuda", 75, 32), 64 * 1024, 40, "", like="sm_80"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * 1024, 128, r"\bHMMA\b", like="sm_80"),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 170, r"\bHMMA\b", like="sm_80"),
 }
+SHIPPED = tuple(name for name, target in TARGETS.items() if not target.like)
 MULTIPLIES = re.compile("_linear_softmax_.*_kernel")  # matrices, so that the machine code must show the instruction
 
 
@@ -108,7 +114,8 @@ def check_launch(x: int, y: int, z: int, *rest: Any) -> None:
 def pretended_gpu(target: str, launch: Callable[..., Any]) -> Iterator[Driver]:
     """Inside, tensors count as a GPU's, and ``launch(run, fn, *args, **kwargs)`` stands for a kernel's own ``run``."""
     run, before, gpu = JITFunction.run, driver._active, Driver(target)
-    device = {"architecture": lambda device: target, "programs": lambda device: TARGETS[target].multiprocessors}
+    like = TARGETS[target].like or target
+    device = {"architecture": lambda device: like, "programs": lambda device: TARGETS[target].multiprocessors}
     driver.set_active(gpu)
     try:
         with (

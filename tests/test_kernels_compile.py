@@ -68,6 +68,13 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
 
 
 @pytest.mark.slow
+def test_every_shipped_configuration_compiles_well_for_other_cards():
+    done = python("tests/compile_gate.py", "--target", "sm_75", "sm_89", "sm_120")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("HMMA") > 30
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs no GPU, whose time is better spent")
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_launch_of_the_tests_compiles(target):

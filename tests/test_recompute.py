@@ -119,12 +119,30 @@ def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, workspac
             assert_accurate(a, b, c, f"d_{name}")
 
 
+def test_where_triton_has_no_matrix_instructions_the_library_multiplies(monkeypatch):
+    from fused_losses.kernels import configurations
+
+    def statistics(backend):
+        torch.manual_seed(0)
+        h, u, ids = head(torch.float16), torch.randn(V), some_ids()
+        found = linear_statistics(h, ids, u, outputs=OUTPUTS, backend=backend)._asdict()
+        return [*found.values(), *differentiated(found, h)]
+
+    for capability, expected in (((7, 5), False), ((8, 6), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
+        assert configurations.multiplies_matrices(torch.device("cuda")) == expected
+    if INTERPRETED:
+        monkeypatch.setattr(configurations, "multiplies_matrices", lambda device: False)
+        assert recompute.linear_module("triton", torch.empty(1).half()) is recompute.chunked_linear_softmax
+        torch.testing.assert_close(statistics("triton"), statistics("torch"))
+
+
 @pytest.mark.parametrize(("saved", "made"), [(0, 41), (16, 25), (32, 9), (41, 0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_forward_saves_is_not_made_again(saved, made, dtype, backend, device, monkeypatch):
     """The same values bit for bit, and gradients from the saved logits for as many columns."""
     h, u, ids = head(dtype, device, scale=0.5, softcap=3.0), torch.randn(V, device=device), some_ids(device)
-    tile_of = recompute.linear_module(backend, dtype)
+    tile_of = recompute.linear_module(backend, h.hidden)
     d_logits, columns = tile_of.linear_softmax_d_logits, []
 
     def counted(hidden, weight, *rest, **options):
