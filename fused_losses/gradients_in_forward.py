@@ -31,7 +31,7 @@ from .autodiff import (
 from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
 from .head import Head, differentiable_statistics
-from .numerics import full_precision, statistics_dtype
+from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import padded
 from .products import BLOCK, add_at_columns, add_over_columns, column_sums, few_columns
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only
@@ -245,7 +245,7 @@ def loss_of_head(
         )
     assert found.log_probs is not None
     assert found.logsumexp is not None
-    loss = of_log_probs.double() * found.log_probs[:, 0]
+    loss = of_log_probs.to(wide_dtype(of_log_probs.device)) * found.log_probs[:, 0]
     if of_sum_log_probs is not None:
         assert found.sum_log_probs is not None
         loss += of_sum_log_probs * found.sum_log_probs
@@ -335,7 +335,7 @@ def _(
     return (
         of_log_probs.new_empty(()),
         of_log_probs.new_empty(N, 1),
-        of_log_probs.new_empty(N, dtype=torch.float64),
+        of_log_probs.new_empty(N, dtype=wide_dtype(of_log_probs.device)),
         of_log_probs.new_empty(N, dtype=torch.bool) if top1 else absent(of_log_probs),
         *(
             t.new_empty(t.shape, dtype=d) if t is not None and want else absent(of_log_probs)

@@ -27,7 +27,7 @@ from .cross_entropy import (
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
 from .head import Head, budget, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
-from .numerics import autocast_dtype, check_reduction, check_scaling, statistics_dtype
+from .numerics import autocast_dtype, check_reduction, check_scaling, statistics_dtype, wide_dtype
 from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
 from .settings import gradient_filter as gradient_filter_setting
@@ -464,7 +464,7 @@ def _hard(
     if token_weights is not None:
         loss = loss * token_weights
     assert statistics.log_probs is not None
-    loss = loss.sum(dtype=torch.float64).to(loss.dtype) if summed else loss
+    loss = loss.sum(dtype=wide_dtype(loss.device)).to(loss.dtype) if summed else loss
     return loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1), False
 
 

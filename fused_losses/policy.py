@@ -70,7 +70,7 @@ from torch import Tensor
 
 from .aggregation import Sequences, aggregate
 from .kl import kl_estimate
-from .numerics import check_between, upcast
+from .numerics import check_between, upcast, wide_dtype
 from .rollouts import entropy_mask, off_policy_mask
 from .sequences import masked_mean
 
@@ -252,7 +252,7 @@ def _covariance(t: Tokens) -> Tensor:
 
 def _share(mask: Tensor, ratio: float) -> Tensor:
     """The number of tokens that a share of those that count is: rounded down, at least one."""
-    return (mask.sum().double() * ratio).long().clamp(min=1)
+    return (mask.sum(dtype=wide_dtype(mask.device)) * ratio).long().clamp(min=1)
 
 
 def _kl_cov(t: Tokens, *, kl_cov_ratio: float, kl_cov_coef: float, **_: Any) -> Surrogate:

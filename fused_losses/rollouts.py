@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aggregation import Sequences
-from .numerics import check_between, upcast
+from .numerics import check_between, upcast, wide_dtype
 from .sequences import same_shape
 from .sharded_weight import is_distributed
 
@@ -203,7 +203,7 @@ def entropy_mask(
         dist.all_gather(everyone, values, group)
         values = torch.cat(everyone)
     # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
-    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).double()
+    rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).to(wide_dtype(values.device))
     around = torch.stack([rank.floor(), rank.ceil()]).long()
     low, high = values.sort().values.gather(0, around)  # nan last
     return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import traced, transforms_active
-from .numerics import upcast
+from .numerics import upcast, wide_dtype
 from .token_statistics import integer_ids
 
 
@@ -180,7 +180,9 @@ def sums_and_counts(
 
     def per_document(values: Tensor) -> Tensor:
         # `unsafe` leaves the borders unchecked, which would wait for the device.
-        return torch.segment_reduce(values.flatten().double(), "sum", offsets=borders, initial=0, unsafe=True)
+        return torch.segment_reduce(
+            values.flatten().to(wide_dtype(values.device)), "sum", offsets=borders, initial=0, unsafe=True
+        )
 
     return per_document(x).to(x.dtype), per_document(shown).long()
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from ..numerics import statistics_dtype
+from ..numerics import statistics_dtype, wide_dtype
 from ..row_statistics import RowStatistics
 from .softmax_rows import floor, skipped, softmax_rows_bwd, transform, wide_sums
 
@@ -57,14 +57,14 @@ def linear_softmax_fwd(
     outputs: Collection[str],
     saved_logits: Tensor | None = None,  # (N, v), written: the first v logits of each row
 ) -> RowStatistics:
-    N, V, dtype = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
+    N, V, dtype, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype), wide_dtype(hidden.device)
     largest = hidden.new_full((N,), floor(dtype), dtype=dtype)
-    total, weighted, squares, column_sum = hidden.new_zeros((4, N), dtype=torch.float64)
+    total, weighted, squares, column_sum = hidden.new_zeros((4, N), dtype=wide)
     max_logit = hidden.new_full((N,), -torch.inf, dtype=dtype)
     top1 = torch.zeros(N, dtype=torch.int64, device=hidden.device)
     at_ids = None if ids is None else hidden.new_zeros(ids.shape, dtype=dtype)
     for columns in slices(V, TILE):
-        w = None if column_weight is None else column_weight[columns].double()
+        w = None if column_weight is None else column_weight[columns].to(wide)
         for rows in slices(N, TILE):
             x = logits_tile(hidden, weight, bias, low_rank, rows, columns)
             if saved_logits is not None and columns.start < saved_logits.shape[1]:
@@ -87,13 +87,13 @@ def linear_softmax_fwd(
             after = torch.maximum(before, z.amax(-1))
             shifted = z.sub_(after[:, None])
             e = shifted.exp() if "entropy" in outputs else shifted.exp_()
-            decay = (before - after).double().exp()
+            decay = (before - after).to(wide).exp()
             if "entropy" in outputs:
-                moved = weighted[rows] + (before - after).double().masked_fill(total[rows] == 0, 0) * total[rows]
-                weighted[rows] = decay * moved + shifted.masked_fill_(e == 0, 0).mul_(e).sum(-1).double()
-            total[rows] = decay * total[rows] + e.sum(-1).double()
+                moved = weighted[rows] + (before - after).to(wide).masked_fill(total[rows] == 0, 0) * total[rows]
+                weighted[rows] = decay * moved + shifted.masked_fill_(e == 0, 0).mul_(e).sum(-1).to(wide)
+            total[rows] = decay * total[rows] + e.sum(-1).to(wide)
             if "log_sum_sq_probs" in outputs:
-                squares[rows] = decay * decay * squares[rows] + e.square_().sum(-1).double()
+                squares[rows] = decay * decay * squares[rows] + e.square_().sum(-1).to(wide)
             largest[rows] = after
     log_total = total.log()
     skip = skipped(ids)
@@ -103,22 +103,18 @@ def linear_softmax_fwd(
             value = value.masked_fill(skip if value.ndim == 1 else skip[:, None], 0)
         return value.to(dtype)
 
-    logsumexp = largest.double() + log_total
+    logsumexp = largest.to(wide) + log_total
     log_probs = None
     if at_ids is not None and ids is not None:
         log_probs = (at_ids - largest[:, None]) - log_total[:, None].to(dtype)
         log_probs = finished(log_probs.masked_fill((ids < 0) | (ids >= V), 0))
-    weight_sum = V if column_weight is None else column_weight.double().sum()
+    weight_sum = V if column_weight is None else column_weight.sum(dtype=wide)
     return RowStatistics(
         log_probs=log_probs,
-        logsumexp=finished(logsumexp, torch.float64),
-        entropy=finished(log_total - weighted / total, torch.float64) if "entropy" in outputs else None,
-        log_sum_sq_probs=finished(squares.log() - 2 * log_total, torch.float64)
-        if "log_sum_sq_probs" in outputs
-        else None,
-        sum_log_probs=finished(column_sum - weight_sum * logsumexp, torch.float64)
-        if "sum_log_probs" in outputs
-        else None,
+        logsumexp=finished(logsumexp, wide),
+        entropy=finished(log_total - weighted / total, wide) if "entropy" in outputs else None,
+        log_sum_sq_probs=finished(squares.log() - 2 * log_total, wide) if "log_sum_sq_probs" in outputs else None,
+        sum_log_probs=finished(column_sum - weight_sum * logsumexp, wide) if "sum_log_probs" in outputs else None,
         max_logit=finished(max_logit) if "max_logit" in outputs else None,
         is_top1=finished(top1 == ids[:, 0], torch.bool) if "is_top1" in outputs and ids is not None else None,
     )
