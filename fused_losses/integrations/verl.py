@@ -33,7 +33,7 @@ class FusedLinearForPPO(nn.Module):
     Source: verl 0.9's ``FusedLinearForPPO``, which is this for ``bias=None, softcap=None, scale=1``.
 
     Args:
-        chunk_size: as verl's; ``fused_losses.workspace`` says how much may be held.
+        chunk_size, impl_backend: verl's, accepted and not needed: ``fused_losses.workspace`` says how much may be held.
 
     Example:
         >>> hidden, weight, ids = torch.ones(1, 3, 4), torch.eye(5, 4), torch.tensor([[0, 1, 4]])
@@ -42,7 +42,7 @@ class FusedLinearForPPO(nn.Module):
         tensor([[-1.5275, -1.5275, -2.0275]])
     """
 
-    def __init__(self, chunk_size: int = 512) -> None:
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch") -> None:
         super().__init__()
 
     def forward(
@@ -80,7 +80,8 @@ def apply() -> None:
     """Put :class:`FusedLinearForPPO` in the place of verl's, with the bias, softcap and scale of the model that calls it.
 
     Call it before verl builds its workers' models, with ``actor_rollout_ref.model.use_fused_kernels=True`` and
-    ``fused_kernel_options.impl_backend=torch``: from a module of yours that ``VERL_USE_EXTERNAL_MODULES`` names.
+    ``fused_kernel_options.impl_backend`` ``torch`` or, from verl 0.9.1, ``liger``, which is ours then too: from a module of
+    yours that ``VERL_USE_EXTERNAL_MODULES`` names.
 
     Raises:
         ImportError: verl is not installed.
