@@ -43,7 +43,8 @@ OpenRLHF KL, entropy                        ``kl_aggregation`` and ``entropy_agg
 OpenRLHF ``gspo``                           ``gspo`` with ``log_ratio_clamp=None``
 verl KL, entropy                            ``kl_aggregation`` and ``entropy_aggregation`` its ``loss_agg_mode``
 verl ``vanilla``                            ``ppo`` with ``dual_clip=3.0``
-verl ``gspo``                               ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``
+verl ``gspo``                               ``gspo-token`` with ``log_ratio_clamp=(None, 10.0)``; from 0.9.1 its
+                                            ``aggregation`` is ``loss_agg_mode``, by default ``"token_mean"``
 verl ``geo_mean``                           ``gmpo`` with ``log_ratio_clamp=None, count_empty=True``
 verl ``cispo``                              ``cispo`` with ``cispo_max=None``
 verl ``dppo_tv``, ``dppo_kl``               the same with ``delta=clip_ratio_c``
