@@ -69,9 +69,10 @@ def linear_cross_entropy(
         \ell_n = τ_n \Big[ (1-ε)\,w_{y_n}\,(lse_n - z_{n,y_n}) + \frac{ε}{C} \sum_c w_c\,(lse_n - z_{n,c})
         + z\_loss·lse_n^2 \Big], \qquad z = softcap·\tanh(scale·(h W^\top + b)/softcap)/T
 
-    Source: PyTorch 2.13, whose values, gradients, dtypes and errors it has; z-loss as in PaLM (arXiv:2204.02311) and Liger's
-    ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118). What PyTorch's chunked path refuses works: smoothing, class
-    probabilities, K dimensions, double use of the graph, ``torch.compile`` without a break.
+    Source: PyTorch 2.13 to 2.15, whose values, gradients, dtypes and errors it has; z-loss as in PaLM (arXiv:2204.02311) and
+    Liger's ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118). What PyTorch's chunked path refuses works:
+    smoothing, class probabilities (refused before 2.15), K dimensions, double use of the graph, ``torch.compile`` without a
+    break.
 
     Under ``mean`` and ``sum`` the gradients are made in forward where :func:`fused_losses.plan` finds room, so that activation
     checkpointing around this call doubles its cost, and ``no_grad`` costs one product. Ignored tokens are not projected, which
