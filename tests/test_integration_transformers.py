@@ -603,6 +603,17 @@ def test_lora(options, rank):
     assert type(step(unapply(lazy)).logits) is torch.Tensor
 
 
+def test_lora_of_a_peft_that_calls_forward_past_the_hooks(monkeypatch):
+    utils = pytest.importorskip("peft.tuners.tuners_utils")  # as peft 0.18 and 0.20 do
+    monkeypatch.setattr(utils.BaseTuner, "forward", lambda self, *args, **kwargs: self.model.forward(*args, **kwargs))
+    eager = adapted(target_modules=["q_proj"])
+    lazy = apply(copy.deepcopy(eager))
+    assert_same_step(eager, lazy, lambda model: model(input_ids=IDS, labels=LABELS))
+    lazy.eval()
+    assert torch.equal(eager.eval()(IDS).logits, lazy(IDS).logits)
+    assert type(unapply(lazy)(input_ids=IDS, labels=LABELS).logits) is torch.Tensor
+
+
 def test_several_adapters_on_the_head():
     peft = pytest.importorskip("peft")
     eager = adapted(target_modules=["lm_head"])

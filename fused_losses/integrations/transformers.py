@@ -72,9 +72,11 @@ def apply(model: Any) -> Any:
         linear.forward = MethodType(_linear_forward, linear)
     if head not in linears and hasattr(head, "lora_A"):
         head.forward = MethodType(_lora_forward, head)
-    before = owner.register_forward_pre_hook(functools.partial(_before, labels_at), with_kwargs=True)
-    after = owner.register_forward_hook(_after, always_call=True)
-    owner._fused_losses = _Applied(head, linears, [before, after])
+    hooks = []
+    for called in {owner, model if model is owner else model.base_model}:  # peft < 0.21 calls owner.forward, past hooks
+        hooks.append(called.register_forward_pre_hook(functools.partial(_before, labels_at), with_kwargs=True))
+        hooks.append(called.register_forward_hook(_after, always_call=True))
+    owner._fused_losses = _Applied(head, linears, hooks)
     return model
 
 
