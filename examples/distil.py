@@ -34,7 +34,7 @@ MODULES = (
     "doctest",
     "enum",
     "inspect",
-    "pathlib",
+    "tarfile",
 )
 HELD_OUT = ("optparse", "shutil")
 

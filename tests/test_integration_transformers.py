@@ -779,6 +779,41 @@ def test_a_loss_that_generates_in_evaluation(tmp_path):
     assert trainers[1].kind is LinearLogits
 
 
+class WithReference(transformers.Trainer):
+    """As DPO's of other libraries: a reference answers without labels and without gradients."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        ids = inputs["input_ids"]
+        with torch.no_grad():
+            reference = self.reference.eval()(ids).logits
+            again = model(ids).logits if self.args.bf16 else None
+            made = self.reference.generate(ids, max_new_tokens=2, output_logits=True, return_dict_in_generate=True)
+        logits = model(input_ids=ids).logits
+        self.kinds = [type(x) for x in (reference, again, logits, made.logits[0])]
+        wanted, kept = (x.log_softmax(-1).gather(-1, ids[..., None]) for x in (logits, reference))
+        if again is not None:
+            self.same = bool((again.log_softmax(-1).gather(-1, ids[..., None]) == wanted).all())
+        return -F.logsigmoid(wanted - kept).mean()
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_reference_that_answers_in_a_training_step(tmp_path, bf16):
+    arguments = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": bf16}
+    arguments |= {"max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
+    found = []
+    for change in (lambda model: model, apply):
+        trainer = WithReference(change(tiny()), transformers.TrainingArguments(**arguments), train_dataset=DATA)
+        trainer.reference = change(tiny())
+        with settings.strict():
+            trainer.train()
+        found.append(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    torch.testing.assert_close(*found, rtol=2e-2 if bf16 else 1e-4, atol=0)
+    policy = LinearLogits if bf16 else type(None)
+    assert trainer.kinds == [LinearLogits, policy, LinearLogits, torch.Tensor]
+    assert not bf16 or trainer.same
+    assert type(trainer.reference(IDS).logits) is torch.Tensor
+
+
 def test_trainer_options_change_the_loss(tmp_path):
     losses = [
         run(apply(tiny()), tmp_path, **TRAINERS[case])[0][0] for case in ("plain", "smoothing", "compute_loss_func")

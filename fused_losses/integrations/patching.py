@@ -86,15 +86,18 @@ class _LazyForward:
 
 
 def trainer_drops_logits() -> bool | None:
-    """Whether the ``Trainer.prediction_step`` that waits for this forward wants the loss only; None: none waits.
+    """Whether the step of a ``Trainer`` that waits for this forward without gradients reads a loss only; None: none waits.
 
-    A loss of its own may generate there, as on-policy ones do: ``generate`` reads logits.
+    In training it may be that of a reference or a teacher, in evaluation it is asked for the loss alone or for logits too.
+    A loss of its own may generate in either, as on-policy ones do: ``generate`` reads logits.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     for frame in callers():
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
             return bool(frame.f_locals["prediction_loss_only"])
+        if frame.f_code.co_name == "training_step" and "num_items_in_batch" in frame.f_locals:
+            return True
         if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
             return False
     return None
