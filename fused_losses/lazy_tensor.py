@@ -8,6 +8,7 @@ shape are in ``lazy_views.py``, joining in ``linear_logits.py``, reductions and 
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 import os
@@ -249,7 +250,9 @@ class Derived(LazyTensor):
     def become(self, new: Any) -> Any:
         if type(new) is not type(self) or self.viewed or (self.requires_grad and no_gradient()):
             return NotImplemented
-        vars(self).update(vars(new if new.dtype == self.dtype else new.with_dtype(self.dtype)))
+        new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            setattr(self, field.name, getattr(new, field.name))
         return self
 
     @property
