@@ -345,6 +345,28 @@ def test_probabilities_that_train():
     torch.testing.assert_close(*results)
 
 
+def test_what_is_added_to_masked_entries_stays():
+    inputs = leaves()
+    with torch.no_grad():
+        inputs[2][3] = -torch.inf
+
+    def total(s, t):
+        return ((t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), 0) + PROBS).sum(-1)
+
+    with pytest.warns(UserWarning, match="__add__ materialises"):
+        found = total(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:]))
+    torch.testing.assert_close(found, total(F.linear(*inputs[:3]), F.linear(*inputs[3:])))
+
+
+def test_a_tensor_taken_without_gradient_gets_none():
+    s, probs = LinearLogits(*(t.detach() for t in leaves()[:3])), PROBS.clone().requires_grad_()
+    with torch.no_grad():
+        product = probs * s.log_softmax(-1)
+    assert not product.requires_grad
+    assert not product.sum(-1).requires_grad
+    assert (probs * s.log_softmax(-1)).requires_grad
+
+
 def test_masked_tokens_count_as_0_whatever_they_are():
     inputs = leaves(bias=False)
     with torch.no_grad():
