@@ -302,6 +302,16 @@ def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
     return total if total is NotImplemented else total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
 
 
+@answers("nansum")
+def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
+    """Without the tokens whose hidden states have a nan, and so all their logits; a nan in the head stays one."""
+    dims = _dims(x, dim)
+    if not isinstance(x, LinearLogits) or x.vocab_dim not in dims:
+        return NotImplemented
+    total = x.vocab_sum().masked_fill(x.hidden.isnan().any(-1), 0)
+    return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
+
+
 @answers("mean")
 def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     total = sum_(x, dim, keepdim, dtype=statistics_dtype(x.dtype))

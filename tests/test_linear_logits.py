@@ -911,6 +911,27 @@ def test_other_changes_in_place_raise(name):
         getattr(lazy, name)(*{"__setitem__": (0, 1.0), "masked_fill_": (IDS[..., None] > 2, 0)}.get(name, (IDS,)))
 
 
+@pytest.mark.parametrize(
+    "fn", [lambda z: z.nansum(), lambda z: z.nansum(-1), lambda z: torch.nansum(z.mT[1:], (1, 2), True)]
+)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sums_without_tokens_of_nan(fn, softcap):
+    """As KTO's trainers log their logits."""
+    tensors = leaves()
+    with torch.no_grad():
+        tensors["hidden"][0, 1, 2] = tensors["hidden"][1, 3, 0] = torch.nan
+    lazy = LinearLogits(tensors["hidden"], tensors["weight"], softcap=softcap)
+    with settings.strict():
+        found = fn(lazy)
+    expected = fn(lazy.materialize())
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected)
+    assert found.requires_grad
+    with torch.no_grad():
+        tensors["weight"][4] = torch.nan
+    assert fn(LinearLogits(tensors["hidden"], tensors["weight"], softcap=softcap)).isnan().any()
+
+
 def test_out_raises():
     lazy, *_ = make()
     with pytest.raises(RuntimeError, match="cannot write"):
