@@ -451,13 +451,14 @@ def kl_div(
             return NotImplemented
         each = elementwise_kl(input, replace(target, form="softmax"))
         total = each if each is NotImplemented or reduction == "none" else each.vocab_sum()
-    elif isinstance(input, LazyProducts):
+    elif isinstance(input, LazyProducts) or not target.is_floating_point():
         return NotImplemented
     else:
         t = upcast(target.exp() if log_target else target)
         t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
         if reduction == "none":
-            total = products(input).scaled(-1).scaled(t).shifted(t_log_t)
+            total = products(input).scaled(-1).scaled(t)
+            total = total if total is NotImplemented else total.shifted(t_log_t)
         else:
             total = t_log_t.sum() + cross_entropy_with(input.base, t, "sum")
     if total is NotImplemented:

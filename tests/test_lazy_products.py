@@ -334,6 +334,21 @@ def test_a_tensor_among_them_may_not_change():
             x.sum(-1)
 
 
+@pytest.mark.parametrize("target", [PROBS.to("meta"), PROBS.long(), PROBS[:, :1]])
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_targets_that_do_not_fit(target, reduction):
+    """As PyTorch has it, or an error that says what to do."""
+    lazy = LinearLogits(*leaves()[:3])
+    try:
+        expected = F.kl_div(lazy.materialize().log_softmax(-1), target, reduction=reduction)
+    except RuntimeError:
+        with pytest.raises(RuntimeError, match="device|Integral|move one"):
+            F.kl_div(lazy.log_softmax(-1), target, reduction=reduction)
+    else:
+        torch.testing.assert_close(F.kl_div(lazy.log_softmax(-1), target, reduction=reduction), expected)
+
+
 def test_probabilities_that_train():
     inputs = leaves()
     results = []
