@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PER_LOGIT = {
     "softmax_rows_fwd log-probs": (10.5, 32),
     "softmax_rows_fwd entropy": (13, 32),
-    "softmax_rows_fwd_bwd log-probs": (21.1, 32),
+    "softmax_rows_fwd_bwd log-probs": (21.07, 32),
     "softmax_rows_bwd ac": (18, 32),
     "softmax_rows_bwd rows": (50, 32),
     "divergence_rows forward_kl, gradients of student": (74, 8),
@@ -93,7 +93,7 @@ def test_the_launches_are_seen_that_do_not_compile(tmp_path):
     kernels.write_text(text.replace(guard, "if True:"))
     done = python("tests/compile_launches.py", "sm_90", faulty, folder=copy)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert re.search("_linear_softmax_fwd_kernel .*Error.*NoneType", done.stdout)
+    assert re.search("_linear_softmax_fwd_kernel .*(CompilationError|AttributeError).*NoneType", done.stdout)
     assert re.search(r"[45] kernels, 0 of them spill, [12] cannot be launched", done.stdout)
 
 
