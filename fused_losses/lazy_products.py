@@ -96,13 +96,13 @@ class LazyMixture(Derived):
         return replace(self, parts=((w, fn(a)), (v, fn(b))))
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMixture:
-        return self.seen(self.each(lambda z: z.mapped(fn, vocab_dim, view=view)), view)
+        return self.aliasing(self.each(lambda z: z.mapped(fn, vocab_dim, view=view)), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyMixture:
         return replace(self, dtype=dtype)
 
     def detach(self) -> LazyMixture:
-        return self.seen(self.each(LinearLogits.detach))
+        return self.aliasing(self.each(LinearLogits.detach))
 
     def scaled(self, factor: Any) -> Any:
         if not is_number(factor):
@@ -184,19 +184,15 @@ class LazyProducts(Derived):
         return replace(self, terms=terms, finite=tuple(map(once, self.finite)), **numbers)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
-        def number(t: Any) -> Any:
-            return fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
-
-        return self.seen(self._each(lambda x: x.mapped(fn, vocab_dim, view=view), fn, number), view)
+        each = self._each(lambda x: x.mapped(fn, vocab_dim, view=view), fn, self._per_token(fn, vocab_dim))
+        return self.aliasing(each, view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyProducts:
         return replace(self, dtype=dtype)
 
     def detach(self) -> LazyProducts:
-        def number(t: Any) -> Any:
-            return t.detach() if isinstance(t, Tensor) else t
-
-        return self.seen(self._each(LinearLogits.detach, Tensor.detach, number))
+        each = self._each(LinearLogits.detach, Tensor.detach, lambda t: t.detach() if isinstance(t, Tensor) else t)
+        return self.aliasing(each)
 
     def scaled(self, factor: Any) -> Any:
         number = factor if is_number(factor) else per_token_number(self, factor)
@@ -210,8 +206,11 @@ class LazyProducts(Derived):
     def shifted(self, offset: Any) -> Any:
         if not _alike(self, offset) or self.finite or self.skipped is not None or not is_number(self.factor):
             return NotImplemented
-        terms = [t._replace(factor=t.factor * self.factor) for t in self.terms]
-        return replace(self, terms=(*terms, _Term(1.0, None, _Dense(offset))), factor=1.0)
+        return replace(self, terms=(*self._weighed(), _Term(1.0, None, _Dense(offset))), factor=1.0)
+
+    def _weighed(self, sign: float = 1.0) -> tuple[_Term, ...]:
+        """The terms with the factor, a number, in each."""
+        return tuple(t._replace(factor=t.factor * self.factor * sign) for t in self.terms)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         found = products(other)
@@ -221,10 +220,8 @@ class LazyProducts(Derived):
         alike = alike and self.skipped is found.skipped
         if not alike or not (is_number(self.factor) and is_number(found.factor)):
             return NotImplemented
-        terms = [t._replace(factor=t.factor * self.factor) for t in self.terms]
-        terms += [t._replace(factor=t.factor * found.factor * sign) for t in found.terms]
         dtype = torch.promote_types(self.dtype, found.dtype)
-        return replace(self, terms=tuple(terms), factor=1.0, dtype=dtype)
+        return replace(self, terms=self._weighed() + found._weighed(sign), factor=1.0, dtype=dtype)
 
     def times(self, other: LazyTensor) -> Any:
         """With a softmax."""

@@ -241,7 +241,11 @@ class Derived(LazyTensor):
         fits = per_token_number(self, divisor) is not NotImplemented
         return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
 
-    def seen(self, new: Any, view: bool = True) -> Any:
+    def _per_token(self, fn: Callable[[Tensor], Tensor], vocab_dim: int) -> Callable[[Any], Any]:
+        """``fn``, as :meth:`mapped` gets it, of one number per token; a number for all stays."""
+        return lambda t: fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
+
+    def aliasing(self, new: Any, view: bool = True) -> Any:
         """``new``, made of this; ``view``: eager would alias, not copy."""
         if view:
             self.viewed = new.viewed = True

@@ -710,7 +710,7 @@ def _project(rows: Rows, like: LinearLogits, weight: Tensor, bias: Tensor | None
     return transform(x, rows.temperature, like.scale, like.softcap)[0]
 
 
-# In place, and several at once
+# Several at once
 
 
 @answers("detach")

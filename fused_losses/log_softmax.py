@@ -106,18 +106,15 @@ class LazyExpression(Derived):
         return (_FORMS[self.form].elements(z, self.vocab_dim) * factor + offset).to(self.dtype)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyExpression:
-        def number(t: Any) -> Any:
-            return fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
-
-        base = self.base.mapped(fn, vocab_dim, view=view)
-        return self.seen(replace(self, base=base, factor=number(self.factor), offset=number(self.offset)), view)
+        base, number = self.base.mapped(fn, vocab_dim, view=view), self._per_token(fn, vocab_dim)
+        return self.aliasing(replace(self, base=base, factor=number(self.factor), offset=number(self.offset)), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyExpression:
         return replace(self, label=dtype)
 
     def detach(self) -> LazyExpression:
         base, factor, offset = (t if is_number(t) else t.detach() for t in self._parts())
-        return self.seen(replace(self, base=base, factor=factor, offset=offset))
+        return self.aliasing(replace(self, base=base, factor=factor, offset=offset))
 
     def columns(self, key: slice | Tensor) -> Any:
         if isinstance(key, slice) or key.dtype == torch.bool:
@@ -299,7 +296,12 @@ def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
 def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     dims = _dims(x, dim)
     total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
-    return total if total is NotImplemented else total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
+    return total if total is NotImplemented else _rest_of_sum(x, total, dims, keepdim, dtype)
+
+
+def _rest_of_sum(x: LazyTensor, total: Tensor, dims: list[int], keepdim: bool, dtype: Any) -> Tensor:
+    """Of the sums over the vocabulary ``token_shape``, those over ``dims``, the vocabulary's among them."""
+    return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
 
 
 @answers("nansum")
@@ -308,8 +310,7 @@ def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any 
     dims = _dims(x, dim)
     if not isinstance(x, LinearLogits) or x.vocab_dim not in dims:
         return NotImplemented
-    total = x.vocab_sum().masked_fill(x.hidden.isnan().any(-1), 0)
-    return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
+    return _rest_of_sum(x, x.vocab_sum().masked_fill(x.hidden.isnan().any(-1), 0), dims, keepdim, dtype)
 
 
 @answers("mean")

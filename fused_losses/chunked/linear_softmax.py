@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype
-from ..row_statistics import RowStatistics
+from ..row_statistics import RowStatistics, total_weight
 from .softmax_rows import floor, skipped, softmax_rows_bwd, transform, wide_sums
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
@@ -108,13 +108,14 @@ def linear_softmax_fwd(
     if at_ids is not None and ids is not None:
         log_probs = (at_ids - largest[:, None]) - log_total[:, None].to(dtype)
         log_probs = finished(log_probs.masked_fill((ids < 0) | (ids >= V), 0))
-    weight_sum = V if column_weight is None else column_weight.sum(dtype=wide)
     return RowStatistics(
         log_probs=log_probs,
         logsumexp=finished(logsumexp, wide),
         entropy=finished(log_total - weighted / total, wide) if "entropy" in outputs else None,
         log_sum_sq_probs=finished(squares.log() - 2 * log_total, wide) if "log_sum_sq_probs" in outputs else None,
-        sum_log_probs=finished(column_sum - weight_sum * logsumexp, wide) if "sum_log_probs" in outputs else None,
+        sum_log_probs=finished(column_sum - total_weight(column_weight, V) * logsumexp, wide)
+        if "sum_log_probs" in outputs
+        else None,
         max_logit=finished(max_logit) if "max_logit" in outputs else None,
         is_top1=finished(top1 == ids[:, 0], torch.bool) if "is_top1" in outputs and ids is not None else None,
     )
