@@ -72,6 +72,12 @@ def traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
 
 
+def host_may_read(t: Tensor) -> bool:
+    """Whether the host may wait for what ``t`` holds: not while tracing or capturing a graph, nor under a transform."""
+    capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()
+    return not (traced(t) or transforms_active() or capturing)
+
+
 def may_save(t: Tensor) -> bool:
     """Whether forward may save what backward could recompute.
 

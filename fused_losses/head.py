@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import check_differentiable, traced, trains, transforms_active
+from .autodiff import check_differentiable, host_may_read, trains
 from .chunked.linear_softmax import TILE, logits_tile, slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import statistics_dtype
@@ -175,9 +175,7 @@ def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor |
         return None, False
     if drop_ignored is None:
         drop_ignored = drop_ignored_setting.value
-    if traced(ids) or transforms_active():
-        drop_ignored = False
-    if not drop_ignored or (ids.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not drop_ignored or not host_may_read(ids):
         return None, True
     keep = (ids != -100).any(-1).nonzero().squeeze(1)
     return (None if keep.numel() == ids.shape[0] else keep), False

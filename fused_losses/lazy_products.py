@@ -2,34 +2,41 @@
 
 A student ``s`` learns from a teacher ``t`` by ``Σ_j t_j log s_j``, or by a difference of two such sums. :class:`LazyProducts`
 holds ``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)`` until it is summed over the vocabulary; without ``a_i`` a term is
-``log_softmax(b_i)`` alone, and in place of that may stand the logarithm of a mixture ``m = w softmax(a) + (1 − w) softmax(b)``.
-Of a teacher whose numbers exist either may be a tensor: probabilities ``P``, values ``L``. The sum is answered term by term:
+``log_softmax(b_i)`` alone, and in place of that may stand the logarithm of a mixture ``m = w softmax(a) + v softmax(b)``, or
+the distance ``|softmax(a) − softmax(b)|``. Of a teacher whose numbers exist either may be a tensor: probabilities ``P``, values
+``L``. The sum is answered term by term:
 
 =====================================  =====================================================
 terms                                  summed over the vocabulary
 =====================================  =====================================================
 ``softmax(a) (log a − log b)``         the KL divergence of a from b
-``softmax(a) (log a − log m)``         the skewed one
+``softmax(a) (log a − log m)``         the skewed one, less ``log(w + v)``
+… and that of b, in the shares of m    their Jensen-Shannon divergence, in one pass
 ``softmax(a) log_softmax(b)``          −their cross entropy
 ``softmax(a) log_softmax(a)``          −entropy
 ``P log_softmax(b)``                   −the cross entropy with probabilities
 ``P L``, ``L``                         the sum itself
+``|softmax(a) − softmax(b)|``          twice the total variation
 ``log_softmax(b)``                     as in ``log_softmax.py``
 =====================================  =====================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .lazy_tensor import Derived, LazyTensor, answers, is_number, per_token_number
+from .lazy_tensor import Derived, LazyTensor, answers, is_number, number_of, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient, versions
+
+STEEPEST = 80.0  # logarithm of a mixture's weight
 
 
 def times_log(z: Tensor, dim: int) -> Tensor:
@@ -55,10 +62,26 @@ class _Dense:
         return self.tensor
 
 
+class _Distance(NamedTuple):
+    """``|w softmax(a) − w softmax(b)|``."""
+
+    mixture: LazyMixture
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.mixture.requires_grad
+
+    def elements(self) -> Tensor:
+        return self.mixture.elements().abs()
+
+    def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> _Distance:
+        return _Distance(self.mixture.each(fn))
+
+
 class _Term(NamedTuple):
     factor: float
     softmax: LinearLogits | _Dense | None
-    log_softmax: LinearLogits | LazyMixture | _Dense
+    log_softmax: LinearLogits | LazyMixture | _Distance | _Dense
 
     @property
     def requires_grad(self) -> bool:
@@ -105,15 +128,23 @@ class LazyMixture(Derived):
         return self.aliasing(self.each(LinearLogits.detach))
 
     def scaled(self, factor: Any) -> Any:
-        if not is_number(factor):
+        number = number_of(factor if is_number(factor) else per_token_number(self, factor))
+        if number is NotImplemented:
             return NotImplemented
         (w, a), (v, b) = self.parts
-        return replace(self, parts=((w * factor, a), (v * factor, b)))
+        return replace(self, parts=((w * number, a), (v * number, b)))
+
+    def log_elements(self) -> Tensor:
+        logs = (z.elements().log_softmax(self.vocab_dim) + math.log(w) for w, z in self.parts)
+        return torch.logaddexp(*logs)
 
     def logarithm(self) -> Any:
+        mixed = all(0 < w < math.inf for w, _ in self.parts)
+        return LazyProducts((_Term(1.0, None, self),), self.dtype) if mixed else NotImplemented
+
+    def distance(self) -> Any:
         (w, _), (v, _) = self.parts
-        whole = min(w, v) > 0 and abs(w + v - 1) < 1e-6
-        return LazyProducts((_Term(1.0, None, self),), self.dtype) if whole else NotImplemented
+        return LazyProducts((_Term(1.0, None, _Distance(self)),), self.dtype) if w == -v else NotImplemented
 
 
 @dataclass(eq=False, repr=False)
@@ -129,6 +160,7 @@ class LazyProducts(Derived):
     @property
     def base(self) -> LinearLogits:
         first = next(term.log_softmax for term in self.terms if not isinstance(term.log_softmax, _Dense))
+        first = first.mixture if isinstance(first, _Distance) else first
         return first if isinstance(first, LinearLogits) else first.base
 
     @property
@@ -147,11 +179,12 @@ class LazyProducts(Derived):
         """The elements themselves, differentiable, in ``dtype``."""
         total: Any = 0
         for c, a, b in self.terms:
-            dim, z = self.vocab_dim, b.elements().to(self._precision)
+            dim = self.vocab_dim
+            z = (b.log_elements() if isinstance(b, LazyMixture) else b.elements()).to(self._precision)
             if _same(a, b):
                 term = times_log(z, dim)
             else:
-                term = z if isinstance(b, _Dense) else z.log() if isinstance(b, LazyMixture) else z.log_softmax(dim)
+                term = z.log_softmax(dim) if isinstance(b, LinearLogits) else z
                 weight = 1 if a is None else a.elements() if isinstance(a, _Dense) else a.elements().softmax(dim)
                 term = term * weight
             total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
@@ -168,7 +201,7 @@ class LazyProducts(Derived):
         """With ``fn`` of all logits, the same of the same, and the others of what is held beside them."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
-        def once(x: LinearLogits | LazyMixture | _Dense | None) -> Any:
+        def once(x: LinearLogits | LazyMixture | _Distance | _Dense | None) -> Any:
             if isinstance(x, _Dense):
                 return _Dense(of_dense(x.elements()))
             if not isinstance(x, LinearLogits):
@@ -197,38 +230,50 @@ class LazyProducts(Derived):
     def scaled(self, factor: Any) -> Any:
         number = factor if is_number(factor) else per_token_number(self, factor)
         if number is not NotImplemented:
-            return replace(self, factor=self.factor * number)
+            once = is_number(self.factor) and self.factor == 1
+            return replace(self, factor=number if once else self.factor * number)
         if not _alike(self, factor) or any(t.softmax is not None for t in self.terms):
             return NotImplemented
         dense = _Dense(factor)
         return replace(self, terms=tuple(t._replace(softmax=dense) for t in self.terms))
 
     def shifted(self, offset: Any) -> Any:
+        if is_number(offset):
+            return self._of_scaled_mixture(offset)
         if not _alike(self, offset) or self.finite or self.skipped is not None or not is_number(self.factor):
             return NotImplemented
-        return replace(self, terms=(*self._weighed(), _Term(1.0, None, _Dense(offset))), factor=1.0)
+        return replace(self, terms=(*self._weighed(self.factor), _Term(1.0, None, _Dense(offset))), factor=1.0)
 
-    def _weighed(self, sign: float = 1.0) -> tuple[_Term, ...]:
-        """The terms with the factor, a number, in each."""
-        return tuple(t._replace(factor=t.factor * self.factor * sign) for t in self.terms)
+    def _of_scaled_mixture(self, offset: float) -> Any:
+        """``log m + offset``."""
+        (c, softmax, mixture), *others = self.terms
+        plain = not others and softmax is None and not self.finite and self.skipped is None and is_number(self.factor)
+        if not plain or not isinstance(mixture, LazyMixture) or c * self.factor != 1 or not abs(offset) < STEEPEST:
+            return NotImplemented
+        return mixture.scaled(math.exp(offset)).logarithm().with_dtype(self.dtype)
+
+    def _weighed(self, factor: float) -> tuple[_Term, ...]:
+        return tuple(t._replace(factor=t.factor * factor) for t in self.terms)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         found = products(other)
         if found is NotImplemented or not _fit(self.base, found.base):
             return NotImplemented
         alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
-        alike = alike and self.skipped is found.skipped
-        if not alike or not (is_number(self.factor) and is_number(found.factor)):
+        if not alike or self.skipped is not found.skipped:
+            return NotImplemented
+        mine, theirs = number_of(self.factor), number_of(found.factor)
+        if mine is NotImplemented or theirs is NotImplemented:
             return NotImplemented
         dtype = torch.promote_types(self.dtype, found.dtype)
-        return replace(self, terms=self._weighed() + found._weighed(sign), factor=1.0, dtype=dtype)
+        return replace(self, terms=self._weighed(mine) + found._weighed(theirs * sign), factor=1.0, dtype=dtype)
 
     def times(self, other: LazyTensor) -> Any:
         """With a softmax."""
         from .log_softmax import LazyExpression
 
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
-        free = all(t.softmax is None and not isinstance(t.log_softmax, _Dense) for t in self.terms)
+        free = all(t.softmax is None and not isinstance(t.log_softmax, (_Dense, _Distance)) for t in self.terms)
         if not softmax or not free or not _fit(self.base, other.base):
             return NotImplemented
         terms = tuple(t._replace(softmax=other.base) for t in self.terms)
@@ -245,39 +290,42 @@ class LazyProducts(Derived):
     def vocab_sum(self) -> Any:
         if not all(map(self._leaves_out_itself, self.finite)):
             return NotImplemented
-        total: Any = 0
+        sums: list[Any] = []
+        kls: list[Any] = []  # c, a, b: c times that of b from a
         left = list(self.terms)
         while left:
             c, a, b = left.pop()
             # With what makes it a KL: of softmax(a) log_softmax(a) that of another b, and the other way round.
             own = _same(a, b)
             pairs = (t for t in left if t.factor == -c and _same(t.softmax, a) and _same(t.log_softmax, a) != own)
-            pair = next(pairs, None)
+            pair: Any = next(pairs, None)
             if pair is not None:
                 left = [t for t in left if t is not pair]
-                other, c = (pair.log_softmax, c) if own else (b, -c)
-                found = _kl(a, other)
+                kls.append((c, a, pair.log_softmax) if own else (-c, a, b))
             elif not isinstance(a, LinearLogits):
-                found = self._dense_sum(a, b)
+                sums.append((c, self._sum_without_softmax(a, b)))
             elif own:
-                found = -a.statistic("entropy")
+                sums.append((-c, a.statistic("entropy")))
             elif isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in self.finite)):
-                found = -_divergence(b, a, "cross_entropy")
+                sums.append((-c, _divergence(b, a, "cross_entropy")))
             else:  # a bias of −inf makes it infinite where there is mass
-                kl = _kl(a, b)
-                found = kl if kl is NotImplemented else -(kl + a.statistic("entropy"))
-            if found is NotImplemented:
-                return NotImplemented
-            total = total + c * found
-        total = total * self.factor
+                sums.append((-c, a.statistic("entropy")))
+                kls.append((-c, a, b))
+        sums += _kl_sums(kls)
+        if any(found is NotImplemented for _, found in sums):
+            return NotImplemented
+        total = sum(c * found for c, found in sums) * self.factor
         return total if self.skipped is None else total.masked_fill(self.skipped, 0)
 
-    def _dense_sum(self, a: _Dense | None, b: LinearLogits | LazyMixture | _Dense) -> Any:
+    def _sum_without_softmax(self, a: _Dense | None, b: LinearLogits | LazyMixture | _Distance | _Dense) -> Any:
         """Summed with weights that exist, or none."""
         if isinstance(b, _Dense):
             weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
             return weighed.sum(self.vocab_dim, dtype=self._precision)
-        if isinstance(b, LazyMixture):
+        if isinstance(b, _Distance) and a is None:
+            (w, x), (_, y) = b.mixture.parts
+            return 2 * abs(w) * _divergence(x, y, "tvd")
+        if not isinstance(b, LinearLogits):
             return NotImplemented
         return b.sum_log_probs() if a is None else -cross_entropy_with(b, a.elements(), "none")
 
@@ -291,14 +339,25 @@ def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: s
     return cross_entropy(z, p, reduction=reduction)
 
 
-def _kl(a: Any, b: Any) -> Any:
-    """Of b from a, ``Σ a log(a/b)``; from a mixture of which a is a part."""
-    if isinstance(b, LinearLogits):
-        return _divergence(b, a, "forward_kl")
-    for (w, x), (_, y) in (b.parts, b.parts[::-1]):
-        if _same(a, x):
-            return _divergence(y, a, "skewed_kl", w)
-    return NotImplemented
+def _kl_sums(kls: list[Any]) -> Iterator[tuple[float, Any]]:
+    """Factors and sums of ``c Σ a log(a/b)``, of which two are one where they make a Jensen-Shannon divergence."""
+    while kls:
+        c, a, b = kls.pop()
+        if isinstance(b, LinearLogits):
+            yield c, _divergence(b, a, "forward_kl")
+            continue
+        parts = next((p for p in (b.parts, b.parts[::-1]) if _same(p[0][1], a)), None)
+        if parts is None:
+            yield c, NotImplemented
+            return
+        (w, _), (v, other) = parts
+        mates = (k for k in kls if _same(k[1], other) and _same(k[2], b))
+        mate = next((k for k in mates if math.isclose(c * v, k[0] * w, rel_tol=1e-6)), None)
+        if mate is None:
+            yield c, _divergence(other, a, "skewed_kl", w / (w + v)) - math.log(w + v)
+        else:
+            kls = [k for k in kls if k is not mate]
+            yield c * (w + v) / w, _divergence(other, a, "jsd", w / (w + v)) - math.log(w + v)
 
 
 def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str, beta: float = 0.5) -> Tensor:
@@ -310,6 +369,8 @@ def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str, beta: f
 
 
 def _same(x: Any, y: Any) -> bool:
+    if isinstance(x, LazyMixture) and isinstance(y, LazyMixture):
+        return all(w == v and same_logits(a, b) for (w, a), (v, b) in zip(x.parts, y.parts, strict=True))
     return x is y or (isinstance(x, LinearLogits) and isinstance(y, LinearLogits) and same_logits(x, y))
 
 
@@ -324,9 +385,94 @@ def _fit(x: LinearLogits, y: LinearLogits) -> bool:
 
 def mixture(x: Any, y: Any) -> Any:
     """``x + y`` of two softmaxes."""
-    if not all(e.unshifted and is_number(e.factor) for e in (x, y)) or not _fit(x.base, y.base):
+    if not (x.unshifted and y.unshifted and _fit(x.base, y.base)):
         return NotImplemented
-    return LazyMixture(((x.factor, x.base), (y.factor, y.base)), torch.promote_types(x.dtype, y.dtype))
+    return _mixed([(number_of(e.factor), e) for e in (x, y)])
+
+
+def _mixed(weighed: list[tuple[Any, Any]]) -> Any:
+    if any(w is NotImplemented for w, _ in weighed):
+        return NotImplemented
+    (_, x), (_, y) = weighed
+    return LazyMixture(tuple((w, e.base) for w, e in weighed), torch.promote_types(x.dtype, y.dtype))  # type: ignore[arg-type]
+
+
+@answers("abs", "absolute", "__abs__")
+def abs_(x: LazyTensor) -> Any:
+    return x.distance() if isinstance(x, LazyMixture) else NotImplemented
+
+
+@answers("logaddexp", anywhere=True)
+def logaddexp(input: Any, other: Any) -> Any:
+    """The logarithm of a mixture of two softmaxes, from theirs and those of the weights."""
+    from .log_softmax import LazyExpression
+
+    both = (input, other)
+    if not all(isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unweighted for x in both):
+        return NotImplemented
+    if not _fit(input.base, other.base):
+        return NotImplemented
+    logs = [number_of(x.offset) for x in both]
+    if any(w is NotImplemented or not abs(w) < STEEPEST for w in logs):
+        return NotImplemented
+    return _mixed([(math.exp(w), x) for w, x in zip(logs, both, strict=True)]).logarithm()
+
+
+@dataclass(eq=False, repr=False)
+class LazyStack(LazyTensor):
+    """Expressions of different heads, stacked: no logits until something other than a sum over them is asked for."""
+
+    parts: tuple[Any, ...]
+    at: int  # the new dimension
+    answered = frozenset({"logsumexp", "sum", "mean", "size", "dim", "numel", "is_floating_point"})
+
+    @property
+    def base(self) -> Any:
+        return self.parts[0]
+
+    @property
+    def vocab_dim(self) -> int:  # type: ignore[override]
+        return self.base.vocab_dim + (self.at <= self.base.vocab_dim)
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size([*self.base.shape[: self.at], len(self.parts), *self.base.shape[self.at :]])
+
+    @property
+    def token_shape(self) -> torch.Size:  # type: ignore[override]
+        return torch.Size([n for d, n in enumerate(self.shape) if d != self.vocab_dim])
+
+    @property
+    def dtype(self) -> torch.dtype:  # type: ignore[override]
+        return functools.reduce(torch.promote_types, (x.dtype for x in self.parts))
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        return any(x.requires_grad for x in self.parts)
+
+    def __repr__(self) -> str:
+        return f"LazyStack({tuple(self.shape)}, {self.dtype}, of {list(self.parts)})"
+
+    def materialize(self) -> Tensor:
+        return torch.stack([x.materialize() for x in self.parts], self.at)
+
+    def reduced(self, fn: Callable[[Any, Any], Any], dims: list[int], keepdim: bool) -> Any:
+        """``fn`` of the parts, where ``dims`` are what they are stacked along."""
+        found = fn(*self.parts) if dims == [self.at] and not keepdim and len(self.parts) == 2 else NotImplemented
+        return found if found is NotImplemented else found.with_dtype(self.dtype)
+
+
+@answers("stack", anywhere=True)
+def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
+    from .log_softmax import LazyExpression
+
+    if all(isinstance(x, LinearLogits) for x in tensors):
+        return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
+    first = tensors[0]
+    if not all(isinstance(x, LazyExpression) and _fit(first.base, x.base) for x in tensors):
+        return NotImplemented
+    # Copies, which changes in place of the given ones do not reach.
+    return LazyStack(tuple(x.with_dtype(x.dtype) for x in tensors), wrap_dim(first, dim, extra=1))
 
 
 def products(x: LazyTensor) -> Any:

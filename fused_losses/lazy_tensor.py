@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
+from .autodiff import host_may_read
 from .linear_logits_checks import no_gradient
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
@@ -51,6 +52,7 @@ class LazyTensor:
     device: torch.device
     requires_grad: bool
     wide: torch.dtype  # in which its numbers are computed, whatever its dtype
+    answered: frozenset[str] | None = None  # the names that have an answer; None: all in HANDLERS
 
     # Operators, which Python looks for in the class; below, each becomes the Tensor's of that name.
     __add__: Any
@@ -321,7 +323,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     name = name or func.__name__
     first = args[0] if args else None
     args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
-    handler = HANDLERS.get(name)
+    answered = first.answered if isinstance(first, LazyTensor) else None
+    handler = HANDLERS.get(name) if answered is None or name in answered else None
     if isinstance(kwargs.get("out"), LazyTensor):
         raise RuntimeError(f"{name} cannot write into a {type(kwargs['out']).__name__}: it has no storage")
     if handler is not None and "out" not in kwargs:
@@ -540,12 +543,20 @@ def is_number(x: Any) -> bool:
 
 
 def per_token_number(x: LazyTensor, t: Any) -> Any:
-    """``t``, which broadcasts against ``x`` with one number per token, as a tensor of ``token_shape`` in ``x.wide``."""
+    """``t``, which broadcasts against ``x`` with one number per token, as a copy of ``token_shape`` in ``x.wide``."""
     if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
         return NotImplemented
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
-    return t.squeeze(x.vocab_dim).to(x.device, x.wide).expand(x.token_shape) if fits else NotImplemented
+    return t.squeeze(x.vocab_dim).to(x.device, x.wide, copy=True).expand(x.token_shape) if fits else NotImplemented
+
+
+def number_of(t: Any) -> Any:
+    """The one number that ``t``, as :func:`per_token_number` gives it, holds for all tokens, read from its device."""
+    if is_number(t):
+        return t
+    single = isinstance(t, Tensor) and all(n == 1 or step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((), ()).item() if single and not t.requires_grad and host_may_read(t) else NotImplemented
 
 
 def per_entry_number(x: LazyTensor, t: Any) -> Any:

@@ -26,7 +26,6 @@ from .chunked.softmax_rows import transform
 from .lazy_tensor import (
     LazyTensor,
     answers,
-    is_lazy,
     is_number,
     numel,
     per_entry_number,
@@ -764,11 +763,6 @@ def same_logits(a: LinearLogits, b: LinearLogits) -> bool:
     one = _one_head(a, b) and a.hidden is b.hidden and a.vocab_dim == b.vocab_dim
     u, v = (x.rest.low_rank and x.rest.low_rank[0] for x in (a, b))
     return one and _equal(a.temperature, b.temperature) and u is v
-
-
-@answers("stack", anywhere=True)
-def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
-    return torch.cat([x.unsqueeze(dim) for x in tensors], dim) if all(map(is_lazy, tensors)) else NotImplemented
 
 
 # The head

@@ -27,7 +27,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .lazy_products import LazyMixture, LazyProducts, cross_entropy_with, elementwise_kl, mixture, products, times_log
+from .lazy_products import (
+    LazyMixture,
+    LazyProducts,
+    LazyStack,
+    cross_entropy_with,
+    elementwise_kl,
+    logaddexp,
+    mixture,
+    products,
+    times_log,
+)
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
@@ -96,8 +106,12 @@ class LazyExpression(Derived):
         return is_number(self.offset) and self.offset == 0
 
     @property
+    def unweighted(self) -> bool:
+        return is_number(self.factor) and self.factor == 1
+
+    @property
     def unscaled(self) -> bool:
-        return self.unshifted and is_number(self.factor) and self.factor == 1
+        return self.unshifted and self.unweighted
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
@@ -133,14 +147,15 @@ class LazyExpression(Derived):
         if number is NotImplemented:
             found = products(self)
             return found if found is NotImplemented else found.scaled(factor)
-        return replace(self, factor=self.factor * number, offset=self.offset * number)
+        factor = number if self.unweighted else self.factor * number
+        return replace(self, factor=factor, offset=0.0 if self.unshifted else self.offset * number)
 
     def shifted(self, offset: Any) -> Any:
         number = offset if is_number(offset) else per_token_number(self, offset)
         if number is NotImplemented:
             found = products(self)
             return found if found is NotImplemented else found.shifted(offset)
-        return replace(self, offset=self.offset + number)
+        return replace(self, offset=number if self.unshifted else self.offset + number)
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         if isinstance(other, LazyExpression) and self.form == other.form == "softmax":
@@ -281,7 +296,9 @@ def _dims(x: LazyTensor, dim: Any) -> list[int]:
 
 @answers("logsumexp", "special_logsumexp")
 def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
-    shifted = isinstance(x, LazyExpression) and x.form == "logits" and is_number(x.factor) and x.factor == 1
+    if isinstance(x, LazyStack):
+        return x.reduced(logaddexp, _dims(x, dim), keepdim)
+    shifted = isinstance(x, LazyExpression) and x.form == "logits" and x.unweighted
     if _dims(x, dim) != [x.vocab_dim] or not (shifted or isinstance(x, LinearLogits)):
         return NotImplemented
     lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.base.statistic("logsumexp") + x.offset
@@ -295,6 +312,9 @@ def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
 @answers("sum")
 def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     dims = _dims(x, dim)
+    if isinstance(x, LazyStack):
+        found = x.reduced(lambda a, b: a.plus(b, 1.0), dims, keepdim)
+        return found if found is NotImplemented or dtype is None else found.with_dtype(dtype)
     total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
     return total if total is NotImplemented else _rest_of_sum(x, total, dims, keepdim, dtype)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .autodiff import host_may_read
 from .numerics import statistics_dtype
 
 GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
@@ -47,9 +48,7 @@ def few_columns(d_logits: Tensor, gradient_filter: float) -> FewColumns | None:
     How many those are the host must know, so that it waits for the device.
     """
     n, V = d_logits.shape
-    if not gradient_filter or not n or not V or torch.compiler.is_compiling():
-        return None
-    if d_logits.is_cuda and torch.cuda.is_current_stream_capturing():
+    if not gradient_filter or not n or not V or not host_may_read(d_logits):
         return None
     largest, sizes = _column_sizes(d_logits)
     most = largest.amax()

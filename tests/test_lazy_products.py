@@ -1,5 +1,8 @@
 """Losses of distillation written by hand, run unchanged on two heads that make no logits."""
 
+import importlib
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,13 +104,43 @@ def entropy_of_a_mixture(s, t):
     return -(p * m).sum(-1).mean() * 0.25 - (q * m).sum(-1).mean() * 0.75
 
 
+def jensen_shannon_of_logs(s, t):
+    """As TRL and ms-swift write it, with weights in tensors."""
+    share = torch.tensor(0.1, dtype=s.dtype)
+    log_s, log_t = F.log_softmax(s, -1), F.log_softmax(t, -1)
+    m = torch.stack([log_s + torch.log1p(-share), log_t + torch.log(share)]).logsumexp(dim=0)
+    from_t, from_s = (F.kl_div(m, x, reduction="none", log_target=True) for x in (log_t, log_s))
+    return (share * from_t + (1 - share) * from_s)[MASK.bool()].sum() / MASK.sum()
+
+
+def jensen_shannon_of_a_mean(s, t):
+    p, q = s.softmax(-1), t.softmax(-1)
+    m = torch.stack([p, q], dim=1).mean(1).log()
+    return (0.5 * (p * (p.log() - m)) + 0.5 * (q * (q.log() - m))).sum(-1).mean()
+
+
+def a_sum_of_both(s, t):
+    """Whose weights do not make 1."""
+    log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
+    m = torch.logaddexp(log_s - 1, log_t - 0.3) + 1
+    forward, backward = t.softmax(-1) * (log_t - m), s.softmax(-1) * (log_s - m)
+    return (2 * forward + backward).sum(-1).mean() + (math.exp(0.7) * forward + backward).sum(-1).mean()
+
+
+def total_variation(s, t):
+    """As DistiLLM writes it."""
+    distance = 0.5 * torch.abs(F.softmax(t, -1) - F.softmax(s, -1))
+    return (distance.sum(-1).view(-1) * MASK.view(-1)).sum() / MASK.sum() + (s.softmax(-1) - t.softmax(-1)).abs().mean()
+
+
 def gaps(s, t):
     return (s.log_softmax(-1) - t.log_softmax(-1)).sum(-1).square().mean()
 
 
 LOSSES = [forward_kl, reverse_kl, difference, difference_of_logs, elementwise, elementwise_of_logs, with_a_temperature]
 LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, several_terms, gaps]
-LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture]
+LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture, jensen_shannon_of_logs, jensen_shannon_of_a_mean]
+LOSSES += [a_sum_of_both, total_variation]
 
 
 PROBS = torch.linspace(-3, 3, B * S * V, dtype=torch.float64).sin().mul(3).view(B, S, V).softmax(-1)
@@ -195,7 +228,10 @@ def test_unchanged_loss(loss, teacher_trains, bias):
     torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
 
 
-@pytest.mark.parametrize("loss", [forward_kl, difference, elementwise, symmetric, dense_difference])
+@pytest.mark.parametrize(
+    "loss",
+    [forward_kl, difference, elementwise, symmetric, dense_difference, jensen_shannon_of_a_mean, total_variation],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy(loss, dtype):
     inputs = leaves(dtype)
@@ -203,6 +239,100 @@ def test_accuracy(loss, dtype):
     found, eager, expected = outcome(loss, inputs, True), outcome(loss, inputs, False), outcome(loss, exact, False)
     for a, b, c in zip(found[1:], eager[1:], expected[1:], strict=True):
         assert_accurate(a, b, c)
+
+
+@pytest.mark.parametrize(
+    ("loss", "kinds"),
+    [
+        (jensen_shannon_of_logs, ["jsd"]),
+        (jensen_shannon_of_a_mean, ["jsd"]),
+        (entropy_of_a_mixture, ["skewed_kl", "skewed_kl"]),  # summed apart
+        (a_sum_of_both, ["skewed_kl", "skewed_kl", "jsd"]),  # only the second in the shares of the mixture
+        (total_variation, ["tvd", "tvd"]),
+        (symmetric, ["forward_kl", "forward_kl"]),
+    ],
+)
+def test_passes_over_both_heads(loss, kinds, monkeypatch):
+    divergence = importlib.import_module("fused_losses.divergence")
+    original, found = divergence.token_divergence, []
+
+    def token_divergence(*args):
+        found.append(args[4].kind)
+        return original(*args)
+
+    monkeypatch.setattr(divergence, "token_divergence", token_divergence)
+    outcome(loss, leaves(), True)
+    assert sorted(found) == sorted(kinds)
+
+
+@pytest.mark.parametrize(
+    "share",
+    [torch.linspace(0.1, 0.8, S, dtype=torch.float64).unsqueeze(-1), torch.tensor(0.3, dtype=torch.float64), 0.0],
+    ids=["per_token", "trained", "none"],
+)
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_weights_of_a_mixture_that_no_host_can_read(share, request):
+    if "trained" in request.node.name:
+        share.requires_grad_()
+    inputs, results = leaves(), []
+    for head in (LinearLogits, F.linear):
+        s, t = head(*inputs[:3]), head(*inputs[3:])
+        log_share = torch.as_tensor(share, dtype=s.dtype).log()
+        m = torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1) + log_share)
+        n = ((1 - share) * s.softmax(-1) + share * t.softmax(-1)).log()
+        loss = (s.softmax(-1) * (s.log_softmax(-1) - m)).sum() + (s.softmax(-1) * n).sum()
+        wanted = [*inputs[:3], *([share] if torch.is_tensor(share) and share.requires_grad else [])]
+        results.append([loss, *torch.autograd.grad(loss, wanted)])
+    torch.testing.assert_close(*results)
+
+
+def test_numbers_per_token_may_change_afterwards():
+    z, mask = LinearLogits(*leaves()[:3]), MASK.double().unsqueeze(-1)
+    lazies = [z.log_softmax(-1) * mask, z.log_softmax(-1) + mask, z.softmax(-1) * z.log_softmax(-1) * mask]
+    expected = [x.sum(-1) for x in lazies]
+    mask.zero_()
+    torch.testing.assert_close([x.sum(-1) for x in lazies], expected)
+
+
+def test_a_stack_of_both():
+    inputs = leaves()
+    s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
+    log_s = s.log_softmax(-1)
+    stack = torch.stack([log_s, t.log_softmax(-1).float()], dim=-1)
+    log_s *= 0  # which a stack has copied
+    assert (stack.shape, stack.dtype, stack.requires_grad) == ((B, S, V, 2), torch.float64, True)
+    assert (stack.size(-1), stack.dim(), stack.numel(), len(repr(stack)) < 500) == (2, 4, B * S * V * 2, True)
+    eager = torch.stack([s.materialize().log_softmax(-1), t.materialize().log_softmax(-1).float()], dim=-1)
+    with strict():
+        assert stack.logsumexp(-1).dtype == torch.float64
+        assert stack.mean(-1, dtype=torch.float32).dtype == torch.float32
+    for fn in (
+        lambda x: x[0],
+        lambda x: x.logsumexp(2),
+        lambda x: x.sum(-1, keepdim=True),
+        lambda x: x.amax(-1),
+        lambda x: x.mT * 2,
+        lambda x: 1 - x,
+        lambda x: torch.stack([*x.unbind(-1), *x.unbind(-1)]).logsumexp(0),
+        lambda x: F.kl_div(s.log_softmax(-1)[..., None], x[..., :1], log_target=True),
+    ):
+        with pytest.warns(UserWarning, match="materialises LazyStack"):
+            torch.testing.assert_close(fn(stack), fn(eager))
+    with pytest.warns(UserWarning, match="logsumexp materialises LazyStack"):
+        three = torch.stack([s.log_softmax(-1)] * 3).logsumexp(0)
+    torch.testing.assert_close(three, s.materialize().log_softmax(-1) + math.log(3))
+
+
+def test_a_mixture_where_both_underflow():
+    inputs = leaves(torch.float32)
+    with torch.no_grad():
+        inputs[2][3] = inputs[5][3] = -200.0
+    lazy, eager = (
+        torch.logaddexp(*(head(*side).log_softmax(-1) - math.log(2) for side in (inputs[:3], inputs[3:])))
+        for head in (LinearLogits, F.linear)
+    )
+    assert eager.isfinite().all()
+    torch.testing.assert_close(lazy.materialize(), eager)
 
 
 def test_the_teacher_may_be_read_under_no_grad():
@@ -448,7 +578,7 @@ def test_compiles_without_a_break():
     def loss(*inputs):
         s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
         found = forward_kl(s, t).float() + difference(s, t) + elementwise(s, t) + jensen_shannon(s, t)
-        return found + dense_difference(s, t).float() + r_drop(s, t)
+        return found + dense_difference(s, t).float() + r_drop(s, t) + jensen_shannon_of_a_mean(s, t)
 
     expected = torch.autograd.grad(loss(*inputs), inputs[:3])
     found = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(*inputs), inputs[:3])
@@ -480,6 +610,16 @@ def test_compiles_without_a_break():
         lambda s, t: (s.log_softmax(-1) - t.log_softmax(-1)).masked_fill(MASK[..., None] == 0, 0) + PROBS,
         lambda s, t: PROBS * s.softmax(-1),
         lambda s, t: s.log_softmax(-1) * PROBS[:1],
+        lambda s, t: torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)) * 2 + 1,
+        lambda s, t: -torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)) - math.log(2),
+        lambda s, t: torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)) + 100,
+        lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs() + 1,
+        lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs() * s.softmax(-1),
+        lambda s, t: ((s.softmax(-1) - t.softmax(-1)).abs() * PROBS).sum(-1),
+        lambda s, t: ((s.softmax(-1) - t.softmax(-1)).abs() + PROBS + s.log_softmax(-1)).sum(-1),
+        lambda s, t: (0.3 * s.softmax(-1) - t.softmax(-1)).abs(),
+        lambda s, t: torch.logaddexp(s.log_softmax(-1), PROBS.log()),
+        lambda s, t: torch.stack([s.log_softmax(-1), PROBS.log()]).logsumexp(0),
         lambda s, t: s.log_softmax(-1) * PROBS.to(torch.complex128),
     ],
 )
