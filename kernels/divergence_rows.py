@@ -1,4 +1,4 @@
-"""Divergence between two rows of logits, and its gradient in both, read from memory once and from cache after.
+"""Divergence between two rows of logits, and its gradient in both.
 
 With ``t`` the teacher's and ``s`` the student's probabilities, ``m = β t + (1 − β) s`` and ``d = log t − log s``, one number
 per row:
@@ -8,7 +8,8 @@ per row:
     cross_entropy  −Σ t log s over the entries whose student logit is finite
 
 One program per row goes over it twice, three times with gradients: both maxima and sums; then the divergence and the mean
-slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``.
+slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``. Of
+``forward_kl`` ``Σ s g`` is known, so that the student's gradient alone takes no third pass.
 Where ranks share the vocabulary these are three steps, and between them the ranks put together what each found in its slice.
 
 In the code logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials, and what is negated is
@@ -22,8 +23,8 @@ first order; in ``jsd`` so does one in ``log m``. That of ``m`` over the larger 
 An entry that is −inf on both sides counts as equal; −inf on one side gives 0·(−inf) = 0, or an infinite KL where the other
 side has mass there, whose gradient in the row with the mass is then 0.
 
-Bytes per row of V logits, b and c bytes each: V·(b + c) read, and as much written with both gradients; the later passes
-find the row in L2.
+Bytes per row of V logits, b and c bytes each: V·(b + c) read in each pass, but for what L2 still has of the one before, and as
+much written with both gradients.
 """
 
 import torch
@@ -164,8 +165,9 @@ def _log_softmax(z, largest, log_total):
 
 
 @triton.jit
-def _load(row_ptr, stride_v, v, inside):
-    return tl.load(row_ptr + v.to(tl.int64) * stride_v, mask=inside, other=0.0).to(tl.float32)
+def _load(row_ptr, stride_v, v, inside, EVICTION: tl.constexpr):
+    at = row_ptr + v.to(tl.int64) * stride_v
+    return tl.load(at, mask=inside, other=0.0, eviction_policy=EVICTION).to(tl.float32)
 
 
 @triton.jit
@@ -234,6 +236,12 @@ def _divergence_rows_kernel(
     LANES: tl.constexpr = BLOCK_V // VEC
     G_WEIGHED: tl.constexpr = KIND == "forward_kl" or KIND == "cross_entropy"
     H_WEIGHED: tl.constexpr = KIND == "reverse_kl"
+    GRADIENTS: tl.constexpr = (D_STUDENT or D_TEACHER) and (STEP == "all" or STEP == "gradients")
+    # The mean slope of forward_kl in the student is 0: the value and the gradient take one pass.
+    AT_ONCE: tl.constexpr = STEP == "all" and KIND == "forward_kl" and D_STUDENT and not D_TEACHER
+    # Each pass goes back the way the one before it came: what was read last is still in L2, if what is read for the last time
+    # makes room for it.
+    SECOND: tl.constexpr = "" if GRADIENTS else "evict_first"
     row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     y = row
     if HAS_IDS:
@@ -289,14 +297,14 @@ def _divergence_rows_kernel(
         for v_start in range(0, v_end, BLOCK_V):
             v = v_start + tl.arange(0, BLOCK_V)
             inside = v < V
-            x = _load(student_row, student_stride_v, v, inside)
+            x = _load(student_row, student_stride_v, v, inside, "")
             z = final_logits(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
             s_largest, s_total = _advance(tl.where(inside, z, float("-inf")), s_largest, s_total, LANES, VEC)
             if HAS_HARD and HAS_TEMPERATURE:
                 z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
                 z = tl.where(inside, z, float("-inf"))
                 hard_largest, hard_total = _advance(z, hard_largest, hard_total, LANES, VEC)
-            x = _load(teacher_row, teacher_stride_v, v, inside)
+            x = _load(teacher_row, teacher_stride_v, v, inside, "")
             z = final_logits(x, t_inner, t_outer, HAS_TEACHER_SOFTCAP)
             t_largest, t_total = _advance(tl.where(inside, z, float("-inf")), t_largest, t_total, LANES, VEC)
         s_max, s_log_total = _meet(s_largest, s_total)
@@ -318,16 +326,21 @@ def _divergence_rows_kernel(
     if STEP == "gradients":
         s_slope = tl.load(sums_ptr + 2 * N + row)
         t_slope = tl.load(sums_ptr + 3 * N + row)
-    if STEP == "all" or STEP == "sums":
-        values = tl.zeros((LANES,), tl.float32)
+    values = tl.zeros((LANES,), tl.float32)
+    if AT_ONCE:
+        s_slope = 0 * s_log_total
+        t_slope = s_slope
+    if (STEP == "all" or STEP == "sums") and not AT_ONCE:
         s_slopes = tl.zeros((LANES,), tl.float32)
         t_slopes = tl.zeros((LANES,), tl.float32)
-        for v_start in range(0, v_end, BLOCK_V):
-            v = v_start + tl.arange(0, BLOCK_V)
+        for v_stop in range(tl.cdiv(v_end, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
+            v = v_stop - BLOCK_V + tl.arange(0, BLOCK_V)
             inside = v < V
-            z = final_logits(_load(student_row, student_stride_v, v, inside), s_inner, s_outer, HAS_STUDENT_SOFTCAP)
+            x = _load(student_row, student_stride_v, v, inside, SECOND)
+            z = final_logits(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
             log_s = tl.where(inside, _log_softmax(z, s_max, s_log_total), float("-inf"))
-            z = final_logits(_load(teacher_row, teacher_stride_v, v, inside), t_inner, t_outer, HAS_TEACHER_SOFTCAP)
+            x = _load(teacher_row, teacher_stride_v, v, inside, SECOND)
+            z = final_logits(x, t_inner, t_outer, HAS_TEACHER_SOFTCAP)
             log_t = tl.where(inside, _log_softmax(z, t_max, t_log_total), float("-inf"))
             s, t, d = tl.exp2(log_s), tl.exp2(log_t), log_t - log_s
             values += _folded(_term(s, t, log_s, d, beta, KIND), LANES, VEC)
@@ -336,28 +349,28 @@ def _divergence_rows_kernel(
                 s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
             if D_TEACHER:
                 t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
-        divergence = tl.sum(values.to(tl.float64), 0)
         s_slope = tl.sum(s_slopes.to(tl.float64), 0)
         t_slope = tl.sum(t_slopes.to(tl.float64), 0)
+        divergence = tl.sum(values.to(tl.float64), 0)
         if STEP == "all":
             tl.store(divergence_ptr + row, tl.where(active, divergence.to(tl.float32), 0.0))
         else:
             tl.store(sums_ptr + row, tl.where(active, divergence, 0.0))
             tl.store(sums_ptr + 2 * N + row, s_slope)
             tl.store(sums_ptr + 3 * N + row, t_slope)
-        if HAS_HARD:
-            found = (y >= 0) & (y < V)
-            x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
-            z_y = final_logits(x_y, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
-            # Compilers fuse a tanh's products and sums as they like: it could exceed the maximum.
-            nll = hard_log_total - tl.minimum(z_y - hard_max, 0.0).to(tl.float64)
-            nll = tl.sum(tl.where(found, nll, 0.0), 0)
-            if STEP == "all":
-                tl.store(nll_ptr + row, nll.to(tl.float32))
-            else:
-                tl.store(sums_ptr + N + row, nll)
+    if HAS_HARD and (STEP == "all" or STEP == "sums"):
+        found = (y >= 0) & (y < V)
+        x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
+        z_y = final_logits(x_y, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
+        # Compilers fuse a tanh's products and sums as they like: it could exceed the maximum.
+        nll = hard_log_total - tl.minimum(z_y - hard_max, 0.0).to(tl.float64)
+        nll = tl.sum(tl.where(found, nll, 0.0), 0)
+        if STEP == "all":
+            tl.store(nll_ptr + row, nll.to(tl.float32))
+        else:
+            tl.store(sums_ptr + N + row, nll)
 
-    if (D_STUDENT or D_TEACHER) and (STEP == "all" or STEP == "gradients"):
+    if GRADIENTS:
         # All numbers of a skipped row are 0, and so is then its gradient.
         soft = tl.load(soft_ptr + row, mask=active, other=0.0).to(tl.float32)
         s_max, s_log_total = tl.where(active, s_max, 0.0), tl.where(active, s_log_total, 0.0)
@@ -370,16 +383,19 @@ def _divergence_rows_kernel(
             label = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
         tl.debug_barrier()  # all have read what any will write over
         for v_start in range(0, V, BLOCK_V):
-            v = v_start + tl.arange(0, BLOCK_V)
+            v = (tl.cdiv(V, BLOCK_V) * BLOCK_V - BLOCK_V - v_start if AT_ONCE else v_start) + tl.arange(0, BLOCK_V)
             inside = v < V
-            x = _load(student_row, student_stride_v, v, inside & active)
+            x = _load(student_row, student_stride_v, v, inside & active, "evict_first")
             z, s_scale = final_logits_and_slope(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
             log_s = _log_softmax(z, s_max, s_log_total)
-            z, t_scale = final_logits_and_slope(
-                _load(teacher_row, teacher_stride_v, v, inside & active), t_inner, t_outer, HAS_TEACHER_SOFTCAP
-            )
+            x_t = _load(teacher_row, teacher_stride_v, v, inside & active, "evict_first")
+            z, t_scale = final_logits_and_slope(x_t, t_inner, t_outer, HAS_TEACHER_SOFTCAP)
             log_t = _log_softmax(z, t_max, t_log_total)
+            if AT_ONCE:
+                log_s, log_t = tl.where(inside, log_s, float("-inf")), tl.where(inside, log_t, float("-inf"))
             s, t, d = tl.exp2(log_s), tl.exp2(log_t), log_t - log_s
+            if AT_ONCE:
+                values += _folded(_term(s, t, log_s, d, beta, KIND), LANES, VEC)
             g, h = _slopes(s, t, log_s, d, beta, KIND)
             if D_STUDENT:
                 dx = _gradient(g, s, s_mean, soft * s_scale, G_WEIGHED, KIND)
@@ -390,11 +406,14 @@ def _divergence_rows_kernel(
                         p = tl.exp2(_log_softmax(z, hard_max, hard_log_total))
                     dx += hard * s_scale * tl.where(v == label, p - 1, p)
                 out = d_student_ptr + b * d_student_stride_b + at * d_student_stride_s
-                tl.store(out + v.to(tl.int64) * d_student_stride_v, dx.to(d_student_ptr.dtype.element_ty), mask=inside)
+                dx = dx.to(d_student_ptr.dtype.element_ty)
+                tl.store(out + v.to(tl.int64) * d_student_stride_v, dx, mask=inside)
             if D_TEACHER:
                 out = d_teacher_ptr + b * d_teacher_stride_b + at * d_teacher_stride_s
                 dx = _gradient(h, t, t_mean, soft * t_scale, H_WEIGHED, KIND).to(d_teacher_ptr.dtype.element_ty)
                 tl.store(out + v.to(tl.int64) * d_teacher_stride_v, dx, mask=inside)
+    if AT_ONCE:
+        tl.store(divergence_ptr + row, tl.where(active, tl.sum(values.to(tl.float64), 0).to(tl.float32), 0.0))
 
 
 @on_its_device

@@ -549,11 +549,12 @@ def _softmax_rows_fwd_bwd_kernel(
     dx_y = (dz_y * slope_y).to(logits_ptr.dtype.element_ty)
 
     tl.debug_barrier()  # all have read what any will write over
-    # Backwards: what was read last is still in L2.
+    # Backwards: what was read last is still in L2, which keeps it the longer for forgetting what was written over.
     for v_end in range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
         v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
         inside = (v < logits_stride_n)[None, :]
-        x = tl.load(row_ptr[:, None] + v[None, :], mask=inside & active[:, None], other=0.0).to(tl.float32)
+        at = row_ptr[:, None] + v[None, :]
+        x = tl.load(at, mask=inside & active[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
         logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
         dz = exp(logp) * a[:, None]
         if SUM_LOG_PROBS:
@@ -563,7 +564,7 @@ def _softmax_rows_fwd_bwd_kernel(
             else:
                 dz += d[:, None]
         dx = (dz * slope).to(logits_ptr.dtype.element_ty)
-        tl.store(row_ptr[:, None] + v[None, :], dx, mask=inside)
+        tl.store(at, dx, mask=inside, eviction_policy="evict_first")
     tl.debug_barrier()
     tl.store((row_ptr + y)[:, None], dx_y, mask=found[:, None])
 

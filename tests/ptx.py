@@ -184,6 +184,9 @@ class Translation:
         store = f"store_{space}(w, {self._address(arguments[0])}, x, sizeof x);"
         return f"uint{BITS[kind]}_t x[] = {{{values}}}; {store}"
 
+    def lane_createpolicy(self, modifiers: list[str], arguments: list[str]) -> str:
+        return ""  # a hint to caches, which are not here
+
     def lane_selp(self, modifiers: list[str], arguments: list[str]) -> str:
         to, a, b, which = arguments
         kind = f"u{BITS[modifiers[-1]]}"

@@ -172,11 +172,15 @@ def divergence_rows(
             if out is None:
                 continue
             assert soft is not None
-            mean = dz.sum(-1, keepdim=True) if sums is None else sums[2 + k, rows, None].to(dtype)
-            dz.addcmul_(weights, mean, value=-1).mul_(soft[rows, None] / temperature)
-            infinite = mean.isinf()
-            if infinite.device.type != "cpu" or infinite.any():  # elsewhere asking would wait
-                dz.masked_fill_(infinite, 0)  # an infinite divergence has no slope there
+            factor = soft[rows, None] / temperature
+            if kind == ("forward_kl", "reverse_kl")[k]:
+                dz.mul_(factor)  # Σ dz is 0
+            else:
+                mean = dz.sum(-1, keepdim=True) if sums is None else sums[2 + k, rows, None].to(dtype)
+                dz.addcmul_(weights, mean, value=-1).mul_(factor)
+                infinite = mean.isinf()
+                if infinite.device.type != "cpu" or infinite.any():  # elsewhere asking would wait
+                    dz.masked_fill_(infinite, 0)  # an infinite divergence has no slope there
             if k == 0 and hard is not None and ids is not None:
                 dz.addcmul_(p, hard[rows, None])
                 finish_gradient(dz, None, None, ids[rows, None], -hard[rows, None], slope, skip)
