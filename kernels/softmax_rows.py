@@ -17,8 +17,8 @@ Backward, one read and one write (in place if asked): see ``fused_losses/row_sta
 Class probabilities ``t`` enter through the weights, ``w_j = weight_j ((1 − ε) t_j + ε/V)``: their cross entropy is −Σ w logp.
 
 Both at once, for a loss that is linear in its statistics, so that the gradient waits for nothing outside its row: a program
-reads its row and then, from the end, reads it again and writes the gradient over it. Rows in flight fit L2, or nearly: the
-second read is mostly from there.
+reads its row and then, from the end, reads it again and writes the gradient over it. The programs take row after row, and are
+no more than the memory's speed takes: their rows fit L2, or nearly, and the second read is mostly from there.
 
 Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward, at once 2·V·b and what of the
 second read misses L2; everything else is O(K).
@@ -30,7 +30,7 @@ import triton.language as tl
 
 from ..row_statistics import empty_statistics
 from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, rows_skipped, scales
-from .configurations import on_its_device, softmax_rows_bwd_config, softmax_rows_fwd_config
+from .configurations import on_its_device, rows_in_flight, softmax_rows_bwd_config, softmax_rows_fwd_config
 
 
 @triton.jit
@@ -479,7 +479,7 @@ def softmax_rows_bwd(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _softmax_rows_fwd_bwd_kernel(
     logits_ptr,  # (N, V), over which the gradient is written, and anything between its rows
     ids_ptr,  # (N, 1) int64
@@ -492,6 +492,7 @@ def _softmax_rows_fwd_bwd_kernel(
     logsumexp_ptr,  # (N,) float64
     sum_log_probs_ptr,  # (N,) float64
     is_top1_ptr,  # (N,) bool
+    N,
     V,
     logits_stride_n,
     scale,
@@ -505,68 +506,71 @@ def _softmax_rows_fwd_bwd_kernel(
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    row_ptr = logits_ptr + row * logits_stride_n  # (1,)
-    y = tl.load(ids_ptr + row)
-    active = y != SKIP
-    found = (y >= 0) & (y < V)
-    x_y = tl.load(row_ptr + y, mask=found, other=0.0).to(tl.float32)
-    temperature = tl.full((1,), 1.0, tl.float32)
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
-    inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
-    largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
-        row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_COLUMN_WEIGHT, False,
-        HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC,
-    )  # fmt: skip
-    moved, _, row_largest, _, log_total = _row_total(largest, total)
-    # All numbers of a skipped row are 0, and so is then its gradient.
-    logsumexp = tl.where(active, row_largest.to(tl.float64) + log_total, 0.0)
-    tl.store(logsumexp_ptr + row, logsumexp)
-    log_prob = _log_prob(x_y, inner, outer, row_largest, log_total, HAS_SOFTCAP)
-    tl.store(log_probs_ptr + row, tl.where(found, log_prob, 0.0))
-    c = tl.load(of_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
-    a = -c
-    d = tl.zeros((1,), tl.float32)
-    if SUM_LOG_PROBS:
-        sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
-        tl.store(sum_log_probs_ptr + row, tl.where(active, sum_log_probs, 0.0))
-        d = tl.load(of_sum_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
-        a -= (d * row_weight).to(tl.float32)
-    if SQUARE:
-        a += (2 * tl.load(of_square_ptr + row, mask=active, other=0.0) * logsumexp).to(tl.float32)
-    if IS_TOP1:
-        tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
+    for item in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = item + tl.arange(0, 1).to(tl.int64)
+        row_ptr = logits_ptr + row * logits_stride_n  # (1,)
+        y = tl.load(ids_ptr + row)
+        active = y != SKIP
+        found = (y >= 0) & (y < V)
+        x_y = tl.load(row_ptr + y, mask=found, other=0.0).to(tl.float32)
+        temperature = tl.full((1,), 1.0, tl.float32)
+        if HAS_TEMPERATURE:
+            temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
+        inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
+            row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_COLUMN_WEIGHT, False,
+            HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC,
+        )  # fmt: skip
+        moved, _, row_largest, _, log_total = _row_total(largest, total)
+        # All numbers of a skipped row are 0, and so is then its gradient.
+        logsumexp = tl.where(active, row_largest.to(tl.float64) + log_total, 0.0)
+        log_prob = _log_prob(x_y, inner, outer, row_largest, log_total, HAS_SOFTCAP)
+        tl.store(log_probs_ptr + row, tl.where(found, log_prob, 0.0))
+        c = tl.load(of_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
+        a = -c
+        d = tl.zeros((1,), tl.float32)
+        if SUM_LOG_PROBS:
+            sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
+            tl.store(sum_log_probs_ptr + row, tl.where(active, sum_log_probs, 0.0))
+            d = tl.load(of_sum_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
+            a -= (d * row_weight).to(tl.float32)
+        if SQUARE:
+            a += (2 * tl.load(of_square_ptr + row, mask=active, other=0.0) * logsumexp).to(tl.float32)
+        if IS_TOP1:
+            tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
 
-    # The id's own gradient is stored last: to look for it among the others would cost each of them four instructions.
-    logp_y, slope_y = _log_softmax(x_y[:, None], inner, outer, logsumexp, HAS_SOFTCAP)
-    dz_y = exp(logp_y) * a[:, None] + c[:, None]
-    if SUM_LOG_PROBS:
-        if HAS_COLUMN_WEIGHT:
-            dz_y += d[:, None] * tl.load(column_weight_ptr + y, mask=found, other=0.0).to(tl.float32)[:, None]
-        else:
-            dz_y += d[:, None]
-    dx_y = (dz_y * slope_y).to(logits_ptr.dtype.element_ty)
-
-    tl.debug_barrier()  # all have read what any will write over
-    # Backwards: what was read last is still in L2, which keeps it the longer for forgetting what was written over.
-    for v_end in range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
-        v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
-        inside = (v < logits_stride_n)[None, :]
-        at = row_ptr[:, None] + v[None, :]
-        x = tl.load(at, mask=inside & active[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
-        logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
-        dz = exp(logp) * a[:, None]
+        # The id's own gradient is stored last: to look for it among the others would cost each of them four instructions.
+        logp_y, slope_y = _log_softmax(x_y[:, None], inner, outer, logsumexp, HAS_SOFTCAP)
+        dz_y = exp(logp_y) * a[:, None] + c[:, None]
         if SUM_LOG_PROBS:
             if HAS_COLUMN_WEIGHT:
-                weight = tl.load((column_weight_ptr + v)[None, :], mask=(v < V)[None, :] & active[:, None], other=0.0)
-                dz += d[:, None] * weight.to(tl.float32)
+                dz_y += d[:, None] * tl.load(column_weight_ptr + y, mask=found, other=0.0).to(tl.float32)[:, None]
             else:
-                dz += d[:, None]
-        dx = (dz * slope).to(logits_ptr.dtype.element_ty)
-        tl.store(at, dx, mask=inside, eviction_policy="evict_first")
-    tl.debug_barrier()
-    tl.store((row_ptr + y)[:, None], dx_y, mask=found[:, None])
+                dz_y += d[:, None]
+        dx_y = (dz_y * slope_y).to(logits_ptr.dtype.element_ty)
+
+        tl.debug_barrier()  # all have read what any will write over
+        # Backwards: what was read last is still in L2, which keeps it the longer for forgetting what was written over.
+        for v_end in range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
+            v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
+            inside = (v < logits_stride_n)[None, :]
+            at = row_ptr[:, None] + v[None, :]
+            x = tl.load(at, mask=inside & active[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
+            logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
+            dz = exp(logp) * a[:, None]
+            if SUM_LOG_PROBS:
+                if HAS_COLUMN_WEIGHT:
+                    weight = tl.load(
+                        (column_weight_ptr + v)[None, :], mask=(v < V)[None, :] & active[:, None], other=0.0
+                    )
+                    dz += d[:, None] * weight.to(tl.float32)
+                else:
+                    dz += d[:, None]
+            dx = (dz * slope).to(logits_ptr.dtype.element_ty)
+            tl.store(at, dx, mask=inside, eviction_policy="evict_first")
+        tl.store(logsumexp_ptr + row, logsumexp)
+        tl.debug_barrier()
+        tl.store((row_ptr + y)[:, None], dx_y, mask=found[:, None])
 
 
 @on_its_device
@@ -590,7 +594,7 @@ def softmax_rows_fwd_bwd(
         return out
     options = column_weight is not None or not {"sum_log_probs", "is_top1"}.isdisjoint(outputs)
     _, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, True, options)
-    _softmax_rows_fwd_bwd_kernel[(N,)](
+    _softmax_rows_fwd_bwd_kernel[(min(N, rows_in_flight(logits.device, BLOCK_V * logits.element_size())),)](
         logits,
         ids,
         column_weight,
@@ -602,6 +606,7 @@ def softmax_rows_fwd_bwd(
         out.logsumexp,
         out.sum_log_probs,
         out.is_top1,
+        N,
         V,
         logits.stride(0),
         scale,

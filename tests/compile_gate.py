@@ -35,7 +35,6 @@ ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
     ("linear_softmax_fwd all, bias softcap weights low-rank, saving logits", "sm_90"): 8,
     ("softmax_rows_fwd rows, every option", "sm_90"): 16,
-    ("softmax_rows_fwd_bwd", "sm_100"): 8,
     ("divergence_rows cross_entropy, gradients of both, every option", "sm_89"): 8,
     ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_80"): 8,
     ("divergence_rows jsd, 32 bits, normalizers of a slice", "sm_80"): 8,
