@@ -8,6 +8,7 @@ returns one.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -189,8 +190,15 @@ class LinearLogits(LazyTensor):
         tensor([2.4743, 2.4743, 2.4743])
     """
 
-    hidden: Tensor
+    def _set_hidden(self, hidden: Tensor) -> None:
+        if hidden.dtype != self.rest.weight.dtype:  # an output cast
+            self.rest = self.rest.but(dtype=hidden.dtype)
+            hidden = hidden.to(self.rest.weight.dtype)
+        self._hidden = hidden
+        self._versions = versions(hidden=hidden)
+
     rest: Any
+    hidden: Tensor = property(lambda self: self._hidden, _set_hidden)  # type: ignore[assignment]  # noqa: RUF009
 
     def __init__(
         self,
@@ -256,12 +264,8 @@ class LinearLogits(LazyTensor):
             hidden = hidden if detached or plain else _WithParameters.apply(hidden, *used)
             if shard is not None and shard.inner and not torch.compiler.is_compiling():
                 rest.gathered = hidden.detach()
-        elif hidden.dtype != rest.weight.dtype:  # an output cast
-            rest = rest.but(dtype=hidden.dtype)
-            hidden = hidden.to(rest.weight.dtype)
-        self.hidden = hidden
         self.rest = rest
-        self._versions = versions(hidden=hidden)
+        self._set_hidden(hidden)
         self._views_changed = rest.views[0]
         self._cache: dict[tuple[str, bool], Tensor] = {}
         self._bare: tuple[Tensor, Tensor | None] | None = None  # hidden and u, detached
@@ -386,6 +390,12 @@ class LinearLogits(LazyTensor):
             rest.weight, rest.bias = own(rest.weight), None if rest.bias is None else own(rest.bias)
             rest.low_rank = rest.low_rank and (rest.low_rank[0].detach(), own(rest.low_rank[1]))
         return _rebuild, (self.hidden.detach(), rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LinearLogits:
+        # Lightning makes another one so: it keeps the fields, and sets them on the copy one by one, hidden last.
+        if id(self.rest) in memo:
+            return LinearLogits(self.hidden, rest=self.rest)
+        return _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))
 
     def check(self) -> None:
         """Raise if what these logits stand for changed since they were made."""

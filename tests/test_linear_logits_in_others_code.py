@@ -1,6 +1,8 @@
 """Loss code that was written for logits and never heard of LinearLogits, run unchanged."""
 
 import copy
+import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses import settings
+from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_logits import LinearHead, LinearLogits
 
 B, S, V, H = 2, 6, 13, 8
@@ -354,3 +357,44 @@ def test_trainer_runs_a_model_whose_head_is_lazy(tmp_path, options):
     assert not torch.equal(trained[1], start.lm_head.weight)
     if "bf16" not in options:
         torch.testing.assert_close(*trained, rtol=1e-3, atol=1e-4)
+
+
+def map_fields(fn, x):
+    """As Lightning casts what a module returns: a deep copy, into whose memo the fields go, and these are set after."""
+    if isinstance(x, torch.Tensor):
+        return fn(x)
+    if not dataclasses.is_dataclass(x):
+        return x
+    fields = {field.name: getattr(x, field.name) for field in dataclasses.fields(x)}
+    mapped = copy.deepcopy(x, {id(value): value for value in fields.values()})
+    for name, value in fields.items():
+        setattr(mapped, name, map_fields(fn, value))
+    return mapped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of", [lambda z: z, lambda z: z.log_softmax(-1)], ids=["logits", "form"])
+def test_fields_mapped_on_a_copy_share_the_head(of, dtype):
+    start, plain, ids = batch()
+    results = []
+    for mapped in (False, True):
+        head = LinearHead.from_linear(copy.deepcopy(plain)).to(dtype)
+        hidden = start.detach().to(dtype).requires_grad_()
+        logits = of(head(hidden).float())
+        if mapped:
+            assert peak_bytes(partial(map_fields, lambda t: t, logits)) == 0
+            logits = map_fields(torch.Tensor.float, map_fields(torch.Tensor.clone, logits))
+        assert logits.dtype == torch.float32
+        with settings.strict():
+            loss = F.nll_loss(logits.log_softmax(-1).transpose(1, 2), ids)
+        loss.backward()
+        results.append((loss, hidden.grad, head.weight.grad, head.bias.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_a_cast_of_fields_is_one_of_the_label():
+    hidden, head, _ = batch()
+    logits = LinearHead.from_linear(head).bfloat16()(hidden.detach().bfloat16())
+    cast = map_fields(torch.Tensor.float, logits)
+    assert cast.dtype == torch.float32
+    assert torch.equal(cast.materialize(), logits.float().materialize())
