@@ -162,7 +162,10 @@ class LazyTensor:
     def __getattr__(self, name: str) -> Any:
         function = None if name.startswith("__") or name in _MEANINGLESS else getattr(Tensor, name, None)
         if not callable(function):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; materialize() gives the tensor")
+            # A DTensor's, which PyTorch's own styles ask the output for.
+            styled = name == "placements"
+            instead = "parallelize_module with VocabParallelHead" if styled else "materialize() gives the tensor"
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; {instead}")
         return lambda *args, **kwargs: dispatch(function, (self, *args), kwargs)
 
     def __eq__(self, other: object) -> Any:
@@ -335,7 +338,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if isinstance(first, LazyTensor) and name in _IN_PLACE:
         raise RuntimeError(
             f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which has no elements to "
-            "write to and keeps no view in step. Use the out-of-place form."
+            "write to and keeps no view in step. Use the out-of-place form, or materialize() before."
         )
     return func(*materialised(name, args), **materialised(name, kwargs))
 

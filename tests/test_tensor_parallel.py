@@ -220,6 +220,8 @@ def refusals(device):
         parallelize_module(nn.Linear(H, V), mesh, VocabParallelHead())
     with pytest.raises(TypeError, match="first argument"):
         parallelize_module(LinearHead(H, V), mesh, VocabParallelHead())(input=hidden)
+    with pytest.raises(AttributeError, match="parallelize_module with VocabParallelHead"):
+        parallelize_module(LinearHead(H, V), mesh, ColwiseParallel())(hidden)
     return True
 
 
