@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import pathlib
+import re
 from functools import partial
 
 import pytest
@@ -398,3 +400,20 @@ def test_a_cast_of_fields_is_one_of_the_label():
     cast = map_fields(torch.Tensor.float, logits)
     assert cast.dtype == torch.float32
     assert torch.equal(cast.materialize(), logits.float().materialize())
+
+
+def test_the_page_has_a_forward_to_train_and_sample_with():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Your own loop\n")[2].partition("\n## ")[0]
+    names = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    _, head, ids = batch()
+    model = type("Model", (nn.Module,), {"forward": names["forward"]})()
+    model.body, model.lm_head = nn.Embedding(V, H), LinearHead.from_linear(head)
+    with settings.strict():
+        loss = model(ids, ids)
+        sampled = model(ids)[:, -1]
+    torch.testing.assert_close(loss, F.cross_entropy(head(model.body(ids)).flatten(0, 1), ids.flatten()))
+    written = re.search(r"(logits\[.*) = -inf", section)[1]
+    exec(f"{written} = -torch.inf", {"logits": sampled, "best": sampled.topk(3).values, "torch": torch})
+    assert (sampled.isfinite().sum(-1) == 3).all()
