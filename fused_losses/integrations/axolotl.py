@@ -1,0 +1,55 @@
+"""Axolotl's trainers without logits: a plugin that its YAML file names.
+
+    plugins:
+      - fused_losses.integrations.axolotl.FusedLossesPlugin
+
+Each model that Axolotl loads goes through :func:`fused_losses.integrations.transformers.apply`. On a GPU Axolotl gives TRL
+log-probs and entropies from Triton kernels that read stored logits: the plugin gives it those of this package, which take any.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from torch import Tensor
+
+from ..linear_logits import LinearLogits
+from ..token_statistics import selective_log_softmax, token_statistics
+from . import transformers
+from .patching import check_version
+
+try:
+    from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
+except ImportError:  # this module is looked at without Axolotl
+    BasePlugin = object
+
+TESTED = "0.19"
+
+
+class FusedLossesPlugin(BasePlugin):
+    """Let the models that Axolotl trains, and their references, make no logits where a loss is all that reads them."""
+
+    def register(self, cfg: Any) -> None:
+        check_version("axolotl", TESTED)
+
+    def pre_model_load(self, cfg: Any) -> None:
+        if cfg.rl:  # after Axolotl's own patch, before it imports TRL's trainers, which take these by name
+            utils = importlib.import_module("trl.trainer.utils")
+            utils.selective_log_softmax = selective_log_softmax  # type: ignore[attr-defined]
+            utils.entropy_from_logits = _entropy_from_logits  # type: ignore[attr-defined]
+
+    def post_model_load(self, cfg: Any, model: Any) -> None:
+        transformers.apply(model)
+
+    def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
+        transformers.apply(trainer.model)  # again: TRL's trainers put PEFT around it themselves
+        reference = getattr(trainer, "ref_model", None)
+        if type(reference) is type(trainer.model):  # GRPO loads its own; not where DeepSpeed or FSDP2 has it already
+            transformers.apply(reference)
+
+
+def _entropy_from_logits(logits: Tensor | LinearLogits, chunk_size: int = 128) -> Tensor:
+    entropy = token_statistics(logits, outputs=("entropy",)).entropy
+    assert entropy is not None
+    return entropy
