@@ -73,6 +73,7 @@ def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
     from trl.experimental.gkd import GKDConfig, GKDTrainer
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     vocab = vocab or LLAMA3
     ids = torch.randint(4, vocab, (4, tokens // 4))
@@ -83,6 +84,8 @@ def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
     unpaired = completed | {f"KL_{key}": x for key, x in completed.items()} | {"label": signs > 0}
     parts = {"prompt_ids": ids[:, :1], "prompt_mask": mask[:, :1]}
     parts |= {"completion_ids": ids[:, 1:], "completion_mask": mask[:, 1:]}
+    taught = parts | {"teacher_input_ids": ids, "teacher_attention_mask": mask}
+    all_logits = partial(SDFTConfig, distillation_mode="full_logits", teacher_model_kind="live")
     scored = parts | {"advantages": signs.float(), "num_items_in_batch": mask[:, 1:].sum()}
     teacher, reference = {"teacher_model": model(vocab, tokens)}, {"ref_model": model(vocab, tokens)}
     reward = {"reward_funcs": lambda completions, **columns: [0.0] * len(completions)}
@@ -90,6 +93,7 @@ def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
         ("CPO", CPOTrainer, CPOConfig, "prompt chosen rejected", {}, pairs),
         ("ORPO", ORPOTrainer, ORPOConfig, "prompt chosen rejected", {}, pairs),
         ("GKD, two sets of logits", GKDTrainer, GKDConfig, "messages", teacher, labelled),
+        ("SDFT, two sets of logits", SDFTTrainer, all_logits, "prompt privileged_context", {}, taught),
         ("online DPO, without its generation", OnlineDPOTrainer, OnlineDPOConfig, "prompt", reference | reward, parts),
         ("SFT", trl.SFTTrainer, trl.SFTConfig, "prompt completion", {}, labelled),
         ("DPO", trl.DPOTrainer, trl.DPOConfig, "prompt chosen rejected", reference, completed),
@@ -104,6 +108,7 @@ def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     row = {"prompt": "a", "completion": "b", "chosen": "b", "rejected": "c", "label": True, "messages": turns}
+    row["privileged_context"] = "b"
     plain = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": []}
     datasets.disable_progress_bars()
 

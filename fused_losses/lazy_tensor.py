@@ -626,6 +626,14 @@ def rsub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     return sub(other, input, alpha=alpha)
 
 
+@answers("lerp")
+def lerp(x: LazyTensor, end: Any, weight: Any) -> Any:
+    if not is_lazy(end) or not is_number(weight):
+        return NotImplemented
+    parts = x.scaled(1 - weight), end.scaled(weight)
+    return NotImplemented if any(part is NotImplemented for part in parts) else parts[0].plus(parts[1], 1.0)
+
+
 # In place
 
 

@@ -27,7 +27,7 @@ ENGINES = {
     "DEEPSPEED": {"deepspeed": {"zero_optimization": ZERO3, **dict.fromkeys(AUTO, "auto")}, "optim": "sgd"},
 }
 TRANSFORMERS = ("labels", "label_smoothing", "compute_loss_func", "bf16")
-TRL = ("sft", "dpo", "kto", "grpo", "rloo", "distillation", "cpo", "orpo", "tpo", "gkd", "online_dpo", "a2po")
+TRL = ("sft", "dpo", "kto", "grpo", "rloo", "distillation", "cpo", "orpo", "tpo", "gkd", "sdft", "online_dpo", "a2po")
 CASES = dict.fromkeys(ENGINES, (*TRANSFORMERS, *TRL))
 CASES["MULTI_CPU"] = (*TRANSFORMERS, "dpo", "gkd")  # DDP leaves every weight whole
 CASES["DEEPSPEED"] = tuple(name for name in CASES["DEEPSPEED"] if name != "a2po")  # which TRL refuses under ZeRO-3

@@ -230,6 +230,34 @@ def gkd(folder, **settings):
     )
 
 
+def sdft(folder, **settings):
+    from trl.experimental.sdft import SDFTConfig, SDFTTrainer
+
+    return self_distillation(SDFTTrainer, SDFTConfig, folder, **settings)
+
+
+def sdpo(folder, **settings):
+    from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
+
+    return self_distillation(SDPOTrainer, SDPOConfig, folder, reward_funcs=length_reward, **settings)
+
+
+def self_distillation(trainer, config, folder, reward_funcs=None, **settings):
+    model, tokenizer = loaded(folder)
+    rows = data("prompt").add_column("privileged_context", ROWS["chosen"])
+    return trainer(
+        model,
+        args=arguments(
+            config,
+            folder,
+            **{"max_completion_length": 6, "num_generations": 2, "distillation_mode": "full_logits"} | settings,
+        ),
+        train_dataset=rows,
+        processing_class=tokenizer,
+        **({} if reward_funcs is None else {"reward_funcs": reward_funcs}),
+    )
+
+
 def online_dpo(folder, **settings):
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
@@ -322,6 +350,10 @@ CASES = {
     **{f"tpo {t}": (tpo, {"loss_type": t, "tpo_alpha": 0.5}) for t in ("sigmoid", "hinge", "ipo", "tpo-l")},
     "tpo without gold": (tpo, {"tpo_alpha": 0.0}),
     "a2po": (a2po, {"filter_all_incorrect": False}),
+    **{f"sdft {alpha}": (sdft, {"distillation_alpha": alpha}) for alpha in (0.0, 0.3, 1.0)},
+    "sdft topk_logits": (sdft, {"distillation_mode": "topk_logits"}),
+    "sdft sampled_token": (sdft, {"distillation_mode": "sampled_token", "distillation_alpha": 1.0}),
+    "sdpo": (sdpo, {"distillation_weight": 0.5}),
 }
 
 
@@ -374,7 +406,7 @@ def test_other_ways_to_train(folder, make, setting, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo, distillation, cpo, orpo, tpo, gkd, online_dpo, a2po])
+@pytest.mark.parametrize("make", [sft, dpo, kto, grpo, rloo, distillation, cpo, orpo, tpo, gkd, sdft, online_dpo, a2po])
 def test_same_when_compiled(folder, make):
     torch._dynamo.reset()
     assert_same(make, folder, torch_compile=True, per_device_train_batch_size=2, rtol=1e-3)
@@ -477,21 +509,29 @@ def step(trainer):
     if hasattr(trainer, "_get_sequence_logps"):
         ids = torch.randint(4, 320, (4, 48))
         return 4 * 47, lambda: trainer._get_sequence_logps(model, ids, torch.ones_like(ids), 47).sum().backward()
+    if hasattr(trainer, "_forward_logits"):
+        trainer.current_gradient_accumulation_steps = 1
+        ids = torch.randint(4, 320, (32, 48))
+        mask, both = torch.ones_like(ids), torch.cat([ids, ids], 1)
+        batch = {"prompt_ids": ids, "prompt_mask": mask, "completion_ids": ids, "completion_mask": mask}
+        batch |= {"teacher_input_ids": both, "teacher_attention_mask": torch.ones_like(both)}
+        return ids.numel(), lambda: trainer.compute_loss(model, batch).backward()
     batch = next(iter(trainer.get_train_dataloader()))
     tokens = sum(batch[k].numel() for k in ("chosen_input_ids", "rejected_input_ids", "input_ids") if k in batch)
     return tokens, lambda: trainer.compute_loss(model, batch).backward()
 
 
-@pytest.mark.parametrize("make", [cpo, orpo, tpo, gkd, online_dpo, a2po, sft, dpo], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [cpo, orpo, tpo, gkd, sdft, online_dpo, a2po, sft, dpo], ids=lambda f: f.__name__)
 def test_no_logits_are_held(folder, make, monkeypatch):
-    rows, vocab = (32, 4096) if make is gkd else (4, 16384)  # a chunk of a divergence has 128 tokens or more
+    rows, vocab = (32, 4096) if make in (gkd, sdft) else (4, 16384)  # a chunk of a divergence has 128 tokens or more
 
     def wide(*args, original=llama, **settings):
         return original(vocab_size=vocab, hidden_size=8)
 
     monkeypatch.setitem(globals(), "llama", wide)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", wide)
-    trainer = make(folder, per_device_train_batch_size=rows)
+    own = {"teacher_model_kind": "live"} if make is sdft else {}  # no other is loaded
+    trainer = make(folder, per_device_train_batch_size=rows, **own)
     tokens, call = step(trainer)
     call()
     without = peak_bytes(call)
@@ -512,6 +552,7 @@ def test_unapply_gives_back_what_was_there():
     from trl.experimental.gkd import gkd_trainer
     from trl.experimental.online_dpo import OnlineDPOTrainer
     from trl.experimental.orpo import orpo_trainer
+    from trl.experimental.sdft import loss_utils, sdft_trainer
 
     places = [
         (utils, "_ChunkedLogProbFunction"),
@@ -523,6 +564,8 @@ def test_unapply_gives_back_what_was_there():
         (gkd_trainer.GKDTrainer, "compute_loss"),
         (gkd_trainer.GKDTrainer, "generalized_jsd_loss"),
         (OnlineDPOTrainer, "_forward"),
+        (sdft_trainer.SDFTTrainer, "_forward_logits"),
+        (loss_utils, "selective_log_softmax"),
     ]
     before = [vars(owner)[name] for owner, name in places]
     integration.apply()

@@ -116,7 +116,7 @@ def jensen_shannon_of_logs(s, t):
 def jensen_shannon_of_a_mean(s, t):
     p, q = s.softmax(-1), t.softmax(-1)
     m = torch.stack([p, q], dim=1).mean(1).log()
-    return (0.5 * (p * (p.log() - m)) + 0.5 * (q * (q.log() - m))).sum(-1).mean()
+    return torch.lerp(p * (p.log() - m), q * (q.log() - m), 0.5).sum(-1).mean()
 
 
 def a_sum_of_both(s, t):
@@ -124,7 +124,7 @@ def a_sum_of_both(s, t):
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
     m = torch.logaddexp(log_s - 1, log_t - 0.3) + 1
     forward, backward = t.softmax(-1) * (log_t - m), s.softmax(-1) * (log_s - m)
-    return (2 * forward + backward).sum(-1).mean() + (math.exp(0.7) * forward + backward).sum(-1).mean()
+    return (2 * forward + backward).sum(-1).mean() + 3 * backward.lerp(forward, 1 / (1 + math.exp(-0.7))).sum(-1).mean()
 
 
 def total_variation(s, t):
@@ -610,6 +610,9 @@ def test_compiles_without_a_break():
         lambda s, t: (s.log_softmax(-1) - t.log_softmax(-1)).masked_fill(MASK[..., None] == 0, 0) + PROBS,
         lambda s, t: PROBS * s.softmax(-1),
         lambda s, t: s.log_softmax(-1) * PROBS[:1],
+        lambda s, t: torch.lerp(s.log_softmax(-1), t.log_softmax(-1), PROBS[:, :, :1]),
+        lambda s, t: torch.lerp(s, t.log_softmax(-1), 0.3),
+        lambda s, t: torch.lerp(s.log_softmax(-1), PROBS, 0.3),
         lambda s, t: torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)) * 2 + 1,
         lambda s, t: -torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)) - math.log(2),
         lambda s, t: torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)) + 100,

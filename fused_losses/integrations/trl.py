@@ -1,8 +1,8 @@
 """TRL's trainers on fused losses: :func:`apply` once before training, :func:`unapply` to go back.
 
 SFT, DPO, KTO, GRPO and RLOO get their log-probs, entropies and the rest from one function of TRL's, distillation its divergence
-from another: those two are replaced. CPO, SimPO, ORPO, TPO, GKD, online DPO and A2PO hold whole logits: while one of them
-computes its loss, the model's head returns :class:`~fused_losses.linear_logits.LinearLogits` instead. Everything else,
+from another: those two are replaced. CPO, SimPO, ORPO, TPO, GKD, SDFT, SDPO, online DPO and A2PO hold whole logits: while one
+of them computes its loss, the model's head returns :class:`~fused_losses.linear_logits.LinearLogits` instead. Everything else,
 options and metrics included, stays TRL's.
 """
 
@@ -50,13 +50,18 @@ def apply() -> None:
         ("a2po", "A2POTrainer", "_get_sequence_logps"),
         ("tpo", "TPOTrainer", "compute_loss"),
         ("gkd", "GKDTrainer", "compute_loss"),
+        ("sdft", "SDFTTrainer", "_forward_logits"),
+        ("sdpo", "SDPOTrainer", "_forward_logits"),
     ):
         module = importlib.import_module(f"trl.experimental.{name}.{name}_trainer")
         owner = getattr(module, trainer)
         wrap = _with_lazy_models if method == "compute_loss" else _with_lazy_model
         _patches.replace(owner, method, wrap(getattr(owner, method)))
-        if name in ("cpo", "orpo", "a2po"):
+        if name in ("cpo", "orpo", "a2po", "sdft", "sdpo"):
             _patches.replace(module, "selective_log_softmax", selective_log_softmax)
+        if name in ("sdft", "sdpo"):
+            losses = importlib.import_module(f"trl.experimental.{name}.loss_utils")
+            _patches.replace(losses, "selective_log_softmax", selective_log_softmax)
         elif name == "tpo":
             _patches.replace(module, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
         elif name == "gkd":
