@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -339,25 +339,24 @@ def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: s
     return cross_entropy(z, p, reduction=reduction)
 
 
-def _kl_sums(kls: list[Any]) -> Iterator[tuple[float, Any]]:
+def _kl_sums(kls: list[Any]) -> list[Any]:
     """Factors and sums of ``c Σ a log(a/b)``, of which two are one where they make a Jensen-Shannon divergence."""
+    sums: list[Any] = []
     while kls:
         c, a, b = kls.pop()
         if isinstance(b, LinearLogits):
-            yield c, _divergence(b, a, "forward_kl")
+            sums.append((c, _divergence(b, a, "forward_kl")))
             continue
         parts = next((p for p in (b.parts, b.parts[::-1]) if _same(p[0][1], a)), None)
         if parts is None:
-            yield c, NotImplemented
-            return
+            return [(c, NotImplemented)]
         (w, _), (v, other) = parts
         mates = (k for k in kls if _same(k[1], other) and _same(k[2], b))
         mate = next((k for k in mates if math.isclose(c * v, k[0] * w, rel_tol=1e-6)), None)
-        if mate is None:
-            yield c, _divergence(other, a, "skewed_kl", w / (w + v)) - math.log(w + v)
-        else:
-            kls = [k for k in kls if k is not mate]
-            yield c * (w + v) / w, _divergence(other, a, "jsd", w / (w + v)) - math.log(w + v)
+        kls = [k for k in kls if k is not mate]
+        c, kind = (c, "skewed_kl") if mate is None else (c * (w + v) / w, "jsd")
+        sums.append((c, _divergence(other, a, kind, w / (w + v)) - math.log(w + v)))
+    return sums
 
 
 def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str, beta: float = 0.5) -> Tensor:

@@ -30,14 +30,16 @@ from fused_losses.row_statistics import RowStatistics
 
 # (case, target) -> bytes it may spill, the most of what Triton 3.6, 3.7 and 3.9 do. Each was looked up in the machine code: one
 # or two registers stored once a program, or once a row tile and split, and loaded once there or once a tile; of softmax_rows
-# two or four, once a program, with which Triton 3.9's assembler stays at 128 or 64 registers; on sm_89 with 3.7's at 80.
+# two or four, once a program, with which Triton 3.9's assembler stays at 128 or 64 registers.
 ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
     ("linear_softmax_fwd all, bias softcap weights low-rank, saving logits", "sm_90"): 8,
     ("softmax_rows_fwd rows, every option", "sm_90"): 16,
-    ("divergence_rows cross_entropy, gradients of both, every option", "sm_89"): 8,
-    ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_80"): 8,
+    ("softmax_rows_bwd columns, every option", "sm_75"): 8,
+    ("softmax_rows_bwd columns, every option", "sm_120"): 16,
+    ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_75"): 8,
     ("divergence_rows jsd, 32 bits, normalizers of a slice", "sm_80"): 8,
+    ("divergence_rows skewed_kl, gradients of both, every option", "sm_120"): 8,
 }
 
 N, V, ODD_V, H, R = 17, 256, 131, 64, 16  # only what they are divisible by is compiled, not how many

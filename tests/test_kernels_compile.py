@@ -10,16 +10,16 @@ import torch
 from conftest import python
 
 ROOT = Path(__file__).parent.parent
-# Instructions that sm_90 may spend on a logit (a pair of them in a divergence), and how many of them a lane takes at a time.
-# The most of Triton 3.7 and 3.9.
+# Instructions that sm_90 may spend on a logit (a pair of them in a divergence), how many of them a lane takes at a time, and in
+# how many passes over the row. The most of Triton 3.7 and 3.9.
 PER_LOGIT = {
-    "softmax_rows_fwd log-probs": (10.5, 32),
-    "softmax_rows_fwd entropy": (13, 32),
-    "softmax_rows_fwd_bwd log-probs": (21.07, 32),
-    "softmax_rows_bwd ac": (18, 32),
-    "softmax_rows_bwd rows": (50, 32),
-    "divergence_rows forward_kl, gradients of student": (74, 8),
-    "divergence_rows jsd, gradients of student": (136, 8),
+    "softmax_rows_fwd log-probs": (10.5, 32, 1),
+    "softmax_rows_fwd entropy": (13, 32, 1),
+    "softmax_rows_fwd_bwd log-probs": (21.5, 32, 2),
+    "softmax_rows_bwd ac": (18, 32, 1),
+    "softmax_rows_bwd rows": (50, 32, 1),
+    "divergence_rows forward_kl, gradients of student": (57, 8, 2),
+    "divergence_rows jsd, gradients of student": (136, 8, 3),
 }
 FAULTY = """
 import os, tempfile
@@ -61,8 +61,8 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
     assert {report["target"] for report in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert sum("combine" not in report["kernel"] for report in reports) <= 184, "the gate's budget"
     loops = {report["kernel"]: report["loops"].split() for report in reports if report["target"] == "sm_90"}
-    spent = {kernel: sum(map(int, loops[kernel])) / logits for kernel, (_, logits) in PER_LOGIT.items()}
-    assert all(spent[kernel] <= allowed for kernel, (allowed, _) in PER_LOGIT.items()), spent
+    spent = {kernel: sum(map(int, loops[kernel][:passes])) / n for kernel, (_, n, passes) in PER_LOGIT.items()}
+    assert all(spent[kernel] <= allowed for kernel, (allowed, *_) in PER_LOGIT.items()), spent
     matrix = [report["target"] for report in reports if report["matrix_instruction"] != "-"]
     assert all(matrix.count(target) >= 12 for target in ("sm_80", "sm_90", "sm_100", "gfx942")), matrix
 
