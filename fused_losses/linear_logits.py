@@ -196,6 +196,8 @@ class LinearLogits(LazyTensor):
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
         self._versions = versions(hidden=hidden)
+        self._cache: dict[tuple[str, bool], Tensor] = {}
+        self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
 
     rest: Any
     hidden: Tensor = property(lambda self: self._hidden, _set_hidden)  # type: ignore[assignment]  # noqa: RUF009
@@ -267,8 +269,6 @@ class LinearLogits(LazyTensor):
         self.rest = rest
         self._set_hidden(hidden)
         self._views_changed = rest.views[0]
-        self._cache: dict[tuple[str, bool], Tensor] = {}
-        self._bare: tuple[Tensor, Tensor | None] | None = None  # hidden and u, detached
 
     def _part(self, t: Tensor) -> Tensor:
         """A part of the head, as its gradient is to find it."""
@@ -479,11 +479,10 @@ class LinearLogits(LazyTensor):
         u, B = changed.low_rank or (None, None)
         if not self.rest.detached and (changed.detached or no_gradient()):
             changed.detached, changed.frozen = True, False  # wherever it will be read
-            bare = self._bare if hidden is self.hidden else None
-            bare = bare or (hidden.detach(), None if u is None else u.detach())
-            if hidden is self.hidden:
-                self._bare = bare  # the same each time: same_logits knows them by it
-            hidden, u = bare
+            bare = self._bare if hidden is self.hidden else []
+            if not bare:  # else the same each time: same_logits knows them by it
+                bare.append((hidden.detach(), None if u is None else u.detach()))
+            hidden, u = bare[0]
             changed.low_rank = None if u is None else (u, B)
         changed.versions = versions(weight=changed.weight, bias=changed.bias, u=u, B=B, **changed.shards)
         changed.views = self.rest.views if view else [0]
@@ -504,7 +503,7 @@ class LinearLogits(LazyTensor):
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         new = self._but(self.hidden, dtype=dtype)
-        new._cache = self._cache
+        new._cache, new._bare = self._cache, self._bare
         return new
 
     def vocab_last(self) -> LinearLogits:

@@ -402,6 +402,15 @@ def test_a_cast_of_fields_is_one_of_the_label():
     assert torch.equal(cast.materialize(), logits.float().materialize())
 
 
+def test_another_hidden_has_other_numbers():
+    hidden, head, _ = batch()
+    logits = LinearHead.from_linear(head)(hidden)
+    logits.logsumexp(-1), logits.detach()
+    logits.hidden = hidden * 2
+    assert torch.equal(logits.logsumexp(-1), LinearHead.from_linear(head)(hidden * 2).logsumexp(-1))
+    assert torch.equal(logits.detach().materialize(), head(hidden * 2).detach())
+
+
 def test_the_page_has_a_forward_to_train_and_sample_with():
     page = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
     section = page.partition("\n## Your own loop\n")[2].partition("\n## ")[0]
