@@ -95,6 +95,11 @@ class LazyMixture(Derived):
     parts: tuple[tuple[float, LinearLogits], tuple[float, LinearLogits]]
     dtype: torch.dtype
 
+    def __post_init__(self) -> None:
+        if no_gradient():
+            (w, a), (v, b) = self.parts
+            self.parts = (w, a.detach()), (v, b.detach())
+
     @property
     def base(self) -> LinearLogits:
         return self.parts[0][1]
@@ -129,7 +134,7 @@ class LazyMixture(Derived):
 
     def scaled(self, factor: Any) -> Any:
         number = number_of(factor if is_number(factor) else per_token_number(self, factor))
-        if number is NotImplemented:
+        if number is NotImplemented or not abs(number) < math.inf:
             return NotImplemented
         (w, a), (v, b) = self.parts
         return replace(self, parts=((w * number, a), (v * number, b)))
@@ -138,13 +143,16 @@ class LazyMixture(Derived):
         logs = (z.elements().log_softmax(self.vocab_dim) + math.log(w) for w, z in self.parts)
         return torch.logaddexp(*logs)
 
+    # Of a copy, which changes in place do not reach.
+
     def logarithm(self) -> Any:
         mixed = all(0 < w < math.inf for w, _ in self.parts)
-        return LazyProducts((_Term(1.0, None, self),), self.dtype) if mixed else NotImplemented
+        return LazyProducts((_Term(1.0, None, replace(self)),), self.dtype) if mixed else NotImplemented
 
     def distance(self) -> Any:
         (w, _), (v, _) = self.parts
-        return LazyProducts((_Term(1.0, None, _Distance(self)),), self.dtype) if w == -v else NotImplemented
+        apart = w == -v and abs(w) < math.inf
+        return LazyProducts((_Term(1.0, None, _Distance(replace(self))),), self.dtype) if apart else NotImplemented
 
 
 @dataclass(eq=False, repr=False)
@@ -156,6 +164,11 @@ class LazyProducts(Derived):
     factor: Any = 1.0
     finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
     skipped: Tensor | None = None  # tokens whose entries all count as 0
+
+    def __post_init__(self) -> None:
+        if self.requires_grad and no_gradient():
+            bare = self._detached()
+            self.terms, self.factor, self.finite = bare.terms, bare.factor, bare.finite
 
     @property
     def base(self) -> LinearLogits:
@@ -223,9 +236,11 @@ class LazyProducts(Derived):
     def with_dtype(self, dtype: torch.dtype) -> LazyProducts:
         return replace(self, dtype=dtype)
 
+    def _detached(self) -> LazyProducts:
+        return self._each(LinearLogits.detach, Tensor.detach, lambda t: t.detach() if isinstance(t, Tensor) else t)
+
     def detach(self) -> LazyProducts:
-        each = self._each(LinearLogits.detach, Tensor.detach, lambda t: t.detach() if isinstance(t, Tensor) else t)
-        return self.aliasing(each)
+        return self.aliasing(self._detached())
 
     def scaled(self, factor: Any) -> Any:
         number = factor if is_number(factor) else per_token_number(self, factor)
@@ -250,7 +265,8 @@ class LazyProducts(Derived):
         plain = not others and softmax is None and not self.finite and self.skipped is None and is_number(self.factor)
         if not plain or not isinstance(mixture, LazyMixture) or c * self.factor != 1 or not abs(offset) < STEEPEST:
             return NotImplemented
-        return mixture.scaled(math.exp(offset)).logarithm().with_dtype(self.dtype)
+        found = mixture.scaled(math.exp(offset)).logarithm()
+        return found if found is NotImplemented else found.with_dtype(self.dtype)
 
     def _weighed(self, factor: float) -> tuple[_Term, ...]:
         return tuple(t._replace(factor=t.factor * factor) for t in self.terms)
@@ -418,7 +434,7 @@ def logaddexp(input: Any, other: Any) -> Any:
 
 
 @dataclass(eq=False, repr=False)
-class LazyStack(LazyTensor):
+class LazyStack(Derived):
     """Expressions of different heads, stacked: no logits until something other than a sum over them is asked for."""
 
     parts: tuple[Any, ...]

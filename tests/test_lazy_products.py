@@ -302,6 +302,7 @@ def test_a_stack_of_both():
     log_s *= 0  # which a stack has copied
     assert (stack.shape, stack.dtype, stack.requires_grad) == ((B, S, V, 2), torch.float64, True)
     assert (stack.size(-1), stack.dim(), stack.numel(), len(repr(stack)) < 500) == (2, 4, B * S * V * 2, True)
+    assert (stack.device, stack.is_cuda, stack.is_meta) == (s.device, False, False)
     eager = torch.stack([s.materialize().log_softmax(-1), t.materialize().log_softmax(-1).float()], dim=-1)
     with strict():
         assert stack.logsumexp(-1).dtype == torch.float64
@@ -321,6 +322,69 @@ def test_a_stack_of_both():
     with pytest.warns(UserWarning, match="logsumexp materialises LazyStack"):
         three = torch.stack([s.log_softmax(-1)] * 3).logsumexp(0)
     torch.testing.assert_close(three, s.materialize().log_softmax(-1) + math.log(3))
+
+
+@pytest.mark.parametrize("of", [torch.log, torch.abs, lambda m: m.log() * 2])
+def test_a_mixture_may_change_afterwards(of):
+    s, t = (LinearLogits(*(x.detach() for x in side)) for side in (leaves()[:3], leaves()[3:]))
+    m = s.softmax(-1) - t.softmax(-1) if of is torch.abs else s.softmax(-1) + t.softmax(-1)
+    found = of(m)
+    expected = found.materialize()
+    m *= 3
+    torch.testing.assert_close(found.materialize(), expected)
+
+
+@pytest.mark.parametrize("offset", [79.0, -79.0])
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_a_mixture_shifted_beyond_what_its_weights_hold(offset):
+    inputs, results = leaves(), []
+    for head in (LinearLogits, F.linear):
+        s, t = head(*inputs[:3]), head(*inputs[3:])
+        m = torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1))
+        for _ in range(10):
+            m = m + offset
+        results.append((s.softmax(-1) * m).sum(-1))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_a_distance_weighed_by_infinity():
+    p, q = LinearLogits(*leaves()[:3]).softmax(-1), LinearLogits(*leaves()[3:]).softmax(-1)
+    assert (math.inf * p - math.inf * q).abs().sum(-1).isnan().all()
+    assert ((p - q) * math.inf).abs().sum(-1).isposinf().all()
+
+
+@pytest.mark.parametrize(
+    "stopped",
+    [
+        lambda p, q: p + q,
+        lambda p, q: (p + q).log(),
+        lambda p, q: (p - q).abs(),
+        lambda p, q: torch.stack([p, q]).mean(0),
+        lambda p, q: p.log() - q.log(),
+        lambda p, q: q * (p.log() - q.log()),
+        lambda p, q: F.kl_div(p.log(), q, reduction="none").masked_fill(MASK[..., None] == 0, 0),
+        lambda p, q: torch.logaddexp(p.log(), q.log()) + 0.5,
+    ],
+)
+def test_what_is_made_without_gradient_of_what_has_one_gets_none(stopped):
+    s, t = LinearLogits(*leaves()[:3]), LinearLogits(*leaves()[3:])
+    p, q = s.softmax(-1), t.softmax(-1)
+    with_one = stopped(p, q)
+    with torch.no_grad():
+        found = stopped(p, q)
+    assert (with_one.requires_grad, found.requires_grad) == (True, False)
+    torch.testing.assert_close(found.materialize(), with_one.materialize().detach())
+
+
+def test_metrics_without_gradient_make_no_logits():
+    s, t = LinearLogits(*leaves()[:3]), LinearLogits(*leaves()[3:])
+    q, log_p, log_q = t.softmax(-1), s.log_softmax(-1), t.log_softmax(-1)
+    with torch.no_grad(), strict():
+        m = torch.logaddexp(log_p, log_q) - math.log(2)
+        kls = F.kl_div(m, q, reduction="none"), F.kl_div(m, log_p, reduction="none", log_target=True)
+        found = (0.5 * kls[0] + 0.5 * kls[1]).sum(-1)
+    torch.testing.assert_close(found.mean(), jensen_shannon_of_a_mean(s, t).detach())
 
 
 def test_a_mixture_where_both_underflow():
