@@ -398,16 +398,15 @@ def _fit(x: LinearLogits, y: LinearLogits) -> bool:
     return x.shape == y.shape and x.vocab_dim == y.vocab_dim and x.device == y.device and x.wide == y.wide
 
 
-def mixture(x: Any, y: Any) -> Any:
-    """``x + y`` of two softmaxes."""
+def mixture(x: Any, y: Any, sign: float) -> Any:
+    """``x + sign · y`` of two softmaxes."""
     if not (x.unshifted and y.unshifted and _fit(x.base, y.base)):
         return NotImplemented
-    return _mixed([(number_of(e.factor), e) for e in (x, y)])
+    w, v = number_of(x.factor), number_of(y.factor)
+    return NotImplemented if w is NotImplemented or v is NotImplemented else _mixed([(w, x), (v * sign, y)])
 
 
-def _mixed(weighed: list[tuple[Any, Any]]) -> Any:
-    if any(w is NotImplemented for w, _ in weighed):
-        return NotImplemented
+def _mixed(weighed: list[tuple[float, Any]]) -> LazyMixture:
     (_, x), (_, y) = weighed
     return LazyMixture(tuple((w, e.base) for w, e in weighed), torch.promote_types(x.dtype, y.dtype))  # type: ignore[arg-type]
 

@@ -159,7 +159,7 @@ class LazyExpression(Derived):
 
     def plus(self, other: LazyTensor, sign: float) -> Any:
         if isinstance(other, LazyExpression) and self.form == other.form == "softmax":
-            return mixture(self, other.scaled(sign))
+            return mixture(self, other, sign)
         found = products(self)
         return NotImplemented if found is NotImplemented else found.plus(other, sign)
 

@@ -119,6 +119,14 @@ def jensen_shannon_of_a_mean(s, t):
     return torch.lerp(p * (p.log() - m), q * (q.log() - m), 0.5).sum(-1).mean()
 
 
+def jensen_shannon_with_a_share(s, t):
+    share = torch.tensor(0.1, dtype=s.dtype)
+    p, q = s.softmax(-1), t.softmax(-1)
+    m = (share * q + (1 - share) * p).log()
+    from_t, from_s = F.kl_div(m, q, reduction="none"), F.kl_div(m, p, reduction="none")
+    return (share * from_t + (1 - share) * from_s).sum(-1).mean()
+
+
 def a_sum_of_both(s, t):
     """Whose weights do not make 1."""
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
@@ -140,7 +148,7 @@ def gaps(s, t):
 LOSSES = [forward_kl, reverse_kl, difference, difference_of_logs, elementwise, elementwise_of_logs, with_a_temperature]
 LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, several_terms, gaps]
 LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture, jensen_shannon_of_logs, jensen_shannon_of_a_mean]
-LOSSES += [a_sum_of_both, total_variation]
+LOSSES += [jensen_shannon_with_a_share, a_sum_of_both, total_variation]
 
 
 PROBS = torch.linspace(-3, 3, B * S * V, dtype=torch.float64).sin().mul(3).view(B, S, V).softmax(-1)
@@ -246,6 +254,7 @@ def test_accuracy(loss, dtype):
     [
         (jensen_shannon_of_logs, ["jsd"]),
         (jensen_shannon_of_a_mean, ["jsd"]),
+        (jensen_shannon_with_a_share, ["jsd"]),
         (entropy_of_a_mixture, ["skewed_kl", "skewed_kl"]),  # summed apart
         (a_sum_of_both, ["skewed_kl", "skewed_kl", "jsd"]),  # only the second in the shares of the mixture
         (total_variation, ["tvd", "tvd"]),
