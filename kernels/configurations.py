@@ -60,14 +60,15 @@ def programs(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
-def rows_in_flight(device: torch.device, tile_bytes: int) -> int:
-    """Programs of a persistent grid, each of which loads a tile at a time of a row that it will read again.
+def rows_in_flight(device: torch.device, row_bytes: int, tile_bytes: int) -> int:
+    """Programs of a persistent grid, each of which reads a row, a tile at a time, and then again from its end.
 
-    They keep 32 KiB of loads in flight per multiprocessor: an H200's 4.3 TB/s at 0.7 µs take 23, a B200's 8 take 38. More
-    programs would only be more rows for L2 to keep.
+    As many as L2 keeps the rows of, half of which is still to be read again at any time, and 6 a multiprocessor at most; but
+    as many as keep 32 KiB of loads in flight there: an H200's 4.3 TB/s at 0.7 µs take 23.
     """
-    in_flight = 2**16 if architecture(device) == "sm_100" else 2**15
-    return programs(device) * (in_flight // tile_bytes)
+    each = programs(device)
+    room = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    return each * max(2**15 // tile_bytes, min(6, round(room / row_bytes / each)))
 
 
 def softmax_rows_fwd_config(

@@ -18,7 +18,7 @@ Class probabilities ``t`` enter through the weights, ``w_j = weight_j ((1 − ε
 
 Both at once, for a loss that is linear in its statistics, so that the gradient waits for nothing outside its row: a program
 reads its row and then, from the end, reads it again and writes the gradient over it. The programs take row after row, and are
-no more than the memory's speed takes: their rows fit L2, or nearly, and the second read is mostly from there.
+few enough that their rows fit L2, or nearly: the second read is mostly from there.
 
 Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward, at once 2·V·b and what of the
 second read misses L2; everything else is O(K).
@@ -594,7 +594,8 @@ def softmax_rows_fwd_bwd(
         return out
     options = column_weight is not None or not {"sum_log_probs", "is_top1"}.isdisjoint(outputs)
     _, BLOCK_V, VEC, num_warps = softmax_rows_fwd_config(logits.dtype, True, options)
-    _softmax_rows_fwd_bwd_kernel[(min(N, rows_in_flight(logits.device, BLOCK_V * logits.element_size())),)](
+    rows = rows_in_flight(logits.device, V * logits.element_size(), BLOCK_V * logits.element_size())
+    _softmax_rows_fwd_bwd_kernel[(min(N, rows),)](
         logits,
         ids,
         column_weight,

@@ -4,10 +4,13 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import python
+
+from fused_losses.kernels import configurations
 
 ROOT = Path(__file__).parent.parent
 # Instructions that sm_90 may spend on a logit (a pair of them in a divergence), how many of them a lane takes at a time, and in
@@ -52,6 +55,14 @@ except compile_only.CannotLaunch as error:
 compile_only.TARGETS["sm_80"] = compile_only.TARGETS["sm_80"]._replace(matrix_instruction="HGMMA")
 trouble("sm_80", num_stages=3)
 """
+
+
+def test_as_many_rows_are_in_flight_as_l2_has_room_for(monkeypatch):
+    h200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
+    in_flight = {V: configurations.rows_in_flight(torch.device("cuda"), 2 * V, 2**14) for V in (32000, 128256, 256000)}
+    assert in_flight == {32000: 6 * 132, 128256: 3 * 132, 256000: 2 * 132}
+    assert configurations.rows_in_flight(torch.device("cuda"), 2 * 256000, 2**12) == 8 * 132  # of smaller tiles more
 
 
 def test_every_shipped_configuration_compiles_well(tmp_path):
