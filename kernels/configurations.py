@@ -68,7 +68,7 @@ def rows_in_flight(device: torch.device, row_bytes: int, tile_bytes: int) -> int
     """
     each = programs(device)
     room = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return each * max(2**15 // tile_bytes, min(6, round(room / row_bytes / each)))
+    return each * max(2**15 // tile_bytes, min(6, room // (row_bytes * each)))
 
 
 def softmax_rows_fwd_config(

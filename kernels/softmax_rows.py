@@ -57,6 +57,7 @@ def _lane_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Read rows once; each lane's sums ``(BLOCK_N, LANES)``, relative to its own maximum."""
     LANES: tl.constexpr = BLOCK_V // VEC
@@ -69,7 +70,7 @@ def _lane_sums(
     top = tl.zeros((BLOCK_N, LANES), tl.int32)
     nans = tl.zeros((BLOCK_N, LANES), tl.int32)
     v_end = V * tl.max(active.to(tl.int32), 0)  # a block of skipped rows reads nothing
-    for v_start in range(0, v_end, BLOCK_V):
+    for v_start in tl.range(0, v_end, BLOCK_V, num_stages=STAGES):
         v = v_start + tl.arange(0, BLOCK_V)
         inside = active[:, None] & (v < V)[None, :]
         x = tl.load(
@@ -205,7 +206,7 @@ def _softmax_rows_fwd_kernel(
     largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
         row_ptr, logits_stride_v, active, inner, outer, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
         label_smoothing, HAS_COLUMN_WEIGHT, HAS_PROBABILITIES, HAS_SOFTCAP, ENTROPY, LOG_SUM_SQ_PROBS, SUM_LOG_PROBS,
-        MAX_LOGIT, IS_TOP1, BLOCK_N, BLOCK_V, VEC,
+        MAX_LOGIT, IS_TOP1, BLOCK_N, BLOCK_V, VEC, 1,
     )  # fmt: skip
 
     # From here on there are a few numbers per row, put together in float64 and rounded once.
@@ -505,6 +506,7 @@ def _softmax_rows_fwd_bwd_kernel(
     IS_TOP1: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    STAGES: tl.constexpr,  # 2: the next tile is under way while one is worked on
 ):
     for item in range(tl.program_id(0), N, tl.num_programs(0)):
         row = item + tl.arange(0, 1).to(tl.int64)
@@ -519,7 +521,7 @@ def _softmax_rows_fwd_bwd_kernel(
         inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
         largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
             row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_COLUMN_WEIGHT, False,
-            HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC,
+            HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC, STAGES,
         )  # fmt: skip
         moved, _, row_largest, _, log_total = _row_total(largest, total)
         # All numbers of a skipped row are 0, and so is then its gradient.
@@ -551,7 +553,7 @@ def _softmax_rows_fwd_bwd_kernel(
 
         tl.debug_barrier()  # all have read what any will write over
         # Backwards: what was read last is still in L2, which keeps it the longer for forgetting what was written over.
-        for v_end in range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V):
+        for v_end in tl.range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V, num_stages=STAGES):
             v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
             inside = (v < logits_stride_n)[None, :]
             at = row_ptr[:, None] + v[None, :]
@@ -620,6 +622,7 @@ def softmax_rows_fwd_bwd(
         IS_TOP1="is_top1" in outputs,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
+        STAGES=1 if options else 2,  # of the small tiles with options more programs are
         num_warps=num_warps,
         enable_fp_fusion=True,
     )
