@@ -368,7 +368,8 @@ def _kl_sums(kls: list[Any]) -> list[Any]:
             return [(c, NotImplemented)]
         (w, _), (v, other) = parts
         mates = (k for k in kls if _same(k[1], other) and _same(k[2], b))
-        mate = next((k for k in mates if math.isclose(c * v, k[0] * w, rel_tol=1e-6)), None)
+        rounding = 16 * torch.finfo(b.wide).eps
+        mate = next((k for k in mates if math.isclose(c * v, k[0] * w, rel_tol=rounding)), None)
         kls = [k for k in kls if k is not mate]
         c, kind = (c, "skewed_kl") if mate is None else (c * (w + v) / w, "jsd")
         sums.append((c, _divergence(other, a, kind, w / (w + v)) - math.log(w + v)))
