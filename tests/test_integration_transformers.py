@@ -850,7 +850,7 @@ def test_a_step_holds_at_least_the_logits_less(name):
 
 @pytest.mark.parametrize(
     ("rows", "packages"),
-    [(6, ["transformers"]), (8, ["trl", "datasets"]), (1, ["verl"]), (1, ["openrlhf", "deepspeed", "pylatexenc"])],
+    [(6, ["transformers"]), (9, ["trl", "datasets"]), (1, ["verl"]), (1, ["openrlhf", "deepspeed", "pylatexenc"])],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
 def test_the_command_that_counts_before_and_after(rows, packages):
