@@ -32,11 +32,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lazy_tensor import Derived, LazyTensor, answers, is_number, number_of, per_token_number, wrap_dim
+from .lazy_tensor import (
+    Derived,
+    LazyTensor,
+    answers,
+    coefficient,
+    is_number,
+    multiplied,
+    number_of,
+    per_token_number,
+    wrap_dim,
+)
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient, versions
 
-STEEPEST = 80.0  # logarithm of a mixture's weight
+LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
 
 
 def times_log(z: Tensor, dim: int) -> Tensor:
@@ -133,7 +143,7 @@ class LazyMixture(Derived):
         return self.aliasing(self.each(LinearLogits.detach))
 
     def scaled(self, factor: Any) -> Any:
-        number = number_of(factor if is_number(factor) else per_token_number(self, factor))
+        number = number_of(coefficient(self, factor))
         if number is NotImplemented or not abs(number) < math.inf:
             return NotImplemented
         (w, a), (v, b) = self.parts
@@ -243,10 +253,9 @@ class LazyProducts(Derived):
         return self.aliasing(self._detached())
 
     def scaled(self, factor: Any) -> Any:
-        number = factor if is_number(factor) else per_token_number(self, factor)
+        number = coefficient(self, factor)
         if number is not NotImplemented:
-            once = is_number(self.factor) and self.factor == 1
-            return replace(self, factor=number if once else self.factor * number)
+            return replace(self, factor=multiplied(self.factor, number))
         if not _alike(self, factor) or any(t.softmax is not None for t in self.terms):
             return NotImplemented
         dense = _Dense(factor)
@@ -263,7 +272,7 @@ class LazyProducts(Derived):
         """``log m + offset``."""
         (c, softmax, mixture), *others = self.terms
         plain = not others and softmax is None and not self.finite and self.skipped is None and is_number(self.factor)
-        if not plain or not isinstance(mixture, LazyMixture) or c * self.factor != 1 or not abs(offset) < STEEPEST:
+        if not plain or not isinstance(mixture, LazyMixture) or c * self.factor != 1 or not abs(offset) < LARGEST_LOG:
             return NotImplemented
         found = mixture.scaled(math.exp(offset)).logarithm()
         return found if found is NotImplemented else found.with_dtype(self.dtype)
@@ -428,7 +437,7 @@ def logaddexp(input: Any, other: Any) -> Any:
     if not _fit(input.base, other.base):
         return NotImplemented
     logs = [number_of(x.offset) for x in both]
-    if any(w is NotImplemented or not abs(w) < STEEPEST for w in logs):
+    if any(w is NotImplemented or not abs(w) < LARGEST_LOG for w in logs):
         return NotImplemented
     return _mixed([(math.exp(w), x) for w, x in zip(logs, both, strict=True)]).logarithm()
 

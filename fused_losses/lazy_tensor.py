@@ -3,7 +3,8 @@
 What PyTorch is asked to do with such a tensor arrives in ``__torch_function__`` under the function's name, and
 ``HANDLERS`` says who answers. Whatever has no handler, or one that says ``NotImplemented``, is computed by PyTorch on the
 materialised tensor, with a warning. The answers here concern metadata and arithmetic by numbers; those that concern the
-shape are in ``lazy_views.py``, joining in ``linear_logits.py``, reductions and losses in ``log_softmax.py``.
+shape are in ``lazy_views.py``, joining in ``linear_logits.py`` and ``lazy_products.py``, reductions and losses in
+``log_softmax.py``.
 """
 
 from __future__ import annotations
@@ -554,8 +555,18 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
     return t.squeeze(x.vocab_dim).to(x.device, x.wide, copy=True).expand(x.token_shape) if fits else NotImplemented
 
 
+def coefficient(x: LazyTensor, t: Any) -> Any:
+    """``t`` as a factor or an offset of ``x``: a number, or one per token."""
+    return t if is_number(t) else per_token_number(x, t)
+
+
+def multiplied(x: Any, y: Any) -> Any:
+    """Of two coefficients; a 1 leaves the other one as it is, for :func:`number_of`."""
+    return y if is_number(x) and x == 1 else x * y
+
+
 def number_of(t: Any) -> Any:
-    """The one number that ``t``, as :func:`per_token_number` gives it, holds for all tokens, read from its device."""
+    """The one number that ``t``, a coefficient, holds for all tokens, read from its device."""
     if is_number(t):
         return t
     single = isinstance(t, Tensor) and all(n == 1 or step == 0 for n, step in zip(t.shape, t.stride(), strict=True))

@@ -38,7 +38,17 @@ from .lazy_products import (
     products,
     times_log,
 )
-from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, per_token_number, wrap_dim
+from .lazy_tensor import (
+    Derived,
+    LazyTensor,
+    answers,
+    coefficient,
+    from_front,
+    is_lazy,
+    is_number,
+    multiplied,
+    wrap_dim,
+)
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
 from .numerics import autocast_dtype, statistics_dtype, upcast
@@ -143,15 +153,15 @@ class LazyExpression(Derived):
             return self.base._but(self.base.hidden, scale=self.base.scale * factor, softcap=factor).with_dtype(
                 self.dtype
             )
-        number = factor if is_number(factor) else per_token_number(self, factor)
+        number = coefficient(self, factor)
         if number is NotImplemented:
             found = products(self)
             return found if found is NotImplemented else found.scaled(factor)
-        factor = number if self.unweighted else self.factor * number
-        return replace(self, factor=factor, offset=0.0 if self.unshifted else self.offset * number)
+        offset = 0.0 if self.unshifted else self.offset * number
+        return replace(self, factor=multiplied(self.factor, number), offset=offset)
 
     def shifted(self, offset: Any) -> Any:
-        number = offset if is_number(offset) else per_token_number(self, offset)
+        number = coefficient(self, offset)
         if number is NotImplemented:
             found = products(self)
             return found if found is NotImplemented else found.shifted(offset)

@@ -622,7 +622,7 @@ def softmax_rows_fwd_bwd(
         IS_TOP1="is_top1" in outputs,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
-        STAGES=1 if options else 2,  # of the small tiles with options more programs are
+        STAGES=1 if options else 2,  # with options tiles are smaller and programs more
         num_warps=num_warps,
         enable_fp_fusion=True,
     )

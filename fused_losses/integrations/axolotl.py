@@ -12,12 +12,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from torch import Tensor
-
-from ..linear_logits import LinearLogits
-from ..token_statistics import selective_log_softmax, token_statistics
+from ..token_statistics import selective_log_softmax
 from . import transformers
-from .patching import check_version
+from .patching import check_version, entropy_from_logits
 
 try:
     from axolotl.integrations.base import BasePlugin  # type: ignore[import-not-found]
@@ -37,7 +34,7 @@ class FusedLossesPlugin(BasePlugin):
         if cfg.rl:  # after Axolotl's own patch, before it imports TRL's trainers, which take these by name
             utils = importlib.import_module("trl.trainer.utils")
             utils.selective_log_softmax = selective_log_softmax  # type: ignore[attr-defined]
-            utils.entropy_from_logits = _entropy_from_logits  # type: ignore[attr-defined]
+            utils.entropy_from_logits = entropy_from_logits  # type: ignore[attr-defined]
 
     def post_model_load(self, cfg: Any, model: Any) -> None:
         transformers.apply(model)
@@ -47,9 +44,3 @@ class FusedLossesPlugin(BasePlugin):
         reference = getattr(trainer, "ref_model", None)
         if type(reference) is type(trainer.model):  # GRPO loads its own; not where DeepSpeed or FSDP2 has it already
             transformers.apply(reference)
-
-
-def _entropy_from_logits(logits: Tensor | LinearLogits, chunk_size: int = 128) -> Tensor:
-    entropy = token_statistics(logits, outputs=("entropy",)).entropy
-    assert entropy is not None
-    return entropy

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ..linear_logits import LinearLogits
-from ..token_statistics import selective_log_softmax, token_statistics
-from .patching import Patches, check_version, lazy_logits
+from ..token_statistics import selective_log_softmax
+from .patching import Patches, check_version, entropy_from_logits, lazy_logits
 
 TESTED = "0.11"
 
@@ -40,7 +40,7 @@ def apply() -> None:
     check_version("openrlhf", TESTED)
     actor = importlib.import_module("openrlhf.models.actor")
     _patches.replace(actor, "log_probs_from_logits", log_probs_from_logits)
-    _patches.replace(actor, "compute_entropy", compute_entropy)
+    _patches.replace(actor, "compute_entropy", entropy_from_logits)
     _patches.replace(actor.Actor, "forward", _without_logits(actor.Actor.forward))
 
 
@@ -52,13 +52,6 @@ def unapply() -> None:
 def log_probs_from_logits(logits: Tensor | LinearLogits, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """In place of OpenRLHF's function of this name; leaves ``logits`` as they are."""
     return selective_log_softmax(logits, labels, temperature=temperature)
-
-
-def compute_entropy(logits: Tensor | LinearLogits) -> Tensor:
-    """In place of OpenRLHF's function of this name."""
-    entropy = token_statistics(logits, outputs=("entropy",)).entropy
-    assert entropy is not None
-    return entropy
 
 
 def _without_logits(forward: Callable[..., Any]) -> Callable[..., Any]:

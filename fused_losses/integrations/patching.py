@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..linear_logits import LinearHead, LinearLogits
 from ..linear_logits_checks import callers
+from ..token_statistics import token_statistics
 
 _MISSING = object()
 
@@ -83,6 +84,13 @@ class _LazyForward:
 
     def __call__(self, input: Tensor) -> LinearLogits:
         return LinearLogits(input, self.head.weight, self.head.bias, module=self.head)
+
+
+def entropy_from_logits(logits: Tensor | LinearLogits, chunk_size: int | None = None) -> Tensor:
+    """Of each token, differentiable; TRL's ``chunk_size`` is accepted and not needed."""
+    entropy = token_statistics(logits, outputs=("entropy",)).entropy
+    assert entropy is not None
+    return entropy
 
 
 def trainer_drops_logits() -> bool | None:

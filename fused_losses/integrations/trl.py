@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..divergence import divergence
 from ..linear_logits import LinearLogits
 from ..token_statistics import selective_log_softmax, token_statistics
-from .patching import Patches, check_version, lazy_logits, trainer_drops_logits
+from .patching import Patches, check_version, entropy_from_logits, lazy_logits, trainer_drops_logits
 
 TESTED = "1.16"
 
@@ -59,13 +59,13 @@ def apply() -> None:
         _patches.replace(owner, method, wrap(getattr(owner, method)))
         if name in ("cpo", "orpo", "a2po", "sdft", "sdpo"):
             _patches.replace(module, "selective_log_softmax", selective_log_softmax)
-        if name in ("sdft", "sdpo"):
-            losses = importlib.import_module(f"trl.experimental.{name}.loss_utils")
-            _patches.replace(losses, "selective_log_softmax", selective_log_softmax)
         elif name == "tpo":
             _patches.replace(module, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
         elif name == "gkd":
             _patches.replace(owner, "generalized_jsd_loss", _generalized_jsd_loss(owner.generalized_jsd_loss))
+        if name in ("sdft", "sdpo"):
+            losses = importlib.import_module(f"trl.experimental.{name}.loss_utils")
+            _patches.replace(losses, "selective_log_softmax", selective_log_softmax)
 
 
 def unapply() -> None:
@@ -129,8 +129,7 @@ class ChunkedDivergenceFunction:
                     teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_final_logit_softcapping,
                     temperature,
                 )  # fmt: skip
-                entropy = token_statistics(student.detach(), outputs=("entropy",)).entropy
-            assert entropy is not None
+                entropy = entropy_from_logits(student.detach())
             return divergence(student, teacher, kind="jsd", beta=beta), entropy
 
 
