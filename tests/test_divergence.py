@@ -549,6 +549,20 @@ def test_two_heads(kind, dtype, backend, device, monkeypatch):
         assert_accurate(a, b, c, name)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trained", [slice(5), slice(5, 10)], ids=["student", "teacher"])
+def test_two_heads_of_which_one_trains(kind, trained, backend, device):
+    """The kernels then do less, and find what they find when both train. The vocabulary fills no tile."""
+    leaves, make, _ = heads(device)
+
+    def outcome(trains):
+        inputs = [x.detach().requires_grad_(i in trains) for i, x in enumerate(leaves)]
+        values = divergence(*make(inputs), kind=kind, backend=backend)
+        return values, torch.autograd.grad(values.sum(), inputs[trained])
+
+    torch.testing.assert_close(outcome(range(10)[trained]), outcome(range(10)))
+
+
 def test_one_side_a_head(backend, device):
     leaves, make, _ = heads(device)
     student, teacher = make(leaves)

@@ -386,6 +386,25 @@ def test_what_is_made_without_gradient_of_what_has_one_gets_none(stopped):
     torch.testing.assert_close(found.materialize(), with_one.materialize().detach())
 
 
+@pytest.mark.parametrize(
+    "stopped",
+    [
+        lambda q, log_p, log_q: q * log_p,
+        lambda q, log_p, log_q: log_p - log_q,
+        lambda q, log_p, log_q: F.kl_div(log_p, q, reduction="none"),
+    ],
+)
+def test_products_made_without_gradient_of_what_was_made_with_it_get_none(stopped):
+    s, t = LinearLogits(*leaves()[:3]), LinearLogits(*leaves()[3:])
+    operands = t.softmax(-1), s.log_softmax(-1), t.log_softmax(-1)
+    with torch.no_grad():
+        found = stopped(*operands)
+    with_one = stopped(*operands)
+    for each, has_one in ((with_one, True), (found, False)):
+        assert (each.requires_grad, each.sum(-1).requires_grad) == (has_one, has_one)
+    torch.testing.assert_close(found.sum(-1), with_one.sum(-1).detach())
+
+
 def test_metrics_without_gradient_make_no_logits():
     s, t = LinearLogits(*leaves()[:3]), LinearLogits(*leaves()[3:])
     q, log_p, log_q = t.softmax(-1), s.log_softmax(-1), t.log_softmax(-1)
