@@ -14,6 +14,7 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 
 import fused_losses.settings
+from fused_losses import LinearLogits
 from fused_losses.cross_entropy import CrossEntropyLoss, cross_entropy
 from fused_losses.reference import cross_entropy as reference
 from fused_losses.reference.tolerance import assert_accurate
@@ -620,3 +621,14 @@ def test_more_logits_than_int32_counts(backend):
         loss[-8:].double(), F.cross_entropy(tail, target[-8:], reduction="none"), rtol=1e-2, atol=1e-2
     )
     assert x.grad[-1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("target", [torch.rand(2, 8, 8).softmax(-1), torch.ones(2, 8, dtype=torch.long)])
+def test_classes_of_lazy_logits_at_the_end_are_refused(target):
+    """Of 8 tokens and 8 classes a tensor's would be taken for one another."""
+    z = LinearLogits(torch.randn(2, 8, 4), torch.randn(8, 4))
+    with pytest.raises(ValueError, match=r"of input \(2, 8, 8\) are to stand at dimension 1.*flatten\(0, -2\)"):
+        cross_entropy(z, target)
+    with pytest.raises(ValueError, match="stands at 2"):
+        CrossEntropyLoss()(z, target)
+    torch.testing.assert_close(cross_entropy(z.mT, target), F.cross_entropy(z.materialize().mT, target))
