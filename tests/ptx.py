@@ -344,9 +344,9 @@ class Translation:
 
     def warp_cp(self, modifiers: list[str], arguments: list[str]) -> str:
         name = ".".join(modifiers)
-        if name.endswith("shared.global"):
+        if name.removesuffix(".L2::cache_hint").endswith("shared.global"):
             to, of = map(self._address, arguments[:2])
-            given = self._read(arguments[-1], "u32")
+            given = self._read(arguments[3], "u32")
             return f"LANES if (m >> l & 1) copy_later(w, {to}, {of}, {arguments[2]}, {given});"
         if name == "async.commit_group":
             return "w->group++;"
