@@ -12,6 +12,7 @@ terms                                  summed over the vocabulary
 ``softmax(a) (log a − log b)``         the KL divergence of a from b
 ``softmax(a) (log a − log m)``         the skewed one, less ``log(w + v)``
 … and that of b, in the shares of m    their Jensen-Shannon divergence, in one pass
+``softmax(a) (log a − L)``             the KL divergence of softmax(L) from a, less ``logsumexp(L)``
 ``softmax(a) log_softmax(b)``          −their cross entropy
 ``softmax(a) log_softmax(a)``          −entropy
 ``P log_softmax(b)``                   −the cross entropy with probabilities
@@ -182,7 +183,9 @@ class LazyProducts(Derived):
 
     @property
     def base(self) -> LinearLogits:
-        first = next(term.log_softmax for term in self.terms if not isinstance(term.log_softmax, _Dense))
+        first = next(
+            x for t in self.terms for x in (t.log_softmax, t.softmax) if not isinstance(x, (_Dense, type(None)))
+        )
         first = first.mixture if isinstance(first, _Distance) else first
         return first if isinstance(first, LinearLogits) else first.base
 
@@ -262,17 +265,11 @@ class LazyProducts(Derived):
         return replace(self, terms=tuple(t._replace(softmax=dense) for t in self.terms))
 
     def shifted(self, offset: Any) -> Any:
-        if is_number(offset):
-            return self._of_scaled_mixture(offset)
-        if not _alike(self, offset) or self.finite or self.skipped is not None or not is_number(self.factor):
-            return NotImplemented
-        return replace(self, terms=(*self._weighed(self.factor), _Term(1.0, None, _Dense(offset))), factor=1.0)
-
-    def _of_scaled_mixture(self, offset: float) -> Any:
-        """``log m + offset``."""
+        """``log m + offset``, of a mixture."""
         (c, softmax, mixture), *others = self.terms
         plain = not others and softmax is None and not self.finite and self.skipped is None and is_number(self.factor)
-        if not plain or not isinstance(mixture, LazyMixture) or c * self.factor != 1 or not abs(offset) < LARGEST_LOG:
+        plain = plain and c * self.factor == 1 and is_number(offset) and abs(offset) < LARGEST_LOG
+        if not plain or not isinstance(mixture, LazyMixture):
             return NotImplemented
         found = mixture.scaled(math.exp(offset)).logarithm()
         return found if found is NotImplemented else found.with_dtype(self.dtype)
@@ -280,7 +277,9 @@ class LazyProducts(Derived):
     def _weighed(self, factor: float) -> tuple[_Term, ...]:
         return tuple(t._replace(factor=t.factor * factor) for t in self.terms)
 
-    def plus(self, other: LazyTensor, sign: float) -> Any:
+    def plus(self, other: Any, sign: float) -> Any:
+        if isinstance(other, Tensor):
+            return self._plus_values(other, sign)
         found = products(other)
         if found is NotImplemented or not _fit(self.base, found.base):
             return NotImplemented
@@ -293,12 +292,17 @@ class LazyProducts(Derived):
         dtype = torch.promote_types(self.dtype, found.dtype)
         return replace(self, terms=self._weighed(mine) + found._weighed(theirs * sign), factor=1.0, dtype=dtype)
 
+    def _plus_values(self, values: Tensor, sign: float) -> Any:
+        if not _alike(self, values) or self.finite or self.skipped is not None or not is_number(self.factor):
+            return NotImplemented
+        return replace(self, terms=(*self._weighed(self.factor), _Term(sign, None, _Dense(values))), factor=1.0)
+
     def times(self, other: LazyTensor) -> Any:
         """With a softmax."""
         from .log_softmax import LazyExpression
 
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
-        free = all(t.softmax is None and not isinstance(t.log_softmax, (_Dense, _Distance)) for t in self.terms)
+        free = all(t.softmax is None and not isinstance(t.log_softmax, _Distance) for t in self.terms)
         if not softmax or not free or not _fit(self.base, other.base):
             return NotImplemented
         terms = tuple(t._replace(softmax=other.base) for t in self.terms)
@@ -311,6 +315,20 @@ class LazyProducts(Derived):
         alone = len(self.terms) == 1 and isinstance(self.terms[0].softmax, LinearLogits)
         alone = alone and _same(self.terms[0].log_softmax, masked)
         return masked.rest.bias is None or alone or all(_same(t.softmax, masked) for t in self.terms)
+
+    def without_entries(self, mask: Any) -> Any:
+        """0 where ``mask``, one for each entry, says so: in what exists, where all terms are of that."""
+        if not _alike(self, mask) or mask.dtype != torch.bool:
+            return NotImplemented
+        for _, a, b in self.terms:
+            finite = isinstance(b, LinearLogits) and b.rest.bias is None  # else 0·(−inf)
+            if isinstance(a, LinearLogits) or not (isinstance(b, _Dense) or (a is not None and finite)):
+                return NotImplemented
+
+        def masked(x: Any) -> Any:
+            return _Dense(x.elements().masked_fill(mask, 0)) if isinstance(x, _Dense) else x
+
+        return replace(self, terms=tuple(_Term(c, masked(a), masked(b)) for c, a, b in self.terms))
 
     def vocab_sum(self) -> Any:
         if not all(map(self._leaves_out_itself, self.finite)):
@@ -331,6 +349,8 @@ class LazyProducts(Derived):
                 sums.append((c, self._sum_without_softmax(a, b)))
             elif own:
                 sums.append((-c, a.statistic("entropy")))
+            elif isinstance(b, _Dense):
+                return NotImplemented
             elif isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in self.finite)):
                 sums.append((-c, _divergence(b, a, "cross_entropy")))
             else:  # a bias of −inf makes it infinite where there is mass
@@ -366,11 +386,20 @@ def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: s
 
 def _kl_sums(kls: list[Any]) -> list[Any]:
     """Factors and sums of ``c Σ a log(a/b)``, of which two are one where they make a Jensen-Shannon divergence."""
+    from .token_statistics import token_statistics
+
     sums: list[Any] = []
     while kls:
         c, a, b = kls.pop()
         if isinstance(b, LinearLogits):
             sums.append((c, _divergence(b, a, "forward_kl")))
+            continue
+        if isinstance(b, _Dense):  # whose exponentials may sum to anything
+            logits = b.elements().movedim(a.vocab_dim, -1)
+            sums += [
+                (c, _divergence(a, logits, "reverse_kl")),
+                (-c, token_statistics(logits, outputs=("logsumexp",)).logsumexp),
+            ]
             continue
         parts = next((p for p in (b.parts, b.parts[::-1]) if _same(p[0][1], a)), None)
         if parts is None:
@@ -385,11 +414,12 @@ def _kl_sums(kls: list[Any]) -> list[Any]:
     return sums
 
 
-def _divergence(student: LinearLogits, teacher: LinearLogits, kind: str, beta: float = 0.5) -> Tensor:
+def _divergence(student: LinearLogits, teacher: Any, kind: str, beta: float = 0.5) -> Tensor:
+    """``teacher``: logits that are never made, or that exist with the vocabulary last."""
     from .divergence import Divergence, shared_vocabulary, token_divergence
 
     shards = shared_vocabulary(student, teacher, None)
-    sides = student.vocab_last(), teacher.vocab_last()
+    sides = student.vocab_last(), teacher.vocab_last() if isinstance(teacher, LinearLogits) else teacher
     return token_divergence(*sides, None, False, Divergence(kind, beta, 1.0), shards)[0].view(student.token_shape)
 
 
@@ -499,6 +529,13 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
     return LazyStack(tuple(x.with_dtype(x.dtype) for x in tensors), wrap_dim(first, dim, extra=1))
 
 
+def weighed_values(softmax: Any, values: Any) -> Any:
+    """``softmax · L``."""
+    if not softmax.unshifted or not _alike(softmax, values):
+        return NotImplemented
+    return LazyProducts((_Term(1.0, softmax.base, _Dense(values)),), softmax.dtype, softmax.factor)
+
+
 def products(x: LazyTensor) -> Any:
     """``x`` as such, where it is one or a scaled ``log_softmax`` or ``softmax·log_softmax``."""
     from .log_softmax import LazyExpression
@@ -513,31 +550,52 @@ def products(x: LazyTensor) -> Any:
 
 @dataclass(eq=False, repr=False)
 class LazyMask(Derived):
-    """Where one of these logits is infinite."""
+    """Where one of these logits is infinite, one of those nan, or a mask that exists says so."""
 
-    of: tuple[LinearLogits, ...]
+    infinite: tuple[LinearLogits, ...]
+    nan: tuple[LinearLogits, ...] = ()
+    dense: _Dense | None = None
     dtype = torch.bool
     requires_grad = False
 
     @property
     def base(self) -> LinearLogits:
-        return self.of[0]
+        return (self.infinite + self.nan)[0]
 
     def __repr__(self) -> str:
-        return f"LazyMask({tuple(self.shape)}, {len(self.of)} logits like {self.base})"
+        return f"LazyMask({tuple(self.shape)}, {len(self.infinite + self.nan)} logits like {self.base})"
 
     def materialize(self) -> Tensor:
-        masks = [z.elements().isinf() for z in self.of]
-        return torch.stack(masks).any(0)
+        masks = [z.elements().isinf() for z in self.infinite] + [z.elements().isnan() for z in self.nan]
+        masks += [] if self.dense is None else [self.dense.elements()]
+        return functools.reduce(torch.logical_or, masks)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
-        return LazyMask(tuple(z.mapped(fn, vocab_dim, view=view) for z in self.of))
+        infinite, nan = (tuple(z.mapped(fn, vocab_dim, view=view) for z in of) for of in (self.infinite, self.nan))
+        return LazyMask(infinite, nan, None if self.dense is None else _Dense(fn(self.dense.elements())))
 
     def with_dtype(self, dtype: torch.dtype) -> Any:
         return NotImplemented
 
     def detach(self) -> LazyMask:
         return self
+
+    def union(self, other: Any) -> Any:
+        if isinstance(other, LazyMask) and _fit(self.base, other.base):
+            mask = LazyMask(self.infinite + other.infinite, self.nan + other.nan, self.dense)
+            return mask if other.dense is None else mask.union(other.dense.elements())
+        if not _alike(self, other) or other.dtype != torch.bool:
+            return NotImplemented
+        return replace(self, dense=_Dense(other if self.dense is None else self.dense.elements() | other))
+
+    def emptied(self, z: LinearLogits) -> Any:
+        """``z`` with 0 for all that is not finite. Without a bias that is all of a token, by its hidden states."""
+        both = all(len(of) == 1 and same_logits(of[0], z) for of in (self.infinite, self.nan))
+        plain = z.rest.bias is None and z.rest.low_rank is None and z.softcap is None
+        if not both or not plain or self.dense is not None:
+            return NotImplemented
+        finite = z.hidden.isfinite().all(-1, keepdim=True)
+        return z._but(z.hidden.masked_fill(~finite, 0))
 
 
 @answers("isinf")
@@ -546,24 +604,46 @@ def isinf(x: LazyTensor) -> Any:
     return LazyMask((x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
 
 
-@answers("__or__", "logical_or", "bitwise_or")
-def or_(x: LazyTensor, other: Any) -> Any:
-    both = isinstance(x, LazyMask) and isinstance(other, LazyMask) and _fit(x.base, other.base)
-    return LazyMask(x.of + other.of) if both else NotImplemented
+@answers("isnan")
+def isnan(x: LazyTensor) -> Any:
+    return LazyMask((), (x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
+
+
+@answers("any")
+def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    nans = isinstance(x, LazyMask) and not x.infinite and x.dense is None
+    if not isinstance(x, LazyMask) or not nans or (dim is not None and wrap_dim(x, dim) != x.vocab_dim):
+        return NotImplemented
+    found = torch.stack([z.detach().statistic("max_logit").isnan() for z in x.nan]).any(0)
+    return found.any() if dim is None else found.unsqueeze(x.vocab_dim) if keepdim else found
+
+
+@answers("__or__", "logical_or", "bitwise_or", anywhere=True)
+def or_(input: Any, other: Any) -> Any:
+    mask, other = (input, other) if isinstance(input, LazyMask) else (other, input)
+    return mask.union(other) if isinstance(mask, LazyMask) else NotImplemented
 
 
 @answers("masked_fill")
 def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
-    """0 where logits are infinite, which ``0 · (−inf)`` is not, or for whole tokens."""
-    found = products(x) if is_number(value) and value == 0 else NotImplemented
+    """0 where logits are infinite, which ``0 · (−inf)`` is not, for whole tokens, or in what exists beside lazy logits."""
+    number = number_of(value) if not isinstance(value, Tensor) or value.ndim == 0 else NotImplemented
+    if number is NotImplemented or number != 0:
+        return NotImplemented
+    if isinstance(x, LinearLogits):
+        return mask.emptied(x) if isinstance(mask, LazyMask) else NotImplemented
+    found = products(x)
     if found is NotImplemented:
         return NotImplemented
     if isinstance(mask, LazyMask):
-        fits = not found.finite and _fit(found.base, mask.base)
-        return replace(found, finite=mask.of) if fits else NotImplemented
+        if found.finite or mask.nan or not _fit(found.base, mask.base):
+            return NotImplemented
+        found = found if mask.dense is None else found.without_entries(mask.dense.elements())
+        return found if found is NotImplemented else replace(found, finite=mask.infinite)
     tokens = per_token_number(found, mask)
-    fits = tokens is not NotImplemented and found.skipped is None
-    return replace(found, skipped=tokens != 0) if fits else NotImplemented
+    if tokens is NotImplemented:
+        return found.without_entries(mask)
+    return replace(found, skipped=tokens != 0) if found.skipped is None else NotImplemented
 
 
 @answers("masked_fill_")
@@ -571,8 +651,7 @@ def masked_fill_(x: LazyTensor, mask: Any, value: Any) -> Any:
     return x.become(masked_fill(x, mask, value))
 
 
-def elementwise_kl(input: LazyTensor, target: Any) -> Any:
-    """``t (log t − log s)`` of a lazy ``log s`` and ``softmax`` ``t``, what ``F.kl_div(…, reduction="none")`` gives."""
-    log_target = products(replace(target, form="log_softmax"))
-    found = log_target.plus(input, -1.0)
+def elementwise_kl(input: Any, target: Any) -> Any:
+    """``t (log t − log s)`` of ``log s`` and a lazy ``softmax`` ``t``, what ``F.kl_div(…, reduction="none")`` gives."""
+    found = products(replace(target, form="log_softmax")).plus(input, -1.0)
     return found if found is NotImplemented else found.times(target)

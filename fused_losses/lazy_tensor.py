@@ -129,8 +129,8 @@ class LazyTensor:
     def times(self, other: LazyTensor) -> Any:
         return NotImplemented
 
-    def plus(self, other: LazyTensor, sign: float) -> Any:
-        """``self + sign · other``."""
+    def plus(self, other: LazyTensor | Tensor, sign: float) -> Any:
+        """``self + sign · other``, which is as large."""
         return NotImplemented
 
     def become(self, new: Any) -> Any:
@@ -478,8 +478,14 @@ def clone(x: LazyTensor, **_: Any) -> LazyTensor:
     return x.mapped(torch.clone, x.vocab_dim, view=False)
 
 
-@answers("to")
-def to(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+def _stand_in(x: Any) -> Any:
+    return torch.empty(0, dtype=x.dtype, device=x.device) if is_lazy(x) else x
+
+
+@answers("to", anywhere=True)
+def to(x: Any, *args: Any, **kwargs: Any) -> Any:
+    if not is_lazy(x):
+        return x.to(*map(_stand_in, args), **{name: _stand_in(value) for name, value in kwargs.items()})
     dtype = device = None
     for a in (*args, *kwargs.values()):
         if isinstance(a, torch.dtype):
@@ -524,9 +530,19 @@ def type_(x: LazyTensor, dtype: Any = None, **_: Any) -> Any:
     return to(x, dtype) if isinstance(dtype, torch.dtype) else NotImplemented
 
 
-@answers("type_as")
-def type_as(x: LazyTensor, other: Any) -> Any:
+@answers("type_as", anywhere=True)
+def type_as(x: Any, other: Any) -> Any:
     return to(x, other.device, other.dtype)
+
+
+@answers("result_type", anywhere=True)
+def result_type(tensor1: Any, tensor2: Any) -> torch.dtype:
+    return torch.result_type(_stand_in(tensor1), _stand_in(tensor2))
+
+
+@answers("expand_as", anywhere=True)
+def expand_as(x: Any, other: Any) -> Any:
+    return NotImplemented if is_lazy(x) else x.expand(other.shape)
 
 
 @answers("cpu")
@@ -582,6 +598,11 @@ def per_entry_number(x: LazyTensor, t: Any) -> Any:
     return t.reshape(-1) if fits else NotImplemented
 
 
+def _as_large(x: LazyTensor, other: Any) -> bool:
+    """Whether ``other`` has an element for each of ``x``."""
+    return is_lazy(other) or (isinstance(other, Tensor) and other.shape == x.shape and x.shape[x.vocab_dim] != 1)
+
+
 def _promoted(result: Any, x: LazyTensor, other: Any) -> Any:
     """``result``, of ``x`` and ``other``, in the dtype PyTorch gives it: a tensor without dimensions has no say."""
     if result is NotImplemented or not isinstance(other, Tensor) or other.ndim == 0:
@@ -613,23 +634,22 @@ def neg(x: LazyTensor) -> Any:
 def add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1:
         return NotImplemented
-    if is_lazy(input) and is_lazy(other):
-        return input.plus(other, 1.0)
     x, offset = (input, other) if is_lazy(input) else (other, input)
-    return _promoted(x.shifted(offset), x, offset)
+    found = x.plus(offset, 1.0) if _as_large(x, offset) else x.shifted(offset)
+    return _promoted(found, x, offset)
 
 
 @answers("sub", "subtract", "__sub__", anywhere=True)
 def sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1:
         return NotImplemented
-    if is_lazy(input) and is_lazy(other):
-        return input.plus(other, -1.0)
+    if is_lazy(input) and _as_large(input, other):
+        return _promoted(input.plus(other, -1.0), input, other)
     if is_lazy(input):
         integers = isinstance(other, Tensor) and not other.is_floating_point()
         return _promoted(input.shifted(-(other.to(input.wide) if integers else other)), input, other)
     negated = other.scaled(-1)
-    return NotImplemented if negated is NotImplemented else _promoted(negated.shifted(input), other, input)
+    return negated if negated is NotImplemented else add(negated, input)
 
 
 @answers("rsub", "__rsub__", anywhere=True)

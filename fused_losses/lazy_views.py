@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lazy_tensor import LazyTensor, answers, from_front, materialised, numel, wrap_dim
+from .lazy_tensor import LazyTensor, answers, from_front, is_lazy, materialised, numel, wrap_dim
 
 
 def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
@@ -51,9 +51,9 @@ def view(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
     return materialised("view", x).reshape(_sizes(shape))  # what contiguous() left as it was has no such view
 
 
-@answers("view_as", "reshape_as")
-def view_as(x: LazyTensor, other: Any) -> Any:
-    return view(x, other.shape)
+@answers("view_as", "reshape_as", anywhere=True)
+def view_as(x: Any, other: Any) -> Any:
+    return view(x, other.shape) if is_lazy(x) else x.reshape(other.shape)
 
 
 @answers("flatten")

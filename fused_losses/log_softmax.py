@@ -28,15 +28,18 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .lazy_products import (
+    LARGEST_LOG,
     LazyMixture,
     LazyProducts,
     LazyStack,
     cross_entropy_with,
     elementwise_kl,
     logaddexp,
+    masked_fill,
     mixture,
     products,
     times_log,
+    weighed_values,
 )
 from .lazy_tensor import (
     Derived,
@@ -154,6 +157,8 @@ class LazyExpression(Derived):
                 self.dtype
             )
         number = coefficient(self, factor)
+        if number is NotImplemented and self.form == "softmax":
+            return weighed_values(self, factor)
         if number is NotImplemented:
             found = products(self)
             return found if found is NotImplemented else found.scaled(factor)
@@ -163,11 +168,10 @@ class LazyExpression(Derived):
     def shifted(self, offset: Any) -> Any:
         number = coefficient(self, offset)
         if number is NotImplemented:
-            found = products(self)
-            return found if found is NotImplemented else found.shifted(offset)
+            return NotImplemented
         return replace(self, offset=number if self.unshifted else self.offset + number)
 
-    def plus(self, other: LazyTensor, sign: float) -> Any:
+    def plus(self, other: LazyTensor | Tensor, sign: float) -> Any:
         if isinstance(other, LazyExpression) and self.form == other.form == "softmax":
             return mixture(self, other, sign)
         found = products(self)
@@ -203,15 +207,43 @@ class LazyExpression(Derived):
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, form=product, factor=self.factor * other.factor, label=dtype)
 
-    def up_to_shift(self) -> Any:
-        """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
+    def _weighted(self) -> Any:
+        """``factor · base`` as logits, which differ from this by one number per token."""
         if self.form not in ("logits", "log_softmax"):
             return NotImplemented
+        factor, _ = self._coefficients(self.vocab_dim)
+        return self.base if self.unweighted else self.base.scaled(factor)
+
+    def up_to_shift(self) -> Any:
+        """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
         if self.requires_grad and not self.base.requires_grad and not no_gradient():
             return NotImplemented  # the result requires grad, with a gradient of 0
-        factor, _ = self._coefficients(self.vocab_dim)
-        base = self.base.scaled(factor)
+        base = self._weighted()
         return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)
+
+    def log_total(self) -> Any:
+        """``logsumexp`` over the vocabulary, ``token_shape``."""
+        base = self._weighted()
+        return base if base is NotImplemented else self._log_total(base)
+
+    def _log_total(self, weighted: LinearLogits) -> Tensor:
+        total = weighted.statistic("logsumexp")
+        if self.form == "log_softmax":
+            total = total - self.factor * self.base.statistic("logsumexp")
+        return total + self.offset
+
+    def exponential(self) -> Any:
+        """``exp`` of log-probabilities, or of logits less one number per token: a softmax, times one number per token."""
+        if self.form == "log_softmax" and self.unweighted:
+            log: Any = self.offset
+        else:
+            base = NotImplemented if self.form == "logits" and is_number(self.offset) else self._weighted()
+            if base is NotImplemented:
+                return NotImplemented
+            return LazyExpression(base, "softmax", self._log_total(base).exp(), label=self.dtype)
+        if is_number(log) and not abs(log) < LARGEST_LOG:
+            return NotImplemented
+        return replace(self, form="softmax", factor=math.exp(log) if is_number(log) else log.exp(), offset=0.0)
 
 
 def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> Any:
@@ -258,21 +290,22 @@ def softmax(x: LazyTensor, dim: Any = None, _stacklevel: Any = 3, dtype: Any = N
     return _softmax(x, "softmax", dim, _stacklevel, dtype)
 
 
-def _reformed(x: LazyTensor, form: str, to: str) -> Any:
-    """``f(x)`` where that turns one form into another."""
-    if isinstance(x, LazyExpression) and x.form == form and x.unscaled:
-        return replace(x, form=to)
-    return NotImplemented
-
-
 @answers("exp")
 def exp(x: LazyTensor) -> Any:
-    return _reformed(x, "log_softmax", "softmax")
+    return x.exponential() if isinstance(x, LazyExpression) else NotImplemented
+
+
+@answers("exp_")
+def exp_(x: LazyTensor) -> Any:
+    return x.become(exp(x))
 
 
 @answers("log")
 def log(x: LazyTensor) -> Any:
-    return x.logarithm() if isinstance(x, LazyMixture) else _reformed(x, "softmax", "log_softmax")
+    if isinstance(x, LazyMixture):
+        return x.logarithm()
+    softmax = isinstance(x, LazyExpression) and x.form == "softmax" and x.unscaled
+    return replace(x, form="log_softmax") if softmax else NotImplemented  # type: ignore[type-var]
 
 
 @answers("tanh")
@@ -283,8 +316,10 @@ def tanh(x: LazyTensor) -> Any:
 
 @answers("gather")
 def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if wrap_dim(x, dim) != x.vocab_dim or index.ndim != x.ndim:
+    if index.ndim != x.ndim:
         return NotImplemented
+    if wrap_dim(x, dim) != x.vocab_dim:
+        return _gathered_tokens(x, dim, index)
     ids = index.movedim(x.vocab_dim, -1)
     if ids.shape[:-1] != x.token_shape:
         return NotImplemented
@@ -292,11 +327,29 @@ def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     return values if values is NotImplemented else values.to(x.dtype).movedim(-1, x.vocab_dim)
 
 
+def _gathered_tokens(x: LazyTensor, dim: int, index: Tensor) -> Any:
+    """Along another dimension, where the index is the same for all of the vocabulary: ``expand`` made it."""
+    at, V = x.vocab_dim, x.shape[x.vocab_dim]
+    if index.shape[at] != V or (V != 1 and index.stride(at) != 0):
+        return NotImplemented
+    one = index.narrow(at, 0, 1)
+    return x.mapped(
+        lambda t: t.gather(dim, one.expand(*one.shape[:at], t.shape[at], *one.shape[at + 1 :])), at, view=False
+    )
+
+
 @answers("take_along_dim")
 def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> Any:
-    if dim is None or wrap_dim(x, dim) != x.vocab_dim:
+    if dim is None or indices.ndim != x.ndim:
         return NotImplemented
-    return gather(x, dim, from_front(x, indices))
+    at = wrap_dim(x, dim)
+    indices = torch.where(indices < 0, indices + x.shape[at], indices)
+    if at != x.vocab_dim:  # they broadcast
+        sizes = [n if d == at else x.shape[d] for d, n in enumerate(indices.shape)]
+        if any(n not in (1, size) for n, size in zip(indices.shape, sizes, strict=True)):
+            return NotImplemented
+        indices = indices.expand(sizes)
+    return gather(x, at, indices)
 
 
 def _dims(x: LazyTensor, dim: Any) -> list[int]:
@@ -308,11 +361,11 @@ def _dims(x: LazyTensor, dim: Any) -> list[int]:
 def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
     if isinstance(x, LazyStack):
         return x.reduced(logaddexp, _dims(x, dim), keepdim)
-    shifted = isinstance(x, LazyExpression) and x.form == "logits" and x.unweighted
-    if _dims(x, dim) != [x.vocab_dim] or not (shifted or isinstance(x, LinearLogits)):
+    if _dims(x, dim) != [x.vocab_dim] or not isinstance(x, (LinearLogits, LazyExpression)):
         return NotImplemented
-    lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.base.statistic("logsumexp") + x.offset
-    return _kept(lse.to(x.dtype, copy=True), x, keepdim)  # callers write into what they get
+    lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.log_total()
+    # A copy: callers write into what they get.
+    return lse if lse is NotImplemented else _kept(lse.to(x.dtype, copy=True), x, keepdim)
 
 
 def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
@@ -384,11 +437,14 @@ def argmin(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
 
 @answers("max")
 def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
-    if not isinstance(dim, int) or wrap_dim(x, dim) != x.vocab_dim:
+    whole = dim is None
+    if not whole and (not isinstance(dim, int) or wrap_dim(x, dim) != x.vocab_dim):
         return NotImplemented
     found = _extreme(x, 1, largest)
     if found is NotImplemented:
         return NotImplemented
+    if whole:
+        return found[0].max() if largest else found[0].min()
     values, ids = (_kept(t.squeeze(-1), x, keepdim) for t in found)
     return torch.return_types.max((values, ids)) if largest else torch.return_types.min((values, ids))
 
@@ -400,6 +456,8 @@ def min_(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
 
 @answers("amax")
 def amax(x: LazyTensor, dim: Any = (), keepdim: bool = False) -> Any:
+    if dim == () and not keepdim:
+        return max_(x)
     found = max_(x, *_dims(x, dim), keepdim) if len(_dims(x, dim)) == 1 else NotImplemented
     return found if found is NotImplemented else found.values
 
@@ -417,6 +475,18 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
     return torch.return_types.topk((values, ids))
 
 
+@answers("where", anywhere=True)
+def where(condition: Any, input: Any = None, other: Any = None) -> Any:
+    """0 for whole tokens; a method has the condition in second place."""
+    if is_lazy(condition) and condition.dtype != torch.bool:
+        condition, input = input, condition
+    if condition.dtype != torch.bool or is_lazy(input) == is_lazy(other):
+        return NotImplemented
+    if is_lazy(other):
+        return masked_fill(other, condition, input)
+    return masked_fill(input, ~condition, other) if isinstance(condition, Tensor) else NotImplemented
+
+
 # Losses
 
 
@@ -430,9 +500,39 @@ def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any,
     from .cross_entropy import cross_entropy as fused
 
     logits = _logits(x)
-    if logits is NotImplemented or not _class_dim(x) or is_lazy(target):
+    if logits is NotImplemented or not _class_dim(x):
         return NotImplemented
+    if is_lazy(target):
+        return _cross_entropy_with_softmax(logits, target, weight, *args, **kwargs)
     return fused(logits, target, weight, *args, **kwargs)
+
+
+def _cross_entropy_with_softmax(
+    x: LinearLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """``−Σ t log p`` with the probabilities of another head."""
+    from .cross_entropy import result_dtype
+
+    softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.unscaled
+    if weight is not None or ignore_index >= 0 or not softmax or target.shape != x.shape:
+        return NotImplemented
+    each = LazyExpression(x, "log_softmax").times(target)
+    if each is NotImplemented:
+        return NotImplemented
+    total = -each.vocab_sum()
+    if label_smoothing:
+        total = torch.lerp(total, -x.sum_log_probs() / x.rest.vocab, label_smoothing)
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    reduced = {"none": total, "sum": total.sum(), "mean": total.mean()}
+    return reduced[reduction].to(result_dtype(x, target))
 
 
 @answers("nll_loss", "nll_loss_nd")
@@ -474,7 +574,8 @@ def kl_div(
     log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.unscaled)
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    if not log_probs or target.shape != input.shape:
+    dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
+    if not (log_probs or dense) or target.shape != input.shape:
         return NotImplemented
     if is_lazy(target):
         form = "log_softmax" if log_target else "softmax"
@@ -489,7 +590,7 @@ def kl_div(
         t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
         if reduction == "none":
             total = products(input).scaled(-1).scaled(t)
-            total = total if total is NotImplemented else total.shifted(t_log_t)
+            total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
         else:
             total = t_log_t.sum() + cross_entropy_with(input.base, t, "sum")
     if total is NotImplemented:

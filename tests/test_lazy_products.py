@@ -207,6 +207,47 @@ def scaled_in_place(s, t):
     return each.sum() + shifted.gather(-1, IDS[..., None]).mean()
 
 
+def reverse_against_dense(s, t):
+    """As NeMo RL and speculators write it; the numbers need not be log-probabilities."""
+    values = PROBS.log() + torch.linspace(-1, 1, V)
+    p, log_p = s.softmax(-1), s.log_softmax(-1)
+    each = (p * (log_p - values)).masked_fill(s.isinf(), 0).sum(-1) + F.kl_div(PROBS.log(), p, reduction="none").sum(-1)
+    product = t.softmax(-1) * PROBS.log()
+    product -= t.softmax(-1) * t.log_softmax(-1)
+    return (each * MASK).sum() - product.mT.sum(1).square().sum()
+
+
+def reverse_against_dense_at_once(s, t):
+    found = F.kl_div(PROBS.log(), s.log_softmax(-1), reduction="batchmean", log_target=True)
+    return found + 0.1 * F.kl_div(PROBS, t.softmax(-1), reduction="sum")
+
+
+def soft_labels(s, t):
+    found = F.cross_entropy(s.flatten(0, 1), t.softmax(-1).flatten(0, 1))
+    smoothed = F.cross_entropy(s.mT, t.softmax(-1).mT, reduction="sum", label_smoothing=0.1)
+    return found + smoothed / 7 + (F.cross_entropy(s.mT, t.softmax(-1).mT, reduction="none") * MASK).sum()
+
+
+def tokens_where(s, t):
+    """As verl writes it."""
+    p, chosen = t.softmax(-1), MASK.bool()[..., None]
+    each = torch.where(chosen, F.kl_div(s.log_softmax(-1), p, reduction="none"), 0.0)
+    own = torch.where(~chosen, torch.zeros(()), s.softmax(-1) * s.log_softmax(-1))
+    return each.sum() / 3 + F.kl_div(s.log_softmax(-1), p, reduction="none").where(~chosen, 0).sum() + own.sum()
+
+
+def stabilised(s, t):
+    """As Megatron, and as SpecForge with a share of the teacher's vocabulary, write it."""
+    largest = s.max(-1, keepdim=True).values
+    apart = s - largest
+    log_p = apart.gather(-1, IDS[..., None]) - apart.exp().sum(-1, keepdim=True).log()
+    target = (t[..., ::3] - t.logsumexp(-1, keepdim=True)).exp()
+    cross = -(target * s[..., ::3].log_softmax(-1)).sum(-1)
+    inverse = (2 * apart - 1).exp_().sum(-1) + (-2 * s.log_softmax(-1) + MASK[..., None]).exp().sum(-1) * 1e-4
+    return log_p.mean() + (cross * MASK).sum() + inverse.log().sum() + (s.log_softmax(-1) - 1).exp()[..., 3].sum()
+
+
+LOSSES += [reverse_against_dense, reverse_against_dense_at_once, soft_labels, tokens_where, stabilised]
 LOSSES += [dense_cross_entropy, dense_difference, dense_elementwise, smoothed_labels, one_hot, mixed_with_dense]
 LOSSES += [r_drop, scaled_in_place]
 
@@ -238,7 +279,8 @@ def test_unchanged_loss(loss, teacher_trains, bias):
 
 @pytest.mark.parametrize(
     "loss",
-    [forward_kl, difference, elementwise, symmetric, dense_difference, jensen_shannon_of_a_mean, total_variation],
+    [forward_kl, difference, elementwise, symmetric, dense_difference, jensen_shannon_of_a_mean, total_variation]
+    + [reverse_against_dense_at_once, soft_labels, stabilised],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy(loss, dtype):
@@ -259,6 +301,7 @@ def test_accuracy(loss, dtype):
         (a_sum_of_both, ["skewed_kl", "skewed_kl", "jsd"]),  # only the second in the shares of the mixture
         (total_variation, ["tvd", "tvd"]),
         (symmetric, ["forward_kl", "forward_kl"]),
+        (reverse_against_dense, ["reverse_kl"] * 3),
     ],
 )
 def test_passes_over_both_heads(loss, kinds, monkeypatch):
@@ -732,3 +775,46 @@ def test_heads_that_do_not_fit_materialise():
     with pytest.warns(UserWarning, match="materialises"):
         found = s.softmax(-1) * t[:, :1].log_softmax(-1)
     torch.testing.assert_close(found, s.materialize().softmax(-1) * t[:, :1].materialize().log_softmax(-1))
+
+
+def test_entries_that_a_mask_names():
+    """Of terms with probabilities that exist, as ROLL and DistiLLM write them."""
+    inputs, probs, entries = leaves(bias=False), PROBS.clone().requires_grad_(), PROBS.gt(PROBS.mean())
+    results = []
+    for head in (LinearLogits, F.linear):
+        s = head(*inputs[:3])
+        with strict():
+            product = (probs * s.log_softmax(-1)).masked_fill(s.isinf() | entries, 0)
+            kl = (probs * (probs.log() - s.log_softmax(-1))).masked_fill_(entries, 0.0)
+        loss = product.sum() + kl.sum(-1).square().sum()
+        results.append([loss, *torch.autograd.grad(loss, [*inputs[:2], probs])])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
+    z = LinearLogits(*inputs[:3])
+    product, mask = PROBS * z.log_softmax(-1), z.isinf() | entries
+    entries.zero_()
+    with pytest.raises(RuntimeError, match="modified in place"):
+        product.masked_fill(mask, 0)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, t: (PROBS * s.log_softmax(-1)).masked_fill(PROBS > 0.1, 0),  # a bias may be −inf
+        lambda s, t: (s.softmax(-1) * (s.log_softmax(-1) - PROBS)).masked_fill(PROBS > 0.1, 0),
+        lambda s, t: (s.softmax(-1) * PROBS).sum(-1),
+        lambda s, t: (s.softmax(-1) * (PROBS - t.log_softmax(-1))).sum(-1),
+        lambda s, t: torch.where(PROBS > 0.1, s.softmax(-1), 0.0),
+        lambda s, t: torch.where(MASK[..., None] > 0, s.softmax(-1) * t.log_softmax(-1), 1.0),
+        lambda s, t: torch.where(MASK[..., None] > 0, s.log_softmax(-1), t.log_softmax(-1)),
+        lambda s, t: torch.where(s.isinf(), 0.0, s.log_softmax(-1)),
+        lambda s, t: F.cross_entropy(s.mT, t.softmax(-1).mT, weight=PROBS[0, 0]),
+        lambda s, t: F.cross_entropy(s.mT, 0.5 * t.softmax(-1).mT),
+        lambda s, t: s.exp(),
+        lambda s, t: (s + 2).exp(),
+        lambda s, t: (s.log_softmax(-1) - 100).exp(),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_what_is_like_those(fn):
+    test_what_else_is_done_with_them(fn)

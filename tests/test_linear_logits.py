@@ -626,7 +626,6 @@ MATERIALISED = {
     "trained_temperature": lambda z: z / torch.ones(1, requires_grad=True),
     "numpy": lambda z: torch.as_tensor(z.detach().numpy()),
     "slices_of_probabilities": lambda z: z.softmax(-1)[..., :3],
-    "logsumexp_of_a_sum_scaled_per_token": lambda z: ((z + 1) * TEMPERATURE[..., None].float()).logsumexp(-1),
 }
 
 
@@ -903,7 +902,7 @@ def test_a_cast_of_outputs_reaches_the_label_only():
 
 
 @pytest.mark.parametrize(
-    "name", ["add_", "exp_", "__setitem__", "tanh_", "copy_", "__iadd__", "requires_grad_", "clamp_", "masked_fill_"]
+    "name", ["add_", "exp2_", "__setitem__", "tanh_", "copy_", "__iadd__", "requires_grad_", "clamp_", "masked_fill_"]
 )
 def test_other_changes_in_place_raise(name):
     lazy, *_ = make()
@@ -1873,3 +1872,73 @@ def test_second_derivatives_and_transforms(name):
     ]
     torch.testing.assert_close(*twice)
     assert twice[0].abs().max() > 0
+
+
+AT = torch.tensor([[[4], [0]], [[1], [1]]])
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.gather(1, AT.expand(-1, -1, V)).logsumexp(-1),
+        lambda z: z.mT.log_softmax(1).gather(-1, AT.mT[:1].expand(-1, V, -1))[:, 3],
+        lambda z: torch.take_along_dim(z, AT[:1] - 2, 1).logsumexp(-1),
+        lambda z: (3 * (z - z.mean(-1, keepdim=True))).logsumexp(-1, keepdim=True),
+        lambda z: ((z + 1) * TEMPERATURE[..., None].float()).logsumexp(-1),
+        lambda z: (0.5 * z.log_softmax(-1) - TEMPERATURE[..., None].float()).logsumexp(-1),
+        lambda z: z.max(),
+        lambda z: z.log_softmax(-1).min(),
+        lambda z: z.softmax(-1).amax(),
+        lambda z: TEMPERATURE.type_as(z) + TEMPERATURE.to(z),
+        lambda z: torch.ones(B * S * V).view_as(z).sum() + torch.ones(V, B * S).T.reshape_as(z).sum(),
+        lambda z: TEMPERATURE[..., None].expand_as(z).sum(),
+        lambda z: torch.ones((), dtype=torch.result_type(z, TEMPERATURE)),
+        lambda z: torch.isnan(z).any() | z.mT.isnan().any(1).any(),
+        lambda z: z.isnan().any(-1, keepdim=True),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_reads_numbers_per_token_or_none(fn, dtype):
+    tensors = leaves(torch.float32)
+    args, kwargs = arguments(tensors, bias=True)
+    with settings.strict():
+        found = fn(LinearLogits(*args, **kwargs).to(dtype))
+    expected = fn(linear_logits(*args, **kwargs).to(dtype))
+    assert found.dtype == expected.dtype
+    exact = dtype == torch.float32
+    torch.testing.assert_close(found, expected, **({} if exact else {"rtol": 2e-2, "atol": 2e-2}))
+    if found.requires_grad and exact:
+        torch.testing.assert_close(*(gradients([x], tensors)[:3] for x in (found, expected)))
+
+
+def test_tokens_of_nan_emptied():
+    """As DSKD guards its logits."""
+    hidden, weight = torch.randn(B, S, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    broken = torch.zeros(B, S, H).index_put(
+        (torch.tensor([0, 1]), torch.tensor([2, 0])), torch.tensor([torch.nan, torch.inf])[:, None]
+    )
+    results = []
+    for head in (LinearLogits, F.linear):
+        z = head(hidden + broken, weight)
+        with settings.strict():
+            assert z.isnan().any()
+            z.masked_fill_(z.isnan() | z.isinf(), 0.0)
+            assert not z.isnan().any()
+            loss = z.logsumexp(-1).sum() - z.log_softmax(-1)[..., 2].square().sum()
+        results.append([loss, *torch.autograd.grad(loss, [hidden, weight])])
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.isfinite(results[0][1]).all()
+    assert (results[0][1][broken.isfinite().all(-1)] != 0).all()
+    torch.testing.assert_close(results[0][1][broken.isfinite().all(-1)], results[1][1][broken.isfinite().all(-1)])
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"softcap": 2.0}, {"low_rank": True}])
+def test_guards_that_take_elements_materialise(options):
+    lazy, *_ = make(**options)
+    with settings.strict():
+        mask = lazy.isnan() | lazy.isinf()
+        with pytest.raises(RuntimeError, match="masked_fill materialises"):
+            lazy.masked_fill(mask, 0.0)
+        with pytest.raises(RuntimeError, match="any materialises"):
+            mask.any()
+    assert torch.equal(mask.materialize(), torch.zeros(B, S, V) == 1)
