@@ -281,7 +281,7 @@ class LazyProducts(Derived):
         if isinstance(other, Tensor):
             return self._plus_values(other, sign)
         found = products(other)
-        if found is NotImplemented or not _fit(self.base, found.base):
+        if found is NotImplemented or not fit(self.base, found.base):
             return NotImplemented
         alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
         if not alike or self.skipped is not found.skipped:
@@ -303,7 +303,7 @@ class LazyProducts(Derived):
 
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
         free = all(t.softmax is None and not isinstance(t.log_softmax, _Distance) for t in self.terms)
-        if not softmax or not free or not _fit(self.base, other.base):
+        if not softmax or not free or not fit(self.base, other.base):
             return NotImplemented
         terms = tuple(t._replace(softmax=other.base) for t in self.terms)
         dtype = torch.promote_types(self.dtype, other.dtype)
@@ -434,13 +434,19 @@ def _alike(x: LazyTensor, t: Any) -> bool:
     return isinstance(t, Tensor) and t.shape == x.shape and t.device == x.device and not t.is_complex()
 
 
-def _fit(x: LinearLogits, y: LinearLogits) -> bool:
+def fit(x: LinearLogits, y: LinearLogits) -> bool:
+    V, W = x.shape[x.vocab_dim], y.shape[y.vocab_dim]
+    if V != W and 1 not in (V, W) and x.vocab_dim - x.ndim == y.vocab_dim - y.ndim:  # before either is made
+        raise RuntimeError(
+            f"the vocabularies of logits {tuple(x.shape)} and {tuple(y.shape)} have {V} and {W} entries: take "
+            f"[..., :{min(V, W)}] of the larger before its softmax, or call divergence() on both, which does"
+        )
     return x.shape == y.shape and x.vocab_dim == y.vocab_dim and x.device == y.device and x.wide == y.wide
 
 
 def mixture(x: Any, y: Any, sign: float) -> Any:
     """``x + sign · y`` of two softmaxes."""
-    if not (x.unshifted and y.unshifted and _fit(x.base, y.base)):
+    if not (x.unshifted and y.unshifted and fit(x.base, y.base)):
         return NotImplemented
     w, v = number_of(x.factor), number_of(y.factor)
     return NotImplemented if w is NotImplemented or v is NotImplemented else _mixed([(w, x), (v * sign, y)])
@@ -464,7 +470,7 @@ def logaddexp(input: Any, other: Any) -> Any:
     both = (input, other)
     if not all(isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unweighted for x in both):
         return NotImplemented
-    if not _fit(input.base, other.base):
+    if not fit(input.base, other.base):
         return NotImplemented
     logs = [number_of(x.offset) for x in both]
     if any(w is NotImplemented or not abs(w) < LARGEST_LOG for w in logs):
@@ -523,7 +529,7 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
     if all(isinstance(x, LinearLogits) for x in tensors):
         return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
     first = tensors[0]
-    if not all(isinstance(x, LazyExpression) and _fit(first.base, x.base) for x in tensors):
+    if not all(isinstance(x, LazyExpression) and fit(first.base, x.base) for x in tensors):
         return NotImplemented
     # Copies, which changes in place of the given ones do not reach.
     return LazyStack(tuple(x.with_dtype(x.dtype) for x in tensors), wrap_dim(first, dim, extra=1))
@@ -581,7 +587,7 @@ class LazyMask(Derived):
         return self
 
     def union(self, other: Any) -> Any:
-        if isinstance(other, LazyMask) and _fit(self.base, other.base):
+        if isinstance(other, LazyMask) and fit(self.base, other.base):
             mask = LazyMask(self.infinite + other.infinite, self.nan + other.nan, self.dense)
             return mask if other.dense is None else mask.union(other.dense.elements())
         if not _alike(self, other) or other.dtype != torch.bool:
@@ -636,7 +642,7 @@ def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
     if found is NotImplemented:
         return NotImplemented
     if isinstance(mask, LazyMask):
-        if found.finite or mask.nan or not _fit(found.base, mask.base):
+        if found.finite or mask.nan or not fit(found.base, mask.base):
             return NotImplemented
         found = found if mask.dense is None else found.without_entries(mask.dense.elements())
         return found if found is NotImplemented else replace(found, finite=mask.infinite)

@@ -208,7 +208,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return numel(self) * self.dtype.itemsize
 
     @property
     def data(self) -> Any:
@@ -378,8 +378,8 @@ def _report(name: str, x: LazyTensor) -> None:
     # Sizes that vary have no numbers while a function is compiled.
     size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
     message = (
-        f"{name} materialises {type(x).__name__}{size}. Reduce over the vocabulary with one of the operations it "
-        "answers, or call materialize() where this is meant."
+        f"{name} materialises {type(x).__name__}{size}. Reduce over the vocabulary with an operation that it answers "
+        "('Lazy or not' in docs/losses.md has what to write instead), or call materialize() where this is meant."
     )
     if settings.strict.value:
         raise RuntimeError(message)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from . import settings
@@ -49,6 +50,7 @@ from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
+TOPK_WORKSPACE = 2**28  # bytes, by default
 
 
 class Rows(NamedTuple):
@@ -372,8 +374,7 @@ class LinearLogits(LazyTensor):
         parts += ["temperature=one per token"] if per_token else []
         parts += [f"temperature={rest.temperature:g}"] if not per_token and rest.temperature != 1 else []
         parts += [f"low_rank={rest.low_rank[0].shape[-1]}"] if rest.low_rank is not None else []
-        held = numel(self) * self.dtype.itemsize
-        return f"LinearLogits({tuple(self.shape)}, {self.dtype}, {', '.join(parts)}; {held:,} bytes not held)"
+        return f"LinearLogits({tuple(self.shape)}, {self.dtype}, {', '.join(parts)}; {self.nbytes:,} bytes not held)"
 
     def __reduce__(self) -> tuple[Any, ...]:
         self.check()
@@ -409,8 +410,8 @@ class LinearLogits(LazyTensor):
             found = self.hidden._version if name == "hidden" else now[name]
             if found != version:
                 raise RuntimeError(
-                    f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version "
-                    f"{found}, then {version}): logits made from it would have kept their values. Make them anew."
+                    f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {version} "
+                    f"then, {found} now): logits made from it would have kept their values. Make them anew."
                 )
         if self.rest.views[0] != self._views_changed:
             raise RuntimeError(
@@ -662,9 +663,9 @@ class LinearLogits(LazyTensor):
         """The ``k`` largest logits and their ids, ``(*token_shape, k)``, a workspace of logits at a time."""
         rows, dtype = self.rows(), statistics_dtype(self.hidden.dtype)
         N, V = len(rows.hidden), self.rest.weight.shape[0]
-        elements = (settings.workspace.value or 2**28) // (
-            4 * dtype.itemsize
-        )  # a tile, its transform and what topk needs
+        workspace = settings.workspace.value
+        room = TOPK_WORKSPACE if workspace is None else workspace
+        elements = room // (4 * dtype.itemsize)  # a tile, its transform and what topk needs
         width = max(1, min(V, elements // 1024))
         height = max(1, elements // width)
         values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
@@ -819,7 +820,7 @@ class LinearHead(nn.Linear):
 
     def add_update(self, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
         """Put a LoRA update of this rank beside the weight, in place of any other; 0: none."""
-        self.alpha, self.dropout = alpha, dropout
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         self.lora_A = self.lora_B = None
         if rank:
             self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
@@ -829,14 +830,24 @@ class LinearHead(nn.Linear):
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None) -> LinearHead:
         """A head that shares the parameters of ``linear``, which must be a plain ``nn.Linear``."""
-        if not isinstance(linear, nn.Linear) or getattr(linear.forward, "__func__", None) is not nn.Linear.forward:
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"from_linear takes an nn.Linear, the head itself, got {type(linear).__name__}")
+        if getattr(linear.forward, "__func__", None) is not nn.Linear.forward or is_parametrized(linear):
             raise TypeError(
-                f"from_linear takes an nn.Linear, got {type(linear).__name__}, whose forward is its own and would be lost: an "
-                "adapter is to be merged first or put beside the LinearHead with add_update, a scale or softcap named here"
+                f"from_linear takes an nn.Linear, got {type(linear).__name__}, whose forward or weight is its own and would be "
+                "lost: an adapter is to be merged first or put beside the LinearHead with add_update, a scale or softcap "
+                "named here, a parametrisation removed"
             )
+        if linear._forward_hooks or linear._forward_pre_hooks:
+            raise TypeError(f"the hooks of {linear} would be lost: put them on what from_linear returns")
         head = cls(linear.in_features, linear.out_features, device="meta", scale=scale, softcap=softcap)
         head.weight, head.bias = linear.weight, linear.bias
-        return head
+        return head.train(linear.training)
+
+    def extra_repr(self) -> str:
+        options = {"scale": (self.scale, 1.0), "softcap": (self.softcap, None), "rank": (self.rank, 0)}
+        named = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
+        return ", ".join([super().extra_repr(), *named])
 
     def forward(self, input: Tensor, *, temperature: float | Tensor = 1.0) -> LinearLogits:  # type: ignore[override]
         low_rank = None

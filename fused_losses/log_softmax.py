@@ -34,6 +34,7 @@ from .lazy_products import (
     LazyStack,
     cross_entropy_with,
     elementwise_kl,
+    fit,
     logaddexp,
     masked_fill,
     mixture,
@@ -520,6 +521,7 @@ def _cross_entropy_with_softmax(
     """``−Σ t log p`` with the probabilities of another head."""
     from .cross_entropy import result_dtype
 
+    fit(x, target.base)
     softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.unscaled
     if weight is not None or ignore_index >= 0 or not softmax or target.shape != x.shape:
         return NotImplemented
@@ -575,6 +577,8 @@ def kl_div(
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
+    if is_lazy(input) and is_lazy(target):
+        fit(input.base, target.base)
     if not (log_probs or dense) or target.shape != input.shape:
         return NotImplemented
     if is_lazy(target):

@@ -115,6 +115,8 @@ def plan(
     On route ``gradients_in_forward`` ``d_weight`` is written once where one chunk fits; else summed over chunks, in its own
     16-bit dtype for up to 8 of them and in fp32 beyond.
 
+    It plans for a head in ``dtype``: under autocast the cast weight and, of an fp32 head, its gradient in fp32 come on top.
+
     Args:
         tokens: ``N``, those that are not ignored.
         vocab: ``V``.
@@ -131,7 +133,8 @@ def plan(
         A :class:`Plan`.
 
     Raises:
-        ValueError: ``per_token`` with route ``"gradients_in_forward"``, or an unknown choice.
+        ValueError: ``per_token`` with route ``"gradients_in_forward"``, a size that is negative or no integer, or an unknown
+            choice.
         TypeError: ``dtype`` is not a ``torch.dtype``.
 
     Example:
@@ -149,6 +152,9 @@ def plan(
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+    for name, size in (("tokens", tokens), ("vocab", vocab), ("hidden", hidden)):
+        if isinstance(size, float) or size < 0:
+            raise ValueError(f"{name} must be an integer of at least 0, got {size}")
     backend_setting.parse(backend)  # type: ignore[arg-type]
     if accumulate not in (None, "fp32"):
         raise ValueError(f"accumulate must be 'fp32' or None, got {accumulate!r}")

@@ -399,7 +399,7 @@ def grpo_loss(
     off_policy_mask_threshold: float | None = None,
     mismatch_weight: Tensor | None = None,
     ref_log_probs: Tensor | None = None,
-    beta: float = 0.0,
+    beta: float | None = None,
     kl_estimator: Callable[[Tensor, Tensor], Tensor] = kl_estimate,
     use_bias_correction_kl: bool = True,
     kl_aggregation: str | None = None,
@@ -467,8 +467,8 @@ def grpo_loss(
         rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
         off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
         mismatch_weight: per sequence or per token; what :func:`mismatch_weight` returns first.
-        ref_log_probs: as ``log_probs`` under the reference; needed where ``beta`` is not 0.
-        beta: weight of the KL term.
+        ref_log_probs: as ``log_probs`` under the reference; needed where ``beta`` is not 0, and not taken without it.
+        beta: weight of the KL term; None: 0.
         kl_estimator: from ``(log_probs, ref_log_probs)`` to KL per token. Default k3, TRL; verl and OpenRLHF clamp it:
             ``functools.partial(kl_estimate, clamp=10)``.
         use_bias_correction_kl: weight the KL by the ratio, so that its gradient is unbiased off the policy. Default
@@ -517,6 +517,9 @@ def grpo_loss(
         off_policy_mask_threshold,
         rollout_log_probs,
     )
+    if beta is None and ref_log_probs is not None:
+        raise ValueError("ref_log_probs has no effect without beta, the weight of its KL: pass it, or leave them out")
+    beta = beta or 0.0
     if beta != 0 and ref_log_probs is None:
         raise ValueError("beta needs ref_log_probs")
     check_between(0, 1, top_entropy_quantile=top_entropy_quantile)

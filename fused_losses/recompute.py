@@ -250,7 +250,6 @@ def linear_rows_grad(
                 add_at_columns(main_grad[part], d_logits, piece.hidden, few, first=False)
             if d_bias is not None:
                 d_bias[part] = column_sums(d_logits, wide)
-    del slice_buffer
     for end_sum in pending:
         end_sum()
 

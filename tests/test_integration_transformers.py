@@ -303,6 +303,33 @@ def test_real_logits_where_no_loss_reads_them():
         assert type(lazy(IDS[:, :1], past_key_values=cache).logits) is torch.Tensor
 
 
+def test_every_forward_of_a_loop_of_ones_own():
+    """As RL loops compute old and reference log-probs."""
+    eager = tiny("gemma2").eval()
+    lazy = apply(copy.deepcopy(eager), always=True)
+    for training in (False, True):
+        with torch.no_grad(), settings.strict():
+            logits = lazy.train(training)(IDS).logits
+            found = logits.log_softmax(-1).gather(-1, IDS[..., None])
+        assert isinstance(logits, LinearLogits)
+        assert_same(eager(IDS).logits.log_softmax(-1).gather(-1, IDS[..., None]).detach(), found)
+        made, expected = (
+            model.generate(IDS, max_new_tokens=6, do_sample=True, top_k=5) for model in seeded(lazy, eager)
+        )
+        assert torch.equal(made, expected)
+        made, expected = (model.generate(IDS, max_new_tokens=3, use_cache=False) for model in (lazy, eager))
+        assert torch.equal(made, expected)
+        cache = lazy(IDS, use_cache=True).past_key_values
+        assert type(lazy(IDS[:, :1], past_key_values=cache).logits) is torch.Tensor
+    assert type(apply(lazy).eval()(IDS).logits) is torch.Tensor
+
+
+def seeded(*models):
+    for model in models:
+        torch.manual_seed(0)
+        yield model
+
+
 def test_labels_in_evaluation():
     eager = tiny("gemma2").eval()
     lazy = apply(copy.deepcopy(eager))

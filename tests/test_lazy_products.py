@@ -818,3 +818,21 @@ def test_entries_that_a_mask_names():
 @pytest.mark.filterwarnings("ignore:.*materialises")
 def test_what_is_like_those(fn):
     test_what_else_is_done_with_them(fn)
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, t: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean"),
+        lambda s, t: s.softmax(-1) * t.log_softmax(-1),
+        lambda s, t: s.log_softmax(-1) - t.log_softmax(-1),
+        lambda s, t: (s.softmax(-1) + t.softmax(-1)) / 2,
+        lambda s, t: torch.logaddexp(s.log_softmax(-1), t.log_softmax(-1)),
+        lambda s, t: F.cross_entropy(s.flatten(0, 1), t.softmax(-1).flatten(0, 1)),
+    ],
+)
+def test_vocabularies_of_different_sizes_are_named_before_either_is_made(fn):
+    s, t = LinearLogits(*leaves()[:3]), LinearLogits(torch.randn(B, S, 5).double(), torch.randn(V + 3, 5).double())
+    with pytest.raises(RuntimeError, match=rf"have \d+ and \d+ entries: take \[\.\.\., :{V}\] of the larger"):
+        fn(s, t)
+    fn(s, t[..., :V])

@@ -1377,7 +1377,7 @@ def test_statistics_are_made_once_for_a_loss_that_reads_several(monkeypatch):
     assert len(made) == 3
 
 
-@pytest.mark.parametrize("workspace", [1, 200, "64KiB", None])
+@pytest.mark.parametrize("workspace", [0, 1, 200, "64KiB", None])
 def test_argmax_holds_no_more_than_a_workspace_of_logits(workspace, monkeypatch):
     from fused_losses import linear_logits as module
 
@@ -1559,8 +1559,25 @@ def hooked():
 
 @pytest.mark.parametrize("make", [lambda: Doubled(H, V), lambda: LinearHead(H, V, softcap=1.0), Adapter, hooked])
 def test_a_head_is_made_from_nothing_but_a_linear_layer(make):
-    with pytest.raises(TypeError, match="forward is its own"):
+    with pytest.raises(TypeError, match=r"forward or weight is its own|the head itself, got Adapter"):
         LinearHead.from_linear(make())
+
+
+def test_a_head_loses_nothing_of_the_linear_layer():
+    linear = nn.Linear(H, V).eval()
+    assert not LinearHead.from_linear(linear).training
+    linear.register_forward_hook(lambda module, args, output: torch.ones_like(output))
+    with pytest.raises(TypeError, match="hooks of Linear"):
+        LinearHead.from_linear(linear)
+    with pytest.raises(TypeError, match="a parametrisation removed"):
+        LinearHead.from_linear(nn.utils.parametrizations.weight_norm(nn.Linear(H, V)))
+
+
+def test_a_head_shows_its_options():
+    head = LinearHead(H, V, bias=False, softcap=30.0, rank=2)
+    assert repr(head) == f"LinearHead(in_features={H}, out_features={V}, bias=False, softcap=30.0, rank=2)"
+    head.add_update(0)
+    assert "rank" not in repr(head)
 
 
 # Gathering

@@ -166,6 +166,9 @@ def test_unknown_choices_raise():
         plan(*LLAMA, backend="cuda")
     with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'bfloat16'"):
         plan(8, 8, 8, "bfloat16")
+    for sizes, name in (((-1, 8, 8), "tokens"), ((8, 8.0, 8), "vocab"), ((8, 8, -8), "hidden")):
+        with pytest.raises(ValueError, match=f"{name} must be an integer of at least 0, got"):
+            plan(*sizes)
     for setting in (settings.drop_ignored, settings.strict):
         with pytest.raises(TypeError, match=f"{setting.__name__} is True or False, got 'no'"):
             setting("no")

@@ -644,6 +644,9 @@ def test_errors_say_what_to_do():
         grpo_loss(x, x, a, aggregation="mean")
     with pytest.raises(ValueError, match="beta needs ref_log_probs"):
         grpo_loss(x, x, a, beta=0.1)
+    with pytest.raises(ValueError, match="ref_log_probs has no effect without beta"):
+        grpo_loss(x, x, a, ref_log_probs=x)
+    assert grpo_loss(x, x, a, ref_log_probs=x - 1, beta=0)[0] == grpo_loss(x, x, a)[0]
     with pytest.raises(ValueError, match="need entropy"):
         grpo_loss(x, x, a, entropy_coef=0.1)
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):

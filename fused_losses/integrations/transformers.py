@@ -32,7 +32,7 @@ class _Applied(NamedTuple):
     hooks: list[Any]
 
 
-def apply(model: Any) -> Any:
+def apply(model: Any, *, always: bool = False) -> Any:
     """Let the head of ``model`` return :class:`LinearLogits` where a loss is all that will read its logits.
 
     That is in every forward with ``labels``, training or evaluation, and, for losses outside the model (``compute_loss_func``,
@@ -44,6 +44,8 @@ def apply(model: Any) -> Any:
     Args:
         model: a causal, masked or encoder-decoder language model of transformers, or a PEFT model around one. LoRA on the
             head becomes a low-rank term of the logits, in the head's dtype.
+        always: also without labels and without gradients, as an RL loop of your own computes the log-probs of the old and of
+            the reference policy. ``generate``, cached steps and predictions that a ``Trainer`` keeps still get real logits.
 
     Returns:
         ``model`` itself, changed.
@@ -74,7 +76,8 @@ def apply(model: Any) -> Any:
         head.forward = MethodType(_lora_forward, head)
     hooks = []
     for called in {owner, model if model is owner else model.base_model}:  # peft < 0.21 calls owner.forward, past hooks
-        hooks.append(called.register_forward_pre_hook(functools.partial(_before, labels_at), with_kwargs=True))
+        before = functools.partial(_before, labels_at, always)
+        hooks.append(called.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(called.register_forward_hook(_after, always_call=True))
     owner._fused_losses = _Applied(head, linears, hooks)
     return model
@@ -96,7 +99,7 @@ def unapply(model: Any) -> Any:
 # When
 
 
-def _before(labels_at: int, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _before(labels_at: int, always: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     applied = model._fused_losses
     if model.get_output_embeddings() is not applied.head:
         raise RuntimeError(
@@ -104,10 +107,10 @@ def _before(labels_at: int, model: Any, args: tuple[Any, ...], kwargs: dict[str,
             "resize_token_embeddings: call apply(model) again"
         )
     labels = kwargs.get("labels", args[labels_at] if len(args) > labels_at else None)
-    trains = model.training and torch.is_grad_enabled() and kwargs.get("past_key_values") is None
+    trains = model.training and torch.is_grad_enabled()
     lazy = trainer_drops_logits()
     if lazy is None:
-        lazy = labels is not None or trains
+        lazy = labels is not None or ((trains or always) and kwargs.get("past_key_values") is None)
     for linear in applied.linears:
         linear.lazy = lazy
 
