@@ -10,7 +10,7 @@ import torch.compiler.config
 from .aggregation import aggregate
 from .cross_entropy import CrossEntropyLoss, cross_entropy
 from .data_parallel import count_per_rank
-from .distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
+from .distillation import acceptance_rate, distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
 from .divergence import divergence
 from .kl import k1, k2, k3, kl_biased, kl_estimate, kl_penalty, kl_unbiased
 from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
@@ -93,6 +93,7 @@ __all__ = [
     "VanillaKTOLoss",
     "VocabParallel",
     "a2po_loss",
+    "acceptance_rate",
     "aggregate",
     "backend",
     "bco_loss",

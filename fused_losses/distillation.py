@@ -167,6 +167,54 @@ def kd_loss(
     return total / (ids != -100).sum()
 
 
+def acceptance_rate(
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    *,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    group: Any = None,
+    backend: Backend | None = None,
+    workspace: int | str | None = None,
+    drop_ignored: bool | None = None,
+) -> Tensor:
+    r"""The share of the student's tokens that speculative decoding accepts where the student drafts for the teacher.
+
+    .. math:: α = \sum_j \min(t_j, s_j) = 1 - \tfrac12 \sum_j |t_j - s_j|
+
+    A draft model is trained on ``-acceptance_rate(draft, target).log().mean()``, or on the total variation ``1 - α``
+    (:func:`fused_losses.divergence.divergence`, ``kind="tvd"``); small rates are as accurate as large ones.
+
+    Source: Leviathan et al. (arXiv:2211.17192), Corollary 3.6. SpecForge and vLLM's speculators log it and train on it.
+
+    Args:
+        student_logits: of the draft model, ``(…, V)``, a Tensor or a :class:`LinearLogits`.
+        teacher_logits: of the target model, ``(…, V')`` of the same tokens; both are cut to the smaller vocabulary before the
+            softmax.
+        temperature: of both, at which is sampled.
+        mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
+        group, backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
+
+    Returns:
+        ``(…)`` in [0, 1], fp32, or float64 for a float64 student, differentiable in both.
+
+    Raises:
+        ValueError: shapes, devices or shares of the vocabulary that do not fit, a temperature that is not positive.
+
+    Example:
+        >>> acceptance_rate(torch.zeros(1, 4), torch.eye(4)[:1])
+        tensor([0.7746])
+    """
+    tokens = check_logits(student_logits, teacher_logits, None if mask is None else mask.shape)
+    ids = None if mask is None else _counted(mask, 0)
+    found, _ = token_divergence(
+        student_logits, teacher_logits, ids, False, chosen_divergence("overlap", 0.5, temperature),
+        shared_vocabulary(student_logits, teacher_logits, group), backend=backend,
+        workspace=workspace_setting.parse(workspace), drop_ignored=drop_ignored,
+    )  # fmt: skip
+    return found.view(tokens)
+
+
 def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(labels.reshape(-1) != ignore_index, 0, -100)
 

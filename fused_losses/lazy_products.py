@@ -2,9 +2,9 @@
 
 A student ``s`` learns from a teacher ``t`` by ``Σ_j t_j log s_j``, or by a difference of two such sums. :class:`LazyProducts`
 holds ``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)`` until it is summed over the vocabulary; without ``a_i`` a term is
-``log_softmax(b_i)`` alone, and in place of that may stand the logarithm of a mixture ``m = w softmax(a) + v softmax(b)``, or
-the distance ``|softmax(a) − softmax(b)|``. Of a teacher whose numbers exist either may be a tensor: probabilities ``P``, values
-``L``. The sum is answered term by term:
+``log_softmax(b_i)`` alone. In place of that may stand the logarithm of a mixture ``m = w softmax(a) + v softmax(b)``, or of two
+softmaxes the distance or the smaller one, entry by entry. Of a teacher whose numbers exist either may be a tensor:
+probabilities ``P``, values ``L``. The sum is answered term by term:
 
 =====================================  =====================================================
 terms                                  summed over the vocabulary
@@ -18,6 +18,7 @@ terms                                  summed over the vocabulary
 ``P log_softmax(b)``                   −the cross entropy with probabilities
 ``P L``, ``L``                         the sum itself
 ``|softmax(a) − softmax(b)|``          twice the total variation
+``min(softmax(a), softmax(b))``        their overlap, 1 less the total variation
 ``log_softmax(b)``                     as in ``log_softmax.py``
 =====================================  =====================================================
 """
@@ -74,19 +75,27 @@ class _Dense:
 
 
 class _Distance(NamedTuple):
-    """``|w softmax(a) − w softmax(b)|``."""
+    """``|w softmax(a) − w softmax(b)|``, or ``min(w softmax(a), w softmax(b))``, w > 0, of the same ``mixture``."""
 
     mixture: LazyMixture
+    smaller: bool = False
 
     @property
     def requires_grad(self) -> bool:
         return self.mixture.requires_grad
 
     def elements(self) -> Tensor:
-        return self.mixture.elements().abs()
+        if not self.smaller:
+            return self.mixture.elements().abs()
+        (w, a), (_, b) = self.mixture.parts
+        return w * torch.minimum(*(z.elements().softmax(self.mixture.vocab_dim) for z in (a, b)))
+
+    def vocab_sum(self) -> Tensor:
+        (w, x), (_, y) = self.mixture.parts
+        return w * _divergence(x, y, "overlap") if self.smaller else 2 * abs(w) * _divergence(x, y, "tvd")
 
     def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> _Distance:
-        return _Distance(self.mixture.each(fn))
+        return self._replace(mixture=self.mixture.each(fn))
 
 
 class _Term(NamedTuple):
@@ -160,10 +169,11 @@ class LazyMixture(Derived):
         mixed = all(0 < w < math.inf for w, _ in self.parts)
         return LazyProducts((_Term(1.0, None, replace(self)),), self.dtype) if mixed else NotImplemented
 
-    def distance(self) -> Any:
+    def distance(self, smaller: bool = False) -> Any:
         (w, _), (v, _) = self.parts
-        apart = w == -v and abs(w) < math.inf
-        return LazyProducts((_Term(1.0, None, _Distance(replace(self))),), self.dtype) if apart else NotImplemented
+        apart = w == -v and abs(w) < math.inf and (w > 0 or not smaller)
+        found = _Distance(replace(self), smaller)
+        return LazyProducts((_Term(1.0, None, found),), self.dtype) if apart else NotImplemented
 
 
 @dataclass(eq=False, repr=False)
@@ -368,8 +378,7 @@ class LazyProducts(Derived):
             weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
             return weighed.sum(self.vocab_dim, dtype=self._precision)
         if isinstance(b, _Distance) and a is None:
-            (w, x), (_, y) = b.mixture.parts
-            return 2 * abs(w) * _divergence(x, y, "tvd")
+            return b.vocab_sum()
         if not isinstance(b, LinearLogits):
             return NotImplemented
         return b.sum_log_probs() if a is None else -cross_entropy_with(b, a.elements(), "none")
@@ -460,6 +469,13 @@ def _mixed(weighed: list[tuple[float, Any]]) -> LazyMixture:
 @answers("abs", "absolute", "__abs__")
 def abs_(x: LazyTensor) -> Any:
     return x.distance() if isinstance(x, LazyMixture) else NotImplemented
+
+
+@answers("minimum", anywhere=True)
+def minimum(input: Any, other: Any) -> Any:
+    """The smaller of two softmaxes, entry by entry."""
+    apart = input.plus(other, -1.0) if isinstance(input, LazyTensor) and isinstance(other, LazyTensor) else None
+    return apart.distance(smaller=True) if isinstance(apart, LazyMixture) else NotImplemented
 
 
 @answers("logaddexp", anywhere=True)

@@ -37,6 +37,7 @@ from .lazy_products import (
     fit,
     logaddexp,
     masked_fill,
+    minimum,
     mixture,
     products,
     times_log,
@@ -450,9 +451,11 @@ def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = 
     return torch.return_types.max((values, ids)) if largest else torch.return_types.min((values, ids))
 
 
-@answers("min")
-def min_(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
-    return max_(x, dim, keepdim, largest=False)
+@answers("min", anywhere=True)
+def min_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+    if is_lazy(dim):
+        return minimum(x, dim)
+    return max_(x, dim, keepdim, largest=False) if is_lazy(x) else NotImplemented
 
 
 @answers("amax")

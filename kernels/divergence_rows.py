@@ -5,7 +5,7 @@ per row:
 
     forward_kl  Σ t log(t/s)            reverse_kl  Σ s log(s/t)          skewed_kl  Σ t log(t/m)
     jsd         β Σ t log(t/m) + (1 − β) Σ s log(s/m)                     tvd        ½ Σ |t − s|
-    cross_entropy  −Σ t log s over the entries whose student logit is finite
+    cross_entropy  −Σ t log s over the entries whose student logit is finite                 overlap    Σ min(t, s)
 
 One program per row goes over it twice, three times with gradients: both maxima and sums; then the divergence and the mean
 slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``. Of
@@ -99,6 +99,8 @@ def _term(s, t, log_s, d, beta, KIND: tl.constexpr):
         value = t * tl.where(log_s == float("-inf"), 0.0, log_s * -LN2)
     if KIND == "tvd":
         value = 0.5 * tl.maximum(s, t) * _below_one(_apart(d))
+    if KIND == "overlap":
+        value = tl.minimum(s, t)
     if KIND == "jsd" or KIND == "skewed_kl":
         m = beta * t + (1 - beta) * s
         log_m_over_s, log_m_over_t, _, _ = _mixture(d, beta)
@@ -123,6 +125,9 @@ def _slopes(s, t, log_s, d, beta, KIND: tl.constexpr):
     if KIND == "tvd":
         h = tl.where(d > 0, 0.5, tl.where(d < 0, -0.5, 0.0))
         g = -h
+    if KIND == "overlap":  # 0 where the other is smaller: its mean is as small as the overlap
+        g = tl.where(d > 0, 1.0, tl.where(d < 0, 0.0, 0.5))
+        h = 1 - g
     if KIND == "jsd":
         log_m_over_s, log_m_over_t, _, _ = _mixture(d, beta)
         g = log_m_over_s * ((beta - 1) * LN2)

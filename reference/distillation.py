@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .divergence import of_distributions
+from .divergence import divergence, of_distributions
 
 
 def distillation_loss(
@@ -46,6 +46,16 @@ def distillation_loss(
     if reduction == "sum":
         return total
     return total / ((count if num_items_in_batch is None else num_items_in_batch) or 1)
+
+
+def acceptance_rate(
+    student_logits: Tensor,  # (…, V)
+    teacher_logits: Tensor,  # (…, V')
+    temperature: float = 1.0,
+    mask: Tensor | None = None,  # (…)
+) -> Tensor:
+    r""":math:`\sum_j \min(t_j, s_j)` of each token."""
+    return divergence(student_logits, teacher_logits, "overlap", temperature=temperature, mask=mask)
 
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:

@@ -25,6 +25,8 @@ def of_distributions(s: Tensor, t: Tensor, kind: str, beta: float) -> Tensor:
         return relative_entropy(t, m)
     if kind == "tvd":
         return (t - s).abs().sum() / 2
+    if kind == "overlap":
+        return torch.minimum(t, s).sum()
     raise ValueError(kind)
 
 

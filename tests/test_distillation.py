@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from conftest import INTERPRETED
 
 from fused_losses.bench.memory import peak_bytes
-from fused_losses.distillation import distillation_loss, kd_loss, sparse_distillation_loss, teacher_topk
+from fused_losses.distillation import (
+    acceptance_rate,
+    distillation_loss,
+    kd_loss,
+    sparse_distillation_loss,
+    teacher_topk,
+)
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.head import Head
 from fused_losses.linear_logits import LinearLogits
@@ -571,3 +577,44 @@ def test_which_teachers_are_refused():
     torch.testing.assert_close(
         each[:1], sparse_distillation_loss(student[:1], ids[:1], padded[:1], reduction="none").loss
     )
+
+
+@pytest.mark.parametrize("apart", [0.0, 1.0, 10.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_acceptance_rate(apart, temperature, backend, device):
+    """Of rates near 1, and of ones that a difference from 1 would not have."""
+    student = torch.randn(4, 100, 33, device=device)
+    teacher = torch.randn_like(student) + apart * torch.linspace(-1, 1, 33, device=device)
+    student = teacher if apart == 0 else student - apart * torch.linspace(-1, 1, 33, device=device)
+    upstream = torch.randn(4, 100, device=device)
+
+    def run(fn, dtype, **options):
+        leaves = [x.to(dtype).requires_grad_() for x in (student.detach(), teacher.detach())]
+        value = fn(*leaves, temperature=temperature, **options)
+        loss = value.log() if apart else value
+        return value, *torch.autograd.grad((loss * upstream).sum(), leaves)
+
+    def eager(student, teacher, temperature):
+        return torch.minimum(*((x / temperature).softmax(-1) for x in (student, teacher))).sum(-1)
+
+    found, theirs = run(acceptance_rate, torch.float32, backend=backend), run(eager, torch.float32)
+    exact = run(reference.acceptance_rate, torch.float64)
+    if apart == 10 and temperature == 1:
+        assert exact[0].max() < 1e-3
+    assert (found[0] <= 1 + 1e-6).all()
+    for name, a, b, c in zip(("rate", "d_student", "d_teacher"), found, theirs, exact, strict=True):
+        assert_accurate(a, b, c, name)
+
+
+def test_acceptance_rate_of_heads(backend, device):
+    leaves = [torch.randn(n, m, device=device).requires_grad_() for n, m in ((8, 6), (30, 6), (8, 10), (33, 10))]
+    mask = torch.arange(8, device=device) % 3 > 0
+    found = acceptance_rate(LinearLogits(*leaves[:2]), LinearLogits(*leaves[2:]), mask=mask, backend=backend)
+    expected = reference.acceptance_rate(leaves[0] @ leaves[1].T, leaves[2] @ leaves[3].T, mask=mask)
+    torch.testing.assert_close(found, expected)
+    assert (found == 0).tolist() == (~mask).tolist()
+    torch.testing.assert_close(*(torch.autograd.grad(x[mask].log().mean(), leaves) for x in (found, expected)))
+    tvd = divergence(LinearLogits(*leaves[:2]), LinearLogits(*leaves[2:]), kind="tvd", mask=mask, backend=backend)
+    torch.testing.assert_close(found + tvd, mask.float())
+    with pytest.raises(ValueError, match=r"student_logits \(8, 30\) and teacher_logits \(7, 33\)"):
+        acceptance_rate(LinearLogits(*leaves[:2]), LinearLogits(leaves[2][1:], leaves[3]))

@@ -44,6 +44,8 @@ def eager(student, teacher, kind="forward_kl", beta=0.5, temperature=1.0):
 
     if kind == "tvd":
         return 0.5 * (log_t.exp() - log_s.exp()).abs().sum(-1)
+    if kind == "overlap":
+        return torch.minimum(log_t.exp(), log_s.exp()).sum(-1)
     if kind == "forward_kl":
         return kl(log_t, log_s)
     if kind == "reverse_kl":
@@ -368,7 +370,7 @@ def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("everything", [False, True])
-@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
+@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy", "overlap"])
 def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backend, device):
     if backend == "triton" and (dtype == torch.float64 or (dtype == torch.float16 and kind != "jsd")):
         pytest.skip("the kernel computes in fp32, and reads float16 alike for every kind")
@@ -416,7 +418,7 @@ def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backen
     assert found[0].isinf().any() == infinite.get(kind, False)
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy"])
+@pytest.mark.parametrize("kind", [*KINDS, "cross_entropy", "overlap"])
 def test_slices_are_as_accurate_as_eager_whole_rows(kind, backend, device):
     """Enough rows that the tolerance is not a matter of luck."""
     N, V, cuts = 32, 203, (0, 3, 71, 203)

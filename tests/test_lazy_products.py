@@ -141,6 +141,13 @@ def total_variation(s, t):
     return (distance.sum(-1).view(-1) * MASK.view(-1)).sum() / MASK.sum() + (s.softmax(-1) - t.softmax(-1)).abs().mean()
 
 
+def acceptance(s, t):
+    """As speculators write it."""
+    p, q = s.softmax(-1), t.softmax(-1)
+    rate = torch.minimum(p, q).sum(-1)
+    return -(rate.log() * MASK).sum() / MASK.sum() + (torch.min(q / 3, p / 3) * MASK[..., None]).sum(-1).square().sum()
+
+
 def gaps(s, t):
     return (s.log_softmax(-1) - t.log_softmax(-1)).sum(-1).square().mean()
 
@@ -148,7 +155,7 @@ def gaps(s, t):
 LOSSES = [forward_kl, reverse_kl, difference, difference_of_logs, elementwise, elementwise_of_logs, with_a_temperature]
 LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, several_terms, gaps]
 LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture, jensen_shannon_of_logs, jensen_shannon_of_a_mean]
-LOSSES += [jensen_shannon_with_a_share, a_sum_of_both, total_variation]
+LOSSES += [jensen_shannon_with_a_share, a_sum_of_both, total_variation, acceptance]
 
 
 PROBS = torch.linspace(-3, 3, B * S * V, dtype=torch.float64).sin().mul(3).view(B, S, V).softmax(-1)
@@ -280,7 +287,7 @@ def test_unchanged_loss(loss, teacher_trains, bias):
 @pytest.mark.parametrize(
     "loss",
     [forward_kl, difference, elementwise, symmetric, dense_difference, jensen_shannon_of_a_mean, total_variation]
-    + [reverse_against_dense_at_once, soft_labels, stabilised],
+    + [reverse_against_dense_at_once, soft_labels, stabilised, acceptance],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_accuracy(loss, dtype):
@@ -810,6 +817,11 @@ def test_entries_that_a_mask_names():
         lambda s, t: torch.where(s.isinf(), 0.0, s.log_softmax(-1)),
         lambda s, t: F.cross_entropy(s.mT, t.softmax(-1).mT, weight=PROBS[0, 0]),
         lambda s, t: F.cross_entropy(s.mT, 0.5 * t.softmax(-1).mT),
+        lambda s, t: torch.minimum(s.softmax(-1), 0.5 * t.softmax(-1)).sum(-1),
+        lambda s, t: torch.minimum(-s.softmax(-1), -t.softmax(-1)).sum(-1),
+        lambda s, t: torch.minimum(s.softmax(-1), PROBS).sum(-1),
+        lambda s, t: torch.min(s, t),
+        lambda s, t: torch.minimum(s.softmax(-1), t.softmax(-1)) * PROBS,
         lambda s, t: s.exp(),
         lambda s, t: (s + 2).exp(),
         lambda s, t: (s.log_softmax(-1) - 100).exp(),

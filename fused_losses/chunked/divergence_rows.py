@@ -32,6 +32,10 @@ def of_kind(
     if kind == "reverse_kl":
         value, th, sg = of_kind(t, s, d.neg_(), buffers, beta, "forward_kl")
         return value, sg, th
+    if kind == "overlap":
+        value = torch.minimum(s, t, out=a)
+        th = torch.mul(d.sign_(), -0.5, out=b).add_(0.5).mul_(t)
+        return value, d.mul_(0.5).add_(0.5).mul_(s), th
     difference = torch.abs(d, out=a).neg_().expm1_().mul_(torch.maximum(s, t, out=b)).copysign_(d)  # t − s
     if kind == "forward_kl":
         th = d.mul_(t).nan_to_num_(0, posinf=math.inf)
@@ -231,6 +235,8 @@ def differentiable_rows(
         value = -(t * log_s.masked_fill(log_s == -math.inf, 0)).sum(-1)
     elif kind == "tvd":
         value = 0.5 * (t - s).abs().sum(-1)
+    elif kind == "overlap":
+        value = torch.minimum(t, s).sum(-1)
     else:
         m = beta * t + (1 - beta) * s
         log_m = m.masked_fill(m == 0, 1).log()
