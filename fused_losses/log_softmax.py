@@ -11,6 +11,7 @@ logits         z                      logp + lse     V·mean(z)
 log_softmax    z − lse                logp           V·(mean(z) − lse)
 softmax        exp(z − lse)           exp(logp)      1
 p_log_p        softmax·log_softmax                   −entropy
+p_p            softmax²               exp(2 logp)    Σ p²
 p_z            softmax·z                             lse − entropy
 tanh           tanh(z)                               (becomes a softcap when multiplied)
 =============  =====================  =============  ==========================
@@ -78,9 +79,17 @@ _FORMS = {
         lambda z: z.hidden[..., :0].sum(-1, dtype=z.wide) + 1,  # a constant that requires grad, as eager's sum
     ),
     "p_log_p": _Form(times_log, None, lambda z: -z.statistic("entropy")),
+    "p_p": _Form(
+        lambda z, dim: z.softmax(dim).square(),
+        lambda z, ids: (2 * z.log_probs_at(ids)).exp(),
+        lambda z: z.statistic("log_sum_sq_probs").exp(),
+    ),
     "p_z": _Form(lambda z, dim: z.softmax(dim) * z, None, lambda z: z.statistic("logsumexp") - z.statistic("entropy")),
     "tanh": _Form(lambda z, dim: z.tanh(), None, None),
 }
+
+
+_PRODUCTS = {"log_softmax": "p_log_p", "softmax": "p_p", "logits": "p_z"}  # with the softmax of the same logits
 
 
 @dataclass(eq=False, repr=False)
@@ -198,10 +207,8 @@ class LazyExpression(Derived):
             return NotImplemented
         other = other if isinstance(other, LazyExpression) else LazyExpression(other)
         forms = {self.form: self, other.form: other}
-        product = {"log_softmax": "p_log_p", "logits": "p_z"}.get(next((f for f in forms if f != "softmax"), ""))
-        if len(forms) != 2 or "softmax" not in forms or product is None:
-            return NotImplemented
-        if not self.unshifted or not other.unshifted:
+        product = _PRODUCTS.get(next((f for f in forms if f != "softmax"), "softmax"))
+        if "softmax" not in forms or product is None or not self.unshifted or not other.unshifted:
             return NotImplemented
         if not same_logits(self.base, other.base):
             found = products(forms["log_softmax"]) if product == "p_log_p" else NotImplemented
@@ -308,6 +315,16 @@ def log(x: LazyTensor) -> Any:
         return x.logarithm()
     softmax = isinstance(x, LazyExpression) and x.form == "softmax" and x.unscaled
     return replace(x, form="log_softmax") if softmax else NotImplemented  # type: ignore[type-var]
+
+
+@answers("square")
+def square(x: LazyTensor) -> Any:
+    return x.times(x)
+
+
+@answers("pow", "__pow__")
+def pow_(x: LazyTensor, exponent: Any) -> Any:
+    return x.times(x) if is_number(exponent) and exponent == 2 else NotImplemented
 
 
 @answers("tanh")

@@ -64,6 +64,7 @@ def token_loss(
         ``(…)`` with 0 where there is no index.
 
     Raises:
+        TypeError: an index or ``per_token`` that is no tensor, or an ``fn`` that returns none.
         ValueError: ``per_token`` of another shape, or that requires grad; an ``fn`` that reads another tensor that does.
 
     Example:
@@ -74,6 +75,9 @@ def token_loss(
     """
     check_vocab_last("logits", logits)
     logits, shard = local_part(logits, group)
+    for name, x in (("index", index), *(("per_token", x) for x in per_token)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} is a tensor with a number for each token {tuple(logits.shape[:-1])}, got {x!r}")
     index = local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
     for x in per_token:
@@ -166,6 +170,8 @@ class _PerToken:
         value, aux = result if isinstance(result, tuple) else (result, {})
         n = next(s for s in found if s is not None).shape[:1]
         for name, x in (("fn", value), *((f"fn's {name!r}", x) for name, x in aux.items())):
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must return one number per token, a tensor {tuple(n)}, got {x!r}")
             if x.shape != n:
                 raise ValueError(f"{name} must return one number per token, {tuple(n)}, got {tuple(x.shape)}")
         return value, {name: x.detach() for name, x in aux.items()}

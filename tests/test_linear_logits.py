@@ -310,6 +310,9 @@ NUMBERS = {
     "entropy": lambda z: -(F.log_softmax(z, -1).exp() * F.log_softmax(z, -1)).sum(-1),
     "entropy_function": lambda z: -torch.sum(torch.softmax(z, -1) * torch.log_softmax(z, -1), dim=-1),
     "entropy_by_difference": lambda z: torch.logsumexp(z, dim=-1) - torch.sum(F.softmax(z, dim=-1) * z, dim=-1),
+    "collision": lambda z: (F.softmax(z, -1) ** 2).sum(-1),
+    "collision_log": lambda z: -2 * (z.softmax(-1).square().sum(-1) + (z.softmax(-1) * z.softmax(-1)).mean()).log(),
+    "softmax_squared": lambda z: z.transpose(1, 2).softmax(1).pow(2).gather(1, FEW.transpose(1, 2)),
     "entropy_mean": lambda z: -(F.log_softmax(z, -1).exp() * F.log_softmax(z, -1)).mean(),
     "sum": lambda z: z.sum(-1),
     "sum_keepdim": lambda z: torch.sum(z, dim=-1, keepdim=True),
@@ -615,7 +618,6 @@ MATERIALISED = {
     "tensor_plus": lambda z: torch.ones(B, S, V) + z,
     "tensor_in_place": lambda z: torch.ones(B, S, V).add_(z),
     "reciprocal": lambda z: 1 / z,
-    "product_of_softmaxes": lambda z: z.softmax(-1) * z.softmax(-1),
     "product_of_two": lambda z: z.softmax(-1) * (2 * z),
     "product_with_an_offset": lambda z: (z.softmax(-1) + 1) * z.log_softmax(-1),
     "gather_some_tokens": lambda z: z.gather(-1, IDS[:, :2, None]),
@@ -959,7 +961,7 @@ def test_div_and_mul_in_place_change_the_object_and_not_the_tensors():
     [
         lambda z: z.log_softmax(-1).gather(-1, FEW).sum(),
         lambda z: F.cross_entropy(z.transpose(1, 2), IDS),
-        lambda z: z.softmax(-1).square().sum(),
+        lambda z: z.softmax(-1).pow(3).sum(),
     ],
 )
 def test_an_offset_of_detached_logits_gets_the_gradient_0(loss):
@@ -1285,7 +1287,7 @@ def test_compiled_code_that_materialises_is_right():
     ("fn", "first_given"),
     [
         (lambda z: z.std(), False),
-        (lambda z: z.softmax(-1).square().sum(), True),
+        (lambda z: z.softmax(-1).pow(3).sum(), True),
         (lambda z: z[:, :, 2].sum(), False),
         (lambda z: F.cross_entropy(z.transpose(1, 2), torch.zeros(z.shape[:2], dtype=torch.long)), True),
     ],

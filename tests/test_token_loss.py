@@ -466,6 +466,12 @@ def test_bad_input():
     for turned in (logits.T, logits.detach().T):
         with pytest.raises(ValueError, match=r"vocabulary of logits \(37, 23\) must stand last"):
             token_loss(dft, turned, index)
+    with pytest.raises(TypeError, match=r"fn must return one number per token, a tensor.*got None"):
+        token_loss(lambda s: None, logits, index)
+    with pytest.raises(TypeError, match=r"index is a tensor with a number for each token \(.*\), got None"):
+        token_loss(lambda s: -s.log_probs, logits, None)
+    with pytest.raises(TypeError, match=r"per_token is a tensor.*got 0.5"):
+        token_loss(lambda s, a: -a * s.log_probs, logits, index, 0.5)
     with pytest.raises(ValueError, match="one number per token"):
         token_loss(lambda s: s.log_probs.sum(), logits, index)
     with pytest.raises(ValueError, match=r"'x'.*one number per token"):
