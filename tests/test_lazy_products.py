@@ -829,7 +829,10 @@ def test_entries_that_a_mask_names():
         lambda s, t: torch.minimum(s.softmax(-1), PROBS).sum(-1),
         lambda s, t: torch.min(s, t),
         lambda s, t: torch.minimum(s.softmax(-1), t.softmax(-1)) * PROBS,
+        lambda s, t: s.isinf() | (PROBS > 0.1),
         lambda s, t: s.exp(),
+        lambda s, t: (1000 * s - 5).exp(),
+        lambda s, t: (s.log_softmax(-1) + 1000).exp(),
         lambda s, t: (s + 2).exp(),
         lambda s, t: (s.log_softmax(-1) - 100).exp(),
     ],
@@ -837,6 +840,18 @@ def test_entries_that_a_mask_names():
 @pytest.mark.filterwarnings("ignore:.*materialises")
 def test_what_is_like_those(fn):
     test_what_else_is_done_with_them(fn)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_entries_that_a_mask_names_and_a_bias_bans():
+    hidden, weight, bias, *_ = (t if t is None else t.detach() for t in leaves())
+    bias[2] = -math.inf
+    results = []
+    for head in (LinearLogits, F.linear):
+        product = PROBS * head(hidden, weight, bias).log_softmax(-1)
+        results.append(product.masked_fill(torch.arange(V).eq(2).expand(B, S, V), 0).sum(-1))
+    assert results[1].isfinite().all()
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

@@ -610,6 +610,8 @@ MATERIALISED = {
     "sum_over_tokens": lambda z: z.sum(1),
     "unbind_vocabulary": lambda z: z.unbind(-1)[2],
     "cat_vocabulary": lambda z: torch.cat([z, z], -1),
+    "gather_other_tokens_for_each_entry": lambda z: z.gather(1, IDS[:, :, None].expand(-1, -1, V).clone() % S),
+    "gather_by_entry": lambda z: z.gather(1, torch.arange(B * S * V).view(B, S, V) % S),
     "cat_with_a_tensor": lambda z: torch.cat([z, torch.zeros(B, 1, V)], 1),
     "roll_vocabulary": lambda z: z.roll(1, -1),
     "cross_entropy_over_tokens": lambda z: F.cross_entropy(z, torch.ones(B, V, dtype=torch.long)),
@@ -1928,6 +1930,17 @@ def test_what_reads_numbers_per_token_or_none(fn, dtype):
     torch.testing.assert_close(found, expected, **({} if exact else {"rtol": 2e-2, "atol": 2e-2}))
     if found.requires_grad and exact:
         torch.testing.assert_close(*(gradients([x], tensors)[:3] for x in (found, expected)))
+
+
+def test_a_vocabulary_of_one_beside_numbers_per_token():
+    hidden, weight = torch.randn(B, S, H, requires_grad=True), torch.randn(1, H)
+    numbers, results = torch.randn(B, S, 1), []
+    for head in (LinearLogits, F.linear):
+        z = head(hidden, weight)
+        with settings.strict():
+            loss = (z + numbers).logsumexp(-1).square().sum() + (numbers - z)[..., 0].square().sum()
+        results.append([loss, *torch.autograd.grad(loss, [hidden])])
+    torch.testing.assert_close(*results)
 
 
 def test_tokens_of_nan_emptied():
