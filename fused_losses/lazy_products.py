@@ -43,6 +43,7 @@ from .lazy_tensor import (
     multiplied,
     number_of,
     per_token_number,
+    report,
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
@@ -108,8 +109,22 @@ class _Term(NamedTuple):
         return self.log_softmax.requires_grad or (self.softmax is not None and self.softmax.requires_grad)
 
 
+class Elementwise(Derived):
+    """What a change in place can turn into its elements: they are held as a sum of products is, of none."""
+
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        if self.viewed or (self.requires_grad and no_gradient()):
+            return NotImplemented
+        report(name, self)
+        elements = self.materialize()
+        change(elements)
+        held = LazyProducts((_Term(1.0, None, _Dense(elements)),), self.dtype, like=self.base)
+        self.__class__, self.__dict__ = LazyProducts, vars(held)
+        return self
+
+
 @dataclass(eq=False, repr=False)
-class LazyMixture(Derived):
+class LazyMixture(Elementwise):
     """``w softmax(a) + w' softmax(b)``."""
 
     parts: tuple[tuple[float, LinearLogits], tuple[float, LinearLogits]]
@@ -177,7 +192,7 @@ class LazyMixture(Derived):
 
 
 @dataclass(eq=False, repr=False)
-class LazyProducts(Derived):
+class LazyProducts(Elementwise):
     """``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)``, the factor a number or one per token; see the module."""
 
     terms: tuple[_Term, ...]
@@ -185,6 +200,7 @@ class LazyProducts(Derived):
     factor: Any = 1.0
     finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
     skipped: Tensor | None = None  # tokens whose entries all count as 0
+    like: LinearLogits | None = None  # whose shape it has, where no term is of logits
 
     def __post_init__(self) -> None:
         if self.requires_grad and no_gradient():
@@ -193,9 +209,8 @@ class LazyProducts(Derived):
 
     @property
     def base(self) -> LinearLogits:
-        first = next(
-            x for t in self.terms for x in (t.log_softmax, t.softmax) if not isinstance(x, (_Dense, type(None)))
-        )
+        parts = (x for t in self.terms for x in (t.log_softmax, t.softmax, self.like))
+        first = next(x for x in parts if not isinstance(x, (_Dense, type(None))))
         first = first.mixture if isinstance(first, _Distance) else first
         return first if isinstance(first, LinearLogits) else first.base
 
@@ -250,7 +265,7 @@ class LazyProducts(Derived):
 
         terms = tuple(_Term(c, once(a), once(b)) for c, a, b in self.terms)
         numbers = {"factor": of_tokens(self.factor), "skipped": of_tokens(self.skipped)}
-        return replace(self, terms=terms, finite=tuple(map(once, self.finite)), **numbers)
+        return replace(self, terms=terms, finite=tuple(map(once, self.finite)), like=once(self.like), **numbers)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
         each = self._each(lambda x: x.mapped(fn, vocab_dim, view=view), fn, self._per_token(fn, vocab_dim))

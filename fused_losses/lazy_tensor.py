@@ -137,6 +137,10 @@ class LazyTensor:
         """Self, changed in place to the numbers of ``new``."""
         return NotImplemented
 
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        """Self, changed in place as PyTorch's ``name`` changes its elements, where it can hold those."""
+        return NotImplemented
+
     def values_at(self, ids: Tensor) -> Any:
         """Values at ``ids (*token_shape, K)``, in the same shape."""
         return NotImplemented
@@ -337,6 +341,12 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and name in _IN_PLACE:
+        others = args[1:], kwargs
+        done = first.become_changed(
+            name, lambda t: func(t, *materialised(name, others[0]), **materialised(name, others[1]))
+        )
+        if done is not NotImplemented:
+            return done
         raise RuntimeError(
             f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which has no elements to "
             "write to and keeps no view in step. Use the out-of-place form, or materialize() before."
@@ -352,7 +362,7 @@ def _unboxed(x: Any) -> Any:
 def materialised(name: str, arguments: Any) -> Any:
     found = {id(x): x for x in tree_leaves(arguments, is_leaf=is_lazy) if is_lazy(x)}
     for x in found.values():
-        _report(name, x)
+        report(name, x)
     tensors = {key: x.materialize() for key, x in found.items()}
     return tree_map(lambda x: tensors[id(x)] if is_lazy(x) else x, arguments, is_leaf=is_lazy)
 
@@ -374,7 +384,7 @@ def is_lazy(x: Any) -> bool:
     return isinstance(x, LazyTensor)
 
 
-def _report(name: str, x: LazyTensor) -> None:
+def report(name: str, x: LazyTensor) -> None:
     # Sizes that vary have no numbers while a function is compiled.
     size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
     message = (
@@ -399,6 +409,20 @@ def _warn_once(name: str, message: str) -> None:
 
 # While a function is compiled, warn then. As torch.compiler.assume_constant_result, which would import the compiler.
 _warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _grad(outputs: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+    if any(map(is_lazy, tree_leaves(inputs, is_leaf=is_lazy))):
+        raise RuntimeError(
+            "lazy logits get no gradient of their own: ask for that of hidden and weight, or of materialize()"
+        )
+    return NotImplemented
+
+
+HANDLERS["grad"], _KEYWORDS["grad"] = (
+    _grad,
+    None,
+)  # torch.autograd.grad; the attribute is None, as a tensor's that is no leaf
 
 
 # Metadata

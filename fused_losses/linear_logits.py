@@ -121,7 +121,7 @@ class _Rest:
         return _Rest(**{name: getattr(self, name) for name in _Rest.__annotations__} | changes)
 
 
-@dataclass(eq=False, init=False, repr=False)
+@dataclass(eq=False, init=False, repr=False)  # of the one field hidden, which DDP and FSDP2 look for in outputs
 class LinearLogits(LazyTensor):
     r"""A tensor of logits that is never materialised: write a loss against it as against any logits.
 
@@ -273,7 +273,7 @@ class LinearLogits(LazyTensor):
         self._views_changed = rest.views[0]
 
     def _part(self, t: Tensor) -> Tensor:
-        """A part of the head, as its gradient is to find it."""
+        """A part of the head: detached where the logits are, tied to hidden where that is frozen."""
         if self.rest.detached:
             return t.detach()
         return _Tie.apply(t, self.hidden) if self.rest.frozen and t.requires_grad and is_distributed() else t

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from .lazy_products import (
     LARGEST_LOG,
+    Elementwise,
     LazyMixture,
     LazyProducts,
     LazyStack,
@@ -45,7 +46,6 @@ from .lazy_products import (
     weighed_values,
 )
 from .lazy_tensor import (
-    Derived,
     LazyTensor,
     answers,
     coefficient,
@@ -93,7 +93,7 @@ _PRODUCTS = {"log_softmax": "p_log_p", "softmax": "p_p", "logits": "p_z"}  # wit
 
 
 @dataclass(eq=False, repr=False)
-class LazyExpression(Derived):
+class LazyExpression(Elementwise):
     """``factor · f(base) + offset``, each a number or one per token ``token_shape``; see the module."""
 
     base: LinearLogits

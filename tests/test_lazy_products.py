@@ -870,3 +870,40 @@ def test_vocabularies_of_different_sizes_are_named_before_either_is_made(fn):
     with pytest.raises(RuntimeError, match=rf"have \d+ and \d+ entries: take \[\.\.\., :{V}\] of the larger"):
         fn(s, t)
     fn(s, t[..., :V])
+
+
+def changed_by_a_mask(s, t):
+    """As ROLL writes it."""
+    each = F.kl_div(PROBS.log(), s.log_softmax(-1), reduction="none", log_target=True)
+    each.masked_fill_(PROBS > 0.05, 0.0)
+    product = s.softmax(-1) * PROBS.log()
+    product[~MASK.bool()] = 0.5
+    product *= 2
+    e = (s.detach() - s.detach().max(-1, keepdim=True).values).exp()
+    e[:, :, 3:5] = 0
+    e /= e.sum(-1, keepdim=True)
+    logp, mixed = 2 * s.log_softmax(-1), (s.softmax(-1) + t.softmax(-1)) / 2
+    logp.clamp_(min=-3.0)
+    mixed.log_().mul_(MASK[..., None])
+    product = product + e * PROBS.log() + logp - mixed.masked_fill(PROBS < 0.001, 1.0)
+    return (each.sum(-1) * MASK).sum() + product.mT.sum(1).square().sum() + (product - each + PROBS).sum(-1).mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_changes_in_place_that_make_the_elements():
+    inputs = leaves()
+    results = []
+    for head in (LinearLogits, F.linear):
+        loss = changed_by_a_mask(head(*inputs[:3]), head(*inputs[3:]))
+        results.append([loss, *torch.autograd.grad(loss, inputs[:3])])
+    torch.testing.assert_close(*results)
+    s = LinearLogits(*inputs[:3])
+    with strict(), pytest.raises(RuntimeError, match="masked_fill_ materialises LazyProducts"):
+        changed_by_a_mask(s, s)
+    product, softmax = s.softmax(-1) * PROBS, s.softmax(-1)
+    for x in (product, product.view(-1, V), softmax, softmax.detach()):
+        with pytest.raises(RuntimeError, match="keeps no view in step"):
+            x.masked_fill_(PROBS.view(x.shape) > 0.05, 0.0)
+    product = s.softmax(-1) * PROBS
+    with torch.no_grad(), pytest.raises(RuntimeError, match="keeps no view in step"):
+        product.masked_fill_(PROBS > 0.05, 0.0)

@@ -1974,3 +1974,14 @@ def test_guards_that_take_elements_materialise(options):
         with pytest.raises(RuntimeError, match="any materialises"):
             mask.any()
     assert torch.equal(mask.materialize(), torch.zeros(B, S, V) == 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_the_gradient_of_what_is_never_made_is_refused():
+    lazy, _, tensors = make()
+    loss = lazy.logsumexp(-1).sum()
+    for inputs in (lazy, [tensors["hidden"], lazy.softmax(-1)]):
+        with pytest.raises(RuntimeError, match="ask for that of hidden and weight"):
+            torch.autograd.grad(loss, inputs)
+    assert lazy.grad is None
+    assert torch.autograd.grad(lazy, tensors["hidden"], torch.ones(B, S, V))[0].shape == (B, S, H)
