@@ -648,8 +648,9 @@ def isnan(x: LazyTensor) -> Any:
 
 @answers("any")
 def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    nans = isinstance(x, LazyMask) and not x.infinite and x.dense is None
-    if not isinstance(x, LazyMask) or not nans or (dim is not None and wrap_dim(x, dim) != x.vocab_dim):
+    if not isinstance(x, LazyMask) or x.infinite or x.dense is not None:
+        return NotImplemented
+    if dim is not None and not (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim):
         return NotImplemented
     found = torch.stack([z.detach().statistic("max_logit").isnan() for z in x.nan]).any(0)
     return found.any() if dim is None else found.unsqueeze(x.vocab_dim) if keepdim else found

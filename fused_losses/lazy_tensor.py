@@ -419,10 +419,8 @@ def _grad(outputs: Any, inputs: Any, *_: Any, **__: Any) -> Any:
     return NotImplemented
 
 
-HANDLERS["grad"], _KEYWORDS["grad"] = (
-    _grad,
-    None,
-)  # torch.autograd.grad; the attribute is None, as a tensor's that is no leaf
+# Of torch.autograd.grad, and not the attribute, which is None as that of a tensor that is no leaf.
+HANDLERS["grad"], _KEYWORDS["grad"] = _grad, None
 
 
 # Metadata

@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 from .lazy_products import (
     LARGEST_LOG,
     Elementwise,
+    LazyMask,
     LazyMixture,
     LazyProducts,
     LazyStack,
@@ -499,13 +500,14 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
 @answers("where", anywhere=True)
 def where(condition: Any, input: Any = None, other: Any = None) -> Any:
     """0 for whole tokens; a method has the condition in second place."""
-    if is_lazy(condition) and condition.dtype != torch.bool:
+    if is_lazy(condition) and not isinstance(condition, LazyMask):
         condition, input = input, condition
-    if condition.dtype != torch.bool or is_lazy(input) == is_lazy(other):
+    tokens = isinstance(condition, Tensor) and condition.dtype == torch.bool
+    if not (tokens or isinstance(condition, LazyMask)) or is_lazy(input) == is_lazy(other):
         return NotImplemented
     if is_lazy(other):
         return masked_fill(other, condition, input)
-    return masked_fill(input, ~condition, other) if isinstance(condition, Tensor) else NotImplemented
+    return masked_fill(input, ~condition, other) if tokens else NotImplemented
 
 
 # Losses
@@ -541,9 +543,8 @@ def _cross_entropy_with_softmax(
     """``−Σ t log p`` with the probabilities of another head."""
     from .cross_entropy import result_dtype
 
-    fit(x, target.base)
     softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.unscaled
-    if weight is not None or ignore_index >= 0 or not softmax or target.shape != x.shape:
+    if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
         return NotImplemented
     each = LazyExpression(x, "log_softmax").times(target)
     if each is NotImplemented:
@@ -597,7 +598,7 @@ def kl_div(
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
-    if is_lazy(input) and is_lazy(target):
+    if log_probs and isinstance(target, LazyExpression):
         fit(input.base, target.base)
     if not (log_probs or dense) or target.shape != input.shape:
         return NotImplemented
