@@ -665,7 +665,7 @@ class LinearLogits(LazyTensor):
         N, V = len(rows.hidden), self.rest.weight.shape[0]
         workspace = settings.workspace.value
         room = TOPK_WORKSPACE if workspace is None else workspace
-        elements = room // (4 * dtype.itemsize)  # a tile, its transform and what topk needs
+        elements = room // (4 * dtype.itemsize)  # a tile, a low-rank product and what topk needs
         width = max(1, min(V, elements // 1024))
         height = max(1, elements // width)
         values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
@@ -677,8 +677,9 @@ class LinearLogits(LazyTensor):
                 best_ids = best.long()
                 for columns in slices(V, width):
                     tile = logits_tile(rows.hidden, self.weight, self.bias, rows.low_rank, part, columns)
-                    tile, _ = transform(tile, temperature, self.scale, self.softcap)
+                    transform(tile, temperature, self.scale, self.softcap, out=tile, with_slope=False)
                     found = torch.arange(columns.start, columns.stop, device=tile.device).expand(tile.shape)
+                    tile, found = best_of(tile, found, k, largest)
                     both, both_ids = torch.cat([best, tile], -1), torch.cat([best_ids, found], -1)
                     best, best_ids = best_of(both, both_ids, k, largest)
                 values[part, : best.shape[1]], ids[part, : best.shape[1]] = best, best_ids

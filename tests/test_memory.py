@@ -13,6 +13,7 @@ from fused_losses.bench.memory import peak_bytes
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.planning import MiB, plan
+from fused_losses.settings import workspace
 from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import selective_log_softmax, token_statistics
 
@@ -94,6 +95,19 @@ def test_peak_is_a_few_gradients_and_as_planned(head, kind, device):
     planned = plan(N, V, H, torch.float32, workspace="32MiB", per_token=per_token, backend=backend)
     assert peak < 4 * GRADIENTS
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
+@pytest.mark.parametrize("options", ["plain", "softcap", "low_rank"])
+@pytest.mark.parametrize("op", [lambda z: z.argmax(-1), lambda z: z.topk(5)], ids=["argmax", "topk"])
+def test_largest_entries_are_found_within_the_workspace(op, options, head, device):
+    hidden, weight = (t.detach().to(device) for t in head[:2])
+    low_rank = (hidden[:, :4].contiguous(), weight[:, :4].contiguous())
+    logits = LinearLogits(
+        hidden, weight, **{"plain": {}, "softcap": {"softcap": 3.0}}.get(options, {"low_rank": low_rank})
+    )
+    with workspace("32MiB"):
+        peak = peak_bytes(lambda: op(logits), device)
+    assert 4 * MiB < peak < 32 * MiB, peak / MiB
 
 
 @pytest.mark.parametrize("accumulate", [None, "fp32"])
