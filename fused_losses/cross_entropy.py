@@ -144,8 +144,8 @@ def cross_entropy(
                 f"the classes of input {tuple(given)} are to stand at dimension {class_dim}, its vocabulary stands at "
                 f"{input.vocab_dim}: pass input.flatten(0, -2) and target.flatten(), or input.movedim(-1, 1)"
             )
-        of_indices = weight is not None and not target.is_floating_point()
-        if weight is not None and of_indices and result_dtype(weight, target) != result_dtype(input, target):
+        indices = not target.is_floating_point()
+        if weight is not None and indices and result_dtype(weight, target) != result_dtype(input, target):
             raise RuntimeError(f"logits are {input.dtype} and weight is {weight.dtype}: cast one")
         return linear_logits_cross_entropy(
             input,

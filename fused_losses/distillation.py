@@ -29,6 +29,7 @@ from .divergence import (
     check_logits,
     chosen_divergence,
     gathered,
+    masked_divergence,
     shared_vocabulary,
     summed_divergence,
     token_divergence,
@@ -205,14 +206,10 @@ def acceptance_rate(
         >>> acceptance_rate(torch.zeros(1, 4), torch.eye(4)[:1])
         tensor([0.7746])
     """
-    tokens = check_logits(student_logits, teacher_logits, None if mask is None else mask.shape)
-    ids = None if mask is None else _counted(mask, 0)
-    found, _ = token_divergence(
-        student_logits, teacher_logits, ids, False, chosen_divergence("overlap", 0.5, temperature),
-        shared_vocabulary(student_logits, teacher_logits, group), backend=backend,
+    return masked_divergence(
+        student_logits, teacher_logits, "overlap", 0.5, temperature, mask, group, backend=backend,
         workspace=workspace_setting.parse(workspace), drop_ignored=drop_ignored,
     )  # fmt: skip
-    return found.view(tokens)
 
 
 def _counted(labels: Tensor, ignore_index: int) -> Tensor:

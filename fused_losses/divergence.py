@@ -382,11 +382,26 @@ def divergence(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-    tokens = check_logits(student_logits, teacher_logits, None if mask is None else mask.shape)
-    ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)
-    found, _ = token_divergence(
-        student_logits, teacher_logits, ids, False, chosen_divergence(kind, beta, temperature),
-        shared_vocabulary(student_logits, teacher_logits, group), backend=backend, workspace=workspace,
+    return masked_divergence(
+        student_logits, teacher_logits, kind, beta, temperature, mask, group, backend=backend, workspace=workspace,
         drop_ignored=drop_ignored,
     )  # fmt: skip
+
+
+def masked_divergence(
+    student_logits: Tensor | LinearLogits,
+    teacher_logits: Tensor | LinearLogits,
+    kind: str,
+    beta: float,
+    temperature: float,
+    mask: Tensor | None,
+    group: Any,
+    **how: Any,
+) -> Tensor:
+    """``(…)``, of any kind that the kernels know; 0 where the mask is."""
+    tokens = check_logits(student_logits, teacher_logits, None if mask is None else mask.shape)
+    ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)
+    which = chosen_divergence(kind, beta, temperature)
+    shards = shared_vocabulary(student_logits, teacher_logits, group)
+    found, _ = token_divergence(student_logits, teacher_logits, ids, False, which, shards, **how)
     return found.view(tokens)

@@ -459,8 +459,9 @@ def _alike(x: LazyTensor, t: Any) -> bool:
 
 
 def fit(x: LinearLogits, y: LinearLogits) -> bool:
+    """Whether they can be computed with together; raises where their vocabularies are of different sizes."""
     V, W = x.shape[x.vocab_dim], y.shape[y.vocab_dim]
-    if V != W and 1 not in (V, W) and x.vocab_dim - x.ndim == y.vocab_dim - y.ndim:  # before either is made
+    if V != W and 1 not in (V, W) and x.vocab_dim - x.ndim == y.vocab_dim - y.ndim:
         raise RuntimeError(
             f"the vocabularies of logits {tuple(x.shape)} and {tuple(y.shape)} have {V} and {W} entries: take "
             f"[..., :{min(V, W)}] of the larger before its softmax, or call divergence() on both, which does"

@@ -341,9 +341,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and name in _IN_PLACE:
-        others = args[1:], kwargs
         done = first.become_changed(
-            name, lambda t: func(t, *materialised(name, others[0]), **materialised(name, others[1]))
+            name, lambda t: func(t, *materialised(name, args[1:]), **materialised(name, kwargs))
         )
         if done is not NotImplemented:
             return done
@@ -375,9 +374,9 @@ def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
     return dim % n
 
 
-def from_front(x: LazyTensor, ids: Tensor) -> Tensor:
-    """``ids`` of entries of the vocabulary, those below 0 counted from its end."""
-    return torch.where(ids < 0, ids + x.shape[x.vocab_dim], ids)
+def from_front(x: LazyTensor, ids: Tensor, dim: int | None = None) -> Tensor:
+    """``ids`` along a dimension, by default the vocabulary's, those below 0 counted from its end."""
+    return torch.where(ids < 0, ids + x.shape[x.vocab_dim if dim is None else dim], ids)
 
 
 def is_lazy(x: Any) -> bool:

@@ -821,7 +821,7 @@ class LinearHead(nn.Linear):
 
     def add_update(self, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
         """Put a LoRA update of this rank beside the weight, in place of any other; 0: none."""
-        self.rank, self.alpha, self.dropout = rank, alpha, dropout
+        self.alpha, self.dropout = alpha, dropout
         self.lora_A = self.lora_B = None
         if rank:
             self.lora_A = nn.Parameter(self.weight.new_empty(rank, self.in_features))
@@ -846,7 +846,8 @@ class LinearHead(nn.Linear):
         return head.train(linear.training)
 
     def extra_repr(self) -> str:
-        options = {"scale": (self.scale, 1.0), "softcap": (self.softcap, None), "rank": (self.rank, 0)}
+        rank = 0 if self.lora_A is None else len(self.lora_A)
+        options = {"scale": (self.scale, 1.0), "softcap": (self.softcap, None), "rank": (rank, 0)}
         named = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
         return ", ".join([super().extra_repr(), *named])
 

@@ -244,16 +244,16 @@ class LazyExpression(Elementwise):
 
     def exponential(self) -> Any:
         """``exp`` of log-probabilities, or of logits less one number per token: a softmax, times one number per token."""
+        number = is_number(self.offset)
         if self.form == "log_softmax" and self.unweighted:
-            log: Any = self.offset
-        else:
-            base = NotImplemented if self.form == "logits" and is_number(self.offset) else self._weighted()
-            if base is NotImplemented:
+            if number and not abs(self.offset) < LARGEST_LOG:
                 return NotImplemented
-            return LazyExpression(base, "softmax", self._log_total(base).exp(), label=self.dtype)
-        if is_number(log) and not abs(log) < LARGEST_LOG:
+            factor = math.exp(self.offset) if number else self.offset.exp()
+            return replace(self, form="softmax", factor=factor, offset=0.0)
+        base = NotImplemented if self.form == "logits" and number else self._weighted()
+        if base is NotImplemented:
             return NotImplemented
-        return replace(self, form="softmax", factor=math.exp(log) if is_number(log) else log.exp(), offset=0.0)
+        return LazyExpression(base, "softmax", self._log_total(base).exp(), label=self.dtype)
 
 
 def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> Any:
@@ -363,7 +363,7 @@ def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> An
     if dim is None or indices.ndim != x.ndim:
         return NotImplemented
     at = wrap_dim(x, dim)
-    indices = torch.where(indices < 0, indices + x.shape[at], indices)
+    indices = from_front(x, indices, at)
     if at != x.vocab_dim:  # they broadcast
         sizes = [n if d == at else x.shape[d] for d, n in enumerate(indices.shape)]
         if any(n not in (1, size) for n, size in zip(indices.shape, sizes, strict=True)):

@@ -157,7 +157,7 @@ def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
 def _divergence_rows() -> Iterator[tuple[str, Callable[[], object]]]:
     # (kind, step, everything, bits of the logits); jsd has most to hold, others less than forward_kl
     choices = [(kind, "all", False, 16) for kind in ("forward_kl", "jsd")]
-    choices += [(kind, "all", True, 16) for kind in ("forward_kl", "jsd", "skewed_kl", "cross_entropy")]
+    choices += [(kind, "all", True, 16) for kind in ("forward_kl", "jsd", "skewed_kl", "cross_entropy", "overlap")]
     choices += [("jsd", step, True, 32) for step in ("all", "normalizers", "sums", "gradients")]
     for kind, step, everything, bits in choices:
         whole = step == "all"
