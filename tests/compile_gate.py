@@ -23,6 +23,7 @@ import torch
 import triton
 from compile_only import SHIPPED, TARGETS, Report, launches_compile
 
+from fused_losses.divergence import KINDS
 from fused_losses.kernels.divergence_rows import divergence_rows
 from fused_losses.kernels.linear_softmax import linear_softmax_d_logits, linear_softmax_fwd
 from fused_losses.kernels.softmax_rows import softmax_rows_bwd, softmax_rows_fwd, softmax_rows_fwd_bwd
@@ -155,9 +156,9 @@ def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _divergence_rows() -> Iterator[tuple[str, Callable[[], object]]]:
-    # (kind, step, everything, bits of the logits); jsd has most to hold, others less than forward_kl
+    # (kind, step, everything, bits of the logits): every kind, and the steps of jsd, which has most to hold
     choices = [(kind, "all", False, 16) for kind in ("forward_kl", "jsd")]
-    choices += [(kind, "all", True, 16) for kind in ("forward_kl", "jsd", "skewed_kl", "cross_entropy", "overlap")]
+    choices += [(kind, "all", True, 16) for kind in (*KINDS, "cross_entropy", "overlap")]
     choices += [("jsd", step, True, 32) for step in ("all", "normalizers", "sums", "gradients")]
     for kind, step, everything, bits in choices:
         whole = step == "all"
