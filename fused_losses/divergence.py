@@ -38,6 +38,7 @@ from .head import Head, head_of, kept_tokens, ready
 from .numerics import check_scaling, statistics_dtype
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
+from .settings import workspace as workspace_setting
 from .token_statistics import check_vocab_last, rows_of
 from .two_heads import (
     Divergence,
@@ -383,8 +384,8 @@ def divergence(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     return masked_divergence(
-        student_logits, teacher_logits, kind, beta, temperature, mask, group, backend=backend, workspace=workspace,
-        drop_ignored=drop_ignored,
+        student_logits, teacher_logits, kind, beta, temperature, mask, group, backend=backend,
+        workspace=workspace_setting.parse(workspace), drop_ignored=drop_ignored,
     )  # fmt: skip
 
 

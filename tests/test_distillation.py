@@ -508,6 +508,9 @@ def test_wrong_choices_are_named_where_logits_exist():
     for loss in (distillation_loss, kd_loss):
         with pytest.raises(ValueError, match="'garbage'"):
             loss(*inputs, workspace="garbage")
+    for per_token in (divergence, acceptance_rate):
+        with pytest.raises(ValueError, match="'garbage'"):
+            per_token(*inputs[:2], workspace="garbage")
 
 
 @pytest.mark.parametrize("lazy", [False, True])

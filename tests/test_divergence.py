@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from fused_losses import two_heads
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.chunked.divergence_rows import whole_normalizers
-from fused_losses.distillation import distillation_loss
+from fused_losses.distillation import acceptance_rate, distillation_loss
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.head import Head
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import divergence as reference
+from fused_losses.reference.distillation import acceptance_rate as reference_acceptance_rate
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.settings import workspace
 from fused_losses.two_heads import divergence_module
@@ -579,8 +580,12 @@ def test_one_side_a_head(backend, device):
         torch.testing.assert_close(torch.autograd.grad(value, leaves, upstream), grads, rtol=1e-4, atol=1e-5)
 
 
+LOSSES = [(divergence, reference.divergence), (acceptance_rate, reference_acceptance_rate)]
+
+
+@pytest.mark.parametrize(("loss", "in_plain_pytorch"), LOSSES)
 @pytest.mark.parametrize("drop_ignored", [True, False])
-def test_masked_tokens_of_heads(drop_ignored, backend, device, monkeypatch):
+def test_masked_tokens_of_heads(drop_ignored, loss, in_plain_pytorch, backend, device, monkeypatch):
     seen = []
 
     def spy(head, out, real=Head.write_logits):
@@ -592,15 +597,15 @@ def test_masked_tokens_of_heads(drop_ignored, backend, device, monkeypatch):
     mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=device)
     with torch.no_grad():
         leaves[0][1] = leaves[5][4] = leaves[3][1] = math.nan  # hidden states and low-rank factors of masked tokens
-    value = divergence(*make(leaves), mask=mask, backend=backend, drop_ignored=drop_ignored)
+    value = loss(*make(leaves), mask=mask, backend=backend, drop_ignored=drop_ignored)
     grads = torch.autograd.grad(value.sum() * 3, leaves)
     assert set(seen) == ({5} if drop_ignored else {7})
     assert (value[[1, 4]] == 0).all()
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    exact = reference.divergence(*whole(doubles), mask=mask)
+    exact = in_plain_pytorch(*whole(doubles), mask=mask)
     torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=1e-5)
     clean = [x.detach().nan_to_num().double().requires_grad_() for x in leaves]
-    exact = torch.autograd.grad(reference.divergence(*whole(clean), mask=mask).sum() * 3, clean)
+    exact = torch.autograd.grad(in_plain_pytorch(*whole(clean), mask=mask).sum() * 3, clean)
     for a, b in zip(grads, exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
@@ -791,7 +796,8 @@ def test_head_operator_contract(device, monkeypatch):
     )  # fmt: skip
 
 
-def test_memory_does_not_grow_with_tokens_and_vocabulary():
+@pytest.mark.parametrize("loss", [divergence, acceptance_rate])
+def test_memory_does_not_grow_with_tokens_and_vocabulary(loss):
     """A stated workspace, and the fixed temporaries of the row primitive: eager holds N·V several times over."""
     V, H, workspace = 4096, 16, 48 * 2**20
 
@@ -808,7 +814,7 @@ def test_memory_does_not_grow_with_tokens_and_vocabulary():
         return peak_bytes(step) - inputs
 
     def ours(h, w, teacher_h, teacher_w):
-        return divergence(LinearLogits(h, w), LinearLogits(teacher_h, teacher_w), workspace=workspace)
+        return loss(LinearLogits(h, w), LinearLogits(teacher_h, teacher_w), workspace=workspace)
 
     def plain(h, w, teacher_h, teacher_w):
         return eager(h @ w.T, teacher_h @ teacher_w.T)

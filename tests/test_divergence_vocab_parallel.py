@@ -65,6 +65,10 @@ def divergence(kind):
     return loss
 
 
+def acceptance_rate(s, t, x, **of):
+    return fused_losses.acceptance_rate(s, t, temperature=1.7, mask=x["labels"] != -100, **of)
+
+
 def distillation(s, t, x, **options):
     return fused_losses.distillation_loss(s, t, x["labels"], hard_weight=0.3, soft_weight=0.8, **options)
 
@@ -83,6 +87,7 @@ SUMMED = {
 }
 PER_TOKEN = {
     **{kind: divergence(kind) for kind in KINDS},
+    "acceptance rate": acceptance_rate,
     "none": functools.partial(distillation, kind="forward_kl", temperature=2.0, reduction="none"),
     "sparse none": functools.partial(sparse, reduction="none", kind="jsd"),
 }
