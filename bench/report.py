@@ -146,9 +146,9 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     for device in dict.fromkeys(key[0] for key in lines):
         made = made_with([result for result in results if result["device"] == device])
         tables.append(
-            f"{device}, {made}. Peaks are above the inputs and include the gradients; the least is in the smallest workspace "
-            "tried, or in place; times are of the defaults. The floor is the fewest operations, or bytes, at the rate that the "
-            "same run measured, without exponentials."
+            f"{device}, {made}. Peaks are above the inputs and include the gradients; the least is that in the smallest "
+            "workspace tried, or written in place. Times are of the default settings. The floor is the time of the fewest "
+            "operations, or bytes, at the rate that the same run measured, exponentials not counted."
         )
         weighed = [line[:4] for key, line in lines.items() if key[0] == device and not line[4]]
         timed = [line for key, line in lines.items() if key[0] == device and line[4]]

@@ -31,6 +31,17 @@ def row_shares(ids: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor
     return torch.where(counted, weight.detach().to(dtype)[ids.clamp(min=0)], 0)
 
 
+def denominators(
+    shares: Tensor, counted: Tensor, weight: Tensor | None, z_loss: float, reduction: str
+) -> tuple[Tensor, float | Tensor]:
+    """What a mean divides by, and the z-loss with a denominator of its own taken in."""
+    total = shares.sum(dtype=wide_dtype(shares.device))
+    total = total.where(total != 0, torch.nan)  # of targets without weight 0/0, and not what is smoothed over 0
+    if z_loss and weight is not None and reduction == "mean":
+        return total, z_loss * total / counted.sum()
+    return total, z_loss
+
+
 def hard_label_statistics(label_smoothing: float) -> tuple[str, ...]:
     """The row statistics that :func:`hard_label_loss` reads beside ``logsumexp``."""
     return ("log_probs", "sum_log_probs") if label_smoothing else ("log_probs",)
@@ -210,11 +221,8 @@ def cross_entropy(
         total: Tensor | int = loss.numel()
     else:
         shares = row_shares(ids[:, 0], weight, dtype)
-        total = shares.sum(dtype=wide_dtype(input.device))
-        total = total.where(total != 0, torch.nan)  # of targets without weight 0/0, and not what is smoothed over 0
-        if z_loss and weight is not None and reduction == "mean":
-            z_loss = z_loss * total / (ids != -100).sum()  # the z-loss has a denominator of its own
-        loss = hard_label_loss(statistics, shares, C, label_smoothing, z_loss)
+        total, square = denominators(shares, ids != -100, weight, z_loss, reduction)
+        loss = hard_label_loss(statistics, shares, C, label_smoothing, square)
     if reduction == "none":
         loss = loss.view(positions)
     else:

@@ -24,9 +24,9 @@ from torch import Tensor
 from .autodiff import traced, transforms_active
 from .chunked.softmax_rows import transform
 from .divergence import (
-    KINDS,
     as_head,
     check_logits,
+    check_sides,
     chosen_divergence,
     gathered,
     masked_divergence,
@@ -42,7 +42,7 @@ from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 from .token_loss import token_loss
 from .token_statistics import TokenStatistics, integer_ids, selective_log_softmax, target_ids, with_ids
-from .two_heads import Divergence, budget, planned_vocab
+from .two_heads import Divergence, budget
 from .vocab_parallel import VocabShard, local_part
 
 
@@ -104,13 +104,12 @@ def distillation_loss(
         >>> distillation_loss(student, teacher, torch.tensor([0, -100]), hard_weight=0.25, soft_weight=1.0)
         tensor(0.4646)
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     check_reduction(reduction)
     route, workspace = route_setting.parse(route), workspace_setting.parse(workspace)
-    # 0 times an infinite divergence is nan, and this one is bounded.
-    which = chosen_divergence(kind if soft_weight else "tvd", beta, temperature)
-    check_logits(student_logits, teacher_logits, labels.shape)
+    which = chosen_divergence(kind, beta, temperature)
+    if not soft_weight:  # 0 times an infinite divergence is nan, and this one is bounded
+        which = which._replace(kind="tvd")
+    check_sides(student_logits, teacher_logits, labels.shape)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
@@ -157,7 +156,7 @@ def kd_loss(
         >>> kd_loss(torch.zeros(1, 4), torch.eye(4)[:1], torch.tensor([0]))
         tensor(1.3863)
     """
-    check_logits(logits, teacher_logits, label.shape)
+    check_sides(logits, teacher_logits, label.shape)
     workspace = workspace_setting.parse(workspace)
     ids = _counted(label, ignore_index)
     which = Divergence("cross_entropy", 0.5, 1.0)
@@ -206,10 +205,18 @@ def acceptance_rate(
         >>> acceptance_rate(torch.zeros(1, 4), torch.eye(4)[:1])
         tensor([0.7746])
     """
+    check_scaling(temperature=temperature)
+    which = Divergence("overlap", 0.5, float(temperature))
     return masked_divergence(
-        student_logits, teacher_logits, "overlap", 0.5, temperature, mask, group, backend=backend,
-        workspace=workspace_setting.parse(workspace), drop_ignored=drop_ignored,
-    )  # fmt: skip
+        student_logits,
+        teacher_logits,
+        which,
+        mask,
+        group,
+        backend=backend,
+        workspace=workspace,
+        drop_ignored=drop_ignored,
+    )
 
 
 def _counted(labels: Tensor, ignore_index: int) -> Tensor:
@@ -259,7 +266,7 @@ def teacher_topk(
         >>> teacher_topk(torch.tensor([0.0, 2.0, 1.0]), 2)
         TopK(ids=tensor([1, 2]), log_probs=tensor([-0.4076, -1.4076]))
     """
-    check_logits(logits, logits, None)
+    check_logits("logits", logits)
     check_scaling(temperature=temperature)
     tokens, shard = logits.shape[:-1], local_part(logits, group)[1]
     V = logits.shape[-1] if shard is None else shard.vocab
@@ -274,7 +281,7 @@ def teacher_topk(
             return TopK(found, selective_log_softmax(logits.detach(), found, **options))
         head, dtype = as_head(logits.detach(), shard), statistics_dtype(logits.hidden.dtype)
         N = len(head.hidden)
-        per_token = 3 * planned_vocab([head]) * dtype.itemsize  # logits, scaled logits, exponentials
+        per_token = 3 * head.planned_vocab * dtype.itemsize  # logits, scaled logits, exponentials
         n = max(1, min(N, budget([head], workspace) // per_token))
         ids = head.hidden.new_empty(N, k, dtype=torch.int64)
         log_probs = head.hidden.new_empty(N, k, dtype=dtype)
@@ -416,8 +423,6 @@ def sparse_distillation_loss(
         loss, masses = token_loss(
             of_token, at_temperature, ids, log_t, ids != -100, group=group, backend=backend, workspace=workspace
         )
-        if not masses:  # no token at all
-            masses = dict.fromkeys(("student_mass", "teacher_mass"), loss.new_zeros(tokens))
     else:
         log_s = selective_log_softmax(
             student_logits, ids, temperature=temperature, group=group, backend=backend, workspace=workspace

@@ -217,6 +217,8 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
 
 def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
     """The divergence meant: at the ends of its mixture ``jsd`` is one of the KLs."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is the teacher's share of the mixture, in [0, 1], got {beta}")
     check_scaling(temperature=temperature)
@@ -227,19 +229,23 @@ def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
     return Divergence(kind, float(beta), float(temperature))
 
 
-def check_logits(
+def check_logits(name: str, logits: Any) -> None:
+    if not logits.ndim or not logits.dtype.is_floating_point:
+        raise ValueError(f"{name} must be floating point (…, V), got {logits.dtype} {tuple(logits.shape)}")
+    if is_dtensor(logits):
+        raise TypeError(
+            f"{name} {tuple(logits.shape)} is a DTensor, {logits.placements}: pass to_local(), and group= where the "
+            "vocabulary is shared"
+        )
+    check_vocab_last(name, logits)
+
+
+def check_sides(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, tokens: torch.Size | None
 ) -> torch.Size:
     """The shape of the tokens of both; raises where they do not fit each other or ``tokens``."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if not logits.ndim or not logits.dtype.is_floating_point:
-            raise ValueError(f"{name} must be floating point (…, V), got {logits.dtype} {tuple(logits.shape)}")
-        if is_dtensor(logits):
-            raise TypeError(
-                f"{name} {tuple(logits.shape)} is a DTensor, {logits.placements}: pass to_local(), and group= where the "  # type: ignore[union-attr]
-                "vocabulary is shared"
-            )
-        check_vocab_last(name, logits)
+    check_logits("student_logits", student)
+    check_logits("teacher_logits", teacher)
     found = student.shape[:-1]
     if teacher.shape[:-1] != found or (tokens is not None and tokens != found):
         raise ValueError(
@@ -305,7 +311,7 @@ def summed_divergence(
     """``Σ_n soft·divergence + hard·(−log p)``; of a head, with the gradients made in forward."""
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    if tensors or transforms_active() or route_setting.parse(route or route_setting.value) == "recompute":
+    if tensors or transforms_active() or route_setting.chosen(route) == "recompute":
         found, nll = token_divergence(student, teacher, ids, hard != 0, which, shards, **how)
         return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
@@ -381,28 +387,33 @@ def divergence(
         >>> divergence(student, teacher, kind="jsd", beta=0.5)
         tensor([0.0285])
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    which = chosen_divergence(kind, beta, temperature)
     return masked_divergence(
-        student_logits, teacher_logits, kind, beta, temperature, mask, group, backend=backend,
-        workspace=workspace_setting.parse(workspace), drop_ignored=drop_ignored,
-    )  # fmt: skip
+        student_logits,
+        teacher_logits,
+        which,
+        mask,
+        group,
+        backend=backend,
+        workspace=workspace,
+        drop_ignored=drop_ignored,
+    )
 
 
 def masked_divergence(
     student_logits: Tensor | LinearLogits,
     teacher_logits: Tensor | LinearLogits,
-    kind: str,
-    beta: float,
-    temperature: float,
+    which: Divergence,
     mask: Tensor | None,
     group: Any,
+    *,
+    workspace: int | str | None,
     **how: Any,
 ) -> Tensor:
     """``(…)``, of any kind that the kernels know; 0 where the mask is."""
-    tokens = check_logits(student_logits, teacher_logits, None if mask is None else mask.shape)
+    tokens = check_sides(student_logits, teacher_logits, None if mask is None else mask.shape)
     ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)
-    which = chosen_divergence(kind, beta, temperature)
+    how["workspace"] = workspace_setting.parse(workspace)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
     found, _ = token_divergence(student_logits, teacher_logits, ids, False, which, shards, **how)
     return found.view(tokens)

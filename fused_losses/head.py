@@ -29,7 +29,7 @@ class Head(NamedTuple):
     """Tokens and the head that would turn them into logits ``softcap·tanh(scale·(h Wᵀ + u Bᵀ + bias)/softcap)/temperature``."""
 
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H); None: hidden are logits (N, V)
     bias: Tensor | None = None  # (V,)
     u: Tensor | None = None  # (N, R)
     B: Tensor | None = None  # (V, R)
@@ -40,14 +40,19 @@ class Head(NamedTuple):
     gradient_filter: float = 0.0  # see the setting
 
     @property
+    def columns_here(self) -> int:
+        """How many columns of logits this rank makes, padding included."""
+        return self.hidden.shape[1] if self.weight is None else self.weight.shape[0]
+
+    @property
     def vocab(self) -> int:
         """The size of the whole vocabulary."""
-        return self.weight.shape[0] if self.shard is None else self.shard.vocab
+        return self.columns_here if self.shard is None else self.shard.vocab
 
     @property
     def planned_vocab(self) -> int:
         """The rows that a plan counts on; all ranks that share a vocabulary must plan alike."""
-        return self.weight.shape[0] if self.shard is None else self.shard.even_size
+        return self.columns_here if self.shard is None else self.shard.even_size
 
     @property
     def steepest(self) -> Tensor | float:
@@ -173,9 +178,7 @@ def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor |
     """
     if ids is None:
         return None, False
-    if drop_ignored is None:
-        drop_ignored = drop_ignored_setting.value
-    if not drop_ignored or not host_may_read(ids):
+    if not drop_ignored_setting.chosen(drop_ignored) or not host_may_read(ids):
         return None, True
     keep = (ids != -100).any(-1).nonzero().squeeze(1)
     return (None if keep.numel() == ids.shape[0] else keep), False
@@ -192,11 +195,9 @@ def whole_logits(head: Head, skip: Tensor | None) -> Tensor:
     head = head.tokens(slice(None), skip)
     hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
     assert hidden is not None
-    x = hidden if weight is None else hidden @ weight.t()
+    x = hidden if weight is None else F.linear(hidden, weight, bias)
     if u is not None and B is not None:
         x = x + u @ B.t()
-    if bias is not None:
-        x = x + bias
     return transform(x, head.temperature, head.scale, head.softcap)[0]
 
 

@@ -110,7 +110,7 @@ class _Term(NamedTuple):
 
 
 class Elementwise(Derived):
-    """What a change in place can turn into its elements: they are held as a sum of products is, of none."""
+    """What a change in place may turn into a :class:`LazyProducts` of nothing but its elements."""
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
         if self.viewed or (self.requires_grad and no_gradient()):
@@ -335,8 +335,8 @@ class LazyProducts(Elementwise):
         return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
 
     def _leaves_out_itself(self, masked: LinearLogits) -> bool:
-        """Whether sums are 0 where these logits are infinite: without a bias they are finite, where a bias makes them −inf
-        their own softmax is 0, and of a cross entropy alone those entries are left out."""
+        """Whether a sum leaves out by itself the entries where these logits are infinite: without a bias there are none,
+        where a bias makes them −inf their own softmax is 0, and a cross entropy alone skips them."""
         alone = len(self.terms) == 1 and isinstance(self.terms[0].softmax, LinearLogits)
         alone = alone and _same(self.terms[0].log_softmax, masked)
         return masked.rest.bias is None or alone or all(_same(t.softmax, masked) for t in self.terms)
@@ -500,7 +500,7 @@ def logaddexp(input: Any, other: Any) -> Any:
     from .log_softmax import LazyExpression
 
     both = (input, other)
-    if not all(isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unweighted for x in both):
+    if not all(isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled for x in both):
         return NotImplemented
     if not fit(input.base, other.base):
         return NotImplemented

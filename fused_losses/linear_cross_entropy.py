@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .autodiff import trains, transforms_active
 from .cross_entropy import (
     CrossEntropyStatistics,
+    denominators,
     hard_label_loss,
     hard_label_statistics,
     plus_z_loss,
@@ -175,6 +176,8 @@ def linear_cross_entropy(
         Head(hidden, w, b, None, None, temperature, scale, softcap, shard, gradient_filter_setting.value)
         for w, b in zip(weights, biases, strict=True)
     ]
+    for head in heads:
+        check_head(head)
     probabilities = target.shape == (*tokens, C, *dims)
     if probabilities and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
@@ -276,8 +279,6 @@ def heads_cross_entropy(
     was asked for: of its own, a rank with more tokens may plan another."""
     hidden, C, shard = heads[0].hidden, heads[0].vocab, heads[0].shard
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
-    for head in heads:
-        check_head(head)
     check_reduction(reduction)
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
@@ -286,14 +287,7 @@ def heads_cross_entropy(
             f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "
             f"for {N * D} positions of {C} classes"
         )
-    if probabilities != target.is_floating_point() or target.dtype not in (
-        torch.int64,
-        torch.uint8,
-        torch.float16,
-        torch.bfloat16,
-        torch.float32,
-        torch.float64,
-    ):
+    if not (target.is_floating_point() if probabilities else target.dtype in (torch.int64, torch.uint8)):
         raise RuntimeError(
             f"Expected int64 or uint8 class indices {tuple(positions)}, or floating point class probabilities; got "
             f"{target.dtype} {tuple(target.shape)}"
@@ -344,11 +338,8 @@ def heads_cross_entropy(
     ids = target_ids(target.reshape(N, D), C, ignore_index)
     shares = row_shares(ids.reshape(-1), weight, dtype).view(N, D)
     counted = ids != -100
-    total = shares.sum()
-    total = total.where(total != 0, torch.nan)  # of targets without weight 0/0, and not what is smoothed over 0
-    square: float | Tensor = z_loss
-    if z_loss and weight is not None and reduction == "mean":
-        square = z_loss * total / counted.sum()  # the z-loss has a denominator of its own
+    total, square = denominators(shares, counted, weight, z_loss, reduction)
+    total = total.to(dtype)
     if token_weights is not None:
         token_weights = token_weights.masked_fill(~counted, 0)
     values, found = [], []
@@ -377,7 +368,7 @@ def heads_cross_entropy(
     if reduction == "mean":  # of nothing: nan, whose gradient is 0 and not 0·∞
         some = counted.any()
         loss = torch.where(some, loss / torch.where(some, total, 1), torch.nan)
-    made = in_forward and (route or route_setting.value) == "gradients_in_forward"
+    made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
     if not return_statistics:
         return loss, None, made
     log_probs, logsumexp, is_top1 = (torch.stack(list(part), -1).view(positions) for part in zip(*found, strict=True))

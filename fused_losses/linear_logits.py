@@ -25,6 +25,7 @@ from . import settings
 from .autodiff import may_save, transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
+from .head import Head, head_of, whole_logits
 from .lazy_tensor import (
     LazyTensor,
     answers,
@@ -44,7 +45,7 @@ from .linear_logits_checks import (
     refuse_reentrant_checkpoint,
     versions,
 )
-from .numerics import check_scaling, full_precision, statistics_dtype, upcast
+from .numerics import check_scaling, full_precision, statistics_dtype
 from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole, shards
 from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
@@ -102,7 +103,7 @@ class _Rest:
     temperature: float | Tensor
     low_rank: tuple[Tensor, Tensor] | None
     shard: VocabShard | None
-    gathered: Tensor | None  # hidden as gathered from ranks: held, so that nothing else comes to lie there
+    all_tokens: Tensor | None  # hidden as gathered from ranks: held, so that nothing else comes to lie there
     module: Any
     vocab: int
     vocab_dim: int
@@ -120,8 +121,13 @@ class _Rest:
     def but(self, **changes: Any) -> _Rest:
         return _Rest(**{name: getattr(self, name) for name in _Rest.__annotations__} | changes)
 
+    def now(self) -> dict[str, int]:
+        """How often each part was changed in place."""
+        u, B = self.low_rank or (None, None)
+        return versions(weight=self.weight, bias=self.bias, u=u, B=B, **self.shards)
 
-@dataclass(eq=False, init=False, repr=False)  # of the one field hidden, which DDP and FSDP2 look for in outputs
+
+@dataclass(eq=False, init=False, repr=False)  # for DDP and FSDP2, which look for tensors in the fields of an output
 class LinearLogits(LazyTensor):
     r"""A tensor of logits that is never materialised: write a loss against it as against any logits.
 
@@ -237,13 +243,12 @@ class LinearLogits(LazyTensor):
             check_scaling(softcap)
             if softcap is None and not isinstance(temperature, Tensor):
                 scale, temperature = scale / temperature, 1.0
-            plain = transforms_active()  # under functorch and forward-mode AD: no hooks to serve, no tangent to lose
+            plain = transforms_active()  # no hooks to serve, and _WithParameters would drop a tangent
             detached = no_gradient()
             if detached:
                 refuse_reentrant_checkpoint()
                 hidden, u = hidden.detach(), None if u is None else u.detach()
             frozen = not hidden.requires_grad and not plain
-            sharded = shards(module, weight=weight, bias=bias, B=B)
             rest = _Rest(
                 weight=weight,
                 bias=bias,
@@ -252,22 +257,23 @@ class LinearLogits(LazyTensor):
                 temperature=per_token_temperature(temperature, hidden),
                 low_rank=None if u is None else (u, B),
                 shard=shard,
-                gathered=None,
+                all_tokens=None,
                 module=module,
                 vocab=weight.shape[0] if shard is None else shard.vocab,
                 vocab_dim=hidden.ndim - 1,
                 dtype=hidden.dtype,
                 frozen=frozen,
                 detached=detached,
-                versions=versions(weight=weight, bias=bias, u=u, B=B, **sharded),
-                shards=sharded,
+                versions={},
+                shards=shards(module, weight=weight, bias=bias, B=B),
                 views=[0],
             )
+            rest.versions = rest.now()
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
             hidden = hidden if detached or plain else _WithParameters.apply(hidden, *used)
             if shard is not None and shard.inner and not torch.compiler.is_compiling():
-                rest.gathered = hidden.detach()
+                rest.all_tokens = hidden.detach()
         self.rest = rest
         self._set_hidden(hidden)
         self._views_changed = rest.views[0]
@@ -312,15 +318,10 @@ class LinearLogits(LazyTensor):
         shard = self.rest.shard
         if shard is None or shard.inner == 0:
             return shard
-        hidden, gathered = self.hidden, self.rest.gathered
+        hidden, gathered = self.hidden, self.rest.all_tokens
         whole = gathered is not None and not torch.compiler.is_compiling() and hidden.is_contiguous()
         whole = whole and (hidden.data_ptr(), hidden.numel()) == (gathered.data_ptr(), gathered.numel())
         return shard if whole else shard._replace(outer=0, inner=0)
-
-    @property
-    def group(self) -> Any:
-        """The process group that shares the vocabulary, or None."""
-        return None if self.shard is None else self.shard.process_group()
 
     @property
     def vocab_range(self) -> tuple[int, int]:
@@ -380,7 +381,7 @@ class LinearLogits(LazyTensor):
         self.check()
         shard = self.shard and self.shard._replace(outer=0, inner=0)
         rest = self.rest.but(
-            shard=shard, gathered=None, module=None, detached=True, frozen=False, versions={}, shards={}, views=[0]
+            shard=shard, all_tokens=None, module=None, detached=True, frozen=False, versions={}, shards={}, views=[0]
         )
         whole = is_whole(rest.weight)
 
@@ -404,10 +405,9 @@ class LinearLogits(LazyTensor):
             return
         if self.requires_grad and no_gradient():
             refuse_autograd_function(self)
-        u, B = self.rest.low_rank or (None, None)
-        now = versions(weight=self.rest.weight, bias=self.rest.bias, u=u, B=B, **self.rest.shards)
+        now = self.rest.now() | versions(hidden=self.hidden)
         for name, version in (self.rest.versions | self._versions).items():
-            found = self.hidden._version if name == "hidden" else now[name]
+            found = now[name]
             if found != version:
                 raise RuntimeError(
                     f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {version} "
@@ -444,7 +444,7 @@ class LinearLogits(LazyTensor):
                 "log-probabilities, statistics, top-k or a loss instead, or gather the head and leave group= away"
             )
         with self.gathered(), full_precision(self.device):
-            z = self.gather_in_backward(_project(self.rows(), self, self.weight, self.bias))
+            z = self.gather_in_backward(_project(head_of(self), self.dtype))
         return z.to(self.dtype).view(*self.token_shape, self.rest.vocab).movedim(-1, self.vocab_dim)
 
     def gathered(self) -> AbstractContextManager[None]:
@@ -477,15 +477,15 @@ class LinearLogits(LazyTensor):
     def _but(self, hidden: Tensor, view: bool = False, **changes: Any) -> LinearLogits:
         self.check()
         changed = self.rest.but(**changes)
-        u, B = changed.low_rank or (None, None)
         if not self.rest.detached and (changed.detached or no_gradient()):
             changed.detached, changed.frozen = True, False  # wherever it will be read
             bare = self._bare if hidden is self.hidden else []
+            u, B = changed.low_rank or (None, None)
             if not bare:  # else the same each time: same_logits knows them by it
                 bare.append((hidden.detach(), None if u is None else u.detach()))
             hidden, u = bare[0]
             changed.low_rank = None if u is None else (u, B)
-        changed.versions = versions(weight=changed.weight, bias=changed.bias, u=u, B=B, **changed.shards)
+        changed.versions = changed.now()
         changed.views = self.rest.views if view else [0]
         return LinearLogits(hidden, rest=changed)
 
@@ -689,8 +689,7 @@ class LinearLogits(LazyTensor):
 
 
 def _rebuild(hidden: Tensor, rest: _Rest) -> LinearLogits:
-    u, B = rest.low_rank or (None, None)
-    rest.versions = versions(weight=rest.weight, bias=rest.bias, u=u, B=B)
+    rest.versions = rest.now()
     return LinearLogits(hidden, rest=rest)
 
 
@@ -709,15 +708,12 @@ pytree.register_pytree_node(
 )
 
 
-def _project(rows: Rows, like: LinearLogits, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Logits of some rows, ``(n, V)``, in the precision statistics are computed in unless the label asks for less."""
-    plain = like.softcap is None and like.scale == 1 and rows.temperature is None and rows.low_rank is None
-    if plain and like.dtype == rows.hidden.dtype:
-        return F.linear(rows.hidden, weight, bias)
-    x = F.linear(upcast(rows.hidden), upcast(weight), None if bias is None else upcast(bias))
-    if rows.low_rank is not None:
-        x = x + upcast(rows.low_rank[0]) @ upcast(rows.low_rank[1]).T
-    return transform(x, rows.temperature, like.scale, like.softcap)[0]
+def _project(head: Head, dtype: torch.dtype) -> Tensor:
+    """Logits ``(n, V)``, in the precision statistics are computed in unless the label ``dtype`` asks for less."""
+    plain = head.softcap is None and head.scale == 1 and head.temperature is None and head.u is None
+    if plain and dtype == head.hidden.dtype:
+        return F.linear(head.hidden, head.weight, head.bias)
+    return whole_logits(head, None)
 
 
 # Several at once
@@ -742,12 +738,10 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     at -= at > first.vocab_dim  # among the token dimensions
     hidden = torch.cat([x.hidden for x in tensors], at)
     temperature, low_rank = first.temperature, first.rest.low_rank
-    if not all(_equal(x.temperature, temperature) for x in tensors):
+    if any(isinstance(x.temperature, Tensor) or x.temperature != temperature for x in tensors):
         dtype = statistics_dtype(hidden.dtype)
         each = [torch.as_tensor(x.temperature, dtype=dtype, device=x.device).expand(x.token_shape) for x in tensors]
         temperature = torch.cat(each, at)
-    elif isinstance(temperature, Tensor):
-        temperature = torch.cat([x.temperature for x in tensors], at)
     if low_rank is not None:
         low_rank = (torch.cat([x.rest.low_rank[0] for x in tensors], at), low_rank[1])
     dtype = first.dtype

@@ -51,7 +51,7 @@ def check_shapes(
     if hidden.ndim == 0 or weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"expected hidden (…, H) and weight (V, H) of one H, got {shapes}")
     if weight.shape[0] == 0 and not empty:
-        raise ValueError(f"expected hidden (…, H) and weight (V, H) of one H, got {shapes}")
+        raise ValueError(f"expected a weight (V, H) with rows, got {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
     fits = u is None or B is None or (u.shape[:-1], B.shape) == (hidden.shape[:-1], (len(weight), u.shape[-1]))

@@ -131,12 +131,12 @@ class LazyExpression(Elementwise):
         return is_number(self.offset) and self.offset == 0
 
     @property
-    def unweighted(self) -> bool:
+    def unscaled(self) -> bool:
         return is_number(self.factor) and self.factor == 1
 
     @property
-    def unscaled(self) -> bool:
-        return self.unshifted and self.unweighted
+    def bare(self) -> bool:
+        return self.unshifted and self.unscaled
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
@@ -162,7 +162,7 @@ class LazyExpression(Elementwise):
         return values if values is NotImplemented else values.to(self.dtype).movedim(-1, self.vocab_dim)
 
     def scaled(self, factor: Any) -> Any:
-        if self.form == "tanh" and self.unscaled:
+        if self.form == "tanh" and self.bare:
             if not is_number(factor) or factor <= 0:
                 return NotImplemented
             return self.base._but(self.base.hidden, scale=self.base.scale * factor, softcap=factor).with_dtype(
@@ -217,23 +217,23 @@ class LazyExpression(Elementwise):
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, form=product, factor=self.factor * other.factor, label=dtype)
 
-    def _weighted(self) -> Any:
+    def _scaled_base(self) -> Any:
         """``factor · base`` as logits, which differ from this by one number per token."""
         if self.form not in ("logits", "log_softmax"):
             return NotImplemented
         factor, _ = self._coefficients(self.vocab_dim)
-        return self.base if self.unweighted else self.base.scaled(factor)
+        return self.base if self.unscaled else self.base.scaled(factor)
 
     def up_to_shift(self) -> Any:
         """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
         if self.requires_grad and not self.base.requires_grad and not no_gradient():
             return NotImplemented  # the result requires grad, with a gradient of 0
-        base = self._weighted()
+        base = self._scaled_base()
         return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)
 
     def log_total(self) -> Any:
         """``logsumexp`` over the vocabulary, ``token_shape``."""
-        base = self._weighted()
+        base = self._scaled_base()
         return base if base is NotImplemented else self._log_total(base)
 
     def _log_total(self, weighted: LinearLogits) -> Tensor:
@@ -245,12 +245,12 @@ class LazyExpression(Elementwise):
     def exponential(self) -> Any:
         """``exp`` of log-probabilities, or of logits less one number per token: a softmax, times one number per token."""
         number = is_number(self.offset)
-        if self.form == "log_softmax" and self.unweighted:
+        if self.form == "log_softmax" and self.unscaled:
             if number and not abs(self.offset) < LARGEST_LOG:
                 return NotImplemented
             factor = math.exp(self.offset) if number else self.offset.exp()
             return replace(self, form="softmax", factor=factor, offset=0.0)
-        base = NotImplemented if self.form == "logits" and number else self._weighted()
+        base = NotImplemented if self.form == "logits" and number else self._scaled_base()
         if base is NotImplemented:
             return NotImplemented
         return LazyExpression(base, "softmax", self._log_total(base).exp(), label=self.dtype)
@@ -314,7 +314,7 @@ def exp_(x: LazyTensor) -> Any:
 def log(x: LazyTensor) -> Any:
     if isinstance(x, LazyMixture):
         return x.logarithm()
-    softmax = isinstance(x, LazyExpression) and x.form == "softmax" and x.unscaled
+    softmax = isinstance(x, LazyExpression) and x.form == "softmax" and x.bare
     return replace(x, form="log_softmax") if softmax else NotImplemented  # type: ignore[type-var]
 
 
@@ -543,7 +543,7 @@ def _cross_entropy_with_softmax(
     """``−Σ t log p`` with the probabilities of another head."""
     from .cross_entropy import result_dtype
 
-    softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.unscaled
+    softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
     if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
         return NotImplemented
     each = LazyExpression(x, "log_softmax").times(target)
@@ -594,7 +594,7 @@ def kl_div(
     from .cross_entropy import result_dtype
 
     log_probs = isinstance(input, LazyProducts)
-    log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.unscaled)
+    log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
@@ -604,7 +604,7 @@ def kl_div(
         return NotImplemented
     if is_lazy(target):
         form = "log_softmax" if log_target else "softmax"
-        if not isinstance(target, LazyExpression) or target.form != form or not target.unscaled:
+        if not isinstance(target, LazyExpression) or target.form != form or not target.bare:
             return NotImplemented
         each = elementwise_kl(input, replace(target, form="softmax"))
         total = each if each is NotImplemented or reduction == "none" else each.vocab_sum()

@@ -163,12 +163,10 @@ def plan(
             "route='gradients_in_forward' needs a loss that is summed or averaged over tokens; per-token outputs take "
             "route='recompute' (or None)"
         )
-    route = route_setting.parse(route or route_setting.value)
+    route = route_setting.chosen(route)
     gradients = (tokens + vocab) * hidden * dtype.itemsize
-    filters = (
-        gradient_filter_setting.parse(gradient_filter_setting.value if gradient_filter is None else gradient_filter) > 0
-    )
-    given = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
+    filters = gradient_filter_setting.chosen(gradient_filter) > 0
+    given = workspace_setting.chosen(workspace)
 
     usual = max(gradients, DEFAULT_BUDGET)
 

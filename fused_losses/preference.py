@@ -848,9 +848,7 @@ def kto_loss(
         policy_chosen_logps: summed log-probabilities ``(B_w,)`` of desirable answers, nats; may be empty.
         policy_rejected_logps: of undesirable answers ``(B_l,)``; may be empty.
         policy_KL_logps: of prompts with another prompt's answer ``(B_KL,)``; ``None`` for ``apo_zero_unpaired``.
-        reference_chosen_logps: the same three under the reference.
-        reference_rejected_logps: see above.
-        reference_KL_logps: see above.
+        reference_chosen_logps, reference_rejected_logps, reference_KL_logps: the same three under the reference.
         beta: how closely the policy is held to the reference.
         loss_type: ``"kto"`` or ``"apo_zero_unpaired"``.
         desirable_weight: multiplies the desirable answers' losses.
@@ -914,8 +912,7 @@ def vanilla_kto_loss(
     Args:
         policy_chosen_logps: summed log-probabilities ``(B_w,)`` of desirable answers, nats.
         policy_rejected_logps: of undesirable answers ``(B_l,)``.
-        reference_chosen_logps: the same under the reference.
-        reference_rejected_logps: see above.
+        reference_chosen_logps, reference_rejected_logps: the same under the reference.
         beta: how closely the policy is held to the reference.
         reduction: over both sides concatenated: ``"mean"``, ``"sum"`` or ``"none"``.
 
@@ -963,8 +960,7 @@ def bco_loss(
     Args:
         policy_chosen_logps: summed log-probabilities ``(B_w,)`` of desirable answers, nats; may be empty.
         policy_rejected_logps: of undesirable answers ``(B_l,)``; may be empty.
-        reference_chosen_logps: the same under the reference.
-        reference_rejected_logps: see above.
+        reference_chosen_logps, reference_rejected_logps: the same under the reference.
         beta: how closely the policy is held to the reference.
         running_mean: keeps δ between calls; default δ = 0.
         rejected_weight: ``u`` ``(B_l,)``, which gets no gradient: with a classifier's probability ``p`` that a prompt is a

@@ -37,6 +37,11 @@ class _Setting:
             raise TypeError(f"{cls.__name__} is True or False, got {value!r}")
         return value
 
+    @classmethod
+    def chosen(cls, argument: Any) -> Any:
+        """What holds for a call: its argument, else the setting."""
+        return cls.parse(cls.value if argument is None else argument)
+
     def __enter__(self) -> None:
         self._blocks.append(self)
 
@@ -174,7 +179,7 @@ def resolve_backend(tensor: Tensor, choice: Backend | None = None) -> Backend:
         ValueError: no backend has that name.
         RuntimeError: the named backend cannot run here; says why.
     """
-    choice = backend.parse(choice or backend.value)
+    choice = backend.chosen(choice)
     if tensor.dtype == torch.float64:
         if choice == "triton":
             raise RuntimeError("backend='triton' computes in fp32; float64 runs on backend='torch', also on a GPU")

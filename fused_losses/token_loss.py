@@ -20,7 +20,15 @@ from .numerics import full_precision, wide_dtype
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, without_ignored
 from .settings import Backend, resolve_backend
 from .settings import route as route_setting
-from .token_statistics import TokenStatistics, check_names, check_vocab_last, target_ids, token_statistics, with_ids
+from .token_statistics import (
+    TokenStatistics,
+    check_names,
+    check_vocab_last,
+    ids_of,
+    of_rows,
+    row_names,
+    token_statistics,
+)
 from .vocab_parallel import local_part, local_target
 
 DIFFERENTIABLE = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
@@ -90,15 +98,11 @@ def token_loss(
             raise ValueError(
                 f"per_token tensors get no gradient, and one {tuple(x.shape)} requires it: detach it, or use token_statistics"
             )
-    if index.shape not in (tokens, tokens + index.shape[-1:]):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)}, got {tuple(index.shape)}"
-        )
     check_names("statistics", statistics)
     single = index.ndim == len(tokens)
     N = tokens.numel()
     flat = tuple(x.reshape(N, *x.shape[len(tokens) :]) for x in per_token)
-    ids = target_ids(index.reshape(N, 1 if single else index.shape[-1]), V, -100)
+    ids = ids_of(index, logits, V)
     keep, zero_ignored = kept_tokens(ids, drop_ignored)
     loss_of = _PerToken(fn, flat, ids, zero_ignored, single, statistics, V)
 
@@ -155,7 +159,7 @@ class _PerToken:
         self.fn, self.per_token, self.ids, self.single, self.vocab = fn, per_token, ids, single, vocab
         self.counted = (ids != -100).any(-1) if zero_ignored else None
         self.statistics = tuple(statistics)
-        self.outputs = ["sum_log_probs" if name == "mean_logits" else name for name in statistics]
+        self.outputs = row_names(statistics)
         self.loss: Tensor | None = None
         self.aux: dict[str, Tensor] = {}
 
@@ -189,14 +193,9 @@ class _PerToken:
         assert found.logsumexp is not None
         assert found.log_probs is not None
         dtype = found.log_probs.dtype
-        values: dict[str, Tensor | None] = {name: getattr(found, name, None) for name in TokenStatistics._fields}
-        values["log_probs"] = found.log_probs[:, 0] if self.single else found.log_probs
-        if found.sum_log_probs is not None:
-            values["mean_logits"] = found.sum_log_probs / self.vocab + found.logsumexp
-        asked = {name: values[name] for name in self.statistics}
-        seen = TokenStatistics(
-            **{n: t.to(dtype) if t is not None and t.is_floating_point() else t for n, t in asked.items()}
-        )
+        seen = TokenStatistics(**of_rows(found, self.statistics, self.vocab, dtype))
+        if seen.log_probs is not None and self.single:
+            seen = seen._replace(log_probs=seen.log_probs[:, 0])
         names = [name for name in DIFFERENTIABLE if name in self.statistics]
         per_token = [x[rows] for x in self.per_token]
 

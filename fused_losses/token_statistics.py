@@ -66,6 +66,38 @@ def with_ids(tokens: torch.Size) -> str:
     return f"({', '.join(map(str, (*tokens, 'K')))})"
 
 
+def row_names(names: Collection[str]) -> list[str]:
+    """The :class:`RowStatistics` that :func:`of_rows` reads for these names."""
+    return ["sum_log_probs" if name == "mean_logits" else name for name in names]
+
+
+def of_rows(found: RowStatistics, names: Collection[str], vocab: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Numbers of :class:`TokenStatistics`, ``(N,)`` or ``(N, K)``, in ``dtype``."""
+
+    def value(name: str) -> Tensor:
+        if name != "mean_logits":
+            return getattr(found, name)
+        assert found.sum_log_probs is not None
+        assert found.logsumexp is not None
+        return (found.sum_log_probs / vocab + found.logsumexp).detach()  # the mean log-probability, and what it is less
+
+    values = {name: value(name) for name in names}
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in values.items()}
+
+
+def ids_of(index: Tensor, logits: Any, vocab: int) -> Tensor:
+    """``index``, one or ``K`` for each token of ``logits``, as ids ``(N, K)``."""
+    tokens = logits.shape[:-1]
+    if index.shape not in (tokens, tokens + index.shape[-1:]):
+        raise ValueError(
+            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)}, got {tuple(index.shape)}"
+        )
+    K = index.shape[-1] if index.ndim > len(tokens) else 1
+    if K == 0:
+        raise ValueError(f"index {tuple(index.shape)} has no id per token; give one or more")
+    return target_ids(index.reshape(-1, K), vocab, -100)
+
+
 def check_vocab_last(name: str, logits: Tensor | LinearLogits) -> None:
     if not isinstance(logits, Tensor) and logits.vocab_dim != logits.ndim - 1:
         raise ValueError(
@@ -420,37 +452,19 @@ def token_statistics(
     logits, shard = local_part(logits, group)
     index = index if index is None else local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
-    if logits.ndim == 0 or (index is not None and index.shape not in (tokens, tokens + index.shape[-1:])):
-        raise ValueError(
-            f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)}, "
-            f"got {None if index is None else tuple(index.shape)}"
-        )
-    if index is not None and index.ndim > len(tokens) and index.shape[-1] == 0:
-        raise ValueError(f"index {tuple(index.shape)} has no id per token; give one or more")
     if index is None and {"log_probs", "is_top1"} & set(outputs):
         raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {with_ids(tokens)}; got None")
     logits, per_token = _at_temperature(logits, temperature, tokens)
-    ids = None
-    if index is not None:
-        K = index.shape[-1] if index.ndim > len(tokens) else 1
-        ids = target_ids(index.reshape(-1, K), V, -100)
-    # mean_logits = mean logp + logsumexp
-    rows_outputs = ["sum_log_probs" if name == "mean_logits" else name for name in outputs]
+    ids = None if index is None else ids_of(index, logits, V)
     if isinstance(logits, Tensor):
         found = rows_statistics(
-            rows_of(logits), ids, None, per_token, outputs=rows_outputs, backend=backend, shard=shard
+            rows_of(logits), ids, None, per_token, outputs=row_names(outputs), backend=backend, shard=shard
         )
     else:
-        found = linear_logits_statistics(logits, ids, outputs=rows_outputs, backend=backend, workspace=workspace)
-    values: dict[str, Tensor] = {}
-    for name in outputs:
-        value = getattr(found, "sum_log_probs" if name == "mean_logits" else name)
-        if name == "mean_logits":
-            value = (value / V + found.logsumexp).detach()
-        if value.is_floating_point():
-            value = value.to(statistics_dtype(logits.dtype))
-        values[name] = value.view(index.shape if name == "log_probs" and index is not None else tokens)
-    return TokenStatistics(**values)
+        found = linear_logits_statistics(logits, ids, outputs=row_names(outputs), backend=backend, workspace=workspace)
+    values = of_rows(found, outputs, V, statistics_dtype(logits.dtype))
+    shapes = {"log_probs": tokens if index is None else index.shape}
+    return TokenStatistics(**{name: t.view(shapes.get(name, tokens)) for name, t in values.items()})
 
 
 def selective_log_softmax(

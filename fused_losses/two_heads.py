@@ -43,12 +43,11 @@ from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
 from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
-from .planning import FEWEST_TOKENS, MANY_CHUNKS, padded
+from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns, gathered_bytes
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
-DEFAULT_BUDGET = 2**29  # or the gradients, whichever is larger
 # Their slope in the teacher has no bound, nor reverse_kl's in the student.
 LOG_OF_STUDENT = ("forward_kl", "cross_entropy")
 STEEPEST = 64.0  # what float16 leaves room for there
@@ -113,19 +112,9 @@ def compare_rows(
     return sums[0].to(dtype, copy=True), sums[1].to(dtype, copy=True) if with_nll else None
 
 
-def vocab_of(head: Head) -> int:
-    """How many columns of logits a head yields here."""
-    return head.hidden.shape[1] if head.weight is None else head.weight.shape[0]
-
-
 def compared_vocab(student: Head, teacher: Head) -> int:
-    """How many of them are compared."""
-    return min(map(vocab_of, (student, teacher))) if student.shard is None else student.shard.size
-
-
-def planned_vocab(heads: Sequence[Head]) -> int:
-    """How many of them plans count on, which are alike on all ranks that share the vocabulary."""
-    return min(vocab_of(head) if head.shard is None else head.shard.even_size for head in heads)
+    """How many columns of logits are compared here."""
+    return min(student.columns_here, teacher.columns_here) if student.shard is None else student.shard.size
 
 
 class Chunks(NamedTuple):
@@ -135,7 +124,7 @@ class Chunks(NamedTuple):
 
 def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
     """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
-    found = workspace_setting.parse(workspace if workspace is not None else workspace_setting.value)
+    found = workspace_setting.chosen(workspace)
     if found is not None:
         return found
     gradients = 0
@@ -150,7 +139,7 @@ def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
 
 def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspace: int, backend: str) -> Chunks:
     """Cut ``M`` tokens into few chunks whose logits and gradients fit the workspace."""
-    V = planned_vocab(heads)
+    V = min(head.planned_vocab for head in heads)
     per_token = extra = fixed = 0
     for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True):
         if head.weight is None:
@@ -209,7 +198,7 @@ class _Side:
         hidden = head.hidden
         dtype, wide = hidden.dtype, statistics_dtype(hidden.dtype)
         self.direct = head.weight is None
-        self.cut = head if self.direct or vocab_of(head) == V else head.columns(slice(0, V))
+        self.cut = head if self.direct or head.columns_here == V else head.columns(slice(0, V))
         self.n, self.in_place = n, wide == dtype
         self.buffer = saved if self.in_place else None  # (n, padded V): a chunk's logits, once there are any
         self.d_buffer = None if self.in_place else saved
@@ -399,7 +388,7 @@ def differentiable_two_heads(
     student: Head, teacher: Head, ids: Tensor | None, with_nll: bool, which: Divergence
 ) -> tuple[Tensor, Tensor | None]:
     """Divergence and −log p ``(N,)`` as plain differentiable PyTorch on whole logits."""
-    V = min(vocab_of(student), vocab_of(teacher))
+    V = compared_vocab(student, teacher)
     check_differentiable(student.hidden.shape[0], V, student.hidden.dtype)
     skip = None if ids is None else ids == -100
 

@@ -113,7 +113,7 @@ def arguments():
     values |= {"n": 7, "margin": 0.5, "beta": 0.1, "threshold": 0.1, "max_length": 16, "pad_id": 0, "pad_value": 0}
     values |= {"prompt_length": 2, "id": 1, "good": 2, "bad": 1, "placeholder_token_id": 1, "reward_token_ids": [2, 1]}
     values |= {"num_generations": 2, "num_sequences": 4, "desirable_weight": 1.0, "undesirable_weight": 1.0}
-    return values | {"world_size": 1, "device": torch.device("cpu"), "in_features": H, "out_features": V}
+    return values | {"world_size": 1, "device": torch.device("cpu"), "in_features": H, "num_classes": V}
 
 
 # Where one name on the page stands for tensors of several shapes.

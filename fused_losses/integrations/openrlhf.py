@@ -7,8 +7,10 @@ a change of import: ``from fused_losses import PolicyLoss`` in place of ``from o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -55,31 +57,13 @@ def log_probs_from_logits(logits: Tensor | LinearLogits, labels: Tensor, tempera
 
 
 def _without_logits(forward: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(forward)
+
     @functools.wraps(forward)
-    def wrapped(
-        self: Any,
-        sequences: Tensor,
-        action_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        return_output: bool = False,
-        allgather_logits: bool = False,
-        return_logprobs: bool = False,
-        **options: Any,
-    ) -> Any:
-        call = functools.partial(
-            forward,
-            self,
-            sequences,
-            action_mask,
-            attention_mask,
-            return_output,
-            allgather_logits,
-            return_logprobs,
-            **options,
-        )
-        if action_mask is None and not return_logprobs:
-            return call()
-        with lazy_logits(self.model):
-            return call()
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        wanted = given.get("action_mask") is None and not given.get("return_logprobs")  # the logits themselves
+        with contextlib.nullcontext() if wanted else lazy_logits(self.model):
+            return forward(self, *args, **kwargs)
 
     return wrapped

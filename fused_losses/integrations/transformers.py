@@ -36,8 +36,9 @@ def apply(model: Any, *, always: bool = False) -> Any:
     """Let the head of ``model`` return :class:`LinearLogits` where a loss is all that will read its logits.
 
     That is in every forward with ``labels``, training or evaluation, and, for losses outside the model (``compute_loss_func``,
-    label smoothing, your own loop), in every forward in training mode with gradients. All others, among them generation,
-    cached steps and a ``Trainer`` that keeps predictions for ``compute_metrics``, get real logits.
+    label smoothing, your own loop), in every forward in training mode with gradients, and in every one without gradients
+    that a ``Trainer`` runs for a loss alone (a reference's or a teacher's, a loss-only evaluation). All others, among them
+    generation, cached steps and predictions that a ``Trainer`` keeps for ``compute_metrics``, get real logits.
 
     Call it after PEFT and before DDP, FSDP or ``accelerator.prepare``; ``Trainer`` does the latter itself.
 

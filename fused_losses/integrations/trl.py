@@ -176,7 +176,7 @@ def _log_probs_and_entropy(
     logits: Any, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Any = None
 ) -> tuple[Any, Any]:
     index = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
-    found = token_statistics(logits / temperature, index, ("log_probs", "entropy"))
+    found = token_statistics(logits, index, ("log_probs", "entropy"), temperature=temperature)
     return found.log_probs, found.entropy if entropy_requires_grad else found.entropy.detach()  # type: ignore[union-attr]
 
 

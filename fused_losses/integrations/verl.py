@@ -70,7 +70,7 @@ class FusedLinearForPPO(nn.Module):
         logits = _head.get(given)(hidden_states)
         if isinstance(temperature, Tensor):
             temperature = temperature.expand_as(input_ids)
-        found = token_statistics(logits, input_ids.long(), ("log_probs", "entropy"), temperature=temperature)
+        found = token_statistics(logits, input_ids, ("log_probs", "entropy"), temperature=temperature)
         assert found.log_probs is not None
         assert found.entropy is not None
         return found.log_probs, found.entropy
