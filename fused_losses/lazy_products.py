@@ -74,6 +74,9 @@ class _Dense:
             )
         return self.tensor
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Dense, (self.elements(),)
+
 
 class _Distance(NamedTuple):
     """``|w softmax(a) − w softmax(b)|``, or ``min(w softmax(a), w softmax(b))``, w > 0, of the same ``mixture``."""
@@ -112,15 +115,27 @@ class _Term(NamedTuple):
 class Elementwise(Derived):
     """What a change in place may turn into a :class:`LazyProducts` of nothing but its elements."""
 
-    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
-        if self.viewed or (self.requires_grad and no_gradient()):
+    def become(self, new: Any) -> Any:
+        if type(new) is type(self) or not isinstance(new, LazyProducts):
+            return super().become(new)
+        if self.viewed or (self.requires_grad and no_gradient()) or torch.compiler.is_compiling():
             return NotImplemented
-        report(name, self)
-        elements = self.materialize()
-        change(elements)
-        held = LazyProducts((_Term(1.0, None, _Dense(elements)),), self.dtype, like=self.base)
-        self.__class__, self.__dict__ = LazyProducts, vars(held)
+        self.__class__, self.__dict__ = LazyProducts, vars(new.with_dtype(self.dtype))
         return self
+
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        return self.become(changed_elements(self, name, change))
+
+
+def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) -> Any:
+    """The elements of ``x`` after a change, as a sum of no products."""
+    report(name, x)
+    elements = x.materialize()
+    change(elements)
+    if elements.shape != x.shape:
+        return NotImplemented
+    like = x if isinstance(x, LinearLogits) else x.base
+    return LazyProducts((_Term(1.0, None, _Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
 
 
 @dataclass(eq=False, repr=False)
@@ -199,7 +214,8 @@ class LazyProducts(Elementwise):
     dtype: torch.dtype
     factor: Any = 1.0
     finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
-    skipped: Tensor | None = None  # tokens whose entries all count as 0
+    skipped: Tensor | None = None  # tokens whose entries all count as ``fill``
+    fill: Any = 0.0  # or one number per token
     like: LinearLogits | None = None  # whose shape it has, where no term is of logits
 
     def __post_init__(self) -> None:
@@ -239,9 +255,19 @@ class LazyProducts(Elementwise):
                 weight = 1 if a is None else a.elements() if isinstance(a, _Dense) else a.elements().softmax(dim)
                 term = term * weight
             total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
-        factor = self.factor.unsqueeze(self.vocab_dim) if isinstance(self.factor, Tensor) else self.factor
-        total = (total * factor).to(self.dtype)
-        return total if self.skipped is None else total.masked_fill(self.skipped.unsqueeze(self.vocab_dim), 0)
+        return self._filled(total, self.vocab_dim).to(self.dtype)
+
+    def _filled(self, total: Tensor, dim: int | None = None) -> Tensor:
+        """``total`` times the factor, but for tokens that are skipped; ``dim``: where it has the vocabulary."""
+
+        def beside(t: Any) -> Any:
+            return t if dim is None or not isinstance(t, Tensor) else t.unsqueeze(dim)
+
+        if self.skipped is None:
+            return total * beside(self.factor)
+        # Without what the factor is there, whose gradient would be 0·∞.
+        factor = self.factor.masked_fill(self.skipped, 0) if isinstance(self.factor, Tensor) else self.factor
+        return torch.where(beside(self.skipped), beside(self.fill), total * beside(factor))
 
     def _each(
         self,
@@ -264,7 +290,7 @@ class LazyProducts(Elementwise):
             return found
 
         terms = tuple(_Term(c, once(a), once(b)) for c, a, b in self.terms)
-        numbers = {"factor": of_tokens(self.factor), "skipped": of_tokens(self.skipped)}
+        numbers = {name: of_tokens(getattr(self, name)) for name in ("factor", "skipped", "fill")}
         return replace(self, terms=terms, finite=tuple(map(once, self.finite)), like=once(self.like), **numbers)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
@@ -283,7 +309,10 @@ class LazyProducts(Elementwise):
     def scaled(self, factor: Any) -> Any:
         number = coefficient(self, factor)
         if number is not NotImplemented:
-            return replace(self, factor=multiplied(self.factor, number))
+            if self.skipped is None:
+                return replace(self, factor=multiplied(self.factor, number))
+            zero = 0.0 * (number.detach() if isinstance(number, Tensor) else number)  # or nan
+            return replace(self, factor=multiplied(self.factor, number), fill=self.fill + zero)
         if not _alike(self, factor) or any(t.softmax is not None for t in self.terms):
             return NotImplemented
         dense = _Dense(factor)
@@ -309,7 +338,7 @@ class LazyProducts(Elementwise):
         if found is NotImplemented or not fit(self.base, found.base):
             return NotImplemented
         alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
-        if not alike or self.skipped is not found.skipped:
+        if not alike or self.skipped is not found.skipped or not is_number(self.fill) or not is_number(found.fill):
             return NotImplemented
         mine, theirs = number_of(self.factor), number_of(found.factor)
         if mine is NotImplemented or theirs is NotImplemented:
@@ -328,7 +357,7 @@ class LazyProducts(Elementwise):
 
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
         free = all(t.softmax is None and not isinstance(t.log_softmax, _Distance) for t in self.terms)
-        if not softmax or not free or not fit(self.base, other.base):
+        if not softmax or not free or self.skipped is not None or not fit(self.base, other.base):
             return NotImplemented
         terms = tuple(t._replace(softmax=other.base) for t in self.terms)
         dtype = torch.promote_types(self.dtype, other.dtype)
@@ -349,11 +378,18 @@ class LazyProducts(Elementwise):
             finite = isinstance(b, LinearLogits) and b.rest.bias is None  # else 0·(−inf)
             if isinstance(a, LinearLogits) or not (isinstance(b, _Dense) or (a is not None and finite)):
                 return NotImplemented
+        if not is_number(self.fill):
+            return NotImplemented
 
         def masked(x: Any) -> Any:
             return _Dense(x.elements().masked_fill(mask, 0)) if isinstance(x, _Dense) else x
 
-        return replace(self, terms=tuple(_Term(c, masked(a), masked(b)) for c, a, b in self.terms))
+        # Whole tokens, where a nan may stand in what does not exist.
+        whole = mask.all(self.vocab_dim)
+        if self.skipped is not None:
+            whole = whole | self.skipped
+        terms = tuple(_Term(c, masked(a), masked(b)) for c, a, b in self.terms)
+        return replace(self, terms=terms, skipped=whole)
 
     def vocab_sum(self) -> Any:
         if not all(map(self._leaves_out_itself, self.finite)):
@@ -384,8 +420,9 @@ class LazyProducts(Elementwise):
         sums += _kl_sums(kls)
         if any(found is NotImplemented for _, found in sums):
             return NotImplemented
-        total = sum(c * found for c, found in sums) * self.factor
-        return total if self.skipped is None else total.masked_fill(self.skipped, 0)
+        count = self.shape[self.vocab_dim]
+        filled = self if is_number(self.fill) else replace(self, fill=self.fill * count)
+        return filled._filled(sum(c * found for c, found in sums))
 
     def _sum_without_softmax(self, a: _Dense | None, b: LinearLogits | LazyMixture | _Distance | _Dense) -> Any:
         """Summed with weights that exist, or none."""
@@ -593,12 +630,13 @@ class LazyMask(Derived):
     infinite: tuple[LinearLogits, ...]
     nan: tuple[LinearLogits, ...] = ()
     dense: _Dense | None = None
+    like: LinearLogits | None = None  # whose shape it has, where it was changed
     dtype = torch.bool
     requires_grad = False
 
     @property
     def base(self) -> LinearLogits:
-        return (self.infinite + self.nan)[0]
+        return next(z for z in (*self.infinite, *self.nan, self.like) if z is not None)
 
     def __repr__(self) -> str:
         return f"LazyMask({tuple(self.shape)}, {len(self.infinite + self.nan)} logits like {self.base})"
@@ -610,7 +648,9 @@ class LazyMask(Derived):
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
         infinite, nan = (tuple(z.mapped(fn, vocab_dim, view=view) for z in of) for of in (self.infinite, self.nan))
-        return LazyMask(infinite, nan, None if self.dense is None else _Dense(fn(self.dense.elements())))
+        dense = None if self.dense is None else _Dense(fn(self.dense.elements()))
+        like = None if self.like is None else self.like.mapped(fn, vocab_dim, view=view)
+        return self.aliasing(LazyMask(infinite, nan, dense, like), view)
 
     def with_dtype(self, dtype: torch.dtype) -> Any:
         return NotImplemented
@@ -618,9 +658,15 @@ class LazyMask(Derived):
     def detach(self) -> LazyMask:
         return self
 
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        report(name, self)
+        elements = self.materialize()
+        change(elements)
+        return self.become(LazyMask((), (), _Dense(elements), self.base) if elements.shape == self.shape else None)
+
     def union(self, other: Any) -> Any:
         if isinstance(other, LazyMask) and fit(self.base, other.base):
-            mask = LazyMask(self.infinite + other.infinite, self.nan + other.nan, self.dense)
+            mask = LazyMask(self.infinite + other.infinite, self.nan + other.nan, self.dense, self.like)
             return mask if other.dense is None else mask.union(other.dense.elements())
         if not _alike(self, other) or other.dtype != torch.bool:
             return NotImplemented

@@ -37,6 +37,8 @@ _ALIASES = {
 
 _CHANGING = [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")] + ["__setitem__"]
 _IN_PLACE = {*_CHANGING, *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
+_COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
+_COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
 # No storage, no gradient and no hooks of its own to speak of.
 _MEANINGLESS = {"data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad", "backward", "set_"}
 _WARNED: set[tuple[str, int, str]] = set()
@@ -245,6 +247,9 @@ class Derived(LazyTensor):
     base: Any
     viewed = False  # in eager it would share its numbers with another, which a change in place would have to reach
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "viewed"}
+
     def divided(self, divisor: Any) -> Any:
         if is_number(divisor):
             return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
@@ -329,10 +334,11 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> Any:
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
     name = name or func.__name__
-    first = args[0] if args else None
+    first = args[0] if args else kwargs.get("input")
     args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
     answered = first.answered if isinstance(first, LazyTensor) else None
     handler = HANDLERS.get(name) if answered is None or name in answered else None
+    handler = None if func is torch.kl_div else handler  # whose reduction is a number, and none by default
     if isinstance(kwargs.get("out"), LazyTensor):
         raise RuntimeError(f"{name} cannot write into a {type(kwargs['out']).__name__}: it has no storage")
     if handler is not None and "out" not in kwargs:
@@ -346,10 +352,15 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         )
         if done is not NotImplemented:
             return done
+        why = "has no elements to write to and keeps no view in step"
+        if first.requires_grad and no_gradient():
+            why = "would lose its gradient, as this is under no_grad"
         raise RuntimeError(
-            f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which has no elements to "
-            "write to and keeps no view in step. Use the out-of-place form, or materialize() before."
+            f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which {why}. Use the "
+            "out-of-place form, or materialize() before."
         )
+    if name in _COMPARISONS and len(args) == 2:
+        return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))
 
 
@@ -364,6 +375,28 @@ def materialised(name: str, arguments: Any) -> Any:
         report(name, x)
     tensors = {key: x.materialize() for key, x in found.items()}
     return tree_map(lambda x: tensors[id(x)] if is_lazy(x) else x, arguments, is_leaf=is_lazy)
+
+
+def _comparable(name: str, x: Any, y: Any) -> tuple[Any, Any]:
+    """Both, materialised. One number per token that is an entry but for rounding becomes that entry: another product read
+    what was gathered or is the largest, and it is to equal itself."""
+    a, b = materialised(name, (x, y))
+    if is_lazy(x) and _per_token_float(x, b):
+        b = _nearest_entry(a, b, x.vocab_dim)
+    elif is_lazy(y) and _per_token_float(y, a):
+        a = _nearest_entry(b, a, y.vocab_dim)
+    return a, b
+
+
+def _per_token_float(x: LazyTensor, t: Any) -> bool:
+    return per_token_number(x, t) is not NotImplemented and t.is_floating_point()
+
+
+@torch.no_grad()
+def _nearest_entry(elements: Tensor, t: Tensor, dim: int) -> Tensor:
+    nearest = elements.gather(dim, (elements - t).abs().argmin(dim, keepdim=True))
+    largest = elements.abs().nan_to_num(0, posinf=0).amax(dim, keepdim=True)
+    return torch.where((nearest - t).abs() <= 8 * torch.finfo(elements.dtype).eps * largest, nearest, t)
 
 
 def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
@@ -507,6 +540,8 @@ def _stand_in(x: Any) -> Any:
 def to(x: Any, *args: Any, **kwargs: Any) -> Any:
     if not is_lazy(x):
         return x.to(*map(_stand_in, args), **{name: _stand_in(value) for name, value in kwargs.items()})
+    flags = [a for a in args if isinstance(a, bool)]  # non_blocking, copy
+    copy = kwargs.get("copy", flags[1:] == [True])
     dtype = device = None
     for a in (*args, *kwargs.values()):
         if isinstance(a, torch.dtype):
@@ -518,7 +553,7 @@ def to(x: Any, *args: Any, **kwargs: Any) -> Any:
     if device is not None and not _same_device(torch.device(device), x.device):
         return NotImplemented
     if dtype is None or dtype == x.dtype:
-        return x
+        return clone(x) if copy else x
     return x.with_dtype(dtype) if dtype.is_floating_point else NotImplemented
 
 
@@ -557,8 +592,13 @@ def type_as(x: Any, other: Any) -> Any:
 
 
 @answers("result_type", anywhere=True)
-def result_type(tensor1: Any, tensor2: Any) -> torch.dtype:
-    return torch.result_type(_stand_in(tensor1), _stand_in(tensor2))
+def result_type(*args: Any, **kwargs: Any) -> torch.dtype:
+    return torch.result_type(*map(_stand_in, args), **{name: _stand_in(value) for name, value in kwargs.items()})
+
+
+@answers("requires_grad_")
+def requires_grad_(x: LazyTensor, requires_grad: bool = True) -> Any:
+    return x if requires_grad == x.requires_grad else NotImplemented
 
 
 @answers("expand_as", anywhere=True)
@@ -644,6 +684,11 @@ def div(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None or is_lazy(other):
         return NotImplemented
     return _promoted(x.divided(other), x, other)
+
+
+@answers("positive", "__pos__")
+def positive(x: LazyTensor) -> LazyTensor:
+    return x
 
 
 @answers("neg", "negative", "__neg__")

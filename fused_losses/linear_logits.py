@@ -145,18 +145,8 @@ class LinearLogits(LazyTensor):
     or given to the ``apply`` of a ``torch.autograd.Function``, it raises, since no gradient would reach it there; pass
     ``use_reentrant=False``, or ``materialize()``.
 
-    Where it differs from a tensor:
-
-    - ``isinstance(x, torch.Tensor)`` is false, and ``torch.as_tensor`` and ``torch.asarray``, which do not ask, copy it element
-      by element and without gradient: call ``materialize()``.
-    - A number per token is a copy: what is written into ``x[..., 5]`` is not written into ``x``.
-    - Two operations that find the same logit may differ in its last bit: to compare logits with one another (a rank, a
-      top-k filter), ``materialize()`` once and compare within that.
-    - Where entries tie for the largest, ``amax`` has its gradient in one of them; a tensor's is shared among them.
-    - It has no storage: ``stride`` gives 0 for every dimension, whatever ``is_contiguous`` says.
-    - In a row with a logit of +∞, or of −∞ alone, ``logsumexp`` and ``gather`` give nan where a tensor gives an infinity.
-    - It is a pytree of the one leaf ``hidden``, because FSDP and DDP look for the tensors in a module's outputs: what
-      ``tree_map`` does, it does to ``hidden``.
+    What stays lazy, and where it differs from a tensor: "Lazy or not" in docs/losses.md. ``isinstance(x, torch.Tensor)`` is
+    false, and ``tree_map`` maps ``hidden``.
 
     What the fused operations read:
 
@@ -501,6 +491,19 @@ class LinearLogits(LazyTensor):
         self.rest.views[0] += 1  # what is left of it: its views
         vars(self).update(vars(new))
         return self
+
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        from .lazy_products import changed_elements
+
+        self.check()
+        if self.shard is not None or (self.requires_grad and no_gradient()) or torch.compiler.is_compiling():
+            return NotImplemented
+        new = changed_elements(self, name, change)
+        if new is not NotImplemented:
+            self.rest.views[0] += 1
+            self.__class__, self.__dict__ = type(new), vars(new)
+            return self
+        return new
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         new = self._but(self.hidden, dtype=dtype)

@@ -58,7 +58,7 @@ from .lazy_tensor import (
 )
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
-from .numerics import autocast_dtype, statistics_dtype, upcast
+from .numerics import autocast_dtype, check_reduction, statistics_dtype, upcast
 
 
 class _Form(NamedTuple):
@@ -77,7 +77,7 @@ _FORMS = {
     "softmax": _Form(
         lambda z, dim: z.softmax(dim),
         lambda z, ids: z.log_probs_at(ids).exp(),
-        lambda z: z.hidden[..., :0].sum(-1, dtype=z.wide) + 1,  # a constant that requires grad, as eager's sum
+        lambda z: z.statistic("logsumexp") * 0 + 1,  # nan where eager's is, and a gradient of 0
     ),
     "p_log_p": _Form(times_log, None, lambda z: -z.statistic("entropy")),
     "p_p": _Form(
@@ -446,7 +446,8 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
 def argmax(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
     if dim is None or wrap_dim(x, dim) != x.vocab_dim:
         return NotImplemented
-    found = _extreme(x.detach(), 1, largest)
+    with torch.no_grad():
+        found = _extreme(x, 1, largest)
     return found if found is NotImplemented else _kept(found[1].squeeze(-1), x, keepdim)
 
 
@@ -470,10 +471,10 @@ def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = 
 
 
 @answers("min", anywhere=True)
-def min_(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
+def min_(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
     if is_lazy(dim):
-        return minimum(x, dim)
-    return max_(x, dim, keepdim, largest=False) if is_lazy(x) else NotImplemented
+        return minimum(input, dim)
+    return max_(input, dim, keepdim, largest=False) if is_lazy(input) else NotImplemented
 
 
 @answers("amax")
@@ -498,10 +499,12 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
 
 
 @answers("where", anywhere=True)
-def where(condition: Any, input: Any = None, other: Any = None) -> Any:
+def where(*args: Any, **kwargs: Any) -> Any:
     """0 for whole tokens; a method has the condition in second place."""
-    if is_lazy(condition) and not isinstance(condition, LazyMask):
-        condition, input = input, condition
+    method = bool(args) and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
+    names = ("input", "condition", "other") if method else ("condition", "input", "other")
+    given: Any = kwargs | dict(zip(names, args, strict=False))
+    condition, input, other = (given.get(name) for name in ("condition", "input", "other"))
     tokens = isinstance(condition, Tensor) and condition.dtype == torch.bool
     if not (tokens or isinstance(condition, LazyMask)) or is_lazy(input) == is_lazy(other):
         return NotImplemented
@@ -518,7 +521,7 @@ def _class_dim(x: LazyTensor) -> bool:
     return x.vocab_dim == (0 if x.ndim == 1 else 1)
 
 
-@answers("cross_entropy", "cross_entropy_loss")
+@answers("cross_entropy")
 def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
     from .cross_entropy import cross_entropy as fused
 
@@ -551,14 +554,15 @@ def _cross_entropy_with_softmax(
         return NotImplemented
     total = -each.vocab_sum()
     if label_smoothing:
-        total = torch.lerp(total, -x.sum_log_probs() / x.rest.vocab, label_smoothing)
+        total = (1 - label_smoothing) * total - label_smoothing / x.rest.vocab * x.sum_log_probs()
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    check_reduction(reduction)
     reduced = {"none": total, "sum": total.sum(), "mean": total.mean()}
     return reduced[reduction].to(result_dtype(x, target))
 
 
-@answers("nll_loss", "nll_loss_nd")
+@answers("nll_loss")
 def nll_loss(
     x: LazyTensor,
     target: Tensor,
@@ -597,6 +601,8 @@ def kl_div(
     log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
     if size_average is not None or reduce is not None:
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    if reduction != "batchmean":
+        check_reduction(reduction)
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
     if log_probs and isinstance(target, LazyExpression):
         fit(input.base, target.base)

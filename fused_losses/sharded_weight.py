@@ -22,6 +22,8 @@ def is_distributed() -> bool:
 
 def is_whole(weight: Tensor) -> bool:
     """Whether the head's weight is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
+    if transforms_active():  # a wrapper has no storage to ask
+        return True
     return weight.ndim == 2 and (weight.numel() == 0 or weight.untyped_storage().size() > 0)
 
 

@@ -1,7 +1,9 @@
 """Losses of distillation written by hand, run unchanged on two heads that make no logits."""
 
+import copy
 import importlib
 import math
+import pickle
 
 import pytest
 import torch
@@ -912,5 +914,143 @@ def test_changes_in_place_that_make_the_elements():
         with pytest.raises(RuntimeError, match="keeps no view in step"):
             x.masked_fill_(PROBS.view(x.shape) > 0.04, 0.0)
     product = s.softmax(-1) * PROBS
-    with torch.no_grad(), pytest.raises(RuntimeError, match="keeps no view in step"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="would lose its gradient"):
         product.masked_fill_(PROBS > 0.04, 0.0)
+
+
+EMPTY = torch.tensor([[False] * S, [True, True, False, True, True, True]])  # a sequence without tokens
+
+
+def kl(s, t):
+    return F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="none")
+
+
+def per_sequence(s, t):
+    """A sequence without tokens is nan, and its rows, left out by hand, spoil no gradient."""
+    each = (kl(s, t).masked_fill(~EMPTY[..., None], 0) / EMPTY.sum(-1)[:, None, None]).sum((-1, -2))
+    return each[EMPTY.any(-1)].sum() + each.detach().isnan().sum()
+
+
+def per_sequence_where(s, t):
+    return (torch.where(EMPTY[..., None], kl(s, t), 0) / EMPTY.sum(-1)[:, None, None]).sum(-1)[EMPTY].sum()
+
+
+def entries_of_whole_tokens(s, t):
+    each = F.kl_div(s.log_softmax(-1), PROBS, reduction="none").masked_fill(~EMPTY[..., None].expand(B, S, V), 0)
+    return each.sum()
+
+
+@pytest.mark.parametrize("loss", [per_sequence, per_sequence_where, entries_of_whole_tokens])
+def test_tokens_that_are_left_out(loss):
+    inputs = leaves(bias=False)
+    if loss is entries_of_whole_tokens:
+        with torch.no_grad():
+            inputs[0][0] = torch.nan  # padding
+    with strict():
+        found = outcome(loss, inputs, lazy=True)
+    torch.testing.assert_close(found, outcome(loss, inputs, lazy=False), equal_nan=True)
+    assert found[0].isfinite()
+
+
+@pytest.mark.parametrize("of", [lambda p: p, lambda p: 1 - p])
+def test_probabilities_sum_to_1_but_for_a_nan(of):
+    inputs = leaves()
+    with torch.no_grad():
+        inputs[0][0, 0] = torch.nan
+    with strict():
+        total = of(LinearLogits(*inputs[:3]).softmax(-1)).sum(-1)
+    expected = of(F.linear(*inputs[:3]).softmax(-1)).sum(-1)
+    torch.testing.assert_close(total, expected, equal_nan=True)
+    for gradient in torch.autograd.grad(total[1].sum(), inputs[1:3]):
+        assert (gradient.nan_to_num(0) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_smoothed_cross_entropy_with_a_teacher(dtype):
+    def loss(s, t):
+        return F.cross_entropy(s.flatten(0, 1), t.softmax(-1).flatten(0, 1), label_smoothing=0.1)
+
+    inputs = leaves(dtype)
+    with strict():
+        found = outcome(loss, inputs, lazy=True)
+    torch.testing.assert_close(found, outcome(loss, inputs, lazy=False))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_the_kl_div_of_aten_counts_its_reductions():
+    s, t = (LinearLogits(*x) for x in (leaves()[:3], leaves()[3:]))
+    for options in ({}, {"reduction": 1}):
+        found = torch.kl_div(s.log_softmax(-1), t.softmax(-1), **options)
+        expected = torch.kl_div(*(x.materialize() for x in (s.log_softmax(-1), t.softmax(-1))), **options)
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("loss", [F.kl_div, F.cross_entropy])
+def test_an_unknown_reduction(loss):
+    s, t = (LinearLogits(*x) for x in (leaves()[:3], leaves()[3:]))
+    with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
+        loss(s.log_softmax(-1).flatten(0, 1), t.softmax(-1).flatten(0, 1), reduction="foo")
+
+
+def test_what_was_only_looked_at_can_be_changed():
+    s = LinearLogits(*leaves()[:3])
+    for x in (s.log_softmax(-1), s - s.logsumexp(-1, keepdim=True)):
+        kept = x.materialize()
+        with strict():
+            x.argmax(-1)
+            x.mul_(0.5)
+        torch.testing.assert_close(x.materialize(), kept / 2)
+
+
+def test_copies_of_products_with_a_tensor():
+    t = LinearLogits(*leaves()[3:])
+    product, entropies = PROBS * t.detach().log_softmax(-1), t.detach().log_softmax(-1)
+    for copied in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
+        torch.testing.assert_close(copied.sum(-1), product.sum(-1))
+    view = entropies[:1]
+    other = copy.deepcopy(entropies)
+    other.mul_(2)
+    torch.testing.assert_close(other.sum(-1)[:1], 2 * view.sum(-1))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_a_mask_changed_in_place():
+    s = LinearLogits(*leaves(bias=False)[:2])
+    mask = s.isinf()
+    mask[..., 3] = True
+    mask.logical_or_(PROBS > 0.045)
+    expected = PROBS > 0.045
+    expected[..., 3] = True
+    assert torch.equal(mask.materialize(), expected)
+    found = (PROBS * s.log_softmax(-1)).masked_fill(mask, 0).sum(-1)
+    torch.testing.assert_close(found, (PROBS * s.log_softmax(-1)).materialize().masked_fill(expected, 0).sum(-1))
+    mask = s.isinf()
+    view = mask[:1]
+    with pytest.raises(RuntimeError, match="keeps no view in step"):
+        mask[..., 3] = True
+    assert not view.materialize().any()
+
+
+@pytest.mark.parametrize("form", ["p_log_p", "log_softmax"])
+def test_whole_tokens_emptied_in_place(form):
+    s = LinearLogits(*leaves()[:3])
+    x, same = (s.softmax(-1) * s.log_softmax(-1) if form == "p_log_p" else s.log_softmax(-1) for _ in range(2))
+    with strict():
+        x.masked_fill_(MASK[..., None] == 0, 0)
+        torch.testing.assert_close(x.sum(-1), same.masked_fill(MASK[..., None] == 0, 0).sum(-1))
+    assert (x.sum(-1) == 0).tolist() == (MASK == 0).tolist()
+
+
+def test_names_of_arguments():
+    s, t = (LinearLogits(*x) for x in (leaves()[:3], leaves()[3:]))
+    z = s.materialize()
+    with strict():
+        torch.testing.assert_close(torch.min(input=s, dim=-1).values, z.min(-1).values)
+        found = kl(s, t).where(condition=EMPTY[..., None], other=torch.zeros((), dtype=torch.float64)).sum(-1)
+        torch.testing.assert_close(found, kl(s, t).sum(-1) * EMPTY)
+        torch.testing.assert_close((+s).sum(-1), z.sum(-1))
+        assert torch.result_type(tensor=s, other=PROBS) == torch.float64
+        assert s.requires_grad_() is s
+    stacked = torch.stack([s.log_softmax(-1), t.log_softmax(-1)])
+    with pytest.warns(UserWarning, match="clone materialises"):
+        assert torch.equal(torch.clone(input=stacked), stacked.materialize())
