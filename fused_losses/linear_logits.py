@@ -632,8 +632,11 @@ class LinearLogits(LazyTensor):
 
     def _measure(self, ids: Tensor | None, name: str, known: dict[tuple[str, bool], Tensor]) -> Any:
         flat = None if ids is None else ids.reshape(-1, ids.shape[-1])
-        found = linear_logits_statistics(self, flat, outputs=[name, "logsumexp"])._asdict()
-        for kept in {name, "logsumexp"} - {"log_probs"}:
+        names = {name, "logsumexp"}
+        if self._key(name)[1]:  # which RL losses read next: numbers of one pass share its backward
+            names.add("entropy")
+        found = linear_logits_statistics(self, flat, outputs=sorted(names))._asdict()
+        for kept in names - {"log_probs"}:
             known[self._key(kept)] = found[kept].view(self.token_shape)
         return found["log_probs"]
 
