@@ -170,7 +170,12 @@ class _PerToken:
         return value if self.counted is None else torch.where(self.counted[rows], value, 0)
 
     def split(self, found: TokenStatistics, per_token: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        result = self.fn(found, *per_token)
+        try:
+            result = self.fn(found, *per_token)
+        except (AttributeError, TypeError) as error:
+            if None not in found:
+                raise
+            raise type(error)(f"{error} (fn is given the statistics {self.statistics}, and None for others)") from error
         value, aux = result if isinstance(result, tuple) else (result, {})
         n = next(s for s in found if s is not None).shape[:1]
         for name, x in (("fn", value), *((f"fn's {name!r}", x) for name, x in aux.items())):

@@ -520,6 +520,8 @@ def test_wrong_teachers(lazy):
         teacher_topk(logits, 2, temperature=-1)
     with pytest.raises(ValueError, match="garbage"):
         teacher_topk(logits, 2, workspace="garbage")
+    with pytest.raises(ValueError, match=r"^logits must be floating point"):
+        teacher_topk(torch.zeros(3, 5, dtype=torch.long), 2)
 
 
 def test_wrong_dense_input(device):

@@ -468,6 +468,11 @@ def test_bad_input():
             token_loss(dft, turned, index)
     with pytest.raises(TypeError, match=r"fn must return one number per token, a tensor.*got None"):
         token_loss(lambda s: None, logits, index)
+    for z in (logits, LinearLogits(torch.randn(23, 4), torch.randn(37, 4))):
+        with pytest.raises(TypeError, match=r"NoneType.*given the statistics \('log_probs',\), and None for others"):
+            token_loss(entropy_bonus, z, index, a, statistics=("log_probs",))
+        with pytest.raises(ValueError, match=r"index \(23, 0\) has no id per token"):
+            token_loss(dft, z, index[:, None][:, :0])
     with pytest.raises(TypeError, match=r"index is a tensor with a number for each token \(.*\), got None"):
         token_loss(lambda s: -s.log_probs, logits, None)
     with pytest.raises(TypeError, match=r"per_token is a tensor.*got 0.5"):
