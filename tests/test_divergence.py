@@ -566,18 +566,23 @@ def test_two_heads_of_which_one_trains(kind, trained, backend, device):
     torch.testing.assert_close(outcome(range(10)[trained]), outcome(range(10)))
 
 
-def test_one_side_a_head(backend, device):
+@pytest.mark.parametrize("drop_ignored", [None, True, False])
+def test_one_side_a_head(drop_ignored, backend, device):
+    """``None``: there is nothing to drop."""
     leaves, make, _ = heads(device)
     student, teacher = make(leaves)
     upstream = torch.randn(7, device=device)
-    want = divergence(student, teacher, kind="reverse_kl", backend=backend)
+    mask = None if drop_ignored is None else torch.tensor([1, 0, 1, 1, 0, 1, 1], device=device)
+    how = {"mask": mask, "drop_ignored": drop_ignored, "backend": backend}
+    want = divergence(student, teacher, kind="reverse_kl", **how)
     grads = torch.autograd.grad(want, leaves, upstream)
     for i in (0, 1):
         sides = list(make(leaves))
         sides[i] = sides[i].materialize()
-        value = divergence(*sides, kind="reverse_kl", backend=backend)
+        value = divergence(*sides, kind="reverse_kl", **how)
         torch.testing.assert_close(value, want, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(torch.autograd.grad(value, leaves, upstream), grads, rtol=1e-4, atol=1e-5)
+    assert mask is None or (want[mask == 0] == 0).all()
 
 
 LOSSES = [(divergence, reference.divergence), (acceptance_rate, reference_acceptance_rate)]

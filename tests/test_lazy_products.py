@@ -1022,6 +1022,7 @@ def test_a_mask_changed_in_place():
     expected = PROBS > 0.045
     expected[..., 3] = True
     assert torch.equal(mask.materialize(), expected)
+    assert torch.equal(mask[1:, :2].materialize(), expected[1:, :2])
     found = (PROBS * s.log_softmax(-1)).masked_fill(mask, 0).sum(-1)
     torch.testing.assert_close(found, (PROBS * s.log_softmax(-1)).materialize().masked_fill(expected, 0).sum(-1))
     mask = s.isinf()

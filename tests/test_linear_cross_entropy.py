@@ -799,6 +799,17 @@ def test_autocast_casts_as_pytorch_does():
     assert torch.equal(d_weight, expected[2].float())
 
 
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_token_weights_of_class_probabilities(reduction):
+    hidden, weight = torch.randn(N, 5, requires_grad=True), torch.randn(C, 5, requires_grad=True)
+    target, token_weights = torch.rand(N, C).softmax(-1), torch.rand(N)
+    each = F.cross_entropy(hidden @ weight.T, target, reduction="none") * token_weights
+    expected = {"none": each, "sum": each.sum(), "mean": each.mean()}[reduction]
+    found = linear_cross_entropy(hidden, weight, target, token_weights=token_weights, reduction=reduction)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (found, expected)))
+
+
 def test_probabilities_leave_the_random_state_alone(monkeypatch):
     hidden, weight, _, _ = problem()
     monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("read the random state"))

@@ -133,12 +133,14 @@ def test_lazy_logits(name, dtype, backend, device):
     check(ours, plain, problems)
 
 
-def test_aux_is_per_token_and_detached(backend, device):
+@pytest.mark.parametrize("drop_ignored", [True, False])
+def test_aux_is_per_token_and_detached(drop_ignored, backend, device):
     hidden, weight, bias, index = problem(device=device)
     logits = LinearLogits(hidden.requires_grad_(), weight, bias)
     z = hidden @ weight.T + bias
     per_token = per_token_of("grpo", z, index)
-    _, aux = token_loss(grpo, logits, index, *per_token, backend=backend, workspace=5 * V * 4)
+    how = {"backend": backend, "workspace": 5 * V * 4, "drop_ignored": drop_ignored}
+    _, aux = token_loss(grpo, logits, index, *per_token, **how)
     _, expected = reference.token_loss(grpo, z, index, *per_token)
     counted = index != -100
     for key, values in expected.items():
