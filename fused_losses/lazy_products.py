@@ -682,6 +682,60 @@ class LazyMask(Derived):
         return z._but(z.hidden.masked_fill(~finite, 0))
 
 
+@dataclass(eq=False, repr=False)
+class LazyEquality(Derived):
+    """``x == x``: False where x is nan."""
+
+    base: Any
+    dtype = torch.bool
+    requires_grad = False
+
+    def __repr__(self) -> str:
+        return f"LazyEquality({tuple(self.shape)}, of {self.base})"
+
+    def materialize(self) -> Tensor:
+        x = self.base.materialize()
+        return x == x
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyEquality:
+        return self.aliasing(LazyEquality(self.base.mapped(fn, vocab_dim, view=view)), view)
+
+    def with_dtype(self, dtype: torch.dtype) -> Any:
+        return NotImplemented
+
+    def detach(self) -> LazyEquality:
+        return self
+
+    def everywhere(self) -> Any:
+        """``token_shape``: whether all entries are."""
+        x = self.base
+        if isinstance(x, LinearLogits):
+            return ~x.statistic("max_logit").isnan()
+        normal = x.form == "log_softmax" and x.bare
+        return x.base.statistic("logsumexp").isfinite() if normal else NotImplemented
+
+
+@answers("eq", "__eq__")
+def eq(x: LazyTensor, other: Any) -> Any:
+    """With itself, as ``torch.distributions`` looks for nan."""
+    from .log_softmax import LazyExpression
+
+    own = other is x and isinstance(x, (LinearLogits, LazyExpression))
+    return LazyEquality(x.with_dtype(x.dtype)) if own else NotImplemented
+
+
+@answers("all")
+def all_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    if not isinstance(x, LazyEquality) or not (
+        dim is None or (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim)
+    ):
+        return NotImplemented
+    found = x.everywhere()
+    if found is NotImplemented or dim is None:
+        return found if found is NotImplemented else found.all()
+    return found.unsqueeze(x.vocab_dim) if keepdim else found
+
+
 @answers("isinf")
 def isinf(x: LazyTensor) -> Any:
     # A copy, which mul_ and div_ of the given one do not change.

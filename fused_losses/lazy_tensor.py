@@ -135,6 +135,10 @@ class LazyTensor:
         """``self + sign · other``, which is as large."""
         return NotImplemented
 
+    def normalised(self, offset: Tensor) -> Any:
+        """``log_softmax``, where ``offset`` is the logsumexp that was asked of this."""
+        return NotImplemented
+
     def become(self, new: Any) -> Any:
         """Self, changed in place to the numbers of ``new``."""
         return NotImplemented
@@ -709,6 +713,9 @@ def add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
 def sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1:
         return NotImplemented
+    normal = input.normalised(other) if is_lazy(input) and isinstance(other, Tensor) else NotImplemented
+    if normal is not NotImplemented:
+        return normal
     if is_lazy(input) and _as_large(input, other):
         return _promoted(input.plus(other, -1.0), input, other)
     if is_lazy(input):

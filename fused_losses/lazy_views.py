@@ -89,6 +89,21 @@ def unsqueeze(x: LazyTensor, dim: int) -> Any:
     return x.mapped(lambda t: t.unsqueeze(at), x.vocab_dim + (at <= x.vocab_dim))
 
 
+@answers("expand", "broadcast_to")
+def expand(x: LazyTensor, *args: Any, size: Any = (), implicit: bool = False) -> Any:
+    sizes = _sizes(args or (size,))
+    at = x.vocab_dim + len(sizes) - x.ndim
+    if at < 0 or sizes[at] not in (-1, x.shape[x.vocab_dim]):
+        return NotImplemented
+    return x.mapped(lambda t: t.expand(*sizes[:at], -1, *sizes[at + 1 :]), at)
+
+
+@answers("broadcast_tensors", anywhere=True)
+def broadcast_tensors(*tensors: Any) -> Any:
+    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
+    return tuple(t.expand(shape) for t in tensors)
+
+
 @answers("permute")
 def permute(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
     order = [wrap_dim(x, d) for d in _sizes(args or (dims,))]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ class LinearLogits(LazyTensor):
         self._versions = versions(hidden=hidden)
         self._cache: dict[tuple[str, bool], Tensor] = {}
         self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
+        self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
 
     rest: Any
     hidden: Tensor = property(lambda self: self._hidden, _set_hidden)  # type: ignore[assignment]  # noqa: RUF009
@@ -481,7 +483,7 @@ class LinearLogits(LazyTensor):
 
     def become(self, new: Any) -> Any:
         if not isinstance(new, LinearLogits):
-            return NotImplemented
+            return self._become_derived(new)
         if new.rest.detached != self.rest.detached:
             raise RuntimeError(
                 f"a change in place under no_grad would take the gradient of a LinearLogits {tuple(self.shape)} away: use "
@@ -498,12 +500,15 @@ class LinearLogits(LazyTensor):
         self.check()
         if self.shard is not None or (self.requires_grad and no_gradient()) or torch.compiler.is_compiling():
             return NotImplemented
-        new = changed_elements(self, name, change)
-        if new is not NotImplemented:
-            self.rest.views[0] += 1
-            self.__class__, self.__dict__ = type(new), vars(new)
-            return self
-        return new
+        return self._become_derived(changed_elements(self, name, change))
+
+    def _become_derived(self, new: Any) -> Any:
+        alone = not (self.requires_grad and no_gradient()) and not torch.compiler.is_compiling()
+        if not isinstance(new, LazyTensor) or not alone:
+            return NotImplemented
+        self.rest.views[0] += 1
+        self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))  # type: ignore[assignment]
+        return self
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         new = self._but(self.hidden, dtype=dtype)
@@ -516,6 +521,28 @@ class LinearLogits(LazyTensor):
 
     def detach(self) -> LinearLogits:
         return self._but(self.hidden, True, detached=True)
+
+    def normalizer(self, keepdim: bool) -> Tensor:
+        """The logsumexp, a copy in ``dtype``, which callers may write into; :meth:`normalised` knows it."""
+        lse = self.statistic("logsumexp").to(self.dtype, copy=True)
+        if not torch.compiler.is_compiling():
+            self._normalizer = weakref.ref(lse), lse._version
+        return lse.unsqueeze(self.vocab_dim) if keepdim else lse
+
+    def normalised(self, offset: Any) -> Any:
+        from .log_softmax import LazyExpression
+
+        if torch.compiler.is_compiling():
+            return NotImplemented
+        lse, version = self._normalizer[0](), self._normalizer[1]
+        if lse is None or offset._base is not lse or lse._version != version:
+            return NotImplemented
+        expected = lse.unsqueeze(self.vocab_dim)
+        if (offset.shape, offset.requires_grad) != (expected.shape, lse.requires_grad):
+            return NotImplemented
+        steps = zip(offset.shape, offset.stride(), expected.stride(), strict=True)
+        same = all(n == 1 or step == known for n, step, known in steps)  # and no transpose
+        return LazyExpression(self, "log_softmax") if same else NotImplemented
 
     def columns(self, key: slice | Tensor) -> Any:
         from .log_softmax import LazyExpression

@@ -9,6 +9,7 @@ f              f(z)                   at given ids   summed over the vocabulary
 =============  =====================  =============  ==========================
 logits         z                      logp + lse     V·mean(z)
 log_softmax    z − lse                logp           V·(mean(z) − lse)
+finite         max(z − lse, least)                   (times softmax: as log_softmax)
 softmax        exp(z − lse)           exp(logp)      1
 p_log_p        softmax·log_softmax                   −entropy
 p_p            softmax²               exp(2 logp)    Σ p²
@@ -74,6 +75,7 @@ _FORMS = {
         LinearLogits.log_probs_at,
         LinearLogits.sum_log_probs,
     ),
+    "finite": _Form(lambda z, dim: z.log_softmax(dim).clamp(min=torch.finfo(z.dtype).min), None, None),
     "softmax": _Form(
         lambda z, dim: z.softmax(dim),
         lambda z, ids: z.log_probs_at(ids).exp(),
@@ -90,7 +92,8 @@ _FORMS = {
 }
 
 
-_PRODUCTS = {"log_softmax": "p_log_p", "softmax": "p_p", "logits": "p_z"}  # with the softmax of the same logits
+# With the softmax of the same logits.
+_PRODUCTS = {"log_softmax": "p_log_p", "finite": "p_log_p", "softmax": "p_p", "logits": "p_z"}
 
 
 @dataclass(eq=False, repr=False)
@@ -212,7 +215,7 @@ class LazyExpression(Elementwise):
         if "softmax" not in forms or product is None or not self.unshifted or not other.unshifted:
             return NotImplemented
         if not same_logits(self.base, other.base):
-            found = products(forms["log_softmax"]) if product == "p_log_p" else NotImplemented
+            found = products(forms["log_softmax"]) if "log_softmax" in forms else NotImplemented
             return NotImplemented if found is NotImplemented else found.times(forms["softmax"])
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, form=product, factor=self.factor * other.factor, label=dtype)
@@ -328,6 +331,14 @@ def pow_(x: LazyTensor, exponent: Any) -> Any:
     return x.times(x) if is_number(exponent) and exponent == 2 else NotImplemented
 
 
+@answers("clamp", "clamp_min", "clip")
+def clamp(x: LazyTensor, min: Any = None, max: Any = None) -> Any:
+    """Log-probabilities without −∞, as ``torch.distributions.Categorical`` multiplies them with the probabilities."""
+    bare = isinstance(x, LazyExpression) and x.form == "log_softmax" and x.bare and x.dtype == x.wide
+    least = max is None and is_number(min) and min == torch.finfo(x.dtype).min
+    return replace(x, form="finite") if bare and least else NotImplemented  # type: ignore[type-var]
+
+
 @answers("tanh")
 def tanh(x: LazyTensor) -> Any:
     unbounded = isinstance(x, LinearLogits) and x.softcap is None and not isinstance(x.temperature, Tensor)
@@ -383,7 +394,9 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
         return x.reduced(logaddexp, _dims(x, dim), keepdim)
     if _dims(x, dim) != [x.vocab_dim] or not isinstance(x, (LinearLogits, LazyExpression)):
         return NotImplemented
-    lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.log_total()
+    if isinstance(x, LinearLogits):
+        return x.normalizer(keepdim)
+    lse = x.log_total()
     # A copy: callers write into what they get.
     return lse if lse is NotImplemented else _kept(lse.to(x.dtype, copy=True), x, keepdim)
 

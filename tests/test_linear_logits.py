@@ -678,7 +678,8 @@ def test_a_warning_names_operation_bytes_and_line_once_per_call_site():
 def test_comparison_is_never_identity():
     lazy, *_ = make()
     with pytest.warns(UserWarning, match="materialises"):
-        assert (lazy == lazy).shape == (B, S, V)
+        assert (lazy == lazy.clone()).shape == (B, S, V)
+    assert (lazy == lazy).shape == (B, S, V)
     assert (lazy == None) is False  # noqa: E711
     assert lazy != "logits"
     assert len({lazy, lazy}) == 1
@@ -1014,6 +1015,115 @@ def test_log_probs_and_entropy_are_one_pass(entropy):
         if z is lazy:
             assert +counted.passes == {"fused_losses::linear_rows": 1, "fused_losses::linear_rows_grad": 1}
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def categorical(z, validate_args):
+    policy = torch.distributions.Categorical(logits=z, validate_args=validate_args)
+    return policy.log_prob(IDS).sum() + 0.3 * policy.entropy().sum()
+
+
+def normalised(z):
+    logp = z - z.logsumexp(-1, keepdim=True)
+    return logp.gather(-1, IDS[..., None]).sum() - (logp.exp() * logp).sum()
+
+
+def normalised_later(z):
+    total = z.logsumexp(-1)
+    logp = torch.sub(z, total[..., None])
+    return logp[..., 3].sum() - (logp.exp() * logp).sum()
+
+
+def by_a_constant(z):
+    return (z - z.logsumexp(-1, keepdim=True).detach()).gather(-1, IDS[..., None]).sum()
+
+
+def by_the_normalizer_of_others(z):
+    return (z - z.flip(1).logsumexp(-1, keepdim=True)).gather(-1, IDS[..., None]).sum()
+
+
+def stabilised_in_place(z):
+    z = z.clone()
+    z -= z.detach().amax(-1, keepdim=True)
+    return z.exp().sum(-1).log().sum()
+
+
+def repeated(z):
+    return (z[None].expand(3, -1, -1, -1) * torch.arange(1.0, 4)[:, None, None, None]).logsumexp(-1).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: categorical(z, True),
+        lambda z: categorical(z, False),
+        normalised,
+        normalised_later,
+        by_a_constant,
+        by_the_normalizer_of_others,
+        stabilised_in_place,
+        repeated,
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_normalised_by_hand(loss, bias):
+    lazy, eager, tensors = make(bias=bias)
+    wanted = [tensors[name] for name in ("hidden", "weight", *["bias"] * bias)]
+    with settings.strict():
+        found = loss(lazy)
+    expected = loss(eager)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(x, wanted) for x in (found, expected))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_a_normalizer_that_was_written_into_is_a_number_per_token():
+    lazy, eager, _ = make()
+    results = []
+    for z in (lazy, eager.detach()):
+        total = z.logsumexp(-1, keepdim=True)
+        with torch.no_grad():
+            total += torch.arange(S)[:, None]
+        results.append((z - total).gather(-1, IDS[..., None]).detach())
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")  # for the message, which has the values
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_categorical_distribution_refuses_what_is_no_number(value):
+    hidden, weight = torch.randn(3, H), torch.randn(V, H)
+    hidden[1, 2] = value
+    for logits in (LinearLogits(hidden, weight), hidden @ weight.T):
+        with pytest.raises(ValueError, match="Expected parameter logits"):
+            torch.distributions.Categorical(logits=logits, validate_args=True)
+
+
+def test_equal_to_itself_but_for_nan():
+    hidden, weight = torch.randn(2, 3, H), torch.randn(V, H)
+    hidden[1, 2, 0] = torch.nan
+    z = LinearLogits(hidden, weight)
+    eager = hidden @ weight.T
+    for x, same in ((z, eager), (z.log_softmax(-1), eager.log_softmax(-1))):
+        equal, expected = x == x, ~same.isnan()
+        with settings.strict():
+            assert torch.equal(equal.all(-1), expected.all(-1))
+            assert torch.equal(equal.reshape(6, V)[2:].all(-1, keepdim=True), expected.view(6, V)[2:].all(-1, True))
+            assert not equal.all()
+        assert torch.equal(equal.materialize(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_log_probs_clamped_at_the_least_number():
+    least, bias = torch.finfo(torch.float32).min, torch.zeros(V).masked_fill(torch.arange(V) > 7, -torch.inf)
+    lazy, eager, _ = make()
+    z, whole = lazy.detach() + bias, eager.detach() + bias
+    clamped, expected = (x.log_softmax(-1).clamp(min=least) for x in (z, whole))
+    with settings.strict():
+        entropy = (clamped * z.softmax(-1)).sum(-1)
+    torch.testing.assert_close(entropy, (expected * whole.softmax(-1)).sum(-1))
+    torch.testing.assert_close(clamped.materialize(), expected)
+    torch.testing.assert_close((clamped * 0.5).sum(-1), (expected * 0.5).sum(-1))
+    other = LinearLogits(torch.randn(B, S, 2), torch.randn(V, 2)).softmax(-1)
+    torch.testing.assert_close((clamped * other).sum(-1), (expected * other.materialize()).sum(-1))
 
 
 def test_copies_of_the_same_dtype_are_copies():
