@@ -683,35 +683,39 @@ class LazyMask(Derived):
 
 
 @dataclass(eq=False, repr=False)
-class LazyEquality(Derived):
-    """``x == x``: False where x is nan."""
+class LazyCondition(Derived):
+    """Where x is a number (``x == x``) or a finite one."""
 
     base: Any
+    finite: bool
     dtype = torch.bool
     requires_grad = False
 
     def __repr__(self) -> str:
-        return f"LazyEquality({tuple(self.shape)}, of {self.base})"
+        return f"LazyCondition({tuple(self.shape)}, where {'finite' if self.finite else 'a number'}, {self.base})"
 
     def materialize(self) -> Tensor:
         x = self.base.materialize()
-        return x == x
+        return x.isfinite() if self.finite else ~x.isnan()
 
-    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyEquality:
-        return self.aliasing(LazyEquality(self.base.mapped(fn, vocab_dim, view=view)), view)
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyCondition:
+        return self.aliasing(replace(self, base=self.base.mapped(fn, vocab_dim, view=view)), view)
 
     def with_dtype(self, dtype: torch.dtype) -> Any:
         return NotImplemented
 
-    def detach(self) -> LazyEquality:
+    def detach(self) -> LazyCondition:
         return self
 
     def everywhere(self) -> Any:
         """``token_shape``: whether all entries are."""
         x = self.base
+        if isinstance(x, LinearLogits) and self.finite:  # a nan is the largest
+            largest, smallest = (x.topk_ids(1, largest)[0].squeeze(-1) for largest in (True, False))
+            return largest.isfinite() & smallest.isfinite()
         if isinstance(x, LinearLogits):
             return ~x.statistic("max_logit").isnan()
-        normal = x.form == "log_softmax" and x.bare
+        normal = x.form == "log_softmax" and x.bare and not self.finite
         return x.base.statistic("logsumexp").isfinite() if normal else NotImplemented
 
 
@@ -721,12 +725,17 @@ def eq(x: LazyTensor, other: Any) -> Any:
     from .log_softmax import LazyExpression
 
     own = other is x and isinstance(x, (LinearLogits, LazyExpression))
-    return LazyEquality(x.with_dtype(x.dtype)) if own else NotImplemented
+    return LazyCondition(x.with_dtype(x.dtype), finite=False) if own else NotImplemented
+
+
+@answers("isfinite")
+def isfinite(x: LazyTensor) -> Any:
+    return LazyCondition(x.with_dtype(x.dtype), finite=True) if isinstance(x, LinearLogits) else NotImplemented
 
 
 @answers("all")
 def all_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    if not isinstance(x, LazyEquality) or not (
+    if not isinstance(x, LazyCondition) or not (
         dim is None or (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim)
     ):
         return NotImplemented

@@ -514,7 +514,7 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
 @answers("where", anywhere=True)
 def where(*args: Any, **kwargs: Any) -> Any:
     """0 for whole tokens; a method has the condition in second place."""
-    method = bool(args) and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
+    method = len(args) > 0 and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
     names = ("input", "condition", "other") if method else ("condition", "input", "other")
     given: Any = kwargs | dict(zip(names, args, strict=False))
     condition, input, other = (given.get(name) for name in ("condition", "input", "other"))

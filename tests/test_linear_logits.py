@@ -1097,18 +1097,28 @@ def test_a_categorical_distribution_refuses_what_is_no_number(value):
             torch.distributions.Categorical(logits=logits, validate_args=True)
 
 
-def test_equal_to_itself_but_for_nan():
+@pytest.mark.filterwarnings("ignore:logical_not materialises")
+def test_where_logits_are_numbers_and_finite():
     hidden, weight = torch.randn(2, 3, H), torch.randn(V, H)
     hidden[1, 2, 0] = torch.nan
     z = LinearLogits(hidden, weight)
     eager = hidden @ weight.T
-    for x, same in ((z, eager), (z.log_softmax(-1), eager.log_softmax(-1))):
-        equal, expected = x == x, ~same.isnan()
+    infinite = LinearLogits(torch.cat([hidden[:, :2], -hidden[:, :1] * torch.inf], 1), weight)
+    for condition, expected in (
+        (z == z, ~eager.isnan()),
+        ((logp := z.log_softmax(-1)) == logp, ~eager.log_softmax(-1).isnan()),
+        (z.isfinite(), eager.isfinite()),
+        (torch.isfinite(infinite), infinite.materialize().isfinite()),
+    ):
         with settings.strict():
-            assert torch.equal(equal.all(-1), expected.all(-1))
-            assert torch.equal(equal.reshape(6, V)[2:].all(-1, keepdim=True), expected.view(6, V)[2:].all(-1, True))
-            assert not equal.all()
-        assert torch.equal(equal.materialize(), expected)
+            assert torch.equal(condition.all(-1), expected.all(-1))
+            assert torch.equal(condition.reshape(6, V)[2:].all(-1, keepdim=True), expected.view(6, V)[2:].all(-1, True))
+            assert not condition.all()
+        assert torch.equal(condition.materialize(), expected)
+    finite = LinearLogits(hidden[:1], weight)
+    assert finite.isfinite().all()
+    assert (finite + torch.zeros(V).index_fill(0, torch.tensor([3]), -torch.inf)).isfinite().logical_not().any()
+    assert not (finite + torch.zeros(V).index_fill(0, torch.tensor([3]), -torch.inf)).isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
