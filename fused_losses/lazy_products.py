@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .lazy_tensor import (
     Derived,
@@ -47,7 +48,7 @@ from .lazy_tensor import (
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
-from .linear_logits_checks import no_gradient, versions
+from .linear_logits_checks import no_gradient, refuse_autograd_function, versions
 
 LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
 
@@ -244,6 +245,7 @@ class LazyProducts(Elementwise):
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
+        self._check()
         total: Any = 0
         for c, a, b in self.terms:
             dim = self.vocab_dim
@@ -391,7 +393,12 @@ class LazyProducts(Elementwise):
         terms = tuple(_Term(c, masked(a), masked(b)) for c, a, b in self.terms)
         return replace(self, terms=terms, skipped=whole)
 
+    def _check(self) -> None:
+        if self.requires_grad and no_gradient() and not torch.compiler.is_compiling():
+            refuse_autograd_function(self)
+
     def vocab_sum(self) -> Any:
+        self._check()
         if not all(map(self._leaves_out_itself, self.finite)):
             return NotImplemented
         sums: list[Any] = []
@@ -434,6 +441,30 @@ class LazyProducts(Elementwise):
         if not isinstance(b, LinearLogits):
             return NotImplemented
         return b.sum_log_probs() if a is None else -cross_entropy_with(b, a.elements(), "none")
+
+
+def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
+    """Its tensors, and with what they make it again."""
+    held = [y for t in x.terms for y in (t.softmax, t.log_softmax) if isinstance(y, _Dense)]
+    numbers = [t for t in (x.factor, x.fill) if isinstance(t, Tensor)]
+    return [*(y.elements() for y in held), *numbers], x
+
+
+def _unflattened(leaves: Any, x: LazyProducts) -> Any:
+    left = list(leaves)
+    if not all(isinstance(t, Tensor) for t in left):
+        return None if len(left) == 1 else tuple(left)  # what was mapped to no tensors
+
+    def again(y: Any) -> Any:
+        return _Dense(left.pop(0)) if isinstance(y, _Dense) else y
+
+    terms = tuple(_Term(c, again(a), again(b)) for c, a, b in x.terms)
+    factor, fill = (left.pop(0) if isinstance(t, Tensor) else t for t in (x.factor, x.fill))
+    return replace(x, terms=terms, factor=factor, fill=fill)
+
+
+# As lazy logits themselves: DDP looks for what is trained in a module's outputs.
+pytree.register_pytree_node(LazyProducts, _flattened, _unflattened, serialized_type_name="fused_losses.LazyProducts")
 
 
 def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: str) -> Tensor:
@@ -770,6 +801,11 @@ def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
 def or_(input: Any, other: Any) -> Any:
     mask, other = (input, other) if isinstance(input, LazyMask) else (other, input)
     return mask.union(other) if isinstance(mask, LazyMask) else NotImplemented
+
+
+@answers("__ior__", "logical_or_", "bitwise_or_")
+def or_in_place(x: LazyTensor, other: Any) -> Any:
+    return x.become(or_(x, other))
 
 
 @answers("masked_fill")

@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
 from .autodiff import host_may_read
-from .linear_logits_checks import no_gradient
+from .linear_logits_checks import no_gradient, version
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
 _KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
@@ -35,10 +36,13 @@ _ALIASES = {
     **{"x2": "other", "axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
 }
 
-_CHANGING = [f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")] + ["__setitem__"]
+_ASSIGNED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_CHANGING = [f"__i{name}__" for name in _ASSIGNED] + ["__setitem__"]
 _IN_PLACE = {*_CHANGING, *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
 _COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
 _COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
+_FOREACH = {name for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")}
+_OF_STORAGE = {"requires_grad_", "detach_", "share_memory_", "rename_", "set_", "resize_", "resize_as_", "as_strided_"}
 # No storage, no gradient and no hooks of its own to speak of.
 _MEANINGLESS = {"data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad", "backward", "set_"}
 _WARNED: set[tuple[str, int, str]] = set()
@@ -86,8 +90,11 @@ class LazyTensor:
     __abs__: Any
     __invert__: Any
     __and__: Any
+    __iand__: Any
     __or__: Any
+    __ior__: Any
     __xor__: Any
+    __ixor__: Any
     __lt__: Any
     __le__: Any
     __gt__: Any
@@ -115,6 +122,10 @@ class LazyTensor:
         """The same numbers under another label."""
         raise NotImplementedError
 
+    def as_view(self) -> Any:
+        """The same, where eager may give a copy: a change of either is seen."""
+        return self
+
     def columns(self, key: slice | Tensor) -> Any:
         """A slice of the vocabulary, or the entries an index ``(n,)`` names."""
         return NotImplemented
@@ -134,6 +145,33 @@ class LazyTensor:
     def plus(self, other: LazyTensor | Tensor, sign: float) -> Any:
         """``self + sign · other``, which is as large."""
         return NotImplemented
+
+    def reads(self) -> list[tuple[Any, int, Tensor]]:
+        """What is known to have been read: weak references, versions and ids."""
+        return []
+
+    def remember(self, values: Tensor, ids: Tensor) -> None:
+        """What was read: entries at ids ``(*token_shape, K)``, of which ``values`` are a view or all."""
+        if torch.compiler.is_compiling():
+            return
+        root = values if values._base is None else values._base
+        if root.shape != ids.shape or not root.is_contiguous() or root.storage_offset():
+            return
+        reads = self.reads()
+        reads[:] = [known for known in reads if known[0]() is not None]
+        reads.append((weakref.ref(root), version(root), ids.detach()))
+
+    def read_again(self, elements: Tensor, t: Tensor) -> Tensor:
+        """``t``, where it was read from this and is as it was, from ``elements``."""
+        reads = self.reads()
+        if not reads:
+            return t
+        root = t if t._base is None else t._base
+        for known, made, ids in reads:
+            if known() is root and version(root) == made:
+                again = elements.movedim(self.vocab_dim, -1).gather(-1, ids)
+                return again.as_strided(t.shape, t.stride(), t.storage_offset())
+        return t
 
     def normalised(self, offset: Tensor) -> Any:
         """``log_softmax``, where ``offset`` is the logsumexp that was asked of this."""
@@ -254,6 +292,9 @@ class Derived(LazyTensor):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "viewed"}
 
+    def __copy__(self) -> Any:
+        return self.mapped(lambda t: t, self.vocab_dim)
+
     def divided(self, divisor: Any) -> Any:
         if is_number(divisor):
             return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
@@ -338,7 +379,9 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> Any:
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
     name = name or func.__name__
-    first = args[0] if args else kwargs.get("input")
+    if not args and is_lazy(kwargs.get("input")):
+        args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
+    first = args[0] if args else None
     args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
     answered = first.answered if isinstance(first, LazyTensor) else None
     handler = HANDLERS.get(name) if answered is None or name in answered else None
@@ -350,20 +393,28 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         result = handler(*args, **named) if known is None or known.issuperset(named) else NotImplemented
         if result is not NotImplemented:
             return result
-    if isinstance(first, LazyTensor) and name in _IN_PLACE:
-        done = first.become_changed(
-            name, lambda t: func(t, *materialised(name, args[1:]), **materialised(name, kwargs))
-        )
+    if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
+        done = NotImplemented
+        if name not in _OF_STORAGE:
+            done = first.become_changed(
+                name, lambda t: func(t, *materialised(name, args[1:]), **materialised(name, kwargs))
+            )
         if done is not NotImplemented:
             return done
         why = "has no elements to write to and keeps no view in step"
         if first.requires_grad and no_gradient():
             why = "would lose its gradient, as this is under no_grad"
+        if torch.compiler.is_compiling():
+            why = "a compiled function cannot follow"
         raise RuntimeError(
             f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which {why}. Use the "
             "out-of-place form, or materialize() before."
         )
-    if name in _COMPARISONS and len(args) == 2:
+    if name in _FOREACH:
+        raise RuntimeError(
+            f"{name} would change lazy logits in place, which have no elements to write to: materialize() them"
+        )
+    if name in _COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))
 
@@ -382,25 +433,14 @@ def materialised(name: str, arguments: Any) -> Any:
 
 
 def _comparable(name: str, x: Any, y: Any) -> tuple[Any, Any]:
-    """Both, materialised. One number per token that is an entry but for rounding becomes that entry: another product read
-    what was gathered or is the largest, and it is to equal itself."""
+    """Both, materialised. What was read from the one is read from its elements, to equal itself: other products round
+    otherwise."""
     a, b = materialised(name, (x, y))
-    if is_lazy(x) and _per_token_float(x, b):
-        b = _nearest_entry(a, b, x.vocab_dim)
-    elif is_lazy(y) and _per_token_float(y, a):
-        a = _nearest_entry(b, a, y.vocab_dim)
+    if is_lazy(x) and isinstance(y, Tensor):
+        b = x.read_again(a, y)
+    elif is_lazy(y) and isinstance(x, Tensor):
+        a = y.read_again(b, x)
     return a, b
-
-
-def _per_token_float(x: LazyTensor, t: Any) -> bool:
-    return per_token_number(x, t) is not NotImplemented and t.is_floating_point()
-
-
-@torch.no_grad()
-def _nearest_entry(elements: Tensor, t: Tensor, dim: int) -> Tensor:
-    nearest = elements.gather(dim, (elements - t).abs().argmin(dim, keepdim=True))
-    largest = elements.abs().nan_to_num(0, posinf=0).amax(dim, keepdim=True)
-    return torch.where((nearest - t).abs() <= 8 * torch.finfo(elements.dtype).eps * largest, nearest, t)
 
 
 def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
@@ -528,7 +568,7 @@ def length(x: LazyTensor) -> int:
 
 @answers("contiguous")
 def contiguous(x: LazyTensor, **_: Any) -> LazyTensor:
-    return x
+    return x.as_view()
 
 
 @answers("clone")
@@ -602,7 +642,9 @@ def result_type(*args: Any, **kwargs: Any) -> torch.dtype:
 
 @answers("requires_grad_")
 def requires_grad_(x: LazyTensor, requires_grad: bool = True) -> Any:
-    return x if requires_grad == x.requires_grad else NotImplemented
+    if requires_grad != x.requires_grad:
+        raise RuntimeError(f"lazy logits {tuple(x.shape)} get no gradient of their own: set it of hidden and weight")
+    return x
 
 
 @answers("expand_as", anywhere=True)

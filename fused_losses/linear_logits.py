@@ -44,6 +44,7 @@ from .linear_logits_checks import (
     per_token_temperature,
     refuse_autograd_function,
     refuse_reentrant_checkpoint,
+    version,
     versions,
 )
 from .numerics import check_scaling, full_precision, statistics_dtype
@@ -114,6 +115,7 @@ class _Rest:
     versions: dict[str, int]  # of weight, bias and low_rank
     shards: dict[str, Tensor]  # of them, where FSDP2 changes only those
     views: list[int]  # shared by views of one another: how often one was changed in place
+    seen: int  # … when this was made
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
@@ -197,6 +199,7 @@ class LinearLogits(LazyTensor):
         self._versions = versions(hidden=hidden)
         self._cache: dict[tuple[str, bool], Tensor] = {}
         self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
+        self._reads: dict[str, list[Any]] = {}
         self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
 
     rest: Any
@@ -259,6 +262,7 @@ class LinearLogits(LazyTensor):
                 versions={},
                 shards=shards(module, weight=weight, bias=bias, B=B),
                 views=[0],
+                seen=0,
             )
             rest.versions = rest.now()
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
@@ -268,7 +272,6 @@ class LinearLogits(LazyTensor):
                 rest.all_tokens = hidden.detach()
         self.rest = rest
         self._set_hidden(hidden)
-        self._views_changed = rest.views[0]
 
     def _part(self, t: Tensor) -> Tensor:
         """A part of the head: detached where the logits are, tied to hidden where that is frozen."""
@@ -373,7 +376,15 @@ class LinearLogits(LazyTensor):
         self.check()
         shard = self.shard and self.shard._replace(outer=0, inner=0)
         rest = self.rest.but(
-            shard=shard, all_tokens=None, module=None, detached=True, frozen=False, versions={}, shards={}, views=[0]
+            shard=shard,
+            all_tokens=None,
+            module=None,
+            detached=True,
+            frozen=False,
+            versions={},
+            shards={},
+            views=[0],
+            seen=0,
         )
         whole = is_whole(rest.weight)
 
@@ -384,6 +395,11 @@ class LinearLogits(LazyTensor):
             rest.weight, rest.bias = own(rest.weight), None if rest.bias is None else own(rest.bias)
             rest.low_rank = rest.low_rank and (rest.low_rank[0].detach(), own(rest.low_rank[1]))
         return _rebuild, (self.hidden.detach(), rest)
+
+    def __copy__(self) -> LinearLogits:
+        copied = _rebuild(*self.__reduce__()[1])
+        copied.rest.views, copied.rest.seen = self.rest.views, self.rest.seen
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearLogits:
         # Lightning makes another one so: it keeps the fields, and sets them on the copy one by one, hidden last.
@@ -398,14 +414,14 @@ class LinearLogits(LazyTensor):
         if self.requires_grad and no_gradient():
             refuse_autograd_function(self)
         now = self.rest.now() | versions(hidden=self.hidden)
-        for name, version in (self.rest.versions | self._versions).items():
+        for name, made in (self.rest.versions | self._versions).items():
             found = now[name]
-            if found != version:
+            if found != made:
                 raise RuntimeError(
-                    f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {version} "
+                    f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {made} "
                     f"then, {found} now): logits made from it would have kept their values. Make them anew."
                 )
-        if self.rest.views[0] != self._views_changed:
+        if self.rest.views[0] != self.rest.seen:
             raise RuntimeError(
                 f"a change in place reached another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
                 "follow, and counts as one where eager would copy (contiguous(), reshape). Use the out-of-place form, change "
@@ -479,6 +495,7 @@ class LinearLogits(LazyTensor):
             changed.low_rank = None if u is None else (u, B)
         changed.versions = changed.now()
         changed.views = self.rest.views if view else [0]
+        changed.seen = changed.views[0]
         return LinearLogits(hidden, rest=changed)
 
     def become(self, new: Any) -> Any:
@@ -512,7 +529,14 @@ class LinearLogits(LazyTensor):
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         new = self._but(self.hidden, dtype=dtype)
-        new._cache, new._bare = self._cache, self._bare
+        new._cache, new._bare, new._reads = self._cache, self._bare, self._reads
+        return new
+
+    def as_view(self) -> LinearLogits:
+        if self.hidden.is_contiguous() and self.vocab_dim == self.ndim - 1:
+            return self
+        new = self._but(self.hidden, True)
+        new._cache, new._bare, new._reads = self._cache, self._bare, self._reads
         return new
 
     def vocab_last(self) -> LinearLogits:
@@ -522,11 +546,14 @@ class LinearLogits(LazyTensor):
     def detach(self) -> LinearLogits:
         return self._but(self.hidden, True, detached=True)
 
+    def reads(self) -> list[tuple[Any, int, Tensor]]:
+        return self._reads.setdefault("logits", [])
+
     def normalizer(self, keepdim: bool) -> Tensor:
         """The logsumexp, a copy in ``dtype``, which callers may write into; :meth:`normalised` knows it."""
         lse = self.statistic("logsumexp").to(self.dtype, copy=True)
         if not torch.compiler.is_compiling():
-            self._normalizer = weakref.ref(lse), lse._version
+            self._normalizer = weakref.ref(lse), version(lse)
         return lse.unsqueeze(self.vocab_dim) if keepdim else lse
 
     def normalised(self, offset: Any) -> Any:
@@ -534,8 +561,8 @@ class LinearLogits(LazyTensor):
 
         if torch.compiler.is_compiling():
             return NotImplemented
-        lse, version = self._normalizer[0](), self._normalizer[1]
-        if lse is None or offset._base is not lse or lse._version != version:
+        lse, made = self._normalizer[0](), self._normalizer[1]
+        if lse is None or offset._base is not lse or version(lse) != made:
             return NotImplemented
         expected = lse.unsqueeze(self.vocab_dim)
         if (offset.shape, offset.requires_grad) != (expected.shape, lse.requires_grad):

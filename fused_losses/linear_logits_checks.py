@@ -23,6 +23,10 @@ def versions(**tensors: Tensor | None) -> dict[str, int]:
     return {name: t._version for name, t in tensors.items() if t is not None and not t.is_inference()}
 
 
+def version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
 def no_gradient() -> bool:
     """Whether what is made now has no gradient. Of forward-mode AD ``no_grad`` says nothing, and ``detach`` drops tangents."""
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)

@@ -199,6 +199,9 @@ class LazyExpression(Elementwise):
         factor, offset = self._coefficients(-1)
         return at(self.base, ids) * factor + offset
 
+    def reads(self) -> list[tuple[Any, int, Tensor]]:
+        return self.base._reads.setdefault(self.form, []) if self.bare else []
+
     def vocab_sum(self) -> Any:
         total = _FORMS[self.form].total
         return NotImplemented if total is None else total(self.base) * self.factor + self.offset * self.base.rest.vocab
@@ -355,7 +358,11 @@ def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     if ids.shape[:-1] != x.token_shape:
         return NotImplemented
     values = x.values_at(ids)
-    return values if values is NotImplemented else values.to(x.dtype).movedim(-1, x.vocab_dim)
+    if values is NotImplemented:
+        return values
+    values = values.to(x.dtype).movedim(-1, x.vocab_dim)
+    x.remember(values, ids)
+    return values
 
 
 def _gathered_tokens(x: LazyTensor, dim: int, index: Tensor) -> Any:
@@ -477,6 +484,7 @@ def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = 
     found = _extreme(x, 1, largest)
     if found is NotImplemented:
         return NotImplemented
+    x.remember(*found)
     if whole:
         return found[0].max() if largest else found[0].min()
     values, ids = (_kept(t.squeeze(-1), x, keepdim) for t in found)
@@ -507,6 +515,7 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
     found = _extreme(x, k, largest)
     if found is NotImplemented:
         return NotImplemented
+    x.remember(*found)
     values, ids = (t.movedim(-1, x.vocab_dim) for t in found)
     return torch.return_types.topk((values, ids))
 

@@ -22,6 +22,7 @@ from fused_losses.linear_logits import LinearHead, LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.token_loss import token_loss
+from fused_losses.token_statistics import token_statistics
 
 B, S, V, H, R = 2, 5, 11, 6, 3
 IDS = torch.tensor([[0, 3, 10, 3, 1], [5, 5, 2, 9, 7]])
@@ -968,7 +969,7 @@ def test_changes_in_place_that_raise():
         lambda z, ids: (z >= z.amax(-1, keepdim=True)).sum(-1),
         lambda z, ids: (z < z.topk(5).values[..., -1:]).sum(-1),
         lambda z, ids: (z == z.max()).sum(),
-        lambda z, ids: (z + torch.where(torch.arange(4000) < 9, -torch.inf, 0.0) > z.gather(-1, ids)).sum(-1),
+        lambda z, ids: (z.softmax(-1) > z.softmax(-1).amax(-1, keepdim=True)).sum(-1),
     ],
 )
 def test_ranks_count_no_entry_above_itself(count):
@@ -977,6 +978,23 @@ def test_ranks_count_no_entry_above_itself(count):
     eager = hidden @ weight.T
     ids = torch.where(torch.rand(64) < 0.5, eager.argmax(-1), torch.randint(9, 4000, (64,)))[:, None]
     assert torch.equal(count(LinearLogits(hidden, weight), ids), count(eager, ids))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_other_numbers_are_compared_as_they_are():
+    """Which 16 bits and a large entry would not tell from an entry."""
+    weight = torch.tensor([[20.0], [19.5], [18.0], [1.0], [0.25], [-1e4], [-20.0]]).bfloat16()
+    z = LinearLogits(torch.ones(1, 1).bfloat16(), weight)
+    assert (z > torch.tensor([[0.0]]).bfloat16()).sum() == 5
+    assert not (z == torch.tensor([[19.0]]).bfloat16()).any()
+    assert (z > z.amax(-1, keepdim=True) - 0.75).sum() == 2
+    read = z.amax(-1, keepdim=True)
+    read -= 1
+    assert (z > read).sum() == 2
+    found = torch.zeros(1, 7, dtype=torch.bool)
+    torch.gt(z, 0.0, out=found)
+    assert found.sum() == 5
+    assert (z.isnan() == torch.zeros(1, 1)).all()
 
 
 def test_a_number_that_is_no_entry_is_compared_as_it_is():
@@ -1134,6 +1152,63 @@ def test_log_probs_clamped_at_the_least_number():
     torch.testing.assert_close((clamped * 0.5).sum(-1), (expected * 0.5).sum(-1))
     other = LinearLogits(torch.randn(B, S, 2), torch.randn(V, 2)).softmax(-1)
     torch.testing.assert_close((clamped * other).sum(-1), (expected * other.materialize()).sum(-1))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    ("take", "changed"),
+    [
+        (lambda z: z[:, :-1].contiguous(), lambda z, c: z),
+        (lambda z: z.transpose(1, 2).contiguous(), lambda z, c: z),
+        (copy.copy, lambda z, c: z),
+        (lambda z: z[:, :2], lambda z, c: torch.utils._pytree.tree_map(lambda t: t, c)),
+    ],
+)
+def test_what_may_share_numbers_with_what_was_changed_raises(take, changed):
+    z = make()[0].detach()
+    other = take(z)
+    (z if take(z).shape[1] == 2 else other)[..., 0] = -1e4
+    with pytest.raises(RuntimeError, match="another view"):
+        changed(z, other).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_changes_in_place_by_other_names():
+    lazy, eager, _ = make()
+    z = lazy.clone()
+    assert F.relu(z, inplace=True) is z
+    torch.testing.assert_close(z.sum(-1), eager.relu().sum(-1))
+    torch.testing.assert_close(torch.relu_(input=lazy.clone()).sum(-1), eager.relu().sum(-1))
+    with pytest.raises(RuntimeError, match="_foreach_mul_ would change"):
+        torch._foreach_mul_([lazy], 2)
+    with pytest.raises(RuntimeError, match="gradient of their own"):
+        lazy.detach().requires_grad_()
+    mask = same = lazy.isnan()
+    mask |= eager > 0
+    assert same is mask
+    torch.testing.assert_close(same.sum(-1), (eager > 0).sum(-1))
+
+
+class Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z):
+        return z.logsumexp(-1).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_changed_logits_lose_no_gradient():
+    lazy, *_ = make()
+    lazy[..., 3] = -1e4
+    with pytest.raises(RuntimeError, match=r"given to Loss.apply would get no gradient"):
+        Loss.apply(lazy)
+    with pytest.raises(RuntimeError, match=r"would get no gradient.*use_reentrant=False"):
+        torch.utils.checkpoint.checkpoint(lambda z: z.logsumexp(-1).sum(), lazy, use_reentrant=True)
+    (leaf,) = torch.utils._pytree.tree_leaves({"logits": lazy})  # which DDP looks for
+    assert leaf.requires_grad
+    doubled = torch.utils._pytree.tree_map(lambda t: t * 2, lazy)
+    torch.testing.assert_close(doubled.sum(-1), 2 * lazy.sum(-1))
+    with pytest.raises(TypeError, match=r"got a LazyProducts \(2, 5, 11\), made of one: materialize"):
+        token_statistics(lazy, IDS)
 
 
 def test_copies_of_the_same_dtype_are_copies():
