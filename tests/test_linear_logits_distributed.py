@@ -27,8 +27,9 @@ B, S, V, H = 2, 5, 13, 8
 
 
 class Model(nn.Module):
-    def __init__(self, tied=False, rank=0, softcap=4.0):
+    def __init__(self, tied=False, rank=0, softcap=4.0, changed=False):
         super().__init__()
+        self.changed = changed
         g = torch.Generator().manual_seed(0)
         self.embed = nn.Embedding(V, H, dtype=torch.float64)
         self.layer = nn.Linear(H, H, dtype=torch.float64)
@@ -40,7 +41,10 @@ class Model(nn.Module):
             parameter.data = torch.randn(parameter.shape, dtype=torch.float64, generator=g) / 2
 
     def forward(self, ids):
-        return self.head(torch.tanh(self.layer(self.embed(ids))))
+        logits = self.head(torch.tanh(self.layer(self.embed(ids))))
+        if self.changed:  # and so made
+            logits[..., 7:9] = -4.0
+        return logits
 
 
 def step_loss(name, logits, ids):
@@ -75,8 +79,8 @@ def train(model, wrapped, loss, batches):
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)
     for ids in batches:
         logits = wrapped(ids)
-        assert isinstance(logits, LinearLogits)
-        with settings.strict():
+        assert isinstance(logits, LinearLogits) is not model.changed
+        with settings.strict(not model.changed):
             step_loss(loss, logits, ids).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -139,6 +143,7 @@ VARIANTS = {
     "lora_A_alone": {"rank": 2},
     "bias_alone": {},
     "linear": {"rank": 2, "softcap": None},
+    "changed": {"changed": True},
 }
 
 
