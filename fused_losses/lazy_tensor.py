@@ -42,7 +42,6 @@ _IN_PLACE = {*_CHANGING, *(name for name in dir(Tensor) if name.endswith("_") an
 _COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
 _COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
 _FOREACH = {name for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")}
-_OF_STORAGE = {"requires_grad_", "detach_", "share_memory_", "rename_", "set_", "resize_", "resize_as_", "as_strided_"}
 # No storage, no gradient and no hooks of its own to speak of.
 _MEANINGLESS = {"data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad", "backward", "set_"}
 _WARNED: set[tuple[str, int, str]] = set()
@@ -394,11 +393,9 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
-        done = NotImplemented
-        if name not in _OF_STORAGE:
-            done = first.become_changed(
-                name, lambda t: func(t, *materialised(name, args[1:]), **materialised(name, kwargs))
-            )
+        done = first.become_changed(
+            name, lambda t: func(t, *materialised(name, args[1:]), **materialised(name, kwargs))
+        )
         if done is not NotImplemented:
             return done
         why = "has no elements to write to and keeps no view in step"

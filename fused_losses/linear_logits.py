@@ -565,7 +565,8 @@ class LinearLogits(LazyTensor):
         if lse is None or offset._base is not lse or version(lse) != made:
             return NotImplemented
         expected = lse.unsqueeze(self.vocab_dim)
-        if (offset.shape, offset.requires_grad) != (expected.shape, lse.requires_grad):
+        constant = offset.grad_fn is None and lse.grad_fn is not None  # a view made under no_grad
+        if constant or offset.shape != expected.shape:
             return NotImplemented
         steps = zip(offset.shape, offset.stride(), expected.stride(), strict=True)
         same = all(n == 1 or step == known for n, step, known in steps)  # and no transpose

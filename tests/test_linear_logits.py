@@ -1055,6 +1055,19 @@ def by_a_constant(z):
     return (z - z.logsumexp(-1, keepdim=True).detach()).gather(-1, IDS[..., None]).sum()
 
 
+def by_a_view_that_is_constant(z):
+    total = z.logsumexp(-1)
+    with torch.no_grad():
+        constant = total[..., None]
+    return (z - constant).gather(-1, IDS[..., None]).sum()
+
+
+def by_a_transposed_normalizer(z):
+    square = z[:, :2]
+    logp = (square - square.logsumexp(-1, keepdim=True).transpose(0, 1)).gather(-1, IDS[:, :2, None])
+    return (logp.flatten() * torch.arange(4)).sum()
+
+
 def by_the_normalizer_of_others(z):
     return (z - z.flip(1).logsumexp(-1, keepdim=True)).gather(-1, IDS[..., None]).sum()
 
@@ -1077,6 +1090,8 @@ def repeated(z):
         normalised,
         normalised_later,
         by_a_constant,
+        by_a_view_that_is_constant,
+        by_a_transposed_normalizer,
         by_the_normalizer_of_others,
         stabilised_in_place,
         repeated,
@@ -1150,6 +1165,8 @@ def test_log_probs_clamped_at_the_least_number():
     torch.testing.assert_close(entropy, (expected * whole.softmax(-1)).sum(-1))
     torch.testing.assert_close(clamped.materialize(), expected)
     torch.testing.assert_close((clamped * 0.5).sum(-1), (expected * 0.5).sum(-1))
+    half, eager_half = (x.bfloat16().log_softmax(-1).clamp(min=torch.finfo(torch.bfloat16).min) for x in (z, whole))
+    assert torch.equal(half[..., 8:], eager_half[..., 8:])
     other = LinearLogits(torch.randn(B, S, 2), torch.randn(V, 2)).softmax(-1)
     torch.testing.assert_close((clamped * other).sum(-1), (expected * other.materialize()).sum(-1))
 
@@ -1170,6 +1187,10 @@ def test_what_may_share_numbers_with_what_was_changed_raises(take, changed):
     (z if take(z).shape[1] == 2 else other)[..., 0] = -1e4
     with pytest.raises(RuntimeError, match="another view"):
         changed(z, other).sum()
+    part = make()[0].detach()[:, :-1]
+    part.contiguous()[..., 0] = -1e4
+    with pytest.raises(RuntimeError, match="another view"):
+        part.sum()
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
