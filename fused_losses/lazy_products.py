@@ -135,9 +135,8 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
     change(elements)
     if elements.shape != x.shape:
         return NotImplemented
-    _ = (
-        elements.grad_fn
-    )  # a view's is made anew when it is read, and PyTorch 2.11 crashes where FSDP2 adds a hook before
+    # A view's is made anew when it is read; PyTorch 2.11 crashes where FSDP2 adds a hook before.
+    _ = elements.grad_fn
     like = x if isinstance(x, LinearLogits) else x.base
     return LazyProducts((_Term(1.0, None, _Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
 
