@@ -119,13 +119,13 @@ class Elementwise(Derived):
     def become(self, new: Any) -> Any:
         if type(new) is type(self) or not isinstance(new, LazyProducts):
             return super().become(new)
-        if self.viewed or (self.requires_grad and no_gradient()) or torch.compiler.is_compiling():
+        if self.fixed or torch.compiler.is_compiling():
             return NotImplemented
         self.__class__, self.__dict__ = LazyProducts, vars(new.with_dtype(self.dtype))
         return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
-        return self.become(changed_elements(self, name, change))
+        return NotImplemented if self.fixed else self.become(changed_elements(self, name, change))
 
 
 def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) -> Any:
@@ -446,13 +446,13 @@ class LazyProducts(Elementwise):
 
 
 def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
-    """Its tensors, and with what they make it again."""
+    """Its tensors, and what makes it of them again: a function, for lazy tensors that are compared are made."""
     held = [y for t in x.terms for y in (t.softmax, t.log_softmax) if isinstance(y, _Dense)]
     numbers = [t for t in (x.factor, x.fill) if isinstance(t, Tensor)]
-    return [*(y.elements() for y in held), *numbers], x
+    return [*(y.elements() for y in held), *numbers], functools.partial(_unflattened, x)
 
 
-def _unflattened(leaves: Any, x: LazyProducts) -> Any:
+def _unflattened(x: LazyProducts, leaves: Any) -> Any:
     left = list(leaves)
     if not all(isinstance(t, Tensor) for t in left):
         return None if len(left) == 1 else tuple(left)  # what was mapped to no tensors
@@ -466,7 +466,12 @@ def _unflattened(leaves: Any, x: LazyProducts) -> Any:
 
 
 # As lazy logits themselves: DDP looks for what is trained in a module's outputs.
-pytree.register_pytree_node(LazyProducts, _flattened, _unflattened, serialized_type_name="fused_losses.LazyProducts")
+pytree.register_pytree_node(
+    LazyProducts,
+    _flattened,
+    lambda leaves, unflattened: unflattened(leaves),
+    serialized_type_name="fused_losses.LazyProducts",
+)
 
 
 def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: str) -> Tensor:
@@ -692,6 +697,8 @@ class LazyMask(Derived):
         return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        if self.fixed:
+            return NotImplemented
         report(name, self)
         elements = self.materialize()
         change(elements)

@@ -310,8 +310,13 @@ class Derived(LazyTensor):
             self.viewed = new.viewed = True
         return new
 
+    @property
+    def fixed(self) -> bool:
+        """Whether a change in place would miss another view, or lose the gradient."""
+        return self.viewed or (self.requires_grad and no_gradient())
+
     def become(self, new: Any) -> Any:
-        if type(new) is not type(self) or self.viewed or (self.requires_grad and no_gradient()):
+        if type(new) is not type(self) or self.fixed:
             return NotImplemented
         new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
@@ -393,20 +398,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
-        done = first.become_changed(
-            name, lambda t: func(t, *materialised(name, args[1:]), **materialised(name, kwargs))
-        )
-        if done is not NotImplemented:
-            return done
-        why = "has no elements to write to and keeps no view in step"
-        if first.requires_grad and no_gradient():
-            why = "would lose its gradient, as this is under no_grad"
-        if torch.compiler.is_compiling():
-            why = "a compiled function cannot follow"
-        raise RuntimeError(
-            f"{name} would change a {type(first).__name__} {tuple(first.shape)} in place, which {why}. Use the "
-            "out-of-place form, or materialize() before."
-        )
+        return _changed(func, first, args[1:], kwargs, name)
     if name in _FOREACH:
         raise RuntimeError(
             f"{name} would change lazy logits in place, which have no elements to write to: materialize() them"
@@ -414,6 +406,22 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if name in _COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))
+
+
+def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """``x`` after ``func`` changed its elements in place."""
+    done = x.become_changed(name, lambda t: func(t, *materialised(name, args), **materialised(name, kwargs)))
+    if done is not NotImplemented:
+        return done
+    why = "has no elements to write to and keeps no view in step"
+    if x.requires_grad and no_gradient():
+        why = "would lose its gradient, as this is under no_grad"
+    if torch.compiler.is_compiling():
+        why = "a compiled function cannot follow"
+    raise RuntimeError(
+        f"{name} would change a {type(x).__name__} {tuple(x.shape)} in place, which {why}. Use the out-of-place form, or "
+        "materialize() before."
+    )
 
 
 def _unboxed(x: Any) -> Any:

@@ -515,13 +515,16 @@ class LinearLogits(LazyTensor):
         from .lazy_products import changed_elements
 
         self.check()
-        if self.shard is not None or (self.requires_grad and no_gradient()) or torch.compiler.is_compiling():
-            return NotImplemented
-        return self._become_derived(changed_elements(self, name, change))
+        fixed = self.shard is not None or self._fixed
+        return NotImplemented if fixed else self._become_derived(changed_elements(self, name, change))
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether this cannot become of another class: it would lose the gradient, or a compiler sight of it."""
+        return (self.requires_grad and no_gradient()) or torch.compiler.is_compiling()
 
     def _become_derived(self, new: Any) -> Any:
-        alone = not (self.requires_grad and no_gradient()) and not torch.compiler.is_compiling()
-        if not isinstance(new, LazyTensor) or not alone:
+        if not isinstance(new, LazyTensor) or self._fixed:
             return NotImplemented
         self.rest.views[0] += 1
         self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))  # type: ignore[assignment]
@@ -549,12 +552,10 @@ class LinearLogits(LazyTensor):
     def reads(self) -> list[tuple[Any, int, Tensor]]:
         return self._reads.setdefault("logits", [])
 
-    def normalizer(self, keepdim: bool) -> Tensor:
-        """The logsumexp, a copy in ``dtype``, which callers may write into; :meth:`normalised` knows it."""
-        lse = self.statistic("logsumexp").to(self.dtype, copy=True)
+    def normalise_by(self, lse: Tensor) -> None:
+        """Remember ``lse (*token_shape)``, this one's logsumexp, for :meth:`normalised`."""
         if not torch.compiler.is_compiling():
             self._normalizer = weakref.ref(lse), version(lse)
-        return lse.unsqueeze(self.vocab_dim) if keepdim else lse
 
     def normalised(self, offset: Any) -> Any:
         from .log_softmax import LazyExpression

@@ -401,11 +401,13 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
         return x.reduced(logaddexp, _dims(x, dim), keepdim)
     if _dims(x, dim) != [x.vocab_dim] or not isinstance(x, (LinearLogits, LazyExpression)):
         return NotImplemented
+    lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.log_total()
+    if lse is NotImplemented:
+        return lse
+    lse = lse.to(x.dtype, copy=True)  # callers write into what they get
     if isinstance(x, LinearLogits):
-        return x.normalizer(keepdim)
-    lse = x.log_total()
-    # A copy: callers write into what they get.
-    return lse if lse is NotImplemented else _kept(lse.to(x.dtype, copy=True), x, keepdim)
+        x.normalise_by(lse)
+    return _kept(lse, x, keepdim)
 
 
 def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
