@@ -28,7 +28,14 @@ from .cross_entropy import (
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
 from .head import Head, budget, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
-from .numerics import autocast_dtype, check_reduction, check_scaling, statistics_dtype, wide_dtype
+from .numerics import (
+    autocast_dtype,
+    check_label_smoothing,
+    check_reduction,
+    check_scaling,
+    statistics_dtype,
+    wide_dtype,
+)
 from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
 from .settings import gradient_filter as gradient_filter_setting
@@ -280,8 +287,7 @@ def heads_cross_entropy(
     hidden, C, shard = heads[0].hidden, heads[0].vocab, heads[0].shard
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
     check_reduction(reduction)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+    check_label_smoothing(label_smoothing)
     if not probabilities and target.shape != positions:
         raise ValueError(
             f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "

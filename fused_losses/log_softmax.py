@@ -59,7 +59,7 @@ from .lazy_tensor import (
 )
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
-from .numerics import autocast_dtype, check_reduction, statistics_dtype, upcast
+from .numerics import autocast_dtype, check_label_smoothing, check_reduction, statistics_dtype, upcast
 
 
 class _Form(NamedTuple):
@@ -573,15 +573,16 @@ def _cross_entropy_with_softmax(
     softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
     if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
         return NotImplemented
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    check_reduction(reduction)
+    check_label_smoothing(label_smoothing)
     each = LazyExpression(x, "log_softmax").times(target)
     if each is NotImplemented:
         return NotImplemented
     total = -each.vocab_sum()
     if label_smoothing:
         total = (1 - label_smoothing) * total - label_smoothing / x.rest.vocab * x.sum_log_probs()
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    check_reduction(reduction)
     reduced = {"none": total, "sum": total.sum(), "mean": total.mean()}
     return reduced[reduction].to(result_dtype(x, target))
 

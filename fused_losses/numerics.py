@@ -50,6 +50,11 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"{reduction} is not a valid value for reduction; use 'mean', 'sum' or 'none'")
 
 
+def check_label_smoothing(label_smoothing: float) -> None:
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+
+
 def check_between(low: float, high: float, /, **options: float | None) -> None:
     """Raise where an option is out of range. Into a tensor nobody looks, which would wait for the device."""
     for name, x in options.items():

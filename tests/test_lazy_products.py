@@ -992,6 +992,12 @@ def test_an_unknown_reduction(loss):
         loss(s.log_softmax(-1).flatten(0, 1), t.softmax(-1).flatten(0, 1), reduction="foo")
 
 
+def test_a_label_smoothing_beyond_1():
+    s, t = (LinearLogits(*x).flatten(0, 1) for x in (leaves()[:3], leaves()[3:]))
+    with pytest.raises(RuntimeError, match=r"label_smoothing must be between 0.0 and 1.0. Got: 2"):
+        F.cross_entropy(s, t.softmax(-1), label_smoothing=2.0)
+
+
 def test_what_was_only_looked_at_can_be_changed():
     s = LinearLogits(*leaves()[:3])
     for x in (s.log_softmax(-1), s - s.logsumexp(-1, keepdim=True)):
