@@ -547,7 +547,9 @@ class LinearLogits(LazyTensor):
         return self._but(self.hidden, vocab_dim=self.ndim - 1)
 
     def detach(self) -> LinearLogits:
-        return self._but(self.hidden, True, detached=True)
+        new = self._but(self.hidden, True, detached=True)
+        new._cache = self._cache
+        return new
 
     def reads(self) -> list[tuple[Any, int, Tensor]]:
         return self._reads.setdefault("logits", [])
@@ -653,18 +655,16 @@ class LinearLogits(LazyTensor):
     def statistic(self, name: str) -> Tensor:
         """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
         self.check()
-        found = self._measured
-        if self._key(name) not in found:
-            self._measure(None, name, found)
-        return found[self._key(name)]
+        known = self._known(name)
+        return self._measure(None, name)[name].view(self.token_shape) if known is None else known
 
     def elements(self) -> Tensor:
         """``materialize()`` in ``wide``, once: what several expressions give it as gradient is summed before it is rounded."""
         self.check()
-        known, key = self._measured, self._key("elements")
-        z = known[key] if key in known else self.with_dtype(self.wide).materialize()
+        known = self._known("elements")
+        z = self.with_dtype(self.wide).materialize() if known is None else known
         if z.requires_grad:
-            known[key] = z
+            self._measured[self._key("elements")] = z
         return z
 
     @property
@@ -677,24 +677,30 @@ class LinearLogits(LazyTensor):
     def _key(self, name: str) -> tuple[str, bool]:
         return name, torch.is_grad_enabled() and not self.rest.detached
 
+    def _known(self, name: str) -> Tensor | None:
+        name, trains = self._key(name)
+        known = self._measured
+        if trains or (name, True) not in known:
+            return known.get((name, trains))
+        return known[name, True].detach()
+
     def log_probs_at(self, ids: Tensor) -> Tensor:
         """Log-probabilities at ``ids (*token_shape, K)``."""
         if ids.shape[-1] == 0:
             return self._nothing(self.wide)
-        return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs", self._measured).view(ids.shape)
+        return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs")["log_probs"].view(ids.shape)
 
     def values_at(self, ids: Tensor) -> Tensor:
         return self.log_probs_at(ids) + self.statistic("logsumexp").unsqueeze(-1)
 
-    def _measure(self, ids: Tensor | None, name: str, known: dict[tuple[str, bool], Tensor]) -> Any:
+    def _measure(self, ids: Tensor | None, name: str) -> dict[str, Any]:
+        """The statistic, with what losses read beside it: numbers of one pass share its backward."""
         flat = None if ids is None else ids.reshape(-1, ids.shape[-1])
-        names = {name, "logsumexp"}
-        if self._key(name)[1]:  # which RL losses read next: numbers of one pass share its backward
-            names.add("entropy")
+        names = {name, "logsumexp", "entropy"}
         found = linear_logits_statistics(self, flat, outputs=sorted(names))._asdict()
         for kept in names - {"log_probs"}:
-            known[self._key(kept)] = found[kept].view(self.token_shape)
-        return found["log_probs"]
+            self._measured[self._key(kept)] = found[kept].view(self.token_shape)
+        return found
 
     def vocab_sum(self) -> Tensor:
         if self.softcap is None and self.shard is None:

@@ -1035,6 +1035,39 @@ def test_log_probs_and_entropy_are_one_pass(entropy):
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+def under_no_grad(fn):
+    return torch.no_grad()(fn)
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        under_no_grad(NUMBERS["entropy"]),
+        under_no_grad(NUMBERS["entropy_by_difference"]),
+        under_no_grad(lambda z: NUMBERS["entropy"](z.view(-1, V))),
+        lambda z: NUMBERS["entropy"](z.detach()),
+        under_no_grad(lambda z: z[:, 1:].logsumexp(-1)),
+    ],
+    ids=["entropy", "entropy_by_difference", "view", "detached", "slice"],
+)
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_monitor_beside_log_probs_costs_no_pass(monitor, trained):
+    lazy, eager, tensors = make()
+    with torch.set_grad_enabled(trained), CountPasses() as counted:
+        log_probs = NUMBERS["log_prob"](lazy)
+        watched = monitor(lazy)
+    assert +counted.passes == {"fused_losses::linear_rows": 1}
+    assert not watched.requires_grad
+    torch.testing.assert_close(watched, monitor(eager), rtol=1e-4, atol=1e-5)
+    watched.zero_()  # which what is known must not notice
+    torch.testing.assert_close(monitor(lazy), monitor(eager), rtol=1e-4, atol=1e-5)
+    if trained:
+        found, expected = (
+            torch.autograd.grad(t.sum(), tensors["hidden"]) for t in (log_probs, NUMBERS["log_prob"](eager))
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def categorical(z, validate_args):
     policy = torch.distributions.Categorical(logits=z, validate_args=validate_args)
     return policy.log_prob(IDS).sum() + 0.3 * policy.entropy().sum()
@@ -1716,9 +1749,6 @@ def test_statistics_are_made_once_for_a_loss_that_reads_several(monkeypatch):
     NUMBERS["entropy"](lazy)
     lazy.logsumexp(-1)
     assert len(made) == 2
-    with torch.no_grad():  # where nothing has a backward to share
-        NUMBERS["log_prob_by_rows"](lazy)
-    assert "entropy" not in made[2]
 
 
 @pytest.mark.parametrize("workspace", [0, 1, 200, "64KiB", None])
