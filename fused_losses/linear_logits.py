@@ -46,6 +46,7 @@ from .linear_logits_checks import (
     refuse_reentrant_checkpoint,
     version,
     versions,
+    watch,
 )
 from .numerics import check_scaling, full_precision, statistics_dtype
 from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole, shards
@@ -265,6 +266,7 @@ class LinearLogits(LazyTensor):
                 seen=0,
             )
             rest.versions = rest.now()
+            watch(weight, bias, B, *rest.shards.values())
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
             hidden = hidden if detached or plain else _WithParameters.apply(hidden, *used)

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .numerics import autocast_dtype, statistics_dtype
 
@@ -25,6 +28,25 @@ def versions(**tensors: Tensor | None) -> dict[str, int]:
 
 def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
+
+
+_trained = WeakTensorKeyDictionary()  # the parameters of heads, which optimizers change
+
+
+def watch(*parameters: Tensor | None) -> None:
+    """See to it that an optimizer's step changes the versions of these: a fused one, PyTorch's or another's, does not."""
+    if not torch.compiler.is_compiling():
+        for t in parameters:
+            if t is not None and t.requires_grad:
+                _trained[t if t._base is None else t._base] = None
+
+
+def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    increment_version([p for p in parameters if p.grad is not None and p in _trained])
+
+
+register_optimizer_step_post_hook(_after_step)
 
 
 def no_gradient() -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import io
 import pickle
 import warnings
@@ -1416,6 +1417,41 @@ def test_a_change_of_what_it_stands_for_raises(name, use):
     for z in (lazy, view):
         with pytest.raises(RuntimeError, match=rf"{name} was modified in place"):
             uses[use](z)
+
+
+class WritingThroughData(torch.optim.SGD):
+    """As optimizers with kernels of their own, which PyTorch does not see write."""
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        functools.partial(torch.optim.AdamW, fused=True),  # the default of transformers' Trainer
+        functools.partial(torch.optim.SGD, foreach=True),
+        WritingThroughData,
+    ],
+    ids=["plain", "fused", "foreach", "custom"],
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_logits_of_before_a_step_raise_where_it_changed_their_head(optimizer, frozen):
+    head, other = LinearHead(H, V), nn.Linear(H, H)
+    head.requires_grad_(not frozen)
+    logits = head(other(torch.randn(B, S, H)))
+    F.cross_entropy(logits.view(-1, V), IDS.view(-1)).backward()
+    view = logits[:, 1:]
+    trained = [p for m in (head, other) for p in m.parameters() if p.requires_grad]
+    optimizer(trained, lr=0.1).step()
+    for z in (logits, view):
+        if frozen:
+            assert z.argmax(-1).shape == z.shape[:-1]
+        else:
+            with pytest.raises(RuntimeError, match="weight was modified in place"):
+                z.argmax(-1)
 
 
 def test_pickle_and_deepcopy_are_detached_and_without_module():

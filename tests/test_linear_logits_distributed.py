@@ -332,9 +332,10 @@ def apart(ids):
 def after_a_step(ids):
     """What is said of logits that are read when the head has changed."""
     found = {}
-    for (shards, wrap), variant in itertools.product(SHARDS.items(), ("", "bias_alone")):
+    for (shards, wrap), variant in itertools.product(SHARDS.items(), ("", "bias_alone", "fused")):
         model = wrap(freeze(prepare(""), variant))
-        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, fused=variant == "fused")
         logits, others = model(ids), model(ids)[..., 1:]
         step_loss("mean", logits, ids).backward()
         logits.argmax(-1)  # nothing has changed yet
@@ -498,12 +499,12 @@ def test_a_weight_that_no_unit_gathers_is_an_error_that_says_so(trained):
         assert f"LinearLogits {(B * (S - 1), V)}" in found["message"]
 
 
-@pytest.mark.parametrize("variant", ["", "bias_alone"])
+@pytest.mark.parametrize("variant", ["", "bias_alone", "fused"])
 @pytest.mark.parametrize("shards", SHARDS)
 def test_logits_of_before_a_step_are_not_those_of_after(trained, shards, variant):
     for found in trained:
         for message in found["after a step"][shards, variant]:
-            assert f"shard of {'weight' if variant == '' else 'bias'} was modified in place" in message
+            assert f"shard of {'bias' if variant == 'bias_alone' else 'weight'} was modified in place" in message
 
 
 def test_gradients_of_micro_batches_are_summed_in_fp32(trained):
