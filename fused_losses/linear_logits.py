@@ -130,6 +130,11 @@ class _Rest:
         u, B = self.low_rank or (None, None)
         return versions(weight=self.weight, bias=self.bias, u=u, B=B, **self.shards)
 
+    def record(self) -> None:
+        """From now on nothing may change, in an optimizer's step either."""
+        self.versions = self.now()
+        watch(self.weight, self.bias, self.low_rank and self.low_rank[1], *self.shards.values())
+
 
 @dataclass(eq=False, init=False, repr=False)  # for DDP and FSDP2, which look for tensors in the fields of an output
 class LinearLogits(LazyTensor):
@@ -265,8 +270,7 @@ class LinearLogits(LazyTensor):
                 views=[0],
                 seen=0,
             )
-            rest.versions = rest.now()
-            watch(weight, bias, B, *rest.shards.values())
+            rest.record()
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
             hidden = hidden if detached or plain else _WithParameters.apply(hidden, *used)
@@ -416,6 +420,9 @@ class LinearLogits(LazyTensor):
         if self.requires_grad and no_gradient():
             refuse_autograd_function(self)
         now = self.rest.now() | versions(hidden=self.hidden)
+        if not self.rest.versions:  # a compiled function made it, and kept none
+            self.rest.record()
+            self._versions = versions(hidden=self.hidden)
         for name, made in (self.rest.versions | self._versions).items():
             found = now[name]
             if found != made:
@@ -759,7 +766,7 @@ class LinearLogits(LazyTensor):
 
 
 def _rebuild(hidden: Tensor, rest: _Rest) -> LinearLogits:
-    rest.versions = rest.now()
+    rest.record()
     return LinearLogits(hidden, rest=rest)
 
 

@@ -1437,11 +1437,13 @@ class WritingThroughData(torch.optim.SGD):
     ],
     ids=["plain", "fused", "foreach", "custom"],
 )
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("frozen", [True, False])
-def test_logits_of_before_a_step_raise_where_it_changed_their_head(optimizer, frozen):
+def test_logits_of_before_a_step_raise_where_it_changed_their_head(optimizer, frozen, compiled):
     head, other = LinearHead(H, V), nn.Linear(H, H)
     head.requires_grad_(not frozen)
-    logits = head(other(torch.randn(B, S, H)))
+    model = nn.Sequential(other, head)
+    logits = (torch.compile(model, backend="eager") if compiled else model)(torch.randn(B, S, H))
     F.cross_entropy(logits.view(-1, V), IDS.view(-1)).backward()
     view = logits[:, 1:]
     trained = [p for m in (head, other) for p in m.parameters() if p.requires_grad]
