@@ -49,6 +49,7 @@ from .lazy_tensor import (
 )
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient, refuse_autograd_function, versions
+from .numerics import wide_dtype
 
 LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
 
@@ -437,7 +438,7 @@ class LazyProducts(Elementwise):
         """Summed with weights that exist, or none."""
         if isinstance(b, _Dense):
             weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
-            return weighed.sum(self.vocab_dim, dtype=self._precision)
+            return weighed.sum(self.vocab_dim, dtype=wide_dtype(self.device))
         if isinstance(b, _Distance) and a is None:
             return b.vocab_sum()
         if not isinstance(b, LinearLogits):
@@ -475,12 +476,11 @@ pytree.register_pytree_node(
 
 
 def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: str) -> Tensor:
-    from .cross_entropy import cross_entropy
+    """Wide: a KL divergence is the small difference between it and the entropy of the probabilities."""
+    from .linear_cross_entropy import linear_logits_cross_entropy
 
-    dtype = torch.promote_types(logits.wide, probabilities.dtype)
-    at = min(1, logits.ndim - 1)  # where cross entropy wants the classes
-    z, p = (x.movedim(logits.vocab_dim, at) for x in (logits.with_dtype(dtype), probabilities.to(dtype)))
-    return cross_entropy(z, p, reduction=reduction)
+    p = probabilities.to(torch.promote_types(logits.wide, probabilities.dtype))
+    return linear_logits_cross_entropy(logits, p, reduction=reduction, out_dtype=wide_dtype(logits.device))
 
 
 def _kl_sums(kls: list[Any]) -> list[Any]:

@@ -59,7 +59,7 @@ from .lazy_tensor import (
 )
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
-from .numerics import autocast_dtype, check_label_smoothing, check_reduction, statistics_dtype, upcast
+from .numerics import autocast_dtype, check_label_smoothing, check_reduction, statistics_dtype, upcast, wide_dtype
 
 
 class _Form(NamedTuple):
@@ -648,7 +648,7 @@ def kl_div(
             total = products(input).scaled(-1).scaled(t)
             total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
         else:
-            total = t_log_t.sum() + cross_entropy_with(input.base, t, "sum")
+            total = t_log_t.sum(dtype=wide_dtype(t.device)) + cross_entropy_with(input.base, t, "sum")
     if total is NotImplemented:
         return NotImplemented
     if reduction == "none":

@@ -977,6 +977,24 @@ def test_a_smoothed_cross_entropy_with_a_teacher(dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "kl",
+    [
+        lambda z, p: F.kl_div(z.log_softmax(-1), p, reduction="none").sum(-1),
+        lambda z, p: torch.stack([F.kl_div(x.log_softmax(-1), t, reduction="sum") for x, t in zip(z, p, strict=True)]),
+        lambda z, p: (p * (p.log() - z.log_softmax(-1))).sum(-1),
+    ],
+    ids=["none", "sum", "difference"],
+)
+def test_a_small_kl_from_probabilities_keeps_its_digits(kl):
+    hidden, weight = torch.randn(64, 16), torch.randn(8000, 16)
+    p = (hidden @ (weight + 1e-3 * torch.randn_like(weight)).T).softmax(-1)
+    z = hidden.double() @ weight.double().T
+    exact = (p.double() * (p.double().log() - z.log_softmax(-1))).sum(-1)
+    lazy, eager = ((kl(x, p) - exact).abs().mean() for x in (LinearLogits(hidden, weight), hidden @ weight.T))
+    assert lazy < eager / 3
+
+
 def test_the_kl_div_of_aten_counts_its_reductions():
     s, t = (LinearLogits(*x) for x in (leaves()[:3], leaves()[3:]))
     for options in ({}, {"reduction": 1}):
