@@ -243,6 +243,10 @@ def linear_logits_cross_entropy(
         if ignore_index >= 0:
             raise RuntimeError(f"ignore_index is not supported for floating point target; got {ignore_index}")
         target = target.movedim(logits.vocab_dim, -1)
+    bare = weight is None and softcap is None and not (label_smoothing or return_statistics or any(options.values()))
+    if bare and reduction == "none" and not target.is_floating_point() and target.shape == logits.token_shape:
+        log_probs = logits.log_probs_at(target.unsqueeze(-1), ignore_index).squeeze(-1)
+        return (0 - log_probs).to(out_dtype or logits.dtype)  # and not −0
     with logits.gathered():
         head = head_of(logits)._replace(softcap=softcap or logits.softcap)
         loss, statistics, made = heads_cross_entropy(
@@ -453,7 +457,7 @@ def _hard(
         ids,
         weight if label_smoothing else None,
         outputs=outputs,
-        drop_ignored=drop_ignored,
+        kept=kept_tokens(ids, drop_ignored),
         workspace=workspace,
         backend=backend,
         main_grad=main_grad,

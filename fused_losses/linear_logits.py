@@ -23,10 +23,10 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from . import settings
-from .autodiff import may_save, transforms_active
+from .autodiff import may_save, traced, transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
-from .head import Head, head_of, whole_logits
+from .head import Head, head_of, kept_tokens, whole_logits
 from .lazy_tensor import (
     LazyTensor,
     answers,
@@ -204,6 +204,7 @@ class LinearLogits(LazyTensor):
         self._hidden = hidden
         self._versions = versions(hidden=hidden)
         self._cache: dict[tuple[str, bool], Tensor] = {}
+        self._views: dict[Any, dict[tuple[str, bool], Tensor]] = {}  # the caches of views of one another, by _place
         self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
         self._reads: dict[str, list[Any]] = {}
         self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
@@ -488,7 +489,15 @@ class LinearLogits(LazyTensor):
         low_rank = rest.low_rank and (per_token(rest.low_rank[0]), rest.low_rank[1])
         temperature = number(rest.temperature) if isinstance(rest.temperature, Tensor) else rest.temperature
         new = self._but(per_token(self.hidden), view, vocab_dim=vocab_dim, low_rank=low_rank, temperature=temperature)
-        new._cache = {key: number(t) for key, t in self._measured.items() if key[0] != "elements"}
+        known = {
+            key: number(t.view(self.token_shape)).reshape(-1)
+            for key, t in self._measured.items()
+            if key[0] != "elements"
+        }
+        if _one_memory(self, new):
+            self._views.setdefault(_place(self.hidden), self._cache)
+            new._cache, new._views = self._views.setdefault(_place(new.hidden), {}), self._views
+        new._cache.update(known | new._cache)
         return new
 
     def _but(self, hidden: Tensor, view: bool = False, **changes: Any) -> LinearLogits:
@@ -540,25 +549,24 @@ class LinearLogits(LazyTensor):
         return self
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
-        new = self._but(self.hidden, dtype=dtype)
-        new._cache, new._bare, new._reads = self._cache, self._bare, self._reads
+        return self._sharing(self._but(self.hidden, dtype=dtype))
+
+    def _sharing(self, new: LinearLogits) -> LinearLogits:
+        """``new``, of the same tokens, with what is known of them."""
+        new._cache, new._views, new._bare, new._reads = self._cache, self._views, self._bare, self._reads
         return new
 
     def as_view(self) -> LinearLogits:
         if self.hidden.is_contiguous() and self.vocab_dim == self.ndim - 1:
             return self
-        new = self._but(self.hidden, True)
-        new._cache, new._bare, new._reads = self._cache, self._bare, self._reads
-        return new
+        return self._sharing(self._but(self.hidden, True))
 
     def vocab_last(self) -> LinearLogits:
         """The same tokens with the vocabulary as last dimension."""
         return self._but(self.hidden, vocab_dim=self.ndim - 1)
 
     def detach(self) -> LinearLogits:
-        new = self._but(self.hidden, True, detached=True)
-        new._cache = self._cache
-        return new
+        return self._sharing(self._but(self.hidden, True, detached=True))
 
     def reads(self) -> list[tuple[Any, int, Tensor]]:
         return self._reads.setdefault("logits", [])
@@ -665,21 +673,22 @@ class LinearLogits(LazyTensor):
         """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
         self.check()
         known = self._known(name)
-        return self._measure(None, name)[name].view(self.token_shape) if known is None else known
+        return (self._measure(None, name)[name] if known is None else known).view(self.token_shape)
 
     def elements(self) -> Tensor:
         """``materialize()`` in ``wide``, once: what several expressions give it as gradient is summed before it is rounded."""
         self.check()
-        known = self._known("elements")
-        z = self.with_dtype(self.wide).materialize() if known is None else known
+        z, V = self._known("elements"), self.rest.vocab
+        if z is None:
+            z = self.with_dtype(self.wide).materialize().movedim(self.vocab_dim, -1).reshape(-1, V)
         if z.requires_grad:
             self._measured[self._key("elements")] = z
-        return z
+        return z.view(*self.token_shape, V).movedim(-1, self.vocab_dim)
 
     @property
     def _measured(self) -> dict[tuple[str, bool], Tensor]:
-        """What is known so far, to which more is added; nothing where a checkpoint may run this again, and must find the
-        same then."""
+        """What is known so far of each row, to which more is added; nothing where a checkpoint may run this again, and must
+        find the same then."""
         again = not torch.compiler.is_compiling() and not may_save(self.hidden)
         return {} if again else self._cache
 
@@ -693,22 +702,23 @@ class LinearLogits(LazyTensor):
             return known.get((name, trains))
         return known[name, True].detach()
 
-    def log_probs_at(self, ids: Tensor) -> Tensor:
-        """Log-probabilities at ``ids (*token_shape, K)``."""
+    def log_probs_at(self, ids: Tensor, ignore_index: int = NO_ID) -> Tensor:
+        """Log-probabilities at ``ids (*token_shape, K)``, 0 where they are ``ignore_index``."""
         if ids.shape[-1] == 0:
             return self._nothing(self.wide)
-        return self._measure(target_ids(ids, self.rest.vocab, NO_ID), "log_probs")["log_probs"].view(ids.shape)
+        flat = target_ids(ids, self.rest.vocab, ignore_index).view(-1, ids.shape[-1])
+        kept = (None, False) if ignore_index == NO_ID else kept_tokens(flat, None)
+        return self._measure(flat, "log_probs", kept)["log_probs"].view(ids.shape)
 
     def values_at(self, ids: Tensor) -> Tensor:
         return self.log_probs_at(ids) + self.statistic("logsumexp").unsqueeze(-1)
 
-    def _measure(self, ids: Tensor | None, name: str) -> dict[str, Any]:
-        """The statistic, with what losses read beside it: numbers of one pass share its backward."""
-        flat = None if ids is None else ids.reshape(-1, ids.shape[-1])
+    def _measure(self, ids: Tensor | None, name: str, kept: Any = (None, False)) -> dict[str, Any]:
+        """The statistic, with what losses read beside it: numbers of one pass share its backward. ``ids (N, K)``."""
         names = {name, "logsumexp", "entropy"}
-        found = linear_logits_statistics(self, flat, outputs=sorted(names))._asdict()
-        for kept in names - {"log_probs"}:
-            self._measured[self._key(kept)] = found[kept].view(self.token_shape)
+        found = linear_logits_statistics(self, ids, outputs=sorted(names), kept=kept)._asdict()
+        if kept == (None, False):  # else the others are known of some rows alone
+            self._measured.update({self._key(other): found[other] for other in names - {"log_probs"}})
         return found
 
     def vocab_sum(self) -> Tensor:
@@ -826,6 +836,20 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
         dtype = torch.promote_types(dtype, x.dtype)
     frozen = all(x.rest.frozen for x in tensors)
     return first._but(hidden, temperature=temperature, low_rank=low_rank, dtype=dtype, frozen=frozen)
+
+
+def _one_memory(a: LinearLogits, b: LinearLogits) -> bool:
+    """Whether the hidden states of ``b``, a view of ``a`` or a copy, lie among those of ``a``, and all else is one for all."""
+    plain = not isinstance(a.temperature, Tensor) and a.rest.low_rank is None
+    if not plain or traced(a.hidden) or transforms_active():
+        return False
+    return a.hidden.untyped_storage().data_ptr() == b.hidden.untyped_storage().data_ptr()
+
+
+def _place(hidden: Tensor) -> Any:
+    """Which of the tokens in one memory these are, and in which order."""
+    layout = hidden.numel() if hidden.is_contiguous() else (hidden.shape, hidden.stride())
+    return hidden.storage_offset(), layout
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -346,20 +346,21 @@ def linear_statistics(
     column_weight: Tensor | None = None,
     *,
     outputs: Sequence[str],
-    drop_ignored: bool | None = None,
+    kept: tuple[Tensor | None, bool] | None = None,
     workspace: int | str | None = None,
     backend: Backend | None = None,
     main_grad: Tensor | None = None,
 ) -> RowStatistics:
     """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``.
 
-    Of a shard, column weights are its columns' and ids those of the whole vocabulary.
+    ``kept``: what :func:`kept_tokens` says of the ids, if known. Of a shard, column weights are its columns' and ids those of
+    the whole vocabulary.
     """
     if transforms_active():
         refuse_shard(packed(head.shard), head.hidden.shape)
         return differentiable_statistics(head, ids, column_weight, outputs)
     head, column_weight = ready(head, column_weight)
-    keep, zero_ignored = kept_tokens(ids, drop_ignored)
+    keep, zero_ignored = kept or kept_tokens(ids, None)
     backend = resolve_backend(head.hidden, backend)
     outputs = with_weight_sum(outputs, head.shard)
     if head.shard is not None and ids is not None:

@@ -538,16 +538,13 @@ def rows_of(logits: Tensor) -> Tensor:
     return logits.flatten(0, -3).transpose(1, 2)
 
 
-def linear_logits_statistics(
-    logits: LinearLogits, ids: Tensor | None, column_weight: Tensor | None = None, **options: Any
-) -> RowStatistics:
+def linear_logits_statistics(logits: LinearLogits, ids: Tensor | None, **options: Any) -> RowStatistics:
     """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
     from .head import head_of
     from .recompute import linear_statistics
 
     with logits.gathered():
-        head = head_of(logits)
-        found = linear_statistics(head, ids, column_weight, **options)
+        found = linear_statistics(head_of(logits), ids, **options)
     assert found.logsumexp is not None
     logits.gather_in_backward(found.logsumexp)  # every output comes from one node
     return found

@@ -1069,6 +1069,84 @@ def test_a_monitor_beside_log_probs_costs_no_pass(monitor, trained):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(
+    ("first", "second", "passes"),
+    [
+        (lambda z: z.view(-1, V), lambda z: z, 1),
+        (lambda z: z, lambda z: z.view(-1, V).float(), 1),
+        (lambda z: z[:, :-1], lambda z: z[:, :-1], 1),
+        (lambda z: z[:, 1:].transpose(1, 2), lambda z: z.transpose(1, 2)[..., 1:], 1),
+        (lambda z: z[None].squeeze(0)[1], lambda z: z.flatten(0, 1)[S:], 1),
+        (lambda z: z[:, :-1], lambda z: z[:, 1:], 2),
+        (lambda z: z.transpose(0, 1), lambda z: z, 2),
+        (lambda z: z[:1].expand(B, S, V), lambda z: z, 2),
+        (lambda z: z[[0, 1]], lambda z: z, 2),
+    ],
+)
+def test_views_of_the_same_tokens_are_measured_once(first, second, passes, grad):
+    """A sum of log-probabilities of one view, the squared logsumexp of another."""
+    lazy, eager, tensors = make()
+    found = []
+    for z in (lazy, eager):
+        with torch.set_grad_enabled(grad), CountPasses() as counted:
+            x = first(z)
+            dim = x.shape.index(V)
+            ids = torch.full([1 if n == V else n for n in x.shape], 3)
+            log_probs = x.log_softmax(dim).gather(dim, ids).squeeze(dim)
+            y = second(z)
+            lse = y.logsumexp(y.shape.index(V))
+        if z is lazy:
+            assert +counted.passes == {"fused_losses::linear_rows": passes}
+        found.append([log_probs, lse])
+        if grad:
+            loss = (
+                log_probs * torch.linspace(0, 1, log_probs[0].numel()).view_as(log_probs[0])
+            ).sum() + lse.square().sum()
+            found[-1] += torch.autograd.grad(loss, (tensors["hidden"], tensors["weight"]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_tokens_that_share_memory_and_not_a_temperature_are_measured_apart():
+    hidden, weight = torch.randn(1, H).expand(2, H), torch.randn(V, H)
+    z = LinearLogits(hidden, weight, temperature=torch.tensor([1.0, 2.0]))
+    expected = torch.logsumexp(hidden @ weight.T / torch.tensor([[1.0], [2.0]]), -1)
+    for at in (0, 1):
+        torch.testing.assert_close(z[at].logsumexp(-1), expected[at])
+
+
+@pytest.mark.parametrize(("target", "passes"), [(IDS, 1), (IGNORED, 2)], ids=["all", "ignored"])
+def test_the_loss_of_each_token_and_the_entropy_are_one_pass_where_no_token_is_ignored(target, passes):
+    lazy, eager, tensors = make()
+    found = []
+    for z in (lazy, eager):
+        with CountPasses() as counted:
+            loss = F.cross_entropy(z.view(-1, V), target.view(-1), reduction="none")
+            entropy = NUMBERS["entropy"](z)
+            weights = torch.linspace(0, 1, B * S)
+            gradients = torch.autograd.grad(
+                (weights * loss).sum() + 0.1 * (weights * entropy.view(-1).square()).sum(),
+                (tensors["hidden"], tensors["weight"]),
+            )
+        found.append((loss, entropy, *gradients))
+        if z is lazy:
+            assert +counted.passes == {"fused_losses::linear_rows": passes, "fused_losses::linear_rows_grad": passes}
+    assert not torch.signbit(found[0][0]).any()
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_elements_of_one_view_serve_another():
+    lazy, eager, tensors = make()
+    gradients = []
+    for z in (lazy, eager):
+        a, b = z.view(-1, V).softmax(-1), z.transpose(1, 2).log_softmax(1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            loss = a.std() + b[:, ::2].square().std()
+        gradients.append(torch.autograd.grad(loss, (tensors["hidden"], tensors["weight"])))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
 def categorical(z, validate_args):
     policy = torch.distributions.Categorical(logits=z, validate_args=validate_args)
     return policy.log_prob(IDS).sum() + 0.3 * policy.entropy().sum()

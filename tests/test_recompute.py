@@ -94,7 +94,7 @@ def test_every_statistic_and_its_gradient(dtype, options, drop_ignored, workspac
     h, u = head(dtype, device, **options), torch.randn(V, device=device)
     ids = some_top1(h, some_ids(device))
     found = linear_statistics(
-        h, ids, u, outputs=OUTPUTS, drop_ignored=drop_ignored, backend=backend, workspace=workspace
+        h, ids, u, outputs=OUTPUTS, kept=kept_tokens(ids, drop_ignored), backend=backend, workspace=workspace
     )
     exact_head, eager_head = at(h, torch.float64), at(h, dtype)
     exact, eager = plain_statistics(exact_head, ids, u), plain_statistics(eager_head, ids, u)
