@@ -35,7 +35,7 @@ from .autodiff import (
     transforms_active,
 )
 from .head import Head, head_of, kept_tokens, ready
-from .numerics import check_scaling, statistics_dtype
+from .numerics import check_masks, check_scaling, statistics_dtype
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
@@ -412,6 +412,7 @@ def masked_divergence(
 ) -> Tensor:
     """``(…)``, of any kind that the kernels know; 0 where the mask is."""
     tokens = check_sides(student_logits, teacher_logits, None if mask is None else mask.shape)
+    check_masks(mask=mask)
     ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)
     how["workspace"] = workspace_setting.parse(workspace)
     shards = shared_vocabulary(student_logits, teacher_logits, group)

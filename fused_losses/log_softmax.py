@@ -351,7 +351,10 @@ def tanh(x: LazyTensor) -> Any:
 @answers("gather")
 def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
     if index.ndim != x.ndim:
-        return NotImplemented
+        raise RuntimeError(
+            f"gather from {tuple(x.shape)} needs an index with as many dimensions, got {tuple(index.shape)}: write "
+            "index.unsqueeze(-1) for one id per token"
+        )
     if wrap_dim(x, dim) != x.vocab_dim:
         return _gathered_tokens(x, dim, index)
     ids = index.movedim(x.vocab_dim, -1)
@@ -540,17 +543,15 @@ def where(*args: Any, **kwargs: Any) -> Any:
 # Losses
 
 
-def _class_dim(x: LazyTensor) -> bool:
-    """Whether PyTorch's losses would take the vocabulary for the classes."""
-    return x.vocab_dim == (0 if x.ndim == 1 else 1)
-
-
 @answers("cross_entropy")
 def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
     from .cross_entropy import cross_entropy as fused
 
     logits = _logits(x)
-    if logits is NotImplemented or not _class_dim(x):
+    if logits is NotImplemented:
+        return NotImplemented
+    other_classes = x.vocab_dim != (0 if x.ndim == 1 else 1)
+    if other_classes and target.shape in (x.shape, x.shape[:1] + x.shape[2:]):
         return NotImplemented
     if is_lazy(target):
         return _cross_entropy_with_softmax(logits, target, weight, *args, **kwargs)

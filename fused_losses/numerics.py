@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from .autodiff import host_may_read
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for 16- and 32-bit inputs, float64 for float64."""
@@ -53,6 +55,21 @@ def check_reduction(reduction: str) -> None:
 def check_label_smoothing(label_smoothing: float) -> None:
     if not 0.0 <= label_smoothing <= 1.0:
         raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0. Got: {label_smoothing}")
+
+
+def check_masks(**masks: Tensor | None) -> None:
+    """Raise where an entry is below 0, as in labels and in what is added to logits: each would count as a token. On a GPU the
+    device's next synchronisation fails."""
+    for name, mask in masks.items():
+        if mask is None or mask.dtype in (torch.bool, torch.uint8) or not host_may_read(mask):
+            continue
+        message = (
+            f"{name} {tuple(mask.shape)} has entries below 0, a mask is 0 or 1: of labels it is labels != ignore_index"
+        )
+        if mask.device.type != "cpu":
+            torch._assert_async((mask >= 0).all(), message)
+        elif not (mask >= 0).all():
+            raise ValueError(message)
 
 
 def check_between(low: float, high: float, /, **options: float | None) -> None:

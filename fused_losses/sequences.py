@@ -20,12 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import traced, transforms_active
-from .numerics import upcast, wide_dtype
+from .numerics import check_masks, upcast, wide_dtype
 from .token_statistics import integer_ids
 
 
 def same_shape(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all have one shape, where broadcasting would quietly make another loss; None is left out.
+    """Raise ValueError unless all have one shape, where broadcasting would quietly make another loss, and what is named a
+    mask is one; None is left out.
 
     Example:
         >>> same_shape(chosen=torch.ones(3), rejected=torch.ones(3, 1))
@@ -37,6 +38,7 @@ def same_shape(**tensors: Tensor | None) -> None:
     if any(shape != first for shape in given.values()):
         shapes = " and ".join(str(tuple(shape)) for shape in given.values())
         raise ValueError(f"{' and '.join(given)} must have one shape, got {shapes}")
+    check_masks(**{name: x for name, x in tensors.items() if name.endswith("mask")})
 
 
 def check_tensors(**given: Any) -> None:

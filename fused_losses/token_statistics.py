@@ -22,7 +22,7 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked import softmax_rows as chunked_softmax_rows
-from .numerics import check_scaling, statistics_dtype
+from .numerics import check_masks, check_scaling, statistics_dtype
 from .row_statistics import (
     RowStatistics,
     coefficients,
@@ -505,6 +505,7 @@ def selective_log_softmax(
                 f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)} and a row_mask "
                 f"{tuple(tokens)}, got {tuple(index.shape)} and {tuple(row_mask.shape)}"
             )
+        check_masks(row_mask=row_mask)
         keep = row_mask != 0
         index = integer_ids(index).masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
     found = token_statistics(

@@ -2284,11 +2284,14 @@ def test_bad_construction(build, error, message):
         (lambda z: z.topk(V + 1), RuntimeError, "out of range"),
         (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1) + V), IndexError, "out of bounds"),
         (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1)[1:]), ValueError, r"\(9,\)"),
+        (lambda z: F.cross_entropy(z, IDS), ValueError, r"\(2, 5, 11\) are to stand at dimension 1"),
+        (lambda z: F.nll_loss(z.log_softmax(-1), IDS), ValueError, r"\(2, 5, 11\) are to stand at dimension 1"),
+        (lambda z: z.log_softmax(-1).gather(-1, IDS), RuntimeError, r"got \(2, 5\): write index.unsqueeze"),
         (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1).int()), (TypeError, RuntimeError, ValueError), ""),
     ],
 )
-def test_bad_use(use, error, message):
-    with pytest.raises(error, match=message):
+def test_bad_use_is_refused_before_logits_are_made(use, error, message):
+    with settings.strict(), pytest.raises(error, match=message):
         use(make()[0])
 
 

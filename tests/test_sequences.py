@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fused_losses import sequences
+from fused_losses import divergence, grpo_loss, selective_log_softmax, sequences
 from fused_losses.reference import sequences as reference
 from fused_losses.reference.tolerance import assert_accurate
 
@@ -113,6 +113,25 @@ def test_a_number_per_sequence_takes_no_mask_of_tokens(f, dim):
     for shape, other in (((3,), (3, 3)), ((3,), (3, 4)), ((3, 4), (4,)), ((3, 1), (3, 4))):
         with pytest.raises(ValueError, match=re.escape(f"x and mask must have one shape, got {shape} and {other}")):
             f(torch.ones(shape), torch.ones(other), dim)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda mask: sequences.masked_mean(torch.ones(2, 3), mask),
+        lambda mask: sequences.sequence_log_probs(torch.ones(2, 3), mask),
+        lambda mask: grpo_loss(torch.zeros(2, 3), None, torch.ones(2), mask),
+        lambda mask: selective_log_softmax(torch.zeros(2, 3, 5), torch.zeros(2, 3).long(), row_mask=mask),
+        lambda mask: divergence(torch.zeros(2, 3, 5), torch.zeros(2, 3, 5), mask=mask),
+    ],
+    ids=["mean", "sequence", "policy", "row_mask", "divergence"],
+)
+def test_labels_are_no_mask(use):
+    labels = torch.tensor([[5, 2, -100], [-100, 1, 0]])
+    for wrong in (labels, (labels == -100) * -1e9):
+        with pytest.raises(ValueError, match=r"mask \(2, 3\) has entries below 0, a mask is 0 or 1"):
+            use(wrong)
+    use(labels != -100)
 
 
 def test_a_mask_does_not_broadcast():
