@@ -136,8 +136,10 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
     change(elements)
     if elements.shape != x.shape:
         return NotImplemented
-    # A view's is made anew when it is read; PyTorch 2.11 crashes where FSDP2 adds a hook before.
-    _ = elements.grad_fn
+    if (
+        not torch.compiler.is_compiling()
+    ):  # a view's is made anew when read; PyTorch 2.11 crashes where FSDP2 adds a hook before
+        _ = elements.grad_fn
     like = x if isinstance(x, LinearLogits) else x.base
     return LazyProducts((_Term(1.0, None, _Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
 
@@ -343,7 +345,8 @@ class LazyProducts(Elementwise):
         if found is NotImplemented or not fit(self.base, found.base):
             return NotImplemented
         alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
-        if not alike or self.skipped is not found.skipped or not is_number(self.fill) or not is_number(found.fill):
+        filled = is_number(self.fill) and is_number(found.fill) and self.fill == found.fill == 0
+        if not alike or self.skipped is not found.skipped or not filled:
             return NotImplemented
         mine, theirs = number_of(self.factor), number_of(found.factor)
         if mine is NotImplemented or theirs is NotImplemented:
@@ -383,7 +386,7 @@ class LazyProducts(Elementwise):
             finite = isinstance(b, LinearLogits) and b.rest.bias is None  # else 0·(−inf)
             if isinstance(a, LinearLogits) or not (isinstance(b, _Dense) or (a is not None and finite)):
                 return NotImplemented
-        if not is_number(self.fill):
+        if not is_number(self.fill) or self.fill != 0:
             return NotImplemented
 
         def masked(x: Any) -> Any:

@@ -20,12 +20,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
 from .autodiff import host_may_read
-from .linear_logits_checks import no_gradient, version
+from .linear_logits_checks import no_gradient
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
 _KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
@@ -36,9 +37,9 @@ _ALIASES = {
     **{"x2": "other", "axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
 }
 
-_ASSIGNED = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-_CHANGING = [f"__i{name}__" for name in _ASSIGNED] + ["__setitem__"]
-_IN_PLACE = {*_CHANGING, *(name for name in dir(Tensor) if name.endswith("_") and not name.startswith("_"))}
+_ASSIGNED = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_IN_PLACE = {name for of in (Tensor, torch, F) for name in dir(of) if name.endswith("_") and not name.startswith("_")}
+_IN_PLACE |= {*_ASSIGNED, "__setitem__"}
 _COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
 _COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
 _FOREACH = {name for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")}
@@ -145,8 +146,8 @@ class LazyTensor:
         """``self + sign · other``, which is as large."""
         return NotImplemented
 
-    def reads(self) -> list[tuple[Any, int, Tensor]]:
-        """What is known to have been read: weak references, versions and ids."""
+    def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
+        """What is known to have been read: weak references, versions or copies, and ids."""
         return []
 
     def remember(self, values: Tensor, ids: Tensor) -> None:
@@ -154,22 +155,31 @@ class LazyTensor:
         if torch.compiler.is_compiling():
             return
         root = values if values._base is None else values._base
-        if root.shape != ids.shape or not root.is_contiguous() or root.storage_offset():
+        if root.numel() != ids.numel() or not root.is_contiguous() or root.storage_offset():
             return
         reads = self.reads()
         reads[:] = [known for known in reads if known[0]() is not None]
-        reads.append((weakref.ref(root), version(root), ids.detach()))
+        if root.is_inference():  # no version tells of a change, and no view of its base
+            reads.append((lambda: root, root.clone(), ids))
+        else:
+            reads.append((weakref.ref(root), root._version, ids.detach()))
 
     def read_again(self, elements: Tensor, t: Tensor) -> Tensor:
         """``t``, where it was read from this and is as it was, from ``elements``."""
-        reads = self.reads()
-        if not reads:
-            return t
         root = t if t._base is None else t._base
-        for known, made, ids in reads:
-            if known() is root and version(root) == made:
-                again = elements.movedim(self.vocab_dim, -1).gather(-1, ids)
-                return again.as_strided(t.shape, t.stride(), t.storage_offset())
+        for known, made, ids in self.reads():
+            read: Any = known()
+            if isinstance(made, Tensor):
+                same = t.is_inference() and t.untyped_storage().data_ptr() == read.untyped_storage().data_ptr()
+            else:
+                same = read is root and root._version == made
+            if not same:
+                continue
+            again = elements.movedim(self.vocab_dim, -1).gather(-1, ids)
+            if isinstance(made, Tensor):
+                again, read, made = again.flatten(), read.flatten(), made.flatten()
+                again = torch.where(read == made, again, read)
+            return again.as_strided(t.shape, t.stride(), t.storage_offset())
         return t
 
     def normalised(self, offset: Tensor) -> Any:
@@ -217,12 +227,15 @@ class LazyTensor:
         return lambda *args, **kwargs: dispatch(function, (self, *args), kwargs)
 
     def __eq__(self, other: object) -> Any:
-        comparable = isinstance(_unboxed(other), (Tensor, LazyTensor, int, float))
-        return dispatch(Tensor.__eq__, (self, other), {}, "eq") if comparable else NotImplemented
+        return self._compared("eq", Tensor.__eq__, other)
 
     def __ne__(self, other: object) -> Any:
-        comparable = isinstance(_unboxed(other), (Tensor, LazyTensor, int, float))
-        return dispatch(Tensor.__ne__, (self, other), {}, "ne") if comparable else NotImplemented
+        return self._compared("ne", Tensor.__ne__, other)
+
+    def _compared(self, name: str, function: Callable[..., Any], other: Any) -> Any:
+        other = _unboxed(other)
+        comparable = isinstance(other, (Tensor, LazyTensor, int, float))
+        return dispatch(function, (self, other), {}, name) if comparable else NotImplemented
 
     __hash__ = object.__hash__
     grad = None
@@ -286,10 +299,11 @@ class Derived(LazyTensor):
     """What has the shape, device and precision of the lazy logits it is made of."""
 
     base: Any
-    viewed = False  # in eager it would share its numbers with another, which a change in place would have to reach
+    # Those that would share its numbers in eager, where a change in place would have to reach them; weakly, if not compiled.
+    family: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "viewed"}
+        return {name: value for name, value in vars(self).items() if name != "family"}
 
     def __copy__(self) -> Any:
         return self.mapped(lambda t: t, self.vocab_dim)
@@ -306,14 +320,21 @@ class Derived(LazyTensor):
 
     def aliasing(self, new: Any, view: bool = True) -> Any:
         """``new``, made of this; ``view``: eager would alias, not copy."""
-        if view:
-            self.viewed = new.viewed = True
+        if view and torch.compiler.is_compiling():
+            self.family = new.family = True
+        elif view:
+            self.family = self.family or [weakref.ref(self)]
+            self.family.append(weakref.ref(new))
+            new.family = self.family
         return new
 
     @property
     def fixed(self) -> bool:
         """Whether a change in place would miss another view, or lose the gradient."""
-        return self.viewed or (self.requires_grad and no_gradient())
+        family = self.family or ()
+        viewed = family is True or (torch.compiler.is_compiling() and len(family) > 0)
+        viewed = viewed or any(x() is not None and x() is not self for x in family)
+        return viewed or (self.requires_grad and no_gradient())
 
     def become(self, new: Any) -> Any:
         if type(new) is not type(self) or self.fixed:
@@ -398,7 +419,10 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
-        return _changed(func, first, args[1:], kwargs, name)
+        operand = name not in _ASSIGNED or is_number(args[1]) or isinstance(args[1], (Tensor, LazyTensor))
+        return (
+            _changed(func, first, args[1:], kwargs, name) if operand else NotImplemented
+        )  # as a tensor says to Python
     if name in _FOREACH:
         raise RuntimeError(
             f"{name} would change lazy logits in place, which have no elements to write to: materialize() them"
@@ -425,8 +449,10 @@ def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwa
 
 
 def _unboxed(x: Any) -> Any:
-    """A number of NumPy's as one of Python's, which is what PyTorch takes it for."""
-    return x.item() if type(x).__module__ == "numpy" and getattr(x, "ndim", None) == 0 else x
+    """A number of NumPy's as one of Python's, which is what PyTorch takes it for, and an array as a tensor."""
+    if type(x).__module__ != "numpy" or not hasattr(x, "ndim"):
+        return x
+    return torch.tensor(x) if x.ndim else x.item()
 
 
 def materialised(name: str, arguments: Any) -> Any:
@@ -735,6 +761,11 @@ def div(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None or is_lazy(other):
         return NotImplemented
     return _promoted(x.divided(other), x, other)
+
+
+@answers("__rdiv__", "__rtruediv__", anywhere=True)
+def rdiv(input: Any, other: Any) -> Any:
+    return div(other, input) if is_lazy(other) else NotImplemented  # as compiled code divides a lazy tensor
 
 
 @answers("positive", "__pos__")

@@ -203,8 +203,10 @@ class LinearLogits(LazyTensor):
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
         self._versions = versions(hidden=hidden)
-        self._cache: dict[tuple[str, bool], Tensor] = {}
-        self._views: dict[Any, dict[tuple[str, bool], Tensor]] = {}  # the caches of views of one another, by _place
+        self._cache: dict[tuple[str, float | None], Tensor] = {}
+        self._views: dict[
+            Any, dict[tuple[str, float | None], Tensor]
+        ] = {}  # the caches of views of one another, by _place
         self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
         self._reads: dict[str, list[Any]] = {}
         self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
@@ -416,6 +418,12 @@ class LinearLogits(LazyTensor):
 
     def check(self) -> None:
         """Raise if what these logits stand for changed since they were made."""
+        if self.rest.views[0] != self.rest.seen:
+            raise RuntimeError(
+                f"a change in place reached another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
+                "follow, and counts as one where eager would copy (contiguous(), reshape). Use the out-of-place form, change "
+                "the logits before taking views, or clone() the view."
+            )
         if torch.compiler.is_compiling():
             return
         if self.requires_grad and no_gradient():
@@ -431,12 +439,6 @@ class LinearLogits(LazyTensor):
                     f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {made} "
                     f"then, {found} now): logits made from it would have kept their values. Make them anew."
                 )
-        if self.rest.views[0] != self.rest.seen:
-            raise RuntimeError(
-                f"a change in place reached another view of this LinearLogits {tuple(self.shape)}; a lazy view does not "
-                "follow, and counts as one where eager would copy (contiguous(), reshape). Use the out-of-place form, change "
-                "the logits before taking views, or clone() the view."
-            )
 
     def rows(self) -> Rows:
         """The tokens, flattened; see the class."""
@@ -568,7 +570,7 @@ class LinearLogits(LazyTensor):
     def detach(self) -> LinearLogits:
         return self._sharing(self._but(self.hidden, True, detached=True))
 
-    def reads(self) -> list[tuple[Any, int, Tensor]]:
+    def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
         return self._reads.setdefault("logits", [])
 
     def normalise_by(self, lse: Tensor) -> None:
@@ -585,8 +587,10 @@ class LinearLogits(LazyTensor):
         if lse is None or offset._base is not lse or version(lse) != made:
             return NotImplemented
         expected = lse.unsqueeze(self.vocab_dim)
-        constant = offset.grad_fn is None and lse.grad_fn is not None  # a view made under no_grad
-        if constant or offset.shape != expected.shape:
+        trains = self.requires_grad and not no_gradient()
+        if (offset.grad_fn is not None) != trains or offset.requires_grad != trains or offset.shape != expected.shape:
+            return NotImplemented  # a constant, or of another graph
+        if any(t._backward_hooks or t.retains_grad for t in (offset, lse)):
             return NotImplemented
         steps = zip(offset.shape, offset.stride(), expected.stride(), strict=True)
         same = all(n == 1 or step == known for n, step, known in steps)  # and no transpose
@@ -629,7 +633,7 @@ class LinearLogits(LazyTensor):
     def _times_temperature(self, factor: Any, inverse: bool) -> Any:
         if not is_number(factor):
             factor = per_token_number(self, factor)
-            if factor is NotImplemented or (factor.requires_grad and torch.is_grad_enabled()):
+            if factor is NotImplemented or (torch.is_grad_enabled() and (factor.requires_grad or transforms_active())):
                 return NotImplemented
             factor = factor.detach()
         temperature = self.temperature / factor if inverse else self.temperature * factor
@@ -648,7 +652,8 @@ class LinearLogits(LazyTensor):
         if not self._keeps_digits(bias.dtype):
             return NotImplemented
         bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
-        hidden = self.hidden if self.rest.detached else _WithParameters.apply(self.hidden, bias)
+        apart = self.rest.detached or transforms_active()
+        hidden = self.hidden if apart else _WithParameters.apply(self.hidden, bias)
         with self.gathered():
             bias = bias if self.bias is None else self.bias + bias
         return self._but(hidden, bias=bias)
@@ -686,21 +691,23 @@ class LinearLogits(LazyTensor):
         return z.view(*self.token_shape, V).movedim(-1, self.vocab_dim)
 
     @property
-    def _measured(self) -> dict[tuple[str, bool], Tensor]:
+    def _measured(self) -> dict[tuple[str, float | None], Tensor]:
         """What is known so far of each row, to which more is added; nothing where a checkpoint may run this again, and must
         find the same then."""
         again = not torch.compiler.is_compiling() and not may_save(self.hidden)
         return {} if again else self._cache
 
-    def _key(self, name: str) -> tuple[str, bool]:
-        return name, torch.is_grad_enabled() and not self.rest.detached
+    def _key(self, name: str) -> tuple[str, float | None]:
+        """With the filter of its gradient, if it has any."""
+        trains = torch.is_grad_enabled() and not self.rest.detached
+        return name, settings.gradient_filter.value if trains else None
 
     def _known(self, name: str) -> Tensor | None:
-        name, trains = self._key(name)
-        known = self._measured
-        if trains or (name, True) not in known:
-            return known.get((name, trains))
-        return known[name, True].detach()
+        key, known = self._key(name), self._measured
+        if key in known or key[1] is not None:
+            return known.get(key)
+        with_gradient = [t for (other, _), t in known.items() if other == name]
+        return with_gradient[0].detach() if len(with_gradient) > 0 else None
 
     def log_probs_at(self, ids: Tensor, ignore_index: int = NO_ID) -> Tensor:
         """Log-probabilities at ``ids (*token_shape, K)``, 0 where they are ``ignore_index``."""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .autodiff import transforms_active
 from .lazy_products import (
     LARGEST_LOG,
     Elementwise,
@@ -199,7 +200,7 @@ class LazyExpression(Elementwise):
         factor, offset = self._coefficients(-1)
         return at(self.base, ids) * factor + offset
 
-    def reads(self) -> list[tuple[Any, int, Tensor]]:
+    def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
         return self.base._reads.setdefault(self.form, []) if self.bare else []
 
     def vocab_sum(self) -> Any:
@@ -461,7 +462,7 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
     if not isinstance(x, LinearLogits):
         return NotImplemented
     values, ids = x.topk_ids(k, largest)
-    if x.requires_grad and torch.is_grad_enabled():
+    if (x.requires_grad or transforms_active()) and torch.is_grad_enabled():
         same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
         values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))
     return values.to(x.dtype), ids

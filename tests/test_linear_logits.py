@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import io
+import operator
 import pickle
 import warnings
 from collections import Counter
@@ -918,6 +919,8 @@ WRITTEN = {
     "masked_fill": lambda z: z.masked_fill_(torch.arange(V) > 3, -torch.inf),
     "mul": lambda z: z.mul_(torch.linspace(1, 2, V)),
     "scatter": lambda z: z.scatter_(-1, IDS[..., None], 0.0),
+    "leaky_relu": F.leaky_relu_,
+    "selu": torch.selu_,
 }
 
 
@@ -938,6 +941,41 @@ def test_other_changes_in_place_make_the_elements(name, of):
         weight = tensors["weight"]
         outcomes.append((values, torch.autograd.grad(values.sum(), weight) if values.requires_grad else None))
     torch.testing.assert_close(*outcomes, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_rows_written_one_by_one():
+    """Each from views of what the write before has changed."""
+    lazy, eager, tensors = make()
+    gradients = []
+    for z in (lazy, eager.clone()):
+        for row in range(B):
+            z[row] = torch.cat([z[row][1:], z[row][:1]])
+        loss = (z.log_softmax(-1) * torch.linspace(0, 1, V)).sum()
+        gradients.append(torch.autograd.grad(loss, (tensors["hidden"], tensors["weight"])))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "keep", [np.linspace(0, 1, V), np.linspace(0, 1, B * S).reshape(B, S, 1)], ids=["entry", "token"]
+)
+def test_arrays_of_numpy(keep):
+    found = []
+    for logits in make()[:2]:
+        z = logits.detach().double()
+        other = z * keep + keep
+        z += keep
+        kl = F.kl_div(z.log_softmax(-1), (2 * z).softmax(-1), reduction="none")
+        kl *= keep
+        found.append((other.logsumexp(-1), z.logsumexp(-1), kl.sum(-1), (z == np.zeros(V)).sum()))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("other", [None, [1.0], "1"])
+def test_in_place_with_what_is_no_number(other):
+    with pytest.raises(TypeError, match="unsupported operand"):
+        operator.itruediv(make()[0], other)
 
 
 def test_changes_in_place_that_raise():
@@ -969,16 +1007,31 @@ def test_changes_in_place_that_raise():
         lambda z, ids: (z.log_softmax(-1) > z.log_softmax(-1).gather(-1, ids)).sum(-1),
         lambda z, ids: (z >= z.amax(-1, keepdim=True)).sum(-1),
         lambda z, ids: (z < z.topk(5).values[..., -1:]).sum(-1),
+        lambda z, ids: (z.view(8, 8, -1) >= z.view(8, 8, -1).topk(5).values[..., -1:]).sum(-1),
         lambda z, ids: (z == z.max()).sum(),
         lambda z, ids: (z.softmax(-1) > z.softmax(-1).amax(-1, keepdim=True)).sum(-1),
     ],
 )
-def test_ranks_count_no_entry_above_itself(count):
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_ranks_count_no_entry_above_itself(count, mode):
     """What was gathered and what is compared come from other products, which round otherwise."""
-    hidden, weight = torch.randn(64, 96), torch.randn(4000, 96) / 10
-    eager = hidden @ weight.T
-    ids = torch.where(torch.rand(64) < 0.5, eager.argmax(-1), torch.randint(9, 4000, (64,)))[:, None]
-    assert torch.equal(count(LinearLogits(hidden, weight), ids), count(eager, ids))
+    hidden, weight, bias = torch.randn(64, 96, requires_grad=True), torch.randn(4000, 96) / 10, torch.randn(4000)
+    with mode():
+        eager = F.linear(hidden, weight, bias)
+        ids = torch.where(torch.rand(64) < 0.5, eager.argmax(-1), torch.randint(9, 4000, (64,)))[:, None]
+        assert torch.equal(count(LinearLogits(hidden, weight, bias), ids), count(eager, ids))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@torch.inference_mode()
+def test_what_was_read_and_changed_under_inference_mode_is_compared_as_it_is():
+    lazy, eager, _ = make()
+    counts = []
+    for z in (lazy, eager):
+        at = z.gather(-1, IDS[..., None])
+        at[0] -= 0.5
+        counts.append((z > at).sum(-1))
+    assert torch.equal(*counts)
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
@@ -1034,6 +1087,18 @@ def test_log_probs_and_entropy_are_one_pass(entropy):
         if z is lazy:
             assert +counted.passes == {"fused_losses::linear_rows": 1, "fused_losses::linear_rows_grad": 1}
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_an_entropy_read_inside_a_filter_is_not_that_of_outside():
+    hidden, weight = torch.randn(64, 32, requires_grad=True), torch.randn(500, 32)
+    z, gradients = LinearLogits(hidden, weight), []
+    with settings.gradient_filter(0.05):
+        z.log_softmax(-1).gather(-1, torch.zeros(64, 1, dtype=torch.long))
+        gradients += torch.autograd.grad(NUMBERS["entropy"](z).sum(), hidden, retain_graph=True)
+    for logits in (z, hidden @ weight.T):
+        gradients += torch.autograd.grad(NUMBERS["entropy"](logits).sum(), hidden)
+    torch.testing.assert_close(*gradients[1:], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(*gradients[:2], rtol=1e-2)
 
 
 def under_no_grad(fn):
@@ -1174,6 +1239,23 @@ def by_a_view_that_is_constant(z):
     return (z - constant).gather(-1, IDS[..., None]).sum()
 
 
+def by_a_normalizer_without_gradient(z):
+    with torch.no_grad():
+        total = z.logsumexp(-1, keepdim=True)
+    return (z - total).gather(-1, IDS[..., None]).sum()
+
+
+def by_a_normalizer_detached_in_place(z):
+    total = z.logsumexp(-1)
+    return (z - total.detach_()[..., None]).gather(-1, IDS[..., None]).sum()
+
+
+def by_a_normalizer_with_a_hook(z):
+    total = z.logsumexp(-1, keepdim=True)
+    total.register_hook(lambda grad: 3 * grad)
+    return (z - total).gather(-1, IDS[..., None]).sum()
+
+
 def by_a_transposed_normalizer(z):
     square = z[:, :2]
     logp = (square - square.logsumexp(-1, keepdim=True).transpose(0, 1)).gather(-1, IDS[:, :2, None])
@@ -1203,6 +1285,9 @@ def repeated(z):
         normalised_later,
         by_a_constant,
         by_a_view_that_is_constant,
+        by_a_normalizer_without_gradient,
+        by_a_normalizer_detached_in_place,
+        by_a_normalizer_with_a_hook,
         by_a_transposed_normalizer,
         by_the_normalizer_of_others,
         stabilised_in_place,
@@ -2474,3 +2559,60 @@ def test_the_gradient_of_what_is_never_made_is_refused():
             torch.autograd.grad(loss, inputs)
     assert lazy.grad is None
     assert torch.autograd.grad(lazy, tensors["hidden"], torch.ones(B, S, V))[0].shape == (B, S, H)
+
+
+@pytest.mark.filterwarnings("ignore:.*")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z, t, b: z.amax(-1),
+        lambda z, t, b: z.topk(2).values.sum(-1),
+        lambda z, t, b: (z / t[:, None]).logsumexp(-1),
+        lambda z, t, b: (z + b).logsumexp(-1),
+    ],
+    ids=["amax", "topk", "temperature", "bias"],
+)
+def test_backward_through_vmap(fn):
+    found = []
+    for head in (LinearLogits, F.linear):
+        leaves = [torch.linspace(-1, 1, B * S * H).view(B, S, H), torch.linspace(0, 2, V * H).view(V, H).sin()]
+        leaves += [torch.full((B, S), 2.0), torch.linspace(0, 1, B * V).view(B, V)]
+        hidden, weight, temperature, bias = (t.double().requires_grad_() for t in leaves)
+        out = torch.func.vmap(lambda h, t, b: fn(head(h, weight), t, b))(hidden, temperature, bias)  # noqa: B023
+        found.append((out, *torch.autograd.grad(out.sum(), (hidden, weight, temperature, bias), allow_unused=True)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_changes_in_place_compile():
+    def loss(z):
+        kl = F.kl_div(z.log_softmax(-1), (2 * z).softmax(-1), reduction="none")
+        kl[:, 0] = 0.5
+        return kl.clamp_(min=0.01).sum()
+
+    lazy, eager, _ = make()
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(lazy)
+    torch.testing.assert_close(found, loss(eager))
+
+
+def test_a_view_of_what_was_changed_raises_compiled_too():
+    def loss(z):
+        y = z * 1
+        view = y[:, 1:]
+        y *= 2
+        return view.logsumexp(-1).sum()
+
+    for run in (loss, torch.compile(loss, backend="aot_eager")):
+        with pytest.raises(RuntimeError, match="another view"):
+            run(make()[0])
+
+
+def test_division_by_a_tensor_compiles_without_logits():
+    lazy, eager, _ = make()
+
+    def loss(z):
+        return (z / TEMPERATURE[..., None]).logsumexp(-1).sum()
+
+    with settings.strict():
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(lazy)
+    torch.testing.assert_close(found, loss(eager))
