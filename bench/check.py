@@ -245,18 +245,13 @@ def run(function: Function, check: Check, x: Inputs) -> dict[str, Tensor]:
     x = x | {name: x[name].detach().requires_grad_() for name in check.leaves}
     out = function(x)
     outs = {"loss": out} if isinstance(out, Tensor) else dict(zip(STATISTICS, out, strict=True))
-    wanted = [name for name in check.leaves if not (name == "bias" and not uses_bias(check))]
     upstream = [
         torch.linspace(0.5, 1.5, t.numel(), dtype=torch.float64).view(t.shape).to(t.device, t.dtype)
         for t in outs.values()
     ]
-    grads = torch.autograd.grad(list(outs.values()), [x[name] for name in wanted], upstream)
-    found = outs | {f"d_{name}": g for name, g in zip(wanted, grads, strict=True)}
+    grads = torch.autograd.grad(list(outs.values()), [x[name] for name in check.leaves], upstream)
+    found = outs | {f"d_{name}": g for name, g in zip(check.leaves, grads, strict=True)}
     return {name: t.detach() for name, t in found.items()}
-
-
-def uses_bias(check: Check) -> bool:
-    return check.primitive != "divergence"
 
 
 def verdict(

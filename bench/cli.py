@@ -21,7 +21,7 @@ from ..planning import Plan, plan
 from . import shapes
 from .console import Progress, show_table
 from .environment import device_name, environment
-from .measure import MODES, Row, measure, measured_rates
+from .measure import MODES, Row, is_ours, measure, measured_rates
 from .peers import PEERS
 from .problem import Contender, Problem
 from .report import COLUMNS, cells, compare, reasons, report
@@ -203,7 +203,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
         for name, problem in wanted:
             title = f"{name}: {problem}"
             progress.now(title)
-            if (name, *problem_key(as_row(problem))) in done:
+            if (name, *problem_key(problem.as_row())) in done:
                 with progress.away():
                     print(f"{title}: in {args.json} already")
                 progress.advance()
@@ -218,9 +218,9 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
                 interrupted = True
                 result["unfinished"] = len(rows) - start  # kept, and measured again by --resume
             except torch.OutOfMemoryError:
-                rows.append(as_row(problem) | {"case": name, "mode": "", "contender": "all", "status": "oom"})
+                rows.append(problem.as_row() | {"case": name, "mode": "", "contender": "all", "status": "oom"})
             for peer, reason in skipped:
-                row = {"case": name, **as_row(problem), "mode": "", "contender": peer, "status": "skipped"}
+                row = {"case": name, **problem.as_row(), "mode": "", "contender": peer, "status": "skipped"}
                 rows.append(row | {"reason": reason})
             with progress.away():
                 show_table(title, COLUMNS, [cells(row) for row in rows[start:]], [is_red(row) for row in rows[start:]])
@@ -242,19 +242,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
             print(picture)
     if interrupted:
         return INTERRUPTED
-    return int(any(is_red(row) and row["contender"].startswith("fused_losses") for row in rows))
-
-
-def as_row(problem: Problem) -> Row:
-    shape, dtype = problem.shape, str(problem.dtype).removeprefix("torch.")
-    return {
-        "shape": shape.name,
-        "vocab": shape.vocab,
-        "hidden": shape.hidden,
-        "tokens": problem.tokens,
-        "dtype": dtype,
-        "inputs": problem.distribution,
-    }
+    return int(any(is_red(row) and is_ours(row["contender"]) for row in rows))
 
 
 def problem_key(row: Row) -> tuple[Any, ...]:

@@ -27,10 +27,9 @@ from torch import Tensor
 from ..reference.tolerance import assert_accurate
 from .environment import clocks
 from .memory import peak_bytes
-from .problem import Contender, Inputs, Problem, Work
+from .problem import Contender, Inputs, Problem, Row, Work
 from .timing import Run, Sample, interleave, quartiles
 
-Row = dict[str, Any]
 # Relative error in the norm, of every result and gradient, beyond which a peer computes something else.
 SAME_FUNCTION = 1e-2
 TIMED = ("ok", "inaccurate")
@@ -68,12 +67,7 @@ def measure(
             progress(f"{mode}: {contender.name}")
             row: Row = {
                 "case": case.__name__.rpartition(".")[2],
-                "shape": problem.shape.name,
-                "vocab": problem.shape.vocab,
-                "hidden": problem.shape.hidden,
-                "tokens": problem.tokens,
-                "dtype": str(problem.dtype).removeprefix("torch."),
-                "inputs": problem.distribution,
+                **problem.as_row(),
                 "mode": mode,
                 "contender": contender.name,
                 "status": "ok",
@@ -140,6 +134,10 @@ def pooled(found: dict[str, Tensor], more: list[Tensor]) -> dict[str, Tensor]:
     return found | {"loss": torch.stack([found["loss"], *more])} if more else found
 
 
+def is_ours(contender: str) -> bool:
+    return contender.startswith("fused_losses")
+
+
 def judged(got: dict[str, Tensor], yardstick: dict[str, Tensor], exact: dict[str, Tensor], contender: Contender) -> Row:
     """The status of what a contender computed; eager is the yardstick itself."""
     try:
@@ -148,7 +146,7 @@ def judged(got: dict[str, Tensor], yardstick: dict[str, Tensor], exact: dict[str
                 assert_accurate(value.to(yardstick[name].dtype), yardstick[name], exact[name], name)
         return {"status": "ok"}
     except AssertionError as failure:
-        promised = contender.name.startswith("fused_losses") and contender.exact
+        promised = is_ours(contender.name) and contender.exact
         same = all(relative_error(value, exact[name]) <= SAME_FUNCTION for name, value in got.items())
         return {"status": "inaccurate" if same and not promised else "failed", "reason": str(failure)}
 

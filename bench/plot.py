@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import slug
-from .measure import TIMED, Row
+from .measure import TIMED, Row, is_ours
 
 MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 GiB = 2**30
@@ -44,10 +44,6 @@ def drawing() -> bool:
     return MATPLOTLIB
 
 
-def ours(row: Row) -> bool:
-    return row["contender"].startswith("fused_losses")
-
-
 def problem(row: Row) -> str:
     return f"{row['case']}, {row['shape']}, {row['tokens']} tokens, {row['dtype']}"
 
@@ -69,9 +65,9 @@ def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
         parts = (str(points[0][key]) for key in ("case", "shape", "tokens", "dtype"))
         its_file = file.with_stem("-".join([file.stem, *parts])) if len(found) > 1 else file
         figure, ax = axes(name, "ms" if on_gpu else "time, ratio to eager in the same run", "peak above inputs, GiB")
-        for i, row in enumerate(sorted(points, key=ours)):
+        for i, row in enumerate(sorted(points, key=lambda row: is_ours(row["contender"]))):
             x = row["ms" if on_gpu else "to_eager"]["median"]
-            marker = FILLED[i % len(FILLED)] if ours(row) else THIN[i % len(THIN)]
+            marker = FILLED[i % len(FILLED)] if is_ours(row["contender"]) else THIN[i % len(THIN)]
             ax.plot(x, row["peak_bytes"] / GiB, marker, color=f"C{i % 10}", label=row["contender"], clip_on=False)
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.set_xlim(left=0)
@@ -85,7 +81,9 @@ def fraction_of_floor(rows: Sequence[Row], file: Path) -> Path:
     figure, ax = axes("Fraction of the floor, loss and gradients", "floor measured in the same run / time", "")
     names = [f"{problem(row)}: {row['contender']}" for row in rows]
     figure.set_size_inches(8, 1.5 + 0.2 * len(rows))
-    ax.barh(names, [row["of_floor"] for row in rows], color=["C3" if ours(row) else "C0" for row in rows])
+    ax.barh(
+        names, [row["of_floor"] for row in rows], color=["C3" if is_ours(row["contender"]) else "C0" for row in rows]
+    )
     ax.axvline(1, color="black", linewidth=0.8)
     ax.tick_params(axis="y", labelsize=7)
     ax.invert_yaxis()
@@ -109,7 +107,7 @@ def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
         for i, (name, line) in enumerate(lines.items()):
             tokens = sorted(line)
             # Hollow, each of its own form and size, so that lines that fall together can be told apart.
-            style = f"-{FILLED[i % len(FILLED)]}" if name.startswith("fused_losses") else "--x"
+            style = f"-{FILLED[i % len(FILLED)]}" if is_ours(name) else "--x"
             ax.plot(tokens, [line[n] for n in tokens], style, fillstyle="none", markersize=5 + i, label=name)
         ax.legend(fontsize=8)
         ax.set_xlim(left=0)

@@ -1,6 +1,6 @@
 """What a cases file is made of.
 
-A cases file (``bench/cross_entropy.py`` is the shortest) is a module with
+A cases file (``bench/linear_cross_entropy.py`` is the shortest) is a module with
 
 - ``inputs(problem)``: the tensors, by name; ``LEAVES``: those that get a gradient; ``ROWS``: those with one entry per row, so
   that the check can take a few rows at a time;
@@ -23,6 +23,7 @@ from torch import Tensor
 from .shapes import Shape
 
 Inputs = dict[str, Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,17 @@ class Problem:
         dtype = str(self.dtype).removeprefix("torch.")
         shape = f"{self.shape.name} (V {self.shape.vocab}, H {self.shape.hidden})"
         return f"{shape}, {self.tokens} tokens, {dtype}, {self.distribution} inputs"
+
+    def as_row(self) -> Row:
+        """What a row of results says of it."""
+        return {
+            "shape": self.shape.name,
+            "vocab": self.shape.vocab,
+            "hidden": self.shape.hidden,
+            "tokens": self.tokens,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "inputs": self.distribution,
+        }
 
 
 class Contender(NamedTuple):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import plot
-from .measure import TIMED, Row
+from .measure import TIMED, Row, is_ours
 from .shapes import ALIASES
 
 MiB = 2**20
@@ -124,12 +124,8 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
             if inputs != "peaked" or "fused_losses" not in by_name:
                 continue
             ours, eager = by_name["fused_losses"], by_name.get("eager")
-            least = min(row["peak_bytes"] for row in full if row["contender"].startswith("fused_losses"))
-            peers = [
-                r
-                for r in full
-                if r is not eager and not r["contender"].startswith("fused_losses") and speed(r) < math.inf
-            ]
+            least = min(row["peak_bytes"] for row in full if is_ours(row["contender"]))
+            peers = [r for r in full if r is not eager and not is_ours(r["contender"]) and speed(r) < math.inf]
             rival = min(peers, key=speed, default=None)
             timed = ours["mode"] == "full"
             lines[(result["device"], case, shape, dtype, tokens if timed else 0)] = [
@@ -213,7 +209,7 @@ def goals(results: Sequence[dict[str, Any]]) -> str:
 
 def rivals(rows: Sequence[Row]) -> str:
     """The peers that are as fast as one of ours and as small."""
-    by_us = [row for row in rows if row["contender"].startswith("fused_losses")]
+    by_us = [row for row in rows if is_ours(row["contender"])]
     ours = [row for row in by_us if row["status"] == "ok"]
     peers = [row for row in rows if row not in by_us]
     if not ours or not peers:

@@ -46,6 +46,7 @@ from .two_heads import (
     compare_rows,
     differentiable_two_heads,
     pack,
+    row_factors,
     saved_tokens,
     two_heads_loss,
     two_heads_rows,
@@ -153,11 +154,8 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
             return [found, present(nll, found)]
 
         return for_inputs(ctx, *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)))
-    hard = d_nll if ctx.with_nll else None
-    soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
-    assert soft is not None
     gradients = divergence_rows_grad(
-        student, teacher, ids, soft.contiguous(), None if hard is None else hard.contiguous(), *ctx.which,
+        student, teacher, ids, *row_factors(d_divergence, d_nll, ctx.with_nll), *ctx.which,
         list(ctx.needs_input_grad[:2]), ctx.backend, ctx.shard,
     )  # fmt: skip
     return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))

@@ -46,6 +46,15 @@ def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype
     return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
 
 
+def total_dtypes(head: Head, sums: torch.dtype | None) -> tuple[torch.dtype, ...]:
+    """In what the gradients of a head's inputs are made, those of weight and B summed over chunks in ``sums``, or None."""
+    dtype = head.hidden.dtype
+    wide = statistics_dtype(dtype)
+    per_token = dtype if head.weight is None else per_token_dtype(dtype, head.shard)
+    sums = wide if dtype == torch.float16 else sums or dtype
+    return per_token, sums, wide, per_token, sums
+
+
 # Turns a chunk's logits (n, V) into their gradient, in place: (logits, chunk, ids, rows, factor) → factor. In float16 the
 # gradient is multiplied by a factor that keeps it in range, no larger than that of the chunks before.
 OverLogits = Callable[[Tensor, Head, Tensor | None, slice | Tensor, Tensor | None], Tensor | None]
@@ -86,9 +95,9 @@ def in_one_pass(
     outputs: Sequence[str],
     column_weight: Tensor | None,  # (V,)
     backend: str,
-    see: Callable[[RowStatistics, slice | Tensor], None],
+    found: RowStatistics,  # of all tokens, written
 ) -> OverLogits:
-    """For :func:`linear_loss`: a row of logits is read and written in one go, and ``see`` told its statistics."""
+    """For :func:`linear_loss`: a row of logits is read and written in one go."""
 
     def over_logits(
         logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
@@ -103,7 +112,7 @@ def in_one_pass(
             softcap=chunk.softcap,
             outputs=outputs,
         )
-        see(statistics, rows)
+        found.put(statistics, rows)
 
     return over_logits
 
@@ -124,23 +133,20 @@ def loss_and_gradients(
 
     ``over_logits`` sees each chunk once, in order.
     """
-    hidden, weight, dtype = head.hidden, head.weight, head.hidden.dtype
+    hidden, weight = head.hidden, head.weight
     N, V, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
     M = N if keep is None else keep.shape[0]
     planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
-    sums = wide if dtype == torch.float16 else planned.accumulate or dtype
-    per_token = per_token_dtype(dtype, head.shard)
+    dtypes = total_dtypes(head, planned.accumulate)
 
-    def empty_gradient(i: int, dtype: torch.dtype) -> Tensor | None:
+    def empty_gradient(i: int) -> Tensor | None:
         like = head.inputs[i]
         if not wanted[i] or like is None:
             return None
-        whole = M == N and N > 0
-        return like.new_empty(like.shape, dtype=dtype) if whole else like.new_zeros(like.shape, dtype=dtype)
+        return (like.new_empty if M == N > 0 else like.new_zeros)(like.shape, dtype=dtypes[i])
 
-    d_hidden, d_u, d_B = empty_gradient(0, per_token), empty_gradient(3, per_token), empty_gradient(4, sums)
-    d_weight = main_grad if main_grad is not None else empty_gradient(1, sums)
-    d_bias = empty_gradient(2, wide)
+    d_hidden, d_bias, d_u, d_B = map(empty_gradient, (0, 2, 3, 4))
+    d_weight = main_grad if main_grad is not None else empty_gradient(1)
     logits_buffer = hidden.new_empty(min(planned.chunk, M), padded(V))[:, :V]
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
     local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
@@ -219,13 +225,8 @@ def loss_of_head(
         if t is not None:
             t.zero_()
 
-    def see(statistics: RowStatistics, rows: slice | Tensor) -> None:
-        for total, part in zip(found, statistics, strict=True):
-            if total is not None and part is not None:
-                total[rows] = part
-
     def of_chunk(statistics: RowStatistics, rows: slice | Tensor) -> Coefficients:
-        see(statistics, rows)
+        found.put(statistics, rows)
         upstream = RowStatistics(log_probs=of_log_probs[rows, None])
         if of_sum_log_probs is not None:
             upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
@@ -238,7 +239,7 @@ def loss_of_head(
     if in_float16 or head.shard is not None:  # the gradient waits for the coefficients' size, or for other ranks
         over_logits = by_coefficients(of_chunk, outputs, column_weight, backend, in_float16 and main_grad is None)
     else:
-        over_logits = in_one_pass(of, outputs, column_weight, backend, see)
+        over_logits = in_one_pass(of, outputs, column_weight, backend, found)
     with full_precision(head.hidden.device):
         gradients = loss_and_gradients(
             head, ids, keep, zero_ignored, over_logits, wanted, workspace, accumulate, backend, main_grad
@@ -323,15 +324,10 @@ def _(
     shard: str,
     gradient_filter: float,
 ) -> tuple[Tensor, ...]:
-    dtype = hidden.dtype
-    wide = statistics_dtype(dtype)
     N = hidden.shape[0]
-    head = Head(hidden, weight, shard=VocabShard.unpacked(shard), gradient_filter=gradient_filter)
+    head = Head(hidden, weight, bias, u, B, shard=VocabShard.unpacked(shard), gradient_filter=gradient_filter)
     M = N if keep is None else keep.shape[0]
     planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
-    sums = wide if dtype == torch.float16 else planned.accumulate or dtype
-    per_token = per_token_dtype(dtype, head.shard)
-    dtypes = (per_token, sums, wide, per_token, sums)
     return (
         of_log_probs.new_empty(()),
         of_log_probs.new_empty(N, 1),
@@ -339,7 +335,7 @@ def _(
         of_log_probs.new_empty(N, dtype=torch.bool) if top1 else absent(of_log_probs),
         *(
             t.new_empty(t.shape, dtype=d) if t is not None and want else absent(of_log_probs)
-            for t, d, want in zip((hidden, weight, bias, u, B), dtypes, wanted, strict=True)
+            for t, d, want in zip(head.inputs, total_dtypes(head, planned.accumulate), wanted, strict=True)
         ),
     )
 
@@ -420,12 +416,9 @@ def scale_gradients(
 
     In place where the graph is about to be freed: they are read this once, and memory is not doubled.
     """
-    if traced(upstream):
-        pairs = zip(gradients, dtypes, strict=True)
-        return [None if dtype is None else scaled_gradient(g, upstream, dtype) for g, dtype in pairs]
-    in_place = not read_again(upstream)
+    multiply = scaled_gradient if traced(upstream) else functools.partial(scaled, in_place=not read_again(upstream))
     pairs = zip(gradients, dtypes, strict=True)
-    return [None if dtype is None else scaled(g, upstream, dtype, in_place) for g, dtype in pairs]
+    return [None if dtype is None else multiply(g, upstream, dtype) for g, dtype in pairs]
 
 
 @torch.library.custom_op("fused_losses::with_gradients", mutates_args=())

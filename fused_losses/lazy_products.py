@@ -341,7 +341,7 @@ class LazyProducts(Elementwise):
     def plus(self, other: Any, sign: float) -> Any:
         if isinstance(other, Tensor):
             return self._plus_values(other, sign)
-        found = products(other)
+        found = as_products(other)
         if found is NotImplemented or not fit(self.base, found.base):
             return NotImplemented
         alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
@@ -652,7 +652,7 @@ def weighed_values(softmax: Any, values: Any) -> Any:
     return LazyProducts((_Term(1.0, softmax.base, _Dense(values)),), softmax.dtype, softmax.factor)
 
 
-def products(x: LazyTensor) -> Any:
+def as_products(x: LazyTensor) -> Any:
     """``x`` as such, where it is one or a scaled ``log_softmax`` or ``softmax·log_softmax``."""
     from .log_softmax import LazyExpression
 
@@ -828,7 +828,7 @@ def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
         return NotImplemented
     if isinstance(x, LinearLogits):
         return mask.emptied(x) if isinstance(mask, LazyMask) else NotImplemented
-    found = products(x)
+    found = as_products(x)
     if found is NotImplemented:
         return NotImplemented
     if isinstance(mask, LazyMask):
@@ -849,5 +849,5 @@ def masked_fill_(x: LazyTensor, mask: Any, value: Any) -> Any:
 
 def elementwise_kl(input: Any, target: Any) -> Any:
     """``t (log t − log s)`` of ``log s`` and a lazy ``softmax`` ``t``, what ``F.kl_div(…, reduction="none")`` gives."""
-    found = products(replace(target, form="log_softmax")).plus(input, -1.0)
+    found = as_products(replace(target, form="log_softmax")).plus(input, -1.0)
     return found if found is NotImplemented else found.times(target)

@@ -164,7 +164,7 @@ class LazyTensor:
         else:
             reads.append((weakref.ref(root), root._version, ids.detach()))
 
-    def read_again(self, elements: Tensor, t: Tensor) -> Tensor:
+    def reread(self, elements: Tensor, t: Tensor) -> Tensor:
         """``t``, where it was read from this and is as it was, from ``elements``."""
         root = t if t._base is None else t._base
         for known, made, ids in self.reads():
@@ -468,9 +468,9 @@ def _comparable(name: str, x: Any, y: Any) -> tuple[Any, Any]:
     otherwise."""
     a, b = materialised(name, (x, y))
     if is_lazy(x) and isinstance(y, Tensor):
-        b = x.read_again(a, y)
+        b = x.reread(a, y)
     elif is_lazy(y) and isinstance(x, Tensor):
-        a = y.read_again(b, x)
+        a = y.reread(b, x)
     return a, b
 
 

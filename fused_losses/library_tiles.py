@@ -51,9 +51,7 @@ def linear_softmax_fwd(
             softcap=softcap,
             outputs=outputs,
         )
-        for total, part in zip(out, found, strict=True):
-            if total is not None and part is not None:
-                total[rows] = part
+        out.put(found, rows)
     return out
 
 

@@ -37,6 +37,7 @@ from .lazy_products import (
     LazyMixture,
     LazyProducts,
     LazyStack,
+    as_products,
     cross_entropy_with,
     elementwise_kl,
     fit,
@@ -44,7 +45,6 @@ from .lazy_products import (
     masked_fill,
     minimum,
     mixture,
-    products,
     times_log,
     weighed_values,
 )
@@ -176,7 +176,7 @@ class LazyExpression(Elementwise):
         if number is NotImplemented and self.form == "softmax":
             return weighed_values(self, factor)
         if number is NotImplemented:
-            found = products(self)
+            found = as_products(self)
             return found if found is NotImplemented else found.scaled(factor)
         offset = 0.0 if self.unshifted else self.offset * number
         return replace(self, factor=multiplied(self.factor, number), offset=offset)
@@ -190,7 +190,7 @@ class LazyExpression(Elementwise):
     def plus(self, other: LazyTensor | Tensor, sign: float) -> Any:
         if isinstance(other, LazyExpression) and self.form == other.form == "softmax":
             return mixture(self, other, sign)
-        found = products(self)
+        found = as_products(self)
         return NotImplemented if found is NotImplemented else found.plus(other, sign)
 
     def values_at(self, ids: Tensor) -> Any:
@@ -219,7 +219,7 @@ class LazyExpression(Elementwise):
         if "softmax" not in forms or product is None or not self.unshifted or not other.unshifted:
             return NotImplemented
         if not same_logits(self.base, other.base):
-            found = products(forms["log_softmax"]) if "log_softmax" in forms else NotImplemented
+            found = as_products(forms["log_softmax"]) if "log_softmax" in forms else NotImplemented
             return NotImplemented if found is NotImplemented else found.times(forms["softmax"])
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, form=product, factor=self.factor * other.factor, label=dtype)
@@ -579,10 +579,7 @@ def _cross_entropy_with_softmax(
         reduction = nn._reduction.legacy_get_string(size_average, reduce)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
-    each = LazyExpression(x, "log_softmax").times(target)
-    if each is NotImplemented:
-        return NotImplemented
-    total = -each.vocab_sum()
+    total = -LazyExpression(x, "log_softmax").times(target).vocab_sum()
     if label_smoothing:
         total = (1 - label_smoothing) * total - label_smoothing / x.rest.vocab * x.sum_log_probs()
     reduced = {"none": total, "sum": total.sum(), "mean": total.mean()}
@@ -647,7 +644,7 @@ def kl_div(
         t = upcast(target.exp() if log_target else target)
         t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
         if reduction == "none":
-            total = products(input).scaled(-1).scaled(t)
+            total = as_products(input).scaled(-1).scaled(t)
             total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
         else:
             total = t_log_t.sum(dtype=wide_dtype(t.device)) + cross_entropy_with(input.base, t, "sum")

@@ -252,12 +252,14 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
         sums, note = dtype, f"few enough to sum in {dtype}"
     else:
         sums, note = wide, "asked for" if accumulate else f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
-    wide_sums = scaled = 0
+    held, wide_sums, scaled = final, 0, 0
     if sums != dtype:
         scaled = min(V, BLOCK) * sizes.hidden * sums.itemsize  # times the upstream gradient, so many rows at a time
         wide_hidden, wide_weight = sizes.gradients(sums)
-        wide_sums = wide_weight + (wide_hidden if dtype == torch.float16 else 0)
-    held = wide_sums + (final if not wide_sums else 0 if dtype == torch.float16 else sizes.gradients(dtype)[0])
+        if dtype == torch.float16:
+            held = wide_sums = wide_hidden + wide_weight
+        else:  # d_hidden is made as it is returned
+            held, wide_sums = sizes.gradients(dtype)[0] + wide_weight, wide_weight
     n = most_tokens(held - final, sums)
     if not asked:
         if n < min(N, FEWEST_TOKENS) or wide_sums + scaled > sizes.budget:

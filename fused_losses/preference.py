@@ -45,7 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .numerics import check_reduction, log1mexp, upcast
+from .numerics import check_between, check_reduction, log1mexp, upcast
 from .sequences import check_tensors, masked_mean, same_shape, sums_and_counts
 from .sharded_weight import is_distributed
 from .token_statistics import TokenStatistics
@@ -300,11 +300,6 @@ def _answers(
     return *_sequence(chosen, chosen_mask, chosen_lengths), *_sequence(rejected, rejected_mask, rejected_lengths)
 
 
-def _check_label_smoothing(label_smoothing: Sequence[float]) -> None:
-    if wrong := [e for e in label_smoothing if not 0 <= e <= 1]:
-        raise ValueError(f"label_smoothing is a share of labels, in [0, 1], got {wrong[0]}")
-
-
 def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
     """``(B,)`` of answers that are not pairs, whose log-probs come summed."""
     check_tensors(policy=policy, reference=reference)
@@ -492,7 +487,8 @@ def _check_options(
             f"loss_weights and label_smoothing need one number per loss type, got {len(loss_weights)} and "
             f"{len(smoothing)} for {len(types)}"
         )
-    _check_label_smoothing(smoothing)
+    for e in smoothing:
+        check_between(0, 1, label_smoothing=e)
     if any(smoothing) and not _USE_LABEL_SMOOTHING & set(types):
         raise ValueError(f"label_smoothing has no effect on {', '.join(types)}: leave it at 0")
     for name, e in zip(types, smoothing, strict=True):
@@ -674,7 +670,7 @@ def cpo_loss(
         raise ValueError(f"loss_type must be sigmoid, hinge, ipo or simpo, got {loss_type!r}")
     if label_smoothing and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing has no effect on {loss_type}: leave it at 0")
-    _check_label_smoothing([label_smoothing])
+    check_between(0, 1, label_smoothing=label_smoothing)
     chosen, n_chosen, rejected, n_rejected = _answers(
         *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
         beta=beta,

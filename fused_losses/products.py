@@ -59,6 +59,7 @@ def few_columns(d_logits: Tensor, gradient_filter: float) -> FewColumns | None:
     rows = sizes.new_empty(n, 1)
     add_product(rows, d_logits, small.to(d_logits.dtype)[:, None], first=True)
     sizes *= small
+    # Of 1 at most each, since products may take them in 16 bits; the size of both is kept in fp32.
     of_rows, shares = (torch.where(t.any(), t / t.abs().amax(), 0) for t in (rows[:, 0], sizes))
     size = rows.abs().amax() * (sizes.amax() / sizes.sum())
     return FewColumns(columns, of_rows, shares, torch.where(sizes.any(), size, 0))

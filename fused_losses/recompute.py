@@ -1,8 +1,8 @@
 """Route ``recompute``: statistics of each token, whose backward makes the logits again.
 
 Forward saves a few numbers per token; backward makes the gradient of the logits, a slice of the vocabulary at a time, and its
-products with weight and hidden: ``8NVH`` floating point operations for ``N`` tokens, ``V`` vocabulary and ``H`` hidden. The
-logits that fit the buffer of a slice are saved in it by forward, and not made again.
+products with weight and hidden: ``8NVH`` floating point operations for ``N`` tokens, ``V`` vocabulary and ``H`` hidden. As
+many logits as the workspace holds are saved by forward, and not made again.
 """
 
 from __future__ import annotations

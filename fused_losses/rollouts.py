@@ -17,10 +17,10 @@ from .sequences import same_shape
 from .sharded_weight import is_distributed
 
 
-def _nanstd(x: Tensor, dim: int) -> Tensor:
-    """Unbiased, over what is not nan; of a single number 0."""
-    deviation = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
-    return (deviation / ((~x.isnan()).sum(dim, keepdim=True) - 1).clamp(min=1)).sqrt()
+def _nanstd(x: Tensor) -> Tensor:
+    """Unbiased, along dimension 1, over what is not nan; of a single number 0."""
+    deviation = (x - x.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
+    return (deviation / ((~x.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
 
 def group_advantages(
@@ -73,7 +73,7 @@ def group_advantages(
     rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
     unscored = rewards.isnan().all(-1)
     if scale == "normalize_then_sum":
-        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards, 1) + eps)
+        rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards) + eps)
     if weights is not None:
         weights = torch.as_tensor(weights).to(rewards)
         if weights.shape != rewards.shape[-1:]:
@@ -82,7 +82,7 @@ def group_advantages(
             )
         rewards = rewards * weights
     total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
-    batch_std = _nanstd(total.view(1, -1), 1)
+    batch_std = _nanstd(total.view(1, -1))
     if scale == "normalize_then_sum":
         advantages = (total - total.nanmean()) / (batch_std + eps)
     else:
@@ -91,7 +91,7 @@ def group_advantages(
             siblings = (~total.isnan()).sum(1, keepdim=True)
             advantages = advantages * siblings / (siblings - 1).clamp(min=1)
         if scale != "none":
-            advantages = advantages / ((_nanstd(total, 1) if scale == "group" else batch_std) + eps)
+            advantages = advantages / ((_nanstd(total) if scale == "group" else batch_std) + eps)
     return advantages.masked_fill(advantages.isnan(), 0).flatten()
 
 

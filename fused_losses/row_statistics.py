@@ -35,6 +35,12 @@ class RowStatistics(NamedTuple):
     max_logit: Tensor | None = None  # (N,) fp32 (float64 for float64 logits)
     is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
 
+    def put(self, found: RowStatistics, rows: slice | Tensor) -> None:
+        """Write what was ``found`` of some rows."""
+        for total, part in zip(self, found, strict=True):
+            if total is not None and part is not None:
+                total[rows] = part
+
 
 def label_weights(
     column_weight: Tensor | None, probabilities: Tensor | None, label_smoothing: float, vocab: int

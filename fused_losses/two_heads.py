@@ -40,7 +40,7 @@ from .autodiff import (
 from .chunked.divergence_rows import BUFFERS, differentiable_rows, whole_normalizers
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
-from .gradients_in_forward import in_range, per_token_dtype, scale_gradients
+from .gradients_in_forward import in_range, per_token_dtype, scale_gradients, total_dtypes
 from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
@@ -181,13 +181,6 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
     return Chunks(n, sums)  # type: ignore[arg-type]
 
 
-def total_dtypes(head: Head, sums: torch.dtype) -> tuple[torch.dtype, ...]:
-    """In what the gradients of a head's inputs are made."""
-    dtype = head.hidden.dtype
-    per_token = dtype if head.weight is None else per_token_dtype(dtype, head.shard)
-    return per_token, sums, statistics_dtype(dtype), per_token, sums
-
-
 class _Side:
     """One head: buffers for a chunk of its logits and their gradient, and the gradients of its inputs."""
 
@@ -319,6 +312,7 @@ def both_heads(
 
     with full_precision(student.hidden.device):
         starts = range(0, M, max(cut.tokens, 1))
+        # To save, the first chunk comes last: its gradient is what is left in the buffers.
         for start in reversed(starts) if save else starts:
             part = slice(start, min(start + cut.tokens, M))
             rows: slice | Tensor = part if keep is None else keep[part]
@@ -584,6 +578,15 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     )
 
 
+def row_factors(d_divergence: Tensor | None, d_nll: Tensor | None, with_nll: bool) -> tuple[Tensor, Tensor | None]:
+    """What the gradients of the divergences and of −log p are multiplied by: the upstream gradients, not both None."""
+    hard = d_nll.contiguous() if with_nll and d_nll is not None else None
+    if d_divergence is not None:
+        return d_divergence.contiguous(), hard
+    assert hard is not None
+    return torch.zeros_like(hard), hard
+
+
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
@@ -606,21 +609,11 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
             return [divergence, present(nll, divergence)]
 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)))
-    hard = d_nll if ctx.with_nll else None
-    soft = torch.zeros_like(d_nll) if d_divergence is None and d_nll is not None else d_divergence
-    assert soft is not None
+    soft, hard = row_factors(d_divergence, d_nll, ctx.with_nll)
     wanted = list(ctx.needs_input_grad[:INPUTS])
     same = wanted == list(ctx.wanted)  # else the chunks are not those of forward
     saved = (absent(soft) if t.ndim == 0 or not same else t.clone() if read_again(t) else t for t in (s_saved, t_saved))
-    gradients = two_heads_rows_grad(
-        *arguments,
-        soft.contiguous(),
-        None if hard is None else hard.contiguous(),
-        *saved,
-        wanted,
-        ctx.workspace,
-        ctx.backend,
-    )
+    gradients = two_heads_rows_grad(*arguments, soft, hard, *saved, wanted, ctx.workspace, ctx.backend)
     return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 

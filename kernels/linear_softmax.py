@@ -4,8 +4,8 @@ With ``x = h Wᵀ + u Bᵀ + bias`` (``u Bᵀ`` the head's low-rank term) and ``
 softcap·tanh(scale·x/softcap)/temperature``, the statistics and the one form of the gradient are those of
 ``softmax_rows.py``; here a logit lives only in registers.
 
-Forward: 2·N·V·H FLOP. Reads hidden and weight (from L2 as often as the tiling asks), writes 3 to 6 fp32 numbers per row
-and split of the vocabulary. Gradient of a slice of V columns: 2·N·V·H FLOP again, writes N·V logit gradients in
+Forward: 2·N·V·H FLOP. Reads hidden and weight (from L2 as often as the tiling asks), writes 2, 3 or 6 fp32 numbers per
+row and split of the vocabulary. Gradient of a slice of V columns: 2·N·V·H FLOP again, writes N·V logit gradients in
 hidden's dtype.
 
 How it is meant to be fast (reasoned from the machine code for sm_90; no speed is measured yet). A 128×256 tile over K

@@ -1079,3 +1079,25 @@ def test_names_of_arguments():
     stacked = torch.stack([s.log_softmax(-1), t.log_softmax(-1)])
     with pytest.warns(UserWarning, match="clone materialises"):
         assert torch.equal(torch.clone(input=stacked), stacked.materialize())
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs()[1:].sum(-1),
+        lambda s, t: (s.softmax(-1) - t.softmax(-1)).abs().detach().sum(-1),
+        lambda s, t: torch.minimum(s.softmax(-1), t.softmax(-1)).flatten(0, 1).sum(-1),
+        lambda s, t: copy.copy(s.softmax(-1) * t.log_softmax(-1)).sum(-1),
+    ],
+)
+def test_views_of_a_distance_and_copies_stay_lazy(fn):
+    hidden, weight, other = torch.randn(B, S, H), torch.randn(V, H), torch.randn(V, H)
+    with strict():
+        found = fn(LinearLogits(hidden, weight), LinearLogits(hidden, other))
+    torch.testing.assert_close(found, fn(hidden @ weight.T, hidden @ other.T))
+
+
+def test_each_says_what_it_is():
+    a, b = (LinearLogits(torch.randn(B, S, H), torch.randn(V, H)) for _ in range(2))
+    for x in (a.softmax(-1) - b.softmax(-1), a.softmax(-1) * b.log_softmax(-1), a.isinf(), a.isfinite()):
+        assert repr(x).startswith(f"{type(x).__name__}({(B, S, V)}")

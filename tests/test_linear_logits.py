@@ -572,6 +572,17 @@ def test_an_index_of_bytes_is_a_mask():
         lambda z: np.float64(2) / z,
         lambda z: z.sum(axis=1),
         lambda z: z.max(other=torch.zeros(())),
+        lambda z: torch.add(z, 1, alpha=2),
+        lambda z: torch.sub(z, 1, alpha=2),
+        lambda z: z.tanh() * -2,
+        lambda z: z.max(0).values,
+        lambda z: z.isfinite().all(0),
+        lambda z: z.isinf().float(),
+        lambda z: (z == z).float(),
+        lambda z: z.isinf() | torch.arange(V).eq(1),
+        lambda z: (z.softmax(-1) * z.log_softmax(-1)).gather(-1, IDS[..., None]),
+        lambda z: z.roll(1, -1),
+        lambda z: z.view(torch.int64 if z.dtype == torch.float64 else torch.int32),
     ],
 )
 def test_what_a_handler_does_not_know_materialises(fn):

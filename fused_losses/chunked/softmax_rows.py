@@ -23,7 +23,7 @@ def copies(softcap: float | None) -> int:
 
 
 def rows_at_once(rows: int, vocab: int, copies: int) -> int:
-    """Of a chunk that is held so many times, all of which are as large as a chunk that is held once."""
+    """How many rows a chunk has: all its copies together hold ``CHUNK_ELEMENTS``, or one row each."""
     return max(1, math.ceil(min(rows, CHUNK_ELEMENTS // max(vocab, 1)) / copies))
 
 
@@ -125,10 +125,7 @@ def softmax_rows_fwd(
             x, None if temperature is None else temperature[rows], scale, softcap, buffer[: len(x)], with_slope=False
         )
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
-        values = row_statistics(z, None if ids is None else ids[rows], w, outputs, buffer)
-        for total, value in zip(out, values, strict=True):
-            if total is not None and value is not None:
-                total[rows] = value
+        out.put(row_statistics(z, None if ids is None else ids[rows], w, outputs, buffer), rows)
     return out
 
 
@@ -275,9 +272,7 @@ def softmax_rows_fwd_bwd(
         x = upcast_rows(chunk, buffer)
         z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap, out=x)
         found = row_statistics(z, ids[rows], column_weight, {*outputs, "max_logit"}, x)
-        for total, value in zip(out, found, strict=True):
-            if total is not None and value is not None:
-                total[rows] = value
+        out.put(found, rows)
         assert found.max_logit is not None
         assert found.logsumexp is not None
         a = -of_log_probs[rows]
