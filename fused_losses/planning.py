@@ -87,6 +87,7 @@ class Plan:
             ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
             *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
             ("peak", f"{self.peak / MiB:.1f} MiB above the inputs"),
+            ("eager holds", f"{self.tokens * self.vocab * self.dtype.itemsize / MiB:.1f} MiB for each copy of the logits"),
             *(("why", reason) for reason in self.why),
         ]
         return "\n".join(f"{key:<22}{value}" for key, value in rows)
@@ -147,6 +148,7 @@ def plan(
           gradients           1066.0 MiB
           logits of a chunk   1002.0 MiB
         peak                  2068.0 MiB above the inputs
+        eager holds           2004.0 MiB for each copy of the logits
         why                   6NVH against the 8NVH of recompute, and its chunks fit the budget
         why                   2 chunks: few enough to sum in torch.bfloat16
     """

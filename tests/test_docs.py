@@ -214,6 +214,41 @@ def test_kl_div_is_lazy(reduction, lazy_teacher):
     torch.testing.assert_close(found, expected)
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.mark.parametrize("lazy", [True, False])
+def test_blocks_of_code_give_what_eager_does(lazy):
+    """One after the other, as the page has them, but for the step on top, which the examples are."""
+    hidden, weight = torch.randn(2, 6, 4), torch.randn(10, 4)
+    z = hidden @ weight.T
+    labels = torch.tensor([[4, 1, 2, -100, 3, 9], [-100, 5, 6, 0, 0, 8]])
+    segments = torch.tensor([[1, 1, 1, 1, 2, 2], [1, 1, 2, 2, 2, 2]])
+    scope = PUBLIC | {"torch": torch, "F": F, "labels": labels, "segments": segments}
+    scope["logits"] = LinearLogits(hidden, weight) if lazy else z
+    expected = F.pad(labels[:, 1:], (0, 1), value=-100)
+    counted = expected != -100
+    log_probs = z.log_softmax(-1).gather(-1, expected.clamp(min=0)[..., None]).squeeze(-1)[counted]
+    p = log_probs.exp()
+    with strict():
+        for code in BLOCKS[1:]:
+            exec(code, scope)
+            if "same" in code:
+                within = F.pad(segments[:, 1:] == segments[:, :-1], (0, 1)) & counted
+                packed = F.cross_entropy(z[within], expected[within])
+                torch.testing.assert_close(scope["loss"], packed)
+    found = [scope[name] for name in ("perplexity", "accuracy", "entropy", "loss")]
+    torch.testing.assert_close(
+        found,
+        [
+            (-log_probs.mean()).exp(),
+            (z.argmax(-1) == expected)[counted].float().mean(),
+            -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)[counted].mean(),
+            (-((1 - p) ** 2) * log_probs).mean(),
+        ],
+    )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_function_appears(family):
     module = MODULES[family]
