@@ -87,7 +87,10 @@ class Plan:
             ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
             *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
             ("peak", f"{self.peak / MiB:.1f} MiB above the inputs"),
-            ("eager holds", f"{self.tokens * self.vocab * self.dtype.itemsize / MiB:.1f} MiB for each copy of the logits"),
+            (
+                "eager holds",
+                f"{self.tokens * self.vocab * self.dtype.itemsize / MiB:.1f} MiB for each copy of the logits",
+            ),
             *(("why", reason) for reason in self.why),
         ]
         return "\n".join(f"{key:<22}{value}" for key, value in rows)
