@@ -304,6 +304,31 @@ def chunk(x: LazyTensor, chunks: int, dim: int = 0) -> Any:
     return split(x, -(-n // chunks) or [0] * chunks, dim)
 
 
+@answers("tensor_split")
+def tensor_split(x: LazyTensor, indices_or_sections: Any, dim: int = 0) -> Any:
+    n, at = x.shape[wrap_dim(x, dim)], indices_or_sections
+    if isinstance(at, Tensor) or at == 0:
+        return NotImplemented
+    if isinstance(at, int):
+        return split(x, [n // at + (i < n % at) for i in range(at)], dim)
+    return tuple(index_along(x, dim, slice(a, b)) for a, b in zip((0, *at), (*at, n), strict=True))
+
+
+@answers("repeat")
+def repeat(x: LazyTensor, *repeats: Any) -> Any:
+    sizes = _sizes(repeats)
+    at = x.vocab_dim + len(sizes) - x.ndim
+    return x.mapped(lambda t: t.repeat(*sizes), at, view=False) if at >= 0 and sizes[at] == 1 else NotImplemented
+
+
+@answers("repeat_interleave")
+def repeat_interleave(x: LazyTensor, repeats: Any, dim: int | None = None, *, output_size: int | None = None) -> Any:
+    if dim is None or wrap_dim(x, dim) == x.vocab_dim:
+        return NotImplemented
+    at = wrap_dim(x, dim)
+    return x.mapped(lambda t: t.repeat_interleave(repeats, at, output_size=output_size), x.vocab_dim, view=False)
+
+
 @answers("unbind")
 def unbind(x: LazyTensor, dim: int = 0) -> Any:
     dim = wrap_dim(x, dim)

@@ -78,6 +78,7 @@ class Plan:
     def __str__(self) -> str:
         unit = "tokens" if self.route == "gradients_in_forward" else "vocabulary entries"
         name = str(self.dtype).removeprefix("torch.")
+        logits = self.tokens * self.vocab * self.dtype.itemsize
         rows = [
             ("head", f"{self.tokens} tokens x {self.vocab} vocabulary x {self.hidden} hidden, {name}"),
             ("route", f"{self.route}, {self.flops / 1e12:.3g} TFLOP"),
@@ -87,10 +88,7 @@ class Plan:
             ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
             *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
             ("peak", f"{self.peak / MiB:.1f} MiB above the inputs"),
-            (
-                "eager holds",
-                f"{self.tokens * self.vocab * self.dtype.itemsize / MiB:.1f} MiB for each copy of the logits",
-            ),
+            ("eager holds", f"{logits / MiB:.1f} MiB for each copy of the logits"),
             *(("why", reason) for reason in self.why),
         ]
         return "\n".join(f"{key:<22}{value}" for key, value in rows)
