@@ -37,7 +37,12 @@ _ALIASES = {
     **{"x2": "other", "axis": "dim", "axis0": "dim0", "axis1": "dim1", "keepdims": "keepdim"},
 }
 
-_ASSIGNED = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+_ASSIGNED = {f"__i{name}__" for name in _BINARY}
+_OTHERS = """radd rsub rmul rtruediv rfloordiv rmod rpow matmul rmatmul neg pos abs invert lt le gt ge
+    getitem setitem len contains bool int float index array"""
+# What Python looks for in the class and not in the instance; __eq__, __ne__ and __iter__ are written out.
+_OPERATORS = (*_ASSIGNED, *(f"__{name}__" for name in (*_BINARY, *_OTHERS.split())))
 _IN_PLACE = {name for of in (Tensor, torch, F) for name in dir(of) if name.endswith("_") and not name.startswith("_")}
 _IN_PLACE |= {*_ASSIGNED, "__setitem__"}
 _COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
@@ -60,54 +65,7 @@ class LazyTensor:
     requires_grad: bool
     wide: torch.dtype  # in which its numbers are computed, whatever its dtype
     answered: frozenset[str] | None = None  # the names that have an answer; None: all in HANDLERS
-
-    # Operators, which Python looks for in the class; below, each becomes the Tensor's of that name.
-    __add__: Any
-    __radd__: Any
-    __iadd__: Any
-    __sub__: Any
-    __rsub__: Any
-    __isub__: Any
-    __mul__: Any
-    __rmul__: Any
-    __imul__: Any
-    __truediv__: Any
-    __rtruediv__: Any
-    __itruediv__: Any
-    __floordiv__: Any
-    __rfloordiv__: Any
-    __ifloordiv__: Any
-    __mod__: Any
-    __rmod__: Any
-    __imod__: Any
-    __pow__: Any
-    __rpow__: Any
-    __ipow__: Any
-    __matmul__: Any
-    __rmatmul__: Any
-    __neg__: Any
-    __pos__: Any
-    __abs__: Any
-    __invert__: Any
-    __and__: Any
-    __iand__: Any
-    __or__: Any
-    __ior__: Any
-    __xor__: Any
-    __ixor__: Any
-    __lt__: Any
-    __le__: Any
-    __gt__: Any
-    __ge__: Any
-    __getitem__: Any
-    __setitem__: Any
-    __len__: Any
-    __contains__: Any
-    __bool__: Any
-    __int__: Any
-    __float__: Any
-    __index__: Any
-    __array__: Any
+    __getitem__: Any  # as all of _OPERATORS, below
 
     def materialize(self) -> Tensor:
         """The tensor itself, differentiable, in ``dtype``."""
@@ -378,7 +336,7 @@ def _method(name: str) -> Callable[..., Any]:
     return method
 
 
-for _name in [name for name in LazyTensor.__annotations__ if name.startswith("__")]:
+for _name in _OPERATORS:
     setattr(LazyTensor, _name, _method(_name))
 
 
