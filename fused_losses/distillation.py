@@ -36,13 +36,14 @@ from .divergence import (
 )
 from .linear_logits import LinearLogits
 from .numerics import check_reduction, check_scaling, full_precision, log1mexp, statistics_dtype, upcast, wide_dtype
+from .row_divergence import Divergence
 from .sequences import at_least_one, check_tensors
 from .settings import Backend, Route
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 from .token_loss import token_loss
 from .token_statistics import TokenStatistics, integer_ids, selective_log_softmax, target_ids, with_ids
-from .two_heads import Divergence, budget
+from .two_heads import budget
 from .vocab_parallel import VocabShard, local_part
 
 

@@ -36,14 +36,13 @@ from .autodiff import (
 )
 from .head import Head, head_of, kept_tokens, ready
 from .numerics import check_masks, check_scaling, statistics_dtype
+from .row_divergence import Divergence, compare_rows
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 from .token_statistics import check_vocab_last, rows_of
 from .two_heads import (
-    Divergence,
     budget,
-    compare_rows,
     differentiable_two_heads,
     pack,
     row_factors,

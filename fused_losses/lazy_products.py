@@ -518,7 +518,8 @@ def _kl_sums(kls: list[Any]) -> list[Any]:
 
 def _divergence(student: LinearLogits, teacher: Any, kind: str, beta: float = 0.5) -> Tensor:
     """``teacher``: logits that are never made, or that exist with the vocabulary last."""
-    from .divergence import Divergence, shared_vocabulary, token_divergence
+    from .divergence import shared_vocabulary, token_divergence
+    from .row_divergence import Divergence
 
     shards = shared_vocabulary(student, teacher, None)
     sides = student.vocab_last(), teacher.vocab_last() if isinstance(teacher, LinearLogits) else teacher

@@ -12,12 +12,11 @@ product over a side's logits:
 A side may also be a tensor of logits: a :class:`Head` whose ``hidden`` is them and whose ``weight`` is None.
 
 Where ranks share the vocabulary each makes its own slice of the logits, and they exchange the normalizers and the sums of each
-token's slices (:func:`compare_rows`), and sum up the gradients of hidden and u.
+token's slices (:func:`~fused_losses.row_divergence.compare_rows`), and sum up the gradients of hidden and u.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -37,7 +36,7 @@ from .autodiff import (
     save_for_backward,
     saved_tensors,
 )
-from .chunked.divergence_rows import BUFFERS, differentiable_rows, whole_normalizers
+from .chunked.divergence_rows import BUFFERS
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import in_range, per_token_dtype, scale_gradients, total_dtypes
@@ -45,6 +44,7 @@ from .head import Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns, gathered_bytes
+from .row_divergence import Divergence, compare_rows, differentiable_rows
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -52,64 +52,6 @@ from .vocab_parallel import VocabShard, packed
 LOG_OF_STUDENT = ("forward_kl", "cross_entropy")
 STEEPEST = 64.0  # what float16 leaves room for there
 TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are scaled, capped or over a temperature
-
-
-class Divergence(NamedTuple):
-    """Which divergence, as the row primitive takes it."""
-
-    kind: str
-    beta: float
-    temperature: float
-
-    def of(self, student: Head, teacher: Head) -> dict[str, Any]:
-        return {
-            **self._asdict(),
-            "student_scale": student.scale,
-            "student_softcap": student.softcap,
-            "teacher_scale": teacher.scale,
-            "teacher_softcap": teacher.softcap,
-        }
-
-
-def divergence_module(backend: str) -> Any:
-    """Where ``divergence_rows`` comes from."""
-    if backend == "torch":
-        from .chunked import divergence_rows
-    else:
-        from .kernels import divergence_rows  # type: ignore[no-redef]  # Triton is imported only where it runs
-    return divergence_rows
-
-
-def compare_rows(
-    backend: str,
-    shard: VocabShard | None,
-    student: Tensor,  # (B, V, S), all of the vocabulary or the shard's slice of it
-    teacher: Tensor,  # (B, V, S)
-    ids: Tensor | None,  # (N,), counted from the slice's first column
-    *temperatures: Tensor | None,  # (N,), of student and teacher
-    soft: Tensor | None = None,
-    hard: Tensor | None = None,
-    d_student: Tensor | None = None,
-    d_teacher: Tensor | None = None,
-    **which: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """``divergence_rows`` of the whole vocabulary."""
-    rows = functools.partial(divergence_module(backend).divergence_rows, student, teacher, ids, *temperatures, **which)
-    gradients = {"soft": soft, "hard": hard, "d_student": d_student, "d_teacher": d_teacher}
-    if shard is None:
-        return rows(**gradients)
-    N, dtype, wide = student.shape[0] * student.shape[2], statistics_dtype(student.dtype), wide_dtype(student.device)
-    slopes = (d_student is not None, d_teacher is not None)
-    with_nll = which["with_nll"]
-    normalizers = student.new_empty(6 if with_nll and which["temperature"] != 1 else 4, N, dtype=wide)
-    rows(step="normalizers", normalizers=normalizers)
-    normalizers = whole_normalizers(shard.gather_checked(normalizers, rows=N, ids=ids))
-    sums = student.new_zeros(4, N, dtype=wide)
-    rows(step="sums", normalizers=normalizers, sums=sums, slopes=slopes)
-    sums = shard.gather(sums if any(slopes) else sums[:2]).sum(0)
-    if any(slopes):
-        rows(step="gradients", normalizers=normalizers, sums=sums, **gradients)
-    return sums[0].to(dtype, copy=True), sums[1].to(dtype, copy=True) if with_nll else None
 
 
 def compared_vocab(student: Head, teacher: Head) -> int:

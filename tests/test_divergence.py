@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses import two_heads
 from fused_losses.bench.memory import peak_bytes
-from fused_losses.chunked.divergence_rows import whole_normalizers
 from fused_losses.distillation import acceptance_rate, distillation_loss
 from fused_losses.divergence import KINDS, divergence
 from fused_losses.head import Head
@@ -20,8 +19,8 @@ from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.distillation import acceptance_rate as reference_acceptance_rate
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.row_divergence import divergence_module, whole_normalizers
 from fused_losses.settings import workspace
-from fused_losses.two_heads import divergence_module
 
 BETA = 0.3
 

@@ -19,7 +19,7 @@ PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_stat
 INFRASTRUCTURE = {
     "__init__", "autodiff", "data_parallel", "gradients_in_forward", "head", "lazy_products", "lazy_tensor", "lazy_views",
     "library_tiles", "linear_logits_checks", "log_softmax", "modules", "numerics", "planning", "products", "recompute",
-    "row_statistics", "settings", "sharded_weight", "tensor_parallel", "two_heads", "vocab_parallel",
+    "row_divergence", "row_statistics", "settings", "sharded_weight", "tensor_parallel", "two_heads", "vocab_parallel",
 }  # fmt: skip
 
 

@@ -13,11 +13,11 @@ from fused_losses.chunked.softmax_rows import CHUNK_ELEMENTS
 from fused_losses.head import Head
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.row_divergence import Divergence
 from fused_losses.settings import workspace
 from fused_losses.two_heads import (
     DEFAULT_BUDGET,
     FEWEST_TOKENS,
-    Divergence,
     both_heads,
     budget,
     chunks_of,
