@@ -43,7 +43,6 @@ from .lazy_tensor import (
     is_number,
     multiplied,
     number_of,
-    per_token_number,
     report,
     wrap_dim,
 )
@@ -60,7 +59,7 @@ def times_log(z: Tensor, dim: int) -> Tensor:
     return torch.where(logp == -torch.inf, 0, logp.exp() * logp)
 
 
-class _Dense:
+class Dense:
     """Numbers that exist, one per token and entry; eager would have read them at once, so they may not change."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -77,7 +76,7 @@ class _Dense:
         return self.tensor
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Dense, (self.elements(),)
+        return Dense, (self.elements(),)
 
 
 class _Distance(NamedTuple):
@@ -106,8 +105,8 @@ class _Distance(NamedTuple):
 
 class _Term(NamedTuple):
     factor: float
-    softmax: LinearLogits | _Dense | None
-    log_softmax: LinearLogits | LazyMixture | _Distance | _Dense
+    softmax: LinearLogits | Dense | None
+    log_softmax: LinearLogits | LazyMixture | _Distance | Dense
 
     @property
     def requires_grad(self) -> bool:
@@ -141,7 +140,7 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
     ):  # a view's is made anew when read; PyTorch 2.11 crashes where FSDP2 adds a hook before
         _ = elements.grad_fn
     like = x if isinstance(x, LinearLogits) else x.base
-    return LazyProducts((_Term(1.0, None, _Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
+    return LazyProducts((_Term(1.0, None, Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
 
 
 @dataclass(eq=False, repr=False)
@@ -232,7 +231,7 @@ class LazyProducts(Elementwise):
     @property
     def base(self) -> LinearLogits:
         parts = (x for t in self.terms for x in (t.log_softmax, t.softmax, self.like))
-        first = next(x for x in parts if not isinstance(x, (_Dense, type(None))))
+        first = next(x for x in parts if not isinstance(x, (Dense, type(None))))
         first = first.mixture if isinstance(first, _Distance) else first
         return first if isinstance(first, LinearLogits) else first.base
 
@@ -250,6 +249,8 @@ class LazyProducts(Elementwise):
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
+        from .lazy_masks import LazyMask
+
         self._check()
         total: Any = 0
         for c, a, b in self.terms:
@@ -259,7 +260,7 @@ class LazyProducts(Elementwise):
                 term = times_log(z, dim)
             else:
                 term = z.log_softmax(dim) if isinstance(b, LinearLogits) else z
-                weight = 1 if a is None else a.elements() if isinstance(a, _Dense) else a.elements().softmax(dim)
+                weight = 1 if a is None else a.elements() if isinstance(a, Dense) else a.elements().softmax(dim)
                 term = term * weight
             total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
         return self._filled(total, self.vocab_dim).to(self.dtype)
@@ -285,9 +286,9 @@ class LazyProducts(Elementwise):
         """With ``fn`` of all logits, the same of the same, and the others of what is held beside them."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
-        def once(x: LinearLogits | LazyMixture | _Distance | _Dense | None) -> Any:
-            if isinstance(x, _Dense):
-                return _Dense(of_dense(x.elements()))
+        def once(x: LinearLogits | LazyMixture | _Distance | Dense | None) -> Any:
+            if isinstance(x, Dense):
+                return Dense(of_dense(x.elements()))
             if not isinstance(x, LinearLogits):
                 return None if x is None else x.each(once)
             found = next((new for old, new in known if same_logits(old, x)), None)
@@ -320,9 +321,9 @@ class LazyProducts(Elementwise):
                 return replace(self, factor=multiplied(self.factor, number))
             zero = 0.0 * (number.detach() if isinstance(number, Tensor) else number)  # or nan
             return replace(self, factor=multiplied(self.factor, number), fill=self.fill + zero)
-        if not _alike(self, factor) or any(t.softmax is not None for t in self.terms):
+        if not alike(self, factor) or any(t.softmax is not None for t in self.terms):
             return NotImplemented
-        dense = _Dense(factor)
+        dense = Dense(factor)
         return replace(self, terms=tuple(t._replace(softmax=dense) for t in self.terms))
 
     def shifted(self, offset: Any) -> Any:
@@ -355,9 +356,9 @@ class LazyProducts(Elementwise):
         return replace(self, terms=self._weighed(mine) + found._weighed(theirs * sign), factor=1.0, dtype=dtype)
 
     def _plus_values(self, values: Tensor, sign: float) -> Any:
-        if not _alike(self, values) or self.finite or self.skipped is not None or not is_number(self.factor):
+        if not alike(self, values) or self.finite or self.skipped is not None or not is_number(self.factor):
             return NotImplemented
-        return replace(self, terms=(*self._weighed(self.factor), _Term(sign, None, _Dense(values))), factor=1.0)
+        return replace(self, terms=(*self._weighed(self.factor), _Term(sign, None, Dense(values))), factor=1.0)
 
     def times(self, other: LazyTensor) -> Any:
         """With a softmax."""
@@ -380,17 +381,17 @@ class LazyProducts(Elementwise):
 
     def without_entries(self, mask: Any) -> Any:
         """0 where ``mask``, one for each entry, says so: in what exists, where all terms are of that."""
-        if not _alike(self, mask) or mask.dtype != torch.bool:
+        if not alike(self, mask) or mask.dtype != torch.bool:
             return NotImplemented
         for _, a, b in self.terms:
             finite = isinstance(b, LinearLogits) and b.rest.bias is None  # else 0·(−inf)
-            if isinstance(a, LinearLogits) or not (isinstance(b, _Dense) or (a is not None and finite)):
+            if isinstance(a, LinearLogits) or not (isinstance(b, Dense) or (a is not None and finite)):
                 return NotImplemented
         if not is_number(self.fill) or self.fill != 0:
             return NotImplemented
 
         def masked(x: Any) -> Any:
-            return _Dense(x.elements().masked_fill(mask, 0)) if isinstance(x, _Dense) else x
+            return Dense(x.elements().masked_fill(mask, 0)) if isinstance(x, Dense) else x
 
         # Whole tokens, where a nan may stand in what does not exist.
         whole = mask.all(self.vocab_dim)
@@ -423,7 +424,7 @@ class LazyProducts(Elementwise):
                 sums.append((c, self._sum_without_softmax(a, b)))
             elif own:
                 sums.append((-c, a.statistic("entropy")))
-            elif isinstance(b, _Dense):
+            elif isinstance(b, Dense):
                 return NotImplemented
             elif isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in self.finite)):
                 sums.append((-c, _divergence(b, a, "cross_entropy")))
@@ -437,9 +438,9 @@ class LazyProducts(Elementwise):
         filled = self if is_number(self.fill) else replace(self, fill=self.fill * count)
         return filled._filled(sum(c * found for c, found in sums))
 
-    def _sum_without_softmax(self, a: _Dense | None, b: LinearLogits | LazyMixture | _Distance | _Dense) -> Any:
+    def _sum_without_softmax(self, a: Dense | None, b: LinearLogits | LazyMixture | _Distance | Dense) -> Any:
         """Summed with weights that exist, or none."""
-        if isinstance(b, _Dense):
+        if isinstance(b, Dense):
             weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
             return weighed.sum(self.vocab_dim, dtype=wide_dtype(self.device))
         if isinstance(b, _Distance) and a is None:
@@ -451,7 +452,7 @@ class LazyProducts(Elementwise):
 
 def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
     """Its tensors, and what makes it of them again: a function, for lazy tensors that are compared are made."""
-    held = [y for t in x.terms for y in (t.softmax, t.log_softmax) if isinstance(y, _Dense)]
+    held = [y for t in x.terms for y in (t.softmax, t.log_softmax) if isinstance(y, Dense)]
     numbers = [t for t in (x.factor, x.fill) if isinstance(t, Tensor)]
     return [*(y.elements() for y in held), *numbers], functools.partial(_unflattened, x)
 
@@ -462,7 +463,7 @@ def _unflattened(x: LazyProducts, leaves: Any) -> Any:
         return None if len(left) == 1 else tuple(left)  # what was mapped to no tensors
 
     def again(y: Any) -> Any:
-        return _Dense(left.pop(0)) if isinstance(y, _Dense) else y
+        return Dense(left.pop(0)) if isinstance(y, Dense) else y
 
     terms = tuple(_Term(c, again(a), again(b)) for c, a, b in x.terms)
     factor, fill = (left.pop(0) if isinstance(t, Tensor) else t for t in (x.factor, x.fill))
@@ -496,7 +497,7 @@ def _kl_sums(kls: list[Any]) -> list[Any]:
         if isinstance(b, LinearLogits):
             sums.append((c, _divergence(b, a, "forward_kl")))
             continue
-        if isinstance(b, _Dense):  # whose exponentials may sum to anything
+        if isinstance(b, Dense):  # whose exponentials may sum to anything
             logits = b.elements().movedim(a.vocab_dim, -1)
             sums += [
                 (c, _divergence(a, logits, "reverse_kl")),
@@ -532,7 +533,7 @@ def _same(x: Any, y: Any) -> bool:
     return x is y or (isinstance(x, LinearLogits) and isinstance(y, LinearLogits) and same_logits(x, y))
 
 
-def _alike(x: LazyTensor, t: Any) -> bool:
+def alike(x: LazyTensor, t: Any) -> bool:
     """Whether ``t`` is a tensor with a number for each of ``x``."""
     return isinstance(t, Tensor) and t.shape == x.shape and t.device == x.device and not t.is_complex()
 
@@ -648,9 +649,9 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
 
 def weighed_values(softmax: Any, values: Any) -> Any:
     """``softmax · L``."""
-    if not softmax.unshifted or not _alike(softmax, values):
+    if not softmax.unshifted or not alike(softmax, values):
         return NotImplemented
-    return LazyProducts((_Term(1.0, softmax.base, _Dense(values)),), softmax.dtype, softmax.factor)
+    return LazyProducts((_Term(1.0, softmax.base, Dense(values)),), softmax.dtype, softmax.factor)
 
 
 def as_products(x: LazyTensor) -> Any:
@@ -663,189 +664,6 @@ def as_products(x: LazyTensor) -> Any:
         return NotImplemented
     softmax = x.base if x.form == "p_log_p" else None
     return LazyProducts((_Term(1.0, softmax, x.base),), x.dtype, x.factor)
-
-
-@dataclass(eq=False, repr=False)
-class LazyMask(Derived):
-    """Where one of these logits is infinite, one of those nan, or a mask that exists says so."""
-
-    infinite: tuple[LinearLogits, ...]
-    nan: tuple[LinearLogits, ...] = ()
-    dense: _Dense | None = None
-    like: LinearLogits | None = None  # whose shape it has, where it was changed
-    dtype = torch.bool
-    requires_grad = False
-
-    @property
-    def base(self) -> LinearLogits:
-        return next(z for z in (*self.infinite, *self.nan, self.like) if z is not None)
-
-    def __repr__(self) -> str:
-        return f"LazyMask({tuple(self.shape)}, {len(self.infinite + self.nan)} logits like {self.base})"
-
-    def materialize(self) -> Tensor:
-        masks = [z.elements().isinf() for z in self.infinite] + [z.elements().isnan() for z in self.nan]
-        masks += [] if self.dense is None else [self.dense.elements()]
-        return functools.reduce(torch.logical_or, masks)
-
-    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
-        infinite, nan = (tuple(z.mapped(fn, vocab_dim, view=view) for z in of) for of in (self.infinite, self.nan))
-        dense = None if self.dense is None else _Dense(fn(self.dense.elements()))
-        like = None if self.like is None else self.like.mapped(fn, vocab_dim, view=view)
-        return self.aliasing(LazyMask(infinite, nan, dense, like), view)
-
-    def with_dtype(self, dtype: torch.dtype) -> Any:
-        return NotImplemented
-
-    def detach(self) -> LazyMask:
-        return self
-
-    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
-        if self.fixed:
-            return NotImplemented
-        report(name, self)
-        elements = self.materialize()
-        change(elements)
-        return self.become(LazyMask((), (), _Dense(elements), self.base) if elements.shape == self.shape else None)
-
-    def union(self, other: Any) -> Any:
-        if isinstance(other, LazyMask) and fit(self.base, other.base):
-            mask = LazyMask(self.infinite + other.infinite, self.nan + other.nan, self.dense, self.like)
-            return mask if other.dense is None else mask.union(other.dense.elements())
-        if not _alike(self, other) or other.dtype != torch.bool:
-            return NotImplemented
-        return replace(self, dense=_Dense(other if self.dense is None else self.dense.elements() | other))
-
-    def emptied(self, z: LinearLogits) -> Any:
-        """``z`` with 0 for all that is not finite. Without a bias that is all of a token, by its hidden states."""
-        both = all(len(of) == 1 and same_logits(of[0], z) for of in (self.infinite, self.nan))
-        plain = z.rest.bias is None and z.rest.low_rank is None and z.softcap is None
-        if not both or not plain or self.dense is not None:
-            return NotImplemented
-        finite = z.hidden.isfinite().all(-1, keepdim=True)
-        return z._but(z.hidden.masked_fill(~finite, 0))
-
-
-@dataclass(eq=False, repr=False)
-class LazyCondition(Derived):
-    """Where x is a number (``x == x``) or a finite one."""
-
-    base: Any
-    finite: bool
-    dtype = torch.bool
-    requires_grad = False
-
-    def __repr__(self) -> str:
-        return f"LazyCondition({tuple(self.shape)}, where {'finite' if self.finite else 'a number'}, {self.base})"
-
-    def materialize(self) -> Tensor:
-        x = self.base.materialize()
-        return x.isfinite() if self.finite else ~x.isnan()
-
-    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyCondition:
-        return self.aliasing(replace(self, base=self.base.mapped(fn, vocab_dim, view=view)), view)
-
-    def with_dtype(self, dtype: torch.dtype) -> Any:
-        return NotImplemented
-
-    def detach(self) -> LazyCondition:
-        return self
-
-    def everywhere(self) -> Any:
-        """``token_shape``: whether all entries are."""
-        x = self.base
-        if isinstance(x, LinearLogits) and self.finite:  # a nan is the largest
-            largest, smallest = (x.topk_ids(1, largest)[0].squeeze(-1) for largest in (True, False))
-            return largest.isfinite() & smallest.isfinite()
-        if isinstance(x, LinearLogits):
-            return ~x.statistic("max_logit").isnan()
-        normal = x.form == "log_softmax" and x.bare and not self.finite
-        return x.base.statistic("logsumexp").isfinite() if normal else NotImplemented
-
-
-@answers("eq", "__eq__")
-def eq(x: LazyTensor, other: Any) -> Any:
-    """With itself, as ``torch.distributions`` looks for nan."""
-    from .log_softmax import LazyExpression
-
-    own = other is x and isinstance(x, (LinearLogits, LazyExpression))
-    return LazyCondition(x.with_dtype(x.dtype), finite=False) if own else NotImplemented
-
-
-@answers("isfinite")
-def isfinite(x: LazyTensor) -> Any:
-    return LazyCondition(x.with_dtype(x.dtype), finite=True) if isinstance(x, LinearLogits) else NotImplemented
-
-
-@answers("all")
-def all_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    if not isinstance(x, LazyCondition) or not (
-        dim is None or (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim)
-    ):
-        return NotImplemented
-    found = x.everywhere()
-    if found is NotImplemented or dim is None:
-        return found if found is NotImplemented else found.all()
-    return found.unsqueeze(x.vocab_dim) if keepdim else found
-
-
-@answers("isinf")
-def isinf(x: LazyTensor) -> Any:
-    # A copy, which mul_ and div_ of the given one do not change.
-    return LazyMask((x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
-
-
-@answers("isnan")
-def isnan(x: LazyTensor) -> Any:
-    return LazyMask((), (x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
-
-
-@answers("any")
-def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
-    if not isinstance(x, LazyMask) or x.infinite or x.dense is not None:
-        return NotImplemented
-    if dim is not None and not (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim):
-        return NotImplemented
-    found = torch.stack([z.detach().statistic("max_logit").isnan() for z in x.nan]).any(0)
-    return found.any() if dim is None else found.unsqueeze(x.vocab_dim) if keepdim else found
-
-
-@answers("__or__", "logical_or", "bitwise_or", anywhere=True)
-def or_(input: Any, other: Any) -> Any:
-    mask, other = (input, other) if isinstance(input, LazyMask) else (other, input)
-    return mask.union(other) if isinstance(mask, LazyMask) else NotImplemented
-
-
-@answers("__ior__", "logical_or_", "bitwise_or_")
-def or_in_place(x: LazyTensor, other: Any) -> Any:
-    return x.become(or_(x, other))
-
-
-@answers("masked_fill")
-def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
-    """0 where logits are infinite, which ``0 · (−inf)`` is not, for whole tokens, or in what exists beside lazy logits."""
-    number = number_of(value) if not isinstance(value, Tensor) or value.ndim == 0 else NotImplemented
-    if number is NotImplemented or number != 0:
-        return NotImplemented
-    if isinstance(x, LinearLogits):
-        return mask.emptied(x) if isinstance(mask, LazyMask) else NotImplemented
-    found = as_products(x)
-    if found is NotImplemented:
-        return NotImplemented
-    if isinstance(mask, LazyMask):
-        if found.finite or mask.nan or not fit(found.base, mask.base):
-            return NotImplemented
-        found = found if mask.dense is None else found.without_entries(mask.dense.elements())
-        return found if found is NotImplemented else replace(found, finite=mask.infinite)
-    tokens = per_token_number(found, mask)
-    if tokens is NotImplemented:
-        return found.without_entries(mask)
-    return replace(found, skipped=tokens != 0) if found.skipped is None else NotImplemented
-
-
-@answers("masked_fill_")
-def masked_fill_(x: LazyTensor, mask: Any, value: Any) -> Any:
-    return x.become(masked_fill(x, mask, value))
 
 
 def elementwise_kl(input: Any, target: Any) -> Any:

@@ -3,8 +3,8 @@
 What PyTorch is asked to do with such a tensor arrives in ``__torch_function__`` under the function's name, and
 ``HANDLERS`` says who answers. Whatever has no handler, or one that says ``NotImplemented``, is computed by PyTorch on the
 materialised tensor, with a warning. The answers here concern metadata and arithmetic by numbers; those that concern the
-shape are in ``lazy_views.py``, joining in ``linear_logits.py`` and ``lazy_products.py``, reductions and losses in
-``log_softmax.py``.
+shape are in ``lazy_views.py``, joining in ``linear_logits.py`` and ``lazy_products.py``, conditions and masks in
+``lazy_masks.py``, reductions and losses in ``log_softmax.py``.
 """
 
 from __future__ import annotations
@@ -438,6 +438,16 @@ def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
     if not -n <= dim < n:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {dim})")
     return dim % n
+
+
+def over_vocab(x: LazyTensor, dim: Any) -> bool:
+    """Whether a reduction over ``dim`` is over the vocabulary, or over all."""
+    return dim is None or (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim)
+
+
+def kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
+    """``t (*token_shape)``, reduced over the vocabulary of ``x``, with a dimension of 1 there if ``keepdim``."""
+    return t.unsqueeze(x.vocab_dim) if keepdim else t
 
 
 def from_front(x: LazyTensor, ids: Tensor, dim: int | None = None) -> Tensor:

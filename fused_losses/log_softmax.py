@@ -33,7 +33,6 @@ from .autodiff import transforms_active
 from .lazy_products import (
     LARGEST_LOG,
     Elementwise,
-    LazyMask,
     LazyMixture,
     LazyProducts,
     LazyStack,
@@ -42,7 +41,6 @@ from .lazy_products import (
     elementwise_kl,
     fit,
     logaddexp,
-    masked_fill,
     minimum,
     mixture,
     times_log,
@@ -55,7 +53,9 @@ from .lazy_tensor import (
     from_front,
     is_lazy,
     is_number,
+    kept,
     multiplied,
+    over_vocab,
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
@@ -411,11 +411,7 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
     lse = lse.to(x.dtype, copy=True)  # callers write into what they get
     if isinstance(x, LinearLogits):
         x.normalise_by(lse)
-    return _kept(lse, x, keepdim)
-
-
-def _kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
-    return t.unsqueeze(x.vocab_dim) if keepdim else t
+    return kept(lse, x, keepdim)
 
 
 @answers("sum")
@@ -474,7 +470,7 @@ def argmax(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool 
         return NotImplemented
     with torch.no_grad():
         found = _extreme(x, 1, largest)
-    return found if found is NotImplemented else _kept(found[1].squeeze(-1), x, keepdim)
+    return found if found is NotImplemented else kept(found[1].squeeze(-1), x, keepdim)
 
 
 @answers("argmin")
@@ -484,16 +480,13 @@ def argmin(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
 
 @answers("max")
 def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
-    whole = dim is None
-    if not whole and (not isinstance(dim, int) or wrap_dim(x, dim) != x.vocab_dim):
-        return NotImplemented
-    found = _extreme(x, 1, largest)
+    found = _extreme(x, 1, largest) if over_vocab(x, dim) else NotImplemented
     if found is NotImplemented:
         return NotImplemented
     x.remember(*found)
-    if whole:
+    if dim is None:
         return found[0].max() if largest else found[0].min()
-    values, ids = (_kept(t.squeeze(-1), x, keepdim) for t in found)
+    values, ids = (kept(t.squeeze(-1), x, keepdim) for t in found)
     return torch.return_types.max((values, ids)) if largest else torch.return_types.min((values, ids))
 
 
@@ -524,21 +517,6 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
     x.remember(*found)
     values, ids = (t.movedim(-1, x.vocab_dim) for t in found)
     return torch.return_types.topk((values, ids))
-
-
-@answers("where", anywhere=True)
-def where(*args: Any, **kwargs: Any) -> Any:
-    """0 for whole tokens; a method has the condition in second place."""
-    method = len(args) > 0 and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
-    names = ("input", "condition", "other") if method else ("condition", "input", "other")
-    given: Any = kwargs | dict(zip(names, args, strict=False))
-    condition, input, other = (given.get(name) for name in ("condition", "input", "other"))
-    tokens = isinstance(condition, Tensor) and condition.dtype == torch.bool
-    if not (tokens or isinstance(condition, LazyMask)) or is_lazy(input) == is_lazy(other):
-        return NotImplemented
-    if is_lazy(other):
-        return masked_fill(other, condition, input)
-    return masked_fill(input, ~condition, other) if tokens else NotImplemented
 
 
 # Losses

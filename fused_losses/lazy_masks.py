@@ -1,0 +1,217 @@
+"""Where lazy logits are infinite, nan or masked, as hand-written losses and ``torch.distributions`` ask; and what they fill."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .lazy_products import Dense, alike, as_products, fit
+from .lazy_tensor import (
+    Derived,
+    LazyTensor,
+    answers,
+    is_lazy,
+    kept,
+    number_of,
+    over_vocab,
+    per_token_number,
+    report,
+)
+from .linear_logits import LinearLogits, same_logits
+
+
+@dataclass(eq=False, repr=False)
+class LazyMask(Derived):
+    """Where one of these logits is infinite, one of those nan, or a mask that exists says so."""
+
+    infinite: tuple[LinearLogits, ...]
+    nan: tuple[LinearLogits, ...] = ()
+    dense: Dense | None = None
+    like: LinearLogits | None = None  # whose shape it has, where it was changed
+    dtype = torch.bool
+    requires_grad = False
+
+    @property
+    def base(self) -> LinearLogits:
+        return next(z for z in (*self.infinite, *self.nan, self.like) if z is not None)
+
+    def __repr__(self) -> str:
+        return f"LazyMask({tuple(self.shape)}, {len(self.infinite + self.nan)} logits like {self.base})"
+
+    def materialize(self) -> Tensor:
+        masks = [z.elements().isinf() for z in self.infinite] + [z.elements().isnan() for z in self.nan]
+        masks += [] if self.dense is None else [self.dense.elements()]
+        return functools.reduce(torch.logical_or, masks)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
+        infinite, nan = (tuple(z.mapped(fn, vocab_dim, view=view) for z in of) for of in (self.infinite, self.nan))
+        dense = None if self.dense is None else Dense(fn(self.dense.elements()))
+        like = None if self.like is None else self.like.mapped(fn, vocab_dim, view=view)
+        return self.aliasing(LazyMask(infinite, nan, dense, like), view)
+
+    def with_dtype(self, dtype: torch.dtype) -> Any:
+        return NotImplemented
+
+    def detach(self) -> LazyMask:
+        return self
+
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        if self.fixed:
+            return NotImplemented
+        report(name, self)
+        elements = self.materialize()
+        change(elements)
+        return self.become(LazyMask((), (), Dense(elements), self.base) if elements.shape == self.shape else None)
+
+    def union(self, other: Any) -> Any:
+        if isinstance(other, LazyMask) and fit(self.base, other.base):
+            mask = LazyMask(self.infinite + other.infinite, self.nan + other.nan, self.dense, self.like)
+            return mask if other.dense is None else mask.union(other.dense.elements())
+        if not alike(self, other) or other.dtype != torch.bool:
+            return NotImplemented
+        return replace(self, dense=Dense(other if self.dense is None else self.dense.elements() | other))
+
+    def emptied(self, z: LinearLogits) -> Any:
+        """``z`` with 0 for all that is not finite. Without a bias that is all of a token, by its hidden states."""
+        both = all(len(of) == 1 and same_logits(of[0], z) for of in (self.infinite, self.nan))
+        plain = z.rest.bias is None and z.rest.low_rank is None and z.softcap is None
+        if not both or not plain or self.dense is not None:
+            return NotImplemented
+        finite = z.hidden.isfinite().all(-1, keepdim=True)
+        return z._but(z.hidden.masked_fill(~finite, 0))
+
+
+@dataclass(eq=False, repr=False)
+class LazyCondition(Derived):
+    """Where x is a number (``x == x``) or a finite one."""
+
+    base: Any
+    finite: bool
+    dtype = torch.bool
+    requires_grad = False
+
+    def __repr__(self) -> str:
+        return f"LazyCondition({tuple(self.shape)}, where {'finite' if self.finite else 'a number'}, {self.base})"
+
+    def materialize(self) -> Tensor:
+        x = self.base.materialize()
+        return x.isfinite() if self.finite else ~x.isnan()
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyCondition:
+        return self.aliasing(replace(self, base=self.base.mapped(fn, vocab_dim, view=view)), view)
+
+    def with_dtype(self, dtype: torch.dtype) -> Any:
+        return NotImplemented
+
+    def detach(self) -> LazyCondition:
+        return self
+
+    def everywhere(self) -> Any:
+        """``token_shape``: whether all entries are."""
+        x = self.base
+        if isinstance(x, LinearLogits) and self.finite:  # a nan is the largest
+            largest, smallest = (x.topk_ids(1, largest)[0].squeeze(-1) for largest in (True, False))
+            return largest.isfinite() & smallest.isfinite()
+        if isinstance(x, LinearLogits):
+            return ~x.statistic("max_logit").isnan()
+        normal = x.form == "log_softmax" and x.bare and not self.finite
+        return x.base.statistic("logsumexp").isfinite() if normal else NotImplemented
+
+
+@answers("eq", "__eq__")
+def eq(x: LazyTensor, other: Any) -> Any:
+    """With itself, as ``torch.distributions`` looks for nan."""
+    from .log_softmax import LazyExpression
+
+    own = other is x and isinstance(x, (LinearLogits, LazyExpression))
+    return LazyCondition(x.with_dtype(x.dtype), finite=False) if own else NotImplemented
+
+
+@answers("isfinite")
+def isfinite(x: LazyTensor) -> Any:
+    return LazyCondition(x.with_dtype(x.dtype), finite=True) if isinstance(x, LinearLogits) else NotImplemented
+
+
+@answers("all")
+def all_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    found = x.everywhere() if isinstance(x, LazyCondition) and over_vocab(x, dim) else NotImplemented
+    if found is NotImplemented:
+        return found
+    return found.all() if dim is None else kept(found, x, keepdim)
+
+
+@answers("isinf")
+def isinf(x: LazyTensor) -> Any:
+    # A copy, which mul_ and div_ of the given one do not change.
+    return LazyMask((x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
+
+
+@answers("isnan")
+def isnan(x: LazyTensor) -> Any:
+    return LazyMask((), (x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
+
+
+@answers("any")
+def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
+    if not isinstance(x, LazyMask) or x.infinite or x.dense is not None or not over_vocab(x, dim):
+        return NotImplemented
+    found = torch.stack([z.detach().statistic("max_logit").isnan() for z in x.nan]).any(0)
+    return found.any() if dim is None else kept(found, x, keepdim)
+
+
+@answers("__or__", "logical_or", "bitwise_or", anywhere=True)
+def or_(input: Any, other: Any) -> Any:
+    mask, other = (input, other) if isinstance(input, LazyMask) else (other, input)
+    return mask.union(other) if isinstance(mask, LazyMask) else NotImplemented
+
+
+@answers("__ior__", "logical_or_", "bitwise_or_")
+def or_in_place(x: LazyTensor, other: Any) -> Any:
+    return x.become(or_(x, other))
+
+
+@answers("masked_fill")
+def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
+    """0 where logits are infinite, which ``0 · (−inf)`` is not, for whole tokens, or in what exists beside lazy logits."""
+    number = number_of(value) if not isinstance(value, Tensor) or value.ndim == 0 else NotImplemented
+    if number is NotImplemented or number != 0:
+        return NotImplemented
+    if isinstance(x, LinearLogits):
+        return mask.emptied(x) if isinstance(mask, LazyMask) else NotImplemented
+    found = as_products(x)
+    if found is NotImplemented:
+        return NotImplemented
+    if isinstance(mask, LazyMask):
+        if found.finite or mask.nan or not fit(found.base, mask.base):
+            return NotImplemented
+        found = found if mask.dense is None else found.without_entries(mask.dense.elements())
+        return found if found is NotImplemented else replace(found, finite=mask.infinite)
+    tokens = per_token_number(found, mask)
+    if tokens is NotImplemented:
+        return found.without_entries(mask)
+    return replace(found, skipped=tokens != 0) if found.skipped is None else NotImplemented
+
+
+@answers("masked_fill_")
+def masked_fill_(x: LazyTensor, mask: Any, value: Any) -> Any:
+    return x.become(masked_fill(x, mask, value))
+
+
+@answers("where", anywhere=True)
+def where(*args: Any, **kwargs: Any) -> Any:
+    """0 for whole tokens; a method has the condition in second place."""
+    method = len(args) > 0 and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
+    names = ("input", "condition", "other") if method else ("condition", "input", "other")
+    given: Any = kwargs | dict(zip(names, args, strict=False))
+    condition, input, other = (given.get(name) for name in ("condition", "input", "other"))
+    tokens = isinstance(condition, Tensor) and condition.dtype == torch.bool
+    if not (tokens or isinstance(condition, LazyMask)) or is_lazy(input) == is_lazy(other):
+        return NotImplemented
+    if is_lazy(other):
+        return masked_fill(other, condition, input)
+    return masked_fill(input, ~condition, other) if tokens else NotImplemented
