@@ -4,7 +4,8 @@ What PyTorch is asked to do with such a tensor arrives in ``__torch_function__``
 ``HANDLERS`` says who answers. Whatever has no handler, or one that says ``NotImplemented``, is computed by PyTorch on the
 materialised tensor, with a warning. The answers here concern metadata and arithmetic by numbers; those that concern the
 shape are in ``lazy_views.py``, joining in ``linear_logits.py`` and ``lazy_products.py``, conditions and masks in
-``lazy_masks.py``, reductions and losses in ``log_softmax.py``.
+``lazy_masks.py``, softmaxes and functions of each entry in ``log_softmax.py``, reductions in ``lazy_reductions.py``, losses in
+``lazy_losses.py``.
 """
 
 from __future__ import annotations

@@ -970,6 +970,8 @@ class LinearHead(nn.Linear):
         )
 
 
-from . import lazy_masks as _lazy_masks  # noqa: E402, F401  the rest of the answers
+from . import lazy_losses as _lazy_losses  # noqa: E402, F401  the rest of the answers
+from . import lazy_masks as _lazy_masks  # noqa: E402, F401
+from . import lazy_reductions as _lazy_reductions  # noqa: E402, F401
 from . import lazy_views as _lazy_views  # noqa: E402, F401
 from . import log_softmax as _log_softmax  # noqa: E402, F401

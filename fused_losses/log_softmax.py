@@ -26,22 +26,15 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .autodiff import transforms_active
 from .lazy_products import (
     LARGEST_LOG,
     Elementwise,
     LazyMixture,
     LazyProducts,
-    LazyStack,
     as_products,
-    cross_entropy_with,
-    elementwise_kl,
-    fit,
-    logaddexp,
-    minimum,
     mixture,
     times_log,
     weighed_values,
@@ -53,14 +46,12 @@ from .lazy_tensor import (
     from_front,
     is_lazy,
     is_number,
-    kept,
     multiplied,
-    over_vocab,
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
-from .numerics import autocast_dtype, check_label_smoothing, check_reduction, statistics_dtype, upcast, wide_dtype
+from .numerics import autocast_dtype
 
 
 class _Form(NamedTuple):
@@ -275,7 +266,7 @@ pytree.register_pytree_node(
 )
 
 
-def _logits(x: LazyTensor) -> Any:
+def logits_of(x: LazyTensor) -> Any:
     """The logits whose softmax ``x`` has."""
     if isinstance(x, LinearLogits):
         return x
@@ -289,7 +280,7 @@ def is_inference(x: LazyTensor) -> bool:
 
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:
     dtype = stacklevel if isinstance(stacklevel, torch.dtype) else dtype
-    base = _logits(x)
+    base = logits_of(x)
     if dim is None or wrap_dim(x, dim) != x.vocab_dim or base is NotImplemented:
         return NotImplemented
     if dtype is None and autocast_dtype(x.device):  # whose rule for softmax depends on the device
@@ -347,288 +338,3 @@ def clamp(x: LazyTensor, min: Any = None, max: Any = None) -> Any:
 def tanh(x: LazyTensor) -> Any:
     unbounded = isinstance(x, LinearLogits) and x.softcap is None and not isinstance(x.temperature, Tensor)
     return LazyExpression(x, "tanh") if unbounded else NotImplemented  # type: ignore[arg-type]
-
-
-@answers("gather")
-def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
-    if index.ndim != x.ndim:
-        raise RuntimeError(
-            f"gather from {tuple(x.shape)} needs an index with as many dimensions, got {tuple(index.shape)}: write "
-            "index.unsqueeze(-1) for one id per token"
-        )
-    if wrap_dim(x, dim) != x.vocab_dim:
-        return _gathered_tokens(x, dim, index)
-    ids = index.movedim(x.vocab_dim, -1)
-    if ids.shape[:-1] != x.token_shape:
-        return NotImplemented
-    values = x.values_at(ids)
-    if values is NotImplemented:
-        return values
-    values = values.to(x.dtype).movedim(-1, x.vocab_dim)
-    x.remember(values, ids)
-    return values
-
-
-def _gathered_tokens(x: LazyTensor, dim: int, index: Tensor) -> Any:
-    """Along another dimension, where the index is the same for all of the vocabulary: ``expand`` made it."""
-    at, V = x.vocab_dim, x.shape[x.vocab_dim]
-    if index.shape[at] != V or (V != 1 and index.stride(at) != 0):
-        return NotImplemented
-    one = index.narrow(at, 0, 1)
-    return x.mapped(
-        lambda t: t.gather(dim, one.expand(*one.shape[:at], t.shape[at], *one.shape[at + 1 :])), at, view=False
-    )
-
-
-@answers("take_along_dim")
-def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> Any:
-    if dim is None or indices.ndim != x.ndim:
-        return NotImplemented
-    at = wrap_dim(x, dim)
-    indices = from_front(x, indices, at)
-    if at != x.vocab_dim:  # they broadcast
-        sizes = [n if d == at else x.shape[d] for d, n in enumerate(indices.shape)]
-        if any(n not in (1, size) for n, size in zip(indices.shape, sizes, strict=True)):
-            return NotImplemented
-        indices = indices.expand(sizes)
-    return gather(x, at, indices)
-
-
-def _dims(x: LazyTensor, dim: Any) -> list[int]:
-    dims = range(x.ndim) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
-    return [wrap_dim(x, d) for d in dims]
-
-
-@answers("logsumexp", "special_logsumexp")
-def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
-    if isinstance(x, LazyStack):
-        return x.reduced(logaddexp, _dims(x, dim), keepdim)
-    if _dims(x, dim) != [x.vocab_dim] or not isinstance(x, (LinearLogits, LazyExpression)):
-        return NotImplemented
-    lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.log_total()
-    if lse is NotImplemented:
-        return lse
-    lse = lse.to(x.dtype, copy=True)  # callers write into what they get
-    if isinstance(x, LinearLogits):
-        x.normalise_by(lse)
-    return kept(lse, x, keepdim)
-
-
-@answers("sum")
-def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    dims = _dims(x, dim)
-    if isinstance(x, LazyStack):
-        found = x.reduced(lambda a, b: a.plus(b, 1.0), dims, keepdim)
-        return found if found is NotImplemented or dtype is None else found.with_dtype(dtype)
-    total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
-    return total if total is NotImplemented else _rest_of_sum(x, total, dims, keepdim, dtype)
-
-
-def _rest_of_sum(x: LazyTensor, total: Tensor, dims: list[int], keepdim: bool, dtype: Any) -> Tensor:
-    """Of the sums over the vocabulary ``token_shape``, those over ``dims``, the vocabulary's among them."""
-    return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
-
-
-@answers("nansum")
-def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Without the tokens whose hidden states have a nan, and so all their logits; a nan in the head stays one."""
-    dims = _dims(x, dim)
-    if not isinstance(x, LinearLogits) or x.vocab_dim not in dims:
-        return NotImplemented
-    return _rest_of_sum(x, x.vocab_sum().masked_fill(x.hidden.isnan().any(-1), 0), dims, keepdim, dtype)
-
-
-@answers("mean")
-def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    total = sum_(x, dim, keepdim, dtype=statistics_dtype(x.dtype))
-    count = math.prod([x.shape[d] for d in _dims(x, dim)])
-    return total if total is NotImplemented else (total / count).to(dtype or x.dtype)
-
-
-def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
-    """Values, differentiable, and ids of the largest or smallest entries, ``(*token_shape, k)``."""
-    if isinstance(x, LazyExpression):
-        monotone = x.form in ("logits", "log_softmax", "softmax") and is_number(x.factor) and x.factor > 0
-        if not monotone:
-            return NotImplemented
-        values, ids = _extreme(x.base.with_dtype(x.wide), k, largest)
-        factor, offset = x._coefficients(-1)
-        values = values * factor + offset if x.form == "logits" else x.values_at(ids)
-        return values.to(x.dtype), ids
-    if not isinstance(x, LinearLogits):
-        return NotImplemented
-    values, ids = x.topk_ids(k, largest)
-    if (x.requires_grad or transforms_active()) and torch.is_grad_enabled():
-        same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
-        values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))
-    return values.to(x.dtype), ids
-
-
-@answers("argmax")
-def argmax(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
-    if dim is None or wrap_dim(x, dim) != x.vocab_dim:
-        return NotImplemented
-    with torch.no_grad():
-        found = _extreme(x, 1, largest)
-    return found if found is NotImplemented else kept(found[1].squeeze(-1), x, keepdim)
-
-
-@answers("argmin")
-def argmin(x: LazyTensor, dim: Any = None, keepdim: bool = False) -> Any:
-    return argmax(x, dim, keepdim, largest=False)
-
-
-@answers("max")
-def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = True) -> Any:
-    found = _extreme(x, 1, largest) if over_vocab(x, dim) else NotImplemented
-    if found is NotImplemented:
-        return NotImplemented
-    x.remember(*found)
-    if dim is None:
-        return found[0].max() if largest else found[0].min()
-    values, ids = (kept(t.squeeze(-1), x, keepdim) for t in found)
-    return torch.return_types.max((values, ids)) if largest else torch.return_types.min((values, ids))
-
-
-@answers("min", anywhere=True)
-def min_(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    if is_lazy(dim):
-        return minimum(input, dim)
-    return max_(input, dim, keepdim, largest=False) if is_lazy(input) else NotImplemented
-
-
-@answers("amax")
-def amax(x: LazyTensor, dim: Any = (), keepdim: bool = False) -> Any:
-    if dim == () and not keepdim:
-        return max_(x)
-    found = max_(x, *_dims(x, dim), keepdim) if len(_dims(x, dim)) == 1 else NotImplemented
-    return found if found is NotImplemented else found.values
-
-
-@answers("topk")
-def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True) -> Any:
-    if wrap_dim(x, dim) != x.vocab_dim:
-        return NotImplemented
-    if not 0 <= k <= x.shape[x.vocab_dim]:
-        raise RuntimeError(f"selected index k={k} out of range for {x.shape[x.vocab_dim]} entries")
-    found = _extreme(x, k, largest)
-    if found is NotImplemented:
-        return NotImplemented
-    x.remember(*found)
-    values, ids = (t.movedim(-1, x.vocab_dim) for t in found)
-    return torch.return_types.topk((values, ids))
-
-
-# Losses
-
-
-@answers("cross_entropy")
-def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
-    from .cross_entropy import cross_entropy as fused
-
-    logits = _logits(x)
-    if logits is NotImplemented:
-        return NotImplemented
-    other_classes = x.vocab_dim != (0 if x.ndim == 1 else 1)
-    if other_classes and target.shape in (x.shape, x.shape[:1] + x.shape[2:]):
-        return NotImplemented
-    if is_lazy(target):
-        return _cross_entropy_with_softmax(logits, target, weight, *args, **kwargs)
-    return fused(logits, target, weight, *args, **kwargs)
-
-
-def _cross_entropy_with_softmax(
-    x: LinearLogits,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    """``−Σ t log p`` with the probabilities of another head."""
-    from .cross_entropy import result_dtype
-
-    softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
-    if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
-        return NotImplemented
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    check_reduction(reduction)
-    check_label_smoothing(label_smoothing)
-    total = -LazyExpression(x, "log_softmax").times(target).vocab_sum()
-    if label_smoothing:
-        total = (1 - label_smoothing) * total - label_smoothing / x.rest.vocab * x.sum_log_probs()
-    reduced = {"none": total, "sum": total.sum(), "mean": total.mean()}
-    return reduced[reduction].to(result_dtype(x, target))
-
-
-@answers("nll_loss")
-def nll_loss(
-    x: LazyTensor,
-    target: Tensor,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-) -> Any:
-    log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
-    if not log_probs or not is_number(x.factor) or not is_number(x.offset) or x.offset != 0:
-        return NotImplemented
-    if target.is_floating_point():  # of which cross_entropy would take the soft labels' loss
-        raise RuntimeError(
-            f"nll_loss of {tuple(x.shape)} expects int64 or uint8 class indices, got {target.dtype} {tuple(target.shape)}; "
-            "cross_entropy of the logits takes probabilities"
-        )
-    loss = cross_entropy(x.base.with_dtype(x.dtype), target, weight, size_average, ignore_index, reduce, reduction)
-    return loss if loss is NotImplemented else loss * x.factor
-
-
-@answers("kl_div", anywhere=True)
-def kl_div(
-    input: Any,
-    target: Any,
-    size_average: Any = None,
-    reduce: Any = None,
-    reduction: str = "mean",
-    log_target: bool = False,
-) -> Any:
-    """``Σ t (log t − log p)``: of probabilities that exist, the cross entropy with them less their entropy; of a lazy
-    teacher, the divergence of two heads."""
-    from .cross_entropy import result_dtype
-
-    log_probs = isinstance(input, LazyProducts)
-    log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
-    if reduction != "batchmean":
-        check_reduction(reduction)
-    dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
-    if log_probs and isinstance(target, LazyExpression):
-        fit(input.base, target.base)
-    if not (log_probs or dense) or target.shape != input.shape:
-        return NotImplemented
-    if is_lazy(target):
-        form = "log_softmax" if log_target else "softmax"
-        if not isinstance(target, LazyExpression) or target.form != form or not target.bare:
-            return NotImplemented
-        each = elementwise_kl(input, replace(target, form="softmax"))
-        total = each if each is NotImplemented or reduction == "none" else each.vocab_sum()
-    elif isinstance(input, LazyProducts) or not target.is_floating_point():
-        return NotImplemented
-    else:
-        t = upcast(target.exp() if log_target else target)
-        t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
-        if reduction == "none":
-            total = as_products(input).scaled(-1).scaled(t)
-            total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
-        else:
-            total = t_log_t.sum(dtype=wide_dtype(t.device)) + cross_entropy_with(input.base, t, "sum")
-    if total is NotImplemented:
-        return NotImplemented
-    if reduction == "none":
-        return total.with_dtype(result_dtype(input, target))
-    count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]
-    return (total.sum() / count).to(result_dtype(input, target))

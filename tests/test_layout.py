@@ -17,10 +17,10 @@ FAMILIES = (
 )  # fmt: skip
 PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_statistics")  # have cases in bench/ too
 INFRASTRUCTURE = {
-    "__init__", "autodiff", "data_parallel", "gradients_in_forward", "head", "lazy_masks", "lazy_products", "lazy_tensor",
-    "lazy_views", "library_tiles", "linear_logits_checks", "log_softmax", "modules", "numerics", "planning", "products",
-    "recompute", "row_divergence", "row_statistics", "settings", "sharded_weight", "tensor_parallel", "two_heads",
-    "vocab_parallel",
+    "__init__", "autodiff", "data_parallel", "gradients_in_forward", "head", "lazy_losses", "lazy_masks", "lazy_products",
+    "lazy_reductions", "lazy_tensor", "lazy_views", "library_tiles", "linear_logits_checks", "log_softmax", "modules",
+    "numerics", "planning", "products", "recompute", "row_divergence", "row_statistics", "settings", "sharded_weight",
+    "tensor_parallel", "two_heads", "vocab_parallel",
 }  # fmt: skip
 
 

@@ -1,0 +1,128 @@
+"""PyTorch's losses of lazy logits and their ``log_softmax``: ``cross_entropy``, ``nll_loss``, ``kl_div``."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .lazy_products import LazyProducts, as_products, cross_entropy_with, elementwise_kl, fit
+from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
+from .linear_logits import LinearLogits
+from .log_softmax import LazyExpression, logits_of
+from .numerics import check_label_smoothing, check_reduction, upcast, wide_dtype
+
+
+@answers("cross_entropy")
+def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+    from .cross_entropy import cross_entropy as fused
+
+    logits = logits_of(x)
+    if logits is NotImplemented:
+        return NotImplemented
+    other_classes = x.vocab_dim != (0 if x.ndim == 1 else 1)
+    if other_classes and target.shape in (x.shape, x.shape[:1] + x.shape[2:]):
+        return NotImplemented
+    if is_lazy(target):
+        return _cross_entropy_with_softmax(logits, target, weight, *args, **kwargs)
+    return fused(logits, target, weight, *args, **kwargs)
+
+
+def _cross_entropy_with_softmax(
+    x: LinearLogits,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    """``−Σ t log p`` with the probabilities of another head."""
+    from .cross_entropy import result_dtype
+
+    softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
+    if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
+        return NotImplemented
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    check_reduction(reduction)
+    check_label_smoothing(label_smoothing)
+    total = -LazyExpression(x, "log_softmax").times(target).vocab_sum()
+    if label_smoothing:
+        total = (1 - label_smoothing) * total - label_smoothing / x.rest.vocab * x.sum_log_probs()
+    reduced = {"none": total, "sum": total.sum(), "mean": total.mean()}
+    return reduced[reduction].to(result_dtype(x, target))
+
+
+@answers("nll_loss")
+def nll_loss(
+    x: LazyTensor,
+    target: Tensor,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+) -> Any:
+    log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
+    if not log_probs or not is_number(x.factor) or not is_number(x.offset) or x.offset != 0:
+        return NotImplemented
+    if target.is_floating_point():  # of which cross_entropy would take the soft labels' loss
+        raise RuntimeError(
+            f"nll_loss of {tuple(x.shape)} expects int64 or uint8 class indices, got {target.dtype} {tuple(target.shape)}; "
+            "cross_entropy of the logits takes probabilities"
+        )
+    loss = cross_entropy(x.base.with_dtype(x.dtype), target, weight, size_average, ignore_index, reduce, reduction)
+    return loss if loss is NotImplemented else loss * x.factor
+
+
+@answers("kl_div", anywhere=True)
+def kl_div(
+    input: Any,
+    target: Any,
+    size_average: Any = None,
+    reduce: Any = None,
+    reduction: str = "mean",
+    log_target: bool = False,
+) -> Any:
+    """``Σ t (log t − log p)``: of probabilities that exist, the cross entropy with them less their entropy; of a lazy
+    teacher, the divergence of two heads."""
+    from .cross_entropy import result_dtype
+
+    log_probs = isinstance(input, LazyProducts)
+    log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
+    if size_average is not None or reduce is not None:
+        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    if reduction != "batchmean":
+        check_reduction(reduction)
+    dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
+    if log_probs and isinstance(target, LazyExpression):
+        fit(input.base, target.base)
+    if not (log_probs or dense) or target.shape != input.shape:
+        return NotImplemented
+    if is_lazy(target):
+        form = "log_softmax" if log_target else "softmax"
+        if not isinstance(target, LazyExpression) or target.form != form or not target.bare:
+            return NotImplemented
+        each = elementwise_kl(input, replace(target, form="softmax"))
+        total = each if each is NotImplemented or reduction == "none" else each.vocab_sum()
+    elif isinstance(input, LazyProducts) or not target.is_floating_point():
+        return NotImplemented
+    else:
+        t = upcast(target.exp() if log_target else target)
+        t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
+        if reduction == "none":
+            total = as_products(input).scaled(-1).scaled(t)
+            total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
+        else:
+            total = t_log_t.sum(dtype=wide_dtype(t.device)) + cross_entropy_with(input.base, t, "sum")
+    if total is NotImplemented:
+        return NotImplemented
+    if reduction == "none":
+        return total.with_dtype(result_dtype(input, target))
+    count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]
+    return (total.sum() / count).to(result_dtype(input, target))
