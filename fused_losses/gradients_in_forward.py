@@ -128,6 +128,7 @@ def loss_and_gradients(
     accumulate: str | None,
     backend: str,
     main_grad: Tensor | None = None,  # (V, H) fp32, the gradient of the weight is added here
+    with_logits: bool = True,  # or over_logits makes them itself
 ) -> list[Tensor | None]:
     """Route ``gradients_in_forward``: the gradient of each of ``head.inputs``, or None, in its own dtype or a wider one.
 
@@ -158,7 +159,8 @@ def loss_and_gradients(
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_buffer[: part.stop - part.start]
         # On a CPU a third faster: the result stays in cache.
-        for piece in slices(V, max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))):
+        width = max(V, 1) if logits.is_cuda else max(BLOCK, CHUNK_ELEMENTS // len(logits))
+        for piece in slices(V, width) if with_logits else ():
             chunk.columns(piece).write_logits(logits[:, piece])
         before, factor = factor, over_logits(logits, chunk, of_ids, rows, factor)
         if before is not None and factor is not None:  # what was summed so far is brought to the new factor

@@ -185,7 +185,7 @@ class LazyMixture(Elementwise):
         return replace(self, dtype=dtype)
 
     def detach(self) -> LazyMixture:
-        return self.aliasing(self.each(LinearLogits.detach))
+        return self.aliasing(self.each(lambda z: z.detach()))
 
     def scaled(self, factor: Any) -> Any:
         number = number_of(coefficient(self, factor))
@@ -309,7 +309,7 @@ class LazyProducts(Elementwise):
         return replace(self, dtype=dtype)
 
     def _detached(self) -> LazyProducts:
-        return self._each(LinearLogits.detach, Tensor.detach, lambda t: t.detach() if isinstance(t, Tensor) else t)
+        return self._each(lambda z: z.detach(), Tensor.detach, lambda t: t.detach() if isinstance(t, Tensor) else t)
 
     def detach(self) -> LazyProducts:
         return self.aliasing(self._detached())

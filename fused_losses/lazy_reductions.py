@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .autodiff import transforms_active
+from .lazy_elementwise import row_sums
 from .lazy_products import LazyStack, logaddexp, minimum
-from .lazy_tensor import LazyTensor, answers, from_front, is_lazy, is_number, kept, over_vocab, wrap_dim
+from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, kept, over_vocab, wrap_dim
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression
 from .numerics import statistics_dtype
@@ -88,12 +89,15 @@ def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
         found = x.reduced(lambda a, b: a.plus(b, 1.0), dims, keepdim)
         return found if found is NotImplemented or dtype is None else found.with_dtype(dtype)
     total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
+    if total is NotImplemented and x.vocab_dim in dims and isinstance(x, Derived):
+        total = row_sums(x)
     return total if total is NotImplemented else _rest_of_sum(x, total, dims, keepdim, dtype)
 
 
 def _rest_of_sum(x: LazyTensor, total: Tensor, dims: list[int], keepdim: bool, dtype: Any) -> Tensor:
     """Of the sums over the vocabulary ``token_shape``, those over ``dims``, the vocabulary's among them."""
-    return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or x.dtype)
+    whole = torch.int64 if x.dtype == torch.bool else x.dtype
+    return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or whole)
 
 
 @answers("nansum")

@@ -46,8 +46,8 @@ _OTHERS = """radd rsub rmul rtruediv rfloordiv rmod rpow matmul rmatmul neg pos 
 _OPERATORS = (*_ASSIGNED, *(f"__{name}__" for name in (*_BINARY, *_OTHERS.split())))
 _IN_PLACE = {name for of in (Tensor, torch, F) for name in dir(of) if name.endswith("_") and not name.startswith("_")}
 _IN_PLACE |= {*_ASSIGNED, "__setitem__"}
-_COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
-_COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
+COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
+COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
 _FOREACH = {name for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")}
 # No storage, no gradient and no hooks of its own to speak of.
 _MEANINGLESS = {"data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad", "backward", "set_"}
@@ -386,9 +386,18 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise RuntimeError(
             f"{name} would change lazy logits in place, which have no elements to write to: materialize() them"
         )
-    if name in _COMPARISONS and not kwargs:
+    found = _recorded(func, name, args, kwargs) if "out" not in kwargs else NotImplemented
+    if found is not NotImplemented:
+        return found
+    if name in COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))
+
+
+def _recorded(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    from .lazy_elementwise import recorded
+
+    return recorded(func, name, args, kwargs)
 
 
 def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:

@@ -17,10 +17,10 @@ FAMILIES = (
 )  # fmt: skip
 PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_statistics")  # have cases in bench/ too
 INFRASTRUCTURE = {
-    "__init__", "autodiff", "data_parallel", "gradients_in_forward", "head", "lazy_losses", "lazy_masks", "lazy_products",
-    "lazy_reductions", "lazy_tensor", "lazy_views", "library_tiles", "linear_logits_checks", "log_softmax", "modules",
-    "numerics", "planning", "products", "recompute", "row_divergence", "row_statistics", "settings", "sharded_weight",
-    "tensor_parallel", "two_heads", "vocab_parallel",
+    "__init__", "autodiff", "data_parallel", "gradients_in_forward", "head", "lazy_elementwise", "lazy_losses", "lazy_masks",
+    "lazy_products", "lazy_reductions", "lazy_tensor", "lazy_views", "library_tiles", "linear_logits_checks", "log_softmax",
+    "modules", "numerics", "planning", "products", "recompute", "row_divergence", "row_statistics", "settings",
+    "sharded_weight", "tensor_parallel", "two_heads", "vocab_parallel",
 }  # fmt: skip
 
 
@@ -46,12 +46,14 @@ def test_every_kernel_has_a_twin_in_pytorch():
     assert kernels == twins
 
 
-def test_the_readme_lists_every_file():
-    tree = re.search(r"^## The tree\n+```\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+def test_the_tree_lists_every_file():
+    tree = re.search(r"^## The tree\n+```\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)
     folders = dict(re.findall(r"^(\w+)/(.*(?:\n +.*)*)", tree[1], re.M))
     for folder in ("fused_losses", "kernels"):
         listed, files = set(re.findall(r"\w+\.py", folders[folder])), {p.name for p in (ROOT / folder).glob("*.py")}
-        assert listed == files - {"__init__.py"}, f"the tree of README.md and {folder}/ differ in {listed ^ files}"
+        assert listed == files - {"__init__.py"}, (
+            f"the tree of CONTRIBUTING.md and {folder}/ differ in {listed ^ files}"
+        )
     for folder in ("chunked", "integrations"):
         assert f"\n  {folder}/" in folders["fused_losses"]
     # A reference has its module's name, which test_every_module_is_a_family_or_infrastructure sees to.

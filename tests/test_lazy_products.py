@@ -510,7 +510,7 @@ def test_entries_that_a_bias_bans(banned):
     assert bool(eager.isinf().all()) == (banned == "student")
 
 
-def test_a_kl_with_masked_entries_materialises():
+def test_a_kl_with_masked_entries():
     def loss(s, t):
         p, infinite = t.softmax(-1), torch.isinf(s)
         parts = ((p * x.log_softmax(-1)).masked_fill(infinite, 0) for x in (t, s))
@@ -519,7 +519,7 @@ def test_a_kl_with_masked_entries_materialises():
     inputs = leaves()
     with torch.no_grad():
         inputs[2][3] = -torch.inf
-    with pytest.warns(UserWarning, match="sum materialises LazyProducts"):
+    with strict():
         found = loss(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:]))
     torch.testing.assert_close(found, loss(F.linear(*inputs[:3]), F.linear(*inputs[3:])))
 
@@ -550,9 +550,9 @@ def test_both_masks_where_a_bias_bans(banned):
     with torch.no_grad():
         inputs[banned][3] = -torch.inf
     heads = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
-    with strict(), pytest.raises(RuntimeError, match="sum materialises LazyProducts"):
-        reverse_kl_in_place(*heads)
-    found, expected = reverse_kl_in_place(*heads), reverse_kl_in_place(F.linear(*inputs[:3]), F.linear(*inputs[3:]))
+    with strict():
+        found = reverse_kl_in_place(*heads)
+    expected = reverse_kl_in_place(F.linear(*inputs[:3]), F.linear(*inputs[3:]))
     torch.testing.assert_close(found, expected)
 
 
@@ -620,7 +620,8 @@ def test_targets_that_do_not_fit(target, reduction):
         with pytest.raises(RuntimeError, match=r"device|Integral|move one"):
             F.kl_div(lazy.log_softmax(-1), target, reduction=reduction)
     else:
-        torch.testing.assert_close(F.kl_div(lazy.log_softmax(-1), target, reduction=reduction), expected)
+        found = F.kl_div(lazy.log_softmax(-1), target, reduction=reduction)
+        torch.testing.assert_close(found if torch.is_tensor(found) else found.materialize(), expected)
 
 
 def test_probabilities_that_train():
@@ -642,7 +643,7 @@ def test_what_is_added_to_masked_entries_stays():
     def total(s, t):
         return ((t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), 0) + PROBS).sum(-1)
 
-    with pytest.warns(UserWarning, match="__add__ materialises"):
+    with strict():
         found = total(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:]))
     torch.testing.assert_close(found, total(F.linear(*inputs[:3]), F.linear(*inputs[3:])))
 
@@ -671,10 +672,12 @@ def test_masked_tokens_count_as_0_whatever_they_are():
         torch.testing.assert_close(rest.sum(1), found.detach()[:, 1:])
     elements = product.materialize()
     torch.testing.assert_close(found, elements.sum(-1))
-    with pytest.warns(UserWarning, match="masked_fill materialises"):
-        torch.testing.assert_close(product.masked_fill(MASK.unsqueeze(-1) == 1, 0), torch.zeros_like(elements))
+    emptied = product.masked_fill(MASK.unsqueeze(-1) == 1, 0)
+    torch.testing.assert_close(emptied.materialize(), torch.zeros_like(elements))
     other = product - t.log_softmax(-1).masked_fill(MASK.unsqueeze(-1) == 1, 0)
-    torch.testing.assert_close(other[1], elements[1] - t[1].materialize().log_softmax(-1) * (MASK[1, :, None] == 0))
+    torch.testing.assert_close(
+        other[1].materialize(), elements[1] - t[1].materialize().log_softmax(-1) * (MASK[1, :, None] == 0)
+    )
 
 
 def test_what_it_is_and_its_elements():
@@ -703,8 +706,8 @@ def test_what_it_is_and_its_elements():
         assert (lazy.shape, lazy.dtype) == (expected.shape, expected.dtype)
         torch.testing.assert_close(lazy.materialize(), expected)
         assert lazy.float().dtype == torch.float32
-    with pytest.warns(UserWarning, match="abs materialises LazyProducts"):
-        torch.testing.assert_close(made["products"][0].abs(), made["products"][1](eager_s, eager_t).abs())
+    with pytest.warns(UserWarning, match="sort materialises LazyProducts"):
+        torch.testing.assert_close(made["products"][0].sort(), made["products"][1](eager_s, eager_t).sort())
     infinite = s.isinf()
     assert infinite.to("cpu") is infinite
     with pytest.warns(UserWarning, match="__getitem__ materialises"):
@@ -999,6 +1002,7 @@ def test_the_kl_div_of_aten_counts_its_reductions():
     s, t = (LinearLogits(*x) for x in (leaves()[:3], leaves()[3:]))
     for options in ({}, {"reduction": 1}):
         found = torch.kl_div(s.log_softmax(-1), t.softmax(-1), **options)
+        found = found if torch.is_tensor(found) else found.materialize()
         expected = torch.kl_div(*(x.materialize() for x in (s.log_softmax(-1), t.softmax(-1))), **options)
         torch.testing.assert_close(found, expected)
 

@@ -1,0 +1,410 @@
+"""Any other function of the entries of lazy probabilities: recorded, and computed when it is summed over the vocabulary.
+
+What a loss does to each entry by itself (``(p + 1e-9).log()``, ``sqrt``, ``where(p > 0, …)``, sums and products with a
+teacher's probabilities that exist) needs whole rows for a moment only. :class:`LazyElementwise` keeps the functions, and
+:func:`row_sums` calls them on as many rows of logits as the workspace holds, again in backward, where autograd gives the
+gradient of those rows' logits and route ``gradients_in_forward`` its products: ``8NVH`` floating point operations for each sum,
+as ``recompute``. Where the workspace holds all rows the elements are made, once for all sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .autodiff import check_differentiable, differentiable_gradients, traced, transforms_active
+from .chunked.softmax_rows import transform
+from .gradients_in_forward import in_range, loss_and_gradients
+from .head import Head, budget, head_of, ready, whole_logits
+from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazyStack
+from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy
+from .linear_logits import LinearLogits, same_logits
+from .linear_logits_checks import no_gradient
+from .log_softmax import LazyExpression
+from .numerics import full_precision, statistics_dtype, wide_dtype
+from .settings import resolve_backend
+
+COPIES = 2  # of a few rows of logits, for each function of them: what it makes, and autograd holds
+
+_NAMES = """
+abs absolute add clamp clamp_max clamp_min clip div divide exp exp2 expm1 isfinite isinf isnan kl_div lerp log log10 log1p log2
+logaddexp logical_and logical_not logical_or masked_fill maximum minimum mul multiply nan_to_num neg negative pow reciprocal
+relu rsqrt rsub sigmoid softplus special_entr special_xlogy sqrt square sub subtract tanh true_divide where xlogy
+__abs__ __add__ __and__ __invert__ __mul__ __neg__ __or__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__ __rtruediv__
+__sub__ __truediv__
+"""
+POINTWISE = {*_NAMES.split(), *COMPARISONS}
+
+
+@dataclass(eq=False, repr=False)
+class LazyElementwise(Elementwise):
+    """``function(*args, **kwargs)``, entry by entry, where some of the arguments are lazy."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]  # tensors among them are Dense
+    kwargs: dict[str, Any]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if no_gradient():
+            self.args, self.kwargs = self._detached()
+
+    def _each(self, lazy: Callable[[Any], Any], dense: Callable[[Tensor], Any]) -> Any:
+        def one(x: Any) -> Any:
+            return lazy(x) if is_lazy(x) else dense(x.elements()) if isinstance(x, Dense) else x
+
+        return tree_map(one, (self.args, self.kwargs), is_leaf=is_lazy)
+
+    def _detached(self) -> Any:
+        return self._each(lambda x: x.detach(), lambda t: Dense(t.detach()))
+
+    @property
+    def base(self) -> LinearLogits:
+        first = next(x for x in tree_leaves((self.args, self.kwargs), is_leaf=is_lazy) if is_lazy(x))
+        return first if isinstance(first, LinearLogits) else first.base
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        leaves = tree_leaves((self.args, self.kwargs), is_leaf=is_lazy)
+        return self.dtype.is_floating_point and any(getattr(x, "requires_grad", False) for x in leaves)
+
+    def __repr__(self) -> str:
+        return f"LazyElementwise({tuple(self.shape)}, {self.dtype}, {self.function.__name__} of {self.base})"
+
+    def materialize(self) -> Tensor:
+        """The elements themselves, differentiable, in ``dtype``."""
+        return self._value({}).to(self.dtype)
+
+    def _value(self, known: dict[int, Tensor]) -> Tensor:
+        """Rounded to no 16 bits on the way; ``known``: of the arguments, each is computed once."""
+
+        def of(x: Any) -> Tensor:
+            if id(x) not in known:
+                if not isinstance(x, LazyElementwise) and x.dtype.is_floating_point:
+                    known[id(x)] = x.with_dtype(torch.promote_types(x.dtype, self.wide)).materialize()
+                else:
+                    known[id(x)] = x._value(known) if isinstance(x, LazyElementwise) else x.materialize()
+            return known[id(x)]
+
+        args, kwargs = self._each(of, lambda t: t)
+        return self.function(*args, **kwargs)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyElementwise:
+        args, kwargs = self._each(
+            lambda x: x.mapped(fn, vocab_dim, view=view), lambda t: Dense(fn(_as_large(t, self)) if t.ndim else t)
+        )
+        return self.aliasing(replace(self, args=args, kwargs=kwargs), view)
+
+    def with_dtype(self, dtype: torch.dtype) -> LazyElementwise:
+        return replace(self, dtype=dtype)
+
+    def detach(self) -> LazyElementwise:
+        args, kwargs = self._detached()
+        return self.aliasing(replace(self, args=args, kwargs=kwargs))
+
+
+def _as_large(t: Tensor, x: LazyTensor) -> Tensor:
+    """``t``, which broadcasts to the shape of ``x``, with all its tokens and the vocabulary it has, of ``V`` entries or 1."""
+    t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
+    return t.expand([-1 if d == x.vocab_dim else n for d, n in enumerate(x.shape)])
+
+
+def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """:class:`LazyElementwise`, where ``function`` is one of each entry of probabilities and what is as large."""
+    operands: list[Any] = [
+        x for x in tree_leaves((args, kwargs), is_leaf=is_lazy) if isinstance(x, (Tensor, LazyTensor))
+    ]
+    lazy = [x for x in operands if is_lazy(x)]
+    if name not in POINTWISE or not any(map(_of_probabilities, lazy)) or not _computable(*lazy):
+        return NotImplemented
+    if name in COMPARISONS and len(lazy) < len(operands):
+        return NotImplemented  # which may have been read from it, and be equal
+    x = lazy[0]
+    for y in operands:
+        alike = y.shape == x.shape and y.vocab_dim == x.vocab_dim if is_lazy(y) else _broadcasts(y, x)
+        if not alike or (y.device != x.device and y.ndim > 0):
+            return NotImplemented
+
+    def entry(y: Any) -> Any:
+        known = isinstance(y, (Tensor, LazyTensor))
+        return torch.ones((1,) * y.ndim, dtype=y.dtype, device=y.device) if known else y
+
+    def operand(y: Any) -> Any:  # of what is small a copy, which may change
+        return y if not isinstance(y, Tensor) else Dense(y if y.shape == x.shape else y.clone())
+
+    with torch.no_grad():  # for the dtype
+        one = function(*tree_map(entry, args, is_leaf=is_lazy), **tree_map(entry, kwargs, is_leaf=is_lazy))
+    if not isinstance(one, Tensor) or one.ndim != x.ndim:
+        return NotImplemented  # a reduction
+    args, kwargs = tree_map(operand, (args, kwargs), is_leaf=is_lazy)
+    return LazyElementwise(function, args, kwargs, one.dtype)
+
+
+def _of_probabilities(x: Any) -> bool:
+    """And not of logits, which a loss does not sum."""
+    if isinstance(x, LazyExpression):
+        return x.form not in ("logits", "tanh")
+    return isinstance(x, (LazyMixture, LazyProducts, LazyElementwise))
+
+
+def _broadcasts(t: Tensor, x: LazyTensor) -> bool:
+    sizes = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
+    return t.ndim <= x.ndim and all(n in (1, size) for n, size in zip(sizes, x.shape, strict=True))
+
+
+def _computable(*lazy: LazyTensor) -> bool:
+    bases = [x if isinstance(x, LinearLogits) else x.base for x in lazy if not isinstance(x, LazyStack)]
+    own = len(bases) == len(lazy) and not torch.compiler.is_compiling() and not transforms_active()
+    return own and all(z.shard is None and not traced(z.hidden) for z in bases)
+
+
+class _Slot(NamedTuple):
+    """Where the logits of a head stand in an expression, or a tensor with a row for each token."""
+
+    of: str  # "logits", "tensor" or "dense"
+    at: int
+
+
+def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict[int, Any]) -> Any:
+    """``x`` with slots for its logits ``(N, V)``, added to ``z``, and its tensors ``(N, …)``, added to ``tensors``; what is one
+    object, by ``known``, stays one."""
+    if isinstance(x, LinearLogits):
+        index = next((i for i, known in enumerate(z) if same_logits(known, x)), len(z))
+        z += [x] * (index == len(z))
+        return _Slot("logits", index)
+    if id(x) in known:
+        return known[id(x)]
+
+    def tensor(t: Tensor, of: str, vocab: bool) -> Any:
+        if t.ndim == 0:
+            return Dense(t) if vocab else t
+        if vocab:
+            t = _as_large(t, x).movedim(x.vocab_dim, -1)
+        tensors.append(t.reshape(-1, t.shape[-1]) if vocab else t.reshape(-1))
+        return _Slot(of, len(tensors) - 1)
+
+    def inner(y: Any) -> Any:
+        if is_lazy(y):
+            return _flattened(y, z, tensors, known)
+        if isinstance(y, Dense):
+            return tensor(y.elements(), "dense", True)
+        if isinstance(y, Tensor):
+            return tensor(y, "tensor", False)
+        if isinstance(y, tuple):
+            return type(y)(*map(inner, y)) if hasattr(y, "_fields") else tuple(map(inner, y))
+        return {name: inner(value) for name, value in y.items()} if isinstance(y, dict) else y
+
+    known[id(x)] = _copy(x, inner)
+    return known[id(x)]
+
+
+def _copy(x: Derived, fn: Callable[[Any], Any]) -> Any:
+    new = object.__new__(type(x))
+    new.__dict__ = {name: fn(value) for name, value in vars(x).items() if name != "family"}
+    return new
+
+
+def _filled(x: Any, z: Sequence[Any], tensors: Sequence[Tensor], known: dict[int, Any]) -> Any:
+    """``x``, which :func:`_flattened` made, with logits and tensors of some rows in its slots."""
+    if isinstance(x, _Slot):
+        return z[x.at] if x.of == "logits" else Dense(tensors[x.at]) if x.of == "dense" else tensors[x.at]
+    if isinstance(x, Derived):
+        if id(x) not in known:
+            known[id(x)] = _copy(x, lambda y: _filled(y, z, tensors, known))
+        return known[id(x)]
+    if isinstance(x, tuple):
+        filled = [_filled(y, z, tensors, known) for y in x]
+        return type(x)(*filled) if hasattr(x, "_fields") else tuple(filled)
+    return {name: _filled(y, z, tensors, known) for name, y in x.items()} if isinstance(x, dict) else x
+
+
+class _Rows(LinearLogits):
+    """Logits ``(n, V)`` that exist."""
+
+    def __init__(self, like: LinearLogits, z: Tensor, dtype: torch.dtype) -> None:
+        self.rest, self._hidden = like.rest.but(vocab_dim=1, dtype=dtype), z  # whose tokens it has
+
+    def check(self) -> None:
+        pass
+
+    def elements(self) -> Tensor:
+        return self._hidden
+
+    def materialize(self) -> Tensor:
+        return self._hidden.to(self.dtype)
+
+    def with_dtype(self, dtype: torch.dtype) -> _Rows:
+        return _Rows(self, self._hidden, dtype)
+
+    def detach(self) -> _Rows:
+        return _Rows(self, self._hidden.detach(), self.dtype)
+
+
+def _functions(x: Any) -> int:
+    """How many functions of rows there are in an expression."""
+    if not isinstance(x, (Derived, tuple, dict)):
+        return 0
+    inner = vars(x).values() if isinstance(x, Derived) else x.values() if isinstance(x, dict) else x
+    return isinstance(x, Derived) + sum(map(_functions, inner))
+
+
+class _Sums(NamedTuple):
+    """The sums over the vocabulary of an expression, and their gradients, a few rows at a time."""
+
+    expression: Any  # as _flattened made it
+    logits: list[LinearLogits]  # in its slots
+    heads: list[Head]
+    room: int  # bytes
+
+    def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        rows = [_Rows(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
+        elements = _filled(self.expression, rows, tensors, {}).materialize()
+        return elements.sum(-1, dtype=wide_dtype(elements.device))
+
+    def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
+        """The heads, with their inputs, and the others."""
+        inputs = [tensors[5 * i : 5 * i + 5] for i in range(len(self.heads))]
+        return [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)], list(
+            tensors[5 * len(inputs) :]
+        )
+
+    def pieces(self, start: int, stop: int) -> list[slice]:
+        copies = COPIES * (len(self.heads) + _functions(self.expression))
+        n = max(1, self.room // (copies * self.heads[0].vocab * 4))
+        return [slice(i, min(i + n, stop)) for i in range(start, stop, n)]
+
+    def value(self, tensors: Sequence[Any]) -> Tensor:
+        heads, others = self.split(tensors)
+        parts = [
+            self.of([_logits(head, _raw(head, rows), rows) for head in heads], [t[rows] for t in others])
+            for rows in self.pieces(0, len(heads[0].hidden))
+        ]
+        return torch.cat(parts) if parts else heads[0].hidden.new_zeros(0, dtype=wide_dtype(heads[0].hidden.device))
+
+    def gradients(self, tensors: Sequence[Any], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
+        """Those of :meth:`value`, a pass for each head that trains; of the other tensors in the last."""
+        heads, others = self.split(tensors)
+        heads = [head.detached() for head in heads]
+        of_heads = [wanted[5 * i : 5 * i + 5] for i in range(len(heads))]
+        of_others = [
+            torch.zeros_like(t) if want else None for t, want in zip(others, wanted[5 * len(heads) :], strict=True)
+        ]
+        passes: list[int | None] = [i for i, want in enumerate(of_heads) if any(want)]
+        passes = passes or [None]
+
+        def of_rows(i: int | None, rows: slice) -> Tensor | None:
+            """The gradient of head ``i``'s logits ``(n, V)``, before scale, softcap and temperature."""
+            last = i == passes[-1]
+            raw = [_raw(head, rows).requires_grad_(i == j) for j, head in enumerate(heads)]
+            parts = [
+                t[rows].detach().requires_grad_(last and whole is not None)
+                for t, whole in zip(others, of_others, strict=True)
+            ]
+            with torch.enable_grad():
+                total = self.of([_logits(head, x, rows) for head, x in zip(heads, raw, strict=True)], parts)
+            leaves = [t for t in (*raw, *parts) if t.requires_grad]
+            grads: list[Tensor | None] = [None] * len(leaves)
+            if total.requires_grad:
+                grads = list(torch.autograd.grad(total, leaves, upstream[rows], allow_unused=True))
+            grad = None if i is None else grads.pop(0)
+            for whole in of_others:
+                if last and whole is not None and (found := grads.pop(0)) is not None:
+                    whole[rows] = found
+            return grad
+
+        def over_logits(
+            i: int, logits: Tensor, chunk: Head, ids: Tensor | None, rows: Any, factor: Tensor | None
+        ) -> Tensor | None:
+            pieces = self.pieces(rows.start, rows.stop)
+            places = [slice(piece.start - rows.start, piece.stop - rows.start) for piece in pieces]
+            if logits.dtype != torch.float16:
+                for piece, place in zip(pieces, places, strict=True):
+                    grad = of_rows(i, piece)
+                    logits[place] = 0 if grad is None else grad
+                return None
+            grads = [of_rows(i, piece) for piece in pieces]
+            alone = in_range([upstream.new_ones(1), *grads]).float()
+            factor = alone if factor is None else torch.minimum(alone, factor)
+            for grad, place in zip(grads, places, strict=True):
+                logits[place] = 0 if grad is None else grad * factor
+            return factor
+
+        found: list[Tensor | None] = [None] * (5 * len(heads))
+        for i in passes:
+            if i is None:
+                for rows in self.pieces(0, len(heads[0].hidden)):
+                    of_rows(None, rows)
+                continue
+            backend = resolve_backend(heads[i].hidden, None)
+            of_head = functools.partial(over_logits, i)
+            found[5 * i : 5 * i + 5] = loss_and_gradients(
+                heads[i], None, None, False, of_head, of_heads[i], self.room, None, backend, with_logits=False
+            )
+        return found + of_others
+
+
+def _raw(head: Head, rows: slice) -> Tensor:
+    """Logits ``(n, V)`` before scale, softcap and temperature, in fp32 or wider."""
+    part = head.tokens(rows)
+    out = part.hidden.new_empty(len(part.hidden), head.vocab, dtype=statistics_dtype(part.hidden.dtype))
+    return part.write_logits(out) if len(out) else out
+
+
+def _logits(head: Head, raw: Tensor, rows: slice) -> Tensor:
+    temperature = None if head.temperature is None else head.temperature[rows]
+    return transform(raw, temperature, head.scale, head.softcap, with_slope=False)[0]
+
+
+class _RowSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: _Sums, *tensors: Tensor | None) -> Tensor:
+        ctx.sums = sums
+        ctx.save_for_backward(*tensors)
+        with full_precision(sums.heads[0].hidden.device):
+            return sums.value([None if t is None else t.detach() for t in tensors])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        sums, tensors, wanted = ctx.sums, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        with full_precision(upstream.device):
+            if torch.is_grad_enabled():
+                inputs = [t if want else None for t, want in zip(tensors, wanted, strict=True)]
+
+                def fn(*given: Tensor | None) -> list[Tensor]:
+                    heads, others = sums.split([t if g is None else g for t, g in zip(tensors, given, strict=True)])
+                    check_differentiable(len(heads[0].hidden), heads[0].vocab, heads[0].hidden.dtype)
+                    return [sums.of([whole_logits(head, None) for head in heads], others)]
+
+                return None, *differentiable_gradients(fn, inputs, [upstream])
+            return None, *sums.gradients(tensors, wanted, upstream)
+
+
+def row_sums(x: Derived) -> Any:
+    """``Σ_j x_j`` of each token, ``token_shape``, float64."""
+    if not _computable(x):
+        return NotImplemented
+    logits: list[LinearLogits] = []
+    tensors: list[Tensor] = []
+    expression = _flattened(x, logits, tensors, {})
+    if not _computable(*logits):
+        return NotImplemented
+    with ExitStack() as stack:
+        for z in logits:
+            stack.enter_context(z.gathered())
+        heads = [ready(head_of(z), None)[0] for z in logits]
+        # One half for the functions, one for a chunk's gradient.
+        room = budget(heads[0], None, True, resolve_backend(heads[0].hidden, None)) // 2
+        sums = _Sums(expression, logits, [head.detached() for head in heads], room)
+        if len(sums.pieces(0, len(heads[0].hidden))) == 1:  # with room for all, whose logits other sums may want too
+            return x.materialize().sum(x.vocab_dim, dtype=wide_dtype(x.device))
+        found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
+        for z in logits:
+            found = z.gather_in_backward(found)
+    return found.view(x.token_shape)

@@ -1,0 +1,230 @@
+"""Functions of probabilities that no other file has an answer for, summed over the vocabulary without whole logits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fused_losses import LinearLogits, lazy_elementwise, settings
+from fused_losses.bench.memory import peak_bytes
+from fused_losses.reference.tolerance import assert_accurate
+
+B, S, V, H = 2, 5, 67, 16
+TOKEN = torch.linspace(0.5, 1.5, B * S).view(B, S, 1)
+ENTRY = torch.arange(V) % 3
+MASK = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 0, 1]])
+
+
+def probabilities(dtype):
+    return torch.linspace(-1, 1, B * S * V, dtype=dtype).mul(99).sin().mul(3).view(B, S, V).softmax(-1)
+
+
+def jensen_shannon(z, t, p):
+    s = z.softmax(-1)
+    m = 0.3 * s + 0.7 * p
+    return 0.3 * (s * (s.log() - m.log())).sum(-1) + 0.7 * (p * (p.log() - m.log())).sum(-1)
+
+
+LOSSES = {
+    "guarded_entropy": lambda z, t, p: -(z.softmax(-1) * (z.softmax(-1) + 1e-9).log()).sum(-1),
+    "clamped": lambda z, t, p: (z.softmax(-1) * z.softmax(-1).clamp(min=1e-3).log()).sum(-1),
+    "hellinger": lambda z, t, p: (z.softmax(-1).sqrt() - t.softmax(-1).sqrt()).square().sum(-1),
+    "expectation": lambda z, t, p: (p.log() * z.softmax(-1)).sum(-1),
+    "total_variation": lambda z, t, p: 0.5 * (p - z.softmax(-1)).abs().sum(-1),
+    "overlap": lambda z, t, p: torch.minimum(p, z.softmax(-1)).sum(-1),
+    "jensen_shannon": jensen_shannon,
+    "where": lambda z, t, p: torch.where(
+        t.softmax(-1) > 0.05, t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1)), 0
+    ).sum(-1),
+    "per_token": lambda z, t, p: ((z.softmax(-1) * TOKEN).pow(3) * MASK[..., None]).sum(-1).mean(),
+    "per_entry": lambda z, t, p: ((z.softmax(-1) + 1) * ENTRY).log1p().sum(-1),
+    "scalar": lambda z, t, p: (z.softmax(-1) + torch.tensor(0.25)).log().sum(-1),
+    "view": lambda z, t, p: (z.softmax(-1) + p).log().view(-1, V)[1:7].sum(-1),
+    "transposed": lambda z, t, p: (z.transpose(1, 2).softmax(1) + p.mT).sqrt().sum(1),
+    "masked_entries": lambda z, t, p: (z.log_softmax(-1) * t.softmax(-1)).masked_fill(ENTRY == 1, 0).sum(-1),
+    "poly": lambda z, t, p: (1 - z.softmax(-1)).pow(2).mul(z.log_softmax(-1)).sum(),
+    "shifted": lambda z, t, p: ((z - z.amax(-1, keepdim=True)).exp() + 0.1).log().sum(-1),
+    "brier": lambda z, t, p: (z.softmax(-1) - p).pow(2).sum((-1, -2)),
+    "mean": lambda z, t, p: (z.softmax(-1) - p).square().mean(-1),
+    "temperatures": lambda z, t, p: ((z / TOKEN).softmax(-1) + 0.1).log().sum(-1),
+    "detached": lambda z, t, p: (z.softmax(-1).detach() * (t.softmax(-1) + 0.1).log()).sum(-1),
+    "kl_div": lambda z, t, p: F.kl_div((z.softmax(-1) + 1e-6).log(), p, reduction="none").sum(-1),
+    "logaddexp": lambda z, t, p: torch.logaddexp(z.log_softmax(-1) - 1, p.log()).sum(-1),
+    "mask_of_both": lambda z, t, p: (z.softmax(-1) * p).masked_fill(t.softmax(-1) > z.softmax(-1), 0).sum(-1),
+    "distance_of_a_mixture": lambda z, t, p: ((z.softmax(-1) - t.softmax(-1)).abs() + p).sqrt().sum(-1),
+}
+HEADS = {
+    "plain": {},
+    "capped": {"softcap": 3.0, "scale": 0.7},
+    "temperature": {"temperature": torch.linspace(0.5, 2, B * S).view(B, S)},
+}
+
+
+def leaves(dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, S, H), (V, H), (V,)] * 2
+    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
+
+
+def eager_head(hidden, weight, bias, softcap=None, scale=1.0, temperature=None):
+    z = F.linear(hidden, weight, bias) * scale
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    return z if temperature is None else z / temperature[..., None].to(z.dtype)
+
+
+def outcome(loss, head, inputs, p, wanted=None, options=None, workspace=20000):
+    """The loss of each token, and the gradients of a weighted sum; lazy logits are not to be made."""
+    with settings.workspace(workspace), settings.strict():
+        found = loss(head(*inputs[:3], **options or {}), head(*inputs[3:], **options or {}), p)
+        weighed = (found * torch.linspace(0.5, 1.5, found.numel()).view_as(found).to(found.dtype)).sum()
+        wanted = [x for x in (*inputs, p) if x.requires_grad] if wanted is None else wanted
+        if not found.requires_grad:
+            return [found]
+        return [found, *torch.autograd.grad(weighed, wanted, allow_unused=True, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("workspace", [20000, None])
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("trained", ["all", "weights", "student", "probabilities"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_values_and_gradients(name, trained, options, workspace):
+    inputs, p = leaves(), probabilities(torch.float64)
+    for i, x in enumerate(inputs):
+        x.requires_grad_({"all": True, "weights": i in (1, 4), "student": i < 3, "probabilities": False}[trained])
+    p.requires_grad_(trained == "probabilities")
+    if trained == "probabilities":
+        inputs[0].requires_grad_()
+    wanted = [x for x in (*inputs, p) if x.requires_grad]
+    found = outcome(LOSSES[name], LinearLogits, inputs, p, wanted, options, workspace)
+    torch.testing.assert_close(found, outcome(LOSSES[name], eager_head, inputs, p, wanted, options))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_accuracy(name, dtype):
+    """Of ten draws together, for one alone may round well or badly."""
+    p, drawn = probabilities(torch.float64).to(dtype), []
+    for seed in range(10):
+        inputs = leaves(dtype, seed)
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        cases = (LinearLogits, inputs, p), (eager_head, inputs, p), (eager_head, exact, p.double())
+        drawn.append([outcome(LOSSES[name], *case) for case in cases])
+    for ours, eager, expected in zip(
+        *(map(torch.stack, zip(*each, strict=True)) for each in zip(*drawn, strict=True)), strict=True
+    ):
+        assert_accurate(ours, eager, expected)
+
+
+@pytest.mark.parametrize("name", ["jensen_shannon", "where", "temperatures"])
+@pytest.mark.parametrize("how", ["twice", "double_backward", "checkpoint"])
+def test_backward_again(name, how):
+    inputs, p, found = leaves(), probabilities(torch.float64), []
+    for head in (LinearLogits, eager_head):
+
+        def loss(*inputs):
+            return LOSSES[name](head(*inputs[:3]), head(*inputs[3:]), p).square().sum()  # noqa: B023
+
+        value = checkpoint(loss, *inputs, use_reentrant=False) if how == "checkpoint" else loss(*inputs)
+        grads = torch.autograd.grad(
+            value, inputs, create_graph=how == "double_backward", retain_graph=how != "checkpoint", materialize_grads=True,
+            allow_unused=True,
+        )  # fmt: skip
+        if how == "double_backward":
+            grads = torch.autograd.grad(sum(g.square().sum() for g in grads), inputs, allow_unused=True)
+        elif how == "twice":
+            grads = torch.autograd.grad(2 * value, inputs, allow_unused=True)
+        found.append(grads)
+    torch.testing.assert_close(*found)
+
+
+def test_counts_masks_and_other_uses():
+    inputs, p = [x.detach() for x in leaves()], probabilities(torch.float64)
+    lazy, eager = (head(*inputs[:3]).softmax(-1) for head in (LinearLogits, eager_head))
+    with settings.strict():
+        assert torch.equal((lazy > 0.05).sum(-1), (eager > 0.05).sum(-1))
+        assert torch.equal(((lazy > 0.05) & ~(lazy > 0.3)).sum(), ((eager > 0.05) & ~(eager > 0.3)).sum())
+        x = (lazy + p).log()
+        assert not x.requires_grad
+        assert "log of LinearLogits" in repr(x)
+    torch.testing.assert_close(copy.deepcopy(x).materialize(), (eager + p).log())
+    assert x.float().dtype == torch.float32
+    with pytest.warns(UserWarning, match="sort materialises LazyElementwise"):
+        torch.testing.assert_close(x.sort(-1).values, (eager + p).log().sort(-1).values)
+    with pytest.warns(UserWarning, match="clamp_ materialises LazyElementwise"):
+        x.clamp_(max=-1)
+    torch.testing.assert_close(x.sum(-1), (eager + p).log().clamp(max=-1).sum(-1))
+    assert (LinearLogits(*inputs[:3])[:, :0].softmax(-1) + 1).log().sum(-1).shape == (B, 0)
+
+
+def test_what_stands_beside_it_may_change_or_says_so():
+    inputs, p, token, entry = leaves(), probabilities(torch.float64), TOKEN.clone(), torch.ones(V)
+    z = LinearLogits(*inputs[:3]).softmax(-1)
+    small, large = (z * entry + 1).log() * token, (z + p).log()
+    expected = small.sum(-1)
+    token.zero_()
+    entry.zero_()
+    torch.testing.assert_close(small.sum(-1), expected)
+    p.zero_()
+    with pytest.raises(RuntimeError, match=r"tensor \(2, 5, 67\) was modified in place"):
+        large.sum(-1)
+
+
+def test_without_gradient_where_it_was_made_or_read_so():
+    inputs, p = leaves(), probabilities(torch.float64)
+    z = LinearLogits(*inputs[:3]).softmax(-1)
+    with torch.no_grad():
+        made = (z + p).log()
+    assert not made.requires_grad
+    assert not made.sum(-1).requires_grad
+    trained = (z + p).log()
+    with torch.no_grad():
+        assert not trained.sum(-1).requires_grad
+    assert trained.sum(-1).requires_grad
+    assert not trained.detach().sum(-1).requires_grad
+
+
+def test_a_head_that_changed_is_noticed():
+    inputs = leaves()
+    x = (LinearLogits(*inputs[:3]).softmax(-1) + 0.1).log()
+    with torch.no_grad():
+        inputs[1].mul_(2)
+    with pytest.raises(RuntimeError, match="weight was modified in place"):
+        x.sum(-1)
+
+
+@pytest.mark.parametrize("name", ["guarded_entropy", "hellinger", "total_variation", "overlap", "where", "brier"])
+def test_memory_is_the_workspace_and_the_gradients(name):
+    tokens, vocab = 512, 8192
+    heads = (
+        [torch.randn(n, 8, requires_grad=True) for n in (tokens, vocab)],
+        [torch.randn(n, 8) for n in (tokens, vocab)],
+    )
+    p = torch.randn(tokens, vocab).softmax(-1)
+
+    def step(head):
+        loss = LOSSES[name](head(*heads[0]), head(*heads[1]), p).sum()
+        torch.autograd.grad(loss, heads[0])
+
+    gradients = sum(t.nbytes for t in heads[0])
+    with settings.workspace("8MiB"):
+        ours = peak_bytes(lambda: step(LinearLogits))
+    assert ours < 8 * 2**20 + gradients
+    assert ours < 0.2 * peak_bytes(lambda: step(F.linear))
+
+
+def test_products_with_the_head(monkeypatch):
+    """A few rows at a time, forward makes the logits of each head once, backward those of both for each head that trains."""
+    made = []
+    real = lazy_elementwise._raw
+    monkeypatch.setattr(lazy_elementwise, "_raw", lambda head, rows: made.append(rows) or real(head, rows))
+    inputs, p = leaves(), probabilities(torch.float64)
+    outcome(LOSSES["where"], LinearLogits, inputs, p, workspace=None)
+    assert not made
+    for student_alone, passes in ((False, 6), (True, 4)):
+        others = [x.detach() for x in inputs[3:]] if student_alone else inputs[3:]
+        outcome(LOSSES["where"], LinearLogits, inputs[:3] + others, p)
+        assert sum(rows.stop - rows.start for rows in made) == passes * B * S
+        assert max(rows.stop - rows.start for rows in made) < B * S
+        made.clear()
