@@ -23,6 +23,7 @@ from .autodiff import check_differentiable, differentiable_gradients, traced, tr
 from .chunked.softmax_rows import transform
 from .gradients_in_forward import in_range, loss_and_gradients
 from .head import Head, budget, head_of, ready, whole_logits
+from .lazy_masks import LazyMask
 from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazyStack
 from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy
 from .linear_logits import LinearLogits, same_logits
@@ -41,6 +42,8 @@ __abs__ __add__ __and__ __invert__ __mul__ __neg__ __or__ __pow__ __radd__ __rdi
 __sub__ __truediv__
 """
 POINTWISE = {*_NAMES.split(), *COMPARISONS}
+IN_PLACE = {f"{name}_": name for name in POINTWISE}
+IN_PLACE |= {f"__i{name}__": f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or")}
 
 
 @dataclass(eq=False, repr=False)
@@ -82,16 +85,16 @@ class LazyElementwise(Elementwise):
         """The elements themselves, differentiable, in ``dtype``."""
         return self._value({}).to(self.dtype)
 
-    def _value(self, known: dict[int, Tensor]) -> Tensor:
+    def _value(self, known: dict[Any, Tensor]) -> Tensor:
         """Rounded to no 16 bits on the way; ``known``: of the arguments, each is computed once."""
 
         def of(x: Any) -> Tensor:
-            if id(x) not in known:
+            if (key := _key(x)) not in known:
                 if not isinstance(x, LazyElementwise) and x.dtype.is_floating_point:
-                    known[id(x)] = x.with_dtype(torch.promote_types(x.dtype, self.wide)).materialize()
+                    known[key] = x.with_dtype(torch.promote_types(x.dtype, self.wide)).materialize()
                 else:
-                    known[id(x)] = x._value(known) if isinstance(x, LazyElementwise) else x.materialize()
-            return known[id(x)]
+                    known[key] = x._value(known) if isinstance(x, LazyElementwise) else x.materialize()
+            return known[key]
 
         args, kwargs = self._each(of, lambda t: t)
         return self.function(*args, **kwargs)
@@ -122,7 +125,8 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         x for x in tree_leaves((args, kwargs), is_leaf=is_lazy) if isinstance(x, (Tensor, LazyTensor))
     ]
     lazy = [x for x in operands if is_lazy(x)]
-    if name not in POINTWISE or not any(map(_of_probabilities, lazy)) or not _computable(*lazy):
+    masked = name in ("masked_fill", "where") and all(isinstance(x, LazyMask) for x in lazy)
+    if name not in POINTWISE or not (masked or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
         return NotImplemented
     if name in COMPARISONS and len(lazy) < len(operands):
         return NotImplemented  # which may have been read from it, and be equal
@@ -136,8 +140,10 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         known = isinstance(y, (Tensor, LazyTensor))
         return torch.ones((1,) * y.ndim, dtype=y.dtype, device=y.device) if known else y
 
-    def operand(y: Any) -> Any:  # of what is small a copy, which may change
-        return y if not isinstance(y, Tensor) else Dense(y if y.shape == x.shape else y.clone())
+    def operand(y: Any) -> Any:  # a copy, which changes in place do not reach; what is large may not change
+        if isinstance(y, Tensor):
+            return Dense(y if y.shape == x.shape else y.clone())
+        return y.with_dtype(y.dtype) if isinstance(y, LinearLogits) else _copy(y, lambda t: t) if is_lazy(y) else y
 
     with torch.no_grad():  # for the dtype
         one = function(*tree_map(entry, args, is_leaf=is_lazy), **tree_map(entry, kwargs, is_leaf=is_lazy))
@@ -145,6 +151,14 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         return NotImplemented  # a reduction
     args, kwargs = tree_map(operand, (args, kwargs), is_leaf=is_lazy)
     return LazyElementwise(function, args, kwargs, one.dtype)
+
+
+def changed(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """``x`` after the change in place of that name, as :func:`recorded` has it."""
+    plain = IN_PLACE.get(name)
+    if plain is None or not isinstance(x, Derived) or "inplace" in kwargs:
+        return NotImplemented
+    return recorded(getattr(Tensor, plain), plain, (x, *args), kwargs)
 
 
 def _of_probabilities(x: Any) -> bool:
@@ -172,15 +186,15 @@ class _Slot(NamedTuple):
     at: int
 
 
-def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict[int, Any]) -> Any:
+def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict[Any, Any]) -> Any:
     """``x`` with slots for its logits ``(N, V)``, added to ``z``, and its tensors ``(N, …)``, added to ``tensors``; what is one
     object, by ``known``, stays one."""
     if isinstance(x, LinearLogits):
         index = next((i for i, known in enumerate(z) if same_logits(known, x)), len(z))
         z += [x] * (index == len(z))
         return _Slot("logits", index)
-    if id(x) in known:
-        return known[id(x)]
+    if (key := _key(x)) in known:
+        return known[key]
 
     def tensor(t: Tensor, of: str, vocab: bool) -> Any:
         if t.ndim == 0:
@@ -201,8 +215,13 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
             return type(y)(*map(inner, y)) if hasattr(y, "_fields") else tuple(map(inner, y))
         return {name: inner(value) for name, value in y.items()} if isinstance(y, dict) else y
 
-    known[id(x)] = _copy(x, inner)
-    return known[id(x)]
+    known[key] = _copy(x, inner)
+    return known[key]
+
+
+def _key(x: LazyTensor) -> Any:
+    """The same for :func:`_copy` of one."""
+    return type(x), *(id(value) for name, value in vars(x).items() if name != "family")
 
 
 def _copy(x: Derived, fn: Callable[[Any], Any]) -> Any:

@@ -114,14 +114,14 @@ class _Term(NamedTuple):
 
 
 class Elementwise(Derived):
-    """What a change in place may turn into a :class:`LazyProducts` of nothing but its elements."""
+    """What a change in place may turn into another of these: a function of it, or a :class:`LazyProducts` of its elements."""
 
     def become(self, new: Any) -> Any:
-        if type(new) is type(self) or not isinstance(new, LazyProducts):
+        if type(new) is type(self) or not isinstance(new, Elementwise):
             return super().become(new)
         if self.fixed or torch.compiler.is_compiling():
             return NotImplemented
-        self.__class__, self.__dict__ = LazyProducts, vars(new.with_dtype(self.dtype))
+        self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))
         return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:

@@ -402,6 +402,11 @@ def _recorded(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs
 
 def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """``x`` after ``func`` changed its elements in place."""
+    from .lazy_elementwise import changed
+
+    done = x.become(changed(x, name, args, kwargs))
+    if done is not NotImplemented:
+        return done
     done = x.become_changed(name, lambda t: func(t, *materialised(name, args), **materialised(name, kwargs)))
     if done is not NotImplemented:
         return done

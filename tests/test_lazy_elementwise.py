@@ -27,7 +27,22 @@ def jensen_shannon(z, t, p):
     return 0.3 * (s * (s.log() - m.log())).sum(-1) + 0.7 * (p * (p.log() - m.log())).sum(-1)
 
 
+def in_place(z, t, p):
+    """As DistiLLM writes it, and a teacher's probabilities beside."""
+    s, infinite = z.softmax(-1), t.isinf() | (p > 0.03)
+    product = (s * p.log()).masked_fill(infinite, 0)
+    kept, alias = product + p.sqrt(), product
+    product -= (s * z.log_softmax(-1)).masked_fill(infinite, 0)
+    product.clamp_(min=-2.0).mul_(MASK[..., None])
+    root = s + 0.5
+    before = root + p
+    root.sqrt_()
+    teacher = p.log().masked_fill(t.isinf(), 0)
+    return -alias.sum(-1) + root.sum(-1) + kept.sum(-1) + before.sum(-1) + (teacher * s).sum(-1)
+
+
 LOSSES = {
+    "in_place": in_place,
     "guarded_entropy": lambda z, t, p: -(z.softmax(-1) * (z.softmax(-1) + 1e-9).log()).sum(-1),
     "clamped": lambda z, t, p: (z.softmax(-1) * z.softmax(-1).clamp(min=1e-3).log()).sum(-1),
     "hellinger": lambda z, t, p: (z.softmax(-1).sqrt() - t.softmax(-1).sqrt()).square().sum(-1),
@@ -152,9 +167,12 @@ def test_counts_masks_and_other_uses():
     assert x.float().dtype == torch.float32
     with pytest.warns(UserWarning, match="sort materialises LazyElementwise"):
         torch.testing.assert_close(x.sort(-1).values, (eager + p).log().sort(-1).values)
-    with pytest.warns(UserWarning, match="clamp_ materialises LazyElementwise"):
-        x.clamp_(max=-1)
-    torch.testing.assert_close(x.sum(-1), (eager + p).log().clamp(max=-1).sum(-1))
+    x.clamp_(max=-1)
+    with pytest.warns(UserWarning, match="__setitem__ materialises LazyElementwise"):
+        x[:, 0] = -3.0
+    expected = (eager + p).log().clamp(max=-1)
+    expected[:, 0] = -3.0
+    torch.testing.assert_close(x.sum(-1), expected.sum(-1))
     assert (LinearLogits(*inputs[:3])[:, :0].softmax(-1) + 1).log().sum(-1).shape == (B, 0)
 
 
@@ -169,6 +187,19 @@ def test_what_stands_beside_it_may_change_or_says_so():
     p.zero_()
     with pytest.raises(RuntimeError, match=r"tensor \(2, 5, 67\) was modified in place"):
         large.sum(-1)
+
+
+def test_a_change_in_place_beside_a_view_is_refused():
+    z = LinearLogits(*leaves()[:3])
+    x = (z.softmax(-1) + 0.1).log()
+    view = x.view(-1, V)
+    with pytest.raises(RuntimeError, match=r"__imul__ would change a LazyElementwise .*view"):
+        x *= 2
+    del view
+    x *= 2
+    torch.testing.assert_close(x.sum(-1), (2 * (z.materialize().softmax(-1) + 0.1).log()).sum(-1))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="would lose its gradient"):
+        x += 1
 
 
 def test_without_gradient_where_it_was_made_or_read_so():

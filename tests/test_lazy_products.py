@@ -910,7 +910,7 @@ def test_changes_in_place_that_make_the_elements():
         results.append([loss, *torch.autograd.grad(loss, inputs[:3])])
     torch.testing.assert_close(*results)
     s = LinearLogits(*inputs[:3])
-    with strict(), pytest.raises(RuntimeError, match="masked_fill_ materialises LazyProducts"):
+    with strict(), pytest.raises(RuntimeError, match="__setitem__ materialises LazyProducts"):
         changed_by_a_mask(s, s)
     product, softmax = s.softmax(-1) * PROBS, s.softmax(-1)
     for x in (product, product.view(-1, V), softmax, softmax.detach()):
