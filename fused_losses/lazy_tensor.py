@@ -565,6 +565,20 @@ for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "i
     _of_any_size(_name)
 
 
+def _of_its_size(name: str) -> None:
+    """Answer what gives a tensor of the same size, whatever this one holds."""
+    function = getattr(torch, name)
+
+    @answers(name)
+    def answer(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+        of = torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape)
+        return function(of, *args, **{"memory_format": torch.contiguous_format, **kwargs})
+
+
+for _name in ("empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"):
+    _of_its_size(_name)
+
+
 @answers("is_contiguous")
 def is_contiguous(x: LazyTensor, **_: Any) -> bool:
     return x.vocab_dim == x.ndim - 1

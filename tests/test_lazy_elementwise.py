@@ -53,6 +53,7 @@ LOSSES = {
     "where": lambda z, t, p: torch.where(
         t.softmax(-1) > 0.05, t.softmax(-1) * (t.log_softmax(-1) - z.log_softmax(-1)), 0
     ).sum(-1),
+    "zeros": lambda z, t, p: torch.where(p > 0.01, p * z.log_softmax(-1), torch.zeros_like(z.log_softmax(-1))).sum(-1),
     "per_token": lambda z, t, p: ((z.softmax(-1) * TOKEN).pow(3) * MASK[..., None]).sum(-1).mean(),
     "per_entry": lambda z, t, p: ((z.softmax(-1) + 1) * ENTRY).log1p().sum(-1),
     "scalar": lambda z, t, p: (z.softmax(-1) + torch.tensor(0.25)).log().sum(-1),
@@ -174,6 +175,21 @@ def test_counts_masks_and_other_uses():
     expected[:, 0] = -3.0
     torch.testing.assert_close(x.sum(-1), expected.sum(-1))
     assert (LinearLogits(*inputs[:3])[:, :0].softmax(-1) + 1).log().sum(-1).shape == (B, 0)
+
+
+def test_tensors_of_its_size():
+    z = LinearLogits(*leaves()[:3])
+    with settings.strict():
+        for made, value in (
+            (torch.zeros_like(z), 0),
+            (torch.full_like(z.softmax(-1), 3), 3),
+            (torch.ones_like(z.mT), 1),
+        ):
+            assert made.is_contiguous()
+            made.scatter_(-1, torch.zeros_like(made, dtype=torch.long), 7.0)
+            assert torch.equal(made, torch.full_like(made, value).index_fill_(-1, torch.tensor([0]), 7))
+        assert torch.ones_like(z.mT).shape == (B, V, S)
+        assert torch.randn_like(z, dtype=torch.float32).dtype == torch.float32
 
 
 def test_what_stands_beside_it_may_change_or_says_so():
