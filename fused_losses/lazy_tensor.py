@@ -362,7 +362,7 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> Any:
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
-    name = name or func.__name__
+    name = "__rdiv__" if func is Tensor.__rdiv__ else name or func.__name__  # which PyTorch 2.15 compiles as "wrapped"
     if not args and is_lazy(kwargs.get("input")):
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     first = args[0] if args else None
