@@ -25,7 +25,7 @@ from .gradients_in_forward import in_range, loss_and_gradients
 from .head import Head, budget, head_of, ready, whole_logits
 from .lazy_masks import LazyMask
 from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazyStack
-from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy
+from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy, is_number
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import no_gradient
 from .log_softmax import LazyExpression
@@ -108,6 +108,17 @@ class LazyElementwise(Elementwise):
     def with_dtype(self, dtype: torch.dtype) -> LazyElementwise:
         return replace(self, dtype=dtype)
 
+    def values_at(self, ids: Tensor) -> Any:
+        """The function of the arguments' values there."""
+
+        def read(t: Tensor) -> Tensor:
+            t = _as_large(t, self).movedim(self.vocab_dim, -1) if t.ndim else t
+            return t.gather(-1, ids) if t.ndim and t.shape[-1] == self.shape[self.vocab_dim] else t
+
+        args, kwargs = self._each(lambda x: x.values_at(ids), read)
+        known = not any(x is NotImplemented for x in tree_leaves((args, kwargs)))
+        return self.function(*args, **kwargs) if known else NotImplemented
+
     def detach(self) -> LazyElementwise:
         args, kwargs = self._detached()
         return self.aliasing(replace(self, args=args, kwargs=kwargs))
@@ -125,7 +136,10 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         x for x in tree_leaves((args, kwargs), is_leaf=is_lazy) if isinstance(x, (Tensor, LazyTensor))
     ]
     lazy = [x for x in operands if is_lazy(x)]
-    masked = name in ("masked_fill", "where") and all(isinstance(x, LazyMask) for x in lazy)
+    # Of what exists, to be summed: with another value it might be anything.
+    masked = (
+        name == "masked_fill" and is_number(args[-1]) and args[-1] == 0 and all(isinstance(x, LazyMask) for x in lazy)
+    )
     if name not in POINTWISE or not (masked or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
         return NotImplemented
     if name in COMPARISONS and len(lazy) < len(operands):

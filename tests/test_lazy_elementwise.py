@@ -177,6 +177,27 @@ def test_counts_masks_and_other_uses():
     assert (LinearLogits(*inputs[:3])[:, :0].softmax(-1) + 1).log().sum(-1).shape == (B, 0)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z, p: (z.softmax(-1) + 1e-12).log(),
+        lambda z, p: (z.softmax(-1) * TOKEN + p).sqrt() * ENTRY,
+        lambda z, p: torch.where(z.softmax(-1) > 0.02, z.softmax(-1), p),
+        lambda z, p: (z.mT.softmax(1) + p.mT).log().mT,
+        lambda z, p: ((z / TOKEN).softmax(-1) ** 3).view(-1, V).view(B, S, V),
+    ],
+)
+@pytest.mark.parametrize("K", [1, 3])
+def test_values_at_ids(fn, K):
+    inputs, p, found = leaves()[:3], probabilities(torch.float64), []
+    ids = torch.randint(V, (B, S, K), generator=torch.Generator().manual_seed(0))
+    for head in (LinearLogits, eager_head):
+        with settings.strict():
+            values = fn(head(*inputs), p).gather(-1, ids)
+        found.append([values, *torch.autograd.grad(values.square().sum(), inputs)])
+    torch.testing.assert_close(*found)
+
+
 def test_tensors_of_its_size():
     z = LinearLogits(*leaves()[:3])
     with settings.strict():
