@@ -132,15 +132,16 @@ def _as_large(t: Tensor, x: LazyTensor) -> Tensor:
 
 def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """:class:`LazyElementwise`, where ``function`` is one of each entry of probabilities and what is as large."""
-    operands: list[Any] = [
-        x for x in tree_leaves((args, kwargs), is_leaf=is_lazy) if isinstance(x, (Tensor, LazyTensor))
-    ]
+    if name not in POINTWISE or torch.compiler.is_compiling():
+        return NotImplemented
+    leaves = tree_leaves((args, kwargs), is_leaf=is_lazy)
+    operands: list[Any] = [x for x in leaves if isinstance(x, (Tensor, LazyTensor))]
     lazy = [x for x in operands if is_lazy(x)]
-    # Of what exists, to be summed: with another value it might be anything.
-    masked = (
+    # With 0 in entries that a mask names what exists is to be summed; with another value it may be meant for anything.
+    emptied = (
         name == "masked_fill" and is_number(args[-1]) and args[-1] == 0 and all(isinstance(x, LazyMask) for x in lazy)
     )
-    if name not in POINTWISE or not (masked or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
+    if not (emptied or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
         return NotImplemented
     if name in COMPARISONS and len(lazy) < len(operands):
         return NotImplemented  # which may have been read from it, and be equal
