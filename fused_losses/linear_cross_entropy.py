@@ -228,7 +228,8 @@ def linear_logits_cross_entropy(
     out_dtype: torch.dtype | None = None,
     return_statistics: bool = False,
     softcap: float | None = None,
-    **options: Any,
+    z_loss: float = 0.0,
+    backend: Backend | None = None,
 ) -> Any:
     """:func:`fused_losses.cross_entropy` of logits that do not exist, wherever their vocabulary dimension stands."""
     if softcap is not None and logits.softcap is not None:
@@ -243,7 +244,7 @@ def linear_logits_cross_entropy(
         if ignore_index >= 0:
             raise RuntimeError(f"ignore_index is not supported for floating point target; got {ignore_index}")
         target = target.movedim(logits.vocab_dim, -1)
-    bare = weight is None and softcap is None and not (label_smoothing or return_statistics or any(options.values()))
+    bare = weight is None and softcap is None and not (label_smoothing or z_loss or return_statistics or backend)
     if bare and reduction == "none" and not target.is_floating_point() and target.shape == logits.token_shape:
         log_probs = logits.log_probs_at(target.unsqueeze(-1), ignore_index).squeeze(-1)
         return (0 - log_probs).to(out_dtype or logits.dtype)  # and not −0
@@ -258,8 +259,9 @@ def linear_logits_cross_entropy(
             reduction=reduction,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
             return_statistics=return_statistics,
-            **options,
+            backend=backend,
         )
     loss = logits.gather_in_backward(loss, made).to(out_dtype or logits.dtype)
     return (loss, statistics) if return_statistics else loss
