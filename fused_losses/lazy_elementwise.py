@@ -32,6 +32,7 @@ from .log_softmax import LazyExpression
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .settings import resolve_backend
 
+DEEPEST = 64  # of functions of functions; Python's stack ends somewhere
 COPIES = 2  # of a few rows of logits, for each function of them: what it makes, and autograd holds
 
 _NAMES = """
@@ -54,56 +55,40 @@ class LazyElementwise(Elementwise):
     args: tuple[Any, ...]  # tensors among them are Dense
     kwargs: dict[str, Any]
     dtype: torch.dtype
+    base = None  # from here on as the arguments say
+    requires_grad = False
 
     def __post_init__(self) -> None:
-        if no_gradient():
-            self.args, self.kwargs = self._detached()
-
-    def _each(self, lazy: Callable[[Any], Any], dense: Callable[[Tensor], Any]) -> Any:
-        def one(x: Any) -> Any:
-            return lazy(x) if is_lazy(x) else dense(x.elements()) if isinstance(x, Dense) else x
-
-        return tree_map(one, (self.args, self.kwargs), is_leaf=is_lazy)
-
-    def _detached(self) -> Any:
-        return self._each(lambda x: x.detach(), lambda t: Dense(t.detach()))
-
-    @property
-    def base(self) -> LinearLogits:
-        first = next(x for x in tree_leaves((self.args, self.kwargs), is_leaf=is_lazy) if is_lazy(x))
-        return first if isinstance(first, LinearLogits) else first.base
-
-    @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
         leaves = tree_leaves((self.args, self.kwargs), is_leaf=is_lazy)
-        return self.dtype.is_floating_point and any(getattr(x, "requires_grad", False) for x in leaves)
+        first = next(x for x in leaves if is_lazy(x))
+        self.base = first if isinstance(first, LinearLogits) else first.base
+        self.depth = 1 + max(getattr(x, "depth", 0) for x in leaves)
+        self.requires_grad = self.dtype.is_floating_point and any(getattr(x, "requires_grad", False) for x in leaves)
+        if self.requires_grad and no_gradient():
+            vars(self).update(vars(self._detached()))
 
     def __repr__(self) -> str:
         return f"LazyElementwise({tuple(self.shape)}, {self.dtype}, {self.function.__name__} of {self.base})"
 
     def materialize(self) -> Tensor:
-        """The elements themselves, differentiable, in ``dtype``."""
-        return self._value({}).to(self.dtype)
+        """The elements themselves, differentiable, in ``dtype``; rounded to no 16 bits on the way."""
 
-    def _value(self, known: dict[Any, Tensor]) -> Tensor:
-        """Rounded to no 16 bits on the way; ``known``: of the arguments, each is computed once."""
+        def elements(x: Any) -> Tensor:
+            if isinstance(x, Dense):
+                return x.elements()
+            mask = x.dtype == torch.bool
+            return (x if mask else x.with_dtype(torch.promote_types(x.dtype, self.wide))).materialize()
 
-        def of(x: Any) -> Tensor:
-            if (key := _key(x)) not in known:
-                if not isinstance(x, LazyElementwise) and x.dtype.is_floating_point:
-                    known[key] = x.with_dtype(torch.promote_types(x.dtype, self.wide)).materialize()
-                else:
-                    known[key] = x._value(known) if isinstance(x, LazyElementwise) else x.materialize()
-            return known[key]
-
-        args, kwargs = self._each(of, lambda t: t)
-        return self.function(*args, **kwargs)
+        return _fold(self, elements, lambda x, args, kwargs: x.function(*args, **kwargs)).to(self.dtype)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyElementwise:
-        args, kwargs = self._each(
-            lambda x: x.mapped(fn, vocab_dim, view=view), lambda t: Dense(fn(_as_large(t, self)) if t.ndim else t)
-        )
-        return self.aliasing(replace(self, args=args, kwargs=kwargs), view)
+        def mapped(x: Any) -> Any:
+            if not isinstance(x, Dense):
+                return x.mapped(fn, vocab_dim, view=view)
+            t = x.elements()
+            return Dense(fn(_expanded(t, self)) if t.ndim else t)
+
+        return self.aliasing(_fold(self, mapped, _with_arguments), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyElementwise:
         return replace(self, dtype=dtype)
@@ -111,20 +96,47 @@ class LazyElementwise(Elementwise):
     def values_at(self, ids: Tensor) -> Any:
         """The function of the arguments' values there."""
 
-        def read(t: Tensor) -> Tensor:
-            t = _as_large(t, self).movedim(self.vocab_dim, -1) if t.ndim else t
+        def read(x: Any) -> Any:
+            if not isinstance(x, Dense):
+                return x.values_at(ids)
+            t = x.elements()
+            t = _expanded(t, self).movedim(self.vocab_dim, -1) if t.ndim else t
             return t.gather(-1, ids) if t.ndim and t.shape[-1] == self.shape[self.vocab_dim] else t
 
-        args, kwargs = self._each(lambda x: x.values_at(ids), read)
-        known = not any(x is NotImplemented for x in tree_leaves((args, kwargs)))
-        return self.function(*args, **kwargs) if known else NotImplemented
+        def value(x: LazyElementwise, args: Any, kwargs: Any) -> Any:
+            known = not any(y is NotImplemented for y in tree_leaves((args, kwargs)))
+            return x.function(*args, **kwargs) if known else NotImplemented
+
+        return _fold(self, read, value)
+
+    def _detached(self) -> LazyElementwise:
+        return _fold(
+            self, lambda x: Dense(x.elements().detach()) if isinstance(x, Dense) else x.detach(), _with_arguments
+        )
 
     def detach(self) -> LazyElementwise:
-        args, kwargs = self._detached()
-        return self.aliasing(replace(self, args=args, kwargs=kwargs))
+        return self.aliasing(self._detached())
 
 
-def _as_large(t: Tensor, x: LazyTensor) -> Tensor:
+def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], Any], known: Any = None) -> Any:
+    """``make`` of the functions, the inner first, and ``leaf`` of what they are of: each once, however often it is used."""
+    known = {} if known is None else known
+    if not isinstance(x, (LazyTensor, Dense)):
+        return x
+    if (key := _key(x)) not in known:
+        if isinstance(x, LazyElementwise):
+            given = tree_map(lambda y: _fold(y, leaf, make, known), (x.args, x.kwargs), is_leaf=is_lazy)
+            known[key] = make(x, *given)
+        else:
+            known[key] = leaf(x)
+    return known[key]
+
+
+def _with_arguments(x: LazyElementwise, args: Any, kwargs: Any) -> LazyElementwise:
+    return replace(x, args=args, kwargs=kwargs)
+
+
+def _expanded(t: Tensor, x: LazyTensor) -> Tensor:
     """``t``, which broadcasts to the shape of ``x``, with all its tokens and the vocabulary it has, of ``V`` entries or 1."""
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     return t.expand([-1 if d == x.vocab_dim else n for d, n in enumerate(x.shape)])
@@ -142,6 +154,8 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         name == "masked_fill" and is_number(args[-1]) and args[-1] == 0 and all(isinstance(x, LazyMask) for x in lazy)
     )
     if not (emptied or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
+        return NotImplemented
+    if max(getattr(y, "depth", 0) for y in lazy) >= DEEPEST:
         return NotImplemented
     if name in COMPARISONS and len(lazy) < len(operands):
         return NotImplemented  # which may have been read from it, and be equal
@@ -211,30 +225,24 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
     if (key := _key(x)) in known:
         return known[key]
 
-    def tensor(t: Tensor, of: str, vocab: bool) -> Any:
-        if t.ndim == 0:
-            return Dense(t) if vocab else t
-        if vocab:
-            t = _as_large(t, x).movedim(x.vocab_dim, -1)
-        tensors.append(t.reshape(-1, t.shape[-1]) if vocab else t.reshape(-1))
-        return _Slot(of, len(tensors) - 1)
-
-    def inner(y: Any) -> Any:
+    def part(y: Any) -> Any:
         if is_lazy(y):
             return _flattened(y, z, tensors, known)
+        t = y.elements() if isinstance(y, Dense) else y
+        if t.ndim == 0:
+            return y
         if isinstance(y, Dense):
-            return tensor(y.elements(), "dense", True)
-        if isinstance(y, Tensor):
-            return tensor(y, "tensor", False)
-        if isinstance(y, tuple):
-            return type(y)(*map(inner, y)) if hasattr(y, "_fields") else tuple(map(inner, y))
-        return {name: inner(value) for name, value in y.items()} if isinstance(y, dict) else y
+            t = _expanded(t, x).movedim(x.vocab_dim, -1)
+            tensors.append(t.reshape(-1, t.shape[-1]))
+        else:
+            tensors.append(t.reshape(-1))
+        return _Slot("dense" if isinstance(y, Dense) else "tensor", len(tensors) - 1)
 
-    known[key] = _copy(x, inner)
+    known[key] = _copy(x, lambda value: _inside(value, part))
     return known[key]
 
 
-def _key(x: LazyTensor) -> Any:
+def _key(x: Any) -> Any:
     """The same for :func:`_copy` of one."""
     return type(x), *(id(value) for name, value in vars(x).items() if name != "family")
 
@@ -245,18 +253,25 @@ def _copy(x: Derived, fn: Callable[[Any], Any]) -> Any:
     return new
 
 
+def _inside(y: Any, fn: Callable[[Any], Any]) -> Any:
+    """``y`` with ``fn`` of the lazy tensors, tensors and slots in it."""
+    if isinstance(y, (LazyTensor, Dense, Tensor, _Slot)):
+        return fn(y)
+    if isinstance(y, tuple):
+        parts = [_inside(part, fn) for part in y]
+        return type(y)(*parts) if hasattr(y, "_fields") else tuple(parts)
+    return {name: _inside(part, fn) for name, part in y.items()} if isinstance(y, dict) else y
+
+
 def _filled(x: Any, z: Sequence[Any], tensors: Sequence[Tensor], known: dict[int, Any]) -> Any:
     """``x``, which :func:`_flattened` made, with logits and tensors of some rows in its slots."""
     if isinstance(x, _Slot):
         return z[x.at] if x.of == "logits" else Dense(tensors[x.at]) if x.of == "dense" else tensors[x.at]
     if isinstance(x, Derived):
         if id(x) not in known:
-            known[id(x)] = _copy(x, lambda y: _filled(y, z, tensors, known))
+            known[id(x)] = _copy(x, lambda value: _inside(value, lambda y: _filled(y, z, tensors, known)))
         return known[id(x)]
-    if isinstance(x, tuple):
-        filled = [_filled(y, z, tensors, known) for y in x]
-        return type(x)(*filled) if hasattr(x, "_fields") else tuple(filled)
-    return {name: _filled(y, z, tensors, known) for name, y in x.items()} if isinstance(x, dict) else x
+    return x
 
 
 class _Rows(LinearLogits):
@@ -281,14 +296,6 @@ class _Rows(LinearLogits):
         return _Rows(self, self._hidden.detach(), self.dtype)
 
 
-def _functions(x: Any) -> int:
-    """How many functions of rows there are in an expression."""
-    if not isinstance(x, (Derived, tuple, dict)):
-        return 0
-    inner = vars(x).values() if isinstance(x, Derived) else x.values() if isinstance(x, dict) else x
-    return isinstance(x, Derived) + sum(map(_functions, inner))
-
-
 class _Sums(NamedTuple):
     """The sums over the vocabulary of an expression, and their gradients, a few rows at a time."""
 
@@ -296,6 +303,7 @@ class _Sums(NamedTuple):
     logits: list[LinearLogits]  # in its slots
     heads: list[Head]
     room: int  # bytes
+    at_once: int  # rows
 
     def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         rows = [_Rows(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
@@ -305,14 +313,11 @@ class _Sums(NamedTuple):
     def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
         """The heads, with their inputs, and the others."""
         inputs = [tensors[5 * i : 5 * i + 5] for i in range(len(self.heads))]
-        return [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)], list(
-            tensors[5 * len(inputs) :]
-        )
+        heads = [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)]
+        return heads, list(tensors[5 * len(heads) :])
 
     def pieces(self, start: int, stop: int) -> list[slice]:
-        copies = COPIES * (len(self.heads) + _functions(self.expression))
-        n = max(1, self.room // (copies * self.heads[0].vocab * 4))
-        return [slice(i, min(i + n, stop)) for i in range(start, stop, n)]
+        return [slice(i, min(i + self.at_once, stop)) for i in range(start, stop, self.at_once)]
 
     def value(self, tensors: Sequence[Any]) -> Tensor:
         heads, others = self.split(tensors)
@@ -426,7 +431,8 @@ def row_sums(x: Derived) -> Any:
         return NotImplemented
     logits: list[LinearLogits] = []
     tensors: list[Tensor] = []
-    expression = _flattened(x, logits, tensors, {})
+    functions: dict[Any, Any] = {}
+    expression = _flattened(x, logits, tensors, functions)
     if not _computable(*logits):
         return NotImplemented
     with ExitStack() as stack:
@@ -435,9 +441,10 @@ def row_sums(x: Derived) -> Any:
         heads = [ready(head_of(z), None)[0] for z in logits]
         # One half for the functions, one for a chunk's gradient.
         room = budget(heads[0], None, True, resolve_backend(heads[0].hidden, None)) // 2
-        sums = _Sums(expression, logits, [head.detached() for head in heads], room)
-        if len(sums.pieces(0, len(heads[0].hidden))) == 1:  # with room for all, whose logits other sums may want too
+        at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
+        if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
             return x.materialize().sum(x.vocab_dim, dtype=wide_dtype(x.device))
+        sums = _Sums(expression, logits, [head.detached() for head in heads], room, at_once)
         found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
         for z in logits:
             found = z.gather_in_backward(found)

@@ -226,6 +226,21 @@ def test_what_stands_beside_it_may_change_or_says_so():
         large.sum(-1)
 
 
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("steps", [15, 40])
+def test_what_is_used_again_and_again_is_computed_once(steps):
+    """Not 3 to the power of the steps times; the elements are made where Python's stack would end."""
+    inputs, found = leaves()[:3], []
+    for head in (LinearLogits, eager_head):
+        x = head(*inputs).softmax(-1) + 0.5
+        with settings.strict(steps == 15), settings.workspace(20000):
+            for _ in range(steps):
+                x = x * (1.5 - 0.5 * x * x)
+            total = x.detach().view(-1, V).sum(-1), x.mT.sum(1)
+        found.append([*total, *torch.autograd.grad(total[1].square().sum(), inputs)])
+    torch.testing.assert_close(*found)
+
+
 def test_a_change_in_place_beside_a_view_is_refused():
     z = LinearLogits(*leaves()[:3])
     x = (z.softmax(-1) + 0.1).log()
