@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+pytest.register_assert_rewrite("lazy_logits")
+
 from fused_losses.bench.ranks import interpret
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

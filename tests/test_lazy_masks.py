@@ -1,0 +1,126 @@
+"""Where LinearLogits are infinite, nan or above a number, and what losses do there."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lazy_logits import IDS, B, H, S, V, make
+
+from fused_losses import settings
+from fused_losses.linear_logits import LinearLogits
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "count",
+    [
+        lambda z, ids: (z > z.gather(-1, ids)).sum(-1),
+        lambda z, ids: torch.lt(z.gather(-1, ids), z).sum(-1),
+        lambda z, ids: (z.log_softmax(-1) > z.log_softmax(-1).gather(-1, ids)).sum(-1),
+        lambda z, ids: (z >= z.amax(-1, keepdim=True)).sum(-1),
+        lambda z, ids: (z < z.topk(5).values[..., -1:]).sum(-1),
+        lambda z, ids: (z.view(8, 8, -1) >= z.view(8, 8, -1).topk(5).values[..., -1:]).sum(-1),
+        lambda z, ids: (z == z.max()).sum(),
+        lambda z, ids: (z.softmax(-1) > z.softmax(-1).amax(-1, keepdim=True)).sum(-1),
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_ranks_count_no_entry_above_itself(count, mode):
+    """What was gathered and what is compared come from other products, which round otherwise."""
+    hidden, weight, bias = torch.randn(64, 96, requires_grad=True), torch.randn(4000, 96) / 10, torch.randn(4000)
+    with mode():
+        eager = F.linear(hidden, weight, bias)
+        ids = torch.where(torch.rand(64) < 0.5, eager.argmax(-1), torch.randint(9, 4000, (64,)))[:, None]
+        assert torch.equal(count(LinearLogits(hidden, weight, bias), ids), count(eager, ids))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@torch.inference_mode()
+def test_what_was_read_and_changed_under_inference_mode_is_compared_as_it_is():
+    lazy, eager, _ = make()
+    counts = []
+    for z in (lazy, eager):
+        at = z.gather(-1, IDS[..., None])
+        at[0] -= 0.5
+        counts.append((z > at).sum(-1))
+    assert torch.equal(*counts)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_other_numbers_are_compared_as_they_are():
+    """Which 16 bits and a large entry would not tell from an entry."""
+    weight = torch.tensor([[20.0], [19.5], [18.0], [1.0], [0.25], [-1e4], [-20.0]]).bfloat16()
+    z = LinearLogits(torch.ones(1, 1).bfloat16(), weight)
+    assert (z > torch.tensor([[0.0]]).bfloat16()).sum() == 5
+    assert not (z == torch.tensor([[19.0]]).bfloat16()).any()
+    assert (z > z.amax(-1, keepdim=True) - 0.75).sum() == 2
+    read = z.amax(-1, keepdim=True)
+    read -= 1
+    assert (z > read).sum() == 2
+    found = torch.zeros(1, 7, dtype=torch.bool)
+    torch.gt(z, 0.0, out=found)
+    assert found.sum() == 5
+    assert (z.isnan() == torch.zeros(1, 1)).all()
+
+
+def test_a_number_that_is_no_entry_is_compared_as_it_is():
+    lazy, eager, _ = make()
+    between = eager.detach().sort(-1).values[..., 3:5].mean(-1, keepdim=True)
+    with pytest.warns(UserWarning, match="materialises"):
+        assert ((lazy > between).sum(-1) == V - 4).all()
+
+
+@pytest.mark.filterwarnings("ignore:logical_not materialises")
+def test_where_logits_are_numbers_and_finite():
+    hidden, weight = torch.randn(2, 3, H), torch.randn(V, H)
+    hidden[1, 2, 0] = torch.nan
+    z = LinearLogits(hidden, weight)
+    eager = hidden @ weight.T
+    infinite = LinearLogits(torch.cat([hidden[:, :2], -hidden[:, :1] * torch.inf], 1), weight)
+    for condition, expected in (
+        (z == z, ~eager.isnan()),
+        ((logp := z.log_softmax(-1)) == logp, ~eager.log_softmax(-1).isnan()),
+        (z.isfinite(), eager.isfinite()),
+        (torch.isfinite(infinite), infinite.materialize().isfinite()),
+    ):
+        with settings.strict():
+            assert torch.equal(condition.all(-1), expected.all(-1))
+            assert torch.equal(condition.reshape(6, V)[2:].all(-1, keepdim=True), expected.view(6, V)[2:].all(-1, True))
+            assert not condition.all()
+        assert torch.equal(condition.materialize(), expected)
+    finite = LinearLogits(hidden[:1], weight)
+    assert finite.isfinite().all()
+    assert (finite + torch.zeros(V).index_fill(0, torch.tensor([3]), -torch.inf)).isfinite().logical_not().any()
+    assert not (finite + torch.zeros(V).index_fill(0, torch.tensor([3]), -torch.inf)).isfinite().all()
+
+
+def test_tokens_of_nan_emptied():
+    """As DSKD guards its logits."""
+    hidden, weight = torch.randn(B, S, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    broken = torch.zeros(B, S, H).index_put(
+        (torch.tensor([0, 1]), torch.tensor([2, 0])), torch.tensor([torch.nan, torch.inf])[:, None]
+    )
+    results = []
+    for head in (LinearLogits, F.linear):
+        z = head(hidden + broken, weight)
+        with settings.strict():
+            assert z.isnan().any()
+            z.masked_fill_(z.isnan() | z.isinf(), 0.0)
+            assert not z.isnan().any()
+            loss = z.logsumexp(-1).sum() - z.log_softmax(-1)[..., 2].square().sum()
+        results.append([loss, *torch.autograd.grad(loss, [hidden, weight])])
+    torch.testing.assert_close(results[0][0], results[1][0])
+    assert torch.isfinite(results[0][1]).all()
+    assert (results[0][1][broken.isfinite().all(-1)] != 0).all()
+    torch.testing.assert_close(results[0][1][broken.isfinite().all(-1)], results[1][1][broken.isfinite().all(-1)])
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"softcap": 2.0}, {"low_rank": True}])
+def test_guards_that_take_elements_materialise(options):
+    lazy, *_ = make(**options)
+    with settings.strict():
+        mask = lazy.isnan() | lazy.isinf()
+        with pytest.raises(RuntimeError, match="masked_fill materialises"):
+            lazy.masked_fill(mask, 0.0)
+        with pytest.raises(RuntimeError, match="any materialises"):
+            mask.any()
+    assert torch.equal(mask.materialize(), torch.zeros(B, S, V) == 1)

@@ -1,0 +1,152 @@
+"""What is refused when LinearLogits are made, and when what they stand for has changed since."""
+
+import functools
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lazy_logits import IDS, B, H, S, V, make
+from torch import nn
+
+from fused_losses import settings
+from fused_losses.linear_logits import LinearHead, LinearLogits
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias", "u", "B"])
+@pytest.mark.parametrize("use", ["logsumexp", "view", "scale", "materialize", "pickle", "label"])
+def test_a_change_of_what_it_stands_for_raises(name, use):
+    lazy, _, tensors = make(bias=True, low_rank=True)
+    view = lazy[:, 1:]
+    with torch.no_grad():
+        tensors[name].add_(1)
+    uses = {
+        "logsumexp": lambda z: z.logsumexp(-1),
+        "view": lambda z: z.view(-1, V),
+        "scale": lambda z: z * 2,
+        "materialize": lambda z: z.materialize(),
+        "pickle": pickle.dumps,
+        "label": lambda z: z.double(),
+    }
+    for z in (lazy, view):
+        with pytest.raises(RuntimeError, match=rf"{name} was modified in place"):
+            uses[use](z)
+
+
+class WritingThroughData(torch.optim.SGD):
+    """As optimizers with kernels of their own, which PyTorch does not see write."""
+
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            p.data -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        torch.optim.AdamW,
+        functools.partial(torch.optim.AdamW, fused=True),  # the default of transformers' Trainer
+        functools.partial(torch.optim.SGD, foreach=True),
+        WritingThroughData,
+    ],
+    ids=["plain", "fused", "foreach", "custom"],
+)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_logits_of_before_a_step_raise_where_it_changed_their_head(optimizer, frozen, compiled):
+    head, other = LinearHead(H, V), nn.Linear(H, H)
+    head.requires_grad_(not frozen)
+    model = nn.Sequential(other, head)
+    logits = (torch.compile(model, backend="eager") if compiled else model)(torch.randn(B, S, H))
+    F.cross_entropy(logits.view(-1, V), IDS.view(-1)).backward()
+    view = logits[:, 1:]
+    trained = [p for m in (head, other) for p in m.parameters() if p.requires_grad]
+    optimizer(trained, lr=0.1).step()
+    for z in (logits, view):
+        if frozen:
+            assert z.argmax(-1).shape == z.shape[:-1]
+        else:
+            with pytest.raises(RuntimeError, match="weight was modified in place"):
+                z.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 4)), ValueError, r"\(2, 3\) and weight \(5, 4\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5)), ValueError, r"weight \(5,\)"),
+        (lambda: LinearLogits(torch.ones(()), torch.ones(5, 4)), ValueError, r"hidden \(\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(0, 3)), ValueError, r"weight \(0, 3\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), torch.ones(4)), ValueError, r"\(5,\), got \(4,\)"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3, device="meta")), ValueError, "cpu, weight .* on meta"),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3).half()),
+            TypeError,
+            "float32, weight .* is torch.float16",
+        ),
+        (lambda: LinearLogits(torch.ones(2, 3).long(), torch.ones(5, 3).long()), TypeError, "floating"),
+        (lambda: LinearLogits(torch.ones(2, 3)), TypeError, "weight"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), softcap=0.0), ValueError, "softcap"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=0.0), ValueError, "temperature"),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=torch.ones(4)),
+            ValueError,
+            r"per token \(2,\), got \(4,\)",
+        ),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=torch.ones(2, requires_grad=True)),
+            ValueError,
+            "detach",
+        ),
+        (
+            lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), low_rank=(torch.ones(2, 2), torch.ones(4, 2))),
+            ValueError,
+            r"\(2, 2\) and \(4, 2\)",
+        ),
+    ],
+)
+def test_bad_construction(build, error, message):
+    with pytest.raises(error, match=message):
+        build()
+
+
+@pytest.mark.parametrize(
+    ("use", "error", "message"),
+    [
+        (lambda z: z[5], IndexError, "out of bounds|out of range"),
+        (lambda z: z[..., V], IndexError, "out of bounds"),
+        (lambda z: z[0, 0, 0, 0], IndexError, "too many indices"),
+        (lambda z: z.gather(-1, torch.full((B, S, 1), V)), IndexError, "out of bounds"),
+        (lambda z: z.gather(-1, torch.full((B, S, 1), -100)), IndexError, "out of bounds"),
+        (lambda z: z.log_softmax(-1)[0, 0, V], IndexError, "out of bounds"),
+        (lambda z: z.view(3, -1), RuntimeError, r"invalid for LinearLogits \(2, 5, 11\)"),
+        (lambda z: z.transpose(0, 3), IndexError, "Dimension out of range"),
+        (lambda z: z.split([1, 2], 1), RuntimeError, "sum to 5"),
+        (lambda z: z.narrow(1, 3, 4), RuntimeError, "exceeds"),
+        (lambda z: z.topk(V + 1), RuntimeError, "out of range"),
+        (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1) + V), IndexError, "out of bounds"),
+        (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1)[1:]), ValueError, r"\(9,\)"),
+        (lambda z: F.cross_entropy(z, IDS), ValueError, r"\(2, 5, 11\) are to stand at dimension 1"),
+        (lambda z: F.nll_loss(z.log_softmax(-1), IDS), ValueError, r"\(2, 5, 11\) are to stand at dimension 1"),
+        (lambda z: z.log_softmax(-1).gather(-1, IDS), RuntimeError, r"got \(2, 5\): write index.unsqueeze"),
+        (lambda z: F.cross_entropy(z.view(-1, V), IDS.view(-1).int()), (TypeError, RuntimeError, ValueError), ""),
+    ],
+)
+def test_bad_use_is_refused_before_logits_are_made(use, error, message):
+    with settings.strict(), pytest.raises(error, match=message):
+        use(make()[0])
+
+
+def test_data_parallel_replicas_raise():
+    head = LinearHead(H, V, bias=False)
+    replica = head._replicate_for_data_parallel()
+    replica.weight, replica.bias = head.weight.detach(), None
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(torch.randn(B, H))
+
+
+def test_sharded_tensors_raise():
+    weight = torch.ones(V, H)
+    weight.device_mesh = "a DTensor has one"
+    with pytest.raises(TypeError, match="LinearHead"):
+        LinearLogits(torch.ones(S, H), weight)

@@ -1,0 +1,121 @@
+"""LinearLogits in compiled functions."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lazy_logits import FEW, IDS, PICK, TEMPERATURE, B, H, S, V, leaves, make, smoothed
+from torch import nn
+
+from fused_losses import settings
+from fused_losses.linear_logits import LinearHead, LinearLogits
+
+
+def shifted_loss(h, w, b):
+    return nn.functional.cross_entropy(LinearLogits(h, w, b)[:, :-1].reshape(-1, V).float(), IDS[:, 1:].reshape(-1))
+
+
+def smoothed_loss(h, w, b):
+    return smoothed(LinearLogits(h, w, b, softcap=2.0) / 0.7)
+
+
+def entropy_loss(h, w, b):
+    logits = LinearLogits(h, w, b)
+    logits = torch.tanh(logits / 3.0) * 3.0
+    logp = F.log_softmax(logits, -1)
+    correct = (logits.argmax(-1) == IDS).float()
+    return -(logp.exp() * logp).sum(-1).mean() + (correct * logp.gather(-1, IDS.unsqueeze(-1)).squeeze(-1)).sum()
+
+
+def indexed_loss(h, w, b):
+    logits = LinearLogits(h, w, b).transpose(0, 1)[1:, :, PICK]
+    return torch.cat([logits, logits[:1]]).logsumexp(-1).mean() + torch.stack([row.mean() for row in logits]).sum()
+
+
+def target_loss(h, w, b):
+    logits = LinearLogits(h, w, b)
+    with torch.no_grad():
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(dim=-1)
+        target = logits[..., PICK].softmax(-1)
+    logp = logits.log_softmax(axis=-1)
+    return (target.gather(-1, FEW[..., :1] % 2) * logp.gather(-1, FEW[..., :1])).sum() + (entropy * logp[..., 3]).sum()
+
+
+@pytest.mark.parametrize("fn", [shifted_loss, smoothed_loss, entropy_loss, indexed_loss, target_loss])
+def test_compiles_without_a_break(fn):
+    tensors, same = leaves(torch.float32), leaves(torch.float32)
+    expected = fn(*list(tensors.values())[:3])
+    expected.backward()
+    torch._dynamo.reset()
+    with settings.strict():
+        found = torch.compile(fn, fullgraph=True, backend="aot_eager")(*list(same.values())[:3])
+    found.backward()
+    torch.testing.assert_close(found, expected)
+    for name in ("hidden", "weight", "bias"):
+        torch.testing.assert_close(same[name].grad, tensors[name].grad)
+
+
+def test_compiled_model_returns_it_and_compiled_loss_takes_it():
+    torch._dynamo.reset()
+    head = LinearHead(H, V)
+    hidden = torch.randn(B, S, H, requires_grad=True)
+    logits = torch.compile(lambda h: head(h)[:, 1:], fullgraph=True, backend="aot_eager")(hidden)
+    assert isinstance(logits, LinearLogits)
+    loss = torch.compile(lambda z: F.cross_entropy(z.transpose(1, 2), IDS[:, 1:]), fullgraph=True, backend="aot_eager")
+    loss(logits).backward()
+    found = head.weight.grad.clone(), hidden.grad.clone()
+    head.weight.grad = hidden.grad = None
+    F.cross_entropy(F.linear(hidden, head.weight, head.bias)[:, 1:].transpose(1, 2), IDS[:, 1:]).backward()
+    torch.testing.assert_close(found, (head.weight.grad, hidden.grad))
+
+
+def test_compiled_code_that_materialises_is_right():
+    torch._dynamo.reset()
+    _, eager, tensors = make()
+
+    def fn(h, w):
+        logits = LinearLogits(h, w)
+        return (logits**2).sum() + torch.cat([logits, logits], -1).mean() + torch.std(logits)
+
+    with pytest.warns(UserWarning, match="materialises") as caught:
+        found = torch.compile(fn, fullgraph=True, backend="aot_eager")(tensors["hidden"], tensors["weight"])
+    torch.testing.assert_close(found, (eager**2).sum() + eager.mean() + eager.std())
+    messages = [str(w.message) for w in caught if "materialises" in str(w.message)]
+    assert [m.split()[0] for m in messages] == ["__pow__", "cat", "std"]
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("fn", "first_given"),
+    [
+        (lambda z: z.std(), False),
+        (lambda z: z.softmax(-1).pow(3).sum(), True),
+        (lambda z: z[:, :, 2].sum(), False),
+        (lambda z: F.cross_entropy(z.transpose(1, 2), torch.zeros(z.shape[:2], dtype=torch.long)), True),
+    ],
+    ids=["std", "square", "one_entry", "cross_entropy"],
+)
+def test_compiled_for_any_length(fn, dynamic, first_given):
+    torch._dynamo.reset()
+    given = first_given != bool(dynamic)  # every pair of function, dynamic and given occurs
+    weight = torch.randn(V, H)
+    compiled = torch.compile(
+        fn if given else lambda h: fn(LinearLogits(h, weight)), fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for length in (4, 6, 9):
+            h = torch.randn(B, length, H)
+            torch.testing.assert_close(compiled(LinearLogits(h, weight) if given else h), fn(h @ weight.T))
+
+
+def test_division_by_a_tensor_compiles_without_logits():
+    lazy, eager, _ = make()
+
+    def loss(z):
+        return (z / TEMPERATURE[..., None]).logsumexp(-1).sum()
+
+    with settings.strict():
+        found = torch.compile(loss, fullgraph=True, backend="aot_eager")(lazy)
+    torch.testing.assert_close(found, loss(eager))
