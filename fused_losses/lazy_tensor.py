@@ -707,7 +707,15 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
 
 
 def coefficient(x: LazyTensor, t: Any) -> Any:
-    """``t`` as a factor or an offset of ``x``: a number, or one per token."""
+    """``t`` as a factor or an offset of ``x``: a number, or one per token. The host's own tensors it may read."""
+    if (
+        isinstance(t, Tensor)
+        and t.ndim == 0
+        and t.is_cpu
+        and not (t.requires_grad or t.is_complex())
+        and host_may_read(t)
+    ):
+        return t.item()
     return t if is_number(t) else per_token_number(x, t)
 
 

@@ -187,6 +187,7 @@ def index(x: LazyTensor, key: Any) -> Any:
         # An integer is taken out before index tensors meet: what stands on its two sides is then adjacent.
         x, items = movedim(x, x.vocab_dim, -1), items[:position] + items[position + 1 :] + [slice(None)]
         return _index_tokens(x, items, len(items) - 1).column(vocab_key)
+    vocab_key = vocab_key.to(x.device)  # an index may stand on the CPU, as a list does
     if any(isinstance(k, Tensor) for k in items):
         return _pointwise(x, items, position, vocab_key)
     return _index_tokens(x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented, items, position)

@@ -187,7 +187,7 @@ def dense_and_masked(s, t):
 
 def smoothed_labels(s, t):
     """As the Annotated Transformer writes it."""
-    smooth = torch.full((B, S, V), 0.1 / (V - 1), dtype=torch.float64).scatter_(-1, IDS[..., None], 0.9)
+    smooth = torch.full_like(PROBS, 0.1 / (V - 1)).scatter_(-1, IDS[..., None], 0.9)
     return -(s.log_softmax(-1) * smooth).sum(-1).mean() + 0 * t.sum()
 
 
@@ -218,7 +218,7 @@ def scaled_in_place(s, t):
 
 def reverse_against_dense(s, t):
     """As NeMo RL and speculators write it; the numbers need not be log-probabilities."""
-    values = PROBS.log() + torch.linspace(-1, 1, V)
+    values = PROBS.log() + torch.linspace(-1, 1, V, device=s.device)
     p, log_p = s.softmax(-1), s.log_softmax(-1)
     each = (p * (log_p - values)).masked_fill(s.isinf(), 0).sum(-1) + F.kl_div(PROBS.log(), p, reduction="none").sum(-1)
     product = t.softmax(-1) * PROBS.log()

@@ -83,7 +83,7 @@ VIEWS = {
     "iteration": lambda z: next(iter(z)),
     "cat": lambda z: torch.cat([z, z[:, 1:]], dim=1),
     "cat_rows": lambda z: torch.cat([z[1:], z, z[:0]]),
-    "cat_temperatures": lambda z: torch.cat([z, z / torch.full((B, S, 1), 2.0)], dim=-2),
+    "cat_temperatures": lambda z: torch.cat([z, z / torch.full((B, S, 1), 2.0, device=z.device)], dim=-2),
     "cat_vocab_middle": lambda z: torch.concat([z.transpose(1, 2), z.transpose(1, 2)], dim=2),
     "stack": lambda z: torch.stack([z[0], z[1], z[0]], dim=1),
     "stack_iteration": lambda z: torch.stack(list(z)),
@@ -145,11 +145,12 @@ def test_stays_lazy(name, options):
     check(VIEWS[name], options)
 
 
+BIAS = torch.linspace(-1, 1, V, dtype=torch.float64)
 UNCAPPED = {
-    "plus_bias": lambda z: z + torch.linspace(-1, 1, V, dtype=torch.float64),
-    "bias_plus": lambda z: torch.linspace(-1, 1, V, dtype=torch.float64) + z / 2,
-    "minus_bias": lambda z: z - torch.linspace(-1, 1, V, dtype=torch.float64).view(1, 1, V),
-    "plus_bias_middle": lambda z: z.transpose(1, 2) + torch.linspace(-1, 1, V, dtype=torch.float64)[:, None],
+    "plus_bias": lambda z: z + BIAS,
+    "bias_plus": lambda z: BIAS + z / 2,
+    "minus_bias": lambda z: z - BIAS.view(1, 1, V),
+    "plus_bias_middle": lambda z: z.transpose(1, 2) + BIAS[:, None],
     "capped": lambda z: torch.tanh(z / 1.5) * 1.5,
     "capped_left": lambda z: 1.5 * torch.tanh(z / 1.5),
     "capped_method": lambda z: (z / 1.5).tanh() * 1.5,
@@ -220,7 +221,7 @@ def test_index_select_takes_no_negative_index():
 
 
 EDGES = {
-    "index_select_one": lambda z: z.index_select(0, torch.tensor(1)),
+    "index_select_one": lambda z: z.index_select(0, PICK[1]),
     "between_indices": lambda z: z.transpose(1, 2).unsqueeze(0)[:, [0, 1, 1], 3, [1, 2, 3]],
     "between_indices_first": lambda z: z.transpose(1, 2)[[0, 1, 1], torch.tensor(-2), PICK],
     "log_prob_from_the_end": lambda z: z.log_softmax(-1)[..., [-1, 2]],

@@ -1,0 +1,114 @@
+"""Losses of lazy logits elsewhere than in chunks on a CPU: by the kernels, on a GPU if there is one, and on ``meta``.
+
+A tensor on ``meta`` has a device and no numbers. To wait for one of them raises there, as it would hold a GPU up, and so does
+a tensor that was made on the CPU beside it.
+"""
+
+import doctest
+import importlib
+
+import lazy_logits
+import pytest
+import test_lazy_elementwise
+import test_lazy_products
+import test_lazy_views
+import test_linear_logits
+import torch
+from conftest import DEVICE
+from lazy_logits import NUMBERS, arguments, leaves, numbers
+from test_docstrings import MODULES
+
+import fused_losses
+from fused_losses import LinearLogits, settings
+from fused_losses.reference.linear_logits import linear_logits
+
+ONE = test_lazy_views.VIEWS | test_lazy_views.UNCAPPED | test_lazy_views.EDGES | test_linear_logits.SPELLINGS | NUMBERS
+TWO = {loss.__name__: loss for loss in test_lazy_products.LOSSES}
+# What asks for numbers, in eager too: masks as indices, and indices and counts that are tensors.
+WAITS = """
+mask mask_row mask_second index_numpy index_tensor_scalar vocab_mask log_softmax_mask logits_indexed_mask
+repeat_interleave_counts between_indices_first jensen_shannon_of_logs
+"""
+
+
+def places(losses):
+    cases = [
+        (name, place) for name in losses for place in (DEVICE, "meta") if name not in WAITS.split() or place == DEVICE
+    ]
+    return pytest.mark.parametrize(("name", "place"), cases, indirect=["place"])
+
+
+@pytest.fixture
+def place(request, monkeypatch):
+    """Where the losses find their own tensors."""
+    for module in (test_lazy_elementwise, test_lazy_products, test_lazy_views, test_linear_logits, lazy_logits):
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                monkeypatch.setattr(module, name, moved(value, request.param))
+    monkeypatch.setattr("fused_losses.lazy_elementwise.traced", lambda t: False)  # which then takes rows, as on a GPU
+    with settings.backend("triton" if request.param == DEVICE else None):
+        yield request.param
+
+
+def moved(t, place):
+    """In fp32, which the kernels compute in."""
+    return t.detach().to(place, torch.float32 if t.is_floating_point() else t.dtype)
+
+
+def compare(fn, inputs, place):
+    """``fn`` of either kind of head: the same numbers and gradients, and on ``meta`` tensors that are alike."""
+    found = []
+    for kind in (LinearLogits, linear_logits):
+        given = [moved(t, place).requires_grad_(t.requires_grad) for t in inputs]
+        with settings.strict():
+            results = numbers(fn(kind, given))
+        trained = [t for t in results if t.requires_grad]
+        if trained:
+            loss = sum((t * torch.linspace(0.5, 1.5, t.numel(), device=place).view(t.shape)).sum() for t in trained)
+            wanted = [t for t in given if t.requires_grad]
+            results += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+        found.append(results)
+    for ours, eager in zip(*found, strict=True):
+        assert (ours.shape, ours.dtype, ours.device) == (eager.shape, eager.dtype, eager.device)
+    if place != "meta":
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@places(ONE)
+def test_of_one_head(name, place):
+    tensors = leaves()
+
+    def fn(kind, given):
+        args, options = arguments(dict(zip(tensors, given, strict=True)), bias=True)
+        return ONE[name](kind(*args, **options))
+
+    compare(fn, tensors.values(), place)
+
+
+@places(TWO)
+def test_of_two_heads(name, place):
+    compare(lambda kind, t: TWO[name](kind(*t[:3]), kind(*t[3:])), test_lazy_products.leaves(), place)
+
+
+@places(test_lazy_elementwise.LOSSES)
+@pytest.mark.parametrize("workspace", [20000, None])
+def test_of_two_heads_and_probabilities(name, workspace, place):
+    loss, p = test_lazy_elementwise.LOSSES[name], test_lazy_elementwise.probabilities(torch.float32)
+    with settings.workspace(workspace):
+        compare(lambda kind, t: loss(kind(*t[:3]), kind(*t[3:6]), t[6]), [*test_lazy_elementwise.leaves(), p], place)
+
+
+# These count tokens with a label, or documents, for the size of a tensor; the last one's example reads its numbers.
+COUNTS = {"prm_loss", "PRMLoss", "document_borders", "aggregate"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_no_loss_waits_for_the_device(name):
+    """Each example of its docstring, of which the last call is the loss; the numbers themselves are not looked at."""
+    module = importlib.import_module(name)
+    for test in doctest.DocTestFinder().find(module):
+        scope = vars(module) | {"torch": torch, "fused_losses": fused_losses}
+        for example in test.examples if test.name.split(".")[-1] not in COUNTS else ():
+            if not (example.exc_msg or example.options.get(doctest.SKIP)):
+                with torch.device("meta"):
+                    exec(example.source, scope)
