@@ -104,7 +104,7 @@ COUNTS = {"prm_loss", "PRMLoss", "document_borders", "aggregate"}
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_loss_waits_for_the_device(name):
-    """Each example of its docstring, of which the last call is the loss; the numbers themselves are not looked at."""
+    """Every example of its docstrings, on ``meta``."""
     module = importlib.import_module(name)
     for test in doctest.DocTestFinder().find(module):
         scope = vars(module) | {"torch": torch, "fused_losses": fused_losses}
