@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from .autodiff import check_differentiable, differentiable_gradients, traced, transforms_active
+from .autodiff import (
+    check_differentiable,
+    differentiable_gradients,
+    save_for_backward,
+    saved_tensors,
+    traced,
+    transforms_active,
+)
 from .chunked.softmax_rows import transform
 from .gradients_in_forward import in_range, loss_and_gradients
 from .head import Head, budget, head_of, ready, whole_logits
@@ -79,7 +86,7 @@ class LazyElementwise(Elementwise):
             mask = x.dtype == torch.bool
             return (x if mask else x.with_dtype(torch.promote_types(x.dtype, self.wide))).materialize()
 
-        return _fold(self, elements, lambda x, args, kwargs: x.function(*args, **kwargs)).to(self.dtype)
+        return _fold(self, elements, _value).to(self.dtype)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyElementwise:
         def mapped(x: Any) -> Any:
@@ -91,7 +98,8 @@ class LazyElementwise(Elementwise):
         return self.aliasing(_fold(self, mapped, _with_arguments), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyElementwise:
-        return replace(self, dtype=dtype)
+        # A mask that is cast to a float passes no gradient.
+        return replace(self if self.dtype.is_floating_point else self._detached(), dtype=dtype)
 
     def values_at(self, ids: Tensor) -> Any:
         """The function of the arguments' values there."""
@@ -105,7 +113,7 @@ class LazyElementwise(Elementwise):
 
         def value(x: LazyElementwise, args: Any, kwargs: Any) -> Any:
             known = not any(y is NotImplemented for y in tree_leaves((args, kwargs)))
-            return x.function(*args, **kwargs) if known else NotImplemented
+            return _value(x, args, kwargs) if known else NotImplemented
 
         return _fold(self, read, value)
 
@@ -116,6 +124,12 @@ class LazyElementwise(Elementwise):
 
     def detach(self) -> LazyElementwise:
         return self.aliasing(self._detached())
+
+    def become(self, new: Any) -> Any:
+        done = super().become(new)
+        if done is self and isinstance(self, LazyElementwise):
+            self.__post_init__()  # depth and requires_grad are no fields
+        return done
 
 
 def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], Any], known: Any = None) -> Any:
@@ -130,6 +144,14 @@ def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], An
         else:
             known[key] = leaf(x)
     return known[key]
+
+
+def _value(x: LazyElementwise, args: Any, kwargs: Any) -> Tensor:
+    """What the function gives, wide; what is no float, a mask say, in the dtype that it was cast to since."""
+    found = x.function(*args, **kwargs)
+    if found.is_floating_point() and x.dtype.is_floating_point:
+        return found
+    return found.to(torch.promote_types(x.dtype, x.wide) if x.dtype.is_floating_point else x.dtype)
 
 
 def _with_arguments(x: LazyElementwise, args: Any, kwargs: Any) -> LazyElementwise:
@@ -229,9 +251,11 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
         if is_lazy(y):
             return _flattened(y, z, tensors, known)
         t = y.elements() if isinstance(y, Dense) else y
-        if t.ndim == 0:
+        if t.ndim == 0 and not t.requires_grad:
             return y
-        if isinstance(y, Dense):
+        if t.ndim == 0:
+            tensors.append(t)
+        elif isinstance(y, Dense):
             t = _expanded(t, x).movedim(x.vocab_dim, -1)
             tensors.append(t.reshape(-1, t.shape[-1]))
         else:
@@ -278,7 +302,9 @@ class _Rows(LinearLogits):
     """Logits ``(n, V)`` that exist."""
 
     def __init__(self, like: LinearLogits, z: Tensor, dtype: torch.dtype) -> None:
-        self.rest, self._hidden = like.rest.but(vocab_dim=1, dtype=dtype), z  # whose tokens it has
+        bare: dict[str, Any] = {"weight": None, "bias": None, "low_rank": None, "all_tokens": None, "shards": {}}
+        self.rest = like.rest.but(vocab_dim=1, dtype=dtype, temperature=1.0, **bare)
+        self._hidden = z  # whose tokens it has
 
     def check(self) -> None:
         pass
@@ -297,11 +323,14 @@ class _Rows(LinearLogits):
 
 
 class _Sums(NamedTuple):
-    """The sums over the vocabulary of an expression, and their gradients, a few rows at a time."""
+    """The sums over the vocabulary of an expression, and their gradients, a few rows at a time.
+
+    Without the tensors they are of, which autograd holds, and frees.
+    """
 
     expression: Any  # as _flattened made it
-    logits: list[LinearLogits]  # in its slots
-    heads: list[Head]
+    logits: list[_Rows]  # in its slots, without rows
+    heads: list[Head]  # without their inputs
     room: int  # bytes
     at_once: int  # rows
 
@@ -322,7 +351,7 @@ class _Sums(NamedTuple):
     def value(self, tensors: Sequence[Any]) -> Tensor:
         heads, others = self.split(tensors)
         parts = [
-            self.of([_logits(head, _raw(head, rows), rows) for head in heads], [t[rows] for t in others])
+            self.of([_logits(head, _raw(head, rows), rows) for head in heads], [_of_rows(t, rows) for t in others])
             for rows in self.pieces(0, len(heads[0].hidden))
         ]
         return torch.cat(parts) if parts else heads[0].hidden.new_zeros(0, dtype=wide_dtype(heads[0].hidden.device))
@@ -343,7 +372,7 @@ class _Sums(NamedTuple):
             last = i == passes[-1]
             raw = [_raw(head, rows).requires_grad_(i == j) for j, head in enumerate(heads)]
             parts = [
-                t[rows].detach().requires_grad_(last and whole is not None)
+                _of_rows(t, rows).detach().requires_grad_(last and whole is not None)
                 for t, whole in zip(others, of_others, strict=True)
             ]
             with torch.enable_grad():
@@ -355,7 +384,10 @@ class _Sums(NamedTuple):
             grad = None if i is None else grads.pop(0)
             for whole in of_others:
                 if last and whole is not None and (found := grads.pop(0)) is not None:
-                    whole[rows] = found
+                    if whole.ndim == 0:
+                        whole += found
+                    else:
+                        whole[rows] = found
             return grad
 
         def over_logits(
@@ -389,6 +421,10 @@ class _Sums(NamedTuple):
         return found + of_others
 
 
+def _of_rows(t: Tensor, rows: slice) -> Tensor:
+    return t[rows] if t.ndim > 0 else t
+
+
 def _raw(head: Head, rows: slice) -> Tensor:
     """Logits ``(n, V)`` before scale, softcap and temperature, in fp32 or wider."""
     part = head.tokens(rows)
@@ -405,13 +441,14 @@ class _RowSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, sums: _Sums, *tensors: Tensor | None) -> Tensor:
         ctx.sums = sums
-        ctx.save_for_backward(*tensors)
-        with full_precision(sums.heads[0].hidden.device):
-            return sums.value([None if t is None else t.detach() for t in tensors])
+        save_for_backward(ctx, *tensors)
+        given = [None if t is None else t.detach() for t in tensors]
+        with full_precision(sums.split(given)[0][0].hidden.device):
+            return sums.value(given)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        sums, tensors, wanted = ctx.sums, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        sums, tensors, wanted = ctx.sums, saved_tensors(ctx), ctx.needs_input_grad[1:]
         with full_precision(upstream.device):
             if torch.is_grad_enabled():
                 inputs = [t if want else None for t, want in zip(tensors, wanted, strict=True)]
@@ -444,8 +481,10 @@ def row_sums(x: Derived) -> Any:
         at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
         if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
             return x.materialize().sum(x.vocab_dim, dtype=wide_dtype(x.device))
-        sums = _Sums(expression, logits, [head.detached() for head in heads], room, at_once)
-        found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
+        slots = [_Rows(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
+        sums = _Sums(expression, slots, [head.with_inputs([None] * 5) for head in heads], room, at_once)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
         for z in logits:
             found = z.gather_in_backward(found)
     return found.view(x.token_shape)

@@ -315,6 +315,8 @@ class LazyProducts(Elementwise):
         return self.aliasing(self._detached())
 
     def scaled(self, factor: Any) -> Any:
+        if not self.dtype.is_floating_point:
+            return NotImplemented  # whose product is of another dtype, maybe: elements that were changed
         number = coefficient(self, factor)
         if number is not NotImplemented:
             if self.skipped is None:

@@ -119,9 +119,9 @@ class LazyTensor:
         reads = self.reads()
         reads[:] = [known for known in reads if known[0]() is not None]
         if root.is_inference():  # no version tells of a change, and no view of its base
-            reads.append((lambda: root, root.clone(), ids))
+            reads.append((lambda: root, root.clone(), ids.clone()))
         else:
-            reads.append((weakref.ref(root), root._version, ids.detach()))
+            reads.append((weakref.ref(root), root._version, ids.clone()))
 
     def reread(self, elements: Tensor, t: Tensor) -> Tensor:
         """``t``, where it was read from this and is as it was, from ``elements``."""
@@ -363,7 +363,7 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> Any:
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
     name = "__rdiv__" if func is Tensor.__rdiv__ else name or func.__name__  # which PyTorch 2.15 compiles as "wrapped"
-    if not args and is_lazy(kwargs.get("input")):
+    if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     first = args[0] if args else None
     args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}

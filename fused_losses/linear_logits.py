@@ -491,10 +491,11 @@ class LinearLogits(LazyTensor):
         low_rank = rest.low_rank and (per_token(rest.low_rank[0]), rest.low_rank[1])
         temperature = number(rest.temperature) if isinstance(rest.temperature, Tensor) else rest.temperature
         new = self._but(per_token(self.hidden), view, vocab_dim=vocab_dim, low_rank=low_rank, temperature=temperature)
+        trains = torch.is_grad_enabled()  # else what is known with a gradient is here without
         known = {
-            key: number(t.view(self.token_shape)).reshape(-1)
-            for key, t in self._measured.items()
-            if key[0] != "elements"
+            (name, of if trains else None): number((t if trains else t.detach()).view(self.token_shape)).reshape(-1)
+            for (name, of), t in self._measured.items()
+            if name != "elements"
         }
         if _one_memory(self, new):
             self._views.setdefault(_place(self.hidden), self._cache)

@@ -30,20 +30,30 @@ def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-_trained = WeakTensorKeyDictionary()  # the parameters of heads, which optimizers change
+_watched = WeakTensorKeyDictionary()  # the tensors of heads, of which an optimizer may change some
 
 
 def watch(*parameters: Tensor | None) -> None:
     """See to it that an optimizer's step changes the versions of these: a fused one, PyTorch's or another's, does not."""
     if not torch.compiler.is_compiling():
         for t in parameters:
-            if t is not None and t.requires_grad:
-                _trained[t if t._base is None else t._base] = None
+            if t is not None and not t.is_inference():
+                _watched[t if t._base is None else t._base] = None
+
+
+def _memory(t: Tensor) -> int:
+    try:
+        return t.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # it has none
+        return id(t)
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    increment_version([p for p in parameters if p.grad is not None and p in _trained])
+    """A head may hold what was detached of a parameter: another tensor, in the same memory."""
+    if len(_watched) > 0:
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        written = {_memory(p) for p in parameters if p.grad is not None}
+        increment_version([t for t in _watched if _memory(t) in written])
 
 
 register_optimizer_step_post_hook(_after_step)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses import LinearLogits, settings
@@ -312,3 +313,82 @@ def test_products_with_the_head(monkeypatch):
         assert sum(made) == passes * B * S
         assert max(made) < B * S
         made.clear()
+
+
+@pytest.mark.parametrize("workspace", [20000, None])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda p, tau: ((p + 1e-9).log() * tau).sum(),
+        lambda p, tau: ((p + 0.1) ** tau).sum(),
+        lambda p, tau: (p + 0.1).sqrt().masked_fill(ENTRY == 1, tau).sum(-1).square().sum(),
+    ],
+)
+def test_a_number_that_trains(fn, workspace):
+    inputs, found = leaves()[:3], []
+    for head in (LinearLogits, eager_head):
+        tau = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
+        with settings.strict(), settings.workspace(workspace):
+            loss = fn(head(*inputs).softmax(-1), tau)
+        found.append([loss, *torch.autograd.grad(loss, [*inputs, tau])])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("workspace", [20000, None])
+def test_comparisons_that_are_cast(workspace):
+    inputs, found = leaves()[:3], []
+    for head in (LinearLogits, eager_head):
+        p = head(*inputs).softmax(-1)
+        with settings.strict(), settings.workspace(workspace):
+            above, more = (p > 0.02).double(), torch.where(condition=p > 0.01, input=p, other=0.0)
+            counts = (above + (p > 0.01).double()).sum(-1), (1 - above).sum(-1), above.mean(-1)
+            weighed = (above * more).sum(-1)
+        assert not any(x.requires_grad for x in counts)
+        found.append([*counts, weighed, *torch.autograd.grad(weighed.square().sum(), inputs)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("workspace", [20000, None])
+def test_a_teacher_made_under_inference_mode(workspace):
+    inputs, found = leaves(), []
+    with torch.inference_mode():
+        p, given = probabilities(torch.float64), [x.clone() for x in inputs[3:]]
+    for head in (LinearLogits, eager_head):
+        with torch.inference_mode():
+            t = head(*given)
+        with settings.strict(), settings.workspace(workspace):
+            z = head(*inputs[:3]).softmax(-1)
+            loss = (z - p).abs().sum() + (z + t.softmax(-1)).sum(-1).square().sum()
+        found.append([loss, *torch.autograd.grad(loss, inputs[:3])])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_changed_in_place_again_and_again():
+    inputs, p = leaves()[:3], probabilities(torch.float64)
+    x, step = LinearLogits(*inputs).softmax(-1) + p, p / 400
+    for _ in range(400):
+        x.add_(step)
+    torch.testing.assert_close(x.sum(-1), torch.full((B, S), 3.0, dtype=torch.float64))
+    x = torch.where(LinearLogits(*inputs).softmax(-1) > 0.02, 1.0, 0.0)
+    assert not x.requires_grad
+    x.add_(LinearLogits(*inputs).softmax(-1).sqrt())
+    assert x.requires_grad
+    with torch.no_grad():
+        made = x.exp()
+    assert not made.sum().requires_grad
+
+
+def test_a_checkpoint_frees_hidden_states():
+    inputs, held = leaves(), []
+
+    def loss(hidden, weight):
+        hidden = hidden * 2
+        held.append(StorageWeakRef(hidden.untyped_storage()))
+        return (LinearLogits(hidden, weight).softmax(-1) + 0.1).log().sum()
+
+    with settings.workspace(20000):
+        value = checkpoint(loss, *inputs[:2], use_reentrant=False)
+        assert held[0].expired()
+        found = torch.autograd.grad(value, inputs[:2])
+    torch.testing.assert_close(found, torch.autograd.grad(loss(*inputs[:2]), inputs[:2]))

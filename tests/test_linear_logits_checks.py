@@ -150,3 +150,15 @@ def test_sharded_tensors_raise():
     weight.device_mesh = "a DTensor has one"
     with pytest.raises(TypeError, match="LinearHead"):
         LinearLogits(torch.ones(S, H), weight)
+
+
+@pytest.mark.parametrize("made_of", [lambda p: p.detach(), lambda p: p.data, lambda p: p])
+def test_logits_of_what_was_detached_of_a_parameter_raise_after_a_step(made_of):
+    parameter = nn.Parameter(torch.randn(V, H), requires_grad=False)
+    logits = LinearLogits(torch.randn(B, S, H), made_of(parameter))
+    logits.logsumexp(-1)
+    parameter.requires_grad_()
+    parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW([parameter], lr=0.1, fused=True).step()
+    with pytest.raises(RuntimeError, match="weight was modified in place"):
+        logits.argmax(-1)

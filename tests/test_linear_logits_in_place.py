@@ -56,6 +56,16 @@ def test_other_changes_in_place_make_the_elements(name, of):
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
+def test_masks_and_counts_that_were_written_into():
+    found = []
+    for z in make()[:2]:
+        mask, count = z.softmax(-1) > 0.1, torch.where(z.softmax(-1) > 0.1, 1, 0)
+        mask[0], count[0] = False, 3
+        found.append(((mask * 0.5).sum(-1), (count / 2).sum(-1), (mask * 3).sum(-1)))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
 def test_rows_written_one_by_one():
     """Each from views of what the write before has changed."""
     lazy, eager, tensors = make()

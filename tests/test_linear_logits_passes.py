@@ -127,6 +127,18 @@ def test_views_of_the_same_tokens_are_measured_once(first, second, passes, grad)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
+def test_a_view_made_without_gradient_takes_none_from_the_next():
+    lazy, eager, tensors = make()
+    found = []
+    for z in (lazy, eager):
+        loss = z.logsumexp(-1).sum()
+        with torch.no_grad():
+            assert not z[:, :-1].logsumexp(-1).requires_grad
+        loss = loss + z[:, :-1].logsumexp(-1).square().sum()
+        found.append([loss, *torch.autograd.grad(loss, (tensors["hidden"], tensors["weight"]))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
 def test_tokens_that_share_memory_and_not_a_temperature_are_measured_apart():
     hidden, weight = torch.randn(1, H).expand(2, H), torch.randn(V, H)
     z = LinearLogits(hidden, weight, temperature=torch.tensor([1.0, 2.0]))
