@@ -32,6 +32,7 @@ class Run(NamedTuple):
 
 
 FLUSH_BYTES = 512 * 2**20  # several times any L2
+HOST_CYCLES = 10_000_000  # 5 ms at 2 GHz, in which the host queues any call
 WARM_UP = {"cuda": 3, "cpu": 1}
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 
@@ -48,7 +49,8 @@ def once(run: Run, device: str, flush: torch.Tensor | None) -> Sample:
         return Sample(marks[1] - marks[0], marks[2] - marks[1])
     assert flush is not None
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    flush.zero_()  # takes long enough for the host to queue what follows, so that launches are not what is timed
+    flush.zero_()
+    torch.cuda._sleep(HOST_CYCLES)  # so that launches are not what is timed
     start.record()
     out = run.forward(prepared)
     middle.record()

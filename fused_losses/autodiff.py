@@ -74,8 +74,9 @@ def traced(t: Tensor) -> bool:
 
 def host_may_read(t: Tensor) -> bool:
     """Whether the host may wait for what ``t`` holds: not while tracing or capturing a graph, nor under a transform."""
-    capturing = t.is_cuda and torch.cuda.is_current_stream_capturing()
-    return not (traced(t) or transforms_active() or capturing)
+    if traced(t) or transforms_active():  # asked first: Dynamo does not compile the question below
+        return False
+    return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def may_save(t: Tensor) -> bool:

@@ -388,6 +388,8 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) 
     """``gradient·scale`` in ``dtype``, multiplied in fp32 or wider and rounded once; over ``gradient`` if ``in_place``."""
     if gradient.dtype != dtype:
         out = torch.empty_like(gradient, dtype=dtype)
+        if gradient.is_cuda:
+            return torch.mul(gradient, scale, out=out)
         for i in range(0, max(len(gradient), 1), BLOCK):
             out[i : i + BLOCK] = gradient[i : i + BLOCK] * scale
         return out

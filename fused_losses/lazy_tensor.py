@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from . import settings
 from .autodiff import host_may_read
 from .linear_logits_checks import no_gradient
+from .numerics import on_device
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
 _KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
@@ -164,7 +165,7 @@ class LazyTensor:
 
     def column(self, at: int | Tensor) -> Any:
         """The values of one entry of the vocabulary, ``token_shape``."""
-        return self.value_at(from_front(self, torch.as_tensor(at, device=self.device)))
+        return self.value_at(from_front(self, on_device(at, self.device)))
 
     def vocab_sum(self) -> Any:
         """Sum over the vocabulary, ``token_shape``."""

@@ -48,7 +48,7 @@ from .linear_logits_checks import (
     versions,
     watch,
 )
-from .numerics import check_scaling, full_precision, statistics_dtype
+from .numerics import check_scaling, full_precision, on_device, statistics_dtype
 from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole, shards
 from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
@@ -619,7 +619,7 @@ class LinearLogits(LazyTensor):
     def column(self, at: int | Tensor) -> Any:
         if self.shard is not None:
             return super().column(at)
-        return self.columns(torch.as_tensor(at, device=self.device).view(1)).materialize().squeeze(self.vocab_dim)
+        return self.columns(on_device(at, self.device).view(1)).materialize().squeeze(self.vocab_dim)
 
     def scaled(self, factor: Any) -> Any:
         if is_number(factor) and self.softcap is None:
@@ -835,7 +835,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     temperature, low_rank = first.temperature, first.rest.low_rank
     if any(isinstance(x.temperature, Tensor) or x.temperature != temperature for x in tensors):
         dtype = statistics_dtype(hidden.dtype)
-        each = [torch.as_tensor(x.temperature, dtype=dtype, device=x.device).expand(x.token_shape) for x in tensors]
+        each = [on_device(x.temperature, x.device).to(dtype).expand(x.token_shape) for x in tensors]
         temperature = torch.cat(each, at)
     if low_rank is not None:
         low_rank = (torch.cat([x.rest.low_rank[0] for x in tensors], at), low_rank[1])

@@ -79,6 +79,11 @@ def check_between(low: float, high: float, /, **options: float | None) -> None:
             raise ValueError(f"{name} must be between {low} and {high}, got {x}")
 
 
+def on_device(x: Tensor | float, device: torch.device) -> Tensor:
+    """A number as a tensor there, filled there: a copy from the host would wait for the device."""
+    return x.to(device) if isinstance(x, Tensor) else torch.full((), x, device=device)
+
+
 def log1mexp(x: Tensor) -> Tensor:
     r""":math:`\log(1 - e^x)` for :math:`x \le 0`, accurate at both ends and finite, with finite gradient, at 0.
 

@@ -35,7 +35,7 @@ MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
 NUMBERS_PER_TOKEN = 60  # bytes of statistics, their copies for backward and the coefficients of a gradient
-TILE_BYTES = 64 * MiB  # of logits that library_tiles.py makes at a time, forward
+TILE_BYTES = 32 * MiB  # of logits that library_tiles.py makes at a time, forward
 
 
 def padded(columns: int) -> int:
@@ -257,7 +257,8 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
         sums, note = wide, "asked for" if accumulate else f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
     held, wide_sums, scaled = final, 0, 0
     if sums != dtype:
-        scaled = min(V, BLOCK) * sizes.hidden * sums.itemsize  # times the upstream gradient, so many rows at a time
+        if sizes.backend == "torch":  # times the upstream gradient, so many rows at a time
+            scaled = min(V, BLOCK) * sizes.hidden * sums.itemsize
         wide_hidden, wide_weight = sizes.gradients(sums)
         if dtype == torch.float16:
             held = wide_sums = wide_hidden + wide_weight

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import traced, transforms_active
-from .numerics import check_masks, upcast, wide_dtype
+from .numerics import check_masks, on_device, upcast, wide_dtype
 from .token_statistics import integer_ids
 
 
@@ -321,7 +321,7 @@ def shift_labels(
         chunks = chunks.masked_fill(position_ids.reshape(chunks.shape) == 0, ignore_index)
     elif cu_seqlens is not None:
         rows, whole = prod(labels.shape[:-1]), ranks * labels.shape[-1]
-        first = torch.tensor(mine, device=labels.device).unsqueeze(-1) * length
+        first = torch.stack([on_device(i, labels.device) for i in mine]).unsqueeze(-1) * length
         place = first + torch.arange(length, device=labels.device)
         place = place + whole * torch.arange(rows, device=labels.device).view(*labels.shape[:-1], 1, 1)
         starts = torch.isin(place, checked_borders(cu_seqlens, rows * whole))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .cross_entropy import cross_entropy
 from .linear_logits import LinearLogits
-from .numerics import statistics_dtype, upcast
+from .numerics import on_device, statistics_dtype, upcast
 from .sequences import at_least_one, shift_labels, sums_and_counts
 from .token_statistics import selective_log_softmax
 
@@ -134,7 +134,7 @@ def sft_loss(
             losses, count = sums / counts.clamp(min=1), (counts > 0).sum()
         total = losses.sum()
     if num_items_in_batch is not None:
-        count = torch.as_tensor(num_items_in_batch, device=total.device)
+        count = on_device(num_items_in_batch, total.device)
     elif context_group is not None and average == "token":
         dist.all_reduce(count, group=context_group)
     loss = total / at_least_one(count)

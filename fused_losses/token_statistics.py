@@ -529,7 +529,7 @@ def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size
     if not isinstance(temperature, Tensor):
         dtype = statistics_dtype(logits.dtype)
         return logits, torch.full((tokens.numel(),), temperature, dtype=dtype, device=logits.device)
-    return logits, temperature.expand(tokens).reshape(-1)
+    return logits, temperature.to(logits.device).expand(tokens).reshape(-1)
 
 
 def rows_of(logits: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ gradient of a rank's logits is its own business; the gradient of hidden is a sum
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autodiff import trains
-from .numerics import statistics_dtype
+from .numerics import on_device, statistics_dtype
 from .row_statistics import RowStatistics, empty_statistics
 
 
@@ -256,9 +255,8 @@ def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequenc
 ROUTES = ("", "gradients_in_forward", "recompute")
 
 
-@functools.lru_cache
 def _header(shard: VocabShard, route: str, device: torch.device) -> Tensor:
-    return torch.tensor([*shard[1:4], ROUTES.index(route), shard.sums], device=device)
+    return torch.stack([on_device(int(n), device) for n in (*shard[1:4], ROUTES.index(route), shard.sums)])
 
 
 def _check_alike(found: Tensor) -> None:

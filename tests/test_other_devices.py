@@ -1,11 +1,12 @@
 """Losses of lazy logits elsewhere than in chunks on a CPU: by the kernels, on a GPU if there is one, and on ``meta``.
 
-A tensor on ``meta`` has a device and no numbers. To wait for one of them raises there, as it would hold a GPU up, and so does
-a tensor that was made on the CPU beside it.
+A tensor on ``meta`` has a device and no numbers. To wait for one of them raises there, as it would hold a GPU up, and so do a
+tensor that was made on the CPU beside it and a copy of the host's numbers, for which the host waits too.
 """
 
 import doctest
 import importlib
+import types
 
 import lazy_logits
 import pytest
@@ -15,12 +16,14 @@ import test_lazy_views
 import test_linear_logits
 import torch
 from conftest import DEVICE
-from lazy_logits import NUMBERS, arguments, leaves, numbers
+from lazy_logits import NUMBERS, V, arguments, leaves, numbers
 from test_docstrings import MODULES
 
 import fused_losses
-from fused_losses import LinearLogits, settings
+from fused_losses import LinearLogits, selective_log_softmax, settings
+from fused_losses.autodiff import host_may_read
 from fused_losses.reference.linear_logits import linear_logits
+from fused_losses.token_statistics import _at_temperature
 
 ONE = test_lazy_views.VIEWS | test_lazy_views.UNCAPPED | test_lazy_views.EDGES | test_linear_logits.SPELLINGS | NUMBERS
 TWO = {loss.__name__: loss for loss in test_lazy_products.LOSSES}
@@ -36,6 +39,20 @@ def places(losses):
         (name, place) for name in losses for place in (DEVICE, "meta") if name not in WAITS.split() or place == DEVICE
     ]
     return pytest.mark.parametrize(("name", "place"), cases, indirect=["place"])
+
+
+@pytest.fixture(autouse=True)
+def _no_copy_from_the_host(monkeypatch):
+    def refusing(make):
+        def made(data, *args, device=None, **kwargs):
+            assert isinstance(data, torch.Tensor) or device is None or torch.device(device).type != "meta", data
+            return make(data, *args, device=device, **kwargs)
+
+        return made
+
+    torch.utils._device._device_constructors()  # which torch.device("meta") knows by those that are replaced here
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, refusing(getattr(torch, name)))
 
 
 @pytest.fixture
@@ -112,3 +129,19 @@ def test_no_loss_waits_for_the_device(name):
             if not (example.exc_msg or example.options.get(doctest.SKIP)):
                 with torch.device("meta"):
                     exec(example.source, scope)
+
+
+def test_a_temperature_on_the_host():
+    x, t = torch.randn(3, V, device="meta"), torch.tensor(0.7)
+    assert _at_temperature(x, t, x.shape[:-1])[1].device == x.device
+    x, ids = torch.randn(3, V, device=DEVICE), torch.full((3,), 4, device=DEVICE)
+    torch.testing.assert_close(
+        selective_log_softmax(x, ids, temperature=t), (x / t).log_softmax(-1)[:, 4], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_whether_a_graph_is_captured_is_not_asked_while_compiling(monkeypatch):
+    """Dynamo compiles no call of ``is_current_stream_capturing``."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not host_may_read(types.SimpleNamespace(is_cuda=True))
