@@ -56,6 +56,16 @@ def backend(request):
 
 
 @pytest.fixture
+def no_entries(monkeypatch):
+    """Nothing is answered entry by entry, which is what remains where numbers per token do not suffice, and slower."""
+    from fused_losses.lazy_elementwise import LazyElementwise
+
+    monkeypatch.setattr(
+        LazyElementwise, "__post_init__", lambda x: pytest.fail(f"{x.function.__name__} entry by entry")
+    )
+
+
+@pytest.fixture
 def small_pieces(monkeypatch):
     """Chunks, slices and tiles so small that a small problem has several."""
     monkeypatch.setattr("fused_losses.planning.FEWEST_TOKENS", 4)

@@ -281,7 +281,7 @@ def outcome(loss, inputs, lazy):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("teacher_trains", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_unchanged_loss(loss, teacher_trains, bias):
+def test_unchanged_loss(loss, teacher_trains, bias, no_entries):
     inputs = leaves(teacher_trains=teacher_trains, bias=bias)
     torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
 

@@ -35,7 +35,7 @@ from fused_losses.reference.linear_logits import linear_logits
 
 @pytest.mark.parametrize("options", ["plain", "softcap", "all"])
 @pytest.mark.parametrize("name", NUMBERS)
-def test_answers_without_logits(name, options):
+def test_answers_without_logits(name, options, no_entries):
     check(NUMBERS[name], options, lazy=False)
 
 
@@ -152,6 +152,7 @@ MATERIALISED = {
     "integer": lambda z: z.to(torch.int32),
     "trained_temperature": lambda z: z / torch.ones(1, requires_grad=True),
     "numpy": lambda z: torch.as_tensor(z.detach().numpy()),
+    "entries_by_mask": lambda z: z[[0, 1], [1, 2], torch.arange(V) < 2],
     "slices_of_probabilities": lambda z: z.softmax(-1)[..., :3],
 }
 
@@ -343,6 +344,17 @@ def test_what_reads_numbers_per_token_or_none(fn, dtype):
     torch.testing.assert_close(found, expected, **({} if exact else {"rtol": 2e-2, "atol": 2e-2}))
     if found.requires_grad and exact:
         torch.testing.assert_close(*(gradients([x], tensors)[:3] for x in (found, expected)))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"temperature": TEMPERATURE.float()}, {"scale": 0.0}])
+def test_a_bias_added_after_what_is_not_linear(options):
+    lazy, eager, tensors = make(**options)
+    bias, found = torch.linspace(-1, 1, V, requires_grad=True), []
+    for z in (lazy, eager):
+        logp = (z + bias).log_softmax(-1).gather(-1, FEW)
+        found.append([logp, *torch.autograd.grad(logp.square().sum(), (tensors["weight"], bias))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 def test_a_vocabulary_of_one_beside_numbers_per_token():

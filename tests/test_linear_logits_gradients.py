@@ -63,6 +63,11 @@ def test_no_grad_gives_logits_without_gradient():
     with torch.inference_mode():
         logits = LinearLogits(torch.randn(B, H), tensors["weight"])
         assert logits.log_softmax(-1).gather(-1, IDS[:, :2]).shape == (B, 2)
+    args, options = arguments(tensors, **OPTIONS["low_rank"])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            LinearLogits(*args, **options).logsumexp(-1), linear_logits(*args, **options).logsumexp(-1)
+        )
     lazy = LinearLogits(tensors["hidden"], tensors["weight"])
     with settings.strict(), torch.inference_mode():
         assert torch.is_inference(logits)

@@ -23,6 +23,14 @@ def test_arithmetic_in_place_keeps_the_dtype():
     torch.testing.assert_close(lazy.materialize(), expected)
 
 
+def test_log_probs_changed_in_place_keep_the_dtype():
+    tensors = leaves(torch.bfloat16)
+    for z in (LinearLogits(tensors["hidden"], tensors["weight"]), F.linear(tensors["hidden"], tensors["weight"])):
+        logp = z.log_softmax(-1)
+        logp *= TEMPERATURE[..., None]
+        assert logp.dtype == logp.gather(-1, FEW).dtype == torch.bfloat16
+
+
 WRITTEN = {
     "setitem": lambda z: z.__setitem__((..., 0), -1e4),
     "add": lambda z: z.add_(FEW[..., :1]),

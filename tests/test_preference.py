@@ -540,6 +540,11 @@ def test_running_mean_takes_rewards_in_training_only_and_is_saved():
     other.eval()
     assert torch.equal(other(torch.full((4,), 100.0)), delta.eval()(torch.zeros(2)))
     assert preference.RunningMean()(torch.zeros(0)) == 0
+    alone = preference.RunningMean()
+    first = alone(torch.tensor([3.0]).double())
+    assert first == 3
+    alone(torch.tensor([5.0]).double())
+    assert first == 3  # a copy
 
 
 @pytest.mark.parametrize(
@@ -623,6 +628,7 @@ def test_metrics():
     unpaired = preference.preference_metrics(chosen, rejected[:2])
     assert unpaired.keys() == {"rewards/chosen", "rewards/rejected", "rewards/margins"}
     assert preference.preference_metrics(chosen, rejected[:0]).keys() == {"rewards/chosen"}
+    assert preference.preference_metrics(chosen[:0], rejected).keys() == {"rewards/rejected"}
     assert preference.preference_metrics(chosen[:0], rejected[:0]) == {}
 
 
