@@ -36,7 +36,7 @@ from .divergence import (
 )
 from .linear_logits import LinearLogits
 from .numerics import check_reduction, check_scaling, full_precision, log1mexp, statistics_dtype, upcast, wide_dtype
-from .row_divergence import Divergence
+from .row_divergence import Divergence, of_log_probs
 from .sequences import at_least_one, check_tensors
 from .settings import Backend, Route
 from .settings import route as route_setting
@@ -441,15 +441,7 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
         log_s, log_t = (x - x.logsumexp(-1, keepdim=True) for x in (log_s, log_t))
     elif tail == "bucket":
         log_s, log_t = (torch.cat([x, _rest(x)], -1) for x in (log_s, log_t))
-    s, t = log_s.exp(), log_t.exp()
-    if which.kind == "forward_kl":
-        value = _kl(t, log_t, s, log_s)
-    elif which.kind == "reverse_kl":
-        value = _kl(s, log_s, t, log_t)
-    else:
-        m = which.beta * t + (1 - which.beta) * s
-        log_m = m.masked_fill(m == 0, 1).log()
-        value = which.beta * _kl(t, log_t, m, log_m) + (1 - which.beta) * _kl(s, log_s, m, log_m)
+    value = of_log_probs(log_s, log_t, which.kind, which.beta)
     if tail == "ignore":
         return value.clamp(min=0)
     # Terms of the distributions' sums are in it, so it is above its rounding: cut that off and keep the gradient.
@@ -459,7 +451,3 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
 def _rest(log_p: Tensor) -> Tensor:
     """``log(1 − Σ p)``, ``(…, 1)``."""
     return log1mexp(log_p.logsumexp(-1, keepdim=True).clamp(max=LARGEST_LOG_MASS))
-
-
-def _kl(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    return (p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))).sum(-1)

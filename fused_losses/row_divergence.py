@@ -83,6 +83,29 @@ def whole_normalizers(of_slices: Tensor) -> Tensor:
     return whole
 
 
+def of_log_probs(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> Tensor:
+    """The divergence ``(…)`` of log-probabilities ``(…, V)``, as plain PyTorch."""
+    s, t = log_s.exp(), log_t.exp()
+
+    def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return (p * (log_p.masked_fill(p == 0, 0) - log_q.masked_fill(p == 0, 0))).sum(-1)
+
+    if kind == "forward_kl":
+        return kl(t, log_t, log_s)
+    if kind == "reverse_kl":
+        return kl(s, log_s, log_t)
+    if kind == "cross_entropy":
+        return -(t * log_s.masked_fill(log_s == -math.inf, 0)).sum(-1)
+    if kind == "tvd":
+        return 0.5 * (t - s).abs().sum(-1)
+    if kind == "overlap":
+        return torch.minimum(t, s).sum(-1)
+    m = beta * t + (1 - beta) * s
+    log_m = m.masked_fill(m == 0, 1).log()
+    of_teacher = kl(t, log_t, log_m)
+    return of_teacher if kind == "skewed_kl" else beta * of_teacher + (1 - beta) * kl(s, log_s, log_m)
+
+
 def differentiable_rows(
     z_student: Tensor,  # (n, V): final logits but for the temperature
     z_teacher: Tensor,  # (n, V)
@@ -98,30 +121,7 @@ def differentiable_rows(
     if skip is not None:
         z_student, z_teacher = (z.masked_fill(skip[:, None], 0) for z in (z_student, z_teacher))
     log_s, log_t = ((z / temperature).log_softmax(-1) for z in (z_student, z_teacher))
-    s, t = log_s.exp(), log_t.exp()
-
-    def finite(log_p: Tensor, p: Tensor) -> Tensor:
-        return log_p.masked_fill(p == 0, 0)
-
-    def kl(p: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
-        return (p * (finite(log_p, p) - finite(log_q, p))).sum(-1)
-
-    if kind == "forward_kl":
-        value = kl(t, log_t, log_s)
-    elif kind == "reverse_kl":
-        value = kl(s, log_s, log_t)
-    elif kind == "cross_entropy":
-        value = -(t * log_s.masked_fill(log_s == -math.inf, 0)).sum(-1)
-    elif kind == "tvd":
-        value = 0.5 * (t - s).abs().sum(-1)
-    elif kind == "overlap":
-        value = torch.minimum(t, s).sum(-1)
-    else:
-        m = beta * t + (1 - beta) * s
-        log_m = m.masked_fill(m == 0, 1).log()
-        value = kl(t, log_t, log_m)
-        if kind == "jsd":
-            value = beta * value + (1 - beta) * kl(s, log_s, log_m)
+    value = of_log_probs(log_s, log_t, kind, beta)
     nll = None
     if with_nll and ids is not None:
         y = ids.clamp(0, z_student.shape[1] - 1)
