@@ -54,9 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(argv)
     if argv and argv[0] in (*CASES, "all"):
         argv.insert(0, "bench")
-    args = parser().parse_args(argv)
+    args = parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
-        return args.run(args, argv)
+        return args.run(args)
     except (ValueError, OSError) as failure:
         print(f"fused-losses {args.command}: {failure}", file=sys.stderr)
         return 2
@@ -170,7 +170,7 @@ def one_of(option: str, text: str, choices: Sequence[str]) -> list[str]:
     return names
 
 
-def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
+def run_bench(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: there is no GPU here that PyTorch can use; leave it out to bench the CPU")
@@ -186,7 +186,7 @@ def run_bench(args: argparse.Namespace, argv: list[str]) -> int:
     modes = one_of("--mode", args.mode or ("full" if args.quick else "forward,full"), MODES)
     if args.resume and args.json is None:
         raise ValueError("--resume needs --json FILE")
-    result: dict[str, Any] = {"command": "fused-losses " + shlex.join(argv), **environment(device)}
+    result: dict[str, Any] = {"command": "fused-losses " + shlex.join(args.argv), **environment(device)}
     result |= {"complete": False, "unfinished": 0, "rows": []}
     if args.resume and args.json.exists():
         before = json.loads(args.json.read_text())
@@ -290,7 +290,7 @@ def lineup(
     return contenders, skipped
 
 
-def run_plan(args: argparse.Namespace, argv: list[str]) -> int:
+def run_plan(args: argparse.Namespace) -> int:
     dtype = DTYPES[one_of("--dtype", args.dtype, list(DTYPES))[0]]
     budget = settings.workspace.parse(args.budget)
     (tflops, gbps), whose = rates(args, dtype)
@@ -359,13 +359,13 @@ def largest_batch(shape: Shape, dtype: torch.dtype, budget: int, per_token: bool
     return low
 
 
-def run_report(args: argparse.Namespace, argv: list[str]) -> int:
+def run_report(args: argparse.Namespace) -> int:
     for file in report(args.results, args.out, args.into):
         print(file)
     return 0
 
 
-def run_compare(args: argparse.Namespace, argv: list[str]) -> int:
+def run_compare(args: argparse.Namespace) -> int:
     not_negative("--threshold", args.threshold)
     table, worse = compare(args.before, args.after, args.threshold)
     columns = ("case, shape, tokens, dtype, inputs, mode, contender", "time", "memory", "status")
@@ -382,7 +382,7 @@ def check_backend(backend: settings.Backend, device: str) -> None:
         raise ValueError(failure) from None
 
 
-def run_check(args: argparse.Namespace, argv: list[str]) -> int:
+def run_check(args: argparse.Namespace) -> int:
     from .check import FEWEST_DRAWS, LARGEST, MOST_DRAWS, checks, large_check, verdict
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
