@@ -98,7 +98,7 @@ def measure(
             except Exception as failure:  # a peer may fail in any way; the others go on
                 row |= {"status": "error", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
         if mode != "memory":
-            time_rows(case, problem, x, runs, group, seconds, progress)
+            time_rows(case, problem, runs, group, seconds, progress)
 
 
 class Draw(NamedTuple):
@@ -154,7 +154,6 @@ def judged(got: dict[str, Tensor], yardstick: dict[str, Tensor], exact: dict[str
 def time_rows(
     case: ModuleType,
     problem: Problem,
-    x: Inputs,
     runs: list[Run],
     group: list[Row],
     seconds: float,
