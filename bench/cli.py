@@ -393,11 +393,8 @@ def run_check(args: argparse.Namespace) -> int:
     for backend in [args.backend] if args.backend else backends:
         check_backend(backend, device)
         slow = interpreted and backend == "triton"
-        dtypes = [
-            torch.float32,
-            torch.float16,
-            *([] if slow else [torch.bfloat16]),
-        ]  # the interpreter is wrong about bfloat16
+        dtypes = [torch.float32, torch.float16]
+        dtypes += [] if slow else [torch.bfloat16]  # about which the interpreter is wrong
         largest = min(LARGEST["interpreter" if slow else device], args.largest or 2**63)
         todo += [(check, dtype, backend) for check in everything if check.logits <= largest for dtype in dtypes]
     table, wrong = [], []

@@ -94,9 +94,8 @@ def commit() -> dict[str, Any]:
     revision = _output("git", "-C", root, "rev-parse", "HEAD").strip()
     if not revision:
         return {"commit": None, "modified": None}
-    changed = _output(
-        "git", "-C", root, "status", "--porcelain", "-uno", "--", ".", ":!bench/results"
-    )  # new results are no change
+    # New results are no change.
+    changed = _output("git", "-C", root, "status", "--porcelain", "-uno", "--", ".", ":!bench/results")
     return {"commit": revision, "modified": bool(changed.strip())}
 
 

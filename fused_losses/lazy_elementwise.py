@@ -172,9 +172,8 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
     operands: list[Any] = [x for x in leaves if isinstance(x, (Tensor, LazyTensor))]
     lazy = [x for x in operands if is_lazy(x)]
     # With 0 in entries that a mask names what exists is to be summed; with another value it may be meant for anything.
-    emptied = (
-        name == "masked_fill" and is_number(args[-1]) and args[-1] == 0 and all(isinstance(x, LazyMask) for x in lazy)
-    )
+    emptied = name == "masked_fill" and is_number(args[-1]) and args[-1] == 0
+    emptied = emptied and all(isinstance(x, LazyMask) for x in lazy)
     if not (emptied or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
         return NotImplemented
     if max(getattr(y, "depth", 0) for y in lazy) >= DEEPEST:

@@ -135,10 +135,8 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
     change(elements)
     if elements.shape != x.shape:
         return NotImplemented
-    if (
-        not torch.compiler.is_compiling()
-    ):  # a view's is made anew when read; PyTorch 2.11 crashes where FSDP2 adds a hook before
-        _ = elements.grad_fn
+    if not torch.compiler.is_compiling():
+        _ = elements.grad_fn  # a view's is made anew when read; PyTorch 2.11 crashes where FSDP2 adds a hook before
     like = x if isinstance(x, LinearLogits) else x.base
     return LazyProducts((_Term(1.0, None, Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
 

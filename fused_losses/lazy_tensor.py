@@ -379,10 +379,9 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         if result is not NotImplemented:
             return result
     if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
-        operand = name not in _ASSIGNED or is_number(args[1]) or isinstance(args[1], (Tensor, LazyTensor))
-        return (
-            _changed(func, first, args[1:], kwargs, name) if operand else NotImplemented
-        )  # as a tensor says to Python
+        if name in _ASSIGNED and not is_number(args[1]) and not isinstance(args[1], (Tensor, LazyTensor)):
+            return NotImplemented  # as a tensor says to Python
+        return _changed(func, first, args[1:], kwargs, name)
     if name in _FOREACH:
         raise RuntimeError(
             f"{name} would change lazy logits in place, which have no elements to write to: materialize() them"

@@ -55,6 +55,7 @@ from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 TOPK_WORKSPACE = 2**28  # bytes, by default
+_Measured = dict[tuple[str, float | None], Tensor]  # by name and gradient filter
 
 
 class Rows(NamedTuple):
@@ -203,10 +204,8 @@ class LinearLogits(LazyTensor):
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
         self._versions = versions(hidden=hidden)
-        self._cache: dict[tuple[str, float | None], Tensor] = {}
-        self._views: dict[
-            Any, dict[tuple[str, float | None], Tensor]
-        ] = {}  # the caches of views of one another, by _place
+        self._cache: _Measured = {}
+        self._views: dict[Any, _Measured] = {}  # the caches of views of one another, by _place
         self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
         self._reads: dict[str, list[Any]] = {}
         self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
@@ -692,7 +691,7 @@ class LinearLogits(LazyTensor):
         return z.view(*self.token_shape, V).movedim(-1, self.vocab_dim)
 
     @property
-    def _measured(self) -> dict[tuple[str, float | None], Tensor]:
+    def _measured(self) -> _Measured:
         """What is known so far of each row, to which more is added; nothing where a checkpoint may run this again, and must
         find the same then."""
         again = not torch.compiler.is_compiling() and not may_save(self.hidden)
