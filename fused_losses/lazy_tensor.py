@@ -4,8 +4,8 @@ What PyTorch is asked to do with such a tensor arrives in ``__torch_function__``
 ``HANDLERS`` says who answers. Whatever has no handler, or one that says ``NotImplemented``, is computed by PyTorch on the
 materialised tensor, with a warning. The answers here concern metadata and arithmetic by numbers; those that concern the
 shape are in ``lazy_views.py``, joining in ``linear_logits.py`` and ``lazy_products.py``, conditions and masks in
-``lazy_masks.py``, softmaxes and functions of each entry in ``log_softmax.py``, reductions in ``lazy_reductions.py``, losses in
-``lazy_losses.py``.
+``lazy_masks.py``, softmaxes in ``log_softmax.py``, any other function of each probability in ``lazy_elementwise.py``,
+reductions in ``lazy_reductions.py``, losses in ``lazy_losses.py``.
 """
 
 from __future__ import annotations
@@ -363,6 +363,8 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> Any:
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
+    from .lazy_elementwise import recorded
+
     name = "__rdiv__" if func is Tensor.__rdiv__ else name or func.__name__  # which PyTorch 2.15 compiles as "wrapped"
     if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
@@ -386,18 +388,12 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         raise RuntimeError(
             f"{name} would change lazy logits in place, which have no elements to write to: materialize() them"
         )
-    found = _recorded(func, name, args, kwargs) if "out" not in kwargs else NotImplemented
+    found = recorded(func, name, args, kwargs) if "out" not in kwargs else NotImplemented
     if found is not NotImplemented:
         return found
     if name in COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))
-
-
-def _recorded(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    from .lazy_elementwise import recorded
-
-    return recorded(func, name, args, kwargs)
 
 
 def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
