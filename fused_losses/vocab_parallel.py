@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .autodiff import trains
 from .numerics import on_device, statistics_dtype
-from .row_statistics import RowStatistics, empty_statistics
+from .row_statistics import RowStatistics, empty_statistics, only
 
 
 @dataclass(frozen=True)
@@ -329,16 +329,13 @@ def merged_statistics(
     skip = None if ids is None else (ids == -100).all(-1)
 
     def finished(name: str) -> Tensor | None:
-        if name not in (*outputs, "logsumexp") and (name != "log_probs" or ids is None):
+        if name not in whole:
             return None
-        value = whole[name]
-        if name == "log_probs" and ids is not None:
-            value = value.masked_fill(ids == -100, 0).to(parts[name].dtype)
-        elif skip is not None:
-            value = value.masked_fill(skip, 0)
+        ignored = ids == -100 if name == "log_probs" and ids is not None else skip
+        value = whole[name] if ignored is None else whole[name].masked_fill(ignored, 0)
         return value.to(parts[name].dtype)
 
-    return RowStatistics(*(finished(name) for name in RowStatistics._fields))
+    return only([finished(name) for name in RowStatistics._fields], outputs, ids is not None)
 
 
 def _whole(of: dict[str, Tensor]) -> dict[str, Tensor]:
