@@ -261,8 +261,8 @@ def differentiable_softmax_rows(
     if skip is not None:  # a nan there must not reach a gradient
         x = x.masked_fill(skip[:, None], 0)
     z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
-    u = label_weights(column_weight, None if probabilities is None else rows(probabilities), label_smoothing, V)
-    return chunked_softmax_rows.row_statistics(z, ids, u, outputs)
+    w = label_weights(column_weight, None if probabilities is None else rows(probabilities), label_smoothing, V)
+    return chunked_softmax_rows.row_statistics(z, ids, w, outputs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -352,7 +352,7 @@ def rows_statistics(
     With a ``shard`` the logits, column weights and probabilities are its columns, ids are those of the whole vocabulary, and
     so are the statistics.
 
-    With class probabilities ``(B, V, S)``, ``u`` is ``column_weight·((1 − label_smoothing)·probabilities + label_smoothing/V)``
+    With class probabilities ``(B, V, S)``, ``w`` is ``column_weight·((1 − label_smoothing)·probabilities + label_smoothing/V)``
     in each row, and ``weight_sum`` is returned too.
     """
     if probabilities is not None and (trains(column_weight) or (shard is not None and label_smoothing)):

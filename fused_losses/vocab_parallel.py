@@ -1,11 +1,11 @@
 r"""A vocabulary shared out over the ranks of a process group: each holds some rows of the head, none holds the logits.
 
 A rank's own rows give the statistics of its part of a token's logits, and a few numbers per token and rank are all that the
-whole needs. With :math:`lse_r` a rank's logsumexp and :math:`w_r = e^{lse_r - lse}` its share of the probability:
+whole needs. With :math:`lse_r` a rank's logsumexp and :math:`q_r = e^{lse_r - lse}` its share of the probability:
 
 .. math::
-    lse = \log\sum_r e^{lse_r}, \quad \log p_y = \log p_y^r + lse_r - lse, \quad H = \sum_r w_r (H_r + lse - lse_r), \quad
-    \log\sum p^2 = \log\sum_r w_r^2 e^{lss_r}, \quad \sum u \log p = \sum_r \big(s_r + (lse_r - lse) \textstyle\sum u_r\big)
+    lse = \log\sum_r e^{lse_r}, \quad \log p_y = \log p_y^r + lse_r - lse, \quad H = \sum_r q_r (H_r + lse - lse_r), \quad
+    \log\sum p^2 = \log\sum_r q_r^2 e^{lss_r}, \quad \sum w \log p = \sum_r \big(s_r + (lse_r - lse) \textstyle\sum w_r\big)
 
 Every rank gathers those numbers and puts them together in the same order, so that all hold the same bits. From there on the
 gradient of a rank's logits is its own business; the gradient of hidden is a sum over ranks.
@@ -303,7 +303,7 @@ def merged_statistics(
     like: Tensor,
     rows: int,
     ids: Tensor | None,  # (N, K), local
-    weight_sum: Tensor | float | None,  # Σ u of this rank's columns; None: of_mine gives it
+    weight_sum: Tensor | float | None,  # Σ w of this rank's columns; None: of_mine gives it
     outputs: Collection[str],
     shard: VocabShard,
     route: str = "gradients_in_forward",
