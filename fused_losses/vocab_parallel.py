@@ -137,10 +137,6 @@ class VocabShard(NamedTuple):
     def part(self) -> slice:
         return slice(self.start, self.stop)
 
-    def packed(self) -> str:
-        """As an operator takes it."""
-        return ":".join(str(x) for x in (*self[1:], self.group))
-
     @classmethod
     def unpacked(cls, text: str) -> VocabShard | None:
         if not text:
@@ -244,7 +240,8 @@ def best_of(values: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor,
 
 
 def packed(shard: VocabShard | None) -> str:
-    return "" if shard is None else shard.packed()
+    """As an operator takes it; :meth:`VocabShard.unpacked` is the inverse."""
+    return "" if shard is None else ":".join(str(x) for x in (*shard[1:], shard.group))
 
 
 def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequence[str]:
