@@ -297,7 +297,7 @@ def _filled(x: Any, z: Sequence[Any], tensors: Sequence[Tensor], known: dict[int
     return x
 
 
-class _Rows(LinearLogits):
+class _MadeLogits(LinearLogits):
     """Logits ``(n, V)`` that exist."""
 
     def __init__(self, like: LinearLogits, z: Tensor, dtype: torch.dtype) -> None:
@@ -314,11 +314,11 @@ class _Rows(LinearLogits):
     def materialize(self) -> Tensor:
         return self._hidden.to(self.dtype)
 
-    def with_dtype(self, dtype: torch.dtype) -> _Rows:
-        return _Rows(self, self._hidden, dtype)
+    def with_dtype(self, dtype: torch.dtype) -> _MadeLogits:
+        return _MadeLogits(self, self._hidden, dtype)
 
-    def detach(self) -> _Rows:
-        return _Rows(self, self._hidden.detach(), self.dtype)
+    def detach(self) -> _MadeLogits:
+        return _MadeLogits(self, self._hidden.detach(), self.dtype)
 
 
 class _Sums(NamedTuple):
@@ -328,13 +328,13 @@ class _Sums(NamedTuple):
     """
 
     expression: Any  # as _flattened made it
-    logits: list[_Rows]  # in its slots, without rows
+    logits: list[_MadeLogits]  # in its slots, without rows
     heads: list[Head]  # without their inputs
     room: int  # bytes
     at_once: int  # rows
 
     def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        rows = [_Rows(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
+        rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
         elements = _filled(self.expression, rows, tensors, {}).materialize()
         return elements.sum(-1, dtype=wide_dtype(elements.device))
 
@@ -480,7 +480,7 @@ def row_sums(x: Derived) -> Any:
         at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
         if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
             return x.materialize().sum(x.vocab_dim, dtype=wide_dtype(x.device))
-        slots = [_Rows(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
+        slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
         sums = _Sums(expression, slots, [head.with_inputs([None] * 5) for head in heads], room, at_once)
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
