@@ -9,6 +9,7 @@ returns one.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import weakref
 from collections.abc import Callable, Sequence
@@ -321,10 +322,10 @@ class LinearLogits(LazyTensor):
         shard = self.rest.shard
         if shard is None or shard.inner == 0:
             return shard
-        hidden, gathered = self.hidden, self.rest.all_tokens
-        whole = gathered is not None and not torch.compiler.is_compiling() and hidden.is_contiguous()
-        whole = whole and (hidden.data_ptr(), hidden.numel()) == (gathered.data_ptr(), gathered.numel())
-        return shard if whole else shard._replace(outer=0, inner=0)
+        hidden, every = self.hidden, self.rest.all_tokens
+        unchanged = every is not None and not torch.compiler.is_compiling() and hidden.is_contiguous()
+        unchanged = unchanged and (hidden.data_ptr(), hidden.numel()) == (every.data_ptr(), every.numel())
+        return shard if unchanged else shard._replace(outer=0, inner=0)
 
     @property
     def vocab_range(self) -> tuple[int, int]:
@@ -838,11 +839,9 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
         temperature = torch.cat(each, at)
     if low_rank is not None:
         low_rank = (torch.cat([x.rest.low_rank[0] for x in tensors], at), low_rank[1])
-    dtype = first.dtype
-    for x in tensors:
-        dtype = torch.promote_types(dtype, x.dtype)
+    label = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     frozen = all(x.rest.frozen for x in tensors)
-    return first._but(hidden, temperature=temperature, low_rank=low_rank, dtype=dtype, frozen=frozen)
+    return first._but(hidden, temperature=temperature, low_rank=low_rank, dtype=label, frozen=frozen)
 
 
 def _one_memory(a: LinearLogits, b: LinearLogits) -> bool:
