@@ -267,10 +267,8 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     n = most_tokens(held - final, sums)
     if not asked:
         if n < min(N, FEWEST_TOKENS) or wide_sums + scaled > sizes.budget:
-            return (
-                None,
-                f"a chunk of {FEWEST_TOKENS} tokens{' and fp32 sums' if wide_sums else ''} do not fit the budget",
-            )
+            beside = " and fp32 sums" if wide_sums else ""
+            return None, f"the budget does not hold a chunk of {FEWEST_TOKENS} tokens{beside}"
         if wide_sums and n < min(N, ACCUMULATION_PAYS) and not accumulate:
             return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
     n = _even(N, max(n, min(N, FEWEST_TOKENS)))
