@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -490,24 +491,17 @@ def _soft(
     room = budget(head, workspace, False, resolve_backend(head.hidden, backend))
     n = max(1, room // (2 * max(C, 1) * head.hidden.dtype.itemsize))  # the logits and their gradient
 
-    def chunk(
-        hidden: Tensor,
-        w: Tensor,
-        bias: Tensor | None,
-        u: Tensor | None,
-        B: Tensor | None,
-        t: Tensor,
-        temperature: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        logits = torch.nn.functional.linear(hidden, w, bias)
-        if u is not None and B is not None:
-            logits = logits + u @ B.t()
+    def chunk(rows: slice) -> tuple[Tensor, Tensor]:
+        part = head.tokens(rows)
+        logits = F.linear(part.hidden, part.weight, part.bias)
+        if part.low_rank is not None:
+            logits = logits + part.low_rank[0] @ part.low_rank[1].t()
         found = rows_statistics(
             logits.unsqueeze(-1),
             None,
             weight,
-            temperature,
-            probabilities=t.unsqueeze(-1),
+            part.temperature,
+            probabilities=probabilities[rows].unsqueeze(-1),
             label_smoothing=label_smoothing,
             scale=head.scale,
             softcap=head.softcap,
@@ -523,12 +517,10 @@ def _soft(
     recompute = torch.is_grad_enabled() and not transforms_active() and n < N
     for start in range(0, max(N, 1), n):
         rows = slice(start, start + n)
-        part = head.tokens(rows)
-        arguments = (part.hidden, part.weight, part.bias, part.u, part.B, probabilities[rows], part.temperature)
         if recompute:  # nothing is random here, and reading a GPU's random state waits for it
-            found = checkpoint(chunk, *arguments, use_reentrant=False, preserve_rng_state=False)
+            found = checkpoint(chunk, rows, use_reentrant=False, preserve_rng_state=False)
         else:
-            found = chunk(*arguments)
+            found = chunk(rows)
         losses.append(found[0])
         lses.append(found[1])
     return torch.cat(losses), torch.cat(lses)
