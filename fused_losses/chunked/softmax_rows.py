@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, w
 SUM_ELEMENTS = 2**15  # of fp32 rows that are summed in float64
 
 
-def copies(softcap: float | None) -> int:
+def copies_held(softcap: float | None) -> int:
     """Of a chunk of rows that are held at once: the rows, and softcap's slope."""
     return 1 if softcap is None else 2
 
@@ -201,8 +201,8 @@ def softmax_rows_bwd(
     # float64 once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(dtype)
     lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
-    buffer = rows_buffer(logits, copies(softcap))
-    for rows, chunk, t, grad in row_chunks(logits, probabilities, out, copies=copies(softcap)):
+    buffer = rows_buffer(logits, copies_held(softcap))
+    for rows, chunk, t, grad in row_chunks(logits, probabilities, out, copies=copies_held(softcap)):
         x = upcast_rows(chunk, buffer)
         in_place = grad.is_contiguous() and grad.dtype == dtype
         logp = grad.view(x.shape) if in_place else buffer[: len(x)]
@@ -267,8 +267,8 @@ def softmax_rows_fwd_bwd(
     """Statistics, and the gradient of ``of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``."""
     N, V = logits.shape
     out = empty_statistics(logits, N, ids, outputs)
-    dtype, buffer = statistics_dtype(logits.dtype), rows_buffer(logits[..., None], copies(softcap))
-    for rows, chunk in row_chunks(logits[..., None], copies=copies(softcap)):
+    dtype, buffer = statistics_dtype(logits.dtype), rows_buffer(logits[..., None], copies_held(softcap))
+    for rows, chunk in row_chunks(logits[..., None], copies=copies_held(softcap)):
         x = upcast_rows(chunk, buffer)
         z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap, out=x)
         found = row_statistics(z, ids[rows], column_weight, {*outputs, "max_logit"}, x)
