@@ -440,7 +440,7 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
     if tail == "renormalize":
         log_s, log_t = (x - x.logsumexp(-1, keepdim=True) for x in (log_s, log_t))
     elif tail == "bucket":
-        log_s, log_t = (torch.cat([x, _rest(x)], -1) for x in (log_s, log_t))
+        log_s, log_t = (torch.cat([x, _log_tail(x)], -1) for x in (log_s, log_t))
     value = of_log_probs(log_s, log_t, which.kind, which.beta)
     if tail == "ignore":
         return value.clamp(min=0)
@@ -448,6 +448,6 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
     return value + (value.clamp(min=0) - value).detach().nan_to_num(0, 0, 0)
 
 
-def _rest(log_p: Tensor) -> Tensor:
+def _log_tail(log_p: Tensor) -> Tensor:
     """``log(1 − Σ p)``, ``(…, 1)``."""
     return log1mexp(log_p.logsumexp(-1, keepdim=True).clamp(max=LARGEST_LOG_MASS))
