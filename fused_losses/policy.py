@@ -251,7 +251,7 @@ def _covariance(t: Tokens) -> Tensor:
     return (A - masked_mean(A, t.mask)) * (logp - masked_mean(logp, t.mask))
 
 
-def _share(mask: Tensor, ratio: float) -> Tensor:
+def _count_of_share(mask: Tensor, ratio: float) -> Tensor:
     """The number of tokens that a share of those that count is: rounded down, at least one."""
     return (mask.sum(dtype=wide_dtype(mask.device)) * ratio).long().clamp(min=1)
 
@@ -261,7 +261,7 @@ def _kl_cov(t: Tokens, *, kl_cov_ratio: float, kl_cov_coef: float, **_: Any) -> 
     check_between(0, 1, kl_cov_ratio=kl_cov_ratio)
     check_between(0, inf, kl_cov_coef=kl_cov_coef)
     order = _covariance(t).masked_fill(~t.mask, -inf).flatten().argsort(descending=True, stable=True)
-    highest = torch.arange(len(order), device=order.device) < _share(t.mask, kl_cov_ratio)
+    highest = torch.arange(len(order), device=order.device) < _count_of_share(t.mask, kl_cov_ratio)
     highest = torch.zeros_like(highest).scatter(0, order, highest).view_as(t.mask) & t.mask
     return Surrogate(-t.r * t.A + (kl_cov_coef * t.log_ratio.abs()).where(highest, 0), {})
 
@@ -288,7 +288,7 @@ def _clip_cov(
     candidates = (covariance > clip_cov_lb) & (covariance < clip_cov_ub) & free & t.mask
     order = torch.randperm(candidates.numel(), generator=generator, device=candidates.device)
     shuffled = candidates.flatten()[order]
-    drawn = shuffled & (shuffled.cumsum(0) <= _share(t.mask, clip_cov_ratio))
+    drawn = shuffled & (shuffled.cumsum(0) <= _count_of_share(t.mask, clip_cov_ratio))
     drawn = torch.zeros_like(drawn).scatter(0, order, drawn).view_as(candidates)
     return Surrogate(loss.where(~drawn, 0), metrics | {"clip_ratio/cov_mean": t.sequences.average(drawn)})
 
