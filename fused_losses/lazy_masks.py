@@ -16,11 +16,11 @@ from .lazy_tensor import (
     LazyTensor,
     answers,
     is_lazy,
-    kept,
     number_of,
     over_vocab,
     per_token_number,
     report,
+    with_dim,
 )
 from .linear_logits import LinearLogits, same_logits
 
@@ -142,7 +142,7 @@ def all_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
     found = x.everywhere() if isinstance(x, LazyCondition) and over_vocab(x, dim) else NotImplemented
     if found is NotImplemented:
         return found
-    return found.all() if dim is None else kept(found, x, keepdim)
+    return found.all() if dim is None else with_dim(found, x, keepdim)
 
 
 @answers("isinf")
@@ -161,7 +161,7 @@ def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
     if not isinstance(x, LazyMask) or x.infinite or x.dense is not None or not over_vocab(x, dim):
         return NotImplemented
     found = torch.stack([z.detach().statistic("max_logit").isnan() for z in x.nan]).any(0)
-    return found.any() if dim is None else kept(found, x, keepdim)
+    return found.any() if dim is None else with_dim(found, x, keepdim)
 
 
 @answers("__or__", "logical_or", "bitwise_or", anywhere=True)

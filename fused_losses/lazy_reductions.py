@@ -11,7 +11,7 @@ from torch import Tensor
 from .autodiff import transforms_active
 from .lazy_elementwise import row_sums
 from .lazy_products import LazyStack, logaddexp, minimum
-from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, kept, over_vocab, wrap_dim
+from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, over_vocab, with_dim, wrap_dim
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression
 from .numerics import statistics_dtype
@@ -79,7 +79,7 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
     lse = lse.to(x.dtype, copy=True)  # callers write into what they get
     if isinstance(x, LinearLogits):
         x.normalise_by(lse)
-    return kept(lse, x, keepdim)
+    return with_dim(lse, x, keepdim)
 
 
 @answers("sum")
@@ -141,7 +141,7 @@ def argmax(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool 
         return NotImplemented
     with torch.no_grad():
         found = _extreme(x, 1, largest)
-    return found if found is NotImplemented else kept(found[1].squeeze(-1), x, keepdim)
+    return found if found is NotImplemented else with_dim(found[1].squeeze(-1), x, keepdim)
 
 
 @answers("argmin")
@@ -157,7 +157,7 @@ def max_(x: LazyTensor, dim: Any = None, keepdim: bool = False, largest: bool = 
     x.remember(*found)
     if dim is None:
         return found[0].max() if largest else found[0].min()
-    values, ids = (kept(t.squeeze(-1), x, keepdim) for t in found)
+    values, ids = (with_dim(t.squeeze(-1), x, keepdim) for t in found)
     return torch.return_types.max((values, ids)) if largest else torch.return_types.min((values, ids))
 
 

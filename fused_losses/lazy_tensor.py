@@ -456,7 +456,7 @@ def over_vocab(x: LazyTensor, dim: Any) -> bool:
     return dim is None or (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim)
 
 
-def kept(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
+def with_dim(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
     """``t (*token_shape)``, reduced over the vocabulary of ``x``, with a dimension of 1 there if ``keepdim``."""
     return t.unsqueeze(x.vocab_dim) if keepdim else t
 
