@@ -25,16 +25,25 @@ from .lazy_tensor import (
 from .linear_logits import LinearLogits, same_logits
 
 
+class _Booleans(Derived):
+    dtype = torch.bool
+    requires_grad = False
+
+    def with_dtype(self, dtype: torch.dtype) -> Any:
+        return NotImplemented
+
+    def detach(self) -> Any:
+        return self
+
+
 @dataclass(eq=False, repr=False)
-class LazyMask(Derived):
+class LazyMask(_Booleans):
     """Where one of these logits is infinite, one of those nan, or a mask that exists says so."""
 
     infinite: tuple[LinearLogits, ...]
     nan: tuple[LinearLogits, ...] = ()
     dense: Dense | None = None
     like: LinearLogits | None = None  # whose shape it has, where it was changed
-    dtype = torch.bool
-    requires_grad = False
 
     @property
     def base(self) -> LinearLogits:
@@ -53,12 +62,6 @@ class LazyMask(Derived):
         dense = None if self.dense is None else Dense(fn(self.dense.elements()))
         like = None if self.like is None else self.like.mapped(fn, vocab_dim, view=view)
         return self.aliasing(LazyMask(infinite, nan, dense, like), view)
-
-    def with_dtype(self, dtype: torch.dtype) -> Any:
-        return NotImplemented
-
-    def detach(self) -> LazyMask:
-        return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
         if self.fixed:
@@ -87,13 +90,11 @@ class LazyMask(Derived):
 
 
 @dataclass(eq=False, repr=False)
-class LazyCondition(Derived):
+class LazyCondition(_Booleans):
     """Where x is a number (``x == x``) or a finite one."""
 
     base: Any
     finite: bool
-    dtype = torch.bool
-    requires_grad = False
 
     def __repr__(self) -> str:
         return f"LazyCondition({tuple(self.shape)}, where {'finite' if self.finite else 'a number'}, {self.base})"
@@ -104,12 +105,6 @@ class LazyCondition(Derived):
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyCondition:
         return self.aliasing(replace(self, base=self.base.mapped(fn, vocab_dim, view=view)), view)
-
-    def with_dtype(self, dtype: torch.dtype) -> Any:
-        return NotImplemented
-
-    def detach(self) -> LazyCondition:
-        return self
 
     def everywhere(self) -> Any:
         """``token_shape``: whether all entries are."""
