@@ -1,74 +1,13 @@
-"""From one loss per token to one number: which tokens count, which sequence each is of, and how much a long one weighs."""
+"""From one loss per token to one number: how much a long sequence weighs."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .numerics import upcast
-from .sequences import at_least_one, checked_borders, masked_mean, masked_sum, packed_mean, packed_sum, same_shape
+from .sequences import Sequences, at_least_one, masked_sum
 
 AGGREGATIONS = ("token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
-
-
-class Sequences:
-    """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
-
-    def __init__(self, name: str, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-        if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
-            raise ValueError(f"{name} must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
-        same_shape(**{name: tokens}, mask=mask)
-        self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
-        cu_seqlens = None if cu_seqlens is None else checked_borders(cu_seqlens, tokens.shape[1])
-        self.cu_seqlens = cu_seqlens
-        self.number = len(tokens) if cu_seqlens is None else len(cu_seqlens) - 1
-        if cu_seqlens is not None:
-            place = torch.arange(tokens.shape[1], device=tokens.device)
-            self.mask = self.mask & (place < cu_seqlens[-1])
-            self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
-
-    def hide(self, name: str, x: Tensor, otherwise: str = "") -> Tensor:
-        """fp32 or float64, 0 at every token that does not count."""
-        if x.shape != self.mask.shape:
-            raise ValueError(f"{name} must be {otherwise}one per token {tuple(self.mask.shape)}, got {tuple(x.shape)}")
-        return upcast(x).masked_fill(~self.mask, 0)
-
-    def sum(self, x: Tensor) -> Tensor:
-        """(B,)"""
-        if self.cu_seqlens is None:
-            return masked_sum(x, self.mask, -1)
-        return packed_sum(x, self.mask, cu_seqlens=self.cu_seqlens)
-
-    def mean(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B,)"""
-        mask = self.mask if mask is None else mask
-        if self.cu_seqlens is None:
-            return masked_mean(x, mask, -1)
-        return packed_mean(x, mask, cu_seqlens=self.cu_seqlens)
-
-    def constant(self, name: str, x: Tensor) -> Tensor:
-        """Detached and fp32 or float64: ``(B,)`` if it came with one number per sequence, else per token."""
-        x = upcast(x.detach())
-        if self.cu_seqlens is None and x.shape == (self.number, 1):
-            x = x.squeeze(1)
-        return x if x.shape == (self.number,) else self.hide(name, x, f"one per sequence ({self.number},) or ")
-
-    def spread(self, x: Tensor) -> Tensor:
-        """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
-        if x.dim() == 2:
-            return x
-        return x.unsqueeze(1) if self.cu_seqlens is None else x[self.document].unsqueeze(0)
-
-    def nonempty(self) -> Tensor:
-        """(B,) bool"""
-        return self.sum(self.mask.float()) > 0
-
-    def average(self, x: Tensor, per_sequence: bool = False, count_empty: bool = False) -> Tensor:
-        """Mean over the tokens that count, or over the sequences that have any, or all, in one without tokens 0."""
-        x = upcast(x).expand_as(self.mask)
-        if per_sequence and count_empty:
-            return self.mean(x).sum() / max(self.number, 1)
-        return masked_mean(self.mean(x), self.nonempty()) if per_sequence else masked_mean(x, self.mask)
 
 
 def aggregate(

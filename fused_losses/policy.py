@@ -69,11 +69,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aggregation import Sequences, aggregate
+from .aggregation import aggregate
 from .kl import kl_estimate
 from .numerics import check_between, upcast, wide_dtype
 from .rollouts import entropy_mask, off_policy_mask
-from .sequences import masked_mean
+from .sequences import Sequences, masked_mean
 
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
 Bounds = tuple[float | None, float | None] | None

@@ -11,9 +11,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aggregation import Sequences
 from .numerics import check_between, upcast, wide_dtype
-from .sequences import same_shape
+from .sequences import Sequences, same_shape
 from .sharded_weight import is_distributed
 
 
