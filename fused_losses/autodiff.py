@@ -29,6 +29,11 @@ def trains(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 
+def no_gradient() -> bool:
+    """Whether what is made now has no gradient. Of forward-mode AD ``no_grad`` says nothing, and ``detach`` drops tangents."""
+    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
+
+
 def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
     """Raise unless logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
     if dtype != torch.float64 and tokens * vocab > SMALL:

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .autodiff import (
     check_differentiable,
     differentiable_gradients,
+    no_gradient,
     save_for_backward,
     saved_tensors,
     traced,
@@ -34,7 +35,6 @@ from .lazy_masks import LazyMask
 from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazyStack
 from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy, is_number
 from .linear_logits import LinearLogits, same_logits
-from .linear_logits_checks import no_gradient
 from .log_softmax import LazyExpression
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .settings import resolve_backend

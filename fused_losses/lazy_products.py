@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .autodiff import no_gradient
 from .lazy_tensor import (
     Derived,
     LazyTensor,
@@ -47,7 +48,7 @@ from .lazy_tensor import (
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
-from .linear_logits_checks import no_gradient, refuse_autograd_function, versions
+from .linear_logits_checks import refuse_autograd_function, versions
 from .numerics import wide_dtype
 
 LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it

@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
-from .autodiff import host_may_read
-from .linear_logits_checks import no_gradient
+from .autodiff import host_may_read, no_gradient
 from .numerics import on_device
 
 HANDLERS: dict[str, Callable[..., Any]] = {}

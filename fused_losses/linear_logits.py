@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from . import settings
-from .autodiff import may_save, traced, transforms_active
+from .autodiff import may_save, no_gradient, traced, transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
 from .head import Head, head_of, kept_tokens, whole_logits
@@ -41,7 +41,6 @@ from .linear_logits_checks import (
     autocast,
     check_shapes,
     check_whereabouts,
-    no_gradient,
     per_token_temperature,
     refuse_autograd_function,
     refuse_reentrant_checkpoint,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.checkpoint import CheckpointFunction
@@ -57,11 +56,6 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 
 
 register_optimizer_step_post_hook(_after_step)
-
-
-def no_gradient() -> bool:
-    """Whether what is made now has no gradient. Of forward-mode AD ``no_grad`` says nothing, and ``detach`` drops tangents."""
-    return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
 
 
 def check_whereabouts(weight: Any, module: Any) -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .autodiff import no_gradient
 from .lazy_products import (
     LARGEST_LOG,
     Elementwise,
@@ -50,7 +51,6 @@ from .lazy_tensor import (
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
-from .linear_logits_checks import no_gradient
 from .numerics import autocast_dtype
 
 
