@@ -628,24 +628,16 @@ def _same_device(a: torch.device, b: torch.device) -> bool:
     return a.type == b.type and (a.index is None or a.index == b.index)
 
 
-@answers("float")
-def float_(x: LazyTensor, **_: Any) -> Any:
-    return to(x, torch.float32)
+def _of_dtype(name: str) -> None:
+    dtype = getattr(torch, name)
+
+    @answers(name)
+    def answer(x: LazyTensor, **_: Any) -> Any:
+        return to(x, dtype)
 
 
-@answers("double")
-def double(x: LazyTensor, **_: Any) -> Any:
-    return to(x, torch.float64)
-
-
-@answers("half")
-def half(x: LazyTensor, **_: Any) -> Any:
-    return to(x, torch.half)
-
-
-@answers("bfloat16")
-def bfloat16(x: LazyTensor, **_: Any) -> Any:
-    return to(x, torch.bfloat16)
+for _name in ("float", "double", "half", "bfloat16"):
+    _of_dtype(_name)
 
 
 @answers("type")
