@@ -418,12 +418,9 @@ def dpo_loss(
     if (reference_chosen_logps is None) != (reference_rejected_logps is None):
         raise ValueError("pass the reference's log-probs of both sides, or of neither; got one")
     chosen, n_chosen, rejected, n_rejected = _answers(
-        *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
-        *(reference_chosen_logps, reference_rejected_logps),
-        beta=beta,
-        nll_loss=nll_loss,
-        aux_loss=aux_loss,
-    )
+        policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths,
+        reference_chosen_logps, reference_rejected_logps, beta=beta, nll_loss=nll_loss, aux_loss=aux_loss,
+    )  # fmt: skip
     if nll_loss is None and (rpo_alpha is not None or "sft" in types):
         nll_loss = _nll(chosen, n_chosen)
     ld_chosen = ld_rejected = None
@@ -672,10 +669,9 @@ def cpo_loss(
         raise ValueError(f"label_smoothing has no effect on {loss_type}: leave it at 0")
     check_between(0, 1, label_smoothing=label_smoothing)
     chosen, n_chosen, rejected, n_rejected = _answers(
-        *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
-        beta=beta,
-        nll_loss=nll_loss,
-    )
+        policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths,
+        beta=beta, nll_loss=nll_loss,
+    )  # fmt: skip
     if nll_loss is None and cpo_alpha:
         nll_loss = _nll(chosen, n_chosen)
     if loss_type in ("ipo", "simpo"):
@@ -791,10 +787,9 @@ def orpo_loss(
         (tensor(0.7661), tensor(1.7439))
     """
     chosen, n_chosen, rejected, n_rejected = _answers(
-        *(policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths),
-        beta=beta,
-        nll_loss=nll_loss,
-    )
+        policy_chosen_logps, policy_rejected_logps, chosen_mask, rejected_mask, chosen_lengths, rejected_lengths,
+        beta=beta, nll_loss=nll_loss,
+    )  # fmt: skip
     chosen, rejected = _mean(chosen, n_chosen), _mean(rejected, n_rejected)
     log_odds = (chosen - rejected) - (log1mexp(chosen) - log1mexp(rejected))
     log_odds_ratio = F.logsigmoid(log_odds)

@@ -215,10 +215,10 @@ def dpo_loss(
     losses = zeros
     for name, loss_weight, smoothing in zip(types, weights, e, strict=True):
         terms = _loss_type(
-            *(name, π_w, π_l, ref_w, ref_l, n_w, n_l),
+            name, π_w, π_l, ref_w, ref_l, n_w, n_l,
             lambda lr: f_divergence_score(lr, f_divergence_type, f_alpha_divergence_coef),
-            *(beta, smoothing, discopop_tau, nll_loss, running_mean),
-        )
+            beta, smoothing, discopop_tau, nll_loss, running_mean,
+        )  # fmt: skip
         losses = [loss + loss_weight * term for loss, term in zip(losses, terms, strict=True)]
     if rpo_alpha is not None:
         losses = [loss + rpo_alpha * nll_loss for loss in losses]
