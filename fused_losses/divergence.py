@@ -128,7 +128,7 @@ def divergence_rows_grad(
 
 @divergence_rows_grad.register_fake
 def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    wanted = rest[6]
+    *_, wanted, _backend, _shard = rest
     first, second = (
         torch.empty_like(x) if want else absent(x) for x, want in zip((student, teacher), wanted, strict=True)
     )

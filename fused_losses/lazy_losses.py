@@ -101,7 +101,7 @@ def kl_div(
         check_reduction(reduction)
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
     if log_probs and isinstance(target, LazyExpression):
-        fit(input.base, target.base)
+        fit(input.base, target.base)  # raises where their vocabularies are of different sizes
     if not (log_probs or dense) or target.shape != input.shape:
         return NotImplemented
     if is_lazy(target):

@@ -195,7 +195,8 @@ def linear_rows_grad(
     def of(t: Tensor | None) -> Tensor | None:
         return t if t is None or keep is None else t[keep]
 
-    logsumexp, terms = logsumexp if keep is None else logsumexp[keep], [of(t) for t in (a, b, e, c, d)]
+    logsumexp = logsumexp if keep is None else logsumexp[keep]
+    terms = [of(t) for t in (a, b, e, c, d)]
 
     def empty_gradient(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
@@ -267,7 +268,8 @@ def linear_rows_grad(
 def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    main_grad, wanted = rest[4], rest[15]
+    _ids, _column_weight, _temperature, _keep, main_grad, *_ = rest
+    *_, wanted, _workspace, _backend, _shard, _gradient_filter = rest
     inputs = (hidden, weight, bias, u, B)
     return tuple(
         absent(hidden) if t is None or not want or (i == 1 and main_grad.ndim) else torch.empty_like(t)
