@@ -103,60 +103,66 @@ def gather_in_backward(
     """
     if torch.compiler.is_compiling() or output.grad_fn is None or (module is None and not is_distributed()):
         return output
-    node = output.grad_fn
+    node, unit = output.grad_fn, fsdp_unit(module)
     if module is None:
 
         def check(_: Any) -> None:
             gather(weight, module, shape)  # raises where it is not whole
 
         node.register_prehook(check)
-        return output
-    undo: list[Callable[[], Any]] = []
-
-    def release(*_: Any) -> None:
-        while undo:
-            undo.pop()()
-
-    unit = fsdp_unit(module)
-    if unit is not None:
-
-        def unshard(_: Any) -> None:
-            if not made or torch.is_grad_enabled():
-                undo.append(gather(weight, unit, shape))
-                if not is_whole(weight):
-                    # unshard_in_backward is off, and amid a backward unshard heeds that.
-                    unit.set_unshard_in_backward(True)
-                    unit.unshard()
-                    unit.set_unshard_in_backward(False)
-
-        node.register_prehook(unshard)
-        if not trains:  # else FSDP2 frees the weight, once it has reduced the gradient
-            node.register_hook(release)
-        return output
-    if getattr(module, "ds_grads_remaining", 0):
+    elif unit is not None:
+        _unshard_in_backward(node, weight, unit, shape, trains=trains, made=made)
+    elif getattr(module, "ds_grads_remaining", 0):
         # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
         # it when that of its output came. What came out, it did not know for tensors: these are.
         with torch.enable_grad():
             fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
         node.register_prehook(lambda _: fetch(torch.zeros(())) and None)
-        return output
-    if made and not trains:
-        return output
+    elif trains or not made:
+        _gather_until_accumulated(node, weight, module, shape)
+    return output
+
+
+def _unshard_in_backward(node: Any, weight: Tensor, unit: Any, shape: torch.Size, *, trains: bool, made: bool) -> None:
+    """FSDP2's ``weight``, made whole before ``node`` runs."""
+    undo: list[Callable[[], Any]] = []
+
+    def unshard(_: Any) -> None:
+        if not made or torch.is_grad_enabled():
+            undo.append(gather(weight, unit, shape))
+            if not is_whole(weight):
+                # unshard_in_backward is off, and amid a backward unshard heeds that.
+                unit.set_unshard_in_backward(True)
+                unit.unshard()
+                unit.set_unshard_in_backward(False)
+
+    node.register_prehook(unshard)
+    if not trains:  # else FSDP2 frees the weight, once it has reduced the gradient
+        node.register_hook(lambda *_: _run_all(undo))
+
+
+def _gather_until_accumulated(node: Any, weight: Tensor, module: Any, shape: torch.Size) -> None:
+    """ZeRO-3's ``weight``, whole from ``node`` on until the gradients of all parameters of ``module`` were accumulated."""
+    undo: list[Callable[[], Any]] = []
     waiting: list[Tensor] = []
 
     def accumulated(parameter: Tensor) -> None:
         waiting[:] = [p for p in waiting if p is not parameter]
         if not waiting:
-            release()
+            _run_all(undo)
 
-    def gather_until_accumulated(_: Any) -> None:
+    def start(_: Any) -> None:
         if is_whole(weight):
             return
         undo.append(gather(weight, module, shape))
         # A parameter must be whole until its gradient was accumulated.
         waiting[:] = [p for p in module.parameters() if p.requires_grad]
         undo.extend(p.register_post_accumulate_grad_hook(accumulated).remove for p in waiting)
-        torch.autograd.Variable._execution_engine.queue_callback(release)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: _run_all(undo))
 
-    node.register_prehook(gather_until_accumulated)
-    return output
+    node.register_prehook(start)
+
+
+def _run_all(undo: list[Callable[[], Any]]) -> None:
+    while undo:
+        undo.pop()()
