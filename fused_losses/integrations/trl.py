@@ -53,19 +53,20 @@ def apply() -> None:
         ("sdft", "SDFTTrainer", "_forward_logits"),
         ("sdpo", "SDPOTrainer", "_forward_logits"),
     ):
-        module = importlib.import_module(f"trl.experimental.{name}.{name}_trainer")
-        owner = getattr(module, trainer)
+        owner = getattr(_experimental(name, f"{name}_trainer"), trainer)
         wrap = _with_lazy_models if method == "compute_loss" else _with_lazy_model
         _patches.replace(owner, method, wrap(getattr(owner, method)))
-        if name in ("cpo", "orpo", "a2po", "sdft", "sdpo"):
-            _patches.replace(module, "selective_log_softmax", selective_log_softmax)
-        elif name == "tpo":
-            _patches.replace(module, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
-        elif name == "gkd":
-            _patches.replace(owner, "generalized_jsd_loss", _generalized_jsd_loss(owner.generalized_jsd_loss))
-        if name in ("sdft", "sdpo"):
-            losses = importlib.import_module(f"trl.experimental.{name}.loss_utils")
-            _patches.replace(losses, "selective_log_softmax", selective_log_softmax)
+    for name in ("cpo", "orpo", "a2po", "sdft", "sdpo"):
+        _patches.replace(_experimental(name, f"{name}_trainer"), "selective_log_softmax", selective_log_softmax)
+    for name in ("sdft", "sdpo"):
+        _patches.replace(_experimental(name, "loss_utils"), "selective_log_softmax", selective_log_softmax)
+    tpo, gkd = _experimental("tpo", "tpo_trainer"), _experimental("gkd", "gkd_trainer").GKDTrainer
+    _patches.replace(tpo, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
+    _patches.replace(gkd, "generalized_jsd_loss", _generalized_jsd_loss(gkd.generalized_jsd_loss))
+
+
+def _experimental(name: str, module: str) -> Any:
+    return importlib.import_module(f"trl.experimental.{name}.{module}")
 
 
 def unapply() -> None:
