@@ -30,7 +30,7 @@ from .autodiff import (
 )
 from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
-from .head import Head, differentiable_statistics
+from .head import INPUTS, Head, differentiable_statistics
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import padded
 from .products import BLOCK, add_at_columns, add_over_columns, column_sums, few_columns
@@ -347,7 +347,9 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.mark_non_differentiable(*output[1:])
     tensors, (_, _, scale, softcap, _, wanted, *_, shard, _) = inputs[:11], inputs[11:]
     hidden, weight = tensors[:2]
-    ctx.head_inputs = [None if t is None or not want else t.dtype for t, want in zip(tensors[:5], wanted, strict=True)]
+    ctx.head_inputs = [
+        None if t is None or not want else t.dtype for t, want in zip(tensors[:INPUTS], wanted, strict=True)
+    ]
     N, V = hidden.shape[0], weight.shape[0]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
     saved = tensors if hidden.dtype == torch.float64 or N * V <= SMALL else ()
@@ -359,12 +361,12 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
     if g is None:
         return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    gradients, inputs = stored[:5], stored[5:]
+    gradients, inputs = stored[:INPUTS], stored[INPUTS:]
     N, V, dtype, scale, softcap, shard = ctx.rest
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard(shard, (N, V))
         check_differentiable(N, V, dtype)
-        ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[5:]
+        ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[INPUTS:]
 
         def fn(*of: Tensor) -> list[Tensor]:
             head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
@@ -377,7 +379,7 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
                 total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()  # type: ignore[union-attr]
             return [total]
 
-        return for_inputs(ctx, *differentiable_gradients(fn, inputs[:5], [g]))
+        return for_inputs(ctx, *differentiable_gradients(fn, inputs[:INPUTS], [g]))
     return for_inputs(ctx, *scale_gradients(gradients, ctx.head_inputs, g))
 
 

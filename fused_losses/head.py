@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,9 @@ from .vocab_parallel import VocabShard
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
+
+
+INPUTS: Final = 5  # of a head, its first fields: what a gradient may be asked of
 
 
 class Head(NamedTuple):
@@ -61,8 +64,7 @@ class Head(NamedTuple):
 
     @property
     def inputs(self) -> tuple[Tensor | None, ...]:
-        """What a gradient may be asked of."""
-        return self[:5]
+        return self[:INPUTS]
 
     @property
     def trained(self) -> list[bool]:

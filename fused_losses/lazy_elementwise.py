@@ -30,7 +30,7 @@ from .autodiff import (
 )
 from .chunked.softmax_rows import transform
 from .gradients_in_forward import in_range, loss_and_gradients
-from .head import Head, budget, head_of, ready, whole_logits
+from .head import INPUTS, Head, budget, head_of, ready, whole_logits
 from .lazy_masks import LazyMask
 from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazyStack
 from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy, is_number
@@ -340,9 +340,9 @@ class _Sums(NamedTuple):
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
         """The heads, with their inputs, and the others."""
-        inputs = [tensors[5 * i : 5 * i + 5] for i in range(len(self.heads))]
+        inputs = [tensors[i * INPUTS : (i + 1) * INPUTS] for i in range(len(self.heads))]
         heads = [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)]
-        return heads, list(tensors[5 * len(heads) :])
+        return heads, list(tensors[INPUTS * len(heads) :])
 
     def pieces(self, start: int, stop: int) -> list[slice]:
         return [slice(i, min(i + self.at_once, stop)) for i in range(start, stop, self.at_once)]
@@ -359,9 +359,9 @@ class _Sums(NamedTuple):
         """Those of :meth:`value`, a pass for each head that trains; of the other tensors in the last."""
         heads, others = self.split(tensors)
         heads = [head.detached() for head in heads]
-        of_heads = [wanted[5 * i : 5 * i + 5] for i in range(len(heads))]
+        of_heads = [wanted[i * INPUTS : (i + 1) * INPUTS] for i in range(len(heads))]
         of_others = [
-            torch.zeros_like(t) if want else None for t, want in zip(others, wanted[5 * len(heads) :], strict=True)
+            torch.zeros_like(t) if want else None for t, want in zip(others, wanted[INPUTS * len(heads) :], strict=True)
         ]
         passes: list[int | None] = [i for i, want in enumerate(of_heads) if any(want)]
         passes = passes or [None]
@@ -406,7 +406,7 @@ class _Sums(NamedTuple):
                 logits[place] = 0 if grad is None else grad * factor
             return factor
 
-        found: list[Tensor | None] = [None] * (5 * len(heads))
+        found: list[Tensor | None] = [None] * (INPUTS * len(heads))
         for i in passes:
             if i is None:
                 for rows in self.pieces(0, len(heads[0].hidden)):
@@ -414,7 +414,7 @@ class _Sums(NamedTuple):
                 continue
             backend = resolve_backend(heads[i].hidden, None)
             of_head = functools.partial(over_logits, i)
-            found[5 * i : 5 * i + 5] = loss_and_gradients(
+            found[i * INPUTS : (i + 1) * INPUTS] = loss_and_gradients(
                 heads[i], None, None, False, of_head, of_heads[i], self.room, None, backend, with_logits=False
             )
         return found + of_others
@@ -481,7 +481,7 @@ def row_sums(x: Derived) -> Any:
         if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
             return x.materialize().sum(x.vocab_dim, dtype=wide_dtype(x.device))
         slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
-        sums = _Sums(expression, slots, [head.with_inputs([None] * 5) for head in heads], room, at_once)
+        sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
             found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
         for z in logits:

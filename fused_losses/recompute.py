@@ -27,7 +27,7 @@ from .autodiff import (
 )
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.softmax_rows import skipped
-from .head import Head, budget, differentiable_statistics, kept_tokens, ready
+from .head import INPUTS, Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns
@@ -296,7 +296,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
-    inputs, (ids, column_weight, temperature, _) = saved[:5], saved[5:]
+    inputs, (ids, column_weight, temperature, _) = saved[:INPUTS], saved[INPUTS:]
     dtype = statistics_dtype(inputs[0].dtype)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
@@ -330,7 +330,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
         ctx.zero_ignored,
         ctx.scale,
         ctx.softcap,
-        list(ctx.needs_input_grad[:5]),
+        list(ctx.needs_input_grad[:INPUTS]),
         ctx.workspace,
         ctx.backend,
         ctx.shard,

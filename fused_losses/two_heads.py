@@ -40,7 +40,7 @@ from .chunked.divergence_rows import BUFFERS
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import in_range, per_token_dtype, scale_gradients, total_dtypes
-from .head import Head, whole_logits
+from .head import INPUTS, Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns, gathered_bytes
@@ -83,7 +83,7 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
     """Cut ``M`` tokens into few chunks whose logits and gradients fit the workspace."""
     V = min(head.planned_vocab for head in heads)
     per_token = extra = fixed = 0
-    for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True):
+    for head, side in zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), strict=True):
         if head.weight is None:
             continue
         dtype, H = head.hidden.dtype, head.hidden.shape[1]
@@ -234,7 +234,7 @@ def both_heads(
     ids = ids if ids is None or shard is None else shard.local(ids)
     M = N if keep is None else keep.shape[0]
     cut = chunks_of(heads, M, wanted, workspace, backend)
-    parts = (wanted[:5], wanted[5:])
+    parts = (wanted[:INPUTS], wanted[INPUTS:])
     sides = [
         _Side(h, V, min(cut.tokens, M), w, s, not save, k)
         for h, w, s, k in zip(heads, parts, cut.sums, saved, strict=True)
@@ -314,7 +314,7 @@ def saved_tokens(
     gradient."""
     if with_nll or not any(wanted) or not may_save(heads[0].hidden):
         return 0
-    trained = [head for head, side in zip(heads, (wanted[:5], wanted[5:]), strict=True) if any(side)]
+    trained = [head for head, side in zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), strict=True) if any(side)]
     if any(head.weight is None or head.hidden.dtype == torch.float16 for head in trained):
         return 0
     return min(M, chunks_of(heads, M, wanted, workspace, backend).tokens)
@@ -342,7 +342,7 @@ PROBLEM = """
     Tensor? s_temperature, Tensor? t_temperature, Tensor? ids, Tensor? keep,
     bool zero_ignored, str kind, float[] options, str[] shards
 """
-IN_PROBLEM, INPUTS, TENSORS = 18, 10, 14
+IN_PROBLEM, OF_BOTH, TENSORS = 18, 2 * INPUTS, 14
 
 
 def pack(
@@ -369,11 +369,11 @@ class _Problem(NamedTuple):
 
     @classmethod
     def of(cls, arguments: Sequence[Any]) -> _Problem:
-        *temperatures, ids, keep, zero_ignored, kind, options, shards = arguments[INPUTS:]
+        *temperatures, ids, keep, zero_ignored, kind, options, shards = arguments[OF_BOTH:]
         s_scale, s_softcap, t_scale, t_softcap, beta, temperature, s_filter, t_filter = options
         s_shard, t_shard = map(VocabShard.unpacked, shards)
-        student = Head(*arguments[:5], temperatures[0], s_scale, s_softcap or None, s_shard, s_filter)  # type: ignore[call-arg]
-        teacher = Head(*arguments[5:INPUTS], temperatures[1], t_scale, t_softcap or None, t_shard, t_filter)  # type: ignore[call-arg]
+        student = Head(*arguments[:INPUTS], temperatures[0], s_scale, s_softcap or None, s_shard, s_filter)  # type: ignore[call-arg]
+        teacher = Head(*arguments[INPUTS:OF_BOTH], temperatures[1], t_scale, t_softcap or None, t_shard, t_filter)  # type: ignore[call-arg]
         return cls(student, teacher, ids, keep, zero_ignored, Divergence(kind, beta, temperature))
 
     @property
@@ -382,7 +382,7 @@ class _Problem(NamedTuple):
 
     def differentiable(self, inputs: Sequence[Tensor | None], with_nll: bool) -> tuple[Tensor, Tensor | None]:
         """Divergence and −log p of other inputs, as :func:`differentiable_two_heads`."""
-        student, teacher = self.student.with_inputs(inputs[:5]), self.teacher.with_inputs(inputs[5:])
+        student, teacher = self.student.with_inputs(inputs[:INPUTS]), self.teacher.with_inputs(inputs[INPUTS:])
         return differentiable_two_heads(student, teacher, self.ids, with_nll, self.which)
 
 
@@ -393,7 +393,7 @@ class _Problem(NamedTuple):
     "fused_losses::two_heads_loss",
     mutates_args=(),
     schema=f"({PROBLEM}, float soft, float hard, bool with_nll, bool[] wanted, int workspace, str backend) -> "
-    f"({', '.join(['Tensor'] * (1 + INPUTS))})",
+    f"({', '.join(['Tensor'] * (1 + OF_BOTH))})",
 )
 def two_heads_loss(*arguments: Any) -> tuple[Tensor, ...]:
     """``Σ_n soft·divergence + hard·(−log p)``, and the gradient of each of the inputs, 0-dim where absent or not ``wanted``."""
@@ -429,7 +429,7 @@ def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.soft, ctx.hard, ctx.with_nll, wanted, *_ = inputs[IN_PROBLEM:]
-    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:INPUTS], wanted, strict=True)]
+    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:OF_BOTH], wanted, strict=True)]
     ctx.options = inputs[TENSORS:IN_PROBLEM]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
     small = inputs[0].dtype == torch.float64
@@ -440,7 +440,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
     if g is None:
         return for_inputs(ctx)
     stored = saved_tensors(ctx)
-    gradients, tensors = stored[:INPUTS], stored[INPUTS:]
+    gradients, tensors = stored[:OF_BOTH], stored[OF_BOTH:]
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         refuse_shard("".join(ctx.options[-1]), gradients[0].shape)
         if not tensors:
@@ -477,7 +477,7 @@ def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
     hidden = problem.student.hidden
     unit = hidden.new_ones(len(hidden), dtype=statistics_dtype(hidden.dtype)) if tokens else None
     divergence, nll, saved = both_heads(
-        *problem, unit, None, with_nll, wanted if tokens else [False] * INPUTS, workspace, backend, save=tokens > 0
+        *problem, unit, None, with_nll, wanted if tokens else [False] * OF_BOTH, workspace, backend, save=tokens > 0
     )
     return divergence, *(present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
 
@@ -490,7 +490,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
     saved = [
         head.hidden.new_empty(tokens, padded(V)) if tokens and any(side) else None
-        for head, side in ((problem.student, wanted[:5]), (problem.teacher, wanted[5:]))
+        for head, side in ((problem.student, wanted[:INPUTS]), (problem.teacher, wanted[INPUTS:]))
     ]
     return found, *(present(t, found) for t in (torch.empty_like(found) if with_nll else None, *saved))
 
@@ -499,7 +499,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     "fused_losses::two_heads_rows_grad",
     mutates_args=("s_saved", "t_saved"),
     schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!) s_saved, Tensor(b!) t_saved, bool[] wanted, int workspace, "
-    f"str backend) -> ({', '.join(['Tensor'] * INPUTS)})",
+    f"str backend) -> ({', '.join(['Tensor'] * OF_BOTH)})",
 )
 def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
     """The gradients of the inputs, 0-dim where absent or not ``wanted``; factors of the divergences' and of those of −log p."""
@@ -516,7 +516,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     soft, _, _, _, wanted, *_ = arguments[IN_PROBLEM:]
     return tuple(
         absent(soft) if t is None or not want else torch.empty_like(t)
-        for t, want in zip(arguments[:INPUTS], wanted, strict=True)
+        for t, want in zip(arguments[:OF_BOTH], wanted, strict=True)
     )
 
 
@@ -552,7 +552,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)))
     soft, hard = row_factors(d_divergence, d_nll, ctx.with_nll)
-    wanted = list(ctx.needs_input_grad[:INPUTS])
+    wanted = list(ctx.needs_input_grad[:OF_BOTH])
     same = wanted == list(ctx.wanted)  # else the chunks are not those of forward
     saved = (absent(soft) if t.ndim == 0 or not same else t.clone() if read_again(t) else t for t in (s_saved, t_saved))
     gradients = two_heads_rows_grad(*arguments, soft, hard, *saved, wanted, ctx.workspace, ctx.backend)

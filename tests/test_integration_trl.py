@@ -604,6 +604,11 @@ def test_versions(monkeypatch):
         integration.apply()
     assert utils._ChunkedLogProbFunction is before
     assert ChunkedDivergenceFunction is not None
+    monkeypatch.undo()
+    monkeypatch.delattr("trl.experimental.gkd.gkd_trainer.GKDTrainer.generalized_jsd_loss")  # the last that is wrapped
+    with pytest.raises(AttributeError, match="generalized_jsd_loss"):
+        integration.apply()
+    assert utils._ChunkedLogProbFunction is before
 
 
 def test_a_head_of_another_kind_keeps_its_logits(folder):

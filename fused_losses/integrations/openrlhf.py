@@ -41,9 +41,10 @@ def apply() -> None:
         return
     check_version("openrlhf", TESTED)
     actor = importlib.import_module("openrlhf.models.actor")
-    _patches.replace(actor, "log_probs_from_logits", log_probs_from_logits)
-    _patches.replace(actor, "compute_entropy", entropy_from_logits)
-    _patches.replace(actor.Actor, "forward", _without_logits(actor.Actor.forward))
+    with _patches:
+        _patches.replace(actor, "log_probs_from_logits", log_probs_from_logits)
+        _patches.replace(actor, "compute_entropy", entropy_from_logits)
+        _patches.replace(actor.Actor, "forward", _without_logits(actor.Actor.forward))
 
 
 def unapply() -> None:

@@ -35,7 +35,7 @@ def check_version(library: str, tested: str) -> None:
 
 
 class Patches:
-    """Attributes of other modules that are replaced until :meth:`undo`."""
+    """Attributes of other modules that are replaced until :meth:`undo`; in a ``with`` block all of them, or none."""
 
     def __init__(self) -> None:
         self._originals: list[tuple[Any, str, Any]] = []
@@ -43,10 +43,16 @@ class Patches:
     def __bool__(self) -> bool:
         return bool(self._originals)
 
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is not None:
+            self.undo()
+
     def replace(self, owner: Any, name: str, value: Any) -> None:
         original = vars(owner).get(name, _MISSING)  # a staticmethod stays one
         if original is _MISSING:
-            self.undo()
             raise AttributeError(f"{owner} has no {name}: its library changed, and this integration does not know it")
         self._originals.append((owner, name, original))
         setattr(owner, name, value)

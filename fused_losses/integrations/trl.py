@@ -41,28 +41,29 @@ def apply() -> None:
     check_version("trl", TESTED)
     utils = importlib.import_module("trl.trainer.utils")
     distillation = importlib.import_module("trl.trainer.distillation_trainer")
-    _patches.replace(utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
-    _patches.replace(distillation, "ChunkedDivergenceFunction", ChunkedDivergenceFunction)
-    for name, trainer, method in (
-        ("cpo", "CPOTrainer", "concatenated_forward"),
-        ("orpo", "ORPOTrainer", "concatenated_forward"),
-        ("online_dpo", "OnlineDPOTrainer", "_forward"),
-        ("a2po", "A2POTrainer", "_get_sequence_logps"),
-        ("tpo", "TPOTrainer", "compute_loss"),
-        ("gkd", "GKDTrainer", "compute_loss"),
-        ("sdft", "SDFTTrainer", "_forward_logits"),
-        ("sdpo", "SDPOTrainer", "_forward_logits"),
-    ):
-        owner = getattr(_experimental(name, f"{name}_trainer"), trainer)
-        wrap = _with_lazy_models if method == "compute_loss" else _with_lazy_model
-        _patches.replace(owner, method, wrap(getattr(owner, method)))
-    for name in ("cpo", "orpo", "a2po", "sdft", "sdpo"):
-        _patches.replace(_experimental(name, f"{name}_trainer"), "selective_log_softmax", selective_log_softmax)
-    for name in ("sdft", "sdpo"):
-        _patches.replace(_experimental(name, "loss_utils"), "selective_log_softmax", selective_log_softmax)
-    tpo, gkd = _experimental("tpo", "tpo_trainer"), _experimental("gkd", "gkd_trainer").GKDTrainer
-    _patches.replace(tpo, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
-    _patches.replace(gkd, "generalized_jsd_loss", _generalized_jsd_loss(gkd.generalized_jsd_loss))
+    with _patches:
+        _patches.replace(utils, "_ChunkedLogProbFunction", ChunkedLogProbFunction)
+        _patches.replace(distillation, "ChunkedDivergenceFunction", ChunkedDivergenceFunction)
+        for name, trainer, method in (
+            ("cpo", "CPOTrainer", "concatenated_forward"),
+            ("orpo", "ORPOTrainer", "concatenated_forward"),
+            ("online_dpo", "OnlineDPOTrainer", "_forward"),
+            ("a2po", "A2POTrainer", "_get_sequence_logps"),
+            ("tpo", "TPOTrainer", "compute_loss"),
+            ("gkd", "GKDTrainer", "compute_loss"),
+            ("sdft", "SDFTTrainer", "_forward_logits"),
+            ("sdpo", "SDPOTrainer", "_forward_logits"),
+        ):
+            owner = getattr(_experimental(name, f"{name}_trainer"), trainer)
+            wrap = _with_lazy_models if method == "compute_loss" else _with_lazy_model
+            _patches.replace(owner, method, wrap(getattr(owner, method)))
+        for name in ("cpo", "orpo", "a2po", "sdft", "sdpo"):
+            _patches.replace(_experimental(name, f"{name}_trainer"), "selective_log_softmax", selective_log_softmax)
+        for name in ("sdft", "sdpo"):
+            _patches.replace(_experimental(name, "loss_utils"), "selective_log_softmax", selective_log_softmax)
+        tpo, gkd = _experimental("tpo", "tpo_trainer"), _experimental("gkd", "gkd_trainer").GKDTrainer
+        _patches.replace(tpo, "selective_log_softmax_and_entropy", _log_probs_and_entropy)
+        _patches.replace(gkd, "generalized_jsd_loss", _generalized_jsd_loss(gkd.generalized_jsd_loss))
 
 
 def _experimental(name: str, module: str) -> Any:

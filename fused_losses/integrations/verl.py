@@ -95,8 +95,9 @@ def apply() -> None:
     check_version("verl", TESTED)
     heads = importlib.import_module("verl.utils.experimental.torch_functional")
     models = importlib.import_module("verl.models.transformers.dense_common")
-    _patches.replace(heads, "FusedLinearForPPO", FusedLinearForPPO)
-    _patches.replace(models, "forward_with_torch_backend", _with_head(models.forward_with_torch_backend))
+    with _patches:
+        _patches.replace(heads, "FusedLinearForPPO", FusedLinearForPPO)
+        _patches.replace(models, "forward_with_torch_backend", _with_head(models.forward_with_torch_backend))
 
 
 def unapply() -> None:
