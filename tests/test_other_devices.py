@@ -18,10 +18,13 @@ import torch
 from conftest import DEVICE
 from lazy_logits import NUMBERS, V, arguments, leaves, numbers
 from test_docstrings import MODULES
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused_losses
 from fused_losses import LinearLogits, selective_log_softmax, settings
 from fused_losses.autodiff import host_may_read
+from fused_losses.chunked.linear_softmax import linear_softmax_fwd
+from fused_losses.chunked.softmax_rows import softmax_rows_fwd
 from fused_losses.reference.linear_logits import linear_logits
 from fused_losses.token_statistics import _at_temperature
 
@@ -145,3 +148,25 @@ def test_whether_a_graph_is_captured_is_not_asked_while_compiling(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not host_may_read(types.SimpleNamespace(is_cuda=True))
+
+
+class CountOperators(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.number += 1
+        return func(*args, **kwargs or {})
+
+
+def test_pytorch_elsewhere_than_on_a_cpu_takes_larger_pieces():
+    """Whose size is chosen for a CPU's cache; a GPU would wait for launches."""
+    counts = {}
+    for device in ("cpu", "meta"):
+        hidden, weight = torch.randn(64, 4, device=device), torch.randn(2**16, 4, device=device)
+        with CountOperators() as of_head:
+            linear_softmax_fwd(hidden, weight, None, None, None, None, None, outputs=("entropy",))
+        with CountOperators() as of_rows:
+            softmax_rows_fwd((hidden @ weight.T)[..., None], None, None, None, outputs=("entropy",))
+        counts[device] = of_head.number, of_rows.number
+    assert counts["meta"][0] < 0.6 * counts["cpu"][0]
+    assert counts["meta"][1] < 0.4 * counts["cpu"][1]

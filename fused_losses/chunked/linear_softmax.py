@@ -18,6 +18,11 @@ LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
 TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of which a few are alive at once
 
 
+def tile_side(device: torch.device) -> int:
+    """Of tokens and of entries; twice on a GPU whose heads PyTorch multiplies (T4), as ``rows_at_once`` says why."""
+    return TILE if device.type == "cpu" else 2 * TILE
+
+
 def slices(total: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, total)) for start in range(0, total, size))
 
@@ -63,9 +68,10 @@ def linear_softmax_fwd(
     max_logit = hidden.new_full((N,), -torch.inf, dtype=dtype)
     top1 = torch.zeros(N, dtype=torch.int64, device=hidden.device)
     at_ids = None if ids is None else hidden.new_zeros(ids.shape, dtype=dtype)
-    for columns in slices(V, TILE):
+    side = tile_side(hidden.device)
+    for columns in slices(V, side):
         w = None if column_weight is None else column_weight[columns].to(wide)
-        for rows in slices(N, TILE):
+        for rows in slices(N, side):
             x = logits_tile(hidden, weight, bias, low_rank, rows, columns)
             if saved_logits is not None and columns.start < saved_logits.shape[1]:
                 part = saved_logits[rows, columns]
@@ -147,8 +153,9 @@ def linear_softmax_d_logits(
     def of(t: Tensor | None, part: slice) -> Tensor | None:
         return None if t is None else t[part]
 
-    for columns in slices(V, TILE):
-        for rows in slices(N, TILE):
+    side = tile_side(hidden.device)
+    for columns in slices(V, side):
+        for rows in slices(N, side):
             tile = logits_tile(hidden, weight, bias, low_rank, rows, columns)
             softmax_rows_bwd(
                 tile.unsqueeze(-1),

@@ -22,15 +22,19 @@ def copies_held(softcap: float | None) -> int:
     return 1 if softcap is None else 2
 
 
-def rows_at_once(rows: int, vocab: int, copies: int) -> int:
-    """How many rows a chunk has: all its copies together hold ``CHUNK_ELEMENTS``, or one row each."""
-    return max(1, math.ceil(min(rows, CHUNK_ELEMENTS // max(vocab, 1)) / copies))
+def rows_at_once(rows: int, vocab: int, copies: int, device: torch.device) -> int:
+    """How many rows a chunk has: all its copies together hold ``CHUNK_ELEMENTS``, or one row each.
+
+    A GPU without Triton takes four times as many: a launch is not to take longer than what it starts.
+    """
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else 4 * CHUNK_ELEMENTS
+    return max(1, math.ceil(min(rows, elements // max(vocab, 1)) / copies))
 
 
 def row_chunks(logits: Tensor, *others: Tensor | None, copies: int = 1) -> Iterator[tuple[Any, ...]]:
     """Yield ``(rows, chunk, ...)``: a slice of the ``N = B·S`` rows, and the views ``(…, V)`` of each ``(B, V, S)`` tensor."""
     B, V, S = logits.shape
-    n = rows_at_once(B * S, V, copies)
+    n = rows_at_once(B * S, V, copies, logits.device)
     step_b, step_s = max(1, n // max(S, 1)), min(n, max(S, 1))
     for b in range(0, B, step_b):
         for s in range(0, S, step_s):
@@ -43,7 +47,9 @@ def row_chunks(logits: Tensor, *others: Tensor | None, copies: int = 1) -> Itera
 def rows_buffer(logits: Tensor, copies: int = 1) -> Tensor:
     """``(n, V)``, written over by every chunk: fresh pages cost more than the arithmetic on them."""
     B, V, S = logits.shape
-    return logits.new_empty(min(B * S, rows_at_once(B * S, V, copies)), V, dtype=statistics_dtype(logits.dtype))
+    return logits.new_empty(
+        min(B * S, rows_at_once(B * S, V, copies, logits.device)), V, dtype=statistics_dtype(logits.dtype)
+    )
 
 
 def upcast_rows(chunk: Tensor, buffer: Tensor) -> Tensor:
