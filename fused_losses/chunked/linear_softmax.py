@@ -19,7 +19,7 @@ TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of whic
 
 
 def tile_side(device: torch.device) -> int:
-    """Of tokens and of entries; twice on a GPU whose heads PyTorch multiplies (T4), as ``rows_at_once`` says why."""
+    """Tokens and entries of a tile; twice as many on a GPU whose heads PyTorch multiplies (T4): see ``rows_at_once``."""
     return TILE if device.type == "cpu" else 2 * TILE
 
 
