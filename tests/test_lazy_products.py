@@ -66,7 +66,7 @@ def viewed(s, t):
 
 
 def masked_and_viewed(s, t):
-    product = (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), 0)
+    product = (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), torch.tensor(0.0))
     return -(product.view(-1, V).sum(-1) * MASK.view(-1)).mean()
 
 

@@ -347,6 +347,19 @@ def test_what_reads_numbers_per_token_or_none(fn, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+def test_two_adapters_beside_one_head_are_two_heads(join):
+    """As those of a policy and of its reference."""
+    tensors, found = leaves(), []
+    h, w, u = (tensors[name] for name in ("hidden", "weight", "u"))
+    for kind in (LinearLogits, linear_logits):
+        both = join([kind(h, w, low_rank=(u, B)) for B in (tensors["B"], 2 * tensors["B"])])
+        logp = both.log_softmax(-1)[..., 3]
+        found.append([logp, *torch.autograd.grad(logp.square().sum(), (h, u, tensors["B"]))])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
 @pytest.mark.parametrize("options", [{"softcap": 2.0}, {"temperature": TEMPERATURE.float()}, {"scale": 0.0}])
 def test_a_bias_added_after_what_is_not_linear(options):
     lazy, eager, tensors = make(**options)

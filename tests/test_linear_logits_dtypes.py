@@ -28,6 +28,7 @@ def test_a_label_changes_what_functions_return_and_not_the_numbers():
     assert logits.half().log_softmax(-1).gather(-1, FEW).dtype == torch.float16
     assert F.log_softmax(logits, -1, dtype=torch.float32).gather(-1, FEW).dtype == torch.float32
     assert logits.float().hidden is logits.hidden
+    assert (logits.softmax(-1) * logits.float().log_softmax(-1)).dtype == torch.float32
 
 
 ARITHMETIC = {

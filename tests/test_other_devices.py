@@ -170,3 +170,13 @@ def test_pytorch_elsewhere_than_on_a_cpu_takes_larger_pieces():
         counts[device] = of_head.number, of_rows.number
     assert counts["meta"][0] < 0.6 * counts["cpu"][0]
     assert counts["meta"][1] < 0.4 * counts["cpu"][1]
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_what_goes_to_another_device_is_made():
+    z = LinearLogits(*(t.detach() for t in (leaves()["hidden"], leaves()["weight"])))
+    for x in (z, z.softmax(-1), (z.softmax(-1) + 1).log()):
+        assert x.to("meta").is_meta
+        assert x.to("cpu") is x
+        with pytest.raises(RuntimeError, match="device"):
+            (x + 1).log_softmax(-1) * torch.ones(V, device="meta")
