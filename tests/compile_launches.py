@@ -18,8 +18,8 @@ from compile_gate import table
 
 ROOT = Path(__file__).parent.parent
 FILES = """kernel_linear_softmax token_statistics cross_entropy divergence gradients_in_forward recompute linear_cross_entropy
-two_heads linear_logits linear_logits_dtypes linear_logits_gradients lazy_views lazy_masks lazy_reductions log_softmax other_devices
-token_loss distillation gradient_filter vocab_parallel_edges"""
+two_heads linear_logits linear_logits_dtypes linear_logits_gradients lazy_views lazy_masks lazy_reductions log_softmax
+other_devices token_loss distillation gradient_filter vocab_parallel_edges"""
 
 
 def main(target: str = "sm_90", *tests: str) -> int:
