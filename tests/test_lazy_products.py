@@ -66,7 +66,7 @@ def viewed(s, t):
 
 
 def masked_and_viewed(s, t):
-    product = (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), torch.tensor(0.0))
+    product = (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf(), 0)
     return -(product.view(-1, V).sum(-1) * MASK.view(-1)).mean()
 
 
@@ -283,6 +283,15 @@ def outcome(loss, inputs, lazy):
 @pytest.mark.parametrize("bias", [False, True])
 def test_unchanged_loss(loss, teacher_trains, bias, no_entries):
     inputs = leaves(teacher_trains=teacher_trains, bias=bias)
+    torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, torch.tensor(0.0), torch.tensor(0)])
+def test_a_0_of_any_kind_is_filled_in(zero, no_entries):
+    def loss(s, t):
+        return (t.softmax(-1) * s.log_softmax(-1)).masked_fill(s.isinf() | t.isinf(), zero).sum()
+
+    inputs = leaves()
     torch.testing.assert_close(outcome(loss, inputs, True), outcome(loss, inputs, False))
 
 
