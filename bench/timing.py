@@ -1,7 +1,8 @@
 """Time of several calls, interleaved: each round runs every call once, so that all of them see the same machine.
 
-On CUDA, events around the call, which the host queued while the GPU overwrote L2 and slept. On a CPU, a clock whose readings serve as ratios only: another
-program's load moves both sides of a ratio, and no absolute figure of a shared machine means anything.
+On CUDA, events around the call, which the host queued while the GPU overwrote L2 and slept. On a CPU, a clock whose readings
+serve as ratios only: another program's load moves both sides of a ratio, and no absolute figure of a shared machine means
+anything.
 """
 
 from __future__ import annotations
