@@ -69,7 +69,10 @@ class Dense:
         self.requires_grad = self.tensor.requires_grad
 
     def elements(self) -> Tensor:
-        if versions(tensor=self.tensor) != self.versions:
+        now = versions(tensor=self.tensor)
+        if not self.versions:  # made by a compiled function, which knows none
+            self.versions = now
+        if now and now != self.versions:
             raise RuntimeError(
                 f"a tensor {tuple(self.tensor.shape)} was modified in place after a product or sum of it with lazy logits was "
                 "made, which would have kept its values. Make that anew."

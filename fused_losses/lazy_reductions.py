@@ -111,7 +111,9 @@ def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any 
 
 @answers("mean")
 def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    total = sum_(x, dim, keepdim, dtype=statistics_dtype(x.dtype))
+    if dtype is None and not x.dtype.is_floating_point:
+        return NotImplemented  # which PyTorch refuses
+    total = sum_(x, dim, keepdim, dtype=statistics_dtype(dtype or x.dtype))
     count = math.prod([x.shape[d] for d in _dims(x, dim)])
     return total if total is NotImplemented else (total / count).to(dtype or x.dtype)
 
@@ -131,6 +133,7 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
     values, ids = x.topk_ids(k, largest)
     if (x.requires_grad or transforms_active()) and torch.is_grad_enabled():
         same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
+        values = values.detach()  # of the tangent that no_grad left it
         values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))
     return values.to(x.dtype), ids
 

@@ -29,6 +29,7 @@ from .cross_entropy import (
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
 from .head import Head, budget, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
+from .linear_logits_checks import versions
 from .numerics import (
     autocast_dtype,
     check_label_smoothing,
@@ -491,7 +492,15 @@ def _soft(
     room = budget(head, workspace, False, resolve_backend(head.hidden, backend))
     n = max(1, room // (2 * max(C, 1) * head.hidden.dtype.itemsize))  # the logits and their gradient
 
+    parts: dict[str, Any] = {f"{i}": t for i, t in enumerate((*head.inputs, head.temperature, probabilities, weight))}
+    before = versions(**parts)
+
     def chunk(rows: slice) -> tuple[Tensor, Tensor]:
+        if versions(**parts) != before:  # of which checkpoint() keeps none
+            raise RuntimeError(
+                "input, linear_weight or target of a cross entropy with class probabilities was modified in place before its "
+                "backward, which computes with them again"
+            )
         part = head.tokens(rows)
         logits = F.linear(part.hidden, part.weight, part.bias)
         if part.low_rank is not None:

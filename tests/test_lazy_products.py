@@ -1114,3 +1114,32 @@ def test_each_says_what_it_is():
     a, b = (LinearLogits(torch.randn(B, S, H), torch.randn(V, H)) for _ in range(2))
     for x in (a.softmax(-1) - b.softmax(-1), a.softmax(-1) * b.log_softmax(-1), a.isinf(), a.isfinite()):
         assert repr(x).startswith(f"{type(x).__name__}({(B, S, V)}")
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.softmax(-1) * PROBS,
+        lambda z: z.log_softmax(-1) * PROBS,
+        lambda z: F.kl_div(z.log_softmax(-1), PROBS, reduction="none"),
+    ],
+)
+def test_a_product_crosses_the_border_of_compiled_code(fn):
+    h, w = torch.randn(B, S, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
+    expected = fn(F.linear(h, w)).sum(-1)
+    torch._dynamo.reset()
+    made = torch.compile(fn, backend="eager")(LinearLogits(h, w))
+    torch.testing.assert_close(made.sum(-1), expected)
+    read = torch.compile(lambda x: x.sum(-1), backend="eager")(fn(LinearLogits(h, w)))
+    torch.testing.assert_close(read, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_means_of_what_is_no_float():
+    h, w = torch.randn(B, S, H), torch.randn(V, H)
+    for z in (LinearLogits(h, w), F.linear(h, w)):
+        for x in (z.softmax(-1) > 0.03, torch.where(z.softmax(-1) > 0.03, 1, 0)):
+            with pytest.raises(RuntimeError, match=r"mean\(\)"):
+                x.mean(-1)
+    shares = [(z.softmax(-1) > 0.03).mean(-1, dtype=torch.float64) for z in (LinearLogits(h, w), F.linear(h, w))]
+    torch.testing.assert_close(*shares)

@@ -916,3 +916,14 @@ def test_bad_input(change, error, match):
     arguments = {"input": hidden.requires_grad_(), "linear_weight": weight, "target": target, **change}
     with pytest.raises(error, match=match):
         linear_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+@pytest.mark.parametrize("workspace", [None, 300])
+def test_a_change_before_backward_is_noticed_with_class_probabilities(changed, workspace):
+    inputs = [torch.randn(6, 5).requires_grad_(), torch.randn(9, 5).requires_grad_(), torch.rand(6, 9)]
+    loss = linear_cross_entropy(*inputs, workspace=workspace)
+    with torch.no_grad():
+        inputs[changed].mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified (in place|by an inplace operation)"):
+        loss.backward()

@@ -254,6 +254,13 @@ def test_gradients_to_differentiate_again_of_tensors_made_from_one_another(name)
     torch.testing.assert_close(derivatives(LinearLogits), derivatives(linear_logits))
 
 
+@pytest.mark.parametrize("fn", [lambda z: z.max(-1).values, lambda z: z.amax(-1), lambda z: z.topk(3).values])
+def test_tangents_of_the_largest_entries(fn):
+    h, w, tangent = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 8, 32), (50, 32), (2, 8, 32)))
+    found = (torch.func.jvp(lambda h: fn(kind(h, w)), (h,), (tangent,)) for kind in (LinearLogits, linear_logits))  # noqa: B023
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "log_prob", "label_smoother"])
 def test_second_derivatives_and_transforms(name):
     tensors = leaves()
