@@ -1128,10 +1128,8 @@ def test_a_product_crosses_the_border_of_compiled_code(fn):
     h, w = torch.randn(B, S, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
     expected = fn(F.linear(h, w)).sum(-1)
     torch._dynamo.reset()
-    if torch.torch_version.TorchVersion(torch.__version__) >= (
-        2,
-        12,
-    ):  # before, Dynamo cannot return what is made in it
+    # Before, Dynamo cannot return what is made in it.
+    if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12):
         made = torch.compile(fn, backend="eager")(LinearLogits(h, w))
         torch.testing.assert_close(made.sum(-1), expected)
     read = torch.compile(lambda x: x.sum(-1), backend="eager")(fn(LinearLogits(h, w)))
