@@ -834,7 +834,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     temperature, low_rank = first.temperature, first.rest.low_rank
     if any(isinstance(x.temperature, Tensor) or x.temperature != temperature for x in tensors):
         dtype = statistics_dtype(hidden.dtype)
-        each = [on_device(x.temperature, x.device).to(dtype).expand(x.token_shape) for x in tensors]
+        each = [on_device(x.temperature, x.device, dtype).expand(x.token_shape) for x in tensors]
         temperature = torch.cat(each, at)
     if low_rank is not None:
         low_rank = (torch.cat([x.rest.low_rank[0] for x in tensors], at), low_rank[1])

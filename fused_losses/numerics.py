@@ -79,9 +79,9 @@ def check_between(low: float, high: float, /, **options: float | None) -> None:
             raise ValueError(f"{name} must be between {low} and {high}, got {x}")
 
 
-def on_device(x: Tensor | float, device: torch.device) -> Tensor:
+def on_device(x: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A number as a tensor there, filled there: a copy from the host would wait for the device."""
-    return x.to(device) if isinstance(x, Tensor) else torch.full((), x, device=device)
+    return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 
 def log1mexp(x: Tensor) -> Tensor:

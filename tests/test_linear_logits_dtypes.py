@@ -174,6 +174,14 @@ def test_a_cast_of_outputs_reaches_the_label_only():
         assert torch.utils._pytree.tree_map(lambda leaf: None, x) is None
 
 
+def test_temperatures_keep_their_digits_side_by_side():
+    tensors, found = leaves(), []
+    for kind in (LinearLogits, linear_logits):
+        both = torch.cat([kind(tensors["hidden"], tensors["weight"], temperature=t) for t in (1.3, 0.7)])
+        found.append(both.logsumexp(-1))
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:.*materialises")
 @pytest.mark.parametrize(
     "keep", [np.linspace(0, 1, V), np.linspace(0, 1, B * S).reshape(B, S, 1)], ids=["entry", "token"]
