@@ -695,15 +695,9 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
 
 def coefficient(x: LazyTensor, t: Any) -> Any:
     """``t`` as a factor or an offset of ``x``: a number, or one per token. The host's own tensors it may read."""
-    if (
-        isinstance(t, Tensor)
-        and t.ndim == 0
-        and t.is_cpu
-        and not (t.requires_grad or t.is_complex())
-        and host_may_read(t)
-    ):
-        return t.item()
-    return t if is_number(t) else per_token_number(x, t)
+    on_host = isinstance(t, Tensor) and t.ndim == 0 and t.is_cpu and not t.is_complex()
+    number = number_of(t) if on_host or is_number(t) else NotImplemented
+    return per_token_number(x, t) if number is NotImplemented else number
 
 
 def multiplied(x: Any, y: Any) -> Any:

@@ -35,6 +35,7 @@ from .numerics import (
     check_label_smoothing,
     check_reduction,
     check_scaling,
+    on_device,
     statistics_dtype,
     wide_dtype,
 )
@@ -173,9 +174,7 @@ def linear_cross_entropy(
     D = math.prod(dims)
     hidden = input.reshape(tokens.numel(), input.shape[-1])
     if temperature is not None:
-        if not isinstance(temperature, Tensor):  # filled there: a copy from the host would wait
-            temperature = input.new_full((), temperature, dtype=statistics_dtype(input.dtype))
-        temperature = temperature.to(input.device, statistics_dtype(input.dtype)).expand(tokens).reshape(-1)
+        temperature = on_device(temperature, input.device, statistics_dtype(input.dtype)).expand(tokens).reshape(-1)
     weights: Sequence[Tensor] = linear_weight.reshape(C, D, input.shape[-1]).unbind(1) if dims else [linear_weight]
     biases: Sequence[Tensor | None] = [linear_bias]
     if dims:

@@ -22,7 +22,7 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked import softmax_rows as chunked_softmax_rows
-from .numerics import check_masks, check_scaling, statistics_dtype
+from .numerics import check_masks, check_scaling, on_device, statistics_dtype
 from .row_statistics import (
     RowStatistics,
     coefficients,
@@ -526,10 +526,7 @@ def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size
         return logits, None
     if not isinstance(logits, Tensor):
         return logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature), None
-    if not isinstance(temperature, Tensor):
-        dtype = statistics_dtype(logits.dtype)
-        return logits, torch.full((tokens.numel(),), temperature, dtype=dtype, device=logits.device)
-    return logits, temperature.to(logits.device).expand(tokens).reshape(-1)
+    return logits, on_device(temperature, logits.device, statistics_dtype(logits.dtype)).expand(tokens).reshape(-1)
 
 
 def rows_of(logits: Tensor) -> Tensor:

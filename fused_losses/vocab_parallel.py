@@ -174,10 +174,10 @@ class VocabShard(NamedTuple):
     def gather_checked(self, x: Tensor, route: str = "", rows: int = 0, ids: Tensor | None = None) -> Tensor:
         """:meth:`gather`; raises on all ranks where they do not hold the vocabulary once, or do not make the same call: of
         one size, by one route, of as many rows and of the same (local) ids."""
-        counts = [x.new_full((1,), n, dtype=torch.int64) for n in (rows, x.numel())]
-        total = torch.zeros_like(counts[0]) if ids is None else self.sum_of(ids).view(1)
-        # On its own, and so of one size even then.
-        _check_alike(self.gather(torch.cat([_header(self, route, x.device), *counts, total])))
+        total = 0 if ids is None else self.sum_of(ids)
+        call = (*self[1:4], ROUTES.index(route), self.sums, rows, x.numel(), total)
+        # On their own, and so of one size even then.
+        _check_alike(self.gather(torch.stack([on_device(n, x.device, torch.int64) for n in call])))
         return self.gather(x)
 
     def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
@@ -250,10 +250,6 @@ def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequenc
 
 
 ROUTES = ("", "gradients_in_forward", "recompute")
-
-
-def _header(shard: VocabShard, route: str, device: torch.device) -> Tensor:
-    return torch.stack([on_device(int(n), device) for n in (*shard[1:4], ROUTES.index(route), shard.sums)])
 
 
 def _check_alike(found: Tensor) -> None:
