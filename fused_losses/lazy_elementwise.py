@@ -1,10 +1,11 @@
 """Any other function of the entries of lazy probabilities: recorded, and computed when it is summed over the vocabulary.
 
 What a loss does to each entry by itself (``(p + 1e-9).log()``, ``sqrt``, ``where(p > 0, …)``, sums and products with a
-teacher's probabilities that exist) needs whole rows for a moment only. :class:`LazyElementwise` keeps the functions, and
-:func:`row_sums` calls them on as many rows of logits as the workspace holds, again in backward, where autograd gives the
-gradient of those rows' logits and route ``gradients_in_forward`` its products: ``8NVH`` floating point operations for each sum,
-as ``recompute``. Where the workspace holds all rows the elements are made, once for all sums.
+teacher's probabilities that exist, the square of a difference of logits) needs whole rows for a moment only.
+:class:`LazyElementwise` keeps the functions, and :func:`row_sums` calls them on as many rows of logits as the workspace
+holds, again in backward, where autograd gives the gradient of those rows' logits and route ``gradients_in_forward`` its
+products: ``8NVH`` floating point operations for each sum, as ``recompute``. Where the workspace holds all rows the elements
+are made, once for all sums.
 """
 
 from __future__ import annotations
@@ -49,7 +50,10 @@ relu rsqrt rsub sigmoid softplus special_entr special_xlogy sqrt square sub subt
 __abs__ __add__ __and__ __invert__ __mul__ __neg__ __or__ __pow__ __radd__ __rdiv__ __rmul__ __rpow__ __rsub__ __rtruediv__
 __sub__ __truediv__
 """
-POINTWISE = {*_NAMES.split(), *COMPARISONS}
+DISTANCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
+POINTWISE = {*_NAMES.split(), *COMPARISONS, *DISTANCES}
+# Of logits only what a loss sums. What a softmax follows is better made at once, for all that read it.
+_OF_LOGITS = {*DISTANCES, "abs", "absolute", "__abs__", "square", "pow", "__pow__", "sub", "subtract", "__sub__"}
 IN_PLACE = {f"{name}_": name for name in POINTWISE}
 IN_PLACE |= {f"__i{name}__": f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or")}
 
@@ -174,7 +178,8 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
     # With 0 in entries that a mask names what exists is to be summed; with another value it may be meant for anything.
     emptied = name == "masked_fill" and is_number(args[-1]) and args[-1] == 0
     emptied = emptied and all(isinstance(x, LazyMask) for x in lazy)
-    if not (emptied or any(map(_of_probabilities, lazy))) or not _computable(*lazy):
+    summed = name in _OF_LOGITS or any(map(_of_probabilities, lazy))
+    if not (emptied or summed) or not _computable(*lazy):
         return NotImplemented
     if max(getattr(y, "depth", 0) for y in lazy) >= DEEPEST:
         return NotImplemented
@@ -212,7 +217,6 @@ def changed(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 
 def _of_probabilities(x: Any) -> bool:
-    """And not of logits, which a loss does not sum."""
     if isinstance(x, LazyExpression):
         return x.form not in ("logits", "tanh")
     return isinstance(x, (LazyMixture, LazyProducts, LazyElementwise))

@@ -1,14 +1,17 @@
-"""PyTorch's losses of lazy logits and their ``log_softmax``: ``cross_entropy``, ``nll_loss``, ``kl_div``."""
+"""PyTorch's losses of lazy logits and their ``log_softmax``: ``cross_entropy``, ``nll_loss``, ``kl_div``, ``mse_loss``."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .lazy_elementwise import DISTANCES, recorded
 from .lazy_products import LazyProducts, as_products, cross_entropy_with, elementwise_kl, fit
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
 from .linear_logits import LinearLogits
@@ -126,3 +129,26 @@ def kl_div(
         return total.with_dtype(result_dtype(input, target))
     count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]
     return (total.sum() / count).to(result_dtype(input, target))
+
+
+def _distance(name: str) -> None:
+    """Answer with the sum or mean of what ``lazy_elementwise`` records of each entry."""
+    function = getattr(F, name)
+    signature = inspect.signature(function)
+
+    @answers(name, anywhere=True)
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given["input"].shape != given["target"].shape or given.get("weight") is not None:
+            return NotImplemented  # PyTorch warns of the one, and divides by the sum of the other
+        reduction = given.pop("reduction", "mean")
+        legacy = given.pop("size_average", None), given.pop("reduce", None)
+        if legacy != (None, None):
+            reduction = nn._reduction.legacy_get_string(*legacy)
+        check_reduction(reduction)
+        each = NotImplemented if reduction == "none" else recorded(function, name, (), {**given, "reduction": "none"})
+        return each if each is NotImplemented else each.sum() if reduction == "sum" else each.mean()
+
+
+for _name in DISTANCES:
+    _distance(_name)

@@ -71,6 +71,16 @@ LOSSES = {
     "kl_div": lambda z, t, p: F.kl_div((z.softmax(-1) + 1e-6).log(), p, reduction="none").sum(-1),
     "logaddexp": lambda z, t, p: torch.logaddexp(z.log_softmax(-1) - 1, p.log()).sum(-1),
     "mask_of_both": lambda z, t, p: (z.softmax(-1) * p).masked_fill(t.softmax(-1) > z.softmax(-1), 0).sum(-1),
+    "logits_mse": lambda z, t, p: F.mse_loss(z, t),
+    "logits_mse_sum": lambda z, t, p: F.mse_loss(p.log(), z, reduction="sum"),
+    "logits_mse_masked": lambda z, t, p: F.mse_loss(z, t, reduction="none").masked_fill(ENTRY == 1, 0).sum(-1),
+    "logits_l1": lambda z, t, p: F.l1_loss(z, t, reduce=True, size_average=False),
+    "logits_smooth_l1": lambda z, t, p: F.smooth_l1_loss(input=z, target=p.log(), beta=2.0),
+    "logits_huber": lambda z, t, p: F.huber_loss(z, t, delta=0.5),
+    "logits_difference": lambda z, t, p: ((z - t) ** 2 * MASK[..., None]).sum(-1),
+    "logits_centred": lambda z, t, p: ((z - z.mean(-1, keepdim=True)) - torch.sub(p.log(), t, alpha=2)).abs().sum(-1),
+    "logits_square": lambda z, t, p: z.square().mean(-1) + z.pow(3).sum(-1),
+    "probabilities_mse": lambda z, t, p: F.mse_loss(z.softmax(-1), t.softmax(-1), reduction="sum"),
     "distance_of_a_mixture": lambda z, t, p: ((z.softmax(-1) - t.softmax(-1)).abs() + p).sqrt().sum(-1),
 }
 HEADS = {

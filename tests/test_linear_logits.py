@@ -99,7 +99,6 @@ def test_other_spellings(name):
         lambda z: z.sum(axis=1),
         lambda z: z.max(other=torch.zeros(())),
         lambda z: torch.add(z, 1, alpha=2),
-        lambda z: torch.sub(z, 1, alpha=2),
         lambda z: z.tanh() * -2,
         lambda z: z.max(0).values,
         lambda z: z.isfinite().all(0),
@@ -120,7 +119,7 @@ def test_what_a_handler_does_not_know_materialises(fn):
 
 MATERIALISED = {
     "std": lambda z: z.std(),
-    "square": lambda z: z**2,
+    "sigmoid": lambda z: z.sigmoid(),
     "equal": lambda z: z == z[0, 0, 0],
     "not_equal": lambda z: z != 0,
     "less": lambda z: z < 0.5,
@@ -141,7 +140,7 @@ MATERIALISED = {
     "roll_vocabulary": lambda z: z.roll(1, -1),
     "cross_entropy_over_tokens": lambda z: F.cross_entropy(z, torch.ones(B, V, dtype=torch.long)),
     "kl_div_broadcast": lambda z: F.kl_div(z.log_softmax(-1), PROBS[0, 0].float(), reduction="sum"),
-    "as_the_second": lambda z: F.mse_loss(torch.zeros(B, S, V), z),
+    "as_the_second": lambda z: F.cosine_similarity(torch.ones(B, S, V), z, dim=-1),
     "tensor_plus": lambda z: torch.ones(B, S, V) + z,
     "tensor_in_place": lambda z: torch.ones(B, S, V).add_(z),
     "reciprocal": lambda z: 1 / z,
