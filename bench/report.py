@@ -142,10 +142,10 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
     for device in dict.fromkeys(key[0] for key in lines):
         made = made_with([result for result in results if result["device"] == device])
         tables.append(
-            f"{device}, {made}. Peaks are above the inputs and include the gradients; the least is that in the smallest "
-            "workspace tried, or written in place. Times are of the default settings. The floor is the time of the fewest "
-            "operations, or bytes, at the rate that the same run measured, exponentials not counted; of the floor is its time "
-            "over ours, 1 at best."
+            f"{device}, {made}. Peaks are above the inputs and include the gradients. The least peak is that of the "
+            "smallest workspace tried, or of a gradient written over the logits. Times are of the default settings. The floor "
+            "is the time of the fewest operations, or bytes, at the rate that the same run measured, without the exponentials; "
+            '"of the floor" is the floor over our time, 1 at best.'
         )
         weighed = [line[:4] for key, line in lines.items() if key[0] == device and not line[4]]
         timed = [line for key, line in lines.items() if key[0] == device and line[4]]
