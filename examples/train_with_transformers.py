@@ -1,4 +1,7 @@
-"""Fine-tune a model of transformers with its own Trainer; the only line of ours is ``apply(model)``."""
+"""Fine-tune a model of transformers with its own Trainer; the only line of ours is ``apply(model)``.
+
+Needs `pip install transformers accelerate`; downloads nothing and runs on a CPU.
+"""
 
 from __future__ import annotations
 
