@@ -137,7 +137,8 @@ class LazyElementwise(Elementwise):
 
 
 def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], Any], known: Any = None) -> Any:
-    """``make`` of the functions, the inner first, and ``leaf`` of what they are of: each once, however often it is used."""
+    """``x`` made anew from the inside out: ``make`` of each :class:`LazyElementwise` and its new arguments, ``leaf`` of what
+    else is lazy or dense; each once, however often it is used."""
     known = {} if known is None else known
     if not isinstance(x, (LazyTensor, Dense)):
         return x
@@ -244,7 +245,7 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
     """``x`` with slots for its logits ``(N, V)``, added to ``z``, and its tensors ``(N, …)``, added to ``tensors``; what is one
     object, by ``known``, stays one."""
     if isinstance(x, LinearLogits):
-        index = next((i for i, known in enumerate(z) if same_logits(known, x)), len(z))
+        index = next((i for i, other in enumerate(z) if same_logits(other, x)), len(z))
         z += [x] * (index == len(z))
         return _Slot("logits", index)
     if (key := _key(x)) in known:
@@ -270,7 +271,7 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
 
 
 def _key(x: Any) -> Any:
-    """The same for :func:`_copy` of one."""
+    """Equal for ``x`` and a copy of it, which holds the same objects."""
     return type(x), *(id(value) for name, value in vars(x).items() if name != "family")
 
 
