@@ -11,7 +11,7 @@ are made, once for all sums.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -365,64 +365,57 @@ class _Sums(NamedTuple):
         heads, others = self.split(tensors)
         heads = [head.detached() for head in heads]
         of_heads = [wanted[i * INPUTS : (i + 1) * INPUTS] for i in range(len(heads))]
+        found: list[Tensor | None] = [None] * (INPUTS * len(heads))
         of_others = [
-            torch.zeros_like(t) if want else None for t, want in zip(others, wanted[INPUTS * len(heads) :], strict=True)
+            torch.zeros_like(t) if want else None for t, want in zip(others, wanted[len(found) :], strict=True)
         ]
-        passes: list[int | None] = [i for i, want in enumerate(of_heads) if any(want)]
-        passes = passes or [None]
+        trained = [i for i, want in enumerate(of_heads) if any(want)]
 
         def of_rows(i: int | None, rows: slice) -> Tensor | None:
             """The gradient of head ``i``'s logits ``(n, V)``, before scale, softcap and temperature."""
-            last = i == passes[-1]
+            totals = of_others if i is None or i == trained[-1] else [None] * len(others)
             raw = [_raw(head, rows).requires_grad_(i == j) for j, head in enumerate(heads)]
             parts = [
-                _of_rows(t, rows).detach().requires_grad_(last and whole is not None)
-                for t, whole in zip(others, of_others, strict=True)
+                _of_rows(t, rows).detach().requires_grad_(total is not None)
+                for t, total in zip(others, totals, strict=True)
             ]
             with torch.enable_grad():
-                total = self.of([_logits(head, x, rows) for head, x in zip(heads, raw, strict=True)], parts)
-            leaves = [t for t in (*raw, *parts) if t.requires_grad]
-            grads: list[Tensor | None] = [None] * len(leaves)
-            if total.requires_grad:
-                grads = list(torch.autograd.grad(total, leaves, upstream[rows], allow_unused=True))
-            grad = None if i is None else grads.pop(0)
-            for whole in of_others:
-                if last and whole is not None and (found := grads.pop(0)) is not None:
-                    if whole.ndim == 0:
-                        whole += found
-                    else:
-                        whole[rows] = found
-            return grad
-
-        def over_logits(
-            i: int, logits: Tensor, chunk: Head, ids: Tensor | None, rows: Any, factor: Tensor | None
-        ) -> Tensor | None:
-            pieces = self.pieces(rows.start, rows.stop)
-            places = [slice(piece.start - rows.start, piece.stop - rows.start) for piece in pieces]
-            if logits.dtype != torch.float16:
-                for piece, place in zip(pieces, places, strict=True):
-                    grad = of_rows(i, piece)
-                    logits[place] = 0 if grad is None else grad
+                sums = self.of([_logits(head, x, rows) for head, x in zip(heads, raw, strict=True)], parts)
+            if not sums.requires_grad:
                 return None
-            grads = [of_rows(i, piece) for piece in pieces]
-            alone = in_range([upstream.new_ones(1), *grads]).float()
-            factor = alone if factor is None else torch.minimum(alone, factor)
-            for grad, place in zip(grads, places, strict=True):
-                logits[place] = 0 if grad is None else grad * factor
-            return factor
+            leaves = [t for t in (*raw, *parts) if t.requires_grad]
+            grads = list(torch.autograd.grad(sums, leaves, upstream[rows], allow_unused=True))
+            of_logits = None if i is None else grads.pop(0)
+            for total, grad in zip([t for t in totals if t is not None], grads, strict=True):
+                if grad is not None:
+                    _of_rows(total, rows).add_(grad)
+            return of_logits
 
-        found: list[Tensor | None] = [None] * (INPUTS * len(heads))
-        for i in passes:
-            if i is None:
-                for rows in self.pieces(0, len(heads[0].hidden)):
-                    of_rows(None, rows)
-                continue
+        for i in trained:
             backend = resolve_backend(heads[i].hidden, None)
-            of_head = functools.partial(over_logits, i)
+            over_logits = functools.partial(self.over_logits, functools.partial(of_rows, i))
             found[i * INPUTS : (i + 1) * INPUTS] = loss_and_gradients(
-                heads[i], None, None, False, of_head, of_heads[i], self.room, None, backend, with_logits=False
+                heads[i], None, None, False, over_logits, of_heads[i], self.room, None, backend, with_logits=False
             )
+        if not trained:
+            for rows in self.pieces(0, len(heads[0].hidden)):
+                of_rows(None, rows)
         return found + of_others
+
+    def over_logits(
+        self, of_rows: Callable[[slice], Any], logits: Tensor, _: Head, __: None, rows: Any, factor: Any
+    ) -> Any:
+        """The gradient of a chunk's logits, over them: an ``OverLogits``."""
+        pieces = self.pieces(rows.start, rows.stop)
+        grads: Iterable[Tensor | None] = map(of_rows, pieces)  # one at a time
+        if logits.dtype == torch.float16:
+            grads = list(grads)  # all, for the factor
+            alone = in_range([logits.new_ones(1, dtype=torch.float32), *grads])
+            factor = alone if factor is None else torch.minimum(alone, factor)
+        for piece, grad in zip(pieces, grads, strict=True):
+            place = logits[piece.start - rows.start : piece.stop - rows.start]
+            place.zero_() if grad is None else place.copy_(grad if factor is None else grad * factor)
+        return factor
 
 
 def _of_rows(t: Tensor, rows: slice) -> Tensor:
