@@ -117,6 +117,65 @@ def in_one_pass(
     return over_logits
 
 
+class HeadGradients:
+    """The gradients of a head's inputs, each None if not ``wanted``, to which chunks of tokens add theirs.
+
+    ``all_tokens`` and ``all_columns`` will be in the chunks, so that what is first written need not be 0 before.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        wanted: Sequence[bool],
+        dtypes: Sequence[torch.dtype],
+        all_tokens: bool,
+        all_columns: bool,
+        main_grad: Tensor | None = None,  # (V, H), to which the gradient of the weight is added
+    ) -> None:
+        self.head, self.main_grad = head, main_grad
+        written = (all_tokens, all_columns, False, all_tokens, all_columns)
+        self.totals = [
+            None
+            if like is None or not want
+            else (like.new_empty if all_of else like.new_zeros)(like.shape, dtype=dtype)
+            for like, want, dtype, all_of in zip(head.inputs, wanted, dtypes, written, strict=True)
+        ]
+        # Sums over ranks: of a product, for total[rows].
+        self.begun: list[tuple[Callable[[], Any], Tensor, slice | Tensor, Tensor]] = []
+
+    def add(
+        self, d_logits: Tensor, chunk: Head, rows: slice | Tensor, first: bool, factor: Tensor | None = None
+    ) -> None:
+        """Those of a chunk from the gradient of its logits ``(n, V)``, in float16 multiplied by ``factor``."""
+        d_hidden, d_weight, d_bias, d_u, d_B = self.totals
+        V, few = d_logits.shape[1], few_columns(d_logits, self.head.gradient_filter)
+        for total, matrix in ((d_hidden, chunk.weight), (d_u, chunk.B)):
+            if total is not None and matrix is not None:
+                product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])
+                add_over_columns(product, d_logits, matrix, few, first=True)
+                if factor is not None:
+                    product /= factor
+                if self.head.shard is not None:
+                    self.begun.append((self.head.shard.begin_sum(product), total, rows, product))
+                elif not isinstance(rows, slice):
+                    total.index_copy_(0, rows, product)
+        for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
+            if total is not None and matrix is not None:
+                add_at_columns(total[:V], d_logits, matrix, few, first=first)
+        if self.main_grad is not None:
+            add_at_columns(self.main_grad, d_logits, chunk.hidden, few, first=False)
+        if d_bias is not None:
+            d_bias[:V] += column_sums(d_logits, d_bias.dtype)
+
+    def finished(self) -> list[Tensor | None]:
+        """Once all ranks have added theirs."""
+        for end_sum, total, rows, product in self.begun:
+            end_sum()
+            if not isinstance(rows, slice):
+                total.index_copy_(0, rows, product)
+        return self.totals
+
+
 def loss_and_gradients(
     head: Head,
     ids: Tensor | None,  # (N, K)
@@ -134,24 +193,15 @@ def loss_and_gradients(
 
     ``over_logits`` sees each chunk once, in order.
     """
-    hidden, weight = head.hidden, head.weight
-    N, V, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype)
+    N, V = head.hidden.shape[0], head.weight.shape[0]
     M = N if keep is None else keep.shape[0]
     planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
-    dtypes = total_dtypes(head, planned.accumulate)
-
-    def empty_gradient(i: int) -> Tensor | None:
-        like = head.inputs[i]
-        if not wanted[i] or like is None:
-            return None
-        return (like.new_empty if M == N > 0 else like.new_zeros)(like.shape, dtype=dtypes[i])
-
-    d_hidden, d_bias, d_u, d_B = map(empty_gradient, (0, 2, 3, 4))
-    d_weight = main_grad if main_grad is not None else empty_gradient(1)
-    logits_buffer = hidden.new_empty(min(planned.chunk, M), padded(V))[:, :V]
+    wanted = [want and (i != 1 or main_grad is None) for i, want in enumerate(wanted)]
+    gradients = HeadGradients(head, wanted, total_dtypes(head, planned.accumulate), M == N > 0, M > 0, main_grad)
+    summed = [gradients.totals[i] for i in (1, 2, 4)]  # over tokens
+    logits_buffer = head.hidden.new_empty(min(planned.chunk, M), padded(V))[:, :V]
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
     local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
-    pending: list[tuple[Callable[[], Any], Callable[[], Any] | None]] = []  # sums over ranks, and what follows
     for start in range(0, M, max(planned.chunk, 1)):
         part = slice(start, min(start + planned.chunk, M))
         rows: slice | Tensor = part if keep is None else keep[part]
@@ -164,38 +214,15 @@ def loss_and_gradients(
             chunk.columns(piece).write_logits(logits[:, piece])
         before, factor = factor, over_logits(logits, chunk, of_ids, rows, factor)
         if before is not None and factor is not None:  # what was summed so far is brought to the new factor
-            for total in (d_weight, d_bias, d_B):
+            for total in summed:
                 if total is not None:
                     total *= factor / before
-        first, few = start == 0, few_columns(logits, head.gradient_filter)
-        for total, matrix in ((d_hidden, weight), (d_u, head.B)):
-            if total is not None and matrix is not None:
-                product = total[part] if keep is None else total.new_empty(len(logits), matrix.shape[1])
-                add_over_columns(product, logits, matrix, few, first=True)
-                if factor is not None:
-                    product /= factor
-                place: Callable[[], Any] | None = None
-                if keep is not None:
-                    place = functools.partial(total.index_copy_, 0, keep[part], product)
-                if head.shard is not None:
-                    pending.append((head.shard.begin_sum(product), place))
-                elif place is not None:
-                    place()
-        for total, matrix in ((d_weight, chunk.hidden), (d_B, chunk.u)):
-            if total is not None and matrix is not None:
-                add_at_columns(total, logits, matrix, few, first=first and total is not main_grad)
-        if d_bias is not None:
-            partial = column_sums(logits, wide)
-            d_bias = partial if first else d_bias.add_(partial)
-    for end_sum, then in pending:
-        end_sum()
-        if then is not None:
-            then()
+        gradients.add(logits, chunk, rows, start == 0, factor)
     if factor is not None:
-        for total in (d_weight, d_bias, d_B):
+        for total in summed:
             if total is not None:
                 total /= factor
-    return [d_hidden, None if main_grad is not None else d_weight, d_bias, d_u, d_B]
+    return gradients.finished()
 
 
 def in_range(factors: Iterable[Tensor | None]) -> Tensor:

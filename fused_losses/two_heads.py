@@ -39,11 +39,11 @@ from .autodiff import (
 from .chunked.divergence_rows import BUFFERS
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
-from .gradients_in_forward import in_range, per_token_dtype, scale_gradients, total_dtypes
+from .gradients_in_forward import HeadGradients, in_range, per_token_dtype, scale_gradients, total_dtypes
 from .head import INPUTS, Head, whole_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
-from .products import add_at_columns, add_over_columns, column_sums, few_columns, gathered_bytes
+from .products import gathered_bytes
 from .row_divergence import Divergence, compare_rows, differentiable_rows
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
@@ -137,16 +137,8 @@ class _Side:
         self.n, self.in_place = n, wide == dtype
         self.buffer = saved if self.in_place else None  # (n, padded V): a chunk's logits, once there are any
         self.d_buffer = None if self.in_place else saved
-        self.totals: list[Tensor | None] = []
-        for i, (like, t) in enumerate(zip(head.inputs, total_dtypes(head, sums), strict=True)):
-            if not totals or like is None or not wanted[i]:
-                self.totals.append(None)
-            elif i in (1, 4) and n and self.cut is head:  # the first chunk's product is written over all of it
-                self.totals.append(like.new_empty(like.shape, dtype=t))
-            else:
-                self.totals.append(like.new_zeros(like.shape, dtype=t))
-        # Sums over ranks: of a product, for total[rows].
-        self.begun: list[tuple[Any, Tensor, slice | Tensor, Tensor]] = []
+        asked = wanted if totals else [False] * INPUTS
+        self.gradients = HeadGradients(head, asked, total_dtypes(head, sums), False, n > 0 and self.cut is head)
 
     def take(self, rows: slice | Tensor, ignored: Tensor | None) -> None:
         self.chunk = self.cut.tokens(rows, None if self.direct else ignored)
@@ -164,7 +156,7 @@ class _Side:
         if not self.wanted:
             return None
         if self.direct:
-            total = self.totals[0]
+            total = self.gradients.totals[0]
             assert total is not None
             return total[rows, : self.V] if isinstance(rows, slice) else logits.new_empty(len(logits), self.V)
         if self.d_buffer is None:
@@ -176,33 +168,10 @@ class _Side:
         """Take a chunk's gradient into the gradients of the inputs."""
         if d_logits is None:
             return
-        d_hidden, d_weight, d_bias, d_u, d_B = self.totals
-        if self.direct:
-            if not isinstance(rows, slice) and d_hidden is not None:
-                d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
-            return
-        few = few_columns(d_logits, self.head.gradient_filter)
-        for total, matrix in ((d_hidden, self.cut.weight), (d_u, self.cut.B)):
-            if total is not None and matrix is not None:
-                product = total[rows] if isinstance(rows, slice) else total.new_empty(len(d_logits), matrix.shape[1])
-                add_over_columns(product, d_logits, matrix, few, first=True)
-                if self.head.shard is not None:
-                    self.begun.append((self.head.shard.begin_sum(product), total, rows, product))
-                elif not isinstance(rows, slice):
-                    total.index_copy_(0, rows, product)
-        for total, matrix in ((d_weight, self.chunk.hidden), (d_B, self.chunk.u)):
-            if total is not None and matrix is not None:
-                add_at_columns(total[: self.V], d_logits, matrix, few, first=first)
-        if d_bias is not None:
-            d_bias[: self.V] += column_sums(d_logits, d_bias.dtype)
-
-    def finished(self) -> list[Tensor | None]:
-        """The gradients of the inputs, once all ranks have added theirs."""
-        for end_sum, total, rows, product in self.begun:
-            end_sum()
-            if not isinstance(rows, slice):
-                total.index_copy_(0, rows, product)
-        return self.totals
+        if not self.direct:
+            self.gradients.add(d_logits, self.chunk, rows, first)
+        elif not isinstance(rows, slice) and (d_hidden := self.gradients.totals[0]) is not None:
+            d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
 
 
 def both_heads(
@@ -290,7 +259,7 @@ def both_heads(
                     side.add(d, rows, first=start == 0)
     if save:
         return divergence, nll, [side.d_buffer if side.wanted else None for side in sides]
-    totals = [total for side in sides for total in side.finished()]
+    totals = [total for side in sides for total in side.gradients.finished()]
     if factor is not None:
         totals = [None if t is None else t.div_(factor) for t in totals]
     return divergence, nll, totals

@@ -190,7 +190,7 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
         seen.append(d_logits.clone())
         return few_columns(d_logits, gradient_filter)
 
-    for module in ("gradients_in_forward", "recompute", "two_heads"):
+    for module in ("gradients_in_forward", "recompute"):
         monkeypatch.setattr(f"fused_losses.{module}.few_columns", spy)
         monkeypatch.setattr("fused_losses.planning.FEWEST_TOKENS", 4)
         monkeypatch.setattr("fused_losses.two_heads.FEWEST_TOKENS", N // pieces)
@@ -423,7 +423,7 @@ def test_two_heads_stay_in_their_workspace(device):
     step()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(products, "GATHERED", {"cpu": 2**24, "cuda": 2**24})
-        patch.setattr("fused_losses.two_heads.few_columns", spy)
+        patch.setattr("fused_losses.gradients_in_forward.few_columns", spy)
         assert peak_bytes(step, device) <= 1.05 * (room + hidden.nbytes + weight.nbytes)
     assert any(found)
 
