@@ -41,6 +41,7 @@ def watch(*parameters: Tensor | None) -> None:
 
 
 def _memory(t: Tensor) -> int:
+    """The same for all tensors in one memory."""
     try:
         return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # it has none
@@ -48,7 +49,8 @@ def _memory(t: Tensor) -> int:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """A head may hold what was detached of a parameter: another tensor, in the same memory."""
+    """Raise the versions of the watched tensors that this step wrote to. They are known by their memory, since a head may hold
+    what was detached of a parameter: another tensor."""
     if len(_watched) > 0:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         written = {_memory(p) for p in parameters if p.grad is not None}
@@ -84,8 +86,7 @@ def check_shapes(
         raise ValueError(f"expected a weight (V, H) with rows, got {shapes}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"expected bias (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}")
-    fits = u is None or B is None or (u.shape[:-1], B.shape) == (hidden.shape[:-1], (len(weight), u.shape[-1]))
-    if not fits and u is not None and B is not None:
+    if u is not None and B is not None and (u.shape[:-1], B.shape) != (hidden.shape[:-1], (len(weight), u.shape[-1])):
         raise ValueError(f"expected low_rank (…, R) and (V, R), got {tuple(u.shape)} and {tuple(B.shape)} for {shapes}")
     for name, t in (("weight", weight), ("bias", bias), ("low_rank[0]", u), ("low_rank[1]", B)):
         if t is not None and t.device != hidden.device:
