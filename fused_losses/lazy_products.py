@@ -304,7 +304,7 @@ class LazyProducts(Elementwise):
         return replace(self, terms=terms, finite=tuple(map(once, self.finite)), like=once(self.like), **numbers)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyProducts:
-        each = self._each(lambda x: x.mapped(fn, vocab_dim, view=view), fn, self._per_token(fn, vocab_dim))
+        each = self._each(lambda x: x.mapped(fn, vocab_dim, view=view), fn, self._of_numbers(fn, vocab_dim))
         return self.aliasing(each, view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyProducts:

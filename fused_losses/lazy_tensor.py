@@ -77,6 +77,10 @@ class LazyTensor:
         where the vocabulary stands; in the result it stands at ``vocab_dim``. ``view``: eager would alias, not copy."""
         raise NotImplementedError
 
+    def _of_numbers(self, fn: Callable[[Tensor], Tensor], vocab_dim: int) -> Callable[[Any], Any]:
+        """``fn``, as :meth:`mapped` gets it, of one number per token; a number for all stays."""
+        return lambda t: fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
+
     def with_dtype(self, dtype: torch.dtype) -> Any:
         """The same numbers under another label."""
         raise NotImplementedError
@@ -272,10 +276,6 @@ class Derived(LazyTensor):
             return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
         fits = per_token_number(self, divisor) is not NotImplemented
         return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
-
-    def _per_token(self, fn: Callable[[Tensor], Tensor], vocab_dim: int) -> Callable[[Any], Any]:
-        """``fn``, as :meth:`mapped` gets it, of one number per token; a number for all stays."""
-        return lambda t: fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
 
     def aliasing(self, new: Any, view: bool = True) -> Any:
         """``new``, made of this; ``view``: eager would alias, not copy."""

@@ -478,21 +478,18 @@ class LinearLogits(LazyTensor):
     # What a lazy tensor must know
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LinearLogits:
-        here = self.vocab_dim
+        def features(t: Tensor) -> Tensor:
+            return fn(t.movedim(-1, self.vocab_dim)).movedim(vocab_dim, -1)
 
-        def per_token(t: Tensor) -> Tensor:
-            return fn(t.movedim(-1, here)).movedim(vocab_dim, -1)
-
-        def number(t: Tensor) -> Tensor:
-            return per_token(t.unsqueeze(-1)).squeeze(-1)
-
-        rest = self.rest
-        low_rank = rest.low_rank and (per_token(rest.low_rank[0]), rest.low_rank[1])
-        temperature = number(rest.temperature) if isinstance(rest.temperature, Tensor) else rest.temperature
-        new = self._but(per_token(self.hidden), view, vocab_dim=vocab_dim, low_rank=low_rank, temperature=temperature)
+        numbers = self._of_numbers(fn, vocab_dim)
+        low_rank = self.rest.low_rank and (features(self.rest.low_rank[0]), self.rest.low_rank[1])
+        changes = {"vocab_dim": vocab_dim, "low_rank": low_rank, "temperature": numbers(self.temperature)}
+        new = self._but(features(self.hidden), view, **changes)
+        # What is known of these tokens is known of the new ones. Of views in one memory each also finds, by its place there,
+        # what another in the same place learns later.
         trains = torch.is_grad_enabled()  # else what is known with a gradient is here without
         known = {
-            (name, of if trains else None): number((t if trains else t.detach()).view(self.token_shape)).reshape(-1)
+            (name, of if trains else None): numbers((t if trains else t.detach()).view(self.token_shape)).reshape(-1)
             for (name, of), t in self._measured.items()
             if name != "elements"
         }

@@ -140,7 +140,7 @@ class LazyExpression(Elementwise):
         return (_FORMS[self.form].elements(z, self.vocab_dim) * factor + offset).to(self.dtype)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyExpression:
-        base, number = self.base.mapped(fn, vocab_dim, view=view), self._per_token(fn, vocab_dim)
+        base, number = self.base.mapped(fn, vocab_dim, view=view), self._of_numbers(fn, vocab_dim)
         return self.aliasing(replace(self, base=base, factor=number(self.factor), offset=number(self.offset)), view)
 
     def with_dtype(self, dtype: torch.dtype) -> LazyExpression:
