@@ -133,7 +133,7 @@ class Elementwise(Derived):
 
 
 def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) -> Any:
-    """The elements of ``x`` after a change, as a sum of no products."""
+    """The elements of ``x`` after a change, as one :class:`LazyProducts` term without a softmax."""
     report(name, x)
     elements = x.materialize()
     change(elements)
@@ -285,7 +285,7 @@ class LazyProducts(Elementwise):
         of_dense: Callable[[Tensor], Tensor],
         of_tokens: Callable[[Any], Any],
     ) -> LazyProducts:
-        """With ``fn`` of all logits, the same of the same, and the others of what is held beside them."""
+        """Made anew: ``fn`` of logits, once of the same, ``of_dense`` of what exists, ``of_tokens`` of numbers per token."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
         def once(x: LinearLogits | LazyMixture | _Distance | Dense | None) -> Any:
@@ -332,12 +332,12 @@ class LazyProducts(Elementwise):
 
     def shifted(self, offset: Any) -> Any:
         """``log m + offset``, of a mixture."""
-        (c, softmax, mixture), *others = self.terms
+        (c, softmax, log), *others = self.terms
         plain = not others and softmax is None and not self.finite and self.skipped is None and is_number(self.factor)
         plain = plain and c * self.factor == 1 and is_number(offset) and abs(offset) < LARGEST_LOG
-        if not plain or not isinstance(mixture, LazyMixture):
+        if not plain or not isinstance(log, LazyMixture):
             return NotImplemented
-        found = mixture.scaled(math.exp(offset)).logarithm()
+        found = log.scaled(math.exp(offset)).logarithm()
         return found if found is NotImplemented else found.with_dtype(self.dtype)
 
     def _weighed(self, factor: float) -> tuple[_Term, ...]:
@@ -349,9 +349,9 @@ class LazyProducts(Elementwise):
         found = as_products(other)
         if found is NotImplemented or not fit(self.base, found.base):
             return NotImplemented
-        alike = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
-        filled = is_number(self.fill) and is_number(found.fill) and self.fill == found.fill == 0
-        if not alike or self.skipped is not found.skipped or not filled:
+        one_mask = len(self.finite) == len(found.finite) and all(map(_same, self.finite, found.finite))
+        filled_with_0 = is_number(self.fill) and is_number(found.fill) and self.fill == found.fill == 0
+        if not one_mask or self.skipped is not found.skipped or not filled_with_0:
             return NotImplemented
         mine, theirs = number_of(self.factor), number_of(found.factor)
         if mine is NotImplemented or theirs is NotImplemented:
@@ -377,8 +377,8 @@ class LazyProducts(Elementwise):
         return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
 
     def _leaves_out_itself(self, masked: LinearLogits) -> bool:
-        """Whether a sum leaves out by itself the entries where these logits are infinite: without a bias there are none,
-        where a bias makes them −inf their own softmax is 0, and a cross entropy alone skips them."""
+        """Whether the sum is the same without the entries where these logits are infinite. There are none without a bias; where
+        a bias makes them −inf their own softmax is 0; and a cross entropy alone skips them."""
         alone = len(self.terms) == 1 and isinstance(self.terms[0].softmax, LinearLogits)
         alone = alone and _same(self.terms[0].log_softmax, masked)
         return masked.rest.bias is None or alone or all(_same(t.softmax, masked) for t in self.terms)
@@ -417,7 +417,7 @@ class LazyProducts(Elementwise):
         left = list(self.terms)
         while left:
             c, a, b = left.pop()
-            # With what makes it a KL: of softmax(a) log_softmax(a) that of another b, and the other way round.
+            # A KL is two terms of one softmax(a) with opposite factors: of log_softmax(a), and of another's logarithm.
             own = _same(a, b)
             pairs = (t for t in left if t.factor == -c and _same(t.softmax, a) and _same(t.log_softmax, a) != own)
             pair: Any = next(pairs, None)
