@@ -4,8 +4,9 @@ What a loss does to each entry by itself (``(p + 1e-9).log()``, ``sqrt``, ``wher
 teacher's probabilities that exist, the square of a difference of logits) needs whole rows for a moment only.
 :class:`LazyElementwise` keeps the functions, and :func:`row_sums` calls them on as many rows of logits as the workspace
 holds, again in backward, where autograd gives the gradient of those rows' logits and route ``gradients_in_forward`` its
-products: ``8NVH`` floating point operations for each sum, as ``recompute``. Where the workspace holds all rows the elements
-are made, once for all sums.
+products: ``8NVH`` floating point operations for each sum, as ``recompute``. For that :func:`_flattened` puts slots where the
+expression has logits and tensors, and :func:`_filled` some rows of them into the slots. Where the workspace holds all rows the
+elements are made, once for all sums.
 """
 
 from __future__ import annotations
@@ -329,7 +330,7 @@ class _MadeLogits(LinearLogits):
 class _Sums(NamedTuple):
     """The sums over the vocabulary of an expression, and their gradients, a few rows at a time.
 
-    Without the tensors they are of, which autograd holds, and frees.
+    It holds no tensor of the expression: autograd does, and frees them.
     """
 
     expression: Any  # as _flattened made it
@@ -339,12 +340,13 @@ class _Sums(NamedTuple):
     at_once: int  # rows
 
     def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        """The sums ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
         rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
         elements = _filled(self.expression, rows, tensors, {}).materialize()
         return elements.sum(-1, dtype=wide_dtype(elements.device))
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
-        """The heads, with their inputs, and the others."""
+        """The heads with their inputs, which come first among the tensors, and the other tensors."""
         inputs = [tensors[i * INPUTS : (i + 1) * INPUTS] for i in range(len(self.heads))]
         heads = [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)]
         return heads, list(tensors[INPUTS * len(heads) :])
