@@ -174,6 +174,16 @@ class _Side:
             d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
 
 
+def float16_factor(sides: list[_Side], which: Divergence, soft: Tensor | None, hard: Tensor | None) -> Tensor | None:
+    """At which float16 gradients neither vanish nor overflow; None where there are none."""
+    if not any(side.wanted and side.head.hidden.dtype == torch.float16 for side in sides):
+        return None
+    student, teacher = sides
+    steep = student.wanted if which.kind == "reverse_kl" else teacher.wanted and which.kind in LOG_OF_STUDENT
+    of_logits = (None if soft is None else soft * ((STEEPEST if steep else 1) / which.temperature), hard)
+    return in_range(None if t is None else t * side.head.steepest for t in of_logits for side in sides)
+
+
 def both_heads(
     student: Head,
     teacher: Head,
@@ -208,12 +218,8 @@ def both_heads(
         _Side(h, V, min(cut.tokens, M), w, s, not save, k)
         for h, w, s, k in zip(heads, parts, cut.sums, saved, strict=True)
     ]
-    factor: Tensor | None = None  # at which float16 gradients neither vanish nor overflow
-    if any(s.wanted and s.head.hidden.dtype == torch.float16 for s in sides) and N:
-        steep = (which.kind == "reverse_kl" and any(parts[0])) or (which.kind in LOG_OF_STUDENT and any(parts[1]))
-        of_soft = (STEEPEST if steep else 1) / which.temperature
-        of_logits = (None if soft is None else soft * of_soft, hard)
-        factor = in_range(None if t is None else t * head.steepest for t in of_logits for head in heads)
+    factor = float16_factor(sides, which, soft, hard) if N else None
+    if factor is not None:
         soft, hard = (None if t is None else t * factor for t in (soft, hard))
     divergence = student.hidden.new_zeros(N, dtype=dtype)
     nll = student.hidden.new_zeros(N, dtype=dtype) if with_nll else None
