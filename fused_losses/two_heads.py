@@ -390,7 +390,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem.of(arguments[:IN_PROBLEM])
     *_, wanted, workspace, backend = arguments
     heads = (problem.student, problem.teacher)
-    M = len(heads[0].hidden) if problem.keep is None else problem.keep.shape[0]
+    M = heads[0].hidden.shape[0] if problem.keep is None else problem.keep.shape[0]
     loss = heads[0].hidden.new_empty((), dtype=statistics_dtype(heads[0].hidden.dtype))
     sums = chunks_of(heads, M, wanted, workspace, backend).sums
     dtypes = [dtype for head, s in zip(heads, sums, strict=True) for dtype in total_dtypes(head, s)]

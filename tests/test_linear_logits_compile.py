@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from lazy_logits import FEW, IDS, PICK, TEMPERATURE, B, H, S, V, leaves, make, smoothed
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_losses import settings
+from fused_losses import distillation_loss, settings
 from fused_losses.linear_logits import LinearHead, LinearLogits
 
 
@@ -119,3 +120,18 @@ def test_division_by_a_tensor_compiles_without_logits():
     with settings.strict():
         found = torch.compile(loss, fullgraph=True, backend="aot_eager")(lazy)
     torch.testing.assert_close(found, loss(eager))
+
+
+def test_a_compiled_distillation_is_of_any_length():
+    torch._dynamo.reset()
+    weight, counter = torch.randn(V, H), CompileCounterWithBackend("aot_eager")
+
+    def loss(h, labels):
+        logits = LinearLogits(h, weight)
+        return distillation_loss(logits, logits.detach() / 2, labels)
+
+    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    for length in (4, 6, 9, 12):
+        h, labels = torch.randn(B, length, H, requires_grad=True), torch.randint(V, (B, length))
+        torch.testing.assert_close(compiled(h, labels), loss(h, labels))
+    assert counter.frame_count == 2  # one length, any length
