@@ -353,6 +353,8 @@ def heads_cross_entropy(
     counted = ids != -100
     total, square = denominators(shares, counted, weight, z_loss, reduction)
     total = total.to(dtype)
+    some = counted.any()
+    divisor = torch.where(some, total, 1) if reduction == "mean" else 1
     if token_weights is not None:
         token_weights = token_weights.masked_fill(~counted, 0)
     values, found = [], []
@@ -371,16 +373,15 @@ def heads_cross_entropy(
             drop_ignored=drop_ignored,
             accumulate=accumulate,
             main_grad=main_grad,
-            promised=None if grad_scale is None else grad_scale / (total if reduction == "mean" else 1),
+            promised=None if grad_scale is None else grad_scale / divisor,
             **how,
         )
         values.append(value)
         found.append(statistics_of_head)
     loss = torch.stack(values, -1)
     loss = loss.view(positions) if reduction == "none" else loss.sum()
-    if reduction == "mean":  # of nothing: nan, whose gradient is 0 and not 0·∞
-        some = counted.any()
-        loss = torch.where(some, loss / torch.where(some, total, 1), torch.nan)
+    if reduction != "none":  # of nothing 0 or nan, whose gradient is 0 and not 0·∞: callers divide by a count
+        loss = torch.where(some, loss / divisor, torch.nan if reduction == "mean" else 0)
     made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
     if not return_statistics:
         return loss, None, made

@@ -129,6 +129,7 @@ def token_loss(
                 pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
                 value = loss_of.total()
                 loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
+                loss = torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:

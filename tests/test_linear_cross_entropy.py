@@ -484,6 +484,21 @@ def test_main_grad_of_a_weight_that_trains_alone(route):
     torch.testing.assert_close(main_grad, torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), weight)[0])
 
 
+@pytest.mark.parametrize("drop_ignored", [True, False])
+def test_promised_gradient_of_a_batch_where_all_is_ignored(drop_ignored, backend):
+    hidden, weight, bias, target = problem()
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    main_grad = torch.ones(C, H)
+    loss = linear_cross_entropy(
+        hidden, weight, torch.full_like(target, -100), linear_bias=bias, main_grad=main_grad, grad_scale=2.0,
+        drop_ignored=drop_ignored, backend=backend,
+    )  # fmt: skip
+    (2 * loss).backward()
+    assert loss.isnan()
+    assert all((x.grad == 0).all() for x in leaves if x is not weight)
+    assert (main_grad == 1).all()
+
+
 # Rows that do not count
 
 
@@ -571,7 +586,9 @@ def test_nothing_left(drop_ignored, route, backend, device):
         how = {"linear_bias": bias, "backend": backend, "route": route, "drop_ignored": drop_ignored}
         total = linear_cross_entropy(hidden, weight, target, reduction="sum", **how)
         assert total == 0
-        assert all(not g.any() for g in torch.autograd.grad(total, leaves))
+        assert all(not g.any() for g in torch.autograd.grad(total, leaves, retain_graph=True))
+        # As PyTorch's, where what it is divided by counts nothing.
+        assert all(not g.any() for g in torch.autograd.grad(total / (target != -100).sum(), leaves))
         mean = linear_cross_entropy(hidden, weight, target, **how)
         assert mean.isnan()
         expected = torch.autograd.grad(
