@@ -287,6 +287,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(logits, ids, column_weight, temperature, probabilities, *copies)
 
 
+def shares_memory(x: Tensor) -> bool:
+    """Whether two elements may stand at one place: those of an expanded tensor, or of overlapping windows."""
+    reach = 1  # of the dimensions with smaller strides
+    for stride, n in sorted((stride, n) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach += (n - 1) * stride
+    return False
+
+
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, ids, column_weight, temperature, probabilities, *own = ctx.saved_tensors
     label_smoothing, scale, softcap, outputs = ctx.options
@@ -318,8 +328,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
     if not ctx.needs_input_grad[0]:
         return for_inputs(ctx, None, None, None, None, d_probabilities)
-    shared = any(n > 1 and stride == 0 for n, stride in zip(logits.shape, logits.stride(), strict=True))
-    out = logits.detach() if ctx.inplace_backward and not shared else torch.empty_like(logits)
+    out = logits.detach() if ctx.inplace_backward and not shares_memory(logits) else torch.empty_like(logits)
     if logits.shape[1] == 0:  # an empty shard
         return for_inputs(ctx, out, None, None, None, d_probabilities)
     softmax_rows_grad(
