@@ -165,7 +165,8 @@ def kd_loss(
     total = summed_divergence(
         logits, teacher_logits, ids, 1.0, 0.0, which, shards, backend=backend, workspace=workspace
     )
-    return total / (ids != -100).sum()
+    count = (ids != -100).sum()
+    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)  # of nothing nan, whose gradient is 0
 
 
 def acceptance_rate(

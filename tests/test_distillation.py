@@ -287,7 +287,10 @@ def test_kd_loss(backend, device):
     assert not torch.equal(
         kd_loss(student, teacher, labels.clamp(min=0), ignore_index=3), kd_loss(student, teacher, labels)
     )
-    assert kd_loss(student, teacher, torch.full_like(labels, -100)).isnan()
+    for sides, trained in (((student, teacher), (student, teacher)), (lazy(leaves), leaves[:3])):
+        loss = kd_loss(*sides, torch.full_like(labels, -100), backend=backend)
+        assert loss.isnan()
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, trained))
 
 
 # A sparse teacher
