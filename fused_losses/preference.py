@@ -139,9 +139,9 @@ def robust(p: Pairs) -> Tensor:
 def discopop(p: Pairs) -> Tensor:
     """−ls(x)(1−q) + e^{−x}q, x = βd, q = σ(x/τ): found by search over programs. DiscoPOP (2406.08414)."""
     x = p.beta * p.margin
-    q = (x / p.discopop_tau).sigmoid()
-    # The exponent is held at 80: where it would overflow, q is 0, and 0 · inf is nan.
-    return -F.logsigmoid(x) * (1 - q) + (-x.clamp(min=-80)).exp() * q
+    log_q = F.logsigmoid(x / p.discopop_tau)
+    # e^{−x}q as one exponential: apart they are inf · 0.
+    return -F.logsigmoid(x) * (1 - log_q.exp()) + (log_q - x).exp()
 
 
 def nca_pair(p: Pairs) -> Tensor:

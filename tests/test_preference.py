@@ -662,6 +662,19 @@ def test_answers_without_tokens_move_nothing_and_are_never_nan():
     assert preference.dpo_loss(*token_logps(), loss_type="sft", **nothing)[0] == 0
 
 
+@pytest.mark.parametrize("tau", [0.05, 0.7, 1.0])
+def test_discopop_of_large_margins(tau):
+    policy = torch.tensor([-300.0, -100.0, -85.0, -10.0, 0.0, 10.0, 300.0])
+    zero, results = torch.zeros_like(policy), []
+    for module, dtype in ((preference, torch.float32), (reference, torch.float64)):
+        x, y = policy.to(dtype).requires_grad_(), zero.to(dtype)
+        options = {"loss_type": "discopop", "beta": 1.0, "discopop_tau": tau, "reduction": "none"}
+        loss = module.dpo_loss(x, y, y, y, **options)[0]
+        results.append((loss.detach().double(), torch.autograd.grad(loss.sum(), x)[0].double()))
+    for ours, exact in zip(*results, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("case", LOSS_TYPES)
 def test_large_ratios_stay_finite(case):
     policy = torch.tensor([-3000.0, -1.0, -0.5])
