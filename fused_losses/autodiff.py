@@ -29,6 +29,13 @@ def trains(t: Tensor | None) -> bool:
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 
+def differentiated(t: Tensor | None) -> bool:
+    """Whether a derivative is asked of ``t``, in forward mode too."""
+    if t is None or trains(t):
+        return t is not None
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+
+
 def no_gradient() -> bool:
     """Whether what is made now has no gradient. Of forward-mode AD ``no_grad`` says nothing, and ``detach`` drops tangents."""
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)

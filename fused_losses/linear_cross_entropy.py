@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .autodiff import trains, transforms_active
+from .autodiff import differentiated, transforms_active
 from .cross_entropy import (
     CrossEntropyStatistics,
     denominators,
@@ -344,7 +344,7 @@ def heads_cross_entropy(
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
         return loss, statistics if return_statistics else None, False
 
-    if weight is not None and trains(weight):
+    if weight is not None and differentiated(weight):
         raise RuntimeError(
             f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
         )

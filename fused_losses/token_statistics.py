@@ -16,9 +16,9 @@ from torch import Tensor
 from .autodiff import (
     check_differentiable,
     differentiable_gradients,
+    differentiated,
     for_inputs,
     refuse_shard,
-    trains,
     transforms_active,
 )
 from .chunked import softmax_rows as chunked_softmax_rows
@@ -364,14 +364,14 @@ def rows_statistics(
     With class probabilities ``(B, V, S)``, ``w`` is ``column_weight·((1 − label_smoothing)·probabilities + label_smoothing/V)``
     in each row, and ``weight_sum`` is returned too.
     """
-    if probabilities is not None and (trains(column_weight) or (shard is not None and label_smoothing)):
+    if probabilities is not None and (differentiated(column_weight) or (shard is not None and label_smoothing)):
         # PyTorch differentiates class weights here, and only here; the kernels smooth over the columns they see.
         vocab = logits.shape[1] if shard is None else shard.vocab
         w = None if column_weight is None else column_weight[:, None]
         probabilities = label_weights(w, probabilities, label_smoothing, vocab)
         column_weight, label_smoothing = None, 0.0
     for name, constant in (("column_weight", column_weight), ("temperature", temperature)):
-        if constant is not None and trains(constant):
+        if constant is not None and differentiated(constant):
             raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
     outputs = with_weight_sum(outputs, shard) if probabilities is None else (*outputs, "weight_sum")
     if shard is not None:

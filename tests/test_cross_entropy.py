@@ -480,6 +480,20 @@ def test_inplace_backward_of_rows_that_share_memory(backend, device):
             torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(rows(x), target), x)[0])
 
 
+def test_forward_mode_derivative_for_class_weights():
+    """Of class probabilities as PyTorch's; of class indices an error, as in reverse mode, and not 0."""
+    x, t, u = (torch.randn(4, 5, dtype=torch.float64) for _ in range(3))
+    weight, tangent = u[0].exp(), u[1]
+    for options in ({}, {"label_smoothing": 0.2}):
+
+        def of(fn, target, weight, options=options):
+            return torch.func.jvp(lambda w: fn(x, target, w, **options), (weight,), (tangent,))
+
+        torch.testing.assert_close(of(cross_entropy, t.softmax(-1), weight), of(F.cross_entropy, t.softmax(-1), weight))
+        with pytest.raises(RuntimeError, match="derivative for column_weight"):
+            of(cross_entropy, torch.tensor([0, 1, 2, 3]), weight)
+
+
 def test_no_gradients_when_disabled(backend, device):
     x = torch.randn(4, 9, device=device, requires_grad=True)
     target = torch.tensor([1, 2, 3, 4], device=device)

@@ -173,6 +173,12 @@ def test_rows_of_one_huge_value_are_uniform(value, backend, device):
         torch.testing.assert_close(getattr(found, name), torch.full((2,), value, device=device))
 
 
+def test_forward_mode_derivative_for_the_temperature():
+    x, ids = torch.randn(3, 5), torch.tensor([0, 1, 2])
+    with pytest.raises(RuntimeError, match="derivative for temperature"):
+        torch.func.jvp(lambda t: selective_log_softmax(x, ids, temperature=t), (torch.ones(3),), (torch.ones(3),))
+
+
 def test_peaked_rows(backend, device):
     """14 % of such rows have positive log-probs where logsumexp is subtracted after rounding."""
     x = torch.randn(64, 90, device=device) * 3
