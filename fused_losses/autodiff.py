@@ -24,6 +24,14 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def in_plain_pytorch(*grads: Tensor | None) -> bool:
+    """Whether a backward must run in plain PyTorch: it is differentiated again, or gradients come batched."""
+    if torch.compiler.is_compiling():
+        return False
+    batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
+    return batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
 def trains(t: Tensor | None) -> bool:
     """Whether a gradient is asked of ``t``."""
     return t is not None and t.requires_grad and torch.is_grad_enabled()
@@ -62,14 +70,17 @@ def refuse_shard(shard: str, shape: Sequence[int]) -> None:
 def differentiable_gradients(
     fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of plain-PyTorch ``fn(*inputs)`` that can be differentiated again: one per input, or None."""
-    # As tensors of their own: where one input was made from another, autograd itself follows that path.
-    inputs = [None if x is None else x.view_as(x) for x in inputs]
-    outputs = fn(*inputs)
+    """Gradients of plain-PyTorch ``fn(*inputs)``, which can be differentiated again under ``enable_grad``: one per input, or
+    None."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # As tensors of their own: where one input was made from another, autograd itself follows that path.
+        inputs = [None if x is None else x.view_as(x) for x in inputs]
+        outputs = fn(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
     wanted = {i: x for i, x in enumerate(inputs) if x is not None and x.requires_grad}
     found = torch.autograd.grad(
-        [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], create_graph=True, allow_unused=True
+        [o for o, _ in pairs], list(wanted.values()), [g for _, g in pairs], create_graph=again, allow_unused=True
     )
     gradients = dict(zip(wanted, found, strict=True))
     return [gradients.get(i) for i in range(len(inputs))]

@@ -28,6 +28,7 @@ from .autodiff import (
     absent,
     differentiable_gradients,
     for_inputs,
+    in_plain_pytorch,
     present,
     refuse_shard,
     save_for_backward,
@@ -145,7 +146,7 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
     if d_divergence is None and d_nll is None:
         return for_inputs(ctx)
     student, teacher, ids = saved_tensors(ctx)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(d_divergence, d_nll):
         refuse_shard(ctx.shard, student.shape)
 
         def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:

@@ -23,6 +23,7 @@ from .autodiff import (
     check_differentiable,
     differentiable_gradients,
     for_inputs,
+    in_plain_pytorch,
     present,
     read_again,
     refuse_shard,
@@ -390,7 +391,7 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     gradients, inputs = stored[:INPUTS], stored[INPUTS:]
     N, V, dtype, scale, softcap, shard = ctx.rest
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(g):
         refuse_shard(shard, (N, V))
         check_differentiable(N, V, dtype)
         ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[INPUTS:]
@@ -471,7 +472,7 @@ def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(g):
         raise RuntimeError(
             "gradients made in forward cannot be differentiated again: compute the loss from token_statistics instead, "
             f"in float64 or for small inputs; got gradients of {[tuple(t.shape) for t in ctx.saved_tensors]}"

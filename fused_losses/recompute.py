@@ -19,6 +19,7 @@ from .autodiff import (
     absent,
     differentiable_gradients,
     for_inputs,
+    in_plain_pytorch,
     may_save,
     present,
     read_again,
@@ -298,7 +299,7 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
     inputs, (ids, column_weight, temperature, _) = saved[:INPUTS], saved[INPUTS:]
     dtype = statistics_dtype(inputs[0].dtype)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(*grads):
         refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
 
         def fn(*of: Tensor) -> list[Tensor]:

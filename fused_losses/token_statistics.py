@@ -18,6 +18,7 @@ from .autodiff import (
     differentiable_gradients,
     differentiated,
     for_inputs,
+    in_plain_pytorch,
     refuse_shard,
     transforms_active,
 )
@@ -300,7 +301,7 @@ def shares_memory(x: Tensor) -> bool:
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     logits, ids, column_weight, temperature, probabilities, *own = ctx.saved_tensors
     label_smoothing, scale, softcap, outputs = ctx.options
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(*grads):
         refuse_shard(ctx.shard, logits.shape)
 
         def statistics(x: Tensor, t: Tensor | None) -> list[Tensor]:

@@ -29,6 +29,7 @@ from .autodiff import (
     check_differentiable,
     differentiable_gradients,
     for_inputs,
+    in_plain_pytorch,
     may_save,
     present,
     read_again,
@@ -416,7 +417,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
         return for_inputs(ctx)
     stored = saved_tensors(ctx)
     gradients, tensors = stored[:OF_BOTH], stored[OF_BOTH:]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(g):
         refuse_shard("".join(ctx.options[-1]), gradients[0].shape)
         if not tensors:
             raise RuntimeError(
@@ -517,7 +518,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
         return for_inputs(ctx)
     *tensors, s_saved, t_saved = saved_tensors(ctx)
     arguments = (*tensors, *ctx.options)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if in_plain_pytorch(d_divergence, d_nll):
         problem = _Problem.of(arguments)
         refuse_shard("".join(ctx.options[-1]), problem.student.hidden.shape)
 

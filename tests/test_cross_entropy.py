@@ -480,6 +480,15 @@ def test_inplace_backward_of_rows_that_share_memory(backend, device):
             torch.testing.assert_close(grad, torch.autograd.grad(F.cross_entropy(rows(x), target), x)[0])
 
 
+def test_batched_gradients():
+    x, target = torch.randn(4, 5, requires_grad=True), torch.tensor([0, -100, 3, 4])
+    ours, plain = (
+        torch.autograd.functional.jacobian(lambda x, fn=fn: fn(x, target, reduction="none"), x, vectorize=True)
+        for fn in (cross_entropy, F.cross_entropy)
+    )
+    torch.testing.assert_close(ours, plain)
+
+
 def test_forward_mode_derivative_for_class_weights():
     """Of class probabilities as PyTorch's; of class indices an error, as in reverse mode, and not 0."""
     x, t, u = (torch.randn(4, 5, dtype=torch.float64) for _ in range(3))

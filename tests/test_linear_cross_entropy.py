@@ -499,6 +499,17 @@ def test_promised_gradient_of_a_batch_where_all_is_ignored(drop_ignored, backend
     assert (main_grad == 1).all()
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_batched_gradients(route):
+    hidden, weight, bias, target = problem()
+    leaves, upstream = [x.requires_grad_() for x in (hidden, weight, bias)], torch.randn(3)
+    ours = linear_cross_entropy(hidden, weight, target, linear_bias=bias, route=route)
+    plain = F.cross_entropy(F.linear(*leaves), target)
+    results = (torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True) for loss in (ours, plain))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 # Rows that do not count
 
 
