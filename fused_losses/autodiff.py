@@ -39,9 +39,8 @@ def trains(t: Tensor | None) -> bool:
 
 def differentiated(t: Tensor | None) -> bool:
     """Whether a derivative is asked of ``t``, in forward mode too."""
-    if t is None or trains(t):
-        return t is not None
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+    dual = t is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
+    return dual or trains(t)
 
 
 def no_gradient() -> bool:

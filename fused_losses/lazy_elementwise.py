@@ -38,7 +38,7 @@ from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazySt
 from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy, is_number
 from .linear_logits import LinearLogits, same_logits
 from .log_softmax import LazyExpression
-from .numerics import full_precision, statistics_dtype, wide_dtype
+from .numerics import full_precision, statistics_dtype, wide_dtype, wide_sum
 from .settings import resolve_backend
 
 DEEPEST = 64  # of functions of functions; Python's stack ends somewhere
@@ -479,7 +479,7 @@ def row_sums(x: Derived) -> Any:
         room = budget(heads[0], None, True, resolve_backend(heads[0].hidden, None)) // 2
         at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
         if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
-            return x.materialize().sum(x.vocab_dim, dtype=wide_dtype(x.device))
+            return wide_sum(x.materialize(), x.vocab_dim)
         slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
         sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)
         with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):

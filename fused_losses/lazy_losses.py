@@ -16,7 +16,7 @@ from .lazy_products import LazyProducts, as_products, cross_entropy_with, elemen
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression, logits_of
-from .numerics import check_label_smoothing, check_reduction, upcast, wide_dtype
+from .numerics import check_label_smoothing, check_reduction, upcast, wide_sum
 
 
 @answers("cross_entropy")
@@ -122,7 +122,7 @@ def kl_div(
             total = as_products(input).scaled(-1).scaled(t)
             total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
         else:
-            total = t_log_t.sum(dtype=wide_dtype(t.device)) + cross_entropy_with(input.base, t, "sum")
+            total = wide_sum(t_log_t, -1).sum() + cross_entropy_with(input.base, t, "sum")
     if total is NotImplemented:
         return NotImplemented
     if reduction == "none":

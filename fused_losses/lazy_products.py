@@ -49,7 +49,7 @@ from .lazy_tensor import (
 )
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import refuse_autograd_function, versions
-from .numerics import wide_dtype
+from .numerics import wide_dtype, wide_sum
 
 LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
 
@@ -446,7 +446,7 @@ class LazyProducts(Elementwise):
         """Summed with weights that exist, or none."""
         if isinstance(b, Dense):
             weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
-            return weighed.sum(self.vocab_dim, dtype=wide_dtype(self.device))
+            return wide_sum(weighed, self.vocab_dim)
         if isinstance(b, _Distance) and a is None:
             return b.vocab_sum()
         if not isinstance(b, LinearLogits):

@@ -246,6 +246,24 @@ def test_no_grad_holds_a_tile(head):
     assert peak < 24 * MiB
 
 
+@pytest.mark.parametrize(
+    "kl",
+    [
+        lambda logp, p: F.kl_div(logp, p, reduction="sum"),
+        lambda logp, p: F.kl_div(logp, p, reduction="none").sum(),
+        lambda logp, p: (p * (p.log() - logp)).sum(-1).sum(),
+    ],
+    ids=["sum", "none", "by_hand"],
+)
+def test_the_entropy_of_probabilities_that_exist_is_summed_in_no_copy_of_them(kl, head):
+    hidden, weight, _ = head
+    hidden, weight = hidden[:256], weight.detach()
+    p = torch.rand(256, V, device=DEVICE)  # 64 MiB
+    with workspace("4MiB"):
+        peak = peak_bytes(lambda: kl(LinearLogits(hidden, weight).log_softmax(-1), p).backward())
+    assert peak < 2.5 * p.nbytes  # p log p, and log p by hand; a float64 copy is two more
+
+
 def test_frozen_weight_has_no_gradient_of_its_size(head):
     hidden, weight, target = head
     frozen = peak_bytes(lambda: step("mean", (hidden, weight.detach(), target)))
