@@ -200,6 +200,13 @@ class LazyMixture(Elementwise):
         logs = (z.elements().log_softmax(self.vocab_dim) + math.log(w) for w, z in self.parts)
         return torch.logaddexp(*logs)
 
+    def values_at(self, ids: Tensor) -> Tensor:
+        (w, a), (v, b) = self.parts
+        return w * a.log_probs_at(ids).exp() + v * b.log_probs_at(ids).exp()
+
+    def log_values_at(self, ids: Tensor) -> Tensor:
+        return torch.logaddexp(*(z.log_probs_at(ids) + math.log(w) for w, z in self.parts))
+
     # Of a copy, which changes in place do not reach.
 
     def logarithm(self) -> Any:
@@ -441,6 +448,28 @@ class LazyProducts(Elementwise):
         count = self.shape[self.vocab_dim]
         filled = self if is_number(self.fill) else replace(self, fill=self.fill * count)
         return filled._filled(sum(c * found for c, found in sums))
+
+    def values_at(self, ids: Tensor) -> Any:
+        if self.finite or self.skipped is not None or not self.dtype.is_floating_point:
+            return NotImplemented
+        self._check()
+        total: Any = 0
+        for c, a, b in self.terms:
+            if isinstance(b, _Distance):
+                return NotImplemented
+            if isinstance(b, LazyMixture):
+                term = b.log_values_at(ids)
+            else:
+                term = self._there(b, ids) if isinstance(b, Dense) else b.log_probs_at(ids)
+            if _same(a, b):
+                term = torch.where(term == -torch.inf, 0, term.exp() * term)
+            elif a is not None:
+                term = term * (self._there(a, ids) if isinstance(a, Dense) else a.log_probs_at(ids).exp())
+            total = total + c * term
+        return total * (self.factor.unsqueeze(-1) if isinstance(self.factor, Tensor) else self.factor)
+
+    def _there(self, x: Dense, ids: Tensor) -> Tensor:
+        return x.elements().movedim(self.vocab_dim, -1).gather(-1, ids).to(self._precision)
 
     def _sum_without_softmax(self, a: Dense | None, b: LinearLogits | LazyMixture | _Distance | Dense) -> Any:
         """Summed with weights that exist, or none."""

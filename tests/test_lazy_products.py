@@ -256,7 +256,16 @@ def stabilised(s, t):
     return log_p.mean() + (cross * MASK).sum() + inverse.log().sum() + (s.log_softmax(-1) - 1).exp()[..., 3].sum()
 
 
-LOSSES += [reverse_against_dense, reverse_against_dense_at_once, soft_labels, tokens_where, stabilised]
+def read_at_ids(s, t):
+    """An ensemble's likelihood, by its probabilities and by their logarithms, and a log-ratio as an implicit reward is."""
+    ids, log_s, log_t = IDS[..., None], s.log_softmax(-1), t.log_softmax(-1)
+    mixed = (0.3 * s.softmax(-1) + 0.7 * t.softmax(-1)).gather(-1, ids).log() + log_s.logaddexp(log_t)[..., 3, None]
+    ratio = (0.1 * (log_s - log_t) * MASK[..., None]).gather(-1, ids)
+    each = F.kl_div(log_s, t.softmax(-1), reduction="none") + F.kl_div(log_s, PROBS, reduction="none")
+    return mixed.mean() - ratio.sigmoid().log().mean() + each.mT.gather(1, IDS[:, None]).square().sum()
+
+
+LOSSES += [reverse_against_dense, reverse_against_dense_at_once, soft_labels, tokens_where, stabilised, read_at_ids]
 LOSSES += [dense_cross_entropy, dense_difference, dense_elementwise, smoothed_labels, one_hot, mixed_with_dense]
 LOSSES += [r_drop, scaled_in_place]
 
