@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import traced, transforms_active
+from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import transform
 from .divergence import (
     as_head,
@@ -287,8 +288,7 @@ def teacher_topk(
         n = max(1, min(N, budget([head], workspace) // per_token))
         ids = head.hidden.new_empty(N, k, dtype=torch.int64)
         log_probs = head.hidden.new_empty(N, k, dtype=dtype)
-        for start in range(0, N, n):
-            rows = slice(start, start + n)
+        for rows in slices(N, n):
             chunk = head.tokens(rows)
             z = chunk.write_logits(chunk.hidden.new_empty(len(chunk.hidden), len(head.weight), dtype=dtype))
             z = transform(z, chunk.temperature, head.scale, head.softcap)[0].div_(temperature)

@@ -81,14 +81,13 @@ class Head(NamedTuple):
     def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
         """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
 
-        def of(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t[rows]
-
-        hidden, u = self.hidden[rows], of(self.u)
+        # No function for the three: Dynamo would take the rows that it closes over for constants.
+        hidden, u = self.hidden[rows], None if self.u is None else self.u[rows]
+        temperature = None if self.temperature is None else self.temperature[rows]
         if ignored is not None:
             hidden = hidden.masked_fill(ignored[:, None], 0)
             u = None if u is None else u.masked_fill(ignored[:, None], 0)
-        return self._replace(hidden=hidden, u=u, temperature=of(self.temperature))
+        return self._replace(hidden=hidden, u=u, temperature=temperature)
 
     def columns(self, part: slice) -> Head:
         """The vocabulary entries at ``part``."""

@@ -86,8 +86,9 @@ class LazyElementwise(Elementwise):
         """The elements themselves, differentiable, in ``dtype``; rounded to no 16 bits on the way."""
 
         def elements(x: Any) -> Tensor:
-            if isinstance(x, Dense):
-                return x.elements()
+            if isinstance(x, Dense):  # wide too: before PyTorch 2.13 the backward of mse_loss takes no two dtypes
+                t = x.elements()
+                return t.to(torch.promote_types(t.dtype, self.wide)) if t.is_floating_point() else t
             mask = x.dtype == torch.bool
             return (x if mask else x.with_dtype(torch.promote_types(x.dtype, self.wide))).materialize()
 

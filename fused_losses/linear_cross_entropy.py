@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .autodiff import differentiated, transforms_active
+from .chunked.linear_softmax import slices
 from .cross_entropy import (
     CrossEntropyStatistics,
     denominators,
@@ -524,8 +525,7 @@ def _soft(
 
     losses, lses = [], []
     recompute = torch.is_grad_enabled() and not transforms_active() and n < N
-    for start in range(0, max(N, 1), n):
-        rows = slice(start, start + n)
+    for rows in slices(max(N, 1), n):
         if recompute:  # nothing is random here, and reading a GPU's random state waits for it
             found = checkpoint(chunk, rows, use_reentrant=False, preserve_rng_state=False)
         else:

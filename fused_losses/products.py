@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .autodiff import host_may_read
+from .chunked.linear_softmax import slices
 from .numerics import statistics_dtype
 
 GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
@@ -28,9 +29,9 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     else:
         if first:
             out.zero_()
-        for i in range(0, a.shape[0], BLOCK):
-            for k in range(0, a.shape[1], BLOCK):
-                out[i : i + BLOCK].addmm_(a[i : i + BLOCK, k : k + BLOCK].to(out.dtype), b[k : k + BLOCK].to(out.dtype))
+        for rows in slices(a.shape[0], BLOCK):
+            for part in slices(a.shape[1], BLOCK):
+                out[rows].addmm_(a[rows, part].to(out.dtype), b[part].to(out.dtype))
 
 
 class FewColumns(NamedTuple):
@@ -157,7 +158,7 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
     if x.is_cuda or x.dtype == dtype:
         return x.sum(0, dtype=dtype)
     out = x.new_zeros(x.shape[1], dtype=dtype)
-    for i in range(0, x.shape[1], BLOCK):
-        for k in range(0, x.shape[0], BLOCK // 2):  # PyTorch sums a copy of that dtype
-            out[i : i + BLOCK] += x[k : k + BLOCK // 2, i : i + BLOCK].sum(0, dtype=dtype)
+    for columns in slices(x.shape[1], BLOCK):
+        for rows in slices(x.shape[0], BLOCK // 2):  # PyTorch sums a copy of that dtype
+            out[columns] += x[rows, columns].sum(0, dtype=dtype)
     return out

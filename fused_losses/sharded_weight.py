@@ -46,7 +46,7 @@ def shards(module: Any, **whole: Tensor | None) -> dict[str, Tensor]:
     if unit is None or not hasattr(unit, "_get_fsdp_state"):
         return {}
     state = unit._get_fsdp_state()
-    one = getattr(state, "_fsdp_param_group", None)  # in PyTorch 2.10 and 2.11
+    one = getattr(state, "_fsdp_param_group", None)  # in PyTorch 2.11
     groups = getattr(state, "_fsdp_param_groups", [one])
     parameters = [p for group in groups if group is not None for p in group.fsdp_params]
     return {

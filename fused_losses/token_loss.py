@@ -166,9 +166,15 @@ class _PerToken:
 
     def __call__(self, found: TokenStatistics, rows: slice | Tensor) -> Tensor:
         """Loss of the tokens at ``rows``, differentiable, 0 where ignored; keeps aux."""
-        value, aux = self.split(found, [x[rows] for x in self.per_token])
+        value, aux = self.split(found, self.cut(rows))
         self.store(aux, rows)
         return value if self.counted is None else torch.where(self.counted[rows], value, 0)
+
+    def cut(self, rows: slice | Tensor) -> list[Tensor]:
+        parts = []
+        for x in self.per_token:  # no comprehension: Dynamo would take the rows that it closes over for constants
+            parts.append(x[rows])
+        return parts
 
     def split(self, found: TokenStatistics, per_token: Sequence[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         try:
@@ -203,7 +209,7 @@ class _PerToken:
         if seen.log_probs is not None and self.single:
             seen = seen._replace(log_probs=seen.log_probs[:, 0])
         names = [name for name in DIFFERENTIABLE if name in self.statistics]
-        per_token = [x[rows] for x in self.per_token]
+        per_token = self.cut(rows)
 
         def of(*differentiable: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             return self.split(seen._replace(**dict(zip(names, differentiable, strict=True))), per_token)

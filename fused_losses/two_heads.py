@@ -463,7 +463,7 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem.of(arguments[:IN_PROBLEM])
     with_nll, wanted, tokens, *_ = arguments[IN_PROBLEM:]
     hidden, V = problem.student.hidden, compared_vocab(problem.student, problem.teacher)
-    found = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
+    found = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
     saved = [
         head.hidden.new_empty(tokens, padded(V)) if tokens and any(side) else None
         for head, side in ((problem.student, wanted[:INPUTS]), (problem.teacher, wanted[INPUTS:]))

@@ -9,7 +9,7 @@ from lazy_logits import FEW, IDS, PICK, TEMPERATURE, B, H, S, V, leaves, make, s
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fused_losses import distillation_loss, settings
+from fused_losses import distillation_loss, divergence, settings, token_loss
 from fused_losses.linear_logits import LinearHead, LinearLogits
 
 
@@ -122,16 +122,29 @@ def test_division_by_a_tensor_compiles_without_logits():
     torch.testing.assert_close(found, loss(eager))
 
 
-def test_a_compiled_distillation_is_of_any_length():
+OF_ANY_LENGTH = {
+    "cross_entropy": lambda z, ids: F.cross_entropy(z.flatten(0, 1), ids.flatten()),
+    "log_probs": lambda z, ids: z.log_softmax(-1).gather(-1, ids[..., None]).sum(),
+    "probabilities": lambda z, ids: F.cross_entropy(
+        z.flatten(0, 1), z.materialize().detach().softmax(-1).flatten(0, 1)
+    ),
+    "token_loss": lambda z, ids: token_loss(lambda s, a: a * s.log_probs, z, ids, ids / V)[0],
+    "distillation": lambda z, ids: distillation_loss(z, z.detach() / 2, ids),
+    "divergence": lambda z, ids: divergence(z, z.detach() / 2).sum(),
+    "topk": lambda z, ids: z.topk(2).values.sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", OF_ANY_LENGTH)
+def test_compiled_once_for_any_length(name, dtype):
     torch._dynamo.reset()
-    weight, counter = torch.randn(V, H), CompileCounterWithBackend("aot_eager")
-
-    def loss(h, labels):
-        logits = LinearLogits(h, weight)
-        return distillation_loss(logits, logits.detach() / 2, labels)
-
-    compiled = torch.compile(loss, fullgraph=True, backend=counter)
+    weight, counter, fn = torch.randn(V, H).to(dtype), CompileCounterWithBackend("aot_eager"), OF_ANY_LENGTH[name]
+    compiled = torch.compile(lambda h, ids: fn(LinearLogits(h, weight), ids), fullgraph=True, backend=counter)
     for length in (4, 6, 9, 12):
-        h, labels = torch.randn(B, length, H, requires_grad=True), torch.randint(V, (B, length))
-        torch.testing.assert_close(compiled(h, labels), loss(h, labels))
-    assert counter.frame_count == 2  # one length, any length
+        h, ids = torch.randn(B, length, H).to(dtype).requires_grad_(), torch.randint(V, (B, length))
+        results = []
+        for loss in (compiled(h, ids), fn(LinearLogits(h, weight), ids)):
+            results.append((loss, *torch.autograd.grad(loss, h)))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 2  # for one length, and for any
