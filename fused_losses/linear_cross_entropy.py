@@ -122,7 +122,7 @@ def linear_cross_entropy(
             ``recompute``, unless ``grad_scale`` is given.
         grad_scale: the upstream gradient of the result, promised: with it route ``gradients_in_forward`` adds to ``main_grad``
             in forward, and backward does not look at the upstream gradient for it. In float16 it should hold the loss scale,
-            without which small gradients vanish.
+            without which small gradients vanish. A tensor may not be 0.
 
     Returns:
         The loss, or ``(loss, CrossEntropyStatistics)``.
@@ -328,6 +328,8 @@ def heads_cross_entropy(
         raise ValueError(
             "grad_scale promises the upstream gradient of a mean or sum for main_grad=; there is none here"
         )
+    if isinstance(grad_scale, (int, float)) and grad_scale == 0:
+        grad_scale = None  # the loss could not be divided by it again
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:

@@ -484,6 +484,17 @@ def test_main_grad_of_a_weight_that_trains_alone(route):
     torch.testing.assert_close(main_grad, torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), weight)[0])
 
 
+def test_a_promise_of_0(backend):
+    hidden, weight, _, target = problem()
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+    main_grad = torch.ones(C, H)
+    loss = linear_cross_entropy(hidden, weight, target, main_grad=main_grad, grad_scale=0.0, backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, target))
+    (0 * loss).backward()
+    assert (leaves[0].grad == 0).all()
+    assert (main_grad == 1).all()
+
+
 @pytest.mark.parametrize("drop_ignored", [True, False])
 def test_promised_gradient_of_a_batch_where_all_is_ignored(drop_ignored, backend):
     hidden, weight, bias, target = problem()
