@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import pathlib
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -426,3 +427,21 @@ def test_the_page_has_a_forward_to_train_and_sample_with():
     written = re.search(r"(logits\[.*) = -inf", section)[1]
     exec(f"{written} = -torch.inf", {"logits": sampled, "best": sampled.topk(3).values, "torch": torch})
     assert (sampled.isfinite().sum(-1) == 3).all()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_page_has_what_a_library_writes(installed, monkeypatch):
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(encoding="utf-8")
+    section = page.partition("\n## In a library of yours\n")[2].partition("\n## ")[0]
+    if not installed:
+        monkeypatch.setitem(sys.modules, "fused_losses", None)
+    names = {}
+    exec(section.partition("```python\n")[2].partition("```")[0], names)
+    hidden, head, ids = batch()
+    logits = names["logits_for_loss"](hidden, head)
+    assert isinstance(logits, torch.Tensor) is not installed
+    with settings.strict():
+        capped = torch.tanh(logits / 5) * 5 / 0.7
+        loss = F.cross_entropy(capped.flatten(0, 1), ids.flatten())
+    expected = F.cross_entropy((torch.tanh(head(hidden) / 5) * 5 / 0.7).flatten(0, 1), ids.flatten())
+    torch.testing.assert_close(loss, expected)
