@@ -710,7 +710,7 @@ class LinearLogits(LazyTensor):
         """Log-probabilities at ``ids (*token_shape, K)``, 0 where they are ``ignore_index``."""
         if ids.shape[-1] == 0:
             return self._nothing(self.wide)
-        flat = target_ids(ids, self.rest.vocab, ignore_index).view(-1, ids.shape[-1])
+        flat = target_ids(ids, self.rest.vocab, ignore_index).reshape(-1, ids.shape[-1])
         kept = (None, False) if ignore_index == NO_ID else kept_tokens(flat, None)
         return self._measure(flat, "log_probs", kept)["log_probs"].view(ids.shape)
 

@@ -121,6 +121,7 @@ NUMBERS = {
     "gather": lambda z: z.gather(-1, IDS.unsqueeze(-1)),
     "gather_function": lambda z: torch.gather(z, 2, FEW),
     "gather_keywords": lambda z: torch.gather(input=z, dim=-1, index=FEW),
+    "gather_sequence_first": lambda z: z.transpose(0, 1).gather(-1, IDS.T[..., None]),
     "gather_middle": lambda z: z.transpose(1, 2).gather(1, IDS.unsqueeze(1)),
     "take_along_dim": lambda z: torch.take_along_dim(z, FEW, dim=-1),
     "take_along_dim_from_the_end": lambda z: torch.take_along_dim(z.log_softmax(-1), FEW - V, dim=-1),
