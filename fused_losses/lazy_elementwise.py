@@ -274,12 +274,12 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
 
 def _key(x: Any) -> Any:
     """Equal for ``x`` and a copy of it, which holds the same objects."""
-    return type(x), *(id(value) for name, value in vars(x).items() if name != "family")
+    return type(x), *map(id, x.__getstate__().values())
 
 
 def _copy(x: Derived, fn: Callable[[Any], Any]) -> Any:
     new = object.__new__(type(x))
-    new.__dict__ = {name: fn(value) for name, value in vars(x).items() if name != "family"}
+    new.__dict__ = {name: fn(value) for name, value in x.__getstate__().items()}
     return new
 
 

@@ -264,9 +264,14 @@ class Derived(LazyTensor):
     base: Any
     # Those that would share its numbers in eager, where a change in place would have to reach them; weakly, if not compiled.
     family: Any = None
+    read: Any = None  # what was read of its own entries; of no copy's
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "family"}
+        return {name: value for name, value in vars(self).items() if name not in ("family", "read")}
+
+    def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
+        self.read = [] if self.read is None else self.read
+        return self.read
 
     def __copy__(self) -> Any:
         return self.mapped(lambda t: t, self.vocab_dim)
@@ -299,6 +304,7 @@ class Derived(LazyTensor):
         if type(new) is not type(self) or self.fixed:
             return NotImplemented
         new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
+        self.read = None
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
             setattr(self, field.name, getattr(new, field.name))
         return self

@@ -34,6 +34,28 @@ def test_ranks_count_no_entry_above_itself(count, mode):
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda z, t: z - t,
+        lambda z, t: z.softmax(-1) + t.softmax(-1),
+        lambda z, t: z.log_softmax(-1) - t.log_softmax(-1),
+        lambda z, t: (z.softmax(-1) + 1e-9).log(),
+        lambda z, t: 2 * z.log_softmax(-1),
+    ],
+)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_is_made_of_logits_equals_itself_at_ids(made, mode):
+    hidden, ids = torch.randn(64, 96), torch.randint(4000, (64, 1))
+    with mode():
+        d = made(*(LinearLogits(hidden, torch.randn(4000, 96) / 10) for _ in range(2)))
+        at = d.gather(-1, ids)
+        assert (d == at).gather(-1, ids).all()
+        d.mul_(2)
+        assert not (d == at).gather(-1, ids).any()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
 @torch.inference_mode()
 def test_what_was_read_and_changed_under_inference_mode_is_compared_as_it_is():
     lazy, eager, _ = make()
