@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .autodiff import (
     check_differentiable,
     differentiable_gradients,
+    in_plain_pytorch,
     no_gradient,
     save_for_backward,
     saved_tensors,
@@ -450,7 +451,7 @@ class _RowSums(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
         sums, tensors, wanted = ctx.sums, saved_tensors(ctx), ctx.needs_input_grad[1:]
         with full_precision(upstream.device):
-            if torch.is_grad_enabled():
+            if in_plain_pytorch(upstream):
                 inputs = [t if want else None for t, want in zip(tensors, wanted, strict=True)]
 
                 def fn(*given: Tensor | None) -> list[Tensor]:

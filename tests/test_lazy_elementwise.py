@@ -167,6 +167,16 @@ def test_backward_again(name, how):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("workspace", [20000, None])
+def test_batched_gradients(workspace):
+    inputs, upstream, results = leaves(), torch.tensor([1.0, -2.0], dtype=torch.float64), []
+    for head in (LinearLogits, eager_head):
+        with settings.workspace(workspace):
+            loss = F.mse_loss(head(*inputs[:3]), head(*inputs[3:]))
+            results.append(torch.autograd.grad(loss, inputs, upstream, is_grads_batched=True))
+    torch.testing.assert_close(*results)
+
+
 def test_counts_masks_and_other_uses():
     inputs, p = [x.detach() for x in leaves()], probabilities(torch.float64)
     lazy, eager = (head(*inputs[:3]).softmax(-1) for head in (LinearLogits, eager_head))
