@@ -90,6 +90,8 @@ class LazyElementwise(Elementwise):
             if isinstance(x, Dense):  # wide too: before PyTorch 2.13 the backward of mse_loss takes no two dtypes
                 t = x.elements()
                 return t.to(torch.promote_types(t.dtype, self.wide)) if t.is_floating_point() else t
+            if isinstance(x, LinearLogits):  # once for all that want them
+                return x.elements().to(torch.promote_types(x.dtype, self.wide))
             mask = x.dtype == torch.bool
             return (x if mask else x.with_dtype(torch.promote_types(x.dtype, self.wide))).materialize()
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import LinearLogits, settings
+from fused_losses import LinearLogits, linear_logits, settings
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.head import Head
 from fused_losses.reference.tolerance import assert_accurate
@@ -317,6 +317,16 @@ def test_memory_is_the_workspace_and_the_gradients(name):
         ours = peak_bytes(lambda: step(LinearLogits))
     assert ours < 8 * 2**20 + gradients
     assert ours < 0.2 * peak_bytes(lambda: step(F.linear))
+
+
+@pytest.mark.parametrize("made", [lambda z, t: z - t, lambda z, t: z.softmax(-1) - t.softmax(-1)])
+def test_where_all_rows_fit_logits_are_made_once_for_all_sums(made, monkeypatch):
+    count, real = [], linear_logits._project
+    monkeypatch.setattr(linear_logits, "_project", lambda *args: count.append(1) or real(*args))
+    inputs = leaves()
+    d = made(LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])).abs()
+    (d.square().sum() + d.sqrt().sum() + d.sum()).backward()
+    assert len(count) == 2
 
 
 def test_products_with_the_head(monkeypatch):
