@@ -4,6 +4,7 @@ import copy
 import importlib
 import importlib.metadata
 import pathlib
+import pickle
 import re
 import runpy
 import subprocess
@@ -467,6 +468,14 @@ def test_saves_and_loads_as_before(tmp_path):
     torch.testing.assert_close(loaded.state_dict(), model.state_dict())
 
 
+def test_comes_back_from_a_pickle():
+    model = apply(tiny())
+    loaded = pickle.loads(pickle.dumps(model))
+    found = assert_same_step(tiny(), loaded, lambda m: m(IDS, labels=LABELS))
+    assert found.logits.weight.data_ptr() == loaded.lm_head.weight.data_ptr()
+    assert type(unapply(loaded)(IDS, labels=LABELS).logits) is torch.Tensor
+
+
 # Refused
 
 
@@ -650,6 +659,19 @@ def test_several_adapters_on_the_head():
     eager.base_model.set_adapter(["default", "other"])
     found = assert_same_step(eager, apply(copy.deepcopy(eager)), lambda m: m(input_ids=IDS, labels=LABELS))
     assert found.logits.low_rank[0].shape[-1] == 6
+
+
+def test_a_copy_of_the_head_that_peft_adds_later():
+    peft = pytest.importorskip("peft")
+    options = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    model = apply(adapted(**options))
+    model.add_adapter("reference", peft.LoraConfig(task_type="CAUSAL_LM", **options))  # as TRL does
+    model.set_adapter("reference")
+    assert type(model(input_ids=IDS, labels=LABELS).logits) is LinearLogits
+    apply(model)
+    assert type(model(input_ids=IDS, labels=LABELS).logits) is LinearLogits
+    unapply(model)
+    assert not [m for m in model.modules() if "forward" in vars(m) or "lazy" in vars(m)]
 
 
 def test_lora_dropout_on_the_head():

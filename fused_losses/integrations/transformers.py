@@ -12,7 +12,6 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,8 +27,12 @@ _WRITES_INTO_LOGITS = {"ChameleonForConditionalGeneration"}
 
 class _Applied(NamedTuple):
     head: nn.Module  # what the model calls
-    linears: list[Any]  # which of its layers make logits: several where PEFT keeps copies
     hooks: list[Any]
+
+    @property
+    def linears(self) -> list[Any]:
+        """Which of its layers make logits: several where PEFT keeps copies, and it may add one later."""
+        return [module for module in self.head.modules() if hasattr(module, "lazy")]
 
 
 def apply(model: Any, *, always: bool = False) -> Any:
@@ -72,15 +75,15 @@ def apply(model: Any, *, always: bool = False) -> Any:
     linears = _linears(owner, head)
     for linear in linears:
         linear.lazy = False
-        linear.forward = MethodType(_linear_forward, linear)
+        linear.forward = functools.partial(_linear_forward, linear)  # a method does not come back from a pickle
     if head not in linears and hasattr(head, "lora_A"):
-        head.forward = MethodType(_lora_forward, head)
+        head.forward = functools.partial(_lora_forward, head)
     hooks = []
     for called in {owner, model if model is owner else model.base_model}:  # peft < 0.21 calls owner.forward, past hooks
         before = functools.partial(_before, labels_at, always)
         hooks.append(called.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(called.register_forward_hook(_after, always_call=True))
-    owner._fused_losses = _Applied(head, linears, hooks)
+    owner._fused_losses = _Applied(head, hooks)
     return model
 
 
