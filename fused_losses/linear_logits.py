@@ -275,7 +275,8 @@ class LinearLogits(LazyTensor):
             rest.record()
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
-            hidden = hidden if detached or plain else _WithParameters.apply(hidden, *used)
+            if not (detached or plain or torch.compiler.is_exporting()):  # strict export loses a Function's gradient
+                hidden = _WithParameters.apply(hidden, *used)
             if shard is not None and shard.inner and not torch.compiler.is_compiling():
                 rest.all_tokens = hidden.detach()
         self.rest = rest
@@ -649,7 +650,7 @@ class LinearLogits(LazyTensor):
         if not self._keeps_digits(bias.dtype):
             return NotImplemented
         bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
-        apart = self.rest.detached or transforms_active()
+        apart = self.rest.detached or transforms_active() or torch.compiler.is_exporting()
         hidden = self.hidden if apart else _WithParameters.apply(self.hidden, bias)
         with self.gathered():
             bias = bias if self.bias is None else self.bias + bias

@@ -111,8 +111,9 @@ def token_loss(
             head = head_of(logits)
             backend = resolve_backend(head.hidden, backend)
             planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
-            # torch.func, which fn's gradient comes from, refuses saved-tensor hooks.
-            in_forward = planned.route == "gradients_in_forward" and (traced(head.hidden) or may_save(head.hidden))
+            # torch.func, which fn's gradient comes from, refuses saved-tensor hooks, and torch.export does not see it.
+            in_forward = traced(head.hidden) or may_save(head.hidden)
+            in_forward = in_forward and planned.route == "gradients_in_forward" and not torch.compiler.is_exporting()
             if in_forward:
                 head, _ = ready(head, None)
                 wanted = head.trained
