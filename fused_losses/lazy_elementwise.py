@@ -54,7 +54,7 @@ __sub__ __truediv__
 """
 DISTANCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 POINTWISE = {*_NAMES.split(), *COMPARISONS, *DISTANCES}
-# Of logits only what a loss sums. What a softmax follows is better made at once, for all that read it.
+# Of logits only what a loss sums. What else a softmax may follow is made at once, for all that read it.
 _OF_LOGITS = {*DISTANCES, "abs", "absolute", "__abs__", "square", "pow", "__pow__", "sub", "subtract", "__sub__"}
 IN_PLACE = {f"{name}_": name for name in POINTWISE}
 IN_PLACE |= {f"__i{name}__": f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or")}

@@ -57,7 +57,7 @@ def apply(model: Any, *, always: bool = False) -> Any:
     Raises:
         ImportError: transformers is not installed.
         TypeError: this model, its head or the adapter on its head is of a kind whose logits are not understood; the message
-            names it, and nothing was changed.
+            names it, and the model makes its own logits.
 
     Warns:
         UserWarning: a version of transformers that this was not tested with.
