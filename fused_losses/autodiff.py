@@ -24,6 +24,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which PyTorch 2.11 takes for True in all that it compiles."""
+    return torch.compiler._is_exporting_flag
+
+
 def in_plain_pytorch(*grads: Tensor | None) -> bool:
     """Whether a backward must run in plain PyTorch: it is differentiated again, or gradients come batched."""
     if torch.compiler.is_compiling():

@@ -36,7 +36,7 @@ from .gradients_in_forward import in_range, loss_and_gradients
 from .head import INPUTS, Head, budget, head_of, ready, whole_logits
 from .lazy_masks import LazyMask
 from .lazy_products import Dense, Elementwise, LazyMixture, LazyProducts, LazyStack
-from .lazy_tensor import COMPARISONS, Derived, LazyTensor, is_lazy, is_number
+from .lazy_tensor import COMPARISONS, Derived, LazyTensor, held, is_lazy, is_number
 from .linear_logits import LinearLogits, same_logits
 from .log_softmax import LazyExpression
 from .numerics import full_precision, statistics_dtype, wide_dtype, wide_sum
@@ -277,12 +277,12 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
 
 def _key(x: Any) -> Any:
     """Equal for ``x`` and a copy of it, which holds the same objects."""
-    return type(x), *map(id, x.__getstate__().values())
+    return type(x), *map(id, held(x).values())
 
 
 def _copy(x: Derived, fn: Callable[[Any], Any]) -> Any:
     new = object.__new__(type(x))
-    new.__dict__ = {name: fn(value) for name, value in x.__getstate__().items()}
+    new.__dict__ = {name: fn(value) for name, value in held(x).items()}
     return new
 
 

@@ -258,6 +258,11 @@ class LazyTensor:
         return self.mT
 
 
+def held(x: Any) -> dict[str, Any]:
+    """What a copy of ``x`` has too."""
+    return {name: value for name, value in vars(x).items() if name not in ("family", "read")}
+
+
 class Derived(LazyTensor):
     """What has the shape, device and precision of the lazy logits it is made of."""
 
@@ -267,7 +272,7 @@ class Derived(LazyTensor):
     read: Any = None  # what was read of its own entries; of no copy's
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("family", "read")}
+        return held(self)
 
     def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
         self.read = [] if self.read is None else self.read

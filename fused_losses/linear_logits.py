@@ -24,7 +24,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from . import settings
-from .autodiff import may_save, no_gradient, traced, transforms_active
+from .autodiff import exporting, may_save, no_gradient, traced, transforms_active
 from .chunked.linear_softmax import logits_tile, slices
 from .chunked.softmax_rows import transform
 from .head import Head, head_of, kept_tokens, whole_logits
@@ -275,7 +275,7 @@ class LinearLogits(LazyTensor):
             rest.record()
             # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
-            if not (detached or plain or torch.compiler.is_exporting()):  # strict export loses a Function's gradient
+            if not (detached or plain or exporting()):  # strict export loses a Function's gradient
                 hidden = _WithParameters.apply(hidden, *used)
             if shard is not None and shard.inner and not torch.compiler.is_compiling():
                 rest.all_tokens = hidden.detach()
@@ -650,7 +650,7 @@ class LinearLogits(LazyTensor):
         if not self._keeps_digits(bias.dtype):
             return NotImplemented
         bias = (bias.to(self.wide) / self.scale).to(self.hidden.dtype)
-        apart = self.rest.detached or transforms_active() or torch.compiler.is_exporting()
+        apart = self.rest.detached or transforms_active() or exporting()
         hidden = self.hidden if apart else _WithParameters.apply(self.hidden, bias)
         with self.gathered():
             bias = bias if self.bias is None else self.bias + bias
