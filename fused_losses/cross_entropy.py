@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .numerics import autocast_dtype, check_scaling, statistics_dtype, wide_dtype
+from .numerics import autocast_dtype, check_scaling, reduction_of, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
 from .token_statistics import rows_statistics, target_ids
@@ -139,8 +139,7 @@ def cross_entropy(
         >>> cross_entropy(torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, -100]))
         tensor(0.1698)
     """
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    reduction = reduction_of(reduction, size_average, reduce)
     check_scaling(softcap)
     class_dim, given = 0 if input.ndim == 1 else 1, input.shape
     input, shard = local_part(input, group, class_dim)

@@ -347,7 +347,7 @@ class _Sums(NamedTuple):
         """The sums ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
         rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
         elements = _filled(self.expression, rows, tensors, {}).materialize()
-        return elements.sum(-1, dtype=wide_dtype(elements.device))
+        return wide_sum(elements, -1)
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
         """The heads with their inputs, which come first among the tensors, and the other tensors."""

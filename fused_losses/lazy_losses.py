@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .lazy_elementwise import DISTANCES, recorded
 from .lazy_products import LazyProducts, as_products, cross_entropy_with, elementwise_kl, fit
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression, logits_of
-from .numerics import check_label_smoothing, check_reduction, upcast, wide_sum
+from .numerics import check_label_smoothing, check_reduction, reduction_of, upcast, wide_sum
 
 
 @answers("cross_entropy")
@@ -50,8 +50,7 @@ def _cross_entropy_with_softmax(
     softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
     if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
         return NotImplemented
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    reduction = reduction_of(reduction, size_average, reduce)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
     total = -LazyExpression(x, "log_softmax").times(target).vocab_sum()
@@ -98,8 +97,7 @@ def kl_div(
 
     log_probs = isinstance(input, LazyProducts)
     log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
-    if size_average is not None or reduce is not None:
-        reduction = nn._reduction.legacy_get_string(size_average, reduce)
+    reduction = reduction_of(reduction, size_average, reduce)
     if reduction != "batchmean":
         check_reduction(reduction)
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
@@ -141,10 +139,8 @@ def _distance(name: str) -> None:
         given = signature.bind(*args, **kwargs).arguments
         if given["input"].shape != given["target"].shape or given.get("weight") is not None:
             return NotImplemented  # PyTorch warns of the one, and divides by the sum of the other
-        reduction = given.pop("reduction", "mean")
-        legacy = given.pop("size_average", None), given.pop("reduce", None)
-        if legacy != (None, None):
-            reduction = nn._reduction.legacy_get_string(*legacy)
+        older = given.pop("size_average", None), given.pop("reduce", None)
+        reduction = reduction_of(given.pop("reduction", "mean"), *older)
         check_reduction(reduction)
         each = NotImplemented if reduction == "none" else recorded(function, name, (), {**given, "reduction": "none"})
         return each if each is NotImplemented else each.sum() if reduction == "sum" else each.mean()

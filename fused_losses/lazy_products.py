@@ -56,7 +56,10 @@ LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
 
 def times_log(z: Tensor, dim: int) -> Tensor:
     """``softmax · log_softmax``, 0 where there is no mass."""
-    logp = z.log_softmax(dim)
+    return _p_log_p(z.log_softmax(dim))
+
+
+def _p_log_p(logp: Tensor) -> Tensor:
     return torch.where(logp == -torch.inf, 0, logp.exp() * logp)
 
 
@@ -462,11 +465,11 @@ class LazyProducts(Elementwise):
             else:
                 term = self._there(b, ids) if isinstance(b, Dense) else b.log_probs_at(ids)
             if _same(a, b):
-                term = torch.where(term == -torch.inf, 0, term.exp() * term)
+                term = _p_log_p(term)
             elif a is not None:
                 term = term * (self._there(a, ids) if isinstance(a, Dense) else a.log_probs_at(ids).exp())
             total = total + c * term
-        return total * (self.factor.unsqueeze(-1) if isinstance(self.factor, Tensor) else self.factor)
+        return self._filled(total, -1)
 
     def _there(self, x: Dense, ids: Tensor) -> Tensor:
         return x.elements().movedim(self.vocab_dim, -1).gather(-1, ids).to(self._precision)

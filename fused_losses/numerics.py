@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .autodiff import host_may_read
 
-SUMMED = 2**21  # elements that are cast at once: 16 MiB of float64; 8 times as many on a GPU, for fewer launches
+SUM_ELEMENTS = 2**15  # of fp32 rows that are summed in float64
+SUM_OF_MANY = 2**21  # … of what is as large as logits: 16 MiB of float64; 8 times as many on a GPU, for fewer launches
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,15 +25,24 @@ def wide_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def wide_sums(x: Tensor, w: Tensor | None, elements: int = SUM_ELEMENTS) -> Tensor:
+    """``Σ_j w_j x_j`` of rows ``(n, V)`` in float64, a few rows at a time: PyTorch sums a copy in that dtype."""
+    wide, size = wide_dtype(x.device), max(1, elements // max(x.shape[1], 1))
+    parts = x.split(size)
+    if w is None:
+        return torch.cat([part.sum(-1, dtype=wide) for part in parts])
+    of_parts = w.split(size) if w.ndim == 2 else [w] * len(parts)
+    return torch.cat([(part * v).sum(-1, dtype=wide) for part, v in zip(parts, of_parts, strict=True)])
+
+
 def wide_sum(x: Tensor, dim: int) -> Tensor:
-    """Sum over ``dim`` in :func:`wide_dtype`, some rows at a time: PyTorch casts the whole of ``x`` before it sums."""
+    """:func:`wide_sums` over any dimension of what is as large as logits."""
     dtype = wide_dtype(x.device)
     if x.dtype == dtype or x.numel() == 0 or torch.compiler.is_compiling():
         return x.sum(dim, dtype=dtype)
     rows = x.movedim(dim, -1)
-    at_once = max(1, (SUMMED if x.is_cpu else 8 * SUMMED) // rows.shape[-1])
-    parts = [part.sum(-1, dtype=dtype) for part in rows.reshape(-1, rows.shape[-1]).split(at_once)]
-    return torch.cat(parts).view(rows.shape[:-1])
+    elements = SUM_OF_MANY if x.is_cpu else 8 * SUM_OF_MANY
+    return wide_sums(rows.reshape(-1, rows.shape[-1]), None, elements).view(rows.shape[:-1])
 
 
 def upcast(x: Tensor) -> Tensor:
@@ -58,6 +69,12 @@ def check_scaling(softcap: float | None = None, temperature: float | Tensor | No
         raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
     if temperature is not None and not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def reduction_of(reduction: str, size_average: Any, reduce: Any) -> str:
+    """What PyTorch's older arguments say, where they are given."""
+    older = size_average is not None or reduce is not None
+    return nn._reduction.legacy_get_string(size_average, reduce) if older else reduction
 
 
 def check_reduction(reduction: str) -> None:

@@ -76,9 +76,9 @@ def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
         )
     largest, sizes = x.new_empty(x.shape[1]), x.new_empty(x.shape[1], dtype=wide)
     width = max(16, BLOCK * BLOCK // (len(x) * x.itemsize))  # a MiB at a time stays in cache
-    for i in range(0, x.shape[1], width):
-        block = x[:, i : i + width].abs()
-        largest[i : i + width], sizes[i : i + width] = block.amax(0), block.sum(0, dtype=wide)
+    for columns in slices(x.shape[1], width):
+        block = x[:, columns].abs()
+        largest[columns], sizes[columns] = block.amax(0), block.sum(0, dtype=wide)
     return largest, sizes
 
 

@@ -268,6 +268,8 @@ def test_all_ignored_and_empty(backend, device):
         loss, aux = token_loss(lambda s: (dft(s), {"dft": dft(s)}), logits, index, backend=backend)
         assert loss == 0
         assert torch.equal(aux["dft"], torch.zeros(n, device=device))  # there for logging, though fn has seen no token
+        for g in torch.autograd.grad(loss, leaves, retain_graph=True):
+            assert not g.any()
         for g in torch.autograd.grad(loss / (index != -100).sum(), leaves):  # which counts nothing
             assert not g.any()
 

@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
-from ..numerics import statistics_dtype, wide_dtype
+from ..numerics import statistics_dtype, wide_dtype, wide_sums
 from ..row_statistics import RowStatistics, total_weight
-from .softmax_rows import floor, skipped, softmax_rows_bwd, transform, wide_sums
+from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
 TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of which a few are alive at once

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..numerics import statistics_dtype, wide_dtype
+from ..numerics import statistics_dtype, wide_dtype, wide_sums
 from ..row_statistics import RowStatistics, empty_statistics, label_weights, total_weight
 
 LOG2_E = 1 / math.log(2)
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, which stays in a core's cache
-SUM_ELEMENTS = 2**15  # of fp32 rows that are summed in float64
 
 
 def copies_held(softcap: float | None) -> int:
@@ -93,16 +92,6 @@ def transform(
         z = torch.div(z, t, out=out)
         slope = slope.div_(t) if out is not None and isinstance(slope, Tensor) else slope / t
     return z, slope
-
-
-def wide_sums(x: Tensor, w: Tensor | None) -> Tensor:
-    """``Σ_j w_j x_j`` of rows ``(n, V)`` in float64, a few rows at a time: PyTorch sums a copy in that dtype."""
-    wide, size = wide_dtype(x.device), max(1, SUM_ELEMENTS // max(x.shape[1], 1))
-    parts = x.split(size)
-    if w is None:
-        return torch.cat([part.sum(-1, dtype=wide) for part in parts])
-    of_parts = w.split(size) if w.ndim == 2 else [w] * len(parts)
-    return torch.cat([(part * v).sum(-1, dtype=wide) for part, v in zip(parts, of_parts, strict=True)])
 
 
 def skipped(ids: Tensor | None) -> Tensor | None:
