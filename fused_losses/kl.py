@@ -3,12 +3,12 @@ r"""How far a policy has moved from a reference, from the log-probabilities of t
 With :math:`d = \log\pi - \log\pi_{ref}` of a token drawn from the policy, KL(policy ‖ reference) is the mean of
 :math:`d`, all that is known without the whole distribution. The estimators trade bias against variance:
 
-========  ======================  ==========================================================================
+========  ======================  ================================================================================
 ``k1``    :math:`d`               unbiased, but a single token can be negative
 ``k2``    :math:`d^2 / 2`         biased, low variance; its *gradient* is that of the true KL, in expectation
-``k3``    :math:`e^{-d} - 1 + d`  unbiased and never negative; its gradient is that of KL(reference ‖ policy)
+``k3``    :math:`e^{-d} - 1 + d`  unbiased, never negative but for rounding; gradient that of KL(reference ‖ policy)
 ``abs``   :math:`|d|`             a distance, not an estimate
-========  ======================  ==========================================================================
+========  ======================  ================================================================================
 
 What the trainers call them:
 

@@ -272,7 +272,7 @@ class PolicyLoss(nn.Module):
     """PPO's or GSPO's loss of the actor: :func:`~fused_losses.policy.grpo_loss`. Returns what OpenRLHF's returns.
 
     That is ``loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio``, the last two None without a correction; constructed
-    with the arguments of OpenRLHF 0.8 to 0.11.0, ``enable_vllm_is_correction`` and so on, the first four.
+    with the arguments of OpenRLHF before 0.11.1, ``enable_vllm_is_correction`` and so on, the first four, as from 0.8.11.
 
     Args:
         clip_eps_low, clip_eps_high: the ratio is clipped to ``1 − clip_eps_low … 1 + clip_eps_high``.
@@ -397,7 +397,7 @@ class PolicyLoss(nn.Module):
         results = (
             loss,
             metrics["clip_ratio/region_mean"],
-            masked_mean(upcast(old_log_probs) - upcast(log_probs.detach()), action_mask),
+            masked_mean(upcast(old_log_probs.detach()) - upcast(log_probs.detach()), action_mask),
             correction.get("mismatch_kl"),
             correction.get("filter_fraction"),
         )

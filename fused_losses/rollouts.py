@@ -69,12 +69,15 @@ def group_advantages(
     if rewards.dim() not in (1, 2) or num_generations < 1 or len(rewards) % num_generations:
         raise ValueError(f"rewards must be (B,) or (B, K) in groups of {num_generations}, got {tuple(rewards.shape)}")
     rewards = upcast(rewards if rewards.dim() == 2 else rewards.unsqueeze(1))
+    dtype = rewards.dtype
+    # In fp32 equal rewards may differ from their mean, by more than eps.
+    rewards = rewards.to(wide_dtype(rewards.device))
     rewards = rewards.unflatten(0, (len(rewards) // num_generations, num_generations))  # (groups, G, K)
     unscored = rewards.isnan().all(-1)
     if scale == "normalize_then_sum":
         rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards) + eps)
     if weights is not None:
-        weights = torch.as_tensor(weights).to(rewards)
+        weights = torch.as_tensor(weights, dtype=rewards.dtype, device=rewards.device)
         if weights.shape != rewards.shape[-1:]:
             raise ValueError(
                 f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {tuple(weights.shape)}"
@@ -91,7 +94,7 @@ def group_advantages(
             advantages = advantages * siblings / (siblings - 1).clamp(min=1)
         if scale != "none":
             advantages = advantages / ((_nanstd(total) if scale == "group" else batch_std) + eps)
-    return advantages.masked_fill(advantages.isnan(), 0).flatten()
+    return advantages.masked_fill(advantages.isnan(), 0).flatten().to(dtype)
 
 
 def optimal_values(rewards: Tensor, num_generations: int, *, beta: float = 0.5) -> Tensor:
@@ -233,9 +236,9 @@ def mismatch_weight(
     TRL ``sequence_truncate``, ``sequence_mask``          ``level="sequence_sum"``, the same two modes
     verl ``rollout_is="token"``, ``"sequence"``           ``level="token"``, ``"sequence_sum"`` with ``high`` alone; its
                                                           ``"low_high"`` thresholds are ``mode="mask"``
-    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask)``, of a weight ``(B,)``
-                                                          ``weight / masked_mean(weight, mask.sum(-1))``; verl takes the
-                                                          mean over all ranks
+    verl ``rollout_is_batch_normalize``                   ``weight / masked_mean(weight, mask).clamp(min=1e-8)``, of a
+                                                          weight ``(B,)`` with ``mask.sum(-1)``; verl takes the mean over
+                                                          all ranks
     OpenRLHF ``is_correction_level="token"``              ``level="token"``, mode ``clip`` is ``"truncate"``
     OpenRLHF ``is_correction_level="seq"``                ``level="sequence_mean", mode="mask"``
     OpenRLHF ``is_correction_gating``                     ``gate``

@@ -256,7 +256,10 @@ class Sequences:
         """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
         if x.dim() == 2:
             return x
-        return x.unsqueeze(1) if self.cu_seqlens is None else x[self.document].unsqueeze(0)
+        if self.cu_seqlens is None:
+            return x.unsqueeze(1)
+        x = x if len(x) else F.pad(x, (0, 1))  # of no document, where every token is behind the last border
+        return x[self.document].unsqueeze(0)
 
     def nonempty(self) -> Tensor:
         """(B,) bool"""

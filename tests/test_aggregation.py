@@ -31,3 +31,5 @@ def test_aggregate(aggregation):
     assert aggregate(loss.bfloat16(), mask, aggregation).dtype == torch.float32
     nothing = aggregate(loss, mask * 0, aggregation, batch_num_tokens=mask.sum() * 0, global_batch_size=mask.sum() * 0)
     assert nothing == 0
+    for shape in ((2, 0), (0, 3), (0, 0)):
+        assert aggregate(torch.ones(shape), None, aggregation) == 0

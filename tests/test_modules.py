@@ -247,6 +247,14 @@ def test_policy_loss(name):
     torch.testing.assert_close(results[2].item(), metrics["ppo_kl"])
 
 
+def test_only_the_loss_has_a_gradient():
+    log_probs, old, advantages, mask, rollout = policy_batch()
+    given = log_probs.requires_grad_(), old.requires_grad_(), advantages, mask, rollout
+    loss, *metrics = modules.PolicyLoss(is_correction_level="token")(*given)
+    assert loss.requires_grad
+    assert not any(metric.requires_grad for metric in metrics)
+
+
 def test_policy_losses_differ():
     batch = policy_batch()
     results = {name: modules.PolicyLoss(**arguments)(*batch)[0].item() for name, (arguments, *_) in POLICY.items()}

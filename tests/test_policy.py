@@ -523,6 +523,16 @@ def test_packed_tokens_behind_the_last_border_do_not_count(loss_type):
     assert_same(ours, (*expected[:2], {"log_probs": gradient}))
 
 
+@pytest.mark.parametrize("loss_type", ["grpo", "gspo", "gspo-token", "rloo", "vespo", "gmpo"])
+def test_a_packed_row_of_padding_alone_is_zero(loss_type):
+    log_probs = torch.full((1, 4), -1.0, requires_grad=True)
+    options = {"loss_type": loss_type, "cu_seqlens": torch.tensor([0]), "off_policy_mask_threshold": 0.1}
+    loss, _ = grpo_loss(log_probs, torch.full((1, 4), -2.0), torch.ones(0), mismatch_weight=torch.ones(0), **options)
+    loss.backward()
+    assert loss == 0
+    assert (log_probs.grad == 0).all()
+
+
 @pytest.mark.parametrize(("aggregation", "count_empty"), [(a, e) for a in AGGREGATIONS for e in (True, False)])
 @pytest.mark.parametrize("loss_type", ["grpo", "gspo", "rloo", "vespo", "gmpo"])
 def test_two_ranks_are_one_process(loss_type, aggregation, count_empty):

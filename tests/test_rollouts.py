@@ -148,7 +148,11 @@ def test_weights_of_mean_one(level):
     each = mask if level == "token" else mask.sum(-1)
     counted = weight[each != 0]
     assert len(counted) == (27 if level == "token" else 5)  # of six sequences one is empty
-    torch.testing.assert_close((weight / masked_mean(weight, each))[each != 0], counted / counted.mean())
+    torch.testing.assert_close(
+        (weight / masked_mean(weight, each).clamp(min=1e-8))[each != 0], counted / counted.mean()
+    )
+    nothing = weight * 0  # every token was outside the bounds
+    assert (nothing / masked_mean(nothing, each).clamp(min=1e-8) == 0).all()
 
 
 REWARDS = {
@@ -196,3 +200,19 @@ def test_group_advantages_differ():
     assert len({tuple(r.tolist()) for r in results}) == len(results)
     assert (group_advantages(REWARDS["one"], 1) == 0).all()
     assert (group_advantages(REWARDS["one"], 4)[4:8] == 0).all()  # a group of equals
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none", "normalize_then_sum"])
+@pytest.mark.parametrize("eps", [1e-4, 1e-6, 1e-9])  # of TRL, verl and OpenRLHF
+def test_equal_rewards_have_no_advantage(scale, eps):
+    for reward in (0.1, 0.7, 1 / 3, -2.3):
+        for group in (3, 6, 7, 12):
+            rewards = torch.full((4 * group, 2), reward)
+            advantages = group_advantages(rewards, group, scale=scale, weights=[0.5, 0.25], eps=eps)
+            assert (advantages == 0).all()
+
+
+def test_weights_of_float64_rewards_keep_their_digits():
+    rewards = torch.tensor([[1.0, 2.0], [0.0, 5.0]], dtype=torch.float64)
+    advantages = group_advantages(rewards, 2, scale="none", weights=[0.1, 0.3])
+    torch.testing.assert_close(advantages.tolist(), [-0.4, 0.4], rtol=1e-14, atol=0)
