@@ -223,7 +223,7 @@ def acceptance_rate(
 
 
 def _counted(labels: Tensor, ignore_index: int) -> Tensor:
-    return torch.where(labels.reshape(-1) != ignore_index, 0, -100)
+    return torch.where(integer_ids(labels).reshape(-1) != ignore_index, 0, -100)  # in uint8 −100 would be 156
 
 
 def _count(counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int:
@@ -397,7 +397,7 @@ def sparse_distillation_loss(
     missing = ids == -100
     log_t = upcast(teacher_log_probs).masked_fill(missing, -math.inf)
     if labels is not None:
-        ignored = (labels == ignore_index)[..., None]
+        ignored = (integer_ids(labels) == ignore_index)[..., None]
         ids, log_t = ids.masked_fill(ignored, -100), log_t.masked_fill(ignored, -math.inf)
     counted = (ids != -100).any(-1)
     if tail != "renormalize" and log_t.is_cpu and not traced(log_t) and not transforms_active():

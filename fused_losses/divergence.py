@@ -309,8 +309,9 @@ def summed_divergence(
     """``Σ_n soft·divergence + hard·(−log p)``; of a head, with the gradients made in forward."""
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    if tensors or transforms_active() or route_setting.chosen(route) == "recompute":
-        found, nll = token_divergence(student, teacher, ids, hard != 0, which, shards, **how)
+    learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights, which may want gradients too
+    if tensors or learned or transforms_active() or route_setting.chosen(route) == "recompute":
+        found, nll = token_divergence(student, teacher, ids, bool(hard != 0), which, shards, **how)
         return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):

@@ -90,7 +90,9 @@ class Pairs:
 
 
 def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
-    return -F.logsigmoid(x) * (1 - label_smoothing) - F.logsigmoid(-x) * label_smoothing
+    loss = -F.logsigmoid(x)
+    # Unsmoothed where a rejected answer is impossible and x is inf: the other term is 0 · inf.
+    return loss * (1 - label_smoothing) - F.logsigmoid(-x) * label_smoothing if label_smoothing else loss
 
 
 def _half_over(beta: float) -> float:

@@ -280,7 +280,8 @@ def prm_loss(
         detached; those without a label count as wrong.
 
     Raises:
-        ValueError: soft labels without two reward tokens, or a hard label that is none of the reward tokens.
+        ValueError: soft labels without two reward tokens, a hard label that is none of the reward tokens, or labels that are
+            not shaped like ``inputs``.
 
     Example:
         >>> inputs, labels = torch.tensor([[5, 9, 6, 9]]), torch.tensor([[-100, 1, -100, 2]])
@@ -291,6 +292,8 @@ def prm_loss(
     soft = labels.is_floating_point()
     if soft and (reward_token_ids is None or len(reward_token_ids) != 2):
         raise ValueError(f"soft labels need two reward_token_ids, got {reward_token_ids}")
+    same_shape(inputs=inputs, labels=labels)
+    labels = labels if soft else labels.long()  # in uint8 −100 would be 156
     is_placeholder = inputs == placeholder_token_id
     counted = is_placeholder & (labels != ignore_index)
     z: Any = logits[counted]

@@ -75,7 +75,8 @@ def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tenso
         tensor([2., 0.])
     """
     if mask is None:
-        return x.mean() if dim is None else x.mean(dim)
+        reduced = x.mean if x.numel() else x.sum
+        return reduced() if dim is None else reduced(dim)
     count = (mask != 0).sum() if dim is None else (mask != 0).sum(dim)
     return masked_sum(x, mask, dim) / count.clamp(min=1)
 

@@ -21,7 +21,7 @@ from .cross_entropy import cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import on_device, statistics_dtype, upcast
 from .sequences import at_least_one, shift_labels, sums_and_counts
-from .token_statistics import selective_log_softmax
+from .token_statistics import selective_log_softmax, target_ids
 
 
 def dft(log_probs: Tensor) -> Tensor:
@@ -124,7 +124,7 @@ def sft_loss(
         by_class = logits.to(statistics_dtype(logits.dtype)).transpose(1, -1)
         total = cross_entropy(by_class, target, ignore_index=ignore_index, reduction="sum")
     else:
-        log_probs = selective_log_softmax(logits, target.masked_fill(~counted, -100))
+        log_probs = selective_log_softmax(logits, target_ids(target, logits.shape[-1], ignore_index))
         losses = dft(log_probs) if loss_type == "dft" else -log_probs
         if average == "sequence":
             packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}

@@ -98,6 +98,18 @@ def test_options_change_the_number(device):
     assert len({round(x, 5) for x in numbers}) == len(OPTIONS)
 
 
+def test_weights_that_are_learned(device):
+    found = []
+    for lazy in (True, False):
+        hard, soft = (torch.tensor(w, device=device, requires_grad=True) for w in (0.3, 0.8))
+        torch.manual_seed(0)
+        hidden, weight, other = (torch.randn(n, 4, device=device) for n in (5, 9, 9))
+        student, teacher = (LinearLogits(hidden, w) if lazy else hidden @ w.T for w in (weight, other))
+        loss = distillation_loss(student, teacher, torch.arange(5, device=device), hard_weight=hard, soft_weight=soft)
+        found.append(torch.stack([loss, *torch.autograd.grad(loss, (hard, soft))]))
+    torch.testing.assert_close(*found)
+
+
 def test_per_token(backend, device):
     leaves, labels, lazy, whole = heads(device)
     upstream = torch.randn(2, 4, device=device)
@@ -570,6 +582,14 @@ def test_ids_of_eight_bits(backend, device):
     )
     assert torch.equal(ours, expected)
     assert (ours[0, 2:] == 0).all()
+    labels = torch.tensor([[156, 2, 3, 200]], dtype=torch.uint8, device=device)
+    teacher = torch.randn_like(student)
+    for loss in (
+        lambda y: distillation_loss(student, teacher, y, hard_weight=0.0, backend=backend),
+        lambda y: kd_loss(student, teacher, y, backend=backend),
+        lambda y: sparse_distillation_loss(student, ids.long(), log_probs, y, backend=backend).loss,
+    ):
+        assert torch.equal(loss(labels), loss(labels.long()))
 
 
 def test_which_teachers_are_refused():

@@ -675,6 +675,17 @@ def test_discopop_of_large_margins(tau):
         torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["sigmoid", "aot", "aot_unpaired"])
+def test_an_impossible_rejected_answer_costs_nothing(loss_type):
+    chosen, rejected = torch.tensor([-1.0], requires_grad=True), torch.tensor([-torch.inf], requires_grad=True)
+    zero = torch.zeros(1)
+    loss, *_ = preference.dpo_loss(chosen, rejected, zero, zero, loss_type=loss_type)
+    gradients = torch.autograd.grad(loss, (chosen, rejected))
+    assert loss == 0
+    assert not torch.cat(gradients).any()
+    assert preference.cpo_loss(chosen, rejected, cpo_alpha=0.0)[0] == 0
+
+
 @pytest.mark.parametrize("case", LOSS_TYPES)
 def test_large_ratios_stay_finite(case):
     policy = torch.tensor([-3000.0, -1.0, -0.5])

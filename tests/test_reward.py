@@ -317,6 +317,12 @@ def test_prm_takes_labels_of_any_width():
         ]
         assert losses[1].dtype == torch.float32
         torch.testing.assert_close(*losses)
+    inputs, labels = torch.full((1, 2), PLACEHOLDER), torch.tensor([[156, 5]], dtype=torch.uint8)
+    ours, wide = (
+        reward.prm_loss(inputs, logits[:1, :1].repeat(1, 2, 20), x, placeholder_token_id=PLACEHOLDER)
+        for x in (labels, labels.long())
+    )
+    assert torch.equal(ours, wide)  # in uint8 −100 is 156
 
 
 def test_prm_labels_are_mapped_at_once():
@@ -367,6 +373,9 @@ def test_prm_refuses():
             reward.prm_loss(INPUTS, logits, soft, placeholder_token_id=PLACEHOLDER, reward_token_ids=ids)
     with pytest.raises(ValueError, match=r"among reward_token_ids \[3, 8\]"):
         reward.prm_loss(INPUTS, logits, hard, placeholder_token_id=PLACEHOLDER, reward_token_ids=[3, 8])
+    for inputs in (INPUTS[:1], INPUTS[:, :1]):
+        with pytest.raises(ValueError, match="must have one shape"):
+            reward.prm_loss(inputs, torch.zeros(3, 5, V), KINDS["vocabulary"][1], placeholder_token_id=PLACEHOLDER)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -100,6 +100,12 @@ def test_packed_long_rows_are_accurate(dtype):
     assert torch.equal(ours, sequences.sums_and_counts(x, mask, cu_seqlens=borders(lengths))[0])
 
 
+@pytest.mark.parametrize("mask", [None, torch.zeros(2, 0)], ids=["no mask", "mask"])
+def test_mean_of_nothing_is_zero(mask):
+    assert torch.equal(sequences.masked_mean(torch.ones(2, 0), mask, -1), torch.zeros(2))
+    assert sequences.masked_mean(torch.ones(2, 0), mask) == 0
+
+
 def test_packed_mean_of_nothing_is_zero():
     x, packing = torch.tensor([[1.0, 2.0, 3.0, 5.0]]), {"cu_seqlens": torch.tensor([0, 3, 4])}
     assert sequences.packed_sum(x, **packing).tolist() == [6.0, 5.0]

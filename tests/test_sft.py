@@ -227,6 +227,14 @@ def test_logits_are_not_copied(options, device):
     assert with_gradient < 1.5 * logits.nbytes
 
 
+@pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
+@pytest.mark.parametrize("kind", [lambda h, w: h @ w.T, LinearLogits], ids=["tensor", "lazy"])
+def test_refuses_what_is_neither_ignored_nor_an_id(kind, options):
+    """As F.cross_entropy does: counted, and without a loss, it would change the mean."""
+    with pytest.raises(IndexError, match="Target -100 is out of bounds"):
+        sft.sft_loss(kind(torch.randn(B, S, 4), torch.randn(V, 4)), LABELS, ignore_index=-1, **options)
+
+
 def test_refuses():
     with pytest.raises(ValueError, match="'tokens'"):
         sft.sft_loss(torch.zeros(2, 4, V), torch.zeros(2, 4, dtype=torch.long), average="tokens")
