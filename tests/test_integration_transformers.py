@@ -808,6 +808,18 @@ def test_trainer(case, tmp_path):
         torch.testing.assert_close(*predicted, rtol=1e-2, atol=1e-3)
 
 
+def test_a_compiled_model_that_was_not_trained(tmp_path):
+    """Trained before, ``Trainer`` evaluates the model that is not compiled."""
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+    trainers = [trainer_of(m, tmp_path, options, compute_metrics=accuracy) for m in (tiny(), apply(tiny()))]
+    for data in (DATA[:4], DATA[:5]):
+        expected, found = (trainer.predict(data) for trainer in trainers)
+        torch.testing.assert_close(found.predictions, expected.predictions, rtol=1e-4, atol=1e-5)
+        assert found.metrics["test_sum"] == pytest.approx(expected.metrics["test_sum"], rel=1e-4)
+    trainers[1].compute_metrics = None
+    assert trainers[1].evaluate()["eval_loss"] == pytest.approx(trainers[0].evaluate()["eval_loss"], rel=1e-4)
+
+
 class OnPolicy(transformers.Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         options = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "repetition_penalty": 1.2}

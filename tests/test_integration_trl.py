@@ -619,6 +619,17 @@ def test_a_head_of_another_kind_keeps_its_logits(folder):
         assert isinstance(model(ids).logits, torch.Tensor)
 
 
+def test_no_warning_for_an_adapted_head_that_is_lazy_already():
+    from fused_losses.integrations.transformers import apply
+
+    model = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["lm_head"]))
+    apply(model).train()
+    with warnings.catch_warnings(), fused_losses.strict():
+        warnings.simplefilter("error", UserWarning)
+        with patching.lazy_logits(model):
+            assert isinstance(model(torch.arange(4, 12)[None]).logits, fused_losses.LinearLogits)
+
+
 def test_a_lazy_head_is_put_back_and_keeps_a_bias_and_a_softcap():
     config = transformers.Gemma2Config(
         vocab_size=64,

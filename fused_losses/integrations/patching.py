@@ -73,7 +73,7 @@ def lazy_logits(*models: nn.Module) -> Iterator[None]:
         for model in models:
             owner: Any = next(m for m in model.modules() if hasattr(m, "get_output_embeddings"))
             head = owner.get_output_embeddings()
-            if isinstance(head, LinearHead) or hasattr(head, "lazy"):  # or already changed by integrations.transformers
+            if isinstance(head, LinearHead) or hasattr(owner, "_fused_losses"):  # transformers' apply(model)
                 continue
             plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
             if not plain or "forward" in vars(head):
@@ -105,8 +105,10 @@ def trainer_drops_logits() -> bool | None:
     In training it may be that of a reference or a teacher, in evaluation it is asked for the loss alone or for logits too.
     A loss of its own may generate in either, as on-policy ones do: ``generate`` reads logits.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return None
+    if torch.compiler.is_compiling():  # one graph for all evaluations of a compiled model, those that keep logits too
+        return False if _traced_for_a_prediction() else None
     for frame in callers():
         if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
             return bool(frame.f_locals["prediction_loss_only"])
@@ -115,3 +117,8 @@ def trainer_drops_logits() -> bool | None:
         if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
             return False
     return None
+
+
+@torch.compiler.assume_constant_result
+def _traced_for_a_prediction() -> bool:
+    return any(f.f_code.co_name == "prediction_step" and "prediction_loss_only" in f.f_locals for f in callers())
