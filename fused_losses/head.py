@@ -12,7 +12,7 @@ from torch import Tensor
 from .autodiff import check_differentiable, host_may_read, trains
 from .chunked.linear_softmax import TILE, logits_tile, slices
 from .chunked.softmax_rows import row_statistics, skipped, transform
-from .numerics import statistics_dtype
+from .numerics import full_precision, statistics_dtype
 from .planning import Plan, plan
 from .products import add_product
 from .row_statistics import RowStatistics
@@ -196,9 +196,10 @@ def whole_logits(head: Head, skip: Tensor | None) -> Tensor:
     head = head.tokens(slice(None), skip)
     hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
     assert hidden is not None
-    x = hidden if weight is None else F.linear(hidden, weight, bias)
-    if u is not None and B is not None:
-        x = x + u @ B.t()
+    with full_precision(hidden.device):
+        x = hidden if weight is None else F.linear(hidden, weight, bias)
+        if u is not None and B is not None:
+            x = x + u @ B.t()
     return transform(x, head.temperature, head.scale, head.softcap)[0]
 
 

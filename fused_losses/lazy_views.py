@@ -200,10 +200,10 @@ def _is_entry(k: Any) -> bool:
 
 def _as_key(k: Any) -> Any:
     if isinstance(k, (list, tuple, range)):
-        k = torch.as_tensor(k)
+        k = torch.as_tensor(k, device="cpu")  # whatever the default device is
         k = k.long() if k.is_floating_point() else k  # as of an empty list
     elif type(k).__module__ == "numpy":
-        k = torch.as_tensor(k)
+        k = torch.as_tensor(k, device="cpu")
     return k.bool() if isinstance(k, Tensor) and k.dtype == torch.uint8 else k  # a mask of old
 
 

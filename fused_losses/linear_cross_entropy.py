@@ -36,6 +36,7 @@ from .numerics import (
     check_label_smoothing,
     check_reduction,
     check_scaling,
+    full_precision,
     on_device,
     statistics_dtype,
     wide_dtype,
@@ -505,9 +506,10 @@ def _soft(
                 "backward, which computes with them again"
             )
         part = head.tokens(rows)
-        logits = F.linear(part.hidden, part.weight, part.bias)
-        if part.low_rank is not None:
-            logits = logits + part.low_rank[0] @ part.low_rank[1].t()
+        with full_precision(part.hidden.device):
+            logits = F.linear(part.hidden, part.weight, part.bias)
+            if part.low_rank is not None:
+                logits = logits + part.low_rank[0] @ part.low_rank[1].t()
         found = rows_statistics(
             logits.unsqueeze(-1),
             None,

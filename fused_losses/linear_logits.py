@@ -856,15 +856,18 @@ def _place(hidden: Tensor) -> Any:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b)
+    if a is b:
+        return True
+    same = not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
+    return True if same else False  # noqa: SIM210  of numbers that Dynamo does not know, bool(same) is one of those
 
 
 def _one_head(a: LinearLogits, b: LinearLogits) -> bool:
     """Whether ``a`` and ``b`` are different tokens before the same head."""
     x, y = a.rest, b.rest
-    low_rank = x.low_rank is y.low_rank or (x.low_rank and y.low_rank and x.low_rank[1] is y.low_rank[1])
-    same = x.weight is y.weight and x.bias is y.bias and x.scale == y.scale and x.softcap == y.softcap
-    return bool(same and low_rank) and x.shard == y.shard and x.detached == y.detached
+    B, other = (r.low_rank and r.low_rank[1] for r in (x, y))
+    same = x.weight is y.weight and x.bias is y.bias and _equal(x.scale, y.scale) and _equal(x.softcap, y.softcap)
+    return same and B is other and x.shard == y.shard and x.detached == y.detached
 
 
 def same_logits(a: LinearLogits, b: LinearLogits) -> bool:

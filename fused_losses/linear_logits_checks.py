@@ -54,7 +54,8 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if len(_watched) > 0:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         written = {_memory(p) for p in parameters if p.grad is not None}
-        increment_version([t for t in _watched if _memory(t) in written])
+        watched = [ref() for ref in _watched.keyrefs()]  # a list: other threads make heads meanwhile
+        increment_version([t for t in watched if t is not None and _memory(t) in written])
 
 
 register_optimizer_step_post_hook(_after_step)
@@ -159,11 +160,17 @@ def refuse_autograd_function(logits: Any) -> None:
             )
 
 
+def _in_reentrant_checkpoint() -> bool:
+    return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers())
+
+
+# While a function is compiled, look at who has it compiled; see lazy_tensor._warn_once.
+_in_reentrant_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def refuse_reentrant_checkpoint() -> None:
     """Reentrant checkpointing runs a function without gradients and connects only the tensors it returns."""
-    if torch.compiler.is_compiling():
-        return
-    if any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers()):
+    if _in_reentrant_checkpoint():
         raise RuntimeError(
             "LinearLogits made inside reentrant activation checkpointing would get no gradient: pass "
             "use_reentrant=False to checkpoint, or leave the head out of it"

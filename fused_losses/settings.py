@@ -2,7 +2,8 @@
 
 A setting takes effect when it is constructed and is restored when a ``with`` block around it ends:
 ``workspace("256MiB")`` alone lasts for the process, ``with workspace("256MiB"):`` for the block. All threads see it. An
-argument beats the setting.
+argument beats the setting. A checkpoint runs forward again in backward: where it saved what another route or workspace would
+not, it raises there, so keep the block open until then.
 """
 
 from __future__ import annotations

@@ -297,6 +297,13 @@ def test_sequences_index_as_in_eager(name):
     check(lambda z: z[SEQUENCES[name]], "all", lazy=False)
 
 
+def test_a_list_indexes_whatever_the_default_device_is():
+    lazy, eager, _ = make()
+    with torch.device("meta"):
+        found, expected = lazy[..., [4, 0]].materialize(), eager[..., [4, 0]]
+    torch.testing.assert_close(found, expected)
+
+
 def test_an_index_of_bytes_is_a_mask():
     lazy, eager, _ = make()
     mask = torch.tensor([0, 1], dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from lazy_logits import IDS, B, H, S, V, make
 from torch import nn
 
-from fused_losses import settings
+from fused_losses import linear_logits_checks, settings
 from fused_losses.linear_logits import LinearHead, LinearLogits
 
 
@@ -162,3 +162,19 @@ def test_logits_of_what_was_detached_of_a_parameter_raise_after_a_step(made_of):
     torch.optim.AdamW([parameter], lr=0.1, fused=True).step()
     with pytest.raises(RuntimeError, match="weight was modified in place"):
         logits.argmax(-1)
+
+
+def test_a_step_while_another_thread_makes_heads(monkeypatch):
+    """Autocast makes a tensor of each weight for each head, and each is watched."""
+    head, memory, made = LinearHead(H, V), linear_logits_checks._memory, []
+
+    def meanwhile(t):
+        made.append(LinearLogits(torch.randn(1, H), torch.randn(V, H)))
+        return memory(t)
+
+    logits = head(torch.randn(1, H))
+    logits.logsumexp(-1).sum().backward()
+    monkeypatch.setattr(linear_logits_checks, "_memory", meanwhile)
+    torch.optim.SGD(head.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match="weight was modified in place"):
+        logits.logsumexp(-1)

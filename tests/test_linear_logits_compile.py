@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from lazy_logits import FEW, IDS, PICK, TEMPERATURE, B, H, S, V, leaves, make, smoothed
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from fused_losses import distillation_loss, divergence, settings, token_loss
 from fused_losses.linear_logits import LinearHead, LinearLogits
@@ -171,3 +172,25 @@ def test_an_exported_loss_trains_the_body(name, strict):
         for m in (exported, model)
     )
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_compiles_what_compares_two_of_one_head(rank):
+    torch._dynamo.reset()
+    head, h = LinearHead(H, V, rank=rank), torch.randn(B, S, H)
+
+    def fn(h):
+        z = head(h)
+        return F.kl_div(z.log_softmax(-1), (z.detach() / 2).softmax(-1), reduction="sum") + torch.cat([z, z]).mean()
+
+    with settings.strict():  # dynamic: the scale is a number that Dynamo does not know
+        torch.testing.assert_close(torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)(h), fn(h))
+
+
+def test_a_compiled_head_refuses_reentrant_checkpointing():
+    torch._dynamo.reset()
+    head, x = LinearHead(H, V), torch.randn(B, S, H, requires_grad=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpoint(torch.compile(head, backend="aot_eager"), x, use_reentrant=True)
+    logits = checkpoint(torch.compile(head, backend="aot_eager"), x, use_reentrant=False)
+    assert torch.autograd.grad(F.cross_entropy(logits.transpose(1, 2), IDS), head.weight)[0].any()

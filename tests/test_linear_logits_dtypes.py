@@ -199,6 +199,24 @@ def test_arrays_of_numpy(keep):
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("transform", [False, True])
+@pytest.mark.parametrize("target", [IDS.flatten(), PROBS.float().flatten(0, 1)], ids=["ids", "probabilities"])
+def test_autocast_around_a_loss_does_not_round_logits_made_before(target, transform):
+    def value_and_gradient(autocast):
+        def fn(h):
+            logits = LinearLogits(h, weight, low_rank=(h[..., :2], weight[:, :2])).flatten(0, 1)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                return F.cross_entropy(logits, target)
+
+        if transform:
+            return torch.func.grad_and_value(fn)(hidden.detach())
+        loss = fn(hidden)
+        return torch.autograd.grad(loss, hidden)[0], loss
+
+    hidden, weight = list(leaves(torch.float32).values())[:2]
+    torch.testing.assert_close(value_and_gradient(True), value_and_gradient(False))
+
+
 def test_autocast_casts_at_construction():
     tensors = leaves(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):

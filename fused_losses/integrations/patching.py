@@ -119,6 +119,8 @@ def trainer_drops_logits() -> bool | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _traced_for_a_prediction() -> bool:
     return any(f.f_code.co_name == "prediction_step" and "prediction_loss_only" in f.f_locals for f in callers())
+
+
+_traced_for_a_prediction._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see lazy_tensor._warn_once
