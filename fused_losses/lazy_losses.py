@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cross_entropy import cross_entropy as fused_cross_entropy
+from .cross_entropy import result_dtype
 from .lazy_elementwise import DISTANCES, recorded
 from .lazy_products import LazyProducts, as_products, cross_entropy_with, elementwise_kl, fit
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
@@ -21,8 +23,6 @@ from .numerics import check_label_smoothing, check_reduction, reduction_of, upca
 
 @answers("cross_entropy")
 def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any, **kwargs: Any) -> Any:
-    from .cross_entropy import cross_entropy as fused
-
     logits = logits_of(x)
     if logits is NotImplemented:
         return NotImplemented
@@ -31,7 +31,7 @@ def cross_entropy(x: LazyTensor, target: Tensor, weight: Any = None, *args: Any,
         return NotImplemented
     if is_lazy(target):
         return _cross_entropy_with_softmax(logits, target, weight, *args, **kwargs)
-    return fused(logits, target, weight, *args, **kwargs)
+    return fused_cross_entropy(logits, target, weight, *args, **kwargs)
 
 
 def _cross_entropy_with_softmax(
@@ -45,8 +45,6 @@ def _cross_entropy_with_softmax(
     label_smoothing: float = 0.0,
 ) -> Any:
     """``−Σ t log p`` with the probabilities of another head."""
-    from .cross_entropy import result_dtype
-
     softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
     if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
         return NotImplemented
@@ -93,8 +91,6 @@ def kl_div(
 ) -> Any:
     """``Σ t (log t − log p)``: of probabilities that exist, the cross entropy with them less their entropy; of a lazy
     teacher, the divergence of two heads."""
-    from .cross_entropy import result_dtype
-
     log_probs = isinstance(input, LazyProducts)
     log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
     reduction = reduction_of(reduction, size_average, reduce)

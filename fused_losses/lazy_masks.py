@@ -23,6 +23,7 @@ from .lazy_tensor import (
     with_dim,
 )
 from .linear_logits import LinearLogits, same_logits
+from .log_softmax import LazyExpression
 
 
 class _Booleans(Derived):
@@ -121,8 +122,6 @@ class LazyCondition(_Booleans):
 @answers("eq", "__eq__")
 def eq(x: LazyTensor, other: Any) -> Any:
     """With itself, as ``torch.distributions`` looks for nan."""
-    from .log_softmax import LazyExpression
-
     own = other is x and isinstance(x, (LinearLogits, LazyExpression))
     return LazyCondition(x.with_dtype(x.dtype), finite=False) if own else NotImplemented
 

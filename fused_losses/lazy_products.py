@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .autodiff import no_gradient
+from .divergence import shared_vocabulary, token_divergence
 from .lazy_tensor import (
     Derived,
     LazyTensor,
@@ -50,6 +51,8 @@ from .lazy_tensor import (
 from .linear_logits import LinearLogits, same_logits
 from .linear_logits_checks import refuse_autograd_function, versions
 from .numerics import wide_dtype, wide_sum
+from .row_divergence import Divergence
+from .token_statistics import token_statistics
 
 LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
 
@@ -376,8 +379,6 @@ class LazyProducts(Elementwise):
 
     def times(self, other: LazyTensor) -> Any:
         """With a softmax."""
-        from .log_softmax import LazyExpression
-
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
         free = all(t.softmax is None and not isinstance(t.log_softmax, _Distance) for t in self.terms)
         if not softmax or not free or self.skipped is not None or not fit(self.base, other.base):
@@ -525,8 +526,6 @@ def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: s
 
 def _kl_sums(kls: list[Any]) -> list[Any]:
     """Factors and sums of ``c Σ a log(a/b)``, of which two are one where they make a Jensen-Shannon divergence."""
-    from .token_statistics import token_statistics
-
     sums: list[Any] = []
     while kls:
         c, a, b = kls.pop()
@@ -555,9 +554,6 @@ def _kl_sums(kls: list[Any]) -> list[Any]:
 
 def _divergence(student: LinearLogits, teacher: Any, kind: str, beta: float = 0.5) -> Tensor:
     """``teacher``: logits that are never made, or that exist with the vocabulary last."""
-    from .divergence import shared_vocabulary, token_divergence
-    from .row_divergence import Divergence
-
     shards = shared_vocabulary(student, teacher, None)
     sides = student.vocab_last(), teacher.vocab_last() if isinstance(teacher, LinearLogits) else teacher
     return token_divergence(*sides, None, False, Divergence(kind, beta, 1.0), shards)[0].view(student.token_shape)
@@ -613,8 +609,6 @@ def minimum(input: Any, other: Any) -> Any:
 @answers("logaddexp", anywhere=True)
 def logaddexp(input: Any, other: Any) -> Any:
     """The logarithm of a mixture of two softmaxes, from theirs and those of the weights."""
-    from .log_softmax import LazyExpression
-
     both = (input, other)
     if not all(isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled for x in both):
         return NotImplemented
@@ -672,8 +666,6 @@ class LazyStack(Derived):
 
 @answers("stack", anywhere=True)
 def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
-    from .log_softmax import LazyExpression
-
     if all(isinstance(x, LinearLogits) for x in tensors):
         return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
     first = tensors[0]
@@ -692,8 +684,6 @@ def weighed_values(softmax: Any, values: Any) -> Any:
 
 def as_products(x: LazyTensor) -> Any:
     """``x`` as such, where it is one or a scaled ``log_softmax`` or ``softmax·log_softmax``."""
-    from .log_softmax import LazyExpression
-
     if isinstance(x, LazyProducts):
         return x
     if not isinstance(x, LazyExpression) or x.form not in ("log_softmax", "p_log_p") or not x.unshifted:
@@ -706,3 +696,6 @@ def elementwise_kl(input: Any, target: Any) -> Any:
     """``t (log t − log s)`` of ``log s`` and a lazy ``softmax`` ``t``, what ``F.kl_div(…, reduction="none")`` gives."""
     found = as_products(replace(target, form="log_softmax")).plus(input, -1.0)
     return found if found is NotImplemented else found.times(target)
+
+
+from .log_softmax import LazyExpression  # noqa: E402  which is made of LazyProducts, and of which they are made

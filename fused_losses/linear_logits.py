@@ -530,8 +530,6 @@ class LinearLogits(LazyTensor):
         return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
-        from .lazy_products import changed_elements
-
         self.check()
         fixed = self.shard is not None or self._fixed
         return NotImplemented if fixed else self._become_derived(changed_elements(self, name, change))
@@ -577,8 +575,6 @@ class LinearLogits(LazyTensor):
             self._normalizer = weakref.ref(lse), version(lse)
 
     def normalised(self, offset: Any) -> Any:
-        from .log_softmax import LazyExpression
-
         if torch.compiler.is_compiling():
             return NotImplemented
         lse, made = self._normalizer[0](), self._normalizer[1]
@@ -595,8 +591,6 @@ class LinearLogits(LazyTensor):
         return LazyExpression(self, "log_softmax") if same else NotImplemented
 
     def columns(self, key: slice | Tensor) -> Any:
-        from .log_softmax import LazyExpression
-
         if self.shard is not None:
             return LazyExpression(self).columns(key)
         with self.gathered():
@@ -638,8 +632,6 @@ class LinearLogits(LazyTensor):
         return self._but(self.hidden, temperature=temperature)
 
     def shifted(self, offset: Any) -> Any:
-        from .log_softmax import LazyExpression
-
         if is_number(offset) or per_token_number(self, offset) is not NotImplemented:
             return LazyExpression(self).shifted(offset)
         bias = per_entry_number(self, offset)
@@ -666,8 +658,6 @@ class LinearLogits(LazyTensor):
         return dtype == self.dtype == own and shifts
 
     def times(self, other: Any) -> Any:
-        from .log_softmax import LazyExpression
-
         return LazyExpression(self).times(other)
 
     # Numbers per token
@@ -973,4 +963,5 @@ from . import lazy_losses as _lazy_losses  # noqa: E402, F401  the rest of the a
 from . import lazy_masks as _lazy_masks  # noqa: E402, F401
 from . import lazy_reductions as _lazy_reductions  # noqa: E402, F401
 from . import lazy_views as _lazy_views  # noqa: E402, F401
-from . import log_softmax as _log_softmax  # noqa: E402, F401
+from .lazy_products import changed_elements  # noqa: E402  they are made of LinearLogits
+from .log_softmax import LazyExpression  # noqa: E402
