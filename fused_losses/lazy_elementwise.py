@@ -201,10 +201,10 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         known = isinstance(y, (Tensor, LazyTensor))
         return torch.ones((1,) * y.ndim, dtype=y.dtype, device=y.device) if known else y
 
-    def operand(y: Any) -> Any:  # a copy, which changes in place do not reach; what is large may not change
+    def operand(y: Any) -> Any:  # a copy; what is large may not change
         if isinstance(y, Tensor):
             return Dense(y if y.shape == x.shape else y.clone())
-        return y.with_dtype(y.dtype) if isinstance(y, LinearLogits) else _copy(y, lambda t: t) if is_lazy(y) else y
+        return y.as_copy() if isinstance(y, LinearLogits) else _copy(y, lambda t: t) if is_lazy(y) else y
 
     with torch.no_grad():  # for the dtype
         one = function(*tree_map(entry, args, is_leaf=is_lazy), **tree_map(entry, kwargs, is_leaf=is_lazy))

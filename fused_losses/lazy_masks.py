@@ -123,12 +123,12 @@ class LazyCondition(_Booleans):
 def eq(x: LazyTensor, other: Any) -> Any:
     """With itself, as ``torch.distributions`` looks for nan."""
     own = other is x and isinstance(x, (LinearLogits, LazyExpression))
-    return LazyCondition(x.with_dtype(x.dtype), finite=False) if own else NotImplemented
+    return LazyCondition(x.as_copy(), finite=False) if own else NotImplemented
 
 
 @answers("isfinite")
 def isfinite(x: LazyTensor) -> Any:
-    return LazyCondition(x.with_dtype(x.dtype), finite=True) if isinstance(x, LinearLogits) else NotImplemented
+    return LazyCondition(x.as_copy(), finite=True) if isinstance(x, LinearLogits) else NotImplemented
 
 
 @answers("all")
@@ -141,13 +141,12 @@ def all_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
 
 @answers("isinf")
 def isinf(x: LazyTensor) -> Any:
-    # A copy, which mul_ and div_ of the given one do not change.
-    return LazyMask((x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
+    return LazyMask((x.as_copy(),)) if isinstance(x, LinearLogits) else NotImplemented
 
 
 @answers("isnan")
 def isnan(x: LazyTensor) -> Any:
-    return LazyMask((), (x.with_dtype(x.dtype),)) if isinstance(x, LinearLogits) else NotImplemented
+    return LazyMask((), (x.as_copy(),)) if isinstance(x, LinearLogits) else NotImplemented
 
 
 @answers("any")

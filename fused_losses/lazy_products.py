@@ -148,7 +148,7 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
     if not torch.compiler.is_compiling():
         _ = elements.grad_fn  # a view's is made anew when read; PyTorch 2.11 crashes where FSDP2 adds a hook before
     like = x if isinstance(x, LinearLogits) else x.base
-    return LazyProducts((_Term(1.0, None, Dense(elements)),), x.dtype, like=like.with_dtype(like.dtype))
+    return LazyProducts((_Term(1.0, None, Dense(elements)),), x.dtype, like=like.as_copy())
 
 
 @dataclass(eq=False, repr=False)
@@ -213,16 +213,14 @@ class LazyMixture(Elementwise):
     def log_values_at(self, ids: Tensor) -> Tensor:
         return torch.logaddexp(*(z.log_probs_at(ids) + math.log(w) for w, z in self.parts))
 
-    # Of a copy, which changes in place do not reach.
-
     def logarithm(self) -> Any:
         mixed = all(0 < w < math.inf for w, _ in self.parts)
-        return LazyProducts((_Term(1.0, None, replace(self)),), self.dtype) if mixed else NotImplemented
+        return LazyProducts((_Term(1.0, None, self.as_copy()),), self.dtype) if mixed else NotImplemented
 
     def distance(self, smaller: bool = False) -> Any:
         (w, _), (v, _) = self.parts
         apart = w == -v and abs(w) < math.inf and (w > 0 or not smaller)
-        found = _Distance(replace(self), smaller)
+        found = _Distance(self.as_copy(), smaller)
         return LazyProducts((_Term(1.0, None, found),), self.dtype) if apart else NotImplemented
 
 
@@ -671,8 +669,7 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
     first = tensors[0]
     if not all(isinstance(x, LazyExpression) and fit(first.base, x.base) for x in tensors):
         return NotImplemented
-    # Copies, which changes in place of the given ones do not reach.
-    return LazyStack(tuple(x.with_dtype(x.dtype) for x in tensors), wrap_dim(first, dim, extra=1))
+    return LazyStack(tuple(x.as_copy() for x in tensors), wrap_dim(first, dim, extra=1))
 
 
 def weighed_values(softmax: Any, values: Any) -> Any:

@@ -89,6 +89,10 @@ class LazyTensor:
         """The same, where eager may give a copy: a change of either is seen."""
         return self
 
+    def as_copy(self) -> Any:
+        """The same, which a change in place of this one does not reach."""
+        return self.with_dtype(self.dtype)
+
     def columns(self, key: slice | Tensor) -> Any:
         """A slice of the vocabulary, or the entries an index ``(n,)`` names."""
         return NotImplemented

@@ -99,7 +99,7 @@ class LazyExpression(Elementwise):
     label: Any = None  # dtype, base's if None
 
     def __post_init__(self) -> None:
-        self.base = self.base.with_dtype(self.base.dtype)  # which mul_ and div_ of the given one do not change
+        self.base = self.base.as_copy()
         if no_gradient():
             self.factor, self.offset = (t.detach() if isinstance(t, Tensor) else t for t in (self.factor, self.offset))
 
