@@ -101,6 +101,7 @@ class LazyTensor:
         return NotImplemented
 
     def divided(self, divisor: Any) -> Any:
+        """By one number per token; by one for all they are :meth:`scaled`."""
         return NotImplemented
 
     def shifted(self, offset: Any) -> Any:
@@ -286,8 +287,6 @@ class Derived(LazyTensor):
         return self.mapped(lambda t: t, self.vocab_dim)
 
     def divided(self, divisor: Any) -> Any:
-        if is_number(divisor):
-            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
         fits = per_token_number(self, divisor) is not NotImplemented
         return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
 
@@ -761,6 +760,8 @@ def mul(input: Any, other: Any) -> Any:
 def div(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None or is_lazy(other):
         return NotImplemented
+    if is_number(other):
+        return NotImplemented if other == 0 else x.scaled(1 / other)
     return _promoted(x.divided(other), x, other)
 
 

@@ -618,8 +618,6 @@ class LinearLogits(LazyTensor):
         return NotImplemented if is_number(factor) and factor == 0 else self._times_temperature(factor, inverse=True)
 
     def divided(self, divisor: Any) -> Any:
-        if is_number(divisor):
-            return NotImplemented if divisor == 0 else self.scaled(1 / divisor)
         return self._times_temperature(divisor, inverse=False)
 
     def _times_temperature(self, factor: Any, inverse: bool) -> Any:
