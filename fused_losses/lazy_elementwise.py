@@ -259,17 +259,14 @@ def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict
     def part(y: Any) -> Any:
         if is_lazy(y):
             return _flattened(y, z, tensors, known)
-        t = y.elements() if isinstance(y, Dense) else y
-        if t.ndim == 0 and not t.requires_grad:
-            return y
-        if t.ndim == 0:
-            tensors.append(t)
-        elif isinstance(y, Dense):
+        dense = isinstance(y, Dense)
+        t = y.elements() if dense else y
+        if t.ndim > 0 and dense:
             t = _expanded(t, x).movedim(x.vocab_dim, -1)
-            tensors.append(t.reshape(-1, t.shape[-1]))
-        else:
-            tensors.append(t.reshape(-1))
-        return _Slot("dense" if isinstance(y, Dense) else "tensor", len(tensors) - 1)
+        if t.ndim > 0:
+            t = t.reshape(-1, t.shape[-1]) if dense else t.reshape(-1)
+        tensors.append(t)
+        return _Slot("dense" if dense else "tensor", len(tensors) - 1)
 
     known[key] = _copy(x, lambda value: _inside(value, part))
     return known[key]
@@ -300,11 +297,9 @@ def _filled(x: Any, z: Sequence[Any], tensors: Sequence[Tensor], known: dict[int
     """``x``, which :func:`_flattened` made, with logits and tensors of some rows in its slots."""
     if isinstance(x, _Slot):
         return z[x.at] if x.of == "logits" else Dense(tensors[x.at]) if x.of == "dense" else tensors[x.at]
-    if isinstance(x, Derived):
-        if id(x) not in known:
-            known[id(x)] = _copy(x, lambda value: _inside(value, lambda y: _filled(y, z, tensors, known)))
-        return known[id(x)]
-    return x
+    if id(x) not in known:
+        known[id(x)] = _copy(x, lambda value: _inside(value, lambda y: _filled(y, z, tensors, known)))
+    return known[id(x)]
 
 
 class _MadeLogits(LinearLogits):
