@@ -14,7 +14,7 @@ from torch import Tensor
 from .cross_entropy import cross_entropy as fused_cross_entropy
 from .cross_entropy import result_dtype
 from .lazy_elementwise import DISTANCES, recorded
-from .lazy_products import LazyProducts, as_products, cross_entropy_with, elementwise_kl, fit
+from .lazy_products import LazyProducts, as_products, cross_entropy_with, fit
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression, logits_of
@@ -89,8 +89,7 @@ def kl_div(
     reduction: str = "mean",
     log_target: bool = False,
 ) -> Any:
-    """``Σ t (log t − log p)``: of probabilities that exist, the cross entropy with them less their entropy; of a lazy
-    teacher, the divergence of two heads."""
+    """``Σ t (log t − log p)``."""
     log_probs = isinstance(input, LazyProducts)
     log_probs = log_probs or (isinstance(input, LazyExpression) and input.form == "log_softmax" and input.bare)
     reduction = reduction_of(reduction, size_average, reduce)
@@ -101,28 +100,36 @@ def kl_div(
         fit(input.base, target.base)  # raises where their vocabularies are of different sizes
     if not (log_probs or dense) or target.shape != input.shape:
         return NotImplemented
-    if is_lazy(target):
-        form = "log_softmax" if log_target else "softmax"
-        if not isinstance(target, LazyExpression) or target.form != form or not target.bare:
-            return NotImplemented
-        each = elementwise_kl(input, replace(target, form="softmax"))
-        total = each if each is NotImplemented or reduction == "none" else each.vocab_sum()
-    elif isinstance(input, LazyProducts) or not target.is_floating_point():
-        return NotImplemented
-    else:
-        t = upcast(target.exp() if log_target else target)
-        t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
-        if reduction == "none":
-            total = as_products(input).scaled(-1).scaled(t)
-            total = total if total is NotImplemented else total.plus(t_log_t, 1.0)
-        else:
-            total = wide_sum(t_log_t, -1).sum() + cross_entropy_with(input.base, t, "sum")
-    if total is NotImplemented:
+    kl = _kl_from_lazy if is_lazy(target) else _kl_from_values
+    found = kl(input, target, log_target, summed=reduction != "none")
+    if found is NotImplemented:
         return NotImplemented
     if reduction == "none":
-        return total.with_dtype(result_dtype(input, target))
+        return found.with_dtype(result_dtype(input, target))
     count = {"sum": 1, "batchmean": input.shape[0], "mean": math.prod(input.shape)}[reduction]
-    return (total.sum() / count).to(result_dtype(input, target))
+    return (found.sum() / count).to(result_dtype(input, target))
+
+
+def _kl_from_lazy(log_p: Any, target: Any, log_target: bool, summed: bool) -> Any:
+    """``t (log t − log p)``, or its sums over the vocabulary, of a lazy teacher: the divergence of two heads."""
+    form = "log_softmax" if log_target else "softmax"
+    if not isinstance(target, LazyExpression) or target.form != form or not target.bare:
+        return NotImplemented
+    found = as_products(replace(target, form="log_softmax")).plus(log_p, -1.0)
+    found = found if found is NotImplemented else found.times(replace(target, form="softmax"))
+    return found.vocab_sum() if summed and found is not NotImplemented else found
+
+
+def _kl_from_values(log_p: Any, target: Tensor, log_target: bool, summed: bool) -> Any:
+    """The same, or its sum, of probabilities that exist: the cross entropy with them less their entropy."""
+    if isinstance(log_p, LazyProducts) or not target.is_floating_point():
+        return NotImplemented
+    t = upcast(target.exp() if log_target else target)
+    t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
+    if summed:
+        return wide_sum(t_log_t, -1).sum() + cross_entropy_with(log_p.base, t, "sum")
+    found = as_products(log_p).scaled(-1).scaled(t)
+    return found if found is NotImplemented else found.plus(t_log_t, 1.0)
 
 
 def _distance(name: str) -> None:

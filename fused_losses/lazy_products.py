@@ -689,10 +689,4 @@ def as_products(x: LazyTensor) -> Any:
     return LazyProducts((_Term(1.0, softmax, x.base),), x.dtype, x.factor)
 
 
-def elementwise_kl(input: Any, target: Any) -> Any:
-    """``t (log t − log s)`` of ``log s`` and a lazy ``softmax`` ``t``, what ``F.kl_div(…, reduction="none")`` gives."""
-    found = as_products(replace(target, form="log_softmax")).plus(input, -1.0)
-    return found if found is NotImplemented else found.times(target)
-
-
 from .log_softmax import LazyExpression  # noqa: E402  which is made of LazyProducts, and of which they are made
