@@ -613,6 +613,11 @@ def clone(x: LazyTensor, **_: Any) -> LazyTensor:
     return x.mapped(torch.clone, x.vocab_dim, view=False)
 
 
+@answers("detach")
+def detach(x: Any) -> Any:
+    return x.detach()
+
+
 def _stand_in(x: Any) -> Any:
     return torch.empty(0, dtype=x.dtype, device=x.device) if is_lazy(x) else x
 

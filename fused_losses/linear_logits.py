@@ -799,11 +799,6 @@ def _project(head: Head, dtype: torch.dtype) -> Tensor:
 # Several at once
 
 
-@answers("detach")
-def detach(x: Any) -> Any:
-    return x.detach()
-
-
 @answers("cat", "concat", "concatenate", anywhere=True)
 def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     first = tensors[0]
