@@ -114,6 +114,37 @@ class LazyTensor:
         """``self + sign · other``, which is as large."""
         return NotImplemented
 
+    def normalised(self, offset: Tensor) -> Any:
+        """``log_softmax``, where ``offset`` is the logsumexp that was asked of this."""
+        return NotImplemented
+
+    def become(self, new: Any) -> Any:
+        """Self, changed in place to the numbers of ``new``."""
+        return NotImplemented
+
+    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
+        """Self, changed in place as PyTorch's ``name`` changes its elements, where it can hold those."""
+        return NotImplemented
+
+    def values_at(self, ids: Tensor) -> Any:
+        """Values at ``ids (*token_shape, K)``, in the same shape."""
+        return NotImplemented
+
+    def value_at(self, ids: Tensor) -> Any:
+        """The value at one id per token, ids that broadcast to ``token_shape``, in ``dtype``."""
+        values = self.values_at(ids.expand(self.token_shape).unsqueeze(-1))
+        return values if values is NotImplemented else values.squeeze(-1).to(self.dtype)
+
+    def column(self, at: int | Tensor) -> Any:
+        """The values of one entry of the vocabulary, ``token_shape``."""
+        return self.value_at(from_front(self, on_device(at, self.device)))
+
+    def vocab_sum(self) -> Any:
+        """Sum over the vocabulary, ``token_shape``."""
+        return NotImplemented
+
+    # What was read of it, which is to equal itself where the two are compared
+
     def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
         """What is known to have been read: weak references, versions or copies, and ids."""
         return []
@@ -150,34 +181,7 @@ class LazyTensor:
             return again.as_strided(t.shape, t.stride(), t.storage_offset())
         return t
 
-    def normalised(self, offset: Tensor) -> Any:
-        """``log_softmax``, where ``offset`` is the logsumexp that was asked of this."""
-        return NotImplemented
-
-    def become(self, new: Any) -> Any:
-        """Self, changed in place to the numbers of ``new``."""
-        return NotImplemented
-
-    def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
-        """Self, changed in place as PyTorch's ``name`` changes its elements, where it can hold those."""
-        return NotImplemented
-
-    def values_at(self, ids: Tensor) -> Any:
-        """Values at ``ids (*token_shape, K)``, in the same shape."""
-        return NotImplemented
-
-    def value_at(self, ids: Tensor) -> Any:
-        """The value at one id per token, ids that broadcast to ``token_shape``, in ``dtype``."""
-        values = self.values_at(ids.expand(self.token_shape).unsqueeze(-1))
-        return values if values is NotImplemented else values.squeeze(-1).to(self.dtype)
-
-    def column(self, at: int | Tensor) -> Any:
-        """The values of one entry of the vocabulary, ``token_shape``."""
-        return self.value_at(from_front(self, on_device(at, self.device)))
-
-    def vocab_sum(self) -> Any:
-        """Sum over the vocabulary, ``token_shape``."""
-        return NotImplemented
+    # What Python and PyTorch ask of a tensor
 
     @classmethod
     def __torch_function__(
