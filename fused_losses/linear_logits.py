@@ -518,33 +518,30 @@ class LinearLogits(LazyTensor):
 
     def become(self, new: Any) -> Any:
         if not isinstance(new, LinearLogits):
-            return self._become_derived(new)
+            if not isinstance(new, LazyTensor) or self._fixed:
+                return NotImplemented
+            self.rest.views[0] += 1  # what is left of it: its views
+            self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))  # type: ignore[assignment]
+            return self
         if new.rest.detached != self.rest.detached:
             raise RuntimeError(
                 f"a change in place under no_grad would take the gradient of a LinearLogits {tuple(self.shape)} away: use "
                 "the out-of-place form there, or change the logits before"
             )
         new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
-        self.rest.views[0] += 1  # what is left of it: its views
+        self.rest.views[0] += 1
         vars(self).update(vars(new))
         return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
         self.check()
         fixed = self.shard is not None or self._fixed
-        return NotImplemented if fixed else self._become_derived(changed_elements(self, name, change))
+        return NotImplemented if fixed else self.become(changed_elements(self, name, change))
 
     @property
     def _fixed(self) -> bool:
         """Whether this cannot become of another class: it would lose the gradient, or a compiler sight of it."""
         return (self.requires_grad and no_gradient()) or torch.compiler.is_compiling()
-
-    def _become_derived(self, new: Any) -> Any:
-        if not isinstance(new, LazyTensor) or self._fixed:
-            return NotImplemented
-        self.rest.views[0] += 1
-        self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))  # type: ignore[assignment]
-        return self
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         return self._sharing(self._but(self.hidden, dtype=dtype))
