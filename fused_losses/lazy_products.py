@@ -262,8 +262,6 @@ class LazyProducts(Elementwise):
 
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
-        from .lazy_masks import LazyMask
-
         self._check()
         total: Any = 0
         for c, a, b in self.terms:
@@ -275,7 +273,9 @@ class LazyProducts(Elementwise):
                 term = z.log_softmax(dim) if isinstance(b, LinearLogits) else z
                 weight = 1 if a is None else a.elements() if isinstance(a, Dense) else a.elements().softmax(dim)
                 term = term * weight
-            total = total + c * (term.masked_fill(LazyMask(self.finite).materialize(), 0) if self.finite else term)
+            for masked in self.finite:
+                term = term.masked_fill(masked.elements().isinf(), 0)
+            total = total + c * term
         return self._filled(total, self.vocab_dim).to(self.dtype)
 
     def _filled(self, total: Tensor, dim: int | None = None) -> Tensor:
