@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .autodiff import transforms_active
-from .lazy_elementwise import row_sums
 from .lazy_products import LazyStack, logaddexp, minimum
+from .lazy_row_sums import row_sums
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, over_vocab, with_dim, wrap_dim
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression

@@ -1,0 +1,268 @@
+"""Sums over the vocabulary that nothing but the entries tells: of any expression of lazy logits, a few rows at a time.
+
+:func:`row_sums` makes the entries of as many rows as the workspace holds, again in backward, where autograd gives the gradient
+of those rows' logits and route ``gradients_in_forward`` its products: ``8NVH`` floating point operations for each sum, as
+``recompute``. For that :func:`_flattened` puts slots where the expression has logits and tensors, and :func:`_filled` some
+rows of them into the slots. Where the workspace holds all rows the elements are made, once for all sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .autodiff import check_differentiable, differentiable_gradients, in_plain_pytorch, save_for_backward, saved_tensors
+from .chunked.softmax_rows import transform
+from .gradients_in_forward import in_range, loss_and_gradients
+from .head import INPUTS, Head, budget, head_of, ready, whole_logits
+from .lazy_elementwise import computable, copy_with, expanded, key_of
+from .lazy_products import Dense
+from .lazy_tensor import Derived, LazyTensor, is_lazy
+from .linear_logits import LinearLogits, same_logits
+from .numerics import full_precision, statistics_dtype, wide_dtype, wide_sum
+from .settings import resolve_backend
+
+COPIES = 2  # of a few rows of logits, for each function of them: what it makes, and autograd holds
+
+
+class _Slot(NamedTuple):
+    """Where the logits of a head stand in an expression, or a tensor with a row for each token."""
+
+    of: str  # "logits", "tensor" or "dense"
+    at: int
+
+
+def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict[Any, Any]) -> Any:
+    """``x`` with slots for its logits ``(N, V)``, added to ``z``, and its tensors ``(N, …)``, added to ``tensors``; what is one
+    object, by ``known``, stays one."""
+    if isinstance(x, LinearLogits):
+        index = next((i for i, other in enumerate(z) if same_logits(other, x)), len(z))
+        z += [x] * (index == len(z))
+        return _Slot("logits", index)
+    if (key := key_of(x)) in known:
+        return known[key]
+
+    def part(y: Any) -> Any:
+        if is_lazy(y):
+            return _flattened(y, z, tensors, known)
+        dense = isinstance(y, Dense)
+        t = y.elements() if dense else y
+        if t.ndim > 0 and dense:
+            t = expanded(t, x).movedim(x.vocab_dim, -1)
+        if t.ndim > 0:
+            t = t.reshape(-1, t.shape[-1]) if dense else t.reshape(-1)
+        tensors.append(t)
+        return _Slot("dense" if dense else "tensor", len(tensors) - 1)
+
+    known[key] = copy_with(x, lambda value: _inside(value, part))
+    return known[key]
+
+
+def _inside(y: Any, fn: Callable[[Any], Any]) -> Any:
+    """``y`` with ``fn`` of the lazy tensors, tensors and slots in it."""
+    if isinstance(y, (LazyTensor, Dense, Tensor, _Slot)):
+        return fn(y)
+    if isinstance(y, tuple):
+        parts = [_inside(part, fn) for part in y]
+        return type(y)(*parts) if hasattr(y, "_fields") else tuple(parts)
+    return {name: _inside(part, fn) for name, part in y.items()} if isinstance(y, dict) else y
+
+
+def _filled(x: Any, z: Sequence[Any], tensors: Sequence[Tensor], known: dict[int, Any]) -> Any:
+    """``x``, which :func:`_flattened` made, with logits and tensors of some rows in its slots."""
+    if isinstance(x, _Slot):
+        return z[x.at] if x.of == "logits" else Dense(tensors[x.at]) if x.of == "dense" else tensors[x.at]
+    if id(x) not in known:
+        known[id(x)] = copy_with(x, lambda value: _inside(value, lambda y: _filled(y, z, tensors, known)))
+    return known[id(x)]
+
+
+class _MadeLogits(LinearLogits):
+    """Logits ``(n, V)`` that exist."""
+
+    def __init__(self, like: LinearLogits, z: Tensor, dtype: torch.dtype) -> None:
+        bare: dict[str, Any] = {"weight": None, "bias": None, "low_rank": None, "all_tokens": None, "shards": {}}
+        self.rest = like.rest.but(vocab_dim=1, dtype=dtype, temperature=1.0, **bare)
+        self._hidden = z  # whose tokens it has
+
+    def check(self) -> None:
+        pass
+
+    def elements(self) -> Tensor:
+        return self._hidden
+
+    def materialize(self) -> Tensor:
+        return self._hidden.to(self.dtype)
+
+    def with_dtype(self, dtype: torch.dtype) -> _MadeLogits:
+        return _MadeLogits(self, self._hidden, dtype)
+
+    def detach(self) -> _MadeLogits:
+        return _MadeLogits(self, self._hidden.detach(), self.dtype)
+
+
+class _Sums(NamedTuple):
+    """The sums over the vocabulary of an expression, and their gradients, a few rows at a time.
+
+    It holds no tensor of the expression: autograd does, and frees them.
+    """
+
+    expression: Any  # as _flattened made it
+    logits: list[_MadeLogits]  # in its slots, without rows
+    heads: list[Head]  # without their inputs
+    room: int  # bytes
+    at_once: int  # rows
+
+    def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
+        """The sums ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
+        rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
+        elements = _filled(self.expression, rows, tensors, {}).materialize()
+        return wide_sum(elements, -1)
+
+    def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
+        """The heads with their inputs, which come first among the tensors, and the other tensors."""
+        inputs = [tensors[i * INPUTS : (i + 1) * INPUTS] for i in range(len(self.heads))]
+        heads = [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)]
+        return heads, list(tensors[INPUTS * len(heads) :])
+
+    def pieces(self, start: int, stop: int) -> list[slice]:
+        return [slice(i, min(i + self.at_once, stop)) for i in range(start, stop, self.at_once)]
+
+    def value(self, tensors: Sequence[Any]) -> Tensor:
+        heads, others = self.split(tensors)
+        parts = [
+            self.of([_logits(head, _raw(head, rows), rows) for head in heads], [_of_rows(t, rows) for t in others])
+            for rows in self.pieces(0, len(heads[0].hidden))
+        ]
+        return torch.cat(parts) if parts else heads[0].hidden.new_zeros(0, dtype=wide_dtype(heads[0].hidden.device))
+
+    def gradients(self, tensors: Sequence[Any], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
+        """Those of :meth:`value`, a pass for each head that trains; of the other tensors in the last."""
+        heads, others = self.split(tensors)
+        heads = [head.detached() for head in heads]
+        of_heads = [wanted[i * INPUTS : (i + 1) * INPUTS] for i in range(len(heads))]
+        found: list[Tensor | None] = [None] * (INPUTS * len(heads))
+        of_others = [
+            torch.zeros_like(t) if want else None for t, want in zip(others, wanted[len(found) :], strict=True)
+        ]
+        trained = [i for i, want in enumerate(of_heads) if any(want)]
+
+        def of_rows(i: int | None, rows: slice) -> Tensor | None:
+            """The gradient of head ``i``'s logits ``(n, V)``, before scale, softcap and temperature."""
+            totals = of_others if i is None or i == trained[-1] else [None] * len(others)
+            raw = [_raw(head, rows).requires_grad_(i == j) for j, head in enumerate(heads)]
+            parts = [
+                _of_rows(t, rows).detach().requires_grad_(total is not None)
+                for t, total in zip(others, totals, strict=True)
+            ]
+            with torch.enable_grad():
+                sums = self.of([_logits(head, x, rows) for head, x in zip(heads, raw, strict=True)], parts)
+            if not sums.requires_grad:
+                return None
+            leaves = [t for t in (*raw, *parts) if t.requires_grad]
+            grads = list(torch.autograd.grad(sums, leaves, upstream[rows], allow_unused=True))
+            of_logits = None if i is None else grads.pop(0)
+            for total, grad in zip([t for t in totals if t is not None], grads, strict=True):
+                if grad is not None:
+                    _of_rows(total, rows).add_(grad)
+            return of_logits
+
+        for i in trained:
+            backend = resolve_backend(heads[i].hidden, None)
+            over_logits = functools.partial(self.over_logits, functools.partial(of_rows, i))
+            found[i * INPUTS : (i + 1) * INPUTS] = loss_and_gradients(
+                heads[i], None, None, False, over_logits, of_heads[i], self.room, None, backend, with_logits=False
+            )
+        if not trained:
+            for rows in self.pieces(0, len(heads[0].hidden)):
+                of_rows(None, rows)
+        return found + of_others
+
+    def over_logits(
+        self, of_rows: Callable[[slice], Any], logits: Tensor, _: Head, __: None, rows: Any, factor: Any
+    ) -> Any:
+        """The gradient of a chunk's logits, over them: an ``OverLogits``."""
+        pieces = self.pieces(rows.start, rows.stop)
+        grads: Iterable[Tensor | None] = map(of_rows, pieces)  # one at a time
+        if logits.dtype == torch.float16:
+            grads = list(grads)  # all, for the factor
+            alone = in_range([logits.new_ones(1, dtype=torch.float32), *grads])
+            factor = alone if factor is None else torch.minimum(alone, factor)
+        for piece, grad in zip(pieces, grads, strict=True):
+            place = logits[piece.start - rows.start : piece.stop - rows.start]
+            place.zero_() if grad is None else place.copy_(grad if factor is None else grad * factor)
+        return factor
+
+
+def _of_rows(t: Tensor, rows: slice) -> Tensor:
+    return t[rows] if t.ndim > 0 else t
+
+
+def _raw(head: Head, rows: slice) -> Tensor:
+    """Logits ``(n, V)`` before scale, softcap and temperature, in fp32 or wider."""
+    part = head.tokens(rows)
+    out = part.hidden.new_empty(len(part.hidden), head.vocab, dtype=statistics_dtype(part.hidden.dtype))
+    return part.write_logits(out) if len(out) else out
+
+
+def _logits(head: Head, raw: Tensor, rows: slice) -> Tensor:
+    temperature = None if head.temperature is None else head.temperature[rows]
+    return transform(raw, temperature, head.scale, head.softcap, with_slope=False)[0]
+
+
+class _RowSums(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sums: _Sums, *tensors: Tensor | None) -> Tensor:
+        ctx.sums = sums
+        save_for_backward(ctx, *tensors)
+        given = [None if t is None else t.detach() for t in tensors]
+        with full_precision(sums.split(given)[0][0].hidden.device):
+            return sums.value(given)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
+        sums, tensors, wanted = ctx.sums, saved_tensors(ctx), ctx.needs_input_grad[1:]
+        with full_precision(upstream.device):
+            if in_plain_pytorch(upstream):
+                inputs = [t if want else None for t, want in zip(tensors, wanted, strict=True)]
+
+                def fn(*given: Tensor | None) -> list[Tensor]:
+                    heads, others = sums.split([t if g is None else g for t, g in zip(tensors, given, strict=True)])
+                    check_differentiable(len(heads[0].hidden), heads[0].vocab, heads[0].hidden.dtype)
+                    return [sums.of([whole_logits(head, None) for head in heads], others)]
+
+                return None, *differentiable_gradients(fn, inputs, [upstream])
+            return None, *sums.gradients(tensors, wanted, upstream)
+
+
+def row_sums(x: Derived) -> Any:
+    """``Σ_j x_j`` of each token, ``token_shape``, float64."""
+    if not computable(x):
+        return NotImplemented
+    logits: list[LinearLogits] = []
+    tensors: list[Tensor] = []
+    functions: dict[Any, Any] = {}
+    expression = _flattened(x, logits, tensors, functions)
+    if not computable(*logits):
+        return NotImplemented
+    with ExitStack() as stack:
+        for z in logits:
+            stack.enter_context(z.gathered())
+        heads = [ready(head_of(z), None)[0] for z in logits]
+        # One half for the functions, one for a chunk's gradient.
+        room = budget(heads[0], None, True, resolve_backend(heads[0].hidden, None)) // 2
+        at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
+        if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
+            return wide_sum(x.materialize(), x.vocab_dim)
+        slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
+        sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+            found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
+        for z in logits:
+            found = z.gather_in_backward(found)
+    return found.view(x.token_shape)
