@@ -27,6 +27,7 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked import linear_softmax as chunked_linear_softmax
+from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import skipped
 from .head import INPUTS, Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
@@ -217,12 +218,11 @@ def linear_rows_grad(
     slice_buffer = saved_logits if in_place else hidden.new_empty(M, padded(min(chunk, V)))
     with full_precision(hidden.device):
         pending = [] if V or not M or head.shard is None else begin_sums(head.shard, d_hidden, d_u)
-        for start in range(0, V if M else 0, chunk):
-            part = slice(start, min(start + chunk, V))
+        for part in slices(V if M else 0, chunk):
             piece = head.columns(part)
-            d_logits = slice_buffer[:, : part.stop - start]
+            d_logits = slice_buffer[:, : part.stop - part.start]
             part_weight = None if column_weight is None else column_weight[part]
-            how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": start}
+            how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": part.start}
             if saved_logits.ndim and part.stop <= saved_logits.shape[1]:
                 rows_module(backend).softmax_rows_bwd(
                     saved_logits[:, part, None],
@@ -242,7 +242,7 @@ def linear_rows_grad(
             few = few_columns(d_logits, gradient_filter)
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
-                    add_over_columns(total, d_logits, matrix, few, first=start == 0)
+                    add_over_columns(total, d_logits, matrix, few, first=part.start == 0)
             if head.shard is not None and part.stop == V:  # while the products below run
                 pending = begin_sums(head.shard, d_hidden, d_u)
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):

@@ -38,7 +38,7 @@ from .autodiff import (
     saved_tensors,
 )
 from .chunked.divergence_rows import BUFFERS
-from .chunked.linear_softmax import TILE
+from .chunked.linear_softmax import TILE, slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import HeadGradients, in_range, per_token_dtype, scale_gradients, total_dtypes
 from .head import INPUTS, Head, whole_logits
@@ -229,21 +229,21 @@ def both_heads(
         return None if t is None else t[rows]
 
     with full_precision(student.hidden.device):
-        starts = range(0, M, max(cut.tokens, 1))
+        chunks = [*slices(M, max(cut.tokens, 1))]
         # To save, the first chunk comes last: its gradient is what is left in the buffers.
-        for start in reversed(starts) if save else starts:
-            part = slice(start, min(start + cut.tokens, M))
+        for part in reversed(chunks) if save else chunks:
+            first = part.start == 0
             rows: slice | Tensor = part if keep is None else keep[part]
             of_ids = of(ids, rows)
             ignored = of_ids == -100 if zero_ignored and of_ids is not None else None
             for side in sides:
                 side.take(rows, ignored)
-            if start == 0 and soft is not None and any(d is not None for d in saved):
+            if first and soft is not None and any(d is not None for d in saved):
                 for side, d in zip(sides, saved, strict=True):
-                    side.add(None if d is None else multiply_rows(d[:, :V], soft[rows]), rows, first=True)
+                    side.add(None if d is None else multiply_rows(d[:, :V], soft[rows]), rows, first)
                 continue
             logits = [side.logits() for side in sides]
-            made = start == 0 or not save
+            made = first or not save
             d_logits = [side.d_logits(x, rows) if made else None for side, x in zip(sides, logits, strict=True)]
             found, found_nll = compare_rows(
                 backend,
@@ -263,7 +263,7 @@ def both_heads(
                 nll[rows] = found_nll
             if not save:
                 for side, d in zip(sides, d_logits, strict=True):
-                    side.add(d, rows, first=start == 0)
+                    side.add(d, rows, first)
     if save:
         return divergence, nll, [side.d_buffer if side.wanted else None for side in sides]
     totals = [total for side in sides for total in side.gradients.finished()]
