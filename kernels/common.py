@@ -55,6 +55,15 @@ def scales(scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATU
 
 
 @triton.jit
+def row_scales(temperature_ptr, row, inside, scale, softcap, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
+    """:func:`scales` of rows ``(BLOCK_N,)``, from the temperatures ``(N,)`` of those that are ``inside``."""
+    temperature = tl.full(row.shape, 1.0, tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row, mask=inside, other=1.0).to(tl.float32)
+    return scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+
+
+@triton.jit
 def final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP: tl.constexpr, offset=0.0):
     """``z = softcap·tanh(scale·x/softcap)/temperature``, or ``scale·x/temperature`` without softcap; and the tanh.
 

@@ -32,7 +32,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..row_statistics import RowStatistics, empty_statistics
 from ..settings import triton_interpreted
-from .common import FLOOR, exp, final_logits, final_logits_and_tanh, rows_skipped, scales
+from .common import FLOOR, exp, final_logits, final_logits_and_tanh, row_scales, rows_skipped
 from .configurations import (
     architecture,
     linear_softmax_d_logits_config,
@@ -160,10 +160,7 @@ def _linear_softmax_fwd_kernel(
         row = row_tile * BLOCK_N
         n = row + tl.arange(0, BLOCK_N)
         inside = n < N
-        temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
-        if HAS_TEMPERATURE:
-            temperature = tl.load(temperature_ptr + n, mask=inside, other=1.0)
-        inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        inner, outer = row_scales(temperature_ptr, n, inside, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
         largest = tl.full((BLOCK_N,), FLOOR, tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(shifted)·shifted, shifted = z − largest
@@ -575,10 +572,7 @@ def _linear_softmax_d_logits_kernel(
                 active = inside
                 if HAS_IDS:
                     active = inside & ~rows_skipped(ids_ptr, n, inside, K)
-                temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
-                if HAS_TEMPERATURE:
-                    temperature = tl.load(temperature_ptr + n, mask=active, other=1.0)
-                inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+                inner, outer = row_scales(temperature_ptr, n, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
                 slope = inner  # but for what the softcap makes of it
                 if HAS_SOFTCAP:
                     slope = inner * outer

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from ..row_statistics import empty_statistics
-from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, rows_skipped, scales
+from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, row_scales, rows_skipped
 from .configurations import on_its_device, rows_in_flight, softmax_rows_bwd_config, softmax_rows_fwd_config
 
 
@@ -198,10 +198,7 @@ def _softmax_rows_fwd_kernel(
     t_row_ptr = probabilities_ptr
     if HAS_PROBABILITIES:
         t_row_ptr += (row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s
-    temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row, mask=row_inside, other=1.0).to(tl.float32)
-    inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    inner, outer = row_scales(temperature_ptr, row, row_inside, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
 
     largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
         row_ptr, logits_stride_v, active, inner, outer, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
@@ -367,10 +364,7 @@ def _softmax_rows_bwd_kernel(
         mask=inside & active[:, None],
         other=0.0,
     ).to(tl.float32)
-    temperature = tl.full((BLOCK_N,), 1.0, tl.float32)
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
-    inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
     # All numbers of a skipped row are 0, and so is then its gradient.
     logsumexp = tl.load(logsumexp_ptr + row, mask=active, other=0.0)
     logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
@@ -515,10 +509,7 @@ def _softmax_rows_fwd_bwd_kernel(
         active = y != SKIP
         found = (y >= 0) & (y < V)
         x_y = tl.load(row_ptr + y, mask=found, other=0.0).to(tl.float32)
-        temperature = tl.full((1,), 1.0, tl.float32)
-        if HAS_TEMPERATURE:
-            temperature = tl.load(temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
-        inner, outer = scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+        inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
         largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
             row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_COLUMN_WEIGHT, False,
             HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC, STAGES,
