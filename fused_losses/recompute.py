@@ -193,12 +193,7 @@ def linear_rows_grad(
     whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     head, ids = _projected(whole, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
-
-    def of(t: Tensor | None) -> Tensor | None:
-        return t if t is None or keep is None else t[keep]
-
-    logsumexp = logsumexp if keep is None else logsumexp[keep]
-    terms = [of(t) for t in (a, b, e, c, d)]
+    per_row = [t if t is None or keep is None else t[keep] for t in (logsumexp, a, b, e, c, d)]
 
     def empty_gradient(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
@@ -229,15 +224,14 @@ def linear_rows_grad(
                     ids,
                     part_weight,
                     piece.temperature,
-                    logsumexp,
-                    *terms,
+                    *per_row,
                     **how,
                     out=d_logits[..., None],
                 )
             else:
                 linear_module(backend, hidden).linear_softmax_d_logits(
-                    piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, logsumexp,
-                    *terms, **how, out=d_logits,
+                    piece.hidden, piece.weight, piece.bias, piece.low_rank, ids, part_weight, piece.temperature, *per_row,
+                    **how, out=d_logits,
                 )  # fmt: skip
             few = few_columns(d_logits, gradient_filter)
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
