@@ -319,7 +319,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     )
     upstream = only(grads, outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
-    d_probabilities = None
+    d_logits = d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape
         x = logits.transpose(1, 2).reshape(B * S, V).to(dtype)
@@ -327,16 +327,14 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_t = (upstream.sum_log_probs * (1 - label_smoothing))[:, None].to(dtype) * (z - logsumexp[:, None]).to(dtype)
         d_t = d_t if column_weight is None else d_t * column_weight
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
-    if not ctx.needs_input_grad[0]:
-        return for_inputs(ctx, None, None, None, None, d_probabilities)
-    out = logits.detach() if ctx.inplace_backward and not shares_memory(logits) else torch.empty_like(logits)
-    if logits.shape[1] == 0:  # an empty shard
-        return for_inputs(ctx, out, None, None, None, d_probabilities)
-    softmax_rows_grad(
-        logits, ids, column_weight, temperature, logsumexp, *terms, probabilities, label_smoothing, scale, softcap,
-        ctx.backend, out,
-    )  # fmt: skip
-    return for_inputs(ctx, out, None, None, None, d_probabilities)
+    if ctx.needs_input_grad[0]:
+        d_logits = logits.detach() if ctx.inplace_backward and not shares_memory(logits) else torch.empty_like(logits)
+        if logits.shape[1]:  # not of an empty shard
+            softmax_rows_grad(
+                logits, ids, column_weight, temperature, logsumexp, *terms, probabilities, label_smoothing, scale, softcap,
+                ctx.backend, d_logits,
+            )  # fmt: skip
+    return for_inputs(ctx, d_logits, None, None, None, d_probabilities)
 
 
 softmax_rows.register_autograd(_backward, setup_context=_setup_context)
