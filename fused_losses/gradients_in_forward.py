@@ -331,29 +331,10 @@ def linear_loss(
 
 @linear_loss.register_fake
 def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    u: Tensor | None,
-    B: Tensor | None,
-    ids: Tensor,
-    column_weight: Tensor | None,
-    temperature: Tensor | None,
-    of_log_probs: Tensor,
-    of_sum_log_probs: Tensor | None,
-    of_square: Tensor | None,
-    keep: Tensor | None,
-    zero_ignored: bool,
-    scale: float,
-    softcap: float | None,
-    top1: bool,
-    wanted: list[bool],
-    workspace: int,
-    accumulate: str | None,
-    backend: str,
-    shard: str,
-    gradient_filter: float,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
+    _ids, _column_weight, _temperature, of_log_probs, _of_sum_log_probs, _of_square, keep, *_ = rest
+    *_, top1, wanted, workspace, accumulate, backend, shard, gradient_filter = rest
     N = hidden.shape[0]
     head = Head(hidden, weight, bias, u, B, shard=VocabShard.unpacked(shard), gradient_filter=gradient_filter)
     M = N if keep is None else keep.shape[0]

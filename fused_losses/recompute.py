@@ -132,27 +132,9 @@ def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored
 
 
 @linear_rows.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    u: Tensor | None,
-    B: Tensor | None,
-    ids: Tensor | None,
-    column_weight: Tensor | None,
-    temperature: Tensor | None,
-    keep: Tensor | None,
-    main_grad: Tensor | None,
-    zero_ignored: bool,
-    scale: float,
-    softcap: float | None,
-    outputs: str,
-    columns: int,
-    workspace: int,
-    backend: str,
-    shard: str,
-    gradient_filter: float,
-) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _weight, _bias, _u, _B, ids, _column_weight, _temperature, keep, *_ = rest
+    *_, outputs, columns, _workspace, _backend, _shard, _gradient_filter = rest
     statistics = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
     saved_logits = _buffer_to_save(hidden, M, columns)

@@ -184,20 +184,8 @@ def softmax_rows(
 
 
 @softmax_rows.register_fake
-def _(
-    logits: Tensor,
-    ids: Tensor | None,
-    column_weight: Tensor | None,
-    temperature: Tensor | None,
-    probabilities: Tensor | None,
-    label_smoothing: float,
-    scale: float,
-    softcap: float | None,
-    outputs: str,
-    inplace_backward: bool,
-    backend: str,
-    shard: str,
-) -> tuple[Tensor, ...]:
+def _(logits: Tensor, ids: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *_, outputs, _inplace_backward, _backend, _shard = rest
     room = empty_statistics(logits, logits.shape[0] * logits.shape[2], ids, outputs.split(","))
     return tuple(logits.new_empty(0) if s is None else s for s in room)
 
