@@ -5,7 +5,7 @@ weight and hidden. Backward multiplies by the upstream gradient. With ``N`` toke
 ``6NVH`` floating point operations, as eager PyTorch's. Recomputing the forward (activation checkpointing) doubles its cost.
 
 :func:`loss_and_gradients` is the pass, :func:`linear_loss` the operator for losses that are linear in the log-probabilities and
-quadratic in the logsumexp, :func:`with_gradients` the operator for gradients that something else made in forward.
+quadratic in the logsumexp, :func:`with_gradients` for gradients that something else made in forward.
 """
 
 from __future__ import annotations
@@ -245,8 +245,9 @@ def loss_of_head(
     accumulate: str | None,
     backend: str,
     main_grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:func:`linear_loss`; with ``main_grad`` ``(V, H)`` the gradient of the weight is added there."""
+) -> tuple[Tensor, RowStatistics, list[Tensor | None]]:
+    """The loss of :func:`linear_loss`, what was found of its rows, and the gradient of each of ``head.inputs`` or None; with
+    ``main_grad`` ``(V, H)`` that of the weight is added there."""
     of_log_probs, of_sum_log_probs, of_square = of
     dtype = statistics_dtype(head.hidden.dtype)
     outputs = ["log_probs"] + ["sum_log_probs"] * (of_sum_log_probs is not None) + ["is_top1"] * top1
@@ -282,13 +283,7 @@ def loss_of_head(
         loss += of_sum_log_probs * found.sum_log_probs
     if of_square is not None:
         loss += of_square * found.logsumexp.to(dtype).square()
-    return (
-        torch.where(ids[:, 0] == -100, 0, loss).sum().to(dtype),
-        found.log_probs,
-        found.logsumexp,
-        present(found.is_top1, of_log_probs),
-        *(present(g, of_log_probs) for g in gradients),
-    )  # type: ignore[return-value]
+    return torch.where(ids[:, 0] == -100, 0, loss).sum().to(dtype), found, gradients
 
 
 @torch.library.custom_op("fused_losses::linear_loss", mutates_args=())
@@ -323,10 +318,12 @@ def linear_loss(
         five arguments; 0-dim where absent or not ``wanted``.
     """
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
-    return loss_of_head(
+    loss, found, gradients = loss_of_head(
         head, ids, column_weight, (of_log_probs, of_sum_log_probs, of_square), keep, zero_ignored, top1, wanted, workspace,
         accumulate, backend,
     )  # fmt: skip
+    results = (found.log_probs, found.logsumexp, found.is_top1, *gradients)
+    return loss, *(present(t, loss) for t in results)  # type: ignore[return-value]
 
 
 @linear_loss.register_fake
@@ -437,12 +434,11 @@ def scale_gradients(
 
 
 @torch.library.custom_op("fused_losses::with_gradients", mutates_args=())
-def with_gradients(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
-    """``loss ()``, whose gradient for each of ``inputs`` is the given one times the upstream gradient."""
+def _with_gradients(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
     return loss.clone()
 
 
-@with_gradients.register_fake
+@_with_gradients.register_fake
 def _(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
     return torch.empty_like(loss)
 
@@ -462,4 +458,10 @@ def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return None, [None] * len(gradients), gradients
 
 
-with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_gradients_setup)
+_with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_gradients_setup)
+
+
+def with_gradients(loss: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
+    """``loss ()``, whose gradient for each of ``inputs`` is the given one, if any, times the upstream gradient."""
+    pairs = [(g, t) for g, t in zip(gradients, inputs, strict=True) if g is not None and t is not None]
+    return _with_gradients(loss, [g for g, _ in pairs], [t for _, t in pairs])

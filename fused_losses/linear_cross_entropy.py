@@ -453,11 +453,12 @@ def _hard(
                 first, second, third = (None if t is None else t * promised for t in of)
                 assert first is not None
                 at_scale = (first, second, third)
-                value, log_probs, logsumexp, is_top1, *gradients = loss_of_head(
+                value, found, gradients = loss_of_head(
                     head.detached(), ids, column_weight, at_scale, keep, zero_ignored, top1, *tail, main_grad
                 )
-            pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g.ndim and t is not None]
-            loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs]) / promised
+            loss = with_gradients(value, gradients, head.inputs) / promised
+            log_probs, logsumexp, is_top1 = found.log_probs, found.logsumexp, found.is_top1
+        assert log_probs is not None
         return loss, (log_probs[:, 0], logsumexp, is_top1), True
     outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if top1 else ())
     statistics = linear_statistics(

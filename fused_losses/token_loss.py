@@ -127,9 +127,7 @@ def token_loss(
                     if (N if keep is None else len(keep)) == 0:  # to know what fn returns
                         nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
                         loss_of.coefficients(nothing, slice(0, 0))
-                pairs = [(g, t) for g, t in zip(gradients, head.inputs, strict=True) if g is not None and t is not None]
-                value = loss_of.total()
-                loss = with_gradients(value, [g for g, _ in pairs], [t for _, t in pairs])
+                loss = with_gradients(loss_of.total(), gradients, head.inputs)
                 loss = torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
