@@ -39,7 +39,7 @@ from .numerics import (
     full_precision,
     on_device,
     statistics_dtype,
-    wide_dtype,
+    sum_of_losses,
 )
 from .recompute import linear_statistics
 from .settings import Backend, Route, resolve_backend
@@ -475,7 +475,7 @@ def _hard(
     if token_weights is not None:
         loss = loss * token_weights
     assert statistics.log_probs is not None
-    loss = loss.sum(dtype=wide_dtype(loss.device)).to(loss.dtype) if summed else loss
+    loss = sum_of_losses(loss) if summed else loss
     return loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1), False
 
 

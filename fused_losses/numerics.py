@@ -45,6 +45,11 @@ def wide_sum(x: Tensor, dim: int) -> Tensor:
     return wide_sums(rows.reshape(-1, rows.shape[-1]), None, elements).view(rows.shape[:-1])
 
 
+def sum_of_losses(losses: Tensor) -> Tensor:
+    """Their sum, in float64 and rounded once."""
+    return losses.sum(dtype=wide_dtype(losses.device)).to(losses.dtype)
+
+
 def upcast(x: Tensor) -> Tensor:
     """``x`` in the precision statistics are computed in; no copy where it already is."""
     return x.to(statistics_dtype(x.dtype))

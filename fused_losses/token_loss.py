@@ -16,7 +16,7 @@ from .autodiff import exporting, may_save, traced, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
-from .numerics import full_precision, wide_dtype
+from .numerics import full_precision, sum_of_losses
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, without_ignored
 from .settings import Backend, resolve_backend
 from .settings import route as route_setting
@@ -127,7 +127,8 @@ def token_loss(
                     if (N if keep is None else len(keep)) == 0:  # to know what fn returns
                         nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
                         loss_of.coefficients(nothing, slice(0, 0))
-                loss = with_gradients(loss_of.total(), gradients, head.inputs)
+                assert loss_of.loss is not None
+                loss = with_gradients(sum_of_losses(loss_of.loss), gradients, head.inputs)
                 loss = torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
@@ -140,7 +141,7 @@ def token_loss(
     part: slice | Tensor = slice(None) if keep is None else keep
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)
     value = loss_of(TokenStatistics(*parts), part)
-    return value.sum(dtype=wide_dtype(value.device)).to(value.dtype), loss_of.aux_at(tokens)
+    return sum_of_losses(value), loss_of.aux_at(tokens)
 
 
 class _PerToken:
@@ -234,10 +235,6 @@ class _PerToken:
             gradients["log_probs"] = gradients["log_probs"][:, None]
         upstream = without_ignored(RowStatistics(**gradients), self.ids[rows])
         return coefficients(upstream, found, self.vocab, None, dtype)
-
-    def total(self) -> Tensor:
-        assert self.loss is not None
-        return self.loss.sum(dtype=wide_dtype(self.loss.device)).to(self.loss.dtype)
 
     def aux_at(self, tokens: torch.Size) -> dict[str, Tensor]:
         return {name: x.view(tokens) for name, x in self.aux.items()}

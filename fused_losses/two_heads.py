@@ -42,7 +42,7 @@ from .chunked.linear_softmax import TILE, slices
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import HeadGradients, in_range, per_token_dtype, scale_gradients, total_dtypes
 from .head import INPUTS, Head, whole_logits
-from .numerics import full_precision, statistics_dtype, wide_dtype
+from .numerics import full_precision, statistics_dtype, sum_of_losses
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import gathered_bytes
 from .row_divergence import Divergence, compare_rows, differentiable_rows
@@ -376,13 +376,11 @@ def two_heads_loss(*arguments: Any) -> tuple[Tensor, ...]:
     problem = _Problem.of(arguments[:IN_PROBLEM])
     soft, hard, with_nll, wanted, workspace, backend = arguments[IN_PROBLEM:]
     hidden = problem.student.hidden
-    dtype = statistics_dtype(hidden.dtype)
-    per_token = [hidden.new_full((len(hidden),), x, dtype=dtype) for x in (soft, hard)]
+    per_token = [hidden.new_full((len(hidden),), x, dtype=statistics_dtype(hidden.dtype)) for x in (soft, hard)]
     divergence, nll, gradients = both_heads(
         *problem, per_token[0], per_token[1] if with_nll else None, with_nll, wanted, workspace, backend
     )
-    total = soft * divergence if nll is None else soft * divergence + hard * nll
-    loss = total.sum(dtype=wide_dtype(total.device)).to(dtype)
+    loss = sum_of_losses(soft * divergence if nll is None else soft * divergence + hard * nll)
     return loss, *(present(g, loss) for g in gradients)
 
 
