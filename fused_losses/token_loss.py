@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .autodiff import exporting, may_save, traced, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
-from .head import head_of, kept_tokens, ready
+from .head import Head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import full_precision, sum_of_losses
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, without_ignored
@@ -116,20 +116,7 @@ def token_loss(
             in_forward = in_forward and planned.route == "gradients_in_forward" and not exporting()
             if in_forward:
                 head, _ = ready(head, None)
-                wanted = head.trained
-                with torch.no_grad(), full_precision(head.hidden.device):
-                    in_float16 = head.hidden.dtype == torch.float16
-                    over_logits = by_coefficients(loss_of.coefficients, loss_of.outputs, None, backend, in_float16)
-                    gradients = loss_and_gradients(
-                        head.detached(), ids, keep, zero_ignored, over_logits, wanted, planned.budget, accumulate,
-                        backend,
-                    )  # fmt: skip
-                    if (N if keep is None else len(keep)) == 0:  # to know what fn returns
-                        nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
-                        loss_of.coefficients(nothing, slice(0, 0))
-                assert loss_of.loss is not None
-                loss = with_gradients(sum_of_losses(loss_of.loss), gradients, head.inputs)
-                loss = torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
+                loss = _made_in_forward(loss_of, head, keep, zero_ignored, planned.budget, accumulate, backend)
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:
@@ -142,6 +129,31 @@ def token_loss(
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)
     value = loss_of(TokenStatistics(*parts), part)
     return sum_of_losses(value), loss_of.aux_at(tokens)
+
+
+def _made_in_forward(
+    loss_of: _PerToken,
+    head: Head,
+    keep: Tensor | None,  # (M,)
+    zero_ignored: bool,
+    workspace: int,
+    accumulate: str | None,
+    backend: Backend,
+) -> Tensor:
+    """The sum of the losses of a head's tokens, with its gradients."""
+    ids, wanted = loss_of.ids, head.trained
+    with torch.no_grad(), full_precision(head.hidden.device):
+        in_float16 = head.hidden.dtype == torch.float16
+        over_logits = by_coefficients(loss_of.coefficients, loss_of.outputs, None, backend, in_float16)
+        gradients = loss_and_gradients(
+            head.detached(), ids, keep, zero_ignored, over_logits, wanted, workspace, accumulate, backend
+        )
+        if loss_of.loss is None:  # there was no token; to know what fn returns
+            nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
+            loss_of.coefficients(nothing, slice(0, 0))
+    assert loss_of.loss is not None
+    loss = with_gradients(sum_of_losses(loss_of.loss), gradients, head.inputs)
+    return torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
 
 
 class _PerToken:
