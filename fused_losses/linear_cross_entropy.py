@@ -293,61 +293,23 @@ def heads_cross_entropy(
 ) -> tuple[Tensor, CrossEntropyStatistics | None, bool]:
     """The loss in fp32 or wider, reduced, its statistics, and whether its gradients were made in forward because that route
     was asked for: of its own, a rank with more tokens may plan another."""
-    hidden, C, shard = heads[0].hidden, heads[0].vocab, heads[0].shard
+    hidden, C = heads[0].hidden, heads[0].vocab
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
-    check_reduction(reduction)
-    check_label_smoothing(label_smoothing)
-    if not probabilities and target.shape != positions:
-        raise ValueError(
-            f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "
-            f"for {N * D} positions of {C} classes"
-        )
-    if not (target.is_floating_point() if probabilities else target.dtype in (torch.int64, torch.uint8)):
-        raise RuntimeError(
-            f"Expected int64 or uint8 class indices {tuple(positions)}, or floating point class probabilities; got "
-            f"{target.dtype} {tuple(target.shape)}"
-        )
-    if target.device != hidden.device:
-        raise RuntimeError(f"input is on {hidden.device} and target on {target.device}: move one")
-    if weight is not None and (weight.shape != (C,) or weight.device != hidden.device):
-        raise RuntimeError(
-            f"weight tensor should be defined either for all {C} classes or no classes but got weight tensor of shape "
-            f"{tuple(weight.shape)} on {weight.device}"
-        )
+    _check_arguments(
+        heads, target, probabilities, positions, weight, reduction, label_smoothing, token_weights, main_grad, grad_scale,
+    )  # fmt: skip
     if token_weights is not None:
-        if token_weights.shape != positions:
-            raise ValueError(f"expected token_weights {tuple(positions)}, got {tuple(token_weights.shape)}")
         token_weights = token_weights.to(dtype).reshape(N, D)
-    if main_grad is not None and (
-        D > 1 or probabilities or main_grad.shape != heads[0].weight.shape or main_grad.dtype != dtype
-    ):
-        raise ValueError(
-            f"main_grad takes the gradient of a (C, H) weight from class indices in {dtype}; got {main_grad.dtype} "
-            f"{tuple(main_grad.shape)} for {D} weight(s) {tuple(heads[0].weight.shape)}"
-        )
-    if grad_scale is not None and (main_grad is None or reduction == "none"):
-        raise ValueError(
-            "grad_scale promises the upstream gradient of a mean or sum for main_grad=; there is none here"
-        )
     if isinstance(grad_scale, (int, float)) and grad_scale == 0:
         grad_scale = None  # the loss could not be divided by it again
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
-        targets = target.reshape(N, D, heads[0].weight.shape[0]).unbind(1)
-        weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
-        pairs = [_soft(h, t, weight, label_smoothing, z_loss, **how) for h, t in zip(heads, targets, strict=True)]
-        loss = torch.stack([p[0] for p in pairs], 1)
-        logsumexp = torch.stack([p[1] for p in pairs], 1)
-        if token_weights is not None:
-            loss = loss * token_weights
-        if reduction == "none":
-            loss = loss.view(positions)
-        else:
-            loss = loss.sum() if reduction == "sum" else loss.sum() / loss.numel()
+        loss, logsumexp = _of_probabilities(
+            heads, target, weight, label_smoothing, z_loss, token_weights, reduction, **how
+        )
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
-        return loss, statistics if return_statistics else None, False
-
+        return loss.view(positions) if reduction == "none" else loss, statistics if return_statistics else None, False
     if weight is not None and differentiated(weight):
         raise RuntimeError(
             f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
@@ -391,6 +353,77 @@ def heads_cross_entropy(
         return loss, None, made
     log_probs, logsumexp, is_top1 = (torch.stack(list(part), -1).view(positions) for part in zip(*found, strict=True))
     return loss, CrossEntropyStatistics(log_probs.detach(), logsumexp.detach().to(dtype), is_top1), made
+
+
+def _check_arguments(
+    heads: Sequence[Head],
+    target: Tensor,
+    probabilities: bool,
+    positions: torch.Size,
+    weight: Tensor | None,
+    reduction: str,
+    label_smoothing: float,
+    token_weights: Tensor | None,
+    main_grad: Tensor | None,
+    grad_scale: float | Tensor | None,
+) -> None:
+    hidden, C, D = heads[0].hidden, heads[0].vocab, len(heads)
+    dtype = statistics_dtype(hidden.dtype)
+    check_reduction(reduction)
+    check_label_smoothing(label_smoothing)
+    if not probabilities and target.shape != positions:
+        raise ValueError(
+            f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "
+            f"for {hidden.shape[0] * D} positions of {C} classes"
+        )
+    if not (target.is_floating_point() if probabilities else target.dtype in (torch.int64, torch.uint8)):
+        raise RuntimeError(
+            f"Expected int64 or uint8 class indices {tuple(positions)}, or floating point class probabilities; got "
+            f"{target.dtype} {tuple(target.shape)}"
+        )
+    if target.device != hidden.device:
+        raise RuntimeError(f"input is on {hidden.device} and target on {target.device}: move one")
+    if weight is not None and (weight.shape != (C,) or weight.device != hidden.device):
+        raise RuntimeError(
+            f"weight tensor should be defined either for all {C} classes or no classes but got weight tensor of shape "
+            f"{tuple(weight.shape)} on {weight.device}"
+        )
+    if token_weights is not None and token_weights.shape != positions:
+        raise ValueError(f"expected token_weights {tuple(positions)}, got {tuple(token_weights.shape)}")
+    if main_grad is not None and (
+        D > 1 or probabilities or main_grad.shape != heads[0].weight.shape or main_grad.dtype != dtype
+    ):
+        raise ValueError(
+            f"main_grad takes the gradient of a (C, H) weight from class indices in {dtype}; got {main_grad.dtype} "
+            f"{tuple(main_grad.shape)} for {D} weight(s) {tuple(heads[0].weight.shape)}"
+        )
+    if grad_scale is not None and (main_grad is None or reduction == "none"):
+        raise ValueError(
+            "grad_scale promises the upstream gradient of a mean or sum for main_grad=; there is none here"
+        )
+
+
+def _of_probabilities(
+    heads: Sequence[Head],
+    target: Tensor,  # (…, C)
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    token_weights: Tensor | None,  # (N, D)
+    reduction: str,
+    **how: Any,
+) -> tuple[Tensor, Tensor]:
+    """The loss with class probabilities, reduced or ``(N, D)``, and ``logsumexp (N, D)``."""
+    head, shard = heads[0], heads[0].shard
+    targets = target.reshape(head.hidden.shape[0], len(heads), head.weight.shape[0]).unbind(1)
+    weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
+    pairs = [_soft(h, t, weight, label_smoothing, z_loss, **how) for h, t in zip(heads, targets, strict=True)]
+    loss, logsumexp = (torch.stack(part, 1) for part in zip(*pairs, strict=True))
+    if token_weights is not None:
+        loss = loss * token_weights
+    if reduction != "none":
+        loss = loss.sum() if reduction == "sum" else loss.sum() / loss.numel()
+    return loss, logsumexp
 
 
 def _hard(
