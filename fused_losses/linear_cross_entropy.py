@@ -318,9 +318,10 @@ def heads_cross_entropy(
     shares = row_shares(ids.reshape(-1), weight, dtype).view(N, D)
     counted = ids != -100
     total, square = denominators(shares, counted, weight, z_loss, reduction)
-    total = total.to(dtype)
-    some = counted.any()
-    divisor = torch.where(some, total, 1) if reduction == "mean" else 1
+    divisor: Tensor | int = 1
+    if reduction != "none":
+        some = counted.any()
+        divisor = torch.where(some, total.to(dtype), 1) if reduction == "mean" else 1
     if token_weights is not None:
         token_weights = token_weights.masked_fill(~counted, 0)
     values, found = [], []
@@ -345,9 +346,10 @@ def heads_cross_entropy(
         values.append(value)
         found.append(statistics_of_head)
     loss = torch.stack(values, -1)
-    loss = loss.view(positions) if reduction == "none" else loss.sum()
-    if reduction != "none":  # of nothing 0 or nan, whose gradient is 0 and not 0·∞: callers divide by a count
-        loss = torch.where(some, loss / divisor, torch.nan if reduction == "mean" else 0)
+    if reduction == "none":
+        loss = loss.view(positions)
+    else:  # of nothing 0 or nan, whose gradient is 0 and not 0·∞: callers divide by a count
+        loss = torch.where(some, loss.sum() / divisor, torch.nan if reduction == "mean" else 0)
     made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
     if not return_statistics:
         return loss, None, made
