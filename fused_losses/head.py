@@ -15,7 +15,7 @@ from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import full_precision, statistics_dtype
 from .planning import Plan, plan
 from .products import add_product
-from .row_statistics import RowStatistics
+from .row_statistics import RowStatistics, part_of
 from .settings import Backend
 from .settings import drop_ignored as drop_ignored_setting
 from .settings import gradient_filter as gradient_filter_setting
@@ -91,7 +91,7 @@ class Head(NamedTuple):
 
     def columns(self, part: slice) -> Head:
         """The vocabulary entries at ``part``."""
-        bias, B = (None if t is None else t[part] for t in (self.bias, self.B))
+        bias, B = part_of(self.bias, part), part_of(self.B, part)
         return self._replace(weight=self.weight[part], bias=bias, B=B)
 
     def plan(self, tokens: int, **options: Any) -> Plan:

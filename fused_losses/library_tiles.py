@@ -12,7 +12,7 @@ from torch import Tensor
 from .chunked.linear_softmax import LowRank, slices
 from .head import Head
 from .planning import padded, tile_rows
-from .row_statistics import RowStatistics, empty_statistics
+from .row_statistics import RowStatistics, empty_statistics, part_of
 
 
 def linear_softmax_fwd(
@@ -44,9 +44,9 @@ def linear_softmax_fwd(
             saved_logits[rows] = logits[:, : saved_logits.shape[1]]
         found = softmax_rows_fwd(
             logits.unsqueeze(-1),
-            None if ids is None else ids[rows],
+            part_of(ids, rows),
             column_weight,
-            None if temperature is None else temperature[rows],
+            part_of(temperature, rows),
             scale=scale,
             softcap=softcap,
             outputs=outputs,

@@ -33,7 +33,15 @@ from .head import INPUTS, Head, budget, differentiable_statistics, kept_tokens, 
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns
-from .row_statistics import RowStatistics, coefficients, empty_statistics, only, total_weight, without_ignored
+from .row_statistics import (
+    RowStatistics,
+    coefficients,
+    empty_statistics,
+    only,
+    part_of,
+    total_weight,
+    without_ignored,
+)
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
 from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
@@ -127,7 +135,7 @@ def linear_rows(
 
 def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
     if keep is not None:
-        return head.tokens(keep), None if ids is None else ids[keep]
+        return head.tokens(keep), part_of(ids, keep)
     return (head.tokens(slice(None), skipped(ids)) if zero_ignored else head), ids
 
 
@@ -175,7 +183,7 @@ def linear_rows_grad(
     whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     head, ids = _projected(whole, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
-    per_row = [t if t is None or keep is None else t[keep] for t in (logsumexp, a, b, e, c, d)]
+    per_row = [t if keep is None else part_of(t, keep) for t in (logsumexp, a, b, e, c, d)]
 
     def empty_gradient(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
         like = head.inputs[i]
@@ -198,7 +206,7 @@ def linear_rows_grad(
         for part in slices(V if M else 0, chunk):
             piece = head.columns(part)
             d_logits = slice_buffer[:, : part.stop - part.start]
-            part_weight = None if column_weight is None else column_weight[part]
+            part_weight = part_of(column_weight, part)
             how: dict[str, Any] = {"scale": scale, "softcap": softcap, "vocab_start": part.start}
             if saved_logits.ndim and part.stop <= saved_logits.shape[1]:
                 rows_module(backend).softmax_rows_bwd(

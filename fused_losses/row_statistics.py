@@ -19,6 +19,10 @@ from torch import Tensor
 from .numerics import statistics_dtype, wide_dtype
 
 
+def part_of(t: Tensor | None, rows: slice | Tensor) -> Tensor | None:
+    return None if t is None else t[rows]
+
+
 class RowStatistics(NamedTuple):
     """Statistics of ``N`` rows; ``None`` where not asked for.
 

@@ -46,6 +46,7 @@ from .numerics import full_precision, statistics_dtype, sum_of_losses
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import gathered_bytes
 from .row_divergence import Divergence, compare_rows, differentiable_rows
+from .row_statistics import part_of
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
@@ -225,16 +226,13 @@ def both_heads(
     divergence = student.hidden.new_zeros(N, dtype=dtype)
     nll = student.hidden.new_zeros(N, dtype=dtype) if with_nll else None
 
-    def of(t: Tensor | None, rows: slice | Tensor) -> Tensor | None:
-        return None if t is None else t[rows]
-
     with full_precision(student.hidden.device):
         chunks = [*slices(M, max(cut.tokens, 1))]
         # To save, the first chunk comes last: its gradient is what is left in the buffers.
         for part in reversed(chunks) if save else chunks:
             first = part.start == 0
             rows: slice | Tensor = part if keep is None else keep[part]
-            of_ids = of(ids, rows)
+            of_ids = part_of(ids, rows)
             ignored = of_ids == -100 if zero_ignored and of_ids is not None else None
             for side in sides:
                 side.take(rows, ignored)
@@ -253,8 +251,8 @@ def both_heads(
                 *(side.chunk.temperature for side in sides),
                 **which.of(*heads),
                 with_nll=with_nll,
-                soft=of(soft, rows),
-                hard=of(hard, rows),
+                soft=part_of(soft, rows),
+                hard=part_of(hard, rows),
                 d_student=None if d_logits[0] is None else d_logits[0].unsqueeze(-1),
                 d_teacher=None if d_logits[1] is None else d_logits[1].unsqueeze(-1),
             )

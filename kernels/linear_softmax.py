@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..row_statistics import RowStatistics, empty_statistics
+from ..row_statistics import RowStatistics, empty_statistics, part_of
 from ..settings import triton_interpreted
 from .common import FLOOR, exp, final_logits, final_logits_and_tanh, row_scales, rows_skipped
 from .configurations import (
@@ -410,11 +410,7 @@ def linear_softmax_fwd(
     split_weight = hidden.new_empty(config.splits, dtype=torch.float32)
     for start in range(0, hidden.shape[0], rows):
         part = slice(start, start + rows)
-
-        def of(x, part=part):
-            return None if x is None else x[part]
-
-        h, h_u, part_out = hidden[part], of(u), RowStatistics(*(of(x) for x in out))
+        h, h_u, part_out = hidden[part], part_of(u, part), RowStatistics(*(part_of(x, part) for x in out))
         N = h.shape[0]
         items = triton.cdiv(N, config.block_n) * config.splits
         _linear_softmax_fwd_kernel[(min(items, programs(hidden.device)) if tma else items,)](
@@ -423,13 +419,13 @@ def linear_softmax_fwd(
             _operand(h_u, (config.block_n, config.block_k), tma),
             _operand(b, (config.block_v, config.block_k), tma),
             bias,
-            of(ids),
+            part_of(ids, part),
             column_weight,
-            of(temperature),
+            part_of(temperature, part),
             part_out.log_probs,
             partials,
             split_weight,
-            of(saved_logits),
+            part_of(saved_logits, part),
             N,
             V,
             H,
@@ -464,7 +460,7 @@ def linear_softmax_fwd(
         _combine_splits_kernel[(triton.cdiv(N, 64),)](
             partials,
             split_weight,
-            of(ids),
+            part_of(ids, part),
             part_out.log_probs,
             part_out.logsumexp,
             part_out.entropy,

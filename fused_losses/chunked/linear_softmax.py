@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype, wide_sums
-from ..row_statistics import RowStatistics, total_weight
+from ..row_statistics import RowStatistics, part_of, total_weight
 from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
@@ -77,9 +77,7 @@ def linear_softmax_fwd(
             if saved_logits is not None and columns.start < saved_logits.shape[1]:
                 part = saved_logits[rows, columns]
                 part.copy_(x[:, : part.shape[1]])
-            z, _ = transform(
-                x, None if temperature is None else temperature[rows], scale, softcap, out=x, with_slope=False
-            )
+            z, _ = transform(x, part_of(temperature, rows), scale, softcap, out=x, with_slope=False)
             if at_ids is not None and ids is not None:
                 local = ids[rows] - columns.start
                 inside = (local >= 0) & (local < z.shape[1])
@@ -150,21 +148,17 @@ def linear_softmax_d_logits(
 ) -> Tensor:
     N, V = hidden.shape[0], weight.shape[0]
     out = hidden.new_empty(N, V) if out is None else out
-
-    def of(t: Tensor | None, part: slice) -> Tensor | None:
-        return None if t is None else t[part]
-
     side = tile_side(hidden.device)
     for columns in slices(V, side):
         for rows in slices(N, side):
             tile = logits_tile(hidden, weight, bias, low_rank, rows, columns)
             softmax_rows_bwd(
                 tile.unsqueeze(-1),
-                of(ids, rows),
-                of(column_weight, columns),
-                of(temperature, rows),
+                part_of(ids, rows),
+                part_of(column_weight, columns),
+                part_of(temperature, rows),
                 logsumexp[rows],
-                *(of(coefficient, rows) for coefficient in (a, b, e, c, d)),
+                *(part_of(coefficient, rows) for coefficient in (a, b, e, c, d)),
                 scale=scale,
                 softcap=softcap,
                 vocab_start=vocab_start + columns.start,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype, wide_sums
-from ..row_statistics import RowStatistics, empty_statistics, label_weights, total_weight
+from ..row_statistics import RowStatistics, empty_statistics, label_weights, part_of, total_weight
 
 LOG2_E = 1 / math.log(2)
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, which stays in a core's cache
@@ -116,11 +116,9 @@ def softmax_rows_fwd(
     buffer = rows_buffer(logits)
     for rows, chunk, t in row_chunks(logits, probabilities):
         x = upcast_rows(chunk, buffer)
-        z, _ = transform(
-            x, None if temperature is None else temperature[rows], scale, softcap, buffer[: len(x)], with_slope=False
-        )
+        z, _ = transform(x, part_of(temperature, rows), scale, softcap, buffer[: len(x)], with_slope=False)
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
-        out.put(row_statistics(z, None if ids is None else ids[rows], w, outputs, buffer), rows)
+        out.put(row_statistics(z, part_of(ids, rows), w, outputs, buffer), rows)
     return out
 
 
@@ -201,7 +199,7 @@ def softmax_rows_bwd(
         x = upcast_rows(chunk, buffer)
         in_place = grad.is_contiguous() and grad.dtype == dtype
         logp = grad.view(x.shape) if in_place else buffer[: len(x)]
-        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap, out=logp)
+        z, slope = transform(x, part_of(temperature, rows), scale, softcap, out=logp)
         torch.sub(z, hi[rows, None], out=logp)
         if b is None and e is None:
             # p·a alone: what is left of logsumexp goes into the row's factor.
@@ -216,7 +214,7 @@ def softmax_rows_bwd(
             dz = p.mul_(factor)
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
         local = None if ids is None else ids[rows] - vocab_start
-        d_, c_, skip_ = (None if t is None else t[rows] for t in (d, c, skip))
+        d_, c_, skip_ = (part_of(t, rows) for t in (d, c, skip))
         finish_gradient(dz, w, d_, local, c_, slope, skip_)
         if dz.data_ptr() != grad.data_ptr():
             grad.copy_(dz.view(grad.shape))
@@ -265,7 +263,7 @@ def softmax_rows_fwd_bwd(
     dtype, buffer = statistics_dtype(logits.dtype), rows_buffer(logits[..., None], copies_held(softcap))
     for rows, chunk in row_chunks(logits[..., None], copies=copies_held(softcap)):
         x = upcast_rows(chunk, buffer)
-        z, slope = transform(x, None if temperature is None else temperature[rows], scale, softcap, out=x)
+        z, slope = transform(x, part_of(temperature, rows), scale, softcap, out=x)
         found = row_statistics(z, ids[rows], column_weight, {*outputs, "max_logit"}, x)
         out.put(found, rows)
         assert found.max_logit is not None
