@@ -71,6 +71,10 @@ class Head(NamedTuple):
         """Which of the inputs a gradient is asked of."""
         return [trains(t) for t in self.inputs]
 
+    @property
+    def low_rank(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.u is None or self.B is None else (self.u, self.B)
+
     def with_inputs(self, inputs: Iterable[Tensor | None]) -> Head:
         values: dict[str, Any] = dict(zip(self._fields, inputs, strict=False))
         return self._replace(**values)
@@ -118,10 +122,6 @@ class Head(NamedTuple):
         if self.low_rank is not None:
             add_product(out, self.low_rank[0], self.low_rank[1].t(), first=False)
         return out if bias is None else out.add_(bias)
-
-    @property
-    def low_rank(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.u is None or self.B is None else (self.u, self.B)
 
 
 def head_of(logits: LinearLogits) -> Head:

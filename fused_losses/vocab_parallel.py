@@ -22,8 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autodiff import trains
+from .chunked.softmax_rows import skipped
 from .numerics import on_device, statistics_dtype
 from .row_statistics import RowStatistics, empty_statistics, only
+
+ROUTES = ("", "gradients_in_forward", "recompute")  # ranks compare their places; "": none of the two
 
 
 @dataclass(frozen=True)
@@ -249,9 +252,6 @@ def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequenc
     return (*outputs, "weight_sum") if shard is not None and "sum_log_probs" in outputs else outputs
 
 
-ROUTES = ("", "gradients_in_forward", "recompute")
-
-
 def _check_alike(found: Tensor) -> None:
     """Raise on every rank where the shards of all are not the vocabulary once, in order, or their calls differ."""
     start, stop, vocab, *call = found.unbind(1)  # (R,) each
@@ -319,7 +319,7 @@ def merged_statistics(
     whole = _whole(
         {name: x.reshape(shard.ranks, *t.shape) for (name, t), x in zip(parts.items(), columns, strict=True)}
     )
-    skip = None if ids is None else (ids == -100).all(-1)
+    skip = skipped(ids)
 
     def finished(name: str) -> Tensor | None:
         if name not in whole:
