@@ -73,11 +73,10 @@ def linear_softmax_d_logits(
     scale: float = 1.0,
     softcap: float | None = None,
     vocab_start: int = 0,
-    out: Tensor | None = None,  # (N, V)
+    out: Tensor,  # (N, V)
 ) -> Tensor:
     from .kernels.softmax_rows import softmax_rows_bwd
 
-    out = hidden.new_empty(hidden.shape[0], weight.shape[0]) if out is None else out
     logits = Head(hidden, weight, bias, *(low_rank or (None, None))).write_logits(out).unsqueeze(-1)
     softmax_rows_bwd(
         logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d,
