@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .autodiff import host_may_read
-from .chunked.linear_softmax import slices
+from .autodiff import host_may_read, traced
+from .chunked.linear_softmax import gives_fp32, slices
 from .numerics import statistics_dtype
 
 GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
@@ -20,11 +20,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """``out = a b`` if ``first``, else ``out += a b``; an fp32 ``out`` of 16-bit factors sees no rounded product."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
-    elif out.is_cuda and first:
+    elif (in_fp32 := gives_fp32(a)) and first:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
-    elif out.is_cuda and torch.compiler.is_compiling():  # which does not lower addmm to another dtype
+    elif in_fp32 and traced(out):  # Inductor does not lower addmm to another dtype, torch 2.11 does not trace it
         out += torch.mm(a, b, out_dtype=out.dtype)
-    elif out.is_cuda:
+    elif in_fp32:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
         if first:

@@ -20,7 +20,7 @@ class MatrixTile(NamedTuple):
     num_stages: int
     parts: int = 1  # the epilogue takes the tile in this many halves: fewer registers
     group_n: int = 16  # row tiles side by side: 16 of 128 rows and H 4096 are 16 MiB, which L2 keeps
-    splits: int = 1  # of the vocabulary: what one program takes of it at a time
+    splits: int = 1  # of the vocabulary, forward: what one program takes of it at a time
 
 
 # A quarter of the multiprocessors (132, 148, 108; an eighth of 304): row tiles of N = 1024·2^i times splits then fill whole
@@ -104,7 +104,7 @@ def divergence_rows_config(dtype: torch.dtype) -> tuple[int, int, int]:
     return (1024, 4, 8) if dtype == torch.float32 else (2048, 8, 8)
 
 
-def odd_rows_config(splits: int) -> MatrixTile:
+def odd_rows_config(splits: int = 1) -> MatrixTile:
     """Where rows do not start at multiples of 16 elements each is read by itself: that takes the registers of a larger tile.
 
     128 rows on 8 warps spill 8 to 200 bytes so, 64 on 4 warps up to 272.
@@ -148,14 +148,13 @@ def linear_softmax_d_logits_config(arch: str, tma: bool, options: bool, odd_rows
     With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. With options it is half as wide:
     it would spill (8 to 72 bytes on sm_80, sm_90 and sm_100, 32 to 260 on gfx942) or not fit tensor memory (sm_100).
     """
-    splits = SPLITS[arch]
     if arch == "interpreter":
-        return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2, splits=splits)
+        return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2)
     if odd_rows and not tma:
-        return odd_rows_config(splits)
+        return odd_rows_config()
     block_v = 128 if tma and options else 256 if tma else 64 if options else 128
     if arch == "gfx942":
-        return MatrixTile(128, block_v, 64, 8, 2, splits=splits)
+        return MatrixTile(128, block_v, 64, 8, 2)
     if not tma:
-        return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64, splits=splits)
-    return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64, splits=splits)
+        return MatrixTile(128, block_v, 32, 8, 4, parts=block_v // 64)
+    return MatrixTile(128, block_v, 64, 8, 3, parts=block_v // 64)

@@ -94,13 +94,12 @@ def _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS: tl.constexpr, PART: tl.const
 
 
 @triton.jit
-def _place(item, row_tiles, v_tiles, SPLITS: tl.constexpr, GROUP_N: tl.constexpr):
-    """The row tile, the split of the vocabulary and its first and last tile, GROUP_N row tiles side by side."""
-    group = item // (GROUP_N * SPLITS)
+def _place(item, row_tiles, columns, GROUP_N: tl.constexpr):
+    """The row tile, and which of the ``columns`` (splits or tiles of the vocabulary), GROUP_N row tiles side by side."""
+    group = item // (GROUP_N * columns)
     group_rows = tl.minimum(row_tiles - group * GROUP_N, GROUP_N)
-    place = item % (GROUP_N * SPLITS)
-    split = place // group_rows
-    return group * GROUP_N + place % group_rows, split, split * v_tiles // SPLITS, (split + 1) * v_tiles // SPLITS
+    place = item % (GROUP_N * columns)
+    return group * GROUP_N + place % group_rows, place // group_rows
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -156,7 +155,8 @@ def _linear_softmax_fwd_kernel(
     v_tiles = tl.cdiv(V, BLOCK_V)
     k_tiles = tl.cdiv(H, BLOCK_K)
     for item in range(tl.program_id(0), row_tiles * SPLITS, tl.num_programs(0)):
-        row_tile, split, first_tile, end_tile = _place(item, row_tiles, v_tiles, SPLITS, GROUP_N)
+        row_tile, split = _place(item, row_tiles, SPLITS, GROUP_N)
+        first_tile, end_tile = split * v_tiles // SPLITS, (split + 1) * v_tiles // SPLITS
         row = row_tile * BLOCK_N
         n = row + tl.arange(0, BLOCK_N)
         inside = n < N
@@ -533,7 +533,6 @@ def _linear_softmax_d_logits_kernel(
     HAS_D: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
-    SPLITS: tl.constexpr,
     GROUP_N: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -543,90 +542,91 @@ def _linear_softmax_d_logits_kernel(
     row_tiles = tl.cdiv(N, BLOCK_N)
     v_tiles = tl.cdiv(V, BLOCK_V)
     k_tiles = tl.cdiv(H, BLOCK_K)
-    for item in range(tl.program_id(0), row_tiles * SPLITS, tl.num_programs(0)):
-        row_tile, _, first_tile, end_tile = _place(item, row_tiles, v_tiles, SPLITS, GROUP_N)
-        row = row_tile * BLOCK_N
-        acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-        v_start = first_tile * BLOCK_V
-        k = 0
-        for _ in range((end_tile - first_tile) * k_tiles):
-            h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
-            w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
-            acc = tl.dot(h, w.T, acc, input_precision="ieee")
-            last = k + BLOCK_K >= H
-            if last:
-                if HAS_LOW_RANK:
-                    for r in tl.range(0, R, BLOCK_K, num_stages=1):
-                        h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
-                        w = _load_tile(
-                            low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST
-                        )
-                        acc = tl.dot(h, w.T, acc, input_precision="ieee")
-                n = row + tl.arange(0, BLOCK_N)
-                inside = n < N
-                # All numbers of a skipped row are 0, and so is then its gradient.
-                active = inside
-                if HAS_IDS:
-                    active = inside & ~rows_skipped(ids_ptr, n, inside, K)
-                inner, outer = row_scales(temperature_ptr, n, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
-                slope = inner  # but for what the softcap makes of it
-                if HAS_SOFTCAP:
-                    slope = inner * outer
-                # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
-                logsumexp = tl.load(logsumexp_ptr + n, mask=active, other=0.0)
-                hi = logsumexp.to(tl.float32)
-                lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
-                p_unit = exp(lo)
-                a = tl.zeros((BLOCK_N,), tl.float32)
-                b = tl.zeros((BLOCK_N,), tl.float32)
-                e = tl.zeros((BLOCK_N,), tl.float32)
-                d = tl.zeros((BLOCK_N,), tl.float32)
-                if HAS_A:
-                    a = tl.load(a_ptr + n, mask=active, other=0.0) * p_unit * slope
+    # Tile after tile, since a slice has few a row and shares of it would differ; all in one loop over K, so that the next
+    # tile's loads are under way in this one's epilogue.
+    item = tl.program_id(0) - tl.num_programs(0)
+    k, row, v_start = H, 0, 0
+    acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+    for _ in range(tl.cdiv(row_tiles * v_tiles - tl.program_id(0), tl.num_programs(0)) * k_tiles):
+        k += BLOCK_K
+        if k >= H:
+            k = 0
+            item += tl.num_programs(0)
+            row_tile, v_tile = _place(item, row_tiles, v_tiles, GROUP_N)
+            row, v_start = row_tile * BLOCK_N, v_tile * BLOCK_V
+        h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
+        w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
+        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+        last = k + BLOCK_K >= H
+        if last:
+            if HAS_LOW_RANK:
+                for r in tl.range(0, R, BLOCK_K, num_stages=1):
+                    h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
+                    w = _load_tile(low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST)
+                    acc = tl.dot(h, w.T, acc, input_precision="ieee")
+            n = row + tl.arange(0, BLOCK_N)
+            inside = n < N
+            # All numbers of a skipped row are 0, and so is then its gradient.
+            active = inside
+            if HAS_IDS:
+                active = inside & ~rows_skipped(ids_ptr, n, inside, K)
+            inner, outer = row_scales(temperature_ptr, n, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
+            slope = inner  # but for what the softcap makes of it
+            if HAS_SOFTCAP:
+                slope = inner * outer
+            # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
+            logsumexp = tl.load(logsumexp_ptr + n, mask=active, other=0.0)
+            hi = logsumexp.to(tl.float32)
+            lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
+            p_unit = exp(lo)
+            a = tl.zeros((BLOCK_N,), tl.float32)
+            b = tl.zeros((BLOCK_N,), tl.float32)
+            e = tl.zeros((BLOCK_N,), tl.float32)
+            d = tl.zeros((BLOCK_N,), tl.float32)
+            if HAS_A:
+                a = tl.load(a_ptr + n, mask=active, other=0.0) * p_unit * slope
+            if HAS_B:
+                b = tl.load(b_ptr + n, mask=active, other=0.0) * p_unit * slope
+                a += b * lo
+            if HAS_E:
+                e = tl.load(e_ptr + n, mask=active, other=0.0) * p_unit * p_unit * slope
+            if HAS_D:
+                d = tl.load(d_ptr + n, mask=active, other=0.0) * slope
+            for part in tl.static_range(PARTS):
+                v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
+                x = tl.where(active[:, None], x, 0.0)
+                z, capped = final_logits_and_tanh(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
+                logp = z - hi[:, None]
+                p = exp(logp)
+                bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
                 if HAS_B:
-                    b = tl.load(b_ptr + n, mask=active, other=0.0) * p_unit * slope
-                    a += b * lo
+                    bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite: it meets a probability of 0
                 if HAS_E:
-                    e = tl.load(e_ptr + n, mask=active, other=0.0) * p_unit * p_unit * slope
+                    bracket += e[:, None] * p
+                dx = p * bracket
                 if HAS_D:
-                    d = tl.load(d_ptr + n, mask=active, other=0.0) * slope
-                for part in tl.static_range(PARTS):
-                    v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
-                    x = tl.where(active[:, None], x, 0.0)
-                    z, capped = final_logits_and_tanh(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
-                    logp = z - hi[:, None]
-                    p = exp(logp)
-                    bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
-                    if HAS_B:
-                        bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite: it meets a probability of 0
-                    if HAS_E:
-                        bracket += e[:, None] * p
-                    dx = p * bracket
-                    if HAS_D:
-                        if HAS_COLUMN_WEIGHT:
-                            column_weight = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
-                            dx += tl.where(active[:, None], d[:, None] * column_weight[None, :], 0.0)
-                        else:
-                            dx += d[:, None]
-                    if HAS_C:
-                        for j in range(K):
-                            at = n.to(tl.int64) * K + j
-                            y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
-                            c = tl.load(c_ptr + at, mask=active, other=0.0) * slope
-                            here = (y >= v_start) & (y < v_start + BLOCK_V)
-                            if tl.max(here.to(tl.int32), 0) > 0:
-                                match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
-                                dx += tl.where(match, c[:, None], 0.0)
-                    if HAS_SOFTCAP:
-                        dx *= 1 - capped * capped
-                    if TMA:
-                        out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
+                    if HAS_COLUMN_WEIGHT:
+                        column_weight = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
+                        dx += tl.where(active[:, None], d[:, None] * column_weight[None, :], 0.0)
                     else:
-                        pointers = out + n.to(tl.int64)[:, None] * out_stride_n + v.to(tl.int64)[None, :] * out_stride_v
-                        tl.store(pointers, dx.to(out.dtype.element_ty), mask=inside[:, None] & (v < V)[None, :])
-                acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-            k = tl.where(last, 0, k + BLOCK_K)
-            v_start = tl.where(last, v_start + BLOCK_V, v_start)
+                        dx += d[:, None]
+                if HAS_C:
+                    for j in range(K):
+                        at = n.to(tl.int64) * K + j
+                        y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
+                        c = tl.load(c_ptr + at, mask=active, other=0.0) * slope
+                        here = (y >= v_start) & (y < v_start + BLOCK_V)
+                        if tl.max(here.to(tl.int32), 0) > 0:
+                            match = v[None, :] == tl.where(here, y, -1).to(tl.int32)[:, None]
+                            dx += tl.where(match, c[:, None], 0.0)
+                if HAS_SOFTCAP:
+                    dx *= 1 - capped * capped
+                if TMA:
+                    out.store([row, v_start + part * (BLOCK_V // PARTS)], dx.to(out.dtype))
+                else:
+                    pointers = out + n.to(tl.int64)[:, None] * out_stride_n + v.to(tl.int64)[None, :] * out_stride_v
+                    tl.store(pointers, dx.to(out.dtype.element_ty), mask=inside[:, None] & (v < V)[None, :])
+            acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
 
 
 @on_its_device
@@ -663,8 +663,8 @@ def linear_softmax_d_logits(
     options = any(x is not None for x in (bias, softcap, column_weight, low_rank))
     odd_rows = _odd_rows(hidden, weight, low_rank_u, low_rank_b, out)
     config = linear_softmax_d_logits_config(arch, tma, options, odd_rows)
-    items = triton.cdiv(N, config.block_n) * config.splits
-    _linear_softmax_d_logits_kernel[(min(items, programs(hidden.device)) if tma else items,)](
+    tiles = triton.cdiv(N, config.block_n) * triton.cdiv(V, config.block_v)
+    _linear_softmax_d_logits_kernel[(min(tiles, programs(hidden.device)) if tma else tiles,)](
         _operand(hidden, (config.block_n, config.block_k), tma),
         _operand(weight, (config.block_v, config.block_k), tma),
         _operand(low_rank_u, (config.block_n, config.block_k), tma),
@@ -702,7 +702,6 @@ def linear_softmax_d_logits(
         HAS_D=d is not None,
         TMA=tma,
         UPCAST=triton_interpreted(),
-        SPLITS=config.splits,
         GROUP_N=config.group_n,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
+from fused_losses.chunked import linear_softmax
 from fused_losses.gradients_in_forward import _with_gradients, linear_loss, scaled, scaled_gradient
 from fused_losses.products import add_product
 from fused_losses.reference.tolerance import assert_accurate
@@ -57,6 +58,26 @@ def test_add_product(first, out_dtype, monkeypatch):
     add_product(out, a, b, first=first)
     tolerance = 1e-6 if out_dtype == torch.float32 else 2e-2
     torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=10 * tolerance)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU has none of these products")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_that_cuda_does_not_give_in_fp32(dtype, monkeypatch):
+    """Of float16 where PyTorch may sum in float16, of bfloat16 on a T4: they raise there, as on a CPU."""
+    a, b = torch.randn(13, 11).to(dtype), torch.randn(11, 3).to(dtype)
+    out, exact = torch.randn(13, 3), a.double() @ b.double()
+    before = out.double()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
+        assert linear_softmax.gives_fp32(a)
+        if dtype == torch.float16:
+            patch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True)
+        else:
+            patch.setattr(linear_softmax, "multiplies_matrices", lambda device: False)
+        add_product(out, a, b, first=False)
+        found = linear_softmax.product(a, b.t())
+    torch.testing.assert_close(out.double(), before + exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])

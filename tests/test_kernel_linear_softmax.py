@@ -470,6 +470,32 @@ def test_strided_inputs(device):
     assert_statistics(wide, wide.forward())
 
 
+def test_programs_share_the_tiles_of_a_gradient_evenly(device, monkeypatch):
+    """A slice of the vocabulary has few tiles a row: a program takes them one by one, and no gradient depends on how many."""
+    grids, launched = [], kernel._linear_softmax_d_logits_kernel
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return launched[grid]
+
+    monkeypatch.setattr(kernel, "_linear_softmax_d_logits_kernel", Kernel())
+    head = Head(device, N=150, V=300).exact_in_the_interpreter()
+    arch = kernel.architecture(head.hidden.device)
+    config = kernel.linear_softmax_d_logits_config(arch, kernel._tma_fits(arch, head.hidden), True, False)
+    tiles = -(-150 // config.block_n) * -(-300 // config.block_v)
+    logsumexp, coefficients = head.forward().logsumexp, random_coefficients(head, "ac")
+    found = []
+    for programs in (1, 3, 1000):
+        monkeypatch.setattr(kernel, "programs", lambda device, programs=programs: programs)
+        found.append(head.d_logits(logsumexp, coefficients))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    if kernel._tma_fits(arch, head.hidden):
+        assert grids == [(1,), (min(3, tiles),), (tiles,)]
+    else:
+        assert grids == [(tiles,)] * 3
+
+
 def test_launches_on_the_device_of_its_tensors(device, monkeypatch):
     """Whichever is current; the other kernels' launchers share the decorator."""
     seen = []

@@ -58,10 +58,12 @@ trouble("sm_80", num_stages=3)
 
 
 def test_as_many_rows_are_in_flight_as_l2_has_room_for(monkeypatch):
-    h200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=50 * 2**20)
+    h200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 * 2**20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: h200)
-    in_flight = {V: configurations.rows_in_flight(torch.device("cuda"), 2 * V, 2**14) for V in (32000, 128256, 256000)}
-    assert in_flight == {32000: 6 * 132, 128256: 3 * 132, 256000: 2 * 132}
+    in_flight = {
+        V: configurations.rows_in_flight(torch.device("cuda"), 2 * V, 2**14) for V in (32000, 128256, 151936, 256000)
+    }
+    assert in_flight == {32000: 6 * 132, 128256: 3 * 132, 151936: 3 * 132, 256000: 2 * 132}
     assert configurations.rows_in_flight(torch.device("cuda"), 2 * 256000, 2**12) == 8 * 132  # of smaller tiles more
 
 

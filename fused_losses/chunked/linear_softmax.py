@@ -10,6 +10,8 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor
 
+from ..autodiff import traced
+from ..kernels.configurations import multiplies_matrices
 from ..numerics import statistics_dtype, wide_dtype, wide_sums
 from ..row_statistics import RowStatistics, part_of, total_weight
 from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
@@ -28,12 +30,22 @@ def slices(total: int, size: int) -> Iterator[slice]:
         yield slice(i * size, min((i + 1) * size, total))
 
 
+def gives_fp32(x: Tensor) -> bool:
+    """Whether PyTorch has a product of 16-bit factors as ``x`` in fp32: on no CPU, in bfloat16 from sm_80 on, and in float16
+    unless it is told to sum that in float16."""
+    if not x.is_cuda or traced(x):
+        return x.is_cuda
+    if x.dtype == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return multiplies_matrices(x.device)
+
+
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """``x weightᵀ`` with an accumulator that is never rounded to 16 bits."""
     dtype = statistics_dtype(x.dtype)
     if dtype == x.dtype:
         return x @ weight.t()
-    if x.is_cuda:
+    if gives_fp32(x):
         return torch.mm(x, weight.t(), out_dtype=dtype)
     return x.to(dtype) @ weight.to(dtype).t()
 
