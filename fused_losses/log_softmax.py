@@ -275,7 +275,9 @@ def logits_of(x: LazyTensor) -> Any:
 
 @answers("is_inference")
 def is_inference(x: LazyTensor) -> bool:
-    return (x if isinstance(x, LinearLogits) else x.base).hidden.is_inference()
+    while not isinstance(x, LinearLogits):
+        x = x.base
+    return x.hidden.is_inference()
 
 
 def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) -> Any:

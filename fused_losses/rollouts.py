@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_between, upcast, wide_dtype
+from .numerics import check_between, on_device, upcast, wide_dtype
 from .sequences import Sequences, same_shape
 from .sharded_weight import is_distributed
 
@@ -77,11 +77,10 @@ def group_advantages(
     if scale == "normalize_then_sum":
         rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards) + eps)
     if weights is not None:
-        weights = torch.as_tensor(weights, dtype=rewards.dtype, device=rewards.device)
-        if weights.shape != rewards.shape[-1:]:
-            raise ValueError(
-                f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {tuple(weights.shape)}"
-            )
+        given = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
+        if given != rewards.shape[-1:]:
+            raise ValueError(f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {given}")
+        weights = torch.stack([on_device(w, rewards.device, rewards.dtype) for w in weights])
         rewards = rewards * weights
     total = rewards.nansum(-1).masked_fill(unscored, nan)  # (groups, G)
     batch_std = _nanstd(total.view(1, -1))

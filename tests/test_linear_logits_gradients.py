@@ -72,6 +72,8 @@ def test_no_grad_gives_logits_without_gradient():
     with settings.strict(), torch.inference_mode():
         assert torch.is_inference(logits)
         assert logits.log_softmax(-1).is_inference()
+        log_probs = logits.log_softmax(-1)
+        assert (log_probs == log_probs).is_inference()
         assert not lazy.is_inference()
     with torch.no_grad():
         assert not lazy.logsumexp(-1).requires_grad
