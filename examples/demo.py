@@ -27,7 +27,8 @@ from tiny_transformer import TinyTransformer
 from torch import Tensor, nn
 
 from fused_losses.bench.memory import peak_bytes
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 
 EAGER, OURS = "F.cross_entropy on logits", "the same on LinearLogits"
 

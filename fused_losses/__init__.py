@@ -14,7 +14,8 @@ from .distillation import acceptance_rate, distillation_loss, kd_loss, sparse_di
 from .divergence import divergence
 from .kl import k1, k2, k3, kl_biased, kl_estimate, kl_penalty, kl_unbiased
 from .linear_cross_entropy import LinearCrossEntropyLoss, linear_cross_entropy
-from .linear_logits import LinearHead, LinearLogits
+from .linear_head import LinearHead
+from .linear_logits import LinearLogits
 from .modules import (
     DPOLoss,
     GPTLMLoss,

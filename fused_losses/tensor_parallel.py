@@ -141,7 +141,7 @@ class VocabParallelHead(ParallelStyle):
         self.input_layouts = input_layouts or Replicate()
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        from .linear_logits import LinearHead
+        from .linear_head import LinearHead
 
         if not isinstance(module, LinearHead):
             raise TypeError(

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fused_losses import data_parallel, distillation, policy, preference, reward, sequences, sft
 from fused_losses.aggregation import aggregate
 from fused_losses.bench.ranks import run
-from fused_losses.linear_logits import LinearHead
+from fused_losses.linear_head import LinearHead
 from fused_losses.sequences import sequence_log_probs
 from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import selective_log_softmax

@@ -12,7 +12,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from fused_losses import settings
 from fused_losses.bench.ranks import run
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.token_loss import token_loss
 
 RANKS, STEPS = 2, 3

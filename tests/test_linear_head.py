@@ -8,7 +8,8 @@ from torch import nn
 
 from fused_losses.distillation import distillation_loss, teacher_topk
 from fused_losses.divergence import divergence
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 from fused_losses.token_loss import token_loss
 

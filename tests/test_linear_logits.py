@@ -29,7 +29,8 @@ from lazy_logits import (
 from torch import nn
 
 from fused_losses import settings
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 
 

@@ -10,7 +10,8 @@ from lazy_logits import IDS, B, H, S, V, make
 from torch import nn
 
 from fused_losses import linear_logits_checks, settings
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 
 
 @pytest.mark.parametrize("name", ["hidden", "weight", "bias", "u", "B"])

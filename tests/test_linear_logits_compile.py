@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fused_losses import distillation_loss, divergence, settings, token_loss
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 
 
 def shifted_loss(h, w, b):

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from lazy_logits import FEW, IDS, NUMBERS, PROBS, TEMPERATURE, B, H, S, V, leaves, make, numbers
 
 from fused_losses import settings
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 from fused_losses.reference.tolerance import assert_accurate
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from fused_losses import settings
 from fused_losses.cross_entropy import cross_entropy as fused_cross_entropy
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
 
 

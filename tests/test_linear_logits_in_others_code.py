@@ -15,7 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses import settings
 from fused_losses.bench.memory import peak_bytes
-from fused_losses.linear_logits import LinearHead, LinearLogits
+from fused_losses.linear_head import LinearHead
+from fused_losses.linear_logits import LinearLogits
 
 B, S, V, H = 2, 6, 13, 8
 

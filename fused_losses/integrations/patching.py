@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..linear_logits import LinearHead, LinearLogits
+from ..linear_head import LinearHead
+from ..linear_logits import LinearLogits
 from ..linear_logits_checks import callers
 from ..token_statistics import token_statistics
 
