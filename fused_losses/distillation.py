@@ -30,6 +30,7 @@ from .divergence import (
     check_sides,
     chosen_divergence,
     gathered,
+    left_out,
     masked_divergence,
     shared_vocabulary,
     summed_divergence,
@@ -109,18 +110,20 @@ def distillation_loss(
     check_reduction(reduction)
     route, workspace = route_setting.parse(route), workspace_setting.parse(workspace)
     which = chosen_divergence(kind, beta, temperature)
-    if not soft_weight:  # 0 times an infinite divergence is nan, and this one is bounded
+    if left_out(soft_weight):  # 0 times an infinite divergence is nan, and this one is bounded
         which = which._replace(kind="tvd")
     check_sides(student_logits, teacher_logits, labels.shape)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     ids = _counted(labels, ignore_index)
-    if hard_weight:
+    if not left_out(hard_weight):
         vocab = min(student_logits.shape[-1], teacher_logits.shape[-1]) if shards[0] is None else shards[0].vocab
         ids = target_ids(labels.reshape(-1), vocab, ignore_index)
     if reduction == "none":
-        found, nll = token_divergence(student_logits, teacher_logits, ids, bool(hard_weight), which, shards, **how)
+        found, nll = token_divergence(
+            student_logits, teacher_logits, ids, not left_out(hard_weight), which, shards, **how
+        )
         return (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
     loss = summed_divergence(student_logits, teacher_logits, ids, soft, hard_weight, which, shards, route=route, **how)
     return loss / _count(ids != -100, num_items_in_batch) if reduction == "mean" else loss

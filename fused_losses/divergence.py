@@ -27,6 +27,7 @@ from torch import Tensor
 from .autodiff import (
     absent,
     differentiable_gradients,
+    differentiated,
     for_inputs,
     in_plain_pytorch,
     present,
@@ -201,7 +202,7 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
         V = min(first.vocab, second.vocab)
         first, second = (s._replace(start=min(s.start, V), stop=min(s.stop, V), vocab=V) for s in (first, second))
         if first[:5] == second[:5]:  # whatever becomes of the gradient of hidden
-            return first, second
+            return first.of_sides(student, teacher), second
     names = [
         f"{name} {tuple(x.shape)} "
         + ("whole" if s is None else f"ids {(s.start, s.stop)} of {s.vocab} in group {s.group!r}")
@@ -292,6 +293,11 @@ def token_divergence(
     return found, nll if with_nll else None
 
 
+def left_out(weight: float | Tensor) -> bool:
+    """Whether a term so weighted is not made: one that is learned has a gradient at 0 too."""
+    return not weight and not (isinstance(weight, Tensor) and differentiated(weight))
+
+
 def summed_divergence(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits,
@@ -311,7 +317,7 @@ def summed_divergence(
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights, which may want gradients too
     if tensors or learned or transforms_active() or route_setting.chosen(route) == "recompute":
-        found, nll = token_divergence(student, teacher, ids, bool(hard != 0), which, shards, **how)
+        found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)
         return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):

@@ -126,6 +126,7 @@ def _kl_from_values(log_p: Any, target: Tensor, log_target: bool, summed: bool) 
         return NotImplemented
     t = upcast(target.exp() if log_target else target)
     t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
+    t = t if log_target else target  # of which backward holds no wide copy
     if summed:
         return wide_sum(t_log_t, -1).sum() + cross_entropy_with(log_p.base, t, "sum")
     found = as_products(log_p).scaled(-1).scaled(t)

@@ -518,7 +518,7 @@ def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: s
     """Wide: a KL divergence is the small difference between it and the entropy of the probabilities."""
     from .linear_cross_entropy import linear_logits_cross_entropy
 
-    p = probabilities.to(torch.promote_types(logits.wide, probabilities.dtype))
+    p = probabilities if probabilities.is_floating_point() else probabilities.to(logits.wide)
     return linear_logits_cross_entropy(logits, p, reduction=reduction, out_dtype=wide_dtype(logits.device))
 
 

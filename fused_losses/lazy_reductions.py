@@ -131,7 +131,8 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
     if not isinstance(x, LinearLogits):
         return NotImplemented
     values, ids = x.topk_ids(k, largest)
-    if (x.requires_grad or transforms_active()) and torch.is_grad_enabled():
+    # What shares the vocabulary asks alike on all ranks, also where one rank alone trains its rows.
+    if torch.is_grad_enabled() and (x.requires_grad or x.shard is not None or transforms_active()):
         same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
         values = values.detach()  # of the tangent that no_grad left it
         values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))

@@ -377,6 +377,7 @@ def _check_arguments(
         raise ValueError(
             f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "
             f"for {hidden.shape[0] * D} positions of {C} classes"
+            + ("" if heads[0].shard is None else f"; of a shared vocabulary, of this rank's {heads[0].shard.size}")
         )
     if not (target.is_floating_point() if probabilities else target.dtype in (torch.int64, torch.uint8)):
         raise RuntimeError(

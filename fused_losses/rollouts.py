@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, log, nan
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -77,7 +77,8 @@ def group_advantages(
     if scale == "normalize_then_sum":
         rewards = (rewards - rewards.nanmean(1, keepdim=True)) / (_nanstd(rewards) + eps)
     if weights is not None:
-        given = tuple(weights.shape) if isinstance(weights, Tensor) else (len(weights),)
+        listed = (len(weights),) if isinstance(weights, Sequence) else ()  # a number has neither shape nor length
+        given = tuple(getattr(weights, "shape", listed))
         if given != rewards.shape[-1:]:
             raise ValueError(f"weights must be one per reward function {tuple(rewards.shape[-1:])}, got {given}")
         weights = torch.stack([on_device(w, rewards.device, rewards.dtype) for w in weights])
@@ -197,10 +198,10 @@ def entropy_mask(
     entropy = upcast(entropy.detach())
     values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
     if is_distributed() and dist.get_world_size(group) > 1:
-        lengths: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(lengths, len(values), group)
-        values = F.pad(values, (0, max(lengths) - len(values)), value=nan)
-        everyone = [torch.empty_like(values) for _ in lengths]
+        longest = on_device(len(values), values.device, torch.int64)
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group)  # of tensors: no compiler traces a collective of objects
+        values = F.pad(values, (0, int(longest) - len(values)), value=nan)
+        everyone = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, values, group)
         values = torch.cat(everyone)
     # torch.nanquantile, which older compilers do not trace: between the two values around the rank.

@@ -125,6 +125,7 @@ class VocabShard(NamedTuple):
     outer: int = 0
     inner: int = 0
     # Which gradients the ranks sum: 0 of logits that exist; of a head 1, + 2 for hidden's, + 4 for u's; + 8 · a teacher's.
+    # Of two sides, whose gradients take numbers of all ranks, + 64 where the student wants any, + 128 where the teacher does.
     sums: int = 0
 
     @property
@@ -149,7 +150,11 @@ class VocabShard(NamedTuple):
 
     def of_head(self, hidden: Tensor, u: Tensor | None) -> VocabShard:
         """The same of a head that reads these."""
-        return self._replace(sums=1 + 2 * trains(hidden) + 4 * trains(u))
+        return self._replace(sums=self.sums + 1 + 2 * trains(hidden) + 4 * trains(u))
+
+    def of_sides(self, student: Any, teacher: Any) -> VocabShard:
+        """The same where these two are compared."""
+        return self._replace(sums=64 * trains(student) + 128 * trains(teacher))
 
     def local(self, ids: Tensor) -> Tensor:
         """Ids counted from this rank's first row; −100 stays, and an id of another rank is counted from beyond ``size``, where
@@ -273,6 +278,8 @@ def _check_alike(found: Tensor) -> None:
             "routes": [ROUTES[x] or "of two heads" for x in route],
             "of a head": [bool(x & 9) for x in sums],
             "what of hidden and u wants a gradient": wanted,
+            "whether the student wants any": [bool(x & 64) for x in sums],
+            "whether the teacher wants any": [bool(x & 128) for x in sums],
             "tokens of a chunk": rows,
             "numbers to exchange": numbers,
             "sums of the ids": ids,

@@ -165,6 +165,30 @@ def test_options_and_a_bias_need_no_more_than_is_planned(route, dtype, options):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", ["entropy", "log_sum_sq_probs", "low_rank", "token_loss"])
+def test_statistics_need_no_more_than_is_planned(kind, dtype):
+    h, w, u, b = (
+        torch.randn(n, k, dtype=dtype).requires_grad_() for n, k in ((1024, 16), (8192, 16), (1024, 1), (8192, 1))
+    )
+    ids = torch.randint(0, 8192, (1024,))
+
+    def call():
+        z = LinearLogits(h, w, low_rank=(u, b) if kind == "low_rank" else None)
+        if kind == "token_loss":
+            names = ("log_probs", "entropy")
+            out, _ = token_loss(lambda s: s.entropy - s.log_probs, z, ids, statistics=names, workspace="16MiB")
+        else:
+            name = "log_probs" if kind == "low_rank" else kind
+            out = getattr(token_statistics(z, ids, (name,), workspace="16MiB"), name).sum()
+        return out, torch.autograd.grad(out, [t for t in (h, w, u, b) if kind == "low_rank" or t.shape[1] > 1])
+
+    per_token = kind != "token_loss"
+    planned = plan(1024, 8192, 16, dtype, per_token=per_token, backend="torch", workspace="16MiB")
+    peak = peak_bytes(call)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
 @pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
 def test_a_bias_of_many_tokens_is_summed_in_blocks(route):
     workspace = "64MiB" if route == "gradients_in_forward" else "8MiB"
@@ -262,6 +286,30 @@ def test_the_entropy_of_probabilities_that_exist_is_summed_in_no_copy_of_them(kl
     with workspace("4MiB"):
         peak = peak_bytes(lambda: kl(LinearLogits(hidden, weight).log_softmax(-1), p).backward())
     assert peak < 2.5 * p.nbytes  # p log p, and log p by hand; a float64 copy is two more
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda logp, p: (p * logp).sum(-1).sum(),
+        lambda logp, p: F.kl_div(logp, p, reduction="sum"),
+        lambda logp, p: F.kl_div(logp, p, reduction="none").sum(),
+    ],
+    ids=["product", "kl_sum", "kl_none"],
+)
+def test_backward_holds_no_wide_copy_of_probabilities_of_16_bits(loss, head):
+    hidden, weight, _ = head
+    hidden, weight = hidden[:256], weight.detach()
+    p = torch.rand(256, V, device=DEVICE).bfloat16()  # 32 MiB
+
+    def call():
+        found = loss(LinearLogits(hidden, weight).log_softmax(-1), p)
+        before = torch.zeros(256 * MiB, dtype=torch.uint8)  # what is held in backward now shows in the peak
+        found.backward()
+        return before
+
+    with workspace("4MiB"):
+        assert peak_bytes(call) - 256 * MiB < p.nbytes
 
 
 def test_frozen_weight_has_no_gradient_of_its_size(head):

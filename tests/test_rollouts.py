@@ -54,7 +54,10 @@ def test_entropy_mask(top):
 def _entropy_mask_of_a_rank(device, entropy, mask):
     first = torch.distributed.get_rank() == 0
     rows, columns = (slice(0, 2), slice(0, 7)) if first else (slice(2, 6), slice(0, 6))
-    return entropy_mask(entropy[rows, columns].to(device), 0.3, mask[rows, columns].to(device))
+    entropy, mask = entropy[rows, columns].to(device), mask[rows, columns].to(device)
+    compiled = torch.compile(entropy_mask, backend="aot_eager")
+    shorter = [fn(entropy[:, first:], 0.3, mask[:, first:]) for fn in (compiled, entropy_mask)]
+    return entropy_mask(entropy, 0.3, mask), compiled(entropy, 0.3, mask), shorter
 
 
 @needs_ranks
@@ -63,7 +66,11 @@ def test_entropy_mask_over_all_ranks():
     entropy, mask = DATA["entropy"].clone(), DATA["mask"].clone()
     entropy[:2] += 1
     mask[2:, 6] = 0
-    results = ranks.run(_entropy_mask_of_a_rank, 2, entropy, mask)
+    found = ranks.run(_entropy_mask_of_a_rank, 2, entropy, mask)
+    for whole, compiled, shorter in found:
+        assert torch.equal(compiled, whole)
+        assert torch.equal(*shorter)
+    results = [whole for whole, _, _ in found]
     both = torch.cat([results[0], torch.nn.functional.pad(results[1], (0, 1))])
     assert torch.equal(both, entropy_mask(entropy, 0.3, mask))
     assert not torch.equal(both[:2], entropy_mask(entropy[:2], 0.3, mask[:2]))
@@ -216,3 +223,9 @@ def test_weights_of_float64_rewards_keep_their_digits():
     rewards = torch.tensor([[1.0, 2.0], [0.0, 5.0]], dtype=torch.float64)
     advantages = group_advantages(rewards, 2, scale="none", weights=[0.1, 0.3])
     torch.testing.assert_close(advantages.tolist(), [-0.4, 0.4], rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("weights", [0.5, [1.0], torch.tensor(0.5), torch.ones(1, 2)])
+def test_weights_that_are_not_one_per_reward_function(weights):
+    with pytest.raises(ValueError, match="one per reward function"):
+        group_advantages(torch.randn(6, 2), 3, weights=weights)

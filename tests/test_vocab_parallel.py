@@ -387,6 +387,8 @@ def bad_ranges(device):
         torch.func.grad(lambda h: F.cross_entropy(LinearLogits(h, weight, group=group), target))(hidden)
     with pytest.raises(IndexError, match="out of bounds for 10"):
         F.cross_entropy(logits, target + 8)
+    with pytest.raises(ValueError, match=r"got \(4, 10\) .* of a shared vocabulary, of this rank's 5"):
+        F.cross_entropy(logits, torch.rand(4, 10))
     return messages
 
 
@@ -424,6 +426,14 @@ def different_calls(device):
         "size": [functools.partial(fused_losses.divergence, z, z.detach())] * 2,
     }
     cases["teacher"] = [functools.partial(fused_losses.divergence, z, t) for t in (z / 2, z.detach() / 2)]
+    # Here one rank alone trains its rows, or its columns of logits that exist: the gradient takes numbers of all ranks.
+    rows = [leaves | {"hidden": mine["hidden"], "u": mine["u"]}, mine]
+    cases["weight"] = [functools.partial(fused_losses.divergence, lazy(t, dist.group.WORLD), z.detach()) for t in rows]
+    columns, group = exists.detach(), {"group": dist.group.WORLD}
+    cases["columns"] = [
+        functools.partial(fused_losses.divergence, columns.clone().requires_grad_(r == 0), columns, **group)
+        for r in range(2)
+    ]
     cases["labels"] = [functools.partial(fused_losses.distillation_loss, z, z.detach(), x) for x in (target, others)]
     cases["size"][1] = functools.partial(fused_losses.divergence, z[1:], z[1:].detach())
     different = {
@@ -435,6 +445,7 @@ def different_calls(device):
         with within(different.get(name, [{}, {}])[rank]), pytest.raises(ValueError, match="must call alike") as error:
             calls[rank]()
         found[name] = str(error.value).split("rank by rank, ")[1]
+    found["topk"] = lazy(rows[rank], dist.group.WORLD).topk(2).values.detach()  # of rows that rank 0 alone trains
     # Another slice of the vocabulary in backward changes nothing that is sent.
     with within({"route": "recompute", "workspace": (None, 1)[rank]}):
         found["d_hidden"] = gradients(ce, functools.partial(lazy, group=dist.group.WORLD), mine, x)["hidden"]
@@ -445,6 +456,7 @@ def different_calls(device):
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="device-side assertions end the process")
 def test_ranks_that_call_differently_are_told_so():
     first, second = run(different_calls, 2)
+    assert torch.equal(first.pop("topk"), second.pop("topk"))
     d_hidden = first.pop("d_hidden"), second.pop("d_hidden")
     assert torch.equal(*d_hidden)
     torch.testing.assert_close(d_hidden[0], gradients(ce, logits_of, *inputs(torch.float64))["hidden"])
@@ -461,7 +473,8 @@ def test_ranks_that_call_differently_are_told_so():
     assert first["u"] == "what of hidden and u wants a gradient ['hidden, u', 'hidden']"
     assert "of a head [True, False]" in first["head"]
     wanted = "['hidden, u, of the teacher hidden, of the teacher u', 'hidden, u']"
-    assert first["teacher"] == f"what of hidden and u wants a gradient {wanted}"
+    assert first["teacher"].startswith(f"what of hidden and u wants a gradient {wanted}")
+    assert first["weight"] == first["columns"] == "whether the student wants any [True, False]"
     assert first["size"].startswith(f"tokens of a chunk [{N}, {N - 1}]")
     assert first["labels"].startswith("sums of the ids [")
 

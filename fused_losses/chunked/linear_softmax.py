@@ -55,7 +55,11 @@ def logits_tile(
 ) -> Tensor:
     tile = product(hidden[rows], weight[columns])
     if low_rank is not None:
-        tile += product(low_rank[0][rows], low_rank[1][columns])
+        u, B = low_rank[0][rows], low_rank[1][columns]
+        if tile.is_cuda:
+            tile += product(u, B)
+        else:
+            tile.addmm_(u.to(tile.dtype), B.to(tile.dtype).t())  # in no tile of its own
     if bias is not None:
         tile += bias[columns]
     return tile

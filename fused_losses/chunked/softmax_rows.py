@@ -16,9 +16,9 @@ LOG2_E = 1 / math.log(2)
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, which stays in a core's cache
 
 
-def copies_held(softcap: float | None) -> int:
-    """Of a chunk of rows that are held at once: the rows, and softcap's slope."""
-    return 1 if softcap is None else 2
+def copies_held(softcap: float | None, probabilities: bool = False) -> int:
+    """Of a chunk of rows that are held at once: the rows, softcap's slope, and their probabilities beside themselves."""
+    return 1 + (softcap is not None) + probabilities
 
 
 def rows_at_once(rows: int, vocab: int, copies: int, device: torch.device) -> int:
@@ -113,8 +113,9 @@ def softmax_rows_fwd(
 ) -> RowStatistics:
     B, V, S = logits.shape
     out = empty_statistics(logits, B * S, ids, outputs)
-    buffer = rows_buffer(logits)
-    for rows, chunk, t in row_chunks(logits, probabilities):
+    copies = copies_held(None, "entropy" in outputs)
+    buffer = rows_buffer(logits, copies)
+    for rows, chunk, t in row_chunks(logits, probabilities, copies=copies):
         x = upcast_rows(chunk, buffer)
         z, _ = transform(x, part_of(temperature, rows), scale, softcap, buffer[: len(x)], with_slope=False)
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(x.dtype), label_smoothing, V)
@@ -153,9 +154,11 @@ def row_statistics(
         log_probs = label_shifted - log_total[:, None]
         found["log_probs"] = finish(log_probs.masked_fill(~inside, 0))
     if "entropy" in outputs:
-        found["entropy"] = finish(log_total - (e * shifted.masked_fill(e == 0, 0)).sum(-1) / total, wide)
+        e_log_e = e * shifted.masked_fill(e == 0, 0) if buffer is None else shifted.masked_fill_(e == 0, 0).mul_(e)
+        found["entropy"] = finish(log_total - e_log_e.sum(-1) / total, wide)
     if "log_sum_sq_probs" in outputs:
-        found["log_sum_sq_probs"] = finish((e * e).sum(-1).to(wide).log() - 2 * log_total, wide)
+        squares = e * e if buffer is None else e.square_()
+        found["log_sum_sq_probs"] = finish(squares.sum(-1).to(wide).log() - 2 * log_total, wide)
     if "sum_log_probs" in outputs:
         weight_sum = z.new_full((), V) if w is None else w.sum(-1, dtype=wide)
         found["sum_log_probs"] = finish(weighted - weight_sum * log_total, wide)
@@ -194,8 +197,9 @@ def softmax_rows_bwd(
     # float64 once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(dtype)
     lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
-    buffer = rows_buffer(logits, copies_held(softcap))
-    for rows, chunk, t, grad in row_chunks(logits, probabilities, out, copies=copies_held(softcap)):
+    copies = copies_held(softcap, b is not None or e is not None)
+    buffer = rows_buffer(logits, copies)
+    for rows, chunk, t, grad in row_chunks(logits, probabilities, out, copies=copies):
         x = upcast_rows(chunk, buffer)
         in_place = grad.is_contiguous() and grad.dtype == dtype
         logp = grad.view(x.shape) if in_place else buffer[: len(x)]
@@ -206,12 +210,13 @@ def softmax_rows_bwd(
             dz = exp_(logp).mul_(0.0 if a is None else (a[rows] * (-lo[rows]).exp())[:, None])
         else:
             p = logp.sub_(lo[rows, None]).exp()
-            factor: Tensor | float = 0.0 if a is None else a[rows, None]
-            if b is not None:
-                factor = factor + b[rows, None] * logp.masked_fill_(p == 0, 0)
+            dz = logp.zero_() if b is None else logp.masked_fill_(p == 0, 0).mul_(b[rows, None])
+            if a is not None:
+                dz += a[rows, None]
             if e is not None:
-                factor = factor + e[rows, None] * p
-            dz = p.mul_(factor)
+                dz.addcmul_(e[rows, None], p)
+            dz.mul_(p)
+            del p  # the next chunk needs its memory
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
         local = None if ids is None else ids[rows] - vocab_start
         d_, c_, skip_ = (part_of(t, rows) for t in (d, c, skip))
