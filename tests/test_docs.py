@@ -161,7 +161,7 @@ def test_most_calls_have_such_a_reference():
 LAZY_OR_NOT = [
     (code, row[2].strip(), next(iter(SPAN.findall(row[3])), None))
     for row in ROWS
-    if len(row) == 5 and row[2].strip() in ("lazy", "materialises", "raises")
+    if len(row) == 5 and row[2].strip() in ("lazy", "lazy, not compiled", "materialises", "raises")
     for code in SPAN.findall(row[1])
     if "z" in names_of(code)
 ]
@@ -188,18 +188,39 @@ def test_lazy_or_not(code, kind, instead):
         with strict(), pytest.raises(RuntimeError, match="materialises"):
             eval(code, scope | heads)
     with strict():
-        found = value(code if kind == "lazy" else instead, heads)
+        found = value(code if kind.startswith("lazy") else instead, heads)
     if kind != "raises":
         torch.testing.assert_close(found, value(code, eager), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
+@pytest.mark.parametrize(("code", "kind"), [(code, kind) for code, kind, _ in LAZY_OR_NOT if kind.startswith("lazy")])
+def test_lazy_or_not_compiled(code, kind):
+    torch.manual_seed(0)
+    B, S, V, H = 2, 6, 10, 4
+    scope = {"torch": torch, "F": F, "math": math, "V": V}
+    fn = eval(f"lambda z, t, ids, mask, p: {code}", scope)
+    z, t = (LinearLogits(torch.randn(B, S, H), torch.randn(V, H)) for _ in range(2))
+    given = torch.randint(V, (B, S)), torch.rand(B, S) > 0.5, torch.randn(B, S, V).softmax(-1)
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, fullgraph=True, backend="eager")
+    if kind == "lazy":
+        with strict():
+            compiled(z, t, *given)
+    else:
+        with strict(), pytest.raises(RuntimeError, match="materialises"):
+            compiled(z, t, *given)
+
+
 def test_lazy_or_not_has_every_row():
-    assert {kind: sum(k == kind for _, k, _ in LAZY_OR_NOT) for kind in ("lazy", "materialises", "raises")} == {
-        "lazy": 45,
-        "materialises": 4,
+    kinds = [kind for _, kind, _ in LAZY_OR_NOT]
+    assert {kind: kinds.count(kind) for kind in kinds} == {
+        "lazy": 35,
+        "lazy, not compiled": 10,
+        "materialises": 5,
         "raises": 2,
     }
-    assert all(instead for _, kind, instead in LAZY_OR_NOT if kind != "lazy")
+    assert all(instead for _, kind, instead in LAZY_OR_NOT if not kind.startswith("lazy"))
 
 
 @pytest.mark.parametrize("reduction", ["batchmean", "sum", "mean"])
