@@ -85,9 +85,9 @@ class Plan:
             ("chunks", f"{self.chunks} of {self.chunk} {unit}"),
             *([("saved", f"logits of {self.saved} vocabulary entries for backward")] if self.saved else []),
             ("d_weight", "written once" if self.accumulate is None else f"summed over chunks in {self.accumulate}"),
-            ("budget", f"{self.budget / MiB:.1f} MiB of workspace"),
-            *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
+            ("workspace", f"at most {self.budget / MiB:.1f} MiB, beside the gradients"),
             ("peak", f"{self.peak / MiB:.1f} MiB above the inputs"),
+            *((f"  {part}", f"{size / MiB:.1f} MiB") for part, size in self.parts.items()),
             ("eager holds", f"{logits / MiB:.1f} MiB for each copy of the logits"),
             *(("why", reason) for reason in self.why),
         ]
@@ -145,12 +145,12 @@ def plan(
         route                 gradients_in_forward, 25.8 TFLOP
         chunks                2 of 4096 tokens
         d_weight              summed over chunks in torch.bfloat16
-        budget                1066.0 MiB of workspace
+        workspace             at most 1066.0 MiB, beside the gradients
+        peak                  2068.0 MiB above the inputs
           gradients           1066.0 MiB
           logits of a chunk   1002.0 MiB
-        peak                  2068.0 MiB above the inputs
         eager holds           2004.0 MiB for each copy of the logits
-        why                   6NVH against the 8NVH of recompute, and its chunks fit the budget
+        why                   6NVH against the 8NVH of recompute, and its chunks fit the workspace
         why                   2 chunks: few enough to sum in torch.bfloat16
     """
     if not isinstance(dtype, torch.dtype):
@@ -268,7 +268,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
     if not asked:
         if n < min(N, FEWEST_TOKENS) or wide_sums + scaled > sizes.budget:
             beside = " and fp32 sums" if wide_sums else ""
-            return None, f"the budget does not hold a chunk of {FEWEST_TOKENS} tokens{beside}"
+            return None, f"the workspace does not hold a chunk of {FEWEST_TOKENS} tokens{beside}"
         if wide_sums and n < min(N, ACCUMULATION_PAYS) and not accumulate:
             return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
     n = _even(N, max(n, min(N, FEWEST_TOKENS)))
@@ -279,7 +279,7 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
         "at a time": at_a_time(n, sums),
     }
     backward = {"gradients": final, "fp32 sums": wide_sums, "rows at a time": scaled}
-    why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the budget"]
+    why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the workspace"]
     if chunks > 1 and note:
         why.append(f"{chunks} chunks: {note}")
     parts = forward if sum(forward.values()) >= sum(backward.values()) else backward
@@ -301,7 +301,7 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)
     fits = most >= min(V, FEWEST_COLUMNS)
     if not fits:
-        why += (f"the budget holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
+        why += (f"the workspace holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
     most = max(most, FEWEST_COLUMNS)
     if wide == dtype:  # one buffer: from forward on of the first slice's logits, then of every slice's gradient
         v = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
