@@ -9,8 +9,9 @@ endif
 
 .PHONY: demo test test-all integrations lint types gate bench report gpu-wheels gpu-evidence
 
+# One thread: on cores that others use too, each of the chunked path's many small operations waits for the slowest of several.
 demo: $(READY)
-	PYTHONPATH=. $(PY) examples/demo.py
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) examples/demo.py
 
 # The kernels run in Triton's interpreter where there is no GPU, so a test process each core is what takes the time.
 test: $(READY)

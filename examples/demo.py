@@ -4,7 +4,7 @@
 
 The text is the Python standard library's own sources, the vocabulary its words. Both runs call the same loss function, which
 is written against logits; the second differs in the model's last layer alone. Each step of one run is followed by the same
-step of the other, so that the ratio of their times is fair on a machine that does other things too.
+step of the other. On a CPU that does other things too, ``OMP_NUM_THREADS=1`` makes the ratio of their times fair.
 """
 
 from __future__ import annotations
