@@ -98,7 +98,8 @@ def in_one_pass(
     backend: str,
     found: RowStatistics,  # of all tokens, written
 ) -> OverLogits:
-    """For :func:`linear_loss`: a row of logits is read and written in one go."""
+    """For :func:`linear_loss`, whose ``of_log_probs``, ``of_sum_log_probs`` and ``of_square`` are ``of``: a row of logits is
+    read and written in one go."""
 
     def over_logits(
         logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
@@ -181,7 +182,7 @@ def loss_and_gradients(
     head: Head,
     ids: Tensor | None,  # (N, K)
     keep: Tensor | None,  # (M,) tokens to project; None: all
-    zero_ignored: bool,
+    zero_ignored: bool,  # hidden of skipped tokens counts as 0, since a nan there would reach d_weight
     over_logits: OverLogits,
     wanted: Sequence[bool],  # gradients of head.inputs
     workspace: int,
@@ -206,6 +207,7 @@ def loss_and_gradients(
     for part in slices(M, max(planned.chunk, 1)):
         rows: slice | Tensor = part if keep is None else keep[part]
         of_ids = part_of(local_ids, rows)
+        # The head with a chunk's tokens; planned.chunk is how many.
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_buffer[: part.stop - part.start]
         # On a CPU a third faster: the result stays in cache.

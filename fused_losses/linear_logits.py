@@ -202,6 +202,7 @@ class LinearLogits(LazyTensor):
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
         self._versions = versions(hidden=hidden)
+        # What is known of these tokens already, so that a second question about them costs no product: see _measure.
         self._cache: _Measured = {}
         self._views: dict[Any, _Measured] = {}  # the caches of views of one another, by _place
         self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
@@ -474,7 +475,7 @@ class LinearLogits(LazyTensor):
         rest = self.rest
         return gather_in_backward(output, rest.weight, rest.module, self.shape, trains=self.requires_grad, made=made)
 
-    # What a lazy tensor must know
+    # What a lazy tensor must know: the methods of LazyTensor, documented there
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LinearLogits:
         def features(t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Forward, one read of the logits: with ``m = max_j z_j`` and ``s = Σ_j exp(z_j �
     Σ_j w_j logp_j = Σ_j w_j (z_j − m) − log s·Σ_j w_j             log Σ_j p_j² = log Σ_j exp(2(z_j − m)) − 2 log s
 
 Everything is kept relative to the running maximum, so ``logp ≤ 0`` holds by construction and a constant added to a row costs
-no accuracy. Each lane runs its own maximum over every ``VEC``-th part of the row and the lanes meet once, at the end: no
+no accuracy. Each lane runs its own maximum, over its ``VEC`` logits of each tile, and the lanes meet once, at the end: no
 barrier and 1 + 1/VEC exponentials per logit in the loop. The finite ``FLOOR`` stands for the maximum of nothing, so that −inf
 logits never make −inf − −inf.
 
@@ -489,7 +489,7 @@ def _softmax_rows_fwd_bwd_kernel(
     is_top1_ptr,  # (N,) bool
     N,
     V,
-    logits_stride_n,
+    logits_stride_n,  # V or more; what lies between is read and written over too
     scale,
     softcap,
     HAS_COLUMN_WEIGHT: tl.constexpr,
