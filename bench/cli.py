@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--backend", choices=("triton", "torch"), help="of ours; default what serves the device")
     sub.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
     sub.add_argument("--seconds", type=float, help="of timing per mode; default 10, 1 with --quick")
-    sub.add_argument("--quick", action="store_true", help="real work, but little of it: under a minute on two cores")
+    sub.add_argument("--quick", action="store_true", help="little work, but real: under a minute at its own shapes")
     sub.add_argument("--json", type=Path, metavar="FILE", help="keep the rows, and what they depend on")
     sub.add_argument("--resume", action="store_true", help="skip what --json FILE has already")
     sub.add_argument("--plot", type=Path, metavar="FILE", help="picture of time and memory, PNG")
