@@ -157,8 +157,8 @@ def sums_and_counts(
         position_ids: as ``x``, instead of ``cu_seqlens``; see :func:`document_borders`, as for ``num_sequences``.
 
     Returns:
-        Two tensors ``(B,)``, packed ``(n,)``: sums in fp32 (float64 for float64), differentiable in ``x``, and int64
-        counts; 0 and 0 for an empty sequence.
+        Two tensors ``(B,)``, packed ``(n,)``: sums in fp32 (float64 for float64), differentiable in ``x`` (packed: once), and
+        int64 counts; 0 and 0 for an empty sequence.
 
     Raises:
         ValueError: both ``cu_seqlens`` and ``position_ids`` are given, the shape of the mask or of ``position_ids`` is not
