@@ -490,8 +490,9 @@ def is_lazy(x: Any) -> bool:
 def report(name: str, x: LazyTensor) -> None:
     # Sizes that vary have no numbers while a function is compiled.
     size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
+    made_of = " of LinearLogits" if isinstance(x, Derived) else ""
     message = (
-        f"{name} materialises {type(x).__name__}{size}. Reduce over the vocabulary with an operation that it answers "
+        f"{name} materialises {type(x).__name__}{made_of}{size}. Reduce over the vocabulary with an operation that it answers "
         "('Lazy or not' in docs/losses.md has what to write instead), or call materialize() where this is meant."
     )
     if settings.strict.value:

@@ -396,7 +396,7 @@ def test_a_stack_of_both():
     ):
         with pytest.warns(UserWarning, match="materialises LazyStack"):
             torch.testing.assert_close(fn(stack), fn(eager))
-    with pytest.warns(UserWarning, match="logsumexp materialises LazyStack"):
+    with pytest.warns(UserWarning, match="logsumexp materialises LazyStack of LinearLogits"):
         three = torch.stack([s.log_softmax(-1)] * 3).logsumexp(0)
     torch.testing.assert_close(three, s.materialize().log_softmax(-1) + math.log(3))
 
