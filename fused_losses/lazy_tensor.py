@@ -382,7 +382,10 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
     from .lazy_elementwise import recorded
 
-    name = "__rdiv__" if func is Tensor.__rdiv__ else name or func.__name__  # which PyTorch 2.15 compiles as "wrapped"
+    name = name or func.__name__
+    for reflected in ("__rsub__", "__rdiv__", "__rpow__"):  # which PyTorch 2.15 compiles as "wrapped"
+        if func is getattr(Tensor, reflected):
+            name = reflected
     if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     first = args[0] if args else None
