@@ -93,7 +93,7 @@ def aggregate(
         if kind == "seq_mean_token_sum_norm":
             if loss_scale_factor is None and cu_seqlens is not None:
                 raise ValueError("seq_mean_token_sum_norm of a packed row needs loss_scale_factor: it has no S")
-            total = total / (max(loss.shape[1], 1) if loss_scale_factor is None else loss_scale_factor)
+            total = total / (at_least_one(loss.shape[1]) if loss_scale_factor is None else loss_scale_factor)
     if global_count is not None and kind != "token_sum":
         count = global_count
     return total / at_least_one(count) * dp_size

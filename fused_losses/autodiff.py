@@ -29,6 +29,15 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
+def while_compiling(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """``fn`` runs, when a function that calls it is compiled, at that time only, and its result is a constant of the graph.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler.
+    """
+    fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return fn
+
+
 def in_plain_pytorch(*grads: Tensor | None) -> bool:
     """Whether a backward must run in plain PyTorch: it is differentiated again, or gradients come batched."""
     if torch.compiler.is_compiling():

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import traced, transforms_active
-from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import transform
 from .divergence import (
     as_head,
@@ -39,6 +38,7 @@ from .divergence import (
 from .linear_logits import LinearLogits
 from .numerics import check_reduction, check_scaling, full_precision, log1mexp, statistics_dtype, upcast, wide_dtype
 from .row_divergence import Divergence, of_log_probs
+from .row_statistics import slices
 from .sequences import at_least_one, check_tensors
 from .settings import Backend, Route
 from .settings import route as route_setting

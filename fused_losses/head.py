@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import check_differentiable, host_may_read, trains
-from .chunked.linear_softmax import TILE, logits_tile, slices
+from .chunked.linear_softmax import TILE, logits_tile
 from .chunked.softmax_rows import row_statistics, skipped, transform
 from .numerics import full_precision, statistics_dtype
 from .planning import Plan, plan
 from .products import add_product
-from .row_statistics import RowStatistics, part_of
+from .row_statistics import RowStatistics, part_of, slices
 from .settings import Backend
 from .settings import drop_ignored as drop_ignored_setting
 from .settings import gradient_filter as gradient_filter_setting
@@ -185,6 +185,13 @@ def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor |
     return (None if keep.numel() == ids.shape[0] else keep), False
 
 
+def differentiable_product(head: Head) -> Tensor:
+    """Logits ``(N, V)`` before scale, softcap and temperature, by autograd, in the dtype of the inputs under any autocast."""
+    with full_precision(head.hidden.device):
+        x = head.hidden if head.weight is None else F.linear(head.hidden, head.weight, head.bias)
+        return x if head.low_rank is None else x + head.low_rank[0] @ head.low_rank[1].t()
+
+
 def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Backend) -> int:
     """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
     return head.plan(head.hidden.shape[0], workspace=workspace, per_token=per_token, backend=backend).budget
@@ -194,13 +201,8 @@ def whole_logits(head: Head, skip: Tensor | None) -> Tensor:
     """Plain differentiable PyTorch, in fp32 or wider; ``skip`` ``(N,)``: tokens of which a nan must reach nothing."""
     dtype = statistics_dtype(head.hidden.dtype)
     head = head.tokens(slice(None), skip)
-    hidden, weight, bias, u, B = (None if t is None else t.to(dtype) for t in head.inputs)
-    assert hidden is not None
-    with full_precision(hidden.device):
-        x = hidden if weight is None else F.linear(hidden, weight, bias)
-        if u is not None and B is not None:
-            x = x + u @ B.t()
-    return transform(x, head.temperature, head.scale, head.softcap)[0]
+    head = head.with_inputs(None if t is None else t.to(dtype) for t in head.inputs)
+    return transform(differentiable_product(head), head.temperature, head.scale, head.softcap)[0]
 
 
 def differentiable_statistics(

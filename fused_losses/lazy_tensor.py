@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
-from .autodiff import host_may_read, no_gradient
+from .autodiff import host_may_read, no_gradient, while_compiling
 from .numerics import on_device
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
@@ -383,9 +383,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     from .lazy_elementwise import recorded
 
     name = name or func.__name__
-    for reflected in ("__rsub__", "__rdiv__", "__rpow__"):  # which PyTorch 2.15 compiles as "wrapped"
-        if func is getattr(Tensor, reflected):
-            name = reflected
+    if name == "wrapped":  # as PyTorch 2.15 compiles these
+        name = next((n for n in ("__rsub__", "__rdiv__", "__rpow__") if func is getattr(Tensor, n)), name)
     if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     first = args[0] if args else None
@@ -503,6 +502,7 @@ def report(name: str, x: LazyTensor) -> None:
     _warn_once(name, message)
 
 
+@while_compiling
 def _warn_once(name: str, message: str) -> None:
     """Warn at the first frame outside this package and PyTorch, once for each line and operation."""
     frame: Any = sys._getframe()
@@ -512,10 +512,6 @@ def _warn_once(name: str, message: str) -> None:
     if site not in _WARNED:
         _WARNED.add(site)
         warnings.warn_explicit(message, UserWarning, *site[:2])
-
-
-# While a function is compiled, warn then. As torch.compiler.assume_constant_result, which would import the compiler.
-_warn_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _grad(outputs: Any, inputs: Any, *_: Any, **__: Any) -> Any:

@@ -9,10 +9,10 @@ from collections.abc import Collection
 
 from torch import Tensor
 
-from .chunked.linear_softmax import LowRank, slices
+from .chunked.linear_softmax import LowRank
 from .head import Head
 from .planning import padded, tile_rows
-from .row_statistics import RowStatistics, empty_statistics, part_of
+from .row_statistics import RowStatistics, empty_statistics, part_of, slices
 
 
 def linear_softmax_fwd(

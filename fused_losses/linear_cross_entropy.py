@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .autodiff import differentiated, transforms_active
-from .chunked.linear_softmax import slices
 from .cross_entropy import (
     CrossEntropyStatistics,
     denominators,
@@ -28,7 +26,7 @@ from .cross_entropy import (
     row_shares,
 )
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
-from .head import Head, budget, check_head, head_of, kept_tokens, ready
+from .head import Head, budget, check_head, differentiable_product, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .linear_logits_checks import versions
 from .numerics import (
@@ -36,12 +34,12 @@ from .numerics import (
     check_label_smoothing,
     check_reduction,
     check_scaling,
-    full_precision,
     on_device,
     statistics_dtype,
     sum_of_losses,
 )
 from .recompute import linear_statistics
+from .row_statistics import slices
 from .settings import Backend, Route, resolve_backend
 from .settings import gradient_filter as gradient_filter_setting
 from .settings import route as route_setting
@@ -543,12 +541,8 @@ def _soft(
                 "backward, which computes with them again"
             )
         part = head.tokens(rows)
-        with full_precision(part.hidden.device):
-            logits = F.linear(part.hidden, part.weight, part.bias)
-            if part.low_rank is not None:
-                logits = logits + part.low_rank[0] @ part.low_rank[1].t()
         found = rows_statistics(
-            logits.unsqueeze(-1),
+            differentiable_product(part).unsqueeze(-1),
             None,
             weight,
             part.temperature,

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import settings
 from .autodiff import exporting, may_save, no_gradient, traced, transforms_active
-from .chunked.linear_softmax import logits_tile, slices
+from .chunked.linear_softmax import logits_tile
 from .chunked.softmax_rows import transform
 from .head import Head, head_of, kept_tokens, whole_logits
 from .lazy_tensor import (
@@ -47,6 +47,7 @@ from .linear_logits_checks import (
     watch,
 )
 from .numerics import check_scaling, full_precision, on_device, statistics_dtype
+from .row_statistics import slices
 from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole, shards
 from .token_statistics import linear_logits_statistics, target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .autodiff import while_compiling
 from .numerics import autocast_dtype, statistics_dtype
 
 
@@ -160,12 +161,9 @@ def refuse_autograd_function(logits: Any) -> None:
             )
 
 
+@while_compiling  # who has the function compiled
 def _in_reentrant_checkpoint() -> bool:
     return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers())
-
-
-# While a function is compiled, look at who has it compiled; see lazy_tensor._warn_once.
-_in_reentrant_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def refuse_reentrant_checkpoint() -> None:

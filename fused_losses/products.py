@@ -8,12 +8,33 @@ import torch
 from torch import Tensor
 
 from .autodiff import host_may_read, traced
-from .chunked.linear_softmax import gives_fp32, slices
+from .kernels.configurations import multiplies_matrices
 from .numerics import statistics_dtype
+from .row_statistics import slices
 
 GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
 MOST = 0.5  # of the columns: beyond it gathering them may cost what it saves
 BLOCK = 1024  # of a 16-bit matrix that is upcast, or of the vocabulary that is multiplied, at a time on a CPU
+
+
+def gives_fp32(x: Tensor) -> bool:
+    """Whether PyTorch has a product of 16-bit factors as ``x`` in fp32: on no CPU, in bfloat16 from sm_80 on, and in float16
+    unless it is told to sum that in float16."""
+    if not x.is_cuda or traced(x):
+        return x.is_cuda
+    if x.dtype == torch.float16:
+        return not torch.backends.cuda.matmul.allow_fp16_accumulation
+    return multiplies_matrices(x.device)
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """``x weightᵀ`` with an accumulator that is never rounded to 16 bits."""
+    dtype = statistics_dtype(x.dtype)
+    if dtype == x.dtype:
+        return x @ weight.t()
+    if gives_fp32(x):
+        return torch.mm(x, weight.t(), out_dtype=dtype)
+    return x.to(dtype) @ weight.to(dtype).t()
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

@@ -27,7 +27,6 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked import linear_softmax as chunked_linear_softmax
-from .chunked.linear_softmax import slices
 from .chunked.softmax_rows import skipped
 from .head import INPUTS, Head, budget, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
@@ -39,6 +38,7 @@ from .row_statistics import (
     empty_statistics,
     only,
     part_of,
+    slices,
     total_weight,
     without_ignored,
 )

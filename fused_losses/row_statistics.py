@@ -10,7 +10,7 @@ with one number per row for each of ``a, b, e, d`` and one per id for ``c``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,11 @@ from .numerics import statistics_dtype, wide_dtype
 
 def part_of(t: Tensor | None, rows: slice | Tensor) -> Tensor | None:
     return None if t is None else t[rows]
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    for i in range(-(-total // size)):  # a count, which Dynamo keeps for another total
+        yield slice(i * size, min((i + 1) * size, total))
 
 
 class RowStatistics(NamedTuple):

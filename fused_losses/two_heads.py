@@ -38,7 +38,7 @@ from .autodiff import (
     saved_tensors,
 )
 from .chunked.divergence_rows import BUFFERS
-from .chunked.linear_softmax import TILE, slices
+from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .gradients_in_forward import HeadGradients, in_range, per_token_dtype, scale_gradients, total_dtypes
 from .head import INPUTS, Head, whole_logits
@@ -46,7 +46,7 @@ from .numerics import full_precision, statistics_dtype, sum_of_losses
 from .planning import DEFAULT_BUDGET, FEWEST_TOKENS, MANY_CHUNKS, padded
 from .products import gathered_bytes
 from .row_divergence import Divergence, compare_rows, differentiable_rows
-from .row_statistics import part_of
+from .row_statistics import part_of, slices
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
-from fused_losses.chunked import linear_softmax
 from fused_losses.gradients_in_forward import _with_gradients, linear_loss, scaled, scaled_gradient
 from fused_losses.products import add_product
 from fused_losses.reference.tolerance import assert_accurate
@@ -69,13 +68,13 @@ def test_products_that_cuda_does_not_give_in_fp32(dtype, monkeypatch):
     before = out.double()
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", property(lambda t: True))
-        assert linear_softmax.gives_fp32(a)
+        assert products.gives_fp32(a)
         if dtype == torch.float16:
             patch.setattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", True)
         else:
-            patch.setattr(linear_softmax, "multiplies_matrices", lambda device: False)
+            patch.setattr(products, "multiplies_matrices", lambda device: False)
         add_product(out, a, b, first=False)
-        found = linear_softmax.product(a, b.t())
+        found = products.product(a, b.t())
     torch.testing.assert_close(out.double(), before + exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 

@@ -5,15 +5,14 @@ See ``kernels/linear_softmax.py``.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
-from ..autodiff import traced
-from ..kernels.configurations import multiplies_matrices
 from ..numerics import statistics_dtype, wide_dtype, wide_sums
-from ..row_statistics import RowStatistics, part_of, total_weight
+from ..products import add_product, product
+from ..row_statistics import RowStatistics, part_of, slices, total_weight
 from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
@@ -25,41 +24,12 @@ def tile_side(device: torch.device) -> int:
     return TILE if device.type == "cpu" else 2 * TILE
 
 
-def slices(total: int, size: int) -> Iterator[slice]:
-    for i in range(-(-total // size)):  # a count, which Dynamo keeps for another total
-        yield slice(i * size, min((i + 1) * size, total))
-
-
-def gives_fp32(x: Tensor) -> bool:
-    """Whether PyTorch has a product of 16-bit factors as ``x`` in fp32: on no CPU, in bfloat16 from sm_80 on, and in float16
-    unless it is told to sum that in float16."""
-    if not x.is_cuda or traced(x):
-        return x.is_cuda
-    if x.dtype == torch.float16:
-        return not torch.backends.cuda.matmul.allow_fp16_accumulation
-    return multiplies_matrices(x.device)
-
-
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weightᵀ`` with an accumulator that is never rounded to 16 bits."""
-    dtype = statistics_dtype(x.dtype)
-    if dtype == x.dtype:
-        return x @ weight.t()
-    if gives_fp32(x):
-        return torch.mm(x, weight.t(), out_dtype=dtype)
-    return x.to(dtype) @ weight.to(dtype).t()
-
-
 def logits_tile(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, low_rank: LowRank | None, rows: slice, columns: slice
 ) -> Tensor:
     tile = product(hidden[rows], weight[columns])
     if low_rank is not None:
-        u, B = low_rank[0][rows], low_rank[1][columns]
-        if tile.is_cuda:
-            tile += product(u, B)
-        else:
-            tile.addmm_(u.to(tile.dtype), B.to(tile.dtype).t())  # in no tile of its own
+        add_product(tile, low_rank[0][rows], low_rank[1][columns].t(), first=False)
     if bias is not None:
         tile += bias[columns]
     return tile

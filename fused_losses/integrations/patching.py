@@ -6,11 +6,13 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..autodiff import while_compiling
 from ..linear_head import LinearHead
 from ..linear_logits import LinearLogits
 from ..linear_logits_checks import callers
@@ -111,17 +113,19 @@ def trainer_drops_logits() -> bool | None:
     if torch.compiler.is_compiling():  # one graph for all evaluations of a compiled model, those that keep logits too
         return False if _traced_for_a_prediction() else None
     for frame in callers():
-        if frame.f_code.co_name == "prediction_step" and "prediction_loss_only" in frame.f_locals:
+        if _is_call(frame, "prediction_step", "prediction_loss_only"):
             return bool(frame.f_locals["prediction_loss_only"])
-        if frame.f_code.co_name == "training_step" and "num_items_in_batch" in frame.f_locals:
+        if _is_call(frame, "training_step", "num_items_in_batch"):
             return True
-        if frame.f_code.co_name == "generate" and "generation_config" in frame.f_locals:
+        if _is_call(frame, "generate", "generation_config"):
             return False
     return None
 
 
+@while_compiling
 def _traced_for_a_prediction() -> bool:
-    return any(f.f_code.co_name == "prediction_step" and "prediction_loss_only" in f.f_locals for f in callers())
+    return any(_is_call(frame, "prediction_step", "prediction_loss_only") for frame in callers())
 
 
-_traced_for_a_prediction._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see lazy_tensor._warn_once
+def _is_call(frame: FrameType, function: str, argument: str) -> bool:
+    return frame.f_code.co_name == function and argument in frame.f_locals
