@@ -1,4 +1,4 @@
-"""Products of a gradient of the logits with a head's matrices, summed in fp32 or wider; of all columns, or of few."""
+"""Products with a head's matrices, summed in fp32 or wider; of a gradient of the logits by all its columns, or by few."""
 
 from __future__ import annotations
 
