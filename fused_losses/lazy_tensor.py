@@ -18,7 +18,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,13 @@ class LazyTensor:
     requires_grad: bool
     wide: torch.dtype  # in which its numbers are computed, whatever its dtype
     answered: frozenset[str] | None = None  # the names that have an answer; None: all in HANDLERS
-    __getitem__: Any  # as all of _OPERATORS, below
+    if TYPE_CHECKING:  # all of _OPERATORS, which are set below
+        __getitem__ = __setitem__ = __len__ = __contains__ = __array__ = cast(Any, None)
+        __bool__ = __int__ = __float__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = cast(Any, None)
+        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = cast(Any, None)
+        __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = cast(Any, None)
+        __matmul__ = __rmatmul__ = __neg__ = __pos__ = __abs__ = __invert__ = cast(Any, None)
+        __and__ = __or__ = __xor__ = cast(Any, None)
 
     def materialize(self) -> Tensor:
         """The tensor itself, differentiable, in ``dtype``."""
