@@ -40,7 +40,7 @@ def finish(figure: Any, file: Path) -> Path:
 
 def drawing() -> bool:
     if not MATPLOTLIB:
-        print("no pictures: matplotlib is not installed (pip install 'fused-losses[bench]')", file=sys.stderr)
+        print("no pictures: matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
     return MATPLOTLIB
 
 

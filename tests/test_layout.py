@@ -124,3 +124,4 @@ def test_built_packages_hold_the_whole_tree(kind, tmp_path):
         for path in (ROOT / "fused_losses" / folder).glob("*.py"):
             assert f"{prefix}fused_losses/{folder}{path.name}" in names
     assert f"{prefix}fused_losses/py.typed" in names
+    assert not any("/tests/" in name for name in names)
