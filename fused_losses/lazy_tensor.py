@@ -399,7 +399,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     handler = HANDLERS.get(name) if answered is None or name in answered else None
     handler = None if func is torch.kl_div else handler  # whose reduction is a number, and none by default
     if isinstance(kwargs.get("out"), LazyTensor):
-        raise RuntimeError(f"{name} cannot write into a {type(kwargs['out']).__name__}: it has no storage")
+        raise RuntimeError(f"{name} cannot write into {_called(kwargs['out'])}: it has no storage")
     if handler is not None and "out" not in kwargs:
         named, known = {_ALIASES.get(key, key): value for key, value in kwargs.items()}, _KEYWORDS[name]
         result = handler(*args, **named) if known is None or known.issuperset(named) else NotImplemented
@@ -437,7 +437,7 @@ def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwa
     if torch.compiler.is_compiling():
         why = "a compiled function cannot follow"
     raise RuntimeError(
-        f"{name} would change a {type(x).__name__} {tuple(x.shape)} in place, which {why}. Use the out-of-place form, or "
+        f"{name} would change {_called(x)} {tuple(x.shape)} in place, which {why}. Use the out-of-place form, or "
         "materialize() before."
     )
 
@@ -495,12 +495,16 @@ def is_lazy(x: Any) -> bool:
     return isinstance(x, LazyTensor)
 
 
+def _called(x: LazyTensor) -> str:
+    """In a message to those who have read of no class but LinearLogits."""
+    return "what was made of LinearLogits" if isinstance(x, Derived) else "LinearLogits"
+
+
 def report(name: str, x: LazyTensor) -> None:
     # Sizes that vary have no numbers while a function is compiled.
     size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
-    made_of = " of LinearLogits" if isinstance(x, Derived) else ""
     message = (
-        f"{name} materialises {type(x).__name__}{made_of}{size}. Reduce over the vocabulary with an operation that it answers "
+        f"{name} materialises {_called(x)}{size}. Reduce over the vocabulary with an operation that it answers "
         "('Lazy or not' in docs/losses.md has what to write instead), or call materialize() where this is meant."
     )
     if settings.strict.value:

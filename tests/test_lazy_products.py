@@ -394,9 +394,9 @@ def test_a_stack_of_both():
         lambda x: torch.stack([*x.unbind(-1), *x.unbind(-1)]).logsumexp(0),
         lambda x: F.kl_div(s.log_softmax(-1)[..., None], x[..., :1], log_target=True),
     ):
-        with pytest.warns(UserWarning, match="materialises LazyStack"):
+        with pytest.warns(UserWarning, match="materialises what was made of LinearLogits"):
             torch.testing.assert_close(fn(stack), fn(eager))
-    with pytest.warns(UserWarning, match="logsumexp materialises LazyStack of LinearLogits"):
+    with pytest.warns(UserWarning, match="logsumexp materialises what was made of LinearLogits"):
         three = torch.stack([s.log_softmax(-1)] * 3).logsumexp(0)
     torch.testing.assert_close(three, s.materialize().log_softmax(-1) + math.log(3))
 
@@ -601,7 +601,7 @@ def test_in_place_beside_a_view_is_refused(make, of):
     viewed = make(s, t)
     view = of(viewed)
     for x in (viewed, view):
-        with pytest.raises(RuntimeError, match=r"__imul__ would change a Lazy.*view"):
+        with pytest.raises(RuntimeError, match=r"__imul__ would change what was made of LinearLogits .*view"):
             x *= 2
     copy = viewed[torch.arange(B)]
     copy *= 2
@@ -722,7 +722,7 @@ def test_what_it_is_and_its_elements():
         assert (lazy.shape, lazy.dtype) == (expected.shape, expected.dtype)
         torch.testing.assert_close(lazy.materialize(), expected)
         assert lazy.float().dtype == torch.float32
-    with pytest.warns(UserWarning, match="sort materialises LazyProducts"):
+    with pytest.warns(UserWarning, match="sort materialises what was made of LinearLogits"):
         torch.testing.assert_close(made["products"][0].sort(), made["products"][1](eager_s, eager_t).sort())
     infinite = s.isinf()
     assert infinite.to("cpu") is infinite
@@ -926,7 +926,7 @@ def test_changes_in_place_that_make_the_elements():
         results.append([loss, *torch.autograd.grad(loss, inputs[:3])])
     torch.testing.assert_close(*results)
     s = LinearLogits(*inputs[:3])
-    with strict(), pytest.raises(RuntimeError, match="__setitem__ materialises LazyProducts"):
+    with strict(), pytest.raises(RuntimeError, match="__setitem__ materialises what was made of LinearLogits"):
         changed_by_a_mask(s, s)
     product, softmax = s.softmax(-1) * PROBS, s.softmax(-1)
     for x in (product, product.view(-1, V), softmax, softmax.detach()):
