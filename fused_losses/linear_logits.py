@@ -38,6 +38,7 @@ from .lazy_tensor import (
 from .linear_logits_checks import (
     autocast,
     check_shapes,
+    check_tensors,
     check_whereabouts,
     per_token_temperature,
     refuse_autograd_function,
@@ -230,6 +231,7 @@ class LinearLogits(LazyTensor):
         if rest is None:
             if weight is None:
                 raise TypeError("LinearLogits needs the head's weight (V, H)")
+            check_tensors(hidden, weight, bias)
             u, B = low_rank or (None, None)
             check_whereabouts(weight, module)
             if is_dtensor(hidden) or is_dtensor(weight):

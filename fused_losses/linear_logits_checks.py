@@ -62,6 +62,14 @@ def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
+def check_tensors(hidden: Any, weight: Any, bias: Any) -> None:
+    for name, t in (("hidden (…, H)", hidden), ("weight (V, H)", weight), ("bias (V,)", bias)):
+        if not isinstance(t, Tensor) and (t is not None or hidden is None):
+            head = isinstance(t, torch.nn.Module)
+            instead = ": pass its weight and bias, or replace it by LinearHead.from_linear" if head else ""
+            raise TypeError(f"{name} must be a tensor, got a {type(t).__name__}{instead}")
+
+
 def check_whereabouts(weight: Any, module: Any) -> None:
     if hasattr(weight, "ds_id") and weight.ndim == 1:
         raise ValueError(

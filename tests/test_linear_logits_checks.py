@@ -87,6 +87,10 @@ def test_logits_of_before_a_step_raise_where_it_changed_their_head(optimizer, fr
         ),
         (lambda: LinearLogits(torch.ones(2, 3).long(), torch.ones(5, 3).long()), TypeError, "floating"),
         (lambda: LinearLogits(torch.ones(2, 3)), TypeError, "weight"),
+        (lambda: LinearLogits(None, torch.ones(5, 3)), TypeError, r"hidden \(…, H\) must be a tensor, got a NoneType"),
+        (lambda: LinearLogits(torch.ones(2, 3).numpy(), torch.ones(5, 3)), TypeError, "hidden .* got a ndarray"),
+        (lambda: LinearLogits(torch.ones(2, 3), nn.Linear(3, 5)), TypeError, "got a Linear: pass its weight"),
+        (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), True), TypeError, "bias .* got a bool"),
         (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), softcap=0.0), ValueError, "softcap"),
         (lambda: LinearLogits(torch.ones(2, 3), torch.ones(5, 3), temperature=0.0), ValueError, "temperature"),
         (
