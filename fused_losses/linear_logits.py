@@ -439,7 +439,8 @@ class LinearLogits(LazyTensor):
             if found != made:
                 raise RuntimeError(
                     f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {made} "
-                    f"then, {found} now): logits made from it would have kept their values. Make them anew."
+                    f"then, {found} now): logits made from it would have kept their values. Read what you need before, as "
+                    "before optimizer.step(), or make them anew."
                 )
 
     def rows(self) -> Rows:
