@@ -194,7 +194,10 @@ class _PerToken:
         except (AttributeError, TypeError) as error:
             if None not in found:
                 raise
-            raise type(error)(f"{error} (fn is given the statistics {self.statistics}, and None for others)") from error
+            raise type(error)(
+                f"{error} (fn is given the statistics {self.statistics}, and None for others: name what it reads in "
+                "statistics=)"
+            ) from error
         value, aux = result if isinstance(result, tuple) else (result, {})
         n = next(s for s in found if s is not None).shape[:1]
         for name, x in (("fn", value), *((f"fn's {name!r}", x) for name, x in aux.items())):

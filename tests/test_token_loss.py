@@ -473,7 +473,7 @@ def test_bad_input():
     with pytest.raises(TypeError, match=r"fn must return one number per token, a tensor.*got None"):
         token_loss(lambda s: None, logits, index)
     for z in (logits, LinearLogits(torch.randn(23, 4), torch.randn(37, 4))):
-        with pytest.raises(TypeError, match=r"NoneType.*given the statistics \('log_probs',\), and None for others"):
+        with pytest.raises(TypeError, match=r"NoneType.*given the statistics \('log_probs',\), and None for others: "):
             token_loss(entropy_bonus, z, index, a, statistics=("log_probs",))
         with pytest.raises(ValueError, match=r"index \(23, 0\) has no id per token"):
             token_loss(dft, z, index[:, None][:, :0])
