@@ -203,7 +203,10 @@ def _linears(owner: Any, head: Any) -> list[Any]:
         weight: Any = linear.weight
         plain = type(weight.data) is Tensor or hasattr(weight, "device_mesh")
         if not plain or not weight.is_floating_point() or weight.element_size() < 2:
-            raise TypeError(f"{name} is quantised ({type(weight.data).__name__}, {weight.dtype}): nothing changed")
+            raise TypeError(
+                f"{name} is quantised ({type(weight.data).__name__}, {weight.dtype}): nothing changed. Leave the head out of "
+                "what is quantised"
+            )
     return found
 
 
@@ -212,7 +215,8 @@ def _refuse_variant(head: Any, adapter: str) -> None:
     if variant is not None:
         kind = type(variant).__name__.removesuffix("LinearVariant")
         raise TypeError(
-            f"the head's adapter {adapter!r} is {kind}: of LoRA and its kin only plain LoRA is a low-rank term"
+            f"the head's adapter {adapter!r} is {kind}: of LoRA and its kin only plain LoRA is a low-rank term. Make it "
+            "that, or leave the head out of target_modules"
         )
     if head.lora_B[adapter].bias is not None:
         raise TypeError(f"the head's adapter {adapter!r} has lora_bias: train the head's own bias instead")
