@@ -1,6 +1,6 @@
 """What a gradient filter leaves out: train one model with it and one without, then weigh both its products and its error.
 
-    python examples/gradient_filter.py [--steps 300] [--filter-exponent -12]
+    python examples/gradient_filter.py [--steps 300] [--filter-exponent -12]    # with rich and matplotlib installed
 
 The text is the Python standard library's own sources, the vocabulary its words. Both models start alike and see the same
 batches, in turn: on two cores for a quarter of an hour or longer, with ``--steps 5`` for about a minute. Afterwards a table
