@@ -65,8 +65,8 @@ class LinearHead(nn.Linear):
     def from_linear(cls, linear: nn.Linear, *, scale: float = 1.0, softcap: float | None = None) -> LinearHead:
         """A head that shares the parameters of ``linear``, which must be a plain ``nn.Linear``."""
         if not isinstance(linear, nn.Linear):
-            cls = type(linear)
-            raise TypeError(f"from_linear takes an nn.Linear, the head itself, got {cls.__module__}.{cls.__qualname__}")
+            got = f"{type(linear).__module__}.{type(linear).__qualname__}"
+            raise TypeError(f"from_linear takes an nn.Linear, the head itself, got {got}")
         if getattr(linear.forward, "__func__", None) is not nn.Linear.forward or is_parametrized(linear):
             raise TypeError(
                 f"from_linear takes an nn.Linear, got {type(linear).__name__}, whose forward or weight is its own and would be "

@@ -63,8 +63,9 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def check_tensors(hidden: Any, weight: Any, bias: Any) -> None:
-    for name, t in (("hidden (…, H)", hidden), ("weight (V, H)", weight), ("bias (V,)", bias)):
-        if not isinstance(t, Tensor) and (t is not None or hidden is None):
+    named = {"hidden (…, H)": hidden, "weight (V, H)": weight} | ({} if bias is None else {"bias (V,)": bias})
+    for name, t in named.items():
+        if not isinstance(t, Tensor):
             head = isinstance(t, torch.nn.Module)
             instead = ": pass its weight and bias, or replace it by LinearHead.from_linear" if head else ""
             raise TypeError(f"{name} must be a tensor, got a {type(t).__name__}{instead}")
