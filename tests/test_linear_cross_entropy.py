@@ -900,6 +900,13 @@ def test_result_dtypes():
     assert linear_cross_entropy(hidden, weight, target).dtype == torch.bfloat16
     assert linear_cross_entropy(hidden, weight, target, out_dtype=torch.float32).dtype == torch.float32
     assert linear_cross_entropy(hidden, weight, target.clamp(min=0).to(torch.uint8)).dtype == torch.bfloat16
+    probabilities, class_weights = torch.rand(len(hidden), C, dtype=torch.float64).softmax(-1), torch.rand(C)
+    for reduction in ("mean", "none"):
+        assert linear_cross_entropy(hidden, weight, probabilities, reduction=reduction).dtype == torch.float64
+        halves = probabilities.to(torch.bfloat16)
+        assert linear_cross_entropy(hidden, weight, halves, reduction=reduction).dtype == torch.bfloat16
+        promoted = linear_cross_entropy(hidden, weight, halves, weight=class_weights, reduction=reduction)
+        assert promoted.dtype == torch.float32
 
 
 def test_module_is_pytorchs():
