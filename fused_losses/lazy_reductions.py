@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import transforms_active
+from .autodiff import exporting, transforms_active
 from .lazy_products import LazyStack, logaddexp, minimum
 from .lazy_row_sums import row_sums
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, over_vocab, with_dim, wrap_dim
@@ -131,8 +131,10 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
     if not isinstance(x, LinearLogits):
         return NotImplemented
     values, ids = x.topk_ids(k, largest)
-    # What shares the vocabulary asks alike on all ranks, also where one rank alone trains its rows.
-    if torch.is_grad_enabled() and (x.requires_grad or x.shard is not None or transforms_active()):
+    # What shares the vocabulary asks alike on all ranks, also where one rank alone trains its rows. Under a transform, and
+    # while exporting, x does not know that the weight trains.
+    trains = x.requires_grad or x.shard is not None or transforms_active() or exporting()
+    if torch.is_grad_enabled() and trains:
         same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
         values = values.detach()  # of the tangent that no_grad left it
         values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))

@@ -175,6 +175,15 @@ def test_an_exported_loss_trains_the_body(name, strict):
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_topk_trains_the_head(strict):
+    model, h = nn.Sequential(LinearHead(H, V)), torch.randn(B, S, H)
+    model.register_forward_hook(lambda module, args, z: z.topk(2).values.sum())
+    exported = torch.export.export(model, (h,), strict=strict).module()
+    gradients = (torch.autograd.grad(m(h), m.get_parameter("0.weight")) for m in (exported, model))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_compiles_what_compares_two_of_one_head(rank):
     torch._dynamo.reset()
