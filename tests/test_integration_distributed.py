@@ -26,7 +26,8 @@ ENGINES = {
     "FSDP": {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": "LlamaDecoderLayer"}},
     "DEEPSPEED": {"deepspeed": {"zero_optimization": ZERO3, **dict.fromkeys(AUTO, "auto")}, "optim": "sgd"},
 }
-TRANSFORMERS = ("labels", "label_smoothing", "compute_loss_func", "bf16")
+LORA = {"lora_on_head": ["q_proj", "lm_head"], "lora_on_head_alone": ["lm_head"]}
+TRANSFORMERS = ("labels", "label_smoothing", "compute_loss_func", "bf16", *LORA)
 TRL = ("sft", "dpo", "kto", "grpo", "rloo", "distillation", "cpo", "orpo", "tpo", "gkd", "sdft", "online_dpo", "a2po")
 CASES = dict.fromkeys(ENGINES, (*TRANSFORMERS, *TRL))
 CASES["MULTI_CPU"] = (*TRANSFORMERS, "dpo", "gkd")  # DDP leaves every weight whole
@@ -46,6 +47,10 @@ def trainer_of(name, path, **settings):
     ids = [tokenizer(f"{text} and more of it")["input_ids"][:6] for text in single.TEXT] * 3
     if name == "label_smoothing":
         settings["label_smoothing_factor"] = 0.1
+    if name in LORA:
+        torch.manual_seed(0)
+        adapter = single.peft.LoraConfig(r=4, target_modules=LORA[name], init_lora_weights=False)
+        model = single.peft.get_peft_model(model, adapter)
     return single.transformers.Trainer(
         model,
         single.arguments(single.transformers.TrainingArguments, path, **{**settings, "bf16": name == "bf16"}),

@@ -144,7 +144,17 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | L
         us.append((A(dropped) * self.scaling[name]).to(x.dtype))
         Bs.append(B.weight.to(x.dtype))
     low_rank = (torch.cat(us, -1), torch.cat(Bs, -1))
-    return LinearLogits(x, linear.weight, linear.bias, low_rank=low_rank, module=linear)
+    return LinearLogits(x, linear.weight, linear.bias, low_rank=low_rank, module=_owner_of_weights(self, linear, names))
+
+
+def _owner_of_weights(head: Any, linear: Any, adapters: list[str]) -> Any:
+    """What gathers the weights that the logits read: ZeRO-3 partitions each, ``lora_B`` too."""
+    if not hasattr(linear.weight, "ds_id"):
+        return linear
+    if getattr(head, "ds_grads_remaining", 0):  # DeepSpeed's hooks of ``head`` gather what its forward read
+        return head
+    read = [linear.weight, linear.bias, *(head.lora_B[name].weight for name in adapters)]
+    return nn.ParameterList([p for p in read if p is not None])  # not lora_A, which its own hooks gather
 
 
 # Whom not
