@@ -55,6 +55,7 @@ from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 TOPK_WORKSPACE = 2**28  # bytes, by default
+_HELD = ("rest", "_hidden", "_versions", "_cache", "_views", "_bare", "_reads", "_normalizer")  # by a LinearLogits
 _Measured = dict[tuple[str, float | None], Tensor]  # by name and gradient filter
 
 
@@ -533,7 +534,8 @@ class LinearLogits(LazyTensor):
             )
         new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
         self.rest.views[0] += 1
-        vars(self).update(vars(new))
+        for name in _HELD:  # Dynamo of PyTorch 2.11 knows no update of vars()
+            setattr(self, name, getattr(new, name))
         return self
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
