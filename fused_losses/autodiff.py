@@ -115,13 +115,19 @@ def host_may_read(t: Tensor) -> bool:
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
+@while_compiling
+def hooks_on_saved() -> bool:
+    """Whether saved-tensor hooks, of a checkpoint say, see what is saved now. :mod:`torch.func` refuses them."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def may_save(t: Tensor) -> bool:
     """Whether forward may save what backward could recompute.
 
     Not while tracing, where shapes are unknown, and not under saved-tensor hooks: checkpointing runs forward again, perhaps
     under other settings, and offloading logits costs more than recomputing them.
     """
-    return not traced(t) and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return not traced(t) and not hooks_on_saved()
 
 
 def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import exporting, may_save, traced, trains, transforms_active
+from .autodiff import exporting, hooks_on_saved, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import Head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
@@ -112,8 +112,7 @@ def token_loss(
             backend = resolve_backend(head.hidden, backend)
             planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
             # torch.func, which fn's gradient comes from, refuses saved-tensor hooks, and torch.export does not see it.
-            in_forward = traced(head.hidden) or may_save(head.hidden)
-            in_forward = in_forward and planned.route == "gradients_in_forward" and not exporting()
+            in_forward = planned.route == "gradients_in_forward" and not exporting() and not hooks_on_saved()
             if in_forward:
                 head, _ = ready(head, None)
                 loss = _made_in_forward(loss_of, head, keep, zero_ignored, planned.budget, accumulate, backend)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fused_losses import distillation_loss, divergence, settings, token_loss
 from fused_losses.linear_head import LinearHead
-from fused_losses.linear_logits import LinearLogits
+from fused_losses.linear_logits import _HELD, LinearLogits
 
 
 def shifted_loss(h, w, b):
@@ -124,6 +124,19 @@ def test_division_by_a_tensor_compiles_without_logits():
     torch.testing.assert_close(found, loss(eager))
 
 
+def test_a_change_in_place_compiles_without_a_break():
+    torch._dynamo.reset()
+    lazy, eager, _ = make()
+
+    def loss(z):
+        return z.div_(2).logsumexp(-1).sum()
+
+    found = torch.compile(loss, fullgraph=True, backend="aot_eager")(lazy)
+    torch.testing.assert_close(found, (eager / 2).logsumexp(-1).sum())
+    torch.testing.assert_close(lazy.logsumexp(-1).sum(), found)
+    assert vars(lazy).keys() == set(_HELD)
+
+
 OF_ANY_LENGTH = {
     "cross_entropy": lambda z, ids: F.cross_entropy(z.flatten(0, 1), ids.flatten()),
     "log_probs": lambda z, ids: z.log_softmax(-1).gather(-1, ids[..., None]).sum(),
@@ -204,3 +217,16 @@ def test_a_compiled_head_refuses_reentrant_checkpointing():
         checkpoint(torch.compile(head, backend="aot_eager"), x, use_reentrant=True)
     logits = checkpoint(torch.compile(head, backend="aot_eager"), x, use_reentrant=False)
     assert torch.autograd.grad(F.cross_entropy(logits.transpose(1, 2), IDS), head.weight)[0].any()
+
+
+def test_a_compiled_token_loss_is_checkpointed():
+    torch._dynamo.reset()
+    tensors, weights = leaves(torch.float32), TEMPERATURE.float()
+
+    def loss(h):
+        return token_loss(lambda s, a: a * s.log_probs.exp(), LinearLogits(h, tensors["weight"]), IDS, weights)[0]
+
+    h = tensors["hidden"]
+    found = checkpoint(torch.compile(loss, backend="aot_eager"), h, use_reentrant=False)
+    gradients = (torch.autograd.grad(x, (h, tensors["weight"])) for x in (found, loss(h)))
+    torch.testing.assert_close(*gradients)
