@@ -98,10 +98,13 @@ def kl_div(
     dense = isinstance(input, Tensor) and is_lazy(target) and input.is_floating_point()
     if log_probs and isinstance(target, LazyExpression):
         fit(input.base, target.base)  # raises where their vocabularies are of different sizes
-    if not (log_probs or dense) or target.shape != input.shape:
+    if target.shape != input.shape:
         return NotImplemented
     kl = _kl_from_lazy if is_lazy(target) else _kl_from_values
-    found = kl(input, target, log_target, summed=reduction != "none")
+    found = kl(input, target, log_target, summed=reduction != "none") if log_probs or dense else NotImplemented
+    if found is NotImplemented and reduction != "none":
+        each = recorded(F.kl_div, "kl_div", (input, target), {"reduction": "none", "log_target": log_target})
+        found = each if each is NotImplemented else each.with_dtype(each.wide).sum()
     if found is NotImplemented:
         return NotImplemented
     if reduction == "none":

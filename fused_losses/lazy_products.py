@@ -42,6 +42,7 @@ from .lazy_tensor import (
     LazyTensor,
     answers,
     coefficient,
+    is_lazy,
     is_number,
     multiplied,
     number_of,
@@ -620,15 +621,16 @@ def logaddexp(input: Any, other: Any) -> Any:
 
 @dataclass(eq=False, repr=False)
 class LazyStack(Derived):
-    """Expressions of different heads, stacked: no logits until something other than a sum over them is asked for."""
+    """Expressions of different heads, or beside what exists, stacked: no logits until something other than a sum over them is
+    asked for."""
 
-    parts: tuple[Any, ...]
+    parts: tuple[Any, ...]  # Dense, what exists
     at: int  # the new dimension
     answered = frozenset({"logsumexp", "sum", "mean", "size", "dim", "numel", "is_floating_point"})
 
     @property
     def base(self) -> Any:
-        return self.parts[0]
+        return next(x for x in self.parts if is_lazy(x))
 
     @property
     def vocab_dim(self) -> int:  # type: ignore[override]
@@ -644,7 +646,7 @@ class LazyStack(Derived):
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return functools.reduce(torch.promote_types, (x.dtype for x in self.parts))
+        return functools.reduce(torch.promote_types, (x.dtype if is_lazy(x) else x.tensor.dtype for x in self.parts))
 
     @property
     def requires_grad(self) -> bool:  # type: ignore[override]
@@ -654,22 +656,29 @@ class LazyStack(Derived):
         return f"LazyStack({tuple(self.shape)}, {self.dtype}, of {list(self.parts)})"
 
     def materialize(self) -> Tensor:
-        return torch.stack([x.materialize() for x in self.parts], self.at)
+        return torch.stack([x.materialize() if is_lazy(x) else x.elements() for x in self.parts], self.at)
 
     def reduced(self, fn: Callable[[Any, Any], Any], dims: list[int], keepdim: bool) -> Any:
-        """``fn`` of the parts, where ``dims`` are what they are stacked along."""
-        found = fn(*self.parts) if dims == [self.at] and not keepdim and len(self.parts) == 2 else NotImplemented
-        return found if found is NotImplemented else found.with_dtype(self.dtype)
+        """``fn`` of the two parts, where ``dims`` are what they are stacked along."""
+        if dims != [self.at] or keepdim or len(self.parts) != 2:
+            return NotImplemented
+        return fn(*(x if is_lazy(x) else x.elements() for x in self.parts)).to(self.dtype)
 
 
 @answers("stack", anywhere=True)
 def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
     if all(isinstance(x, LinearLogits) for x in tensors):
         return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
-    first = tensors[0]
-    if not all(isinstance(x, LazyExpression) and fit(first.base, x.base) for x in tensors):
+    lazy, exist = [x for x in tensors if is_lazy(x)], [x for x in tensors if not is_lazy(x)]
+    first = lazy[0]
+    if not all(isinstance(x, LazyExpression) and fit(first.base, x.base) for x in lazy):
         return NotImplemented
-    return LazyStack(tuple(x.as_copy() for x in tensors), wrap_dim(first, dim, extra=1))
+    # What two make of it is recorded, which a compiled function does not.
+    if exist and (len(tensors) != 2 or first.form not in ("log_softmax", "softmax") or torch.compiler.is_compiling()):
+        return NotImplemented
+    if not all(alike(first, x) and x.is_floating_point() for x in exist):
+        return NotImplemented
+    return LazyStack(tuple(x.as_copy() if is_lazy(x) else Dense(x) for x in tensors), wrap_dim(first, dim, extra=1))
 
 
 def weighed_values(softmax: Any, values: Any) -> Any:

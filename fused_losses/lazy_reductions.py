@@ -70,7 +70,7 @@ def _dims(x: LazyTensor, dim: Any) -> list[int]:
 @answers("logsumexp", "special_logsumexp")
 def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
     if isinstance(x, LazyStack):
-        return x.reduced(logaddexp, _dims(x, dim), keepdim)
+        return x.reduced(torch.logaddexp, _dims(x, dim), keepdim)
     if _dims(x, dim) != [x.vocab_dim] or not isinstance(x, (LinearLogits, LazyExpression)):
         return NotImplemented
     lse = x.statistic("logsumexp") if isinstance(x, LinearLogits) else x.log_total()
@@ -86,8 +86,8 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
 def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     dims = _dims(x, dim)
     if isinstance(x, LazyStack):
-        found = x.reduced(lambda a, b: a.plus(b, 1.0), dims, keepdim)
-        return found if found is NotImplemented or dtype is None else found.with_dtype(dtype)
+        found = x.reduced(torch.add, dims, keepdim)
+        return found if found is NotImplemented or dtype is None else found.to(dtype)
     total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
     if total is NotImplemented and x.vocab_dim in dims and isinstance(x, Derived):
         total = row_sums(x)

@@ -69,6 +69,14 @@ LOSSES = {
     "temperatures": lambda z, t, p: ((z / TOKEN).softmax(-1) + 0.1).log().sum(-1),
     "detached": lambda z, t, p: (z.softmax(-1).detach() * (t.softmax(-1) + 0.1).log()).sum(-1),
     "kl_div": lambda z, t, p: F.kl_div((z.softmax(-1) + 1e-6).log(), p, reduction="none").sum(-1),
+    "kl_div_batchmean": lambda z, t, p: F.kl_div((z.softmax(-1) + 1e-6).log(), p, reduction="batchmean"),
+    "kl_div_sum": lambda z, t, p: F.kl_div(
+        (p + z.softmax(-1)).log(), z.log_softmax(-1), reduction="sum", log_target=True
+    ),
+    "kl_div_mean": lambda z, t, p: F.kl_div(z.log_softmax(-1), t.softmax(-1).clamp(min=0.01), size_average=True),
+    "kl_div_of_two_teachers": lambda z, t, p: F.kl_div(
+        z.log_softmax(-1), 0.5 * (t.softmax(-1) + p), reduction="batchmean"
+    ),
     "logaddexp": lambda z, t, p: torch.logaddexp(z.log_softmax(-1) - 1, p.log()).sum(-1),
     "mask_of_both": lambda z, t, p: (z.softmax(-1) * p).masked_fill(t.softmax(-1) > z.softmax(-1), 0).sum(-1),
     "logits_mse": lambda z, t, p: F.mse_loss(z, t),

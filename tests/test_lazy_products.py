@@ -371,6 +371,38 @@ def test_numbers_per_token_may_change_afterwards():
     torch.testing.assert_close([x.sum(-1) for x in lazies], expected)
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_stack_with_what_exists(first):
+    """As distillation losses make a mixture where the teacher's logits are a tensor."""
+    inputs = leaves()
+
+    def mixtures(z):
+        log_p, p = z.log_softmax(-1) + math.log(0.3), z.softmax(-1)
+        logs = [PROBS.log() + math.log(0.7), log_p] if first else [log_p, PROBS.log() + math.log(0.7)]
+        m = torch.stack(logs, dim=1).logsumexp(1)
+        halves = torch.stack([PROBS, p] if first else [p, PROBS]).mean(0)
+        return (
+            torch.stack(logs).dtype,
+            (PROBS * m).sum(-1),
+            F.kl_div(m, p, reduction="none").sum(-1),
+            halves.log().mean(-1),
+        )
+
+    with strict():
+        dtype, *found = mixtures(LinearLogits(*inputs[:3]))
+    eager, *expected = mixtures(F.linear(*inputs[:3]))
+    assert dtype == eager
+    torch.testing.assert_close(found, expected)
+    loss = [sum((t * torch.arange(1.0, t.numel() + 1).view(t.shape)).sum() for t in some) for some in (found, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(t, inputs[:3]) for t in loss))
+    z, p = LinearLogits(*inputs[:3]), PROBS.clone()
+    stack = torch.stack([p, z.softmax(-1)] if first else [z.softmax(-1), p])
+    torch.testing.assert_close(stack.materialize()[1 - first], p)
+    p += 1  # of which eager has copied the numbers
+    with pytest.raises(RuntimeError, match="modified in place"):
+        stack.sum(0)
+
+
 def test_a_stack_of_both():
     inputs = leaves()
     s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
