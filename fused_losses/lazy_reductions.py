@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .autodiff import exporting, transforms_active
-from .lazy_products import LazyStack, logaddexp, minimum
+from .lazy_products import LazyStack, minimum
 from .lazy_row_sums import row_sums
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, over_vocab, with_dim, wrap_dim
 from .linear_logits import LinearLogits
