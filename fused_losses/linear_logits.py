@@ -862,9 +862,6 @@ def same_logits(a: LinearLogits, b: LinearLogits) -> bool:
     return one and _equal(a.temperature, b.temperature) and u is v
 
 
-# The head
-
-
 from . import lazy_losses as _lazy_losses  # noqa: E402, F401  the rest of the answers
 from . import lazy_masks as _lazy_masks  # noqa: E402, F401
 from . import lazy_reductions as _lazy_reductions  # noqa: E402, F401
