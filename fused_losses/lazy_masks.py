@@ -15,6 +15,7 @@ from .lazy_tensor import (
     Derived,
     LazyTensor,
     answers,
+    answers_in_place,
     is_lazy,
     number_of,
     over_vocab,
@@ -157,17 +158,14 @@ def any_(x: LazyTensor, dim: int | None = None, keepdim: bool = False) -> Any:
     return found.any() if dim is None else with_dim(found, x, keepdim)
 
 
+@answers_in_place("__ior__", "logical_or_", "bitwise_or_")
 @answers("__or__", "logical_or", "bitwise_or", anywhere=True)
 def or_(input: Any, other: Any) -> Any:
     mask, other = (input, other) if isinstance(input, LazyMask) else (other, input)
     return mask.union(other) if isinstance(mask, LazyMask) else NotImplemented
 
 
-@answers("__ior__", "logical_or_", "bitwise_or_")
-def or_in_place(x: LazyTensor, other: Any) -> Any:
-    return x.become(or_(x, other))
-
-
+@answers_in_place("masked_fill_")
 @answers("masked_fill")
 def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
     """0 where logits are infinite, which ``0 · (−inf)`` is not, for whole tokens, or in what exists beside lazy logits."""
@@ -188,11 +186,6 @@ def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
     if tokens is NotImplemented:
         return found.without_entries(mask)
     return replace(found, skipped=tokens != 0) if found.skipped is None else NotImplemented
-
-
-@answers("masked_fill_")
-def masked_fill_(x: LazyTensor, mask: Any, value: Any) -> Any:
-    return x.become(masked_fill(x, mask, value))
 
 
 @answers("where", anywhere=True)

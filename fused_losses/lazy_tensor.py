@@ -11,6 +11,7 @@ reductions in ``lazy_reductions.py``, losses in ``lazy_losses.py``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import math
 import os
@@ -379,6 +380,20 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
             _KEYWORDS[name] = None if any_keyword else {*parameters, "input"}
             if hasattr(Tensor, name) and not name.startswith("__"):
                 setattr(LazyTensor, name, _method(name))
+        return handler
+
+    return register
+
+
+def answers_in_place(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register under these names that the first argument becomes what the handler gives."""
+
+    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
+        @answers(*names)
+        @functools.wraps(handler)
+        def change(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+            return x.become(handler(x, *args, **kwargs))
+
         return handler
 
     return register
@@ -767,6 +782,7 @@ def _promoted(result: Any, x: LazyTensor, other: Any) -> Any:
     return to(result, torch.promote_types(x.dtype, other.dtype))
 
 
+@answers_in_place("mul_", "multiply_", "__imul__")
 @answers("mul", "multiply", "__mul__", "__rmul__", anywhere=True)
 def mul(input: Any, other: Any) -> Any:
     if is_lazy(input) and is_lazy(other):
@@ -775,6 +791,7 @@ def mul(input: Any, other: Any) -> Any:
     return _promoted(x.scaled(factor), x, factor)
 
 
+@answers_in_place("div_", "divide_", "true_divide_", "__itruediv__")
 @answers("div", "divide", "true_divide", "__truediv__")
 def div(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
     if rounding_mode is not None or is_lazy(other):
@@ -799,6 +816,7 @@ def neg(x: LazyTensor) -> Any:
     return x.scaled(-1)
 
 
+@answers_in_place("add_", "__iadd__")
 @answers("add", "__add__", "__radd__", anywhere=True)
 def add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1:
@@ -808,6 +826,7 @@ def add(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     return _promoted(found, x, offset)
 
 
+@answers_in_place("sub_", "subtract_", "__isub__")
 @answers("sub", "subtract", "__sub__", anywhere=True)
 def sub(input: Any, other: Any, *, alpha: Any = 1) -> Any:
     if alpha != 1:
@@ -835,26 +854,3 @@ def lerp(x: LazyTensor, end: Any, weight: Any) -> Any:
         return NotImplemented
     parts = x.scaled(1 - weight), end.scaled(weight)
     return NotImplemented if any(part is NotImplemented for part in parts) else parts[0].plus(parts[1], 1.0)
-
-
-# In place
-
-
-@answers("mul_", "multiply_", "__imul__")
-def mul_(x: LazyTensor, other: Any) -> Any:
-    return x.become(mul(x, other))
-
-
-@answers("div_", "divide_", "true_divide_", "__itruediv__")
-def div_(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
-    return x.become(div(x, other, rounding_mode=rounding_mode))
-
-
-@answers("add_", "__iadd__")
-def add_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
-    return x.become(add(x, other, alpha=alpha))
-
-
-@answers("sub_", "subtract_", "__isub__")
-def sub_(x: LazyTensor, other: Any, *, alpha: Any = 1) -> Any:
-    return x.become(sub(x, other, alpha=alpha))

@@ -43,6 +43,7 @@ from .lazy_products import (
 from .lazy_tensor import (
     LazyTensor,
     answers,
+    answers_in_place,
     coefficient,
     from_front,
     is_lazy,
@@ -300,14 +301,10 @@ def softmax(x: LazyTensor, dim: Any = None, _stacklevel: Any = 3, dtype: Any = N
     return _softmax(x, "softmax", dim, _stacklevel, dtype)
 
 
+@answers_in_place("exp_")
 @answers("exp")
 def exp(x: LazyTensor) -> Any:
     return x.exponential() if isinstance(x, LazyExpression) else NotImplemented
-
-
-@answers("exp_")
-def exp_(x: LazyTensor) -> Any:
-    return x.become(exp(x))
 
 
 @answers("log")
