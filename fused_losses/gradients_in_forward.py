@@ -375,8 +375,8 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
         check_differentiable(N, V, dtype)
         ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[INPUTS:]
 
-        def fn(*of: Tensor) -> list[Tensor]:
-            head = Head(inputs[0], inputs[1], temperature=temperature, scale=scale, softcap=softcap).with_inputs(of)
+        def fn(*of: Any) -> list[Tensor]:
+            head = Head(*of, temperature, scale, softcap)  # type: ignore[call-arg]
             outputs = ["log_probs", "sum_log_probs"]
             s = differentiable_statistics(head, ids, column_weight, outputs)
             total = (of_log_probs * s.log_probs[:, 0]).sum()  # type: ignore[index]

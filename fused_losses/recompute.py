@@ -286,10 +286,8 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     if in_plain_pytorch(*grads):
         refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
 
-        def fn(*of: Tensor) -> list[Tensor]:
-            head = Head(
-                inputs[0], inputs[1], temperature=temperature, scale=ctx.scale, softcap=ctx.softcap
-            ).with_inputs(of)
+        def fn(*of: Any) -> list[Tensor]:
+            head = Head(*of, temperature, ctx.scale, ctx.softcap)  # type: ignore[call-arg]
             found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
             return [present(s, logsumexp) for s in found]
 
