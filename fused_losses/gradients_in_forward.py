@@ -135,12 +135,7 @@ class HeadGradients:
     ) -> None:
         self.head, self.main_grad = head, main_grad
         written = (all_tokens, all_columns, False, all_tokens, all_columns)
-        self.totals = [
-            None
-            if like is None or not want
-            else (like.new_empty if all_of else like.new_zeros)(like.shape, dtype=dtype)
-            for like, want, dtype, all_of in zip(head.inputs, wanted, dtypes, written, strict=True)
-        ]
+        self.totals = head.empty_gradients(wanted, dtypes, written)
         # Sums over ranks: of a product, for total[rows].
         self.begun: list[tuple[Callable[[], Any], Tensor, slice | Tensor, Tensor]] = []
 

@@ -82,6 +82,15 @@ class Head(NamedTuple):
     def detached(self) -> Head:
         return self.with_inputs(None if t is None else t.detach() for t in self.inputs)
 
+    def empty_gradients(
+        self, wanted: Sequence[bool], dtypes: Sequence[torch.dtype], written: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """Room for the gradients of the inputs, None if not ``wanted``: 0 where not all of it will be ``written`` at first."""
+        return [
+            None if t is None or not want else (t.new_empty if all_of else t.new_zeros)(t.shape, dtype=dtype)
+            for t, want, dtype, all_of in zip(self.inputs, wanted, dtypes, written, strict=True)
+        ]
+
     def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
         """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
 

@@ -185,19 +185,9 @@ def linear_rows_grad(
     M = head.hidden.shape[0]
     per_row = [t if keep is None else part_of(t, keep) for t in (logsumexp, a, b, e, c, d)]
 
-    def empty_gradient(i: int, rows: int, dtype: torch.dtype) -> Tensor | None:
-        like = head.inputs[i]
-        if like is None or not wanted[i]:
-            return None
-        shape = (rows, *like.shape[1:])
-        return like.new_empty(shape, dtype=dtype) if M and V else like.new_zeros(shape, dtype=dtype)
-
-    d_hidden, d_u = empty_gradient(0, M, wide), empty_gradient(3, M, wide)
-    d_weight, d_bias, d_B = (
-        None if main_grad.ndim else empty_gradient(1, V, dtype),
-        empty_gradient(2, V, dtype),
-        empty_gradient(4, V, dtype),
-    )
+    wanted = [want and (i != 1 or main_grad.ndim == 0) for i, want in enumerate(wanted)]
+    dtypes, written = (wide, dtype, dtype, wide, dtype), [M > 0 and V > 0] * INPUTS
+    d_hidden, d_weight, d_bias, d_u, d_B = head.empty_gradients(wanted, dtypes, written)
     chunk = max(whole.plan(M, route="recompute", workspace=workspace, backend=backend).chunk, 1)
     in_place = saved_logits.ndim > 0 and saved_logits.dtype == dtype
     slice_buffer = saved_logits if in_place else hidden.new_empty(M, padded(min(chunk, V)))
