@@ -138,16 +138,15 @@ def _clip_ratios(t: Tokens, held: Tensor, low: float, high: float) -> dict[str, 
     below, above = (held < low) & (t.A < 0), (held > high) & (t.A > 0)
     empty = ~(t.sequences.nonempty() | (t.one_each and t.count_empty))
     below_of_each, above_of_each = (t.sequences.mean(upcast(x).expand_as(t.mask)) for x in (below, above))
-    nothing = empty.all()
+    # Padded with one number, so that a batch of no sequences has an extreme.
+    low_min = F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin()
+    high_max = F.pad(above_of_each.masked_fill(empty, 0), (0, 1)).amax()
     return {
         "clip_ratio/low_mean": t.share(below),
         "clip_ratio/high_mean": t.share(above),
         "clip_ratio/region_mean": t.share(below | above),
-        # Padded with one number, so that a batch of no sequences has an extreme.
-        "clip_ratio/low_min": F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0)
-        .amin()
-        .masked_fill(nothing, nan),
-        "clip_ratio/high_max": F.pad(above_of_each.masked_fill(empty, 0), (0, 1)).amax().masked_fill(nothing, nan),
+        "clip_ratio/low_min": low_min.masked_fill(empty.all(), nan),
+        "clip_ratio/high_max": high_max.masked_fill(empty.all(), nan),
     }
 
 
