@@ -179,6 +179,7 @@ def time_rows(
         floor_rate = None
         if samples[floor.name]:
             floor_rate = floor_work / quartiles([s.full for s in samples[floor.name]])["median"]
+        eager = samples.get("eager", [])
         for row in group:
             if row["status"] not in TIMED:
                 continue
@@ -186,31 +187,31 @@ def time_rows(
             if not found:
                 row |= {"status": "interrupted", "reason": "interrupted before it was timed"}
                 continue
-            row |= figures(found, samples.get("eager", []), work, case.FLOOR, floor_rate, problem.device)
+            row |= figures(found, eager, "full", work, case.FLOOR, floor_rate, problem.device)
             if problem.device == "cuda":
                 row["clocks"] = warm
             if case.PARTS and mode == "full":
                 row["parts"] = {
-                    part: figures(
-                        [Sample(getattr(s, part), 0) for s in found],
-                        [Sample(getattr(s, part), 0) for s in samples.get("eager", [])],
-                        its_work,
-                        case.FLOOR,
-                        floor_rate,
-                        problem.device,
-                    )
+                    part: figures(found, eager, part, its_work, case.FLOOR, floor_rate, problem.device)
                     for part, its_work in (("forward", forward), ("backward", backward))
                 }
 
 
 def figures(
-    found: list[Sample], eager: list[Sample], work: Work, bound: str, floor_rate: float | None, device: str
+    found: list[Sample],
+    eager: list[Sample],
+    part: str,  # of a sample
+    work: Work,
+    bound: str,
+    floor_rate: float | None,
+    device: str,
 ) -> Row:
     """What a row says of its samples; on a CPU no time and no rate."""
-    seconds = quartiles([s.full for s in found])
+    times = [getattr(s, part) for s in found]
+    seconds = quartiles(times)
     row: Row = {"rounds": len(found)}
     if eager:
-        row["to_eager"] = quartiles([s.full / e.full for s, e in zip(found, eager, strict=False)])
+        row["to_eager"] = quartiles([t / getattr(e, part) for t, e in zip(times, eager, strict=False)])
     if floor_rate is not None:
         row["of_floor"] = getattr(work, bound) / floor_rate / seconds["median"]
     if device == "cuda":
