@@ -46,6 +46,20 @@ class Check(NamedTuple):
     ours: Function
     plain: Function
 
+    @classmethod
+    def of(
+        cls,
+        primitive: str,
+        name: str,
+        inputs: Callable[..., Inputs],
+        sizes: tuple[int, ...],  # what inputs takes: N, V, …
+        leaves: tuple[str, ...],
+        *pair: Callable[..., Any],  # ours, plain
+        **how: Any,
+    ) -> Check:
+        ours, plain = (functools.partial(function, **how) for function in pair)
+        return cls(primitive, name, sizes[0] * sizes[1], functools.partial(inputs, *sizes), leaves, ours, plain)
+
 
 def normal(*shape: int) -> Tensor:
     """Inputs are drawn on the CPU, so that every device checks the same numbers."""
@@ -102,23 +116,13 @@ def row_checks() -> Iterator[Check]:
             # A gradient of what roundings leave of 0, where plain PyTorch's happen to cancel.
             if V == 1 and len(how) > 1:
                 continue
-            pair = functools.partial(ours, **how), functools.partial(plain, **how)
-            yield Check(
-                "cross_entropy", f"({N}, {V}), {name}", N * V, functools.partial(rows, N, V), ("logits",), *pair
-            )
+            yield Check.of("cross_entropy", f"({N}, {V}), {name}", rows, (N, V), ("logits",), ours, plain, **how)
     yield Check("cross_entropy", "(9, 300), a third of the logits -inf", 2700, infinite, ("logits",), ours, plain)
     yield Check("cross_entropy", "(7, 33, 5), class dimension not last", 1155, images, ("logits",), ours, plain)
     yield Check("cross_entropy", "(37, 129), class probabilities", 4773, soft, ("logits",), ours, plain)
     for N, V in ROW_SHAPES:
-        yield Check(
-            "token_statistics",
-            f"logits ({N}, {V})",
-            N * V,
-            functools.partial(rows, N, V),
-            ("logits",),
-            statistics,
-            plain_statistics,
-        )
+        name = f"logits ({N}, {V})"
+        yield Check.of("token_statistics", name, rows, (N, V), ("logits",), statistics, plain_statistics)
 
 
 def infinite() -> Inputs:
@@ -187,20 +191,12 @@ def head_checks() -> Iterator[Check]:
 
     for N, V, H in HEAD_SHAPES:
         for name, how in options.items():
-            pair = functools.partial(ours, **how), functools.partial(plain, **how)
-            yield Check(
-                "linear_cross_entropy",
-                f"({N}, {V}, {H}), {name}",
-                N * V,
-                functools.partial(head, N, V, H),
-                leaves,
-                *pair,
-            )
+            name = f"({N}, {V}, {H}), {name}"
+            yield Check.of("linear_cross_entropy", name, head, (N, V, H), leaves, ours, plain, **how)
         for name, how in of_logits.items():
-            pair = functools.partial(statistics, **how), functools.partial(plain_statistics, **how)
             wanted = (*leaves, "low", "rank") if "low_rank" in how else leaves
             name = f"head ({N}, {V}, {H}), {name}"
-            yield Check("token_statistics", name, N * V, functools.partial(head, N, V, H), wanted, *pair)
+            yield Check.of("token_statistics", name, head, (N, V, H), wanted, statistics, plain_statistics, **how)
 
 
 def divergence_checks() -> Iterator[Check]:
@@ -215,13 +211,12 @@ def divergence_checks() -> Iterator[Check]:
         return divergence_specification.divergence(logits_of(x), teacher, kind)
 
     for kind in KINDS:
-        pair = functools.partial(ours, kind=kind), functools.partial(plain, kind=kind)
         for N, V in ROW_SHAPES[1:]:
-            made = functools.partial(two_rows, N, V)
-            yield Check("divergence", f"logits ({N}, {V}), {kind}", N * V, made, ("logits",), *pair)
+            name = f"logits ({N}, {V}), {kind}"
+            yield Check.of("divergence", name, two_rows, (N, V), ("logits",), ours, plain, kind=kind)
         for N, V, H in HEAD_SHAPES[1:]:
-            made = functools.partial(two_heads, N, V, H)
-            yield Check("divergence", f"heads ({N}, {V}, {H}), {kind}", N * V, made, ("hidden", "weight"), *pair)
+            name = f"heads ({N}, {V}, {H}), {kind}"
+            yield Check.of("divergence", name, two_heads, (N, V, H), ("hidden", "weight"), ours, plain, kind=kind)
 
 
 def two_rows(N: int, V: int) -> Inputs:
