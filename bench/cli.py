@@ -396,19 +396,18 @@ def run_check(args: argparse.Namespace) -> int:
         dtypes = [torch.float32, torch.float16]
         dtypes += [] if slow else [torch.bfloat16]  # about which the interpreter is wrong
         largest = min(LARGEST["interpreter" if slow else device], args.largest or 2**63)
-        todo += [(check, dtype, backend) for check in everything if check.logits <= largest for dtype in dtypes]
+        draws = FEWEST_DRAWS if args.largest or slow else MOST_DRAWS  # a sanitizer is slow too
+        todo += [(check, dtype, backend, draws) for check in everything if check.logits <= largest for dtype in dtypes]
     table, wrong = [], []
     interrupted = False
     try:
         with Progress(len(todo)) as progress:
-            for check, dtype, backend in todo:
-                progress.now(f"{check.primitive} {check.name}, {dtype}, {backend}")
-                few = args.largest or (interpreted and backend == "triton")  # a sanitizer or the interpreter is slow
-                error, problem = verdict(check, dtype, device, backend, FEWEST_DRAWS if few else MOST_DRAWS)
+            for check, dtype, backend, draws in todo:
+                title = f"{check.primitive} {check.name}"
+                progress.now(f"{title}, {dtype}, {backend}")
+                error, problem = verdict(check, dtype, device, backend, draws)
                 name = str(dtype).removeprefix("torch.")
-                table.append(
-                    [f"{check.primitive} {check.name}", name, backend, f"{error:.1e}", "FAILED" if problem else "ok"]
-                )
+                table.append([title, name, backend, f"{error:.1e}", "FAILED" if problem else "ok"])
                 wrong.append(problem)
                 progress.advance()
         if (
