@@ -170,20 +170,20 @@ def one_of(option: str, text: str, choices: Sequence[str]) -> list[str]:
     return names
 
 
-def run_bench(args: argparse.Namespace) -> int:
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: there is no GPU here that PyTorch can use; leave it out to bench the CPU")
-    names = list(CASES) if "all" in args.case else args.case
-    problems = [
+def problems(args: argparse.Namespace, device: str) -> list[Problem]:
+    """Every shape, number of tokens, dtype and distribution that is asked for, with each other."""
+    cpu = device == "cpu"
+    return [
         Problem(shape, tokens, DTYPES[dtype], distribution, device)
-        for shape in heads(args, QUICK_SHAPES if args.quick else CPU_SHAPES if device == "cpu" else GPU_SHAPES)
-        for tokens in numbers(args.tokens)
-        or [QUICK_TOKENS if args.quick else CPU_TOKENS if device == "cpu" else shape.tokens]
-        for dtype in one_of("--dtype", args.dtype or ("float32" if device == "cpu" else "bfloat16"), list(DTYPES))
+        for shape in heads(args, QUICK_SHAPES if args.quick else CPU_SHAPES if cpu else GPU_SHAPES)
+        for tokens in numbers(args.tokens) or [QUICK_TOKENS if args.quick else CPU_TOKENS if cpu else shape.tokens]
+        for dtype in one_of("--dtype", args.dtype or ("float32" if cpu else "bfloat16"), list(DTYPES))
         for distribution in one_of("--inputs", "peaked" if args.quick else args.inputs, DISTRIBUTIONS)
     ]
-    modes = one_of("--mode", args.mode or ("full" if args.quick else "forward,full"), MODES)
+
+
+def begun(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """A result without rows; with ``--resume`` those of the file that were measured to the end."""
     if args.resume and args.json is None:
         raise ValueError("--resume needs --json FILE")
     result: dict[str, Any] = {"command": "fused-losses " + shlex.join(args.argv), **environment(device)}
@@ -191,9 +191,19 @@ def run_bench(args: argparse.Namespace) -> int:
     if args.resume and args.json.exists():
         before = json.loads(args.json.read_text())
         result["rows"] = before["rows"][: len(before["rows"]) - before["unfinished"]]
+    return result
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: there is no GPU here that PyTorch can use; leave it out to bench the CPU")
+    names = list(CASES) if "all" in args.case else args.case
+    wanted = [(name, problem) for name in names for problem in problems(args, device)]
+    modes = one_of("--mode", args.mode or ("full" if args.quick else "forward,full"), MODES)
+    result = begun(args, device)
     rows: list[Row] = result["rows"]
     done = {(row["case"], *problem_key(row)) for row in rows}
-    wanted = [(name, problem) for name in names for problem in problems]
     seconds = not_negative("--seconds", args.seconds if args.seconds is not None else 1 if args.quick else 10)
     interrupted = False
     if args.backend:
