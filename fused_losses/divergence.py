@@ -168,21 +168,18 @@ divergence_rows.register_autograd(_backward, setup_context=_setup_context)
 def _differentiable(
     student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, which: Divergence
 ) -> tuple[Tensor, Tensor | None]:
-    first, second = (_logits_as_head(x.transpose(1, 2)) for x in (student, teacher))
+    first, second = (as_head(x.transpose(1, 2)) for x in (student, teacher))
     return differentiable_two_heads(first, second, ids, with_nll, which)
 
 
 # Whatever the sides are.
 
 
-def _logits_as_head(logits: Tensor) -> Head:
-    return Head(logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]), None)  # type: ignore[arg-type]
-
-
 def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> Head:
     """The tokens of logits of which the columns of the shard are meant."""
     if isinstance(logits, Tensor):
-        return _logits_as_head(logits)._replace(shard=shard)
+        rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
+        return Head(rows, None, shard=shard)  # type: ignore[arg-type]
     head = head_of(logits)
     return ready(head._replace(shard=shard and shard.of_head(head.hidden, head.u)), None)[0]
 
