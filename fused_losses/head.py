@@ -16,7 +16,6 @@ from .numerics import full_precision, statistics_dtype
 from .planning import Plan, plan
 from .products import add_product
 from .row_statistics import RowStatistics, part_of, slices
-from .settings import Backend
 from .settings import drop_ignored as drop_ignored_setting
 from .settings import gradient_filter as gradient_filter_setting
 from .vocab_parallel import VocabShard
@@ -199,11 +198,6 @@ def differentiable_product(head: Head) -> Tensor:
     with full_precision(head.hidden.device):
         x = head.hidden if head.weight is None else F.linear(head.hidden, head.weight, head.bias)
         return x if head.low_rank is None else x + head.low_rank[0] @ head.low_rank[1].t()
-
-
-def budget(head: Head, workspace: int | str | None, per_token: bool, backend: Backend) -> int:
-    """The workspace in bytes, fixed in forward: settings may have changed by the time backward runs."""
-    return head.plan(head.hidden.shape[0], workspace=workspace, per_token=per_token, backend=backend).budget
 
 
 def whole_logits(head: Head, skip: Tensor | None) -> Tensor:

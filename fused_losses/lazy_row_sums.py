@@ -19,7 +19,7 @@ from torch import Tensor
 from .autodiff import check_differentiable, differentiable_gradients, in_plain_pytorch, save_for_backward, saved_tensors
 from .chunked.softmax_rows import transform
 from .gradients_in_forward import in_range, loss_and_gradients
-from .head import INPUTS, Head, budget, head_of, ready, whole_logits
+from .head import INPUTS, Head, head_of, ready, whole_logits
 from .lazy_elementwise import computable, copy_with, expanded, key_of
 from .lazy_products import Dense
 from .lazy_tensor import Derived, LazyTensor, is_lazy
@@ -254,10 +254,11 @@ def row_sums(x: Derived) -> Any:
         for z in logits:
             stack.enter_context(z.gathered())
         heads = [ready(head_of(z), None)[0] for z in logits]
+        N, backend = len(heads[0].hidden), resolve_backend(heads[0].hidden)
         # One half for the functions, one for a chunk's gradient.
-        room = budget(heads[0], None, True, resolve_backend(heads[0].hidden, None)) // 2
+        room = heads[0].plan(N, per_token=True, backend=backend).budget // 2
         at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
-        if 0 < len(heads[0].hidden) <= at_once:  # with room for all, whose logits other sums may want too
+        if 0 < N <= at_once:  # with room for all, whose logits other sums may want too
             return wide_sum(x.materialize(), x.vocab_dim)
         slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
         sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)

@@ -26,7 +26,7 @@ from .cross_entropy import (
     row_shares,
 )
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
-from .head import Head, budget, check_head, differentiable_product, head_of, kept_tokens, ready
+from .head import Head, check_head, differentiable_product, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .linear_logits_checks import versions
 from .numerics import (
@@ -528,7 +528,7 @@ def _soft(
     if head.shard is not None:
         hidden, u = (None if t is None else summed_in_backward(t, head.shard) for t in (head.hidden, head.u))
         head = head._replace(hidden=hidden, u=u)  # type: ignore[arg-type]
-    room = budget(head, workspace, False, resolve_backend(head.hidden, backend))
+    room = head.plan(N, workspace=workspace, backend=resolve_backend(head.hidden, backend)).budget
     n = max(1, room // (2 * max(C, 1) * head.hidden.dtype.itemsize))  # the logits and their gradient
 
     parts: dict[str, Any] = {f"{i}": t for i, t in enumerate((*head.inputs, head.temperature, probabilities, weight))}

@@ -28,7 +28,7 @@ from .autodiff import (
 )
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.softmax_rows import skipped
-from .head import INPUTS, Head, budget, differentiable_statistics, kept_tokens, ready
+from .head import INPUTS, Head, differentiable_statistics, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns
@@ -341,7 +341,8 @@ def linear_statistics(
     if head.shard is not None and ids is not None:
         ids = head.shard.local(ids)
     M = head.hidden.shape[0] if keep is None else keep.shape[0]
-    workspace_bytes = budget(head, workspace, True, backend)
+    # Fixed in forward: settings may have changed by the time backward runs.
+    room = head.plan(head.hidden.shape[0], per_token=True, workspace=workspace, backend=backend).budget
     found = linear_rows(
         *head.inputs,
         None if ids is None else ids.contiguous(),
@@ -353,8 +354,8 @@ def linear_statistics(
         head.scale,
         head.softcap,
         ",".join(outputs),
-        saved_columns(head, M, workspace_bytes, backend),
-        workspace_bytes,
+        saved_columns(head, M, room, backend),
+        room,
         backend,
         packed(head.shard),
         head.gradient_filter,
