@@ -48,9 +48,10 @@ from .linear_logits_checks import (
     watch,
 )
 from .numerics import check_scaling, full_precision, on_device, statistics_dtype
+from .recompute import linear_logits_statistics
 from .row_statistics import slices
 from .sharded_weight import gather_in_backward, gathered, is_distributed, is_whole, shards
-from .token_statistics import linear_logits_statistics, target_ids
+from .token_statistics import target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from .autodiff import (
 )
 from .chunked import linear_softmax as chunked_linear_softmax
 from .chunked.softmax_rows import skipped
-from .head import INPUTS, Head, differentiable_statistics, kept_tokens, ready
+from .head import INPUTS, Head, differentiable_statistics, head_of, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
 from .products import add_at_columns, add_over_columns, column_sums, few_columns
@@ -45,6 +45,9 @@ from .row_statistics import (
 from .settings import Backend, resolve_backend
 from .token_statistics import rows_module
 from .vocab_parallel import VocabShard, merged_statistics, packed, with_weight_sum
+
+if TYPE_CHECKING:
+    from .linear_logits import LinearLogits
 
 
 def linear_module(backend: str, hidden: Tensor) -> ModuleType:
@@ -361,3 +364,12 @@ def linear_statistics(
         head.gradient_filter,
     )
     return only(found[:-1], outputs, ids is not None)
+
+
+def linear_logits_statistics(logits: LinearLogits, ids: Tensor | None, **options: Any) -> RowStatistics:
+    """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
+    with logits.gathered():
+        found = linear_statistics(head_of(logits), ids, **options)
+    assert found.logsumexp is not None
+    logits.gather_in_backward(found.logsumexp)  # every output comes from one node
+    return found

@@ -457,6 +457,8 @@ def token_statistics(
             rows_of(logits), ids, None, per_token, outputs=row_names(outputs), backend=backend, shard=shard
         )
     else:
+        from .recompute import linear_logits_statistics  # which is made of the operators above
+
         found = linear_logits_statistics(logits, ids, outputs=row_names(outputs), backend=backend, workspace=workspace)
     values = of_rows(found, outputs, V, statistics_dtype(logits.dtype))
     shapes = {"log_probs": tokens if index is None else index.shape}
@@ -530,15 +532,3 @@ def rows_of(logits: Tensor) -> Tensor:
     if logits.ndim <= 2:
         return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]).unsqueeze(-1)
     return logits.flatten(0, -3).transpose(1, 2)
-
-
-def linear_logits_statistics(logits: LinearLogits, ids: Tensor | None, **options: Any) -> RowStatistics:
-    """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
-    from .head import head_of
-    from .recompute import linear_statistics
-
-    with logits.gathered():
-        found = linear_statistics(head_of(logits), ids, **options)
-    assert found.logsumexp is not None
-    logits.gather_in_backward(found.logsumexp)  # every output comes from one node
-    return found
