@@ -322,6 +322,8 @@ def heads_cross_entropy(
         divisor = torch.where(some, total.to(dtype), 1) if reduction == "mean" else 1
     if token_weights is not None:
         token_weights = token_weights.masked_fill(~counted, 0)
+    columns = slice(None) if heads[0].shard is None else heads[0].shard.part
+    column_weight = weight[columns] if weight is not None and label_smoothing else None
     values, found = [], []
     for i, head in enumerate(heads):
         value, statistics_of_head, in_forward = _hard(
@@ -329,7 +331,7 @@ def heads_cross_entropy(
             ids[:, i : i + 1],
             shares[:, i],
             None if token_weights is None else token_weights[:, i],
-            weight,
+            column_weight,
             label_smoothing,
             square,
             summed=reduction != "none",
@@ -432,7 +434,7 @@ def _hard(
     ids: Tensor,  # (N, 1)
     shares: Tensor,  # (N,)
     token_weights: Tensor | None,  # (N,)
-    weight: Tensor | None,
+    column_weight: Tensor | None,  # (V,), where labels are smoothed: shares have those of the targets
     label_smoothing: float,
     z_loss: float | Tensor,
     *,
@@ -451,7 +453,6 @@ def _hard(
     ``promised``: the upstream gradient of the sum, where the caller vouches for it.
     """
     N, C = head.hidden.shape[0], head.vocab
-    weight = weight if weight is None or head.shard is None else weight[head.shard.part]
     wanted = head.trained
     chosen_backend = resolve_backend(head.hidden, backend)
     chosen = head.plan(
@@ -467,7 +468,7 @@ def _hard(
         known = known and promised is not None and (wanted[0] or any(wanted[2:]))
     known = known and not transforms_active()
     if chosen.route == "gradients_in_forward" and known and any(wanted):
-        head, column_weight = ready(head, weight if label_smoothing else None)
+        head, column_weight = ready(head, column_weight)
         keep, zero_ignored = kept_tokens(ids, drop_ignored)
         tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
         of = (
@@ -498,7 +499,7 @@ def _hard(
     statistics = linear_statistics(
         head,
         ids,
-        weight if label_smoothing else None,
+        column_weight,
         outputs=outputs,
         kept=kept_tokens(ids, drop_ignored),
         workspace=workspace,
