@@ -146,6 +146,11 @@ def cross_entropy(
     target = local_target(target)
     if shard is not None and group is not None and target.shape == given:  # padded as the input
         target = target.narrow(class_dim, 0, shard.size)
+    options: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+        "label_smoothing": label_smoothing,
+    }
     if not isinstance(input, Tensor):
         from .linear_cross_entropy import linear_logits_cross_entropy
 
@@ -161,33 +166,16 @@ def cross_entropy(
             input,
             target,
             weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
             z_loss=z_loss,
             softcap=softcap,
             return_statistics=return_statistics,
             backend=backend,
             out_dtype=result_dtype(input, target, weight),
+            **options,
         )
-    if not _understood(input, target, weight, ignore_index, reduction, label_smoothing, shard):
-        if shard is not None:
-            raise ValueError(
-                f"a shard of {shard.size} of {shard.vocab} classes needs input (C_r), (N, C_r) or (N, C_r, d1, …), class "
-                "indices or probabilities of the shard's classes, and a weight for all classes; got input "
-                f"{input.dtype} {tuple(input.shape)}, target {target.dtype} {tuple(target.shape)}, weight "
-                f"{None if weight is None else tuple(weight.shape)}, reduction {reduction!r}, label_smoothing {label_smoothing}"
-            )
-        # PyTorch's own error, or, where it does accept this, PyTorch's own answer.
-        loss = F.cross_entropy(
-            input, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
-        if z_loss or softcap is not None or return_statistics:
-            raise ValueError(
-                f"z_loss, softcap and return_statistics need logits (C), (N, C) or (N, C, d1, …) and a matching target; got "
-                f"input {tuple(input.shape)} {input.dtype} and target {tuple(target.shape)} {target.dtype}"
-            )
-        return loss
+    if not _understood(input, target, weight, shard, **options):
+        extras = z_loss != 0 or softcap is not None or return_statistics
+        return _pytorchs_own(input, target, weight, shard, extras, **options)
 
     C = input.shape[class_dim] if shard is None else shard.vocab
     of_columns = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
@@ -249,10 +237,10 @@ def _understood(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None,
+    shard: VocabShard | None,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
-    shard: VocabShard | None,
 ) -> bool:
     """Whether the shapes and dtypes are those of the documented contract."""
     if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
@@ -268,6 +256,27 @@ def _understood(
     positions = input.shape[:0] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
     same_dtype = weight is None or weight.dtype == input.dtype
     return target.shape == positions and target.dtype in (torch.int64, torch.uint8) and same_dtype
+
+
+def _pytorchs_own(
+    input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None, extras: bool, **options: Any
+) -> Tensor:
+    """What is outside the documented contract: PyTorch's error, or, where it does accept this, PyTorch's answer."""
+    if shard is not None:
+        raise ValueError(
+            f"a shard of {shard.size} of {shard.vocab} classes needs input (C_r), (N, C_r) or (N, C_r, d1, …), class "
+            "indices or probabilities of the shard's classes, and a weight for all classes; got input "
+            f"{input.dtype} {tuple(input.shape)}, target {target.dtype} {tuple(target.shape)}, weight "
+            f"{None if weight is None else tuple(weight.shape)}, reduction {options['reduction']!r}, label_smoothing "
+            f"{options['label_smoothing']}"
+        )
+    loss = F.cross_entropy(input, target, weight, **options)
+    if extras:
+        raise ValueError(
+            "z_loss, softcap and return_statistics need logits (C), (N, C) or (N, C, d1, …) and a matching target; got "
+            f"input {tuple(input.shape)} {input.dtype} and target {tuple(target.shape)} {target.dtype}"
+        )
+    return loss
 
 
 def result_dtype(input: Any, target: Any, weight: Tensor | None = None) -> torch.dtype:
