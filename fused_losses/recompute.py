@@ -263,9 +263,8 @@ def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     # main_grad is not a saved tensor: other backwards add to it in between.
     tensors, (ctx.main_grad, ctx.zero_ignored, ctx.scale, ctx.softcap, ctx.outputs, *rest) = inputs[:9], inputs[9:]
     _, ctx.workspace, ctx.backend, ctx.shard, ctx.gradient_filter = rest
-    # Copies of what backward reads: the caller may write into what it was given.
-    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
-    ctx.save_for_backward(*tensors, *(s.clone() for s in own if s is not None), saved_logits)
+    found = only(found, ctx.outputs.split(","), tensors[INPUTS] is not None)
+    ctx.save_for_backward(*tensors, *found.for_backward(), saved_logits)
 
 
 def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -273,7 +272,8 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     if all(g is None for g in grads):
         return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    saved, (logsumexp, entropy, log_sum_sq_probs, weight_sum, saved_logits) = stored[:9], stored[9:]
+    saved, (*copies, saved_logits) = stored[:9], stored[9:]
+    found, logsumexp = RowStatistics.saved(copies), copies[0]
     inputs, (ids, column_weight, temperature, _) = saved[:INPUTS], saved[INPUTS:]
     dtype = statistics_dtype(inputs[0].dtype)
     if in_plain_pytorch(*grads):
@@ -281,16 +281,10 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
 
         def fn(*of: Any) -> list[Tensor]:
             head = Head(*of, temperature, ctx.scale, ctx.softcap)  # type: ignore[call-arg]
-            found = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
-            return [present(s, logsumexp) for s in found]
+            statistics = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
+            return [present(s, logsumexp) for s in statistics]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
-    found = RowStatistics(
-        logsumexp=logsumexp,
-        entropy=entropy,
-        log_sum_sq_probs=log_sum_sq_probs,
-        weight_sum=weight_sum if weight_sum.ndim else None,
-    )
     upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(without_ignored(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
     if saved_logits.ndim == 0:

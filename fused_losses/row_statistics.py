@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .numerics import statistics_dtype, wide_dtype
 
+READ_IN_BACKWARD = ("logsumexp", "entropy", "log_sum_sq_probs", "weight_sum")
+
 
 def part_of(t: Tensor | None, rows: slice | Tensor) -> Tensor | None:
     return None if t is None else t[rows]
@@ -49,6 +51,15 @@ class RowStatistics(NamedTuple):
         for total, part in zip(self, found, strict=True):
             if total is not None and part is not None:
                 total[rows] = part
+
+    def for_backward(self) -> list[Tensor | None]:
+        """Copies of what backward reads: the caller may write into what it was given."""
+        return [None if s is None else s.clone() for s in (getattr(self, name) for name in READ_IN_BACKWARD)]
+
+    @classmethod
+    def saved(cls, copies: Sequence[Tensor | None]) -> RowStatistics:
+        """What :meth:`for_backward` made copies of."""
+        return cls(**dict(zip(READ_IN_BACKWARD, copies, strict=True)))
 
 
 def label_weights(

@@ -269,11 +269,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     found = RowStatistics(*output)
     ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1)
-    # Copies of what backward reads: the caller may write into what it was given.
     found = only(found, ctx.options[-1].split(","), ids is not None)
-    own = (found.logsumexp, found.entropy, found.log_sum_sq_probs, found.weight_sum)
-    copies = (None if s is None else s.clone() for s in own)
-    ctx.save_for_backward(logits, ids, column_weight, temperature, probabilities, *copies)
+    ctx.save_for_backward(logits, ids, column_weight, temperature, probabilities, *found.for_backward())
 
 
 def shares_memory(x: Tensor) -> bool:
@@ -287,7 +284,7 @@ def shares_memory(x: Tensor) -> bool:
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    logits, ids, column_weight, temperature, probabilities, *own = ctx.saved_tensors
+    logits, ids, column_weight, temperature, probabilities, *copies = ctx.saved_tensors
     label_smoothing, scale, softcap, outputs = ctx.options
     if in_plain_pytorch(*grads):
         refuse_shard(ctx.shard, logits.shape)
@@ -301,10 +298,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_logits, d_probabilities = differentiable_gradients(statistics, [logits, probabilities], grads)
         return for_inputs(ctx, d_logits, None, None, None, d_probabilities)
     dtype = statistics_dtype(logits.dtype)
-    logsumexp, entropy, log_sum_sq_probs, weight_sum = own
-    found = RowStatistics(
-        logsumexp=logsumexp, entropy=entropy, log_sum_sq_probs=log_sum_sq_probs, weight_sum=weight_sum
-    )
+    found, logsumexp = RowStatistics.saved(copies), copies[0]
     upstream = only(grads, outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
     terms = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
     d_logits = d_probabilities = None
