@@ -15,6 +15,14 @@ from .aggregation import aggregate, mean_of, tokens_of
 from .kl import kl_estimate
 from .rollouts import at, entropy_mask, off_policy_mask
 
+LEVELS = {"gspo": "sequence", "gspo-token": "sequence_token", "rloo": "sequence_sum"}  # else "token"
+AGGREGATIONS = {  # else "seq_mean_token_mean"
+    **dict.fromkeys(("bnpo", "ppo", "dapo", "cispo", "vespo", "gpg", "dro"), "token_mean"),
+    **dict.fromkeys(("dppo_tv", "dppo_kl", "kl_cov", "clip_cov"), "token_mean"),
+    **dict.fromkeys(("luspo", "reinforce"), "seq_mean_token_sum"),
+    "dr_grpo": "seq_mean_token_sum_norm",
+}
+
 
 def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
     """Beyond a bound a constant: its gradient is 0."""
@@ -109,27 +117,8 @@ def grpo_loss(
     **counts: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """aggregate(loss per token × masks and weights + beta·KL·r) − entropy_coef·mean(H)."""
-    default_aggregation = {
-        "bnpo": "token_mean",
-        "ppo": "token_mean",
-        "dapo": "token_mean",
-        "cispo": "token_mean",
-        "vespo": "token_mean",
-        "gpg": "token_mean",
-        "dppo_tv": "token_mean",
-        "dppo_kl": "token_mean",
-        "dro": "token_mean",
-        "kl_cov": "token_mean",
-        "clip_cov": "token_mean",
-        "dr_grpo": "seq_mean_token_sum_norm",
-        "luspo": "seq_mean_token_sum",
-        "reinforce": "seq_mean_token_sum",
-    }.get(loss_type, "seq_mean_token_mean")
-    level = importance_sampling_level or {
-        "gspo": "sequence",
-        "gspo-token": "sequence_token",
-        "rloo": "sequence_sum",
-    }.get(loss_type, "token")
+    aggregation = aggregation or AGGREGATIONS.get(loss_type, "seq_mean_token_mean")
+    level = importance_sampling_level or LEVELS.get(loss_type, "token")
     bounds = log_ratio_clamp or (None, None)
     low, high = 1 - eps_low, 1 + eps_high
 
@@ -238,8 +227,6 @@ def grpo_loss(
         drawn = drawn[: max(int(len(tokens) * clip_cov_ratio), 1)]
         for b, t in drawn:
             loss[b][t] = zero
-
-    aggregation = aggregation or default_aggregation
 
     def table(rows: list) -> Tensor:
         return torch.stack([torch.stack(row) for row in rows])
