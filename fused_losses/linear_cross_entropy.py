@@ -141,24 +141,8 @@ def linear_cross_entropy(
 
         input, linear_weight, linear_bias, _, _, group = local_head(input, linear_weight, linear_bias, group=group)
         target = local_target(target)
-    if linear_weight.dim() < 2:
-        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
-    if input.dim() < 1:
-        raise RuntimeError(f"expected input with dimensionality 1 or more, got {input.dim()}")
-    if input.shape[-1] != linear_weight.shape[-1]:
-        raise RuntimeError(
-            "expected equal input and linear_weight last dimensions (in_features), "
-            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
-        )
-    C, dims = linear_weight.shape[0], linear_weight.shape[1:-1]
-    if linear_bias is not None and linear_bias.shape != (C, *dims):
-        raise RuntimeError(f"expected linear_bias shape {(C, *dims)}, got {tuple(linear_bias.shape)}")
-    tokens = input.shape[:-1]
-    if dims and len(tokens) != 1:
-        raise RuntimeError(
-            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
-            f"(N, {input.shape[-1]}), got {'unbatched ' if not tokens else ''}input with shape {tuple(input.shape)}"
-        )
+    _check_shapes(input, linear_weight, linear_bias)
+    tokens, C, dims = input.shape[:-1], linear_weight.shape[0], linear_weight.shape[1:-1]
     shard = vocab_shard(group, C)
     if shard is not None:  # what is beyond is padding
         if target.shape == (*tokens, C, *dims):
@@ -216,6 +200,29 @@ def linear_cross_entropy(
             result_dtype = torch.promote_types(result_dtype, other.dtype)
     loss = loss.to(out_dtype or result_dtype)
     return (loss, statistics) if return_statistics else loss
+
+
+def _check_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+    """PyTorch's checks, in its words."""
+    if linear_weight.dim() < 2:
+        raise RuntimeError(f"expected linear_weight with dimensionality at least 2, got {linear_weight.dim()}")
+    if input.dim() < 1:
+        raise RuntimeError(f"expected input with dimensionality 1 or more, got {input.dim()}")
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "expected equal input and linear_weight last dimensions (in_features), "
+            f"got {input.shape[-1]} and {linear_weight.shape[-1]}, respectively"
+        )
+    tokens, dims = input.shape[:-1], linear_weight.shape[1:-1]
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            f"expected linear_bias shape {tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if dims and len(tokens) != 1:
+        raise RuntimeError(
+            f"K-dimensional loss defined by linear_weight shape {tuple(linear_weight.shape)} requires batched input, "
+            f"(N, {input.shape[-1]}), got {'unbatched ' if not tokens else ''}input with shape {tuple(input.shape)}"
+        )
 
 
 def linear_logits_cross_entropy(
