@@ -408,18 +408,13 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         name = next((n for n in ("__rsub__", "__rdiv__", "__rpow__") if func is getattr(Tensor, n)), name)
     if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-    first = args[0] if args else None
     args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
-    answered = first.answered if isinstance(first, LazyTensor) else None
-    handler = HANDLERS.get(name) if answered is None or name in answered else None
-    handler = None if func is torch.kl_div else handler  # whose reduction is a number, and none by default
     if isinstance(kwargs.get("out"), LazyTensor):
         raise RuntimeError(f"{name} cannot write into {_called(kwargs['out'])}: it has no storage")
-    if handler is not None and "out" not in kwargs:
-        named, known = {_ALIASES.get(key, key): value for key, value in kwargs.items()}, _KEYWORDS[name]
-        result = handler(*args, **named) if known is None or known.issuperset(named) else NotImplemented
-        if result is not NotImplemented:
-            return result
+    first = args[0] if args else None
+    found = _answer(func, first, args, kwargs, name) if "out" not in kwargs else NotImplemented
+    if found is not NotImplemented:
+        return found
     if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
         if name in _ASSIGNED and not is_number(args[1]) and not isinstance(args[1], (Tensor, LazyTensor)):
             return NotImplemented  # as a tensor says to Python
@@ -434,6 +429,16 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if name in COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))
+
+
+def _answer(func: Callable[..., Any], first: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """What the handler of that name says, if there is one, ``first`` has answers by it, and it knows the keywords."""
+    if name not in HANDLERS or func is torch.kl_div:  # whose reduction is a number, and none by default
+        return NotImplemented
+    if isinstance(first, LazyTensor) and first.answered is not None and name not in first.answered:
+        return NotImplemented
+    named, known = {_ALIASES.get(key, key): value for key, value in kwargs.items()}, _KEYWORDS[name]
+    return HANDLERS[name](*args, **named) if known is None or known.issuperset(named) else NotImplemented
 
 
 def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
