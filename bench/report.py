@@ -179,28 +179,21 @@ def goals(results: Sequence[dict[str, Any]]) -> str:
     """On shapes A, B and C, peaked bf16: the fractions of the floor that are wanted, and peers no worse in time and memory."""
     tables = []
     for device in dict.fromkeys(r["device"] for r in results if "clocks" in r) or [f"On a GPU: {WAITING}"]:
-        found: dict[tuple[str, ...], Row] = {}
-        for result in results:
-            if result["device"] == device:
-                for row in result["rows"]:
-                    if (
-                        (row["dtype"], row["inputs"]) == ("bfloat16", "peaked")
-                        and row["status"] in TIMED
-                        and "ms" in row
-                    ):
-                        found[row["case"], row["shape"], row["mode"], row["contender"]] = row
+        timed = {
+            (row["case"], row["shape"], row["mode"], row["contender"]): row
+            for result in results
+            if result["device"] == device
+            for row in result["rows"]
+            if (row["dtype"], row["inputs"]) == ("bfloat16", "peaked") and row["status"] in TIMED and "ms" in row
+        }
         lines = []
         for what, case, contender, mode, part, floors, goal in GOALS:
-            rows = [found.get((case, shape, mode, contender), {}) for shape in ALIASES.values()]
+            rows = [timed.get((case, shape, mode, contender), {}) for shape in ALIASES.values()]
             fractions = [(row.get("parts", {}).get(part, {}) if part else row).get("of_floor") for row in rows]
             cells = [f"{f * floors:.2f}{'' if f * floors >= goal else ' missed'}" if f else WAITING for f in fractions]
             lines.append([what, f"{goal:.2f}", *cells])
         heads = [
-            [
-                row
-                for (case, its_shape, mode, _), row in found.items()
-                if (case, its_shape, mode) == (HEAD, shape, "full")
-            ]
+            [row for (case, of, mode, _), row in timed.items() if (case, of, mode) == (HEAD, shape, "full")]
             for shape in ALIASES.values()
         ]
         lines.append(["peers at or below a point of ours, head's cross entropy", "none", *map(rivals, heads)])
