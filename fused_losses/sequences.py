@@ -64,7 +64,7 @@ def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor
     same_shape(x=x, mask=mask)
     if mask is not None:
         x = x.masked_fill(mask == 0, 0)
-    return x.sum() if dim is None else x.sum(dim)
+    return x.sum(dim)
 
 
 def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
@@ -75,10 +75,8 @@ def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tenso
         tensor([2., 0.])
     """
     if mask is None:
-        reduced = x.mean if x.numel() else x.sum
-        return reduced() if dim is None else reduced(dim)
-    count = (mask != 0).sum() if dim is None else (mask != 0).sum(dim)
-    return masked_sum(x, mask, dim) / count.clamp(min=1)
+        return x.mean(dim) if x.numel() else x.sum(dim)
+    return masked_sum(x, mask, dim) / (mask != 0).sum(dim).clamp(min=1)
 
 
 def at_least_one(count: Any) -> Any:
