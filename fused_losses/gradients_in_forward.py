@@ -29,12 +29,12 @@ from .autodiff import (
     refuse_shard,
     traced,
 )
-from .chunked.softmax_rows import CHUNK_ELEMENTS, skipped
+from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .head import INPUTS, Head, differentiable_statistics
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .planning import padded
 from .products import BLOCK, add_at_columns, add_over_columns, column_sums, few_columns
-from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only, part_of, slices
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, only, part_of, skipped, slices
 from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
 

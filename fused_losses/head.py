@@ -11,11 +11,11 @@ from torch import Tensor
 
 from .autodiff import check_differentiable, host_may_read, trains
 from .chunked.linear_softmax import TILE, logits_tile
-from .chunked.softmax_rows import row_statistics, skipped, transform
+from .chunked.softmax_rows import row_statistics, transform
 from .numerics import full_precision, statistics_dtype
 from .planning import Plan, plan
 from .products import add_product
-from .row_statistics import RowStatistics, part_of, slices
+from .row_statistics import RowStatistics, part_of, skipped, slices
 from .settings import drop_ignored as drop_ignored_setting
 from .settings import gradient_filter as gradient_filter_setting
 from .vocab_parallel import VocabShard

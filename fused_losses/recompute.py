@@ -27,7 +27,6 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked import linear_softmax as chunked_linear_softmax
-from .chunked.softmax_rows import skipped
 from .head import INPUTS, Head, differentiable_statistics, head_of, kept_tokens, ready
 from .numerics import full_precision, statistics_dtype
 from .planning import padded
@@ -38,6 +37,7 @@ from .row_statistics import (
     empty_statistics,
     only,
     part_of,
+    skipped,
     slices,
     total_weight,
     without_ignored,

@@ -107,6 +107,11 @@ class Coefficients(NamedTuple):
     d: Tensor | None = None
 
 
+def skipped(ids: Tensor | None) -> Tensor | None:
+    """Rows ``(N,)`` whose ids are all −100."""
+    return None if ids is None else (ids == -100).all(-1)
+
+
 def without_ignored(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
     """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
     if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:

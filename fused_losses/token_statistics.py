@@ -30,6 +30,7 @@ from .row_statistics import (
     empty_statistics,
     label_weights,
     only,
+    skipped,
     total_weight,
     without_ignored,
 )
@@ -246,7 +247,7 @@ def differentiable_softmax_rows(
     def rows(t: Tensor) -> Tensor:
         return t.transpose(1, 2).reshape(-1, V).to(statistics_dtype(logits.dtype))
 
-    x, skip = rows(logits), chunked_softmax_rows.skipped(ids)
+    x, skip = rows(logits), skipped(ids)
     if skip is not None:  # a nan there must not reach a gradient
         x = x.masked_fill(skip[:, None], 0)
     z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)

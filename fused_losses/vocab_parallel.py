@@ -22,9 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autodiff import trains
-from .chunked.softmax_rows import skipped
 from .numerics import on_device, statistics_dtype
-from .row_statistics import RowStatistics, empty_statistics, only
+from .row_statistics import RowStatistics, empty_statistics, only, skipped
 
 ROUTES = ("", "gradients_in_forward", "recompute")  # ranks compare their places; "": none of the two
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype, wide_sums
 from ..products import add_product, product
-from ..row_statistics import RowStatistics, part_of, slices, total_weight
-from .softmax_rows import floor, skipped, softmax_rows_bwd, transform
+from ..row_statistics import RowStatistics, part_of, skipped, slices, total_weight
+from .softmax_rows import floor, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
 TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of which a few are alive at once

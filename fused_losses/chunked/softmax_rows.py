@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..numerics import statistics_dtype, wide_dtype, wide_sums
-from ..row_statistics import RowStatistics, empty_statistics, label_weights, part_of, total_weight
+from ..row_statistics import RowStatistics, empty_statistics, label_weights, part_of, skipped, total_weight
 
 LOG2_E = 1 / math.log(2)
 CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, which stays in a core's cache
@@ -92,11 +92,6 @@ def transform(
         z = torch.div(z, t, out=out)
         slope = slope.div_(t) if out is not None and isinstance(slope, Tensor) else slope / t
     return z, slope
-
-
-def skipped(ids: Tensor | None) -> Tensor | None:
-    """Rows ``(N,)`` whose ids are all −100."""
-    return None if ids is None else (ids == -100).all(-1)
 
 
 def softmax_rows_fwd(
