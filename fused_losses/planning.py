@@ -297,7 +297,8 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         return max(sizes.tile(columns), sizes.gathered(N, columns, wide), sizes.upcast(N, columns))
 
     numbers = N * NUMBERS_PER_TOKEN
-    free = sizes.budget - (d_hidden_sum - d_hidden) - at_a_time(V) - numbers
+    room = sizes.budget - numbers
+    free = room - (d_hidden_sum - d_hidden) - at_a_time(V)
     most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)
     fits = most >= min(V, FEWEST_COLUMNS)
     if not fits:
@@ -310,7 +311,8 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize}
     else:  # logits are never rounded to 16 bits, so that they have another
         v = _even(V, most)
-        slices_saved = max(0, free - N * v * dtype.itemsize) // max(N * v * wide.itemsize, 1)
+        rest = min(free - N * v * dtype.itemsize, room - d_hidden_sum)  # at the end d_hidden is made of its sum
+        slices_saved = max(0, rest) // max(N * v * wide.itemsize, 1)
         saved = min(V, slices_saved * v)
         held = N * padded(saved) * wide.itemsize
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}

@@ -231,6 +231,9 @@ def linear_rows_grad(
                 d_bias[part] = column_sums(d_logits, wide)
     for end_sum in pending:
         end_sum()
+    if M and V:
+        del d_logits, piece
+    del slice_buffer, head  # before d_hidden is made in its own dtype, and of all tokens
 
     def returned(t: Tensor | None) -> Tensor:
         if t is None:

@@ -27,6 +27,13 @@ def test_peak_is_gradients_and_at_most_the_budget(shape, dtype, backend, workspa
     assert (p.route == "recompute") >= per_token
 
 
+def test_logits_are_saved_in_what_many_tokens_leave_of_the_budget():
+    """At the end their gradient of hidden stands beside its sum in fp32, and beside the saved logits."""
+    p = plan(65536, *LLAMA[1:], per_token=True, workspace="4GiB")
+    assert 0 < p.saved < LLAMA[1]
+    assert p.peak <= (65536 + LLAMA[1]) * LLAMA[2] * 2 + p.budget
+
+
 def test_default_budget_is_the_gradients_or_half_a_gibibyte():
     assert plan(*LLAMA).budget == (8192 + 128256) * 4096 * 2
     assert plan(100, 1000, 64).budget == 512 * MiB

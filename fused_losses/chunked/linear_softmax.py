@@ -86,6 +86,7 @@ def linear_softmax_fwd(
             if "log_sum_sq_probs" in outputs:
                 squares[rows] = decay * decay * squares[rows] + e.square_().sum(-1).to(wide)
             largest[rows] = after
+            del x, z, shifted, e  # the next tile needs their memory
     log_total = total.log()
     skip = skipped(ids)
 
