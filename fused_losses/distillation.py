@@ -114,6 +114,10 @@ def distillation_loss(
         which = which._replace(kind="tvd")
     check_sides(student_logits, teacher_logits, labels.shape)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
+    if left_out(soft_weight) and not teacher_logits.requires_grad:  # any will do, and need not be made
+        columns = teacher_logits.shape[-1] if shards[1] is None else shards[1].size
+        like = student_logits if isinstance(student_logits, Tensor) else student_logits.hidden
+        teacher_logits = like.detach().new_zeros(()).expand(*labels.shape, columns)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     ids = _counted(labels, ignore_index)

@@ -650,3 +650,20 @@ def test_acceptance_rate_of_heads(backend, device):
     torch.testing.assert_close(found + tvd, mask.float())
     with pytest.raises(ValueError, match=r"student_logits \(8, 30\) and teacher_logits \(7, 33\)"):
         acceptance_rate(LinearLogits(*leaves[:2]), LinearLogits(leaves[2][1:], leaves[3]))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_a_teacher_without_weight_is_not_read(lazy, reduction):
+    h, w = torch.randn(6, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
+    labels = torch.tensor([0, 3, -100, 7, 1, 2])
+    missing = torch.full((7, 4), torch.nan)  # of a smaller vocabulary, to which the student's is cut
+    labels = labels.clamp(max=6)
+    teacher = LinearLogits(torch.randn(6, 4), missing) if lazy else torch.full((6, 7), torch.nan)
+    student = LinearLogits(h, w) if lazy else h @ w.T
+    how = {"hard_weight": 1.0, "soft_weight": 0.0, "reduction": reduction}
+    loss = distillation_loss(student, teacher, labels, **how)
+    expected = F.cross_entropy((h @ w.T)[:, :7], labels, reduction=reduction)
+    torch.testing.assert_close(loss, expected)
+    found, wanted = (torch.autograd.grad(x.sum(), (h, w), retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(found, wanted)
