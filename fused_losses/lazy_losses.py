@@ -18,7 +18,7 @@ from .lazy_products import LazyProducts, as_products, cross_entropy_with, fit
 from .lazy_tensor import LazyTensor, answers, is_lazy, is_number
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression, logits_of
-from .numerics import check_label_smoothing, check_reduction, reduction_of, upcast, wide_sum
+from .numerics import SUM_OF_MANY, check_label_smoothing, check_reduction, reduction_of, upcast, wide_sum
 
 
 @answers("cross_entropy")
@@ -127,13 +127,19 @@ def _kl_from_values(log_p: Any, target: Tensor, log_target: bool, summed: bool) 
     """The same, or its sum, of probabilities that exist: the cross entropy with them less their entropy."""
     if isinstance(log_p, LazyProducts) or not target.is_floating_point():
         return NotImplemented
-    t = upcast(target.exp() if log_target else target)
-    t_log_t = t * upcast(target) if log_target else torch.xlogy(t, t)
-    t = t if log_target else target  # of which backward holds no wide copy
+
+    def t_log_t(x: Tensor) -> Tensor:
+        t = upcast(x.exp() if log_target else x)
+        return t * upcast(x) if log_target else torch.xlogy(t, t)
+
+    t = upcast(target.exp()) if log_target else target  # of which backward holds no wide copy
     if summed:
-        return wide_sum(t_log_t, -1).sum() + cross_entropy_with(log_p.base, t, "sum")
+        # A few rows at a time: of all it is as large as logits in fp32. A compiled function makes no such copy.
+        rows = max(1, SUM_OF_MANY // max(target.shape[-1], 1))
+        parts = [target] if torch.compiler.is_compiling() else target.reshape(-1, target.shape[-1]).split(rows)
+        return sum(wide_sum(t_log_t(part), -1).sum() for part in parts) + cross_entropy_with(log_p.base, t, "sum")
     found = as_products(log_p).scaled(-1).scaled(t)
-    return found if found is NotImplemented else found.plus(t_log_t, 1.0)
+    return found if found is NotImplemented else found.plus(t_log_t(target), 1.0)
 
 
 def _distance(name: str) -> None:
