@@ -407,14 +407,9 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) 
     return gradient
 
 
-@torch.library.custom_op("fused_losses::scaled_gradient", mutates_args=())
-def scaled_gradient(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return scaled(gradient, scale, dtype, in_place=False)
-
-
-@scaled_gradient.register_fake
-def _(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(gradient, dtype=dtype)
+def traced_scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same as pointwise operations: Inductor makes them one, written over ``gradient`` where nothing reads that again."""
+    return (gradient.to(statistics_dtype(gradient.dtype)) * scale).to(dtype)
 
 
 def scale_gradients(
@@ -424,7 +419,7 @@ def scale_gradients(
 
     In place where the graph is about to be freed: they are read this once, and memory is not doubled.
     """
-    multiply = scaled_gradient if traced(upstream) else functools.partial(scaled, in_place=not read_again(upstream))
+    multiply = traced_scaled if traced(upstream) else functools.partial(scaled, in_place=not read_again(upstream))
     pairs = zip(gradients, dtypes, strict=True)
     return [None if dtype is None else multiply(g, upstream, dtype) for g, dtype in pairs]
 

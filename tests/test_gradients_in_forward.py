@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
-from fused_losses.gradients_in_forward import _with_gradients, linear_loss, scaled, scaled_gradient
+from fused_losses.gradients_in_forward import _with_gradients, linear_loss, scaled
 from fused_losses.products import add_product
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.row_statistics import RowStatistics, coefficients
@@ -95,7 +95,6 @@ def test_opcheck_with_gradients():
     inputs = [torch.randn(3, 2).requires_grad_(), torch.randn(4).bfloat16().requires_grad_()]
     gradients = [torch.randn(3, 2), torch.randn(4)]
     torch.library.opcheck(_with_gradients, (torch.tensor(2.0), gradients, inputs))
-    torch.library.opcheck(scaled_gradient, (torch.randn(3, 2), torch.tensor(2.0), torch.bfloat16))
 
 
 TILES = 2 * 8192 + 5  # entries
