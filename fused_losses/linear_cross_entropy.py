@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .autodiff import differentiated, transforms_active
+from .class_probabilities import label_statistics
 from .cross_entropy import (
     CrossEntropyStatistics,
     denominators,
@@ -26,9 +26,8 @@ from .cross_entropy import (
     row_shares,
 )
 from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
-from .head import Head, check_head, differentiable_product, head_of, kept_tokens, ready
+from .head import Head, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
-from .linear_logits_checks import versions
 from .numerics import (
     autocast_dtype,
     check_label_smoothing,
@@ -39,11 +38,10 @@ from .numerics import (
     sum_of_losses,
 )
 from .recompute import linear_statistics
-from .row_statistics import slices
 from .settings import Backend, Route, resolve_backend
 from .settings import gradient_filter as gradient_filter_setting
 from .settings import route as route_setting
-from .token_statistics import rows_statistics, target_ids
+from .token_statistics import target_ids
 from .vocab_parallel import is_dtensor, local_target, packed, summed_in_backward, vocab_shard
 
 
@@ -427,8 +425,14 @@ def _of_probabilities(
     head, shard = heads[0], heads[0].shard
     targets = target.reshape(head.hidden.shape[0], len(heads), head.weight.shape[0]).unbind(1)
     weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
-    pairs = [_soft(h, t, weight, label_smoothing, z_loss, **how) for h, t in zip(heads, targets, strict=True)]
-    loss, logsumexp = (torch.stack(part, 1) for part in zip(*pairs, strict=True))
+    losses, logsumexps = [], []
+    for of_head, t in zip(heads, targets, strict=True):
+        found = label_statistics(of_head, t, weight, label_smoothing, **how)
+        assert found.sum_log_probs is not None
+        assert found.logsumexp is not None
+        losses.append(plus_z_loss(-found.sum_log_probs, found, z_loss))
+        logsumexps.append(found.logsumexp)
+    loss, logsumexp = torch.stack(losses, 1), torch.stack(logsumexps, 1)
     if token_weights is not None:
         loss = loss * token_weights
     if reduction != "none":
@@ -519,63 +523,6 @@ def _hard(
     assert statistics.log_probs is not None
     loss = sum_of_losses(loss) if summed else loss
     return loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1), False
-
-
-def _soft(
-    head: Head,
-    probabilities: Tensor,  # (N, C)
-    weight: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    *,
-    backend: Backend | None,
-    workspace: int | str | None,
-) -> tuple[Tensor, Tensor]:
-    """The loss and ``logsumexp`` ``(N,)`` with class probabilities: they are as large as the logits, so a chunk at a time."""
-    N, C = head.hidden.shape[0], head.planned_vocab
-    if head.shard is not None:
-        hidden, u = (None if t is None else summed_in_backward(t, head.shard) for t in (head.hidden, head.u))
-        head = head._replace(hidden=hidden, u=u)  # type: ignore[arg-type]
-    room = head.plan(N, workspace=workspace, backend=resolve_backend(head.hidden, backend)).budget
-    n = max(1, room // (2 * max(C, 1) * head.hidden.dtype.itemsize))  # the logits and their gradient
-
-    parts: dict[str, Any] = {f"{i}": t for i, t in enumerate((*head.inputs, head.temperature, probabilities, weight))}
-    before = versions(**parts)
-
-    def chunk(rows: slice) -> tuple[Tensor, Tensor]:
-        if versions(**parts) != before:  # of which checkpoint() keeps none
-            raise RuntimeError(
-                "input, linear_weight or target of a cross entropy with class probabilities was modified in place before its "
-                "backward, which computes with them again"
-            )
-        part = head.tokens(rows)
-        found = rows_statistics(
-            differentiable_product(part).unsqueeze(-1),
-            None,
-            weight,
-            part.temperature,
-            probabilities=probabilities[rows].unsqueeze(-1),
-            label_smoothing=label_smoothing,
-            scale=head.scale,
-            softcap=head.softcap,
-            outputs=("sum_log_probs",),
-            backend=backend,
-            shard=head.shard,
-        )
-        assert found.sum_log_probs is not None
-        assert found.logsumexp is not None
-        return plus_z_loss(-found.sum_log_probs, found, z_loss), found.logsumexp
-
-    losses, lses = [], []
-    recompute = torch.is_grad_enabled() and not transforms_active() and n < N
-    for rows in slices(max(N, 1), n):
-        if recompute:  # nothing is random here, and reading a GPU's random state waits for it
-            found = checkpoint(chunk, rows, use_reentrant=False, preserve_rng_state=False)
-        else:
-            found = chunk(rows)
-        losses.append(found[0])
-        lses.append(found[1])
-    return torch.cat(losses), torch.cat(lses)
 
 
 class LinearCrossEntropyLoss(nn.Module):

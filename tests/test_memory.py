@@ -313,6 +313,20 @@ def test_the_entropy_of_probabilities_that_exist_is_summed_in_no_copy_of_them(kl
     assert peak < 2.5 * p.nbytes  # p log p, and log p by hand; a float64 copy is two more
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_class_probabilities_are_within_the_workspace(reduction):
+    """Their weight's gradient is summed over chunks in place."""
+    hidden, weight = torch.randn(1024, 512).requires_grad_(), torch.randn(8192, 512).requires_grad_()
+    p = torch.rand(1024, 8192).softmax(-1)
+
+    def call():
+        with workspace("16MiB"):
+            loss = F.cross_entropy(LinearLogits(hidden, weight), p, reduction=reduction)
+        return torch.autograd.grad(loss.sum(), (hidden, weight))
+
+    assert peak_bytes(call) <= hidden.nbytes + weight.nbytes + 16.5 * MiB
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_summed_kl_divergence_holds_nothing_as_large_as_probabilities_that_exist(dtype, head):
     hidden, weight, _ = head
@@ -424,4 +438,4 @@ def test_plans_of_a_gpu_that_is_not_there():
         "-m", "pytest", "-q", "-p", "memory_plugin", "-p", "no:cacheprovider", "tests/test_memory.py", "-k", names
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "28 passed" in done.stdout
+    assert "30 passed" in done.stdout

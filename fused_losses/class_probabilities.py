@@ -1,0 +1,231 @@
+"""What a head's logits say of class probabilities, which are as large as they are: a chunk of tokens at a time.
+
+``Σ_j w_j logp_j`` of each token, ``w`` of its row of probabilities. Backward makes a chunk's logits again, writes their
+gradient over them and adds its products, as :mod:`fused_losses.gradients_in_forward` does: ``8NVH`` floating point operations
+in all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autodiff import (
+    differentiable_gradients,
+    for_inputs,
+    in_plain_pytorch,
+    present,
+    refuse_shard,
+    transforms_active,
+)
+from .chunked.softmax_rows import transform
+from .gradients_in_forward import in_range, loss_and_gradients
+from .head import INPUTS, Head, differentiable_product, ready
+from .numerics import full_precision, statistics_dtype
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, label_weights, only
+from .settings import Backend, resolve_backend
+from .token_statistics import differentiable_softmax_rows, softmax_rows, softmax_rows_grad
+from .vocab_parallel import VocabShard, packed
+
+OUTPUTS = ("sum_log_probs", "weight_sum")
+GRADIENTS = INPUTS + 2  # of the head's inputs, the column weights and the probabilities
+
+
+def label_statistics(
+    head: Head,
+    probabilities: Tensor,  # (N, V)
+    column_weight: Tensor | None,  # (V,)
+    label_smoothing: float,
+    *,
+    workspace: int | str | None = None,
+    backend: Backend | None = None,
+) -> RowStatistics:
+    """``sum_log_probs``, ``weight_sum`` and ``logsumexp`` ``(N,)``; see :func:`~fused_losses.row_statistics.label_weights`.
+
+    Differentiable in the head's inputs, the column weights and the probabilities.
+    """
+    head, _ = ready(head, None)
+    if column_weight is not None:
+        column_weight = column_weight.to(statistics_dtype(head.hidden.dtype)).contiguous()
+    if transforms_active():
+        refuse_shard(packed(head.shard), (head.hidden.shape[0], head.weight.shape[0]))
+        return _differentiable(head, column_weight, probabilities, label_smoothing)
+    backend = resolve_backend(head.hidden, backend)
+    # Fixed in forward: settings may have changed by the time backward runs.
+    room = head.plan(head.hidden.shape[0], route="gradients_in_forward", workspace=workspace, backend=backend).budget
+    sum_log_probs, weight_sum, logsumexp = linear_probabilities(
+        *head.inputs, column_weight, probabilities, head.temperature, label_smoothing, head.scale, head.softcap, room,
+        backend, packed(head.shard), head.gradient_filter,
+    )  # fmt: skip
+    return RowStatistics(sum_log_probs=sum_log_probs, weight_sum=weight_sum, logsumexp=logsumexp)
+
+
+def _differentiable(
+    head: Head, column_weight: Tensor | None, probabilities: Tensor, label_smoothing: float
+) -> RowStatistics:
+    """The same as plain differentiable PyTorch on whole logits."""
+    return differentiable_softmax_rows(
+        differentiable_product(head).unsqueeze(-1), None, column_weight, head.temperature, probabilities.unsqueeze(-1),
+        label_smoothing, head.scale, head.softcap, OUTPUTS,
+    )  # fmt: skip
+
+
+def _of_rows(
+    probabilities: Tensor, column_weight: Tensor | None, label_smoothing: float, shard: VocabShard | None
+) -> tuple[Tensor, Tensor | None, float]:
+    """What kernels take of a chunk's ``w``: probabilities ``(n, V, 1)``, column weights, smoothing."""
+    if shard is not None and label_smoothing:  # they smooth over the columns they see
+        w = label_weights(column_weight, probabilities, label_smoothing, shard.vocab)
+        assert w is not None
+        probabilities, column_weight, label_smoothing = w, None, 0.0
+    return probabilities.unsqueeze(-1), column_weight, label_smoothing
+
+
+@torch.library.custom_op("fused_losses::linear_probabilities", mutates_args=())
+def linear_probabilities(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V,)
+    u: Tensor | None,  # (N, R)
+    B: Tensor | None,  # (V, R)
+    column_weight: Tensor | None,  # (V,)
+    probabilities: Tensor,  # (N, V)
+    temperature: Tensor | None,  # (N,)
+    label_smoothing: float,
+    scale: float,
+    softcap: float | None,
+    workspace: int,
+    backend: str,
+    shard: str,  # a VocabShard
+    gradient_filter: float,  # of backward
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum_log_probs``, ``weight_sum``, ``logsumexp``: ``(N,)`` float64."""
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
+    found = empty_statistics(hidden, hidden.shape[0], None, OUTPUTS)
+
+    def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, __: Any) -> None:
+        p, w, smoothing = _of_rows(probabilities[rows], column_weight, label_smoothing, head.shard)
+        seen = (logits.unsqueeze(-1), None, w, chunk.temperature, p, smoothing, scale, softcap)
+        found.put(only(softmax_rows(*seen, ",".join(OUTPUTS), False, backend, shard), OUTPUTS, False), rows)
+
+    with full_precision(hidden.device):
+        loss_and_gradients(head, None, None, False, over_logits, [False] * INPUTS, workspace, None, backend)
+    assert found.sum_log_probs is not None
+    assert found.weight_sum is not None
+    assert found.logsumexp is not None
+    return found.sum_log_probs, found.weight_sum, found.logsumexp
+
+
+@linear_probabilities.register_fake
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    found = empty_statistics(hidden, hidden.shape[0], None, OUTPUTS)
+    return found.sum_log_probs, found.weight_sum, found.logsumexp  # type: ignore[return-value]
+
+
+@torch.library.custom_op("fused_losses::linear_probabilities_grad", mutates_args=())
+def linear_probabilities_grad(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u: Tensor | None,
+    B: Tensor | None,
+    column_weight: Tensor | None,
+    probabilities: Tensor,
+    temperature: Tensor | None,
+    logsumexp: Tensor,  # (N,) float64
+    a: Tensor,  # (N,)
+    d: Tensor,  # (N,)
+    label_smoothing: float,
+    scale: float,
+    softcap: float | None,
+    workspace: int,
+    backend: str,
+    shard: str,
+    gradient_filter: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the first seven arguments, 0-dim where absent or not ``wanted``."""
+    head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
+    dtype = statistics_dtype(hidden.dtype)
+    labels = (column_weight, probabilities)
+    d_column_weight, d_probabilities = (
+        torch.zeros_like(t) if t is not None and want else None for t, want in zip(labels, wanted[INPUTS:], strict=True)
+    )
+
+    def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, factor: Tensor | None) -> Tensor | None:
+        if d_column_weight is not None or d_probabilities is not None:
+            z, _ = transform(logits.to(dtype), chunk.temperature, scale, softcap, with_slope=False)
+            d_w = d[rows, None] * (z - logsumexp[rows, None]).to(dtype)
+            if d_column_weight is not None:
+                w = label_weights(None, probabilities[rows], label_smoothing, head.vocab)
+                assert w is not None
+                d_column_weight.add_((d_w * w).sum(0))
+            if d_probabilities is not None:
+                d_w *= 1 - label_smoothing
+                d_probabilities[rows] = (d_w if column_weight is None else d_w * column_weight).to(
+                    d_probabilities.dtype
+                )
+        if not any(wanted[:INPUTS]):
+            return None
+        terms = Coefficients(a=a[rows], d=d[rows])
+        if hidden.dtype == torch.float16:
+            alone = in_range(None if t is None else t * chunk.steepest for t in terms)
+            factor = alone if factor is None else torch.minimum(alone, factor)
+            terms = Coefficients(*(None if t is None else t * factor for t in terms))
+        if logits.shape[1]:
+            p, w, smoothing = _of_rows(probabilities[rows], column_weight, label_smoothing, head.shard)
+            softmax_rows_grad(
+                logits.unsqueeze(-1), None, w, chunk.temperature, logsumexp[rows], *terms, p, smoothing, scale, softcap,
+                backend, logits.unsqueeze(-1),
+            )  # fmt: skip
+        return factor
+
+    with full_precision(hidden.device):
+        found = loss_and_gradients(head, None, None, False, over_logits, wanted[:INPUTS], workspace, None, backend)
+    gradients = [None if g is None else g.to(hidden.dtype) for g in found]
+    return tuple(present(g, hidden) for g in (*gradients, d_column_weight, d_probabilities))  # type: ignore[return-value]
+
+
+@linear_probabilities_grad.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    wanted: Sequence[bool] = arguments[-1]
+    made = (torch.empty_like(t) if t is not None and want else None for t, want in zip(arguments, wanted, strict=False))
+    return tuple(present(t, arguments[0]) for t in made)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    _, weight_sum, logsumexp = output
+    ctx.mark_non_differentiable(weight_sum)
+    tensors, ctx.options = inputs[: GRADIENTS + 1], inputs[GRADIENTS + 1 :]
+    # A copy: the caller may write into what it was given.
+    ctx.save_for_backward(*tensors, weight_sum, logsumexp.clone())
+
+
+def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
+    grads = (g_sum, g_logsumexp)
+    if g_sum is None and g_logsumexp is None:
+        return for_inputs(ctx)
+    *inputs, temperature, weight_sum, logsumexp = ctx.saved_tensors
+    label_smoothing, scale, softcap, *_, shard, _filter = ctx.options
+    if in_plain_pytorch(*(g for g in grads if g is not None)):
+        refuse_shard(shard, (inputs[0].shape[0], inputs[1].shape[0]))
+
+        def fn(*of: Any) -> list[Tensor]:
+            head = Head(*of[:INPUTS], temperature, scale, softcap)  # type: ignore[call-arg]
+            found = _differentiable(head, of[-2], of[-1], label_smoothing)
+            return [found.sum_log_probs, found.logsumexp]  # type: ignore[list-item]
+
+        return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
+    g_sum = torch.zeros_like(weight_sum) if g_sum is None else g_sum
+    upstream = RowStatistics(sum_log_probs=g_sum, logsumexp=g_logsumexp)
+    terms = coefficients(upstream, RowStatistics(weight_sum=weight_sum), 0, None, statistics_dtype(inputs[0].dtype))
+    wanted = list(ctx.needs_input_grad[:GRADIENTS])
+    gradients = linear_probabilities_grad(*inputs, temperature, logsumexp, terms.a, terms.d, *ctx.options, wanted)
+    return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
+
+
+linear_probabilities.register_autograd(_backward, setup_context=_setup)

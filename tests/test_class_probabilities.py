@@ -1,0 +1,106 @@
+"""The operator behind the cross entropy of a head with class probabilities, of which every tensor may train."""
+
+import pytest
+import torch
+
+from fused_losses import class_probabilities, linear_cross_entropy
+from fused_losses.class_probabilities import label_statistics, linear_probabilities
+from fused_losses.head import Head
+from fused_losses.reference.linear_cross_entropy import linear_cross_entropy as specification
+from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import gradient_filter
+
+N, C, H, R = 75, 29, 7, 3
+CHUNKS = 2**12  # bytes of workspace, which are several
+TOKEN = torch.linspace(-1, 2, N)
+TEMPERATURE = torch.linspace(0.5, 1.5, N)
+
+
+def problem(dtype=torch.float64):
+    sizes = {"hidden": (N, H), "weight": (C, H), "bias": (C,), "u": (N, R), "B": (C, R)}
+    tensors = {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
+    tensors |= {"class_weight": torch.rand(C).to(dtype) + 0.5, "target": torch.randn(N, C).softmax(-1).to(dtype)}
+    return {name: t.requires_grad_() for name, t in tensors.items()}
+
+
+def ours(hidden, weight, bias, u, B, class_weight, target, backend="torch"):
+    head = Head(hidden, weight, bias, u, B, TEMPERATURE.to(hidden), 0.9, 3.0)
+    found = label_statistics(head, target, class_weight, 0.1, workspace=CHUNKS, backend=backend)
+    return (TOKEN.to(hidden.device) * (0.1 * found.logsumexp.square() - found.sum_log_probs)).sum()
+
+
+def plain(hidden, weight, bias, u, B, class_weight, target):
+    how = {"linear_bias": bias, "weight": class_weight, "scale": 0.9, "softcap": 3.0, "low_rank": (u, B), "z_loss": 0.1}
+    how |= {"temperature": TEMPERATURE.to(hidden), "label_smoothing": 0.1, "token_weights": TOKEN.to(hidden)}
+    return specification(hidden, weight, target, reduction="sum", **how)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_everything_trains_in_chunks(backend, dtype, monkeypatch):
+    chunks = []
+    grad = class_probabilities.softmax_rows_grad
+    monkeypatch.setattr(class_probabilities, "softmax_rows_grad", lambda *a: chunks.append(a[0].shape[0]) or grad(*a))
+    tensors = problem(dtype)
+    exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
+    losses = ours(**tensors, backend=backend), plain(**tensors), plain(**exact)
+    found = [torch.autograd.grad(x, of.values()) for x, of in zip(losses, (tensors, tensors, exact), strict=True)]
+    assert len(chunks) > 1
+    for name, mine, eager, wanted in zip(tensors, *found, strict=True):
+        assert_accurate(mine, eager, wanted, name)
+
+
+@pytest.mark.parametrize("name", [*problem()])
+def test_each_trains_alone(name):
+    tensors = {other: t.detach().requires_grad_(other == name) for other, t in problem().items()}
+    torch.testing.assert_close(*(torch.autograd.grad(f(**tensors), tensors[name]) for f in (ours, plain)))
+
+
+def test_the_statistics_may_be_written_into():
+    tensors = problem()
+    head = Head(tensors["hidden"], tensors["weight"])
+    found = label_statistics(head, tensors["target"], None, 0.0)
+    expected = torch.autograd.grad(found.sum_log_probs.sum(), tensors["weight"], retain_graph=True)
+    found.logsumexp.detach().zero_()
+    torch.testing.assert_close(torch.autograd.grad(found.sum_log_probs.sum(), tensors["weight"]), expected)
+
+
+def test_small_gradients_of_float16_do_not_vanish():
+    hidden, weight = torch.randn(64, 32).half() * 1000, torch.randn(C, 32).half() * 1e-3
+    target = torch.randn(64, C).softmax(-1)
+    found, expected = [], []
+    for dtype, to in ((torch.float16, found), (torch.float64, expected)):
+        w = weight.to(dtype).requires_grad_()
+        loss = linear_cross_entropy(hidden.to(dtype), w, target.to(dtype), reduction="sum")
+        to.append(torch.autograd.grad(loss * 2.0**-23, w)[0].double())
+    assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()
+
+
+def test_a_filter_leaves_small_columns_out_of_backward():
+    tensors = problem(torch.float32)
+    spread = torch.linspace(0, 20, C)[:, None]  # columns of small probability, and of a target of 0
+    weight, hidden = (tensors["weight"] + spread).detach().requires_grad_(), torch.ones(N, H)
+    target = (hidden @ weight.detach().T).softmax(-1).roll(1, 0)
+
+    def gradient():
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, target.roll(1, -1)), weight)[0]
+
+    exact = gradient()
+    with gradient_filter(1e-3):
+        filtered = gradient()
+    assert not torch.equal(filtered, exact)
+    torch.testing.assert_close(filtered, exact, atol=1e-2, rtol=0)
+
+
+def test_differentiable_twice():
+    tensors = tuple(problem().values())
+    torch.testing.assert_close(*(torch.autograd.grad(ours(*tensors), tensors, create_graph=x) for x in (True, False)))
+    torch.autograd.gradcheck(ours, tensors, fast_mode=True)
+    torch.autograd.gradgradcheck(ours, tensors, fast_mode=True)
+
+
+def test_opcheck():
+    x = {name: t.detach().requires_grad_() for name, t in problem(torch.float32).items()}
+    rest = (TEMPERATURE, 0.1, 1.0, 3.0, CHUNKS, "torch", "", 0.0)
+    torch.library.opcheck(
+        linear_probabilities, (*(x[n] for n in ("hidden", "weight", "bias", "u", "B", "class_weight", "target")), *rest)
+    )
