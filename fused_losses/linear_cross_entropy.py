@@ -2,7 +2,7 @@
 
 Sums and means make their gradients in forward, a chunk of tokens at a time; ``reduction="none"`` recomputes the logits in
 backward: :mod:`fused_losses.gradients_in_forward`, :mod:`fused_losses.recompute`. :func:`fused_losses.plan` says what either
-will hold.
+will hold. With class probabilities both recompute: :mod:`fused_losses.class_probabilities`.
 """
 
 from __future__ import annotations
