@@ -90,38 +90,16 @@ class Dense:
         return Dense, (self.elements(),)
 
 
-class _Distance(NamedTuple):
-    """``|w softmax(a) − w softmax(b)|``, or ``min(w softmax(a), w softmax(b))``, w > 0, of the same ``mixture``."""
-
-    mixture: LazyMixture
-    smaller: bool = False
-
-    @property
-    def requires_grad(self) -> bool:
-        return self.mixture.requires_grad
-
-    def elements(self) -> Tensor:
-        if not self.smaller:
-            return self.mixture.elements().abs()
-        (w, a), (_, b) = self.mixture.parts
-        return w * torch.minimum(*(z.elements().softmax(self.mixture.vocab_dim) for z in (a, b)))
-
-    def vocab_sum(self) -> Tensor:
-        (w, x), (_, y) = self.mixture.parts
-        return w * _divergence(x, y, "overlap") if self.smaller else 2 * abs(w) * _divergence(x, y, "tvd")
-
-    def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> _Distance:
-        return self._replace(mixture=self.mixture.each(fn))
-
-
 class _Term(NamedTuple):
+    """``factor · probs · values``, entry by entry."""
+
     factor: float
-    softmax: LinearLogits | Dense | None
-    log_softmax: LinearLogits | LazyMixture | _Distance | Dense
+    probs: LinearLogits | Dense | None  # of logits their softmax; None: 1
+    values: LinearLogits | _Log | _Distance | _Smaller | Dense  # of logits their log_softmax
 
     @property
     def requires_grad(self) -> bool:
-        return self.log_softmax.requires_grad or (self.softmax is not None and self.softmax.requires_grad)
+        return self.values.requires_grad or (self.probs is not None and self.probs.requires_grad)
 
 
 class Elementwise(Derived):
@@ -154,7 +132,7 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
 
 @dataclass(eq=False, repr=False)
 class LazyMixture(Elementwise):
-    """``w softmax(a) + w' softmax(b)``."""
+    """``w softmax(a) + v softmax(b)``."""
 
     parts: tuple[tuple[float, LinearLogits], tuple[float, LinearLogits]]
     dtype: torch.dtype
@@ -183,7 +161,7 @@ class LazyMixture(Elementwise):
     def materialize(self) -> Tensor:
         return self.elements().to(self.dtype)
 
-    def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> LazyMixture:
+    def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> Any:
         (w, a), (v, b) = self.parts
         return replace(self, parts=((w, fn(a)), (v, fn(b))))
 
@@ -203,26 +181,54 @@ class LazyMixture(Elementwise):
         (w, a), (v, b) = self.parts
         return replace(self, parts=((w * number, a), (v * number, b)))
 
-    def log_elements(self) -> Tensor:
-        logs = (z.elements().log_softmax(self.vocab_dim) + math.log(w) for w, z in self.parts)
-        return torch.logaddexp(*logs)
-
     def values_at(self, ids: Tensor) -> Tensor:
         (w, a), (v, b) = self.parts
         return w * a.log_probs_at(ids).exp() + v * b.log_probs_at(ids).exp()
 
-    def log_values_at(self, ids: Tensor) -> Tensor:
-        return torch.logaddexp(*(z.log_probs_at(ids) + math.log(w) for w, z in self.parts))
-
     def logarithm(self) -> Any:
-        mixed = all(0 < w < math.inf for w, _ in self.parts)
-        return LazyProducts((_Term(1.0, None, self.as_copy()),), self.dtype) if mixed else NotImplemented
+        return self._as(_Log) if all(0 < w < math.inf for w, _ in self.parts) else NotImplemented
 
     def distance(self, smaller: bool = False) -> Any:
         (w, _), (v, _) = self.parts
         apart = w == -v and abs(w) < math.inf and (w > 0 or not smaller)
-        found = _Distance(self.as_copy(), smaller)
-        return LazyProducts((_Term(1.0, None, found),), self.dtype) if apart else NotImplemented
+        return self._as(_Smaller if smaller else _Distance) if apart else NotImplemented
+
+    def _as(self, function: type[_Log | _Distance | _Smaller]) -> LazyProducts:
+        return LazyProducts((_Term(1.0, None, function(self.parts, self.dtype)),), self.dtype)
+
+
+class _Log(LazyMixture):
+    """The logarithm of a mixture whose weights are above 0."""
+
+    def elements(self) -> Tensor:
+        logs = (z.elements().log_softmax(self.vocab_dim) + math.log(w) for w, z in self.parts)
+        return torch.logaddexp(*logs)
+
+    def log_probs_at(self, ids: Tensor) -> Tensor:
+        return torch.logaddexp(*(z.log_probs_at(ids) + math.log(w) for w, z in self.parts))
+
+
+class _Distance(LazyMixture):
+    """The absolute value of a mixture ``w softmax(a) − w softmax(b)``."""
+
+    def elements(self) -> Tensor:
+        return super().elements().abs()
+
+    def vocab_sum(self) -> Tensor:
+        (w, a), (_, b) = self.parts
+        return 2 * abs(w) * _divergence(a, b, "tvd")
+
+
+class _Smaller(LazyMixture):
+    """Of a mixture ``w softmax(a) − w softmax(b)``, w > 0, the smaller of the two."""
+
+    def elements(self) -> Tensor:
+        (w, a), (_, b) = self.parts
+        return w * torch.minimum(*(z.elements().softmax(self.vocab_dim) for z in (a, b)))
+
+    def vocab_sum(self) -> Tensor:
+        (w, a), (_, b) = self.parts
+        return w * _divergence(a, b, "overlap")
 
 
 @dataclass(eq=False, repr=False)
@@ -244,9 +250,7 @@ class LazyProducts(Elementwise):
 
     @property
     def base(self) -> LinearLogits:
-        parts = (x for t in self.terms for x in (t.log_softmax, t.softmax, self.like))
-        first = next(x for x in parts if not isinstance(x, (Dense, type(None))))
-        first = first.mixture if isinstance(first, _Distance) else first
+        first: Any = next(x for t in self.terms for x in (t.values, t.probs, self.like) if is_lazy(x))
         return first if isinstance(first, LinearLogits) else first.base
 
     @property
@@ -264,10 +268,10 @@ class LazyProducts(Elementwise):
     def materialize(self) -> Tensor:
         """The elements themselves, differentiable, in ``dtype``."""
         self._check()
+        dim = self.vocab_dim
         total: Any = 0
         for c, a, b in self.terms:
-            dim = self.vocab_dim
-            z = (b.log_elements() if isinstance(b, LazyMixture) else b.elements()).to(self._precision)
+            z = b.elements().to(self._precision)
             if _same(a, b):
                 term = times_log(z, dim)
             else:
@@ -277,7 +281,7 @@ class LazyProducts(Elementwise):
             for masked in self.finite:
                 term = term.masked_fill(masked.elements().isinf(), 0)
             total = total + c * term
-        return self._filled(total, self.vocab_dim).to(self.dtype)
+        return self._filled(total, dim).to(self.dtype)
 
     def _filled(self, total: Tensor, dim: int | None = None) -> Tensor:
         """``total`` times the factor, but for tokens that are skipped; ``dim``: where it has the vocabulary."""
@@ -300,7 +304,7 @@ class LazyProducts(Elementwise):
         """Made anew: ``fn`` of logits, once of the same, ``of_dense`` of what exists, ``of_tokens`` of numbers per token."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
-        def once(x: LinearLogits | LazyMixture | _Distance | Dense | None) -> Any:
+        def once(x: LinearLogits | _Log | _Distance | _Smaller | Dense | None) -> Any:
             if isinstance(x, Dense):
                 return Dense(of_dense(x.elements()))
             if not isinstance(x, LinearLogits):
@@ -337,19 +341,19 @@ class LazyProducts(Elementwise):
                 return replace(self, factor=multiplied(self.factor, number))
             zero = 0.0 * (number.detach() if isinstance(number, Tensor) else number)  # or nan
             return replace(self, factor=multiplied(self.factor, number), fill=self.fill + zero)
-        if not alike(self, factor) or any(t.softmax is not None for t in self.terms):
+        if not alike(self, factor) or any(t.probs is not None for t in self.terms):
             return NotImplemented
         dense = Dense(factor)
-        return replace(self, terms=tuple(t._replace(softmax=dense) for t in self.terms))
+        return replace(self, terms=tuple(t._replace(probs=dense) for t in self.terms))
 
     def shifted(self, offset: Any) -> Any:
         """``log m + offset``, of a mixture."""
-        (c, softmax, log), *others = self.terms
-        plain = not others and softmax is None and not self.finite and self.skipped is None and is_number(self.factor)
+        (c, probs, log), *others = self.terms
+        plain = not others and probs is None and not self.finite and self.skipped is None and is_number(self.factor)
         plain = plain and c * self.factor == 1 and is_number(offset) and abs(offset) < LARGEST_LOG
-        if not plain or not isinstance(log, LazyMixture):
+        if not plain or not isinstance(log, _Log):
             return NotImplemented
-        found = log.scaled(math.exp(offset)).logarithm()
+        found = LazyMixture(log.parts, log.dtype).scaled(math.exp(offset)).logarithm()
         return found if found is NotImplemented else found.with_dtype(self.dtype)
 
     def _weighed(self, factor: float) -> tuple[_Term, ...]:
@@ -379,19 +383,19 @@ class LazyProducts(Elementwise):
     def times(self, other: LazyTensor) -> Any:
         """With a softmax."""
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
-        free = all(t.softmax is None and not isinstance(t.log_softmax, _Distance) for t in self.terms)
+        free = all(t.probs is None and not isinstance(t.values, (_Distance, _Smaller)) for t in self.terms)
         if not softmax or not free or self.skipped is not None or not fit(self.base, other.base):
             return NotImplemented
-        terms = tuple(t._replace(softmax=other.base) for t in self.terms)
+        terms = tuple(t._replace(probs=other.base) for t in self.terms)
         dtype = torch.promote_types(self.dtype, other.dtype)
         return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
 
     def _leaves_out_itself(self, masked: LinearLogits) -> bool:
         """Whether the sum is the same without the entries where these logits are infinite. There are none without a bias; where
         a bias makes them −inf their own softmax is 0; and a cross entropy alone skips them."""
-        alone = len(self.terms) == 1 and isinstance(self.terms[0].softmax, LinearLogits)
-        alone = alone and _same(self.terms[0].log_softmax, masked)
-        return masked.rest.bias is None or alone or all(_same(t.softmax, masked) for t in self.terms)
+        alone = len(self.terms) == 1 and isinstance(self.terms[0].probs, LinearLogits)
+        alone = alone and _same(self.terms[0].values, masked)
+        return masked.rest.bias is None or alone or all(_same(t.probs, masked) for t in self.terms)
 
     def without_entries(self, mask: Any) -> Any:
         """0 where ``mask``, one for each entry, says so: in what exists, where all terms are of that."""
@@ -429,11 +433,11 @@ class LazyProducts(Elementwise):
             c, a, b = left.pop()
             # A KL is two terms of one softmax(a) with opposite factors: of log_softmax(a), and of another's logarithm.
             own = _same(a, b)
-            pairs = (t for t in left if t.factor == -c and _same(t.softmax, a) and _same(t.log_softmax, a) != own)
+            pairs = (t for t in left if t.factor == -c and _same(t.probs, a) and _same(t.values, a) != own)
             pair: Any = next(pairs, None)
             if pair is not None:
                 left = [t for t in left if t is not pair]
-                kls.append((c, a, pair.log_softmax) if own else (-c, a, b))
+                kls.append((c, a, pair.values) if own else (-c, a, b))
             elif not isinstance(a, LinearLogits):
                 sums.append((c, self._sum_without_softmax(a, b)))
             elif own:
@@ -458,12 +462,9 @@ class LazyProducts(Elementwise):
         self._check()
         total: Any = 0
         for c, a, b in self.terms:
-            if isinstance(b, _Distance):
+            if isinstance(b, (_Distance, _Smaller)):
                 return NotImplemented
-            if isinstance(b, LazyMixture):
-                term = b.log_values_at(ids)
-            else:
-                term = self._there(b, ids) if isinstance(b, Dense) else b.log_probs_at(ids)
+            term = self._there(b, ids) if isinstance(b, Dense) else b.log_probs_at(ids)
             if _same(a, b):
                 term = _p_log_p(term)
             elif a is not None:
@@ -474,12 +475,12 @@ class LazyProducts(Elementwise):
     def _there(self, x: Dense, ids: Tensor) -> Tensor:
         return x.elements().movedim(self.vocab_dim, -1).gather(-1, ids).to(self._precision)
 
-    def _sum_without_softmax(self, a: Dense | None, b: LinearLogits | LazyMixture | _Distance | Dense) -> Any:
+    def _sum_without_softmax(self, a: Dense | None, b: LinearLogits | _Log | _Distance | _Smaller | Dense) -> Any:
         """Summed with weights that exist, or none."""
         if isinstance(b, Dense):
             weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
             return wide_sum(weighed, self.vocab_dim)
-        if isinstance(b, _Distance) and a is None:
+        if isinstance(b, (_Distance, _Smaller)) and a is None:
             return b.vocab_sum()
         if not isinstance(b, LinearLogits):
             return NotImplemented
@@ -488,7 +489,7 @@ class LazyProducts(Elementwise):
 
 def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
     """Its tensors, and what makes it of them again: a function, for lazy tensors that are compared are made."""
-    held = [y for t in x.terms for y in (t.softmax, t.log_softmax) if isinstance(y, Dense)]
+    held = [y for t in x.terms for y in (t.probs, t.values) if isinstance(y, Dense)]
     numbers = [t for t in (x.factor, x.fill) if isinstance(t, Tensor)]
     return [*(y.elements() for y in held), *numbers], functools.partial(_unflattened, x)
 
@@ -559,7 +560,7 @@ def _divergence(student: LinearLogits, teacher: Any, kind: str, beta: float = 0.
 
 
 def _same(x: Any, y: Any) -> bool:
-    if isinstance(x, LazyMixture) and isinstance(y, LazyMixture):
+    if isinstance(x, _Log) and isinstance(y, _Log):
         return all(w == v and same_logits(a, b) for (w, a), (v, b) in zip(x.parts, y.parts, strict=True))
     return x is y or (isinstance(x, LinearLogits) and isinstance(y, LinearLogits) and same_logits(x, y))
 
