@@ -426,35 +426,26 @@ class LazyProducts(Elementwise):
         self._check()
         if not all(map(self._leaves_out_itself, self.finite)):
             return NotImplemented
-        sums: list[Any] = []
-        kls: list[Any] = []  # c, a, b: c times that of b from a
-        left = list(self.terms)
-        while left:
-            c, a, b = left.pop()
-            # A KL is two terms of one softmax(a) with opposite factors: of log_softmax(a), and of another's logarithm.
-            own = _same(a, b)
-            pairs = (t for t in left if t.factor == -c and _same(t.probs, a) and _same(t.values, a) != own)
-            pair: Any = next(pairs, None)
-            if pair is not None:
-                left = [t for t in left if t is not pair]
-                kls.append((c, a, pair.values) if own else (-c, a, b))
-            elif not isinstance(a, LinearLogits):
-                sums.append((c, self._sum_without_softmax(a, b)))
-            elif own:
-                sums.append((-c, a.statistic("entropy")))
-            elif isinstance(b, Dense):
-                return NotImplemented
-            elif isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in self.finite)):
-                sums.append((-c, _divergence(b, a, "cross_entropy")))
-            else:  # a bias of −inf makes it infinite where there is mass
-                sums.append((-c, a.statistic("entropy")))
-                kls.append((-c, a, b))
-        sums += _kl_sums(kls)
+        alone, kls = _paired(self.terms, self.finite)
+        if any(isinstance(a, LinearLogits) and isinstance(b, Dense) for _, a, b in alone):
+            return NotImplemented  # before any other is computed
+        sums = [self._sum_alone(*term) for term in alone] + _kl_sums(kls)
         if any(found is NotImplemented for _, found in sums):
             return NotImplemented
         count = self.shape[self.vocab_dim]
         filled = self if is_number(self.fill) else replace(self, fill=self.fill * count)
         return filled._filled(sum(c * found for c, found in sums))
+
+    def _sum_alone(self, c: float, a: Any, b: Any) -> tuple[float, Any]:
+        """A term that is part of no KL divergence, by the table of the module: a factor and what it multiplies."""
+        if isinstance(a, LinearLogits):
+            return -c, a.statistic("entropy") if _same(a, b) else _divergence(b, a, "cross_entropy")
+        if isinstance(b, Dense):
+            weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
+            return c, wide_sum(weighed, self.vocab_dim)
+        if isinstance(b, LinearLogits):
+            return c, b.sum_log_probs() if a is None else -cross_entropy_with(b, a.elements(), "none")
+        return c, b.vocab_sum() if a is None else NotImplemented
 
     def values_at(self, ids: Tensor) -> Any:
         if self.finite or self.skipped is not None or not self.dtype.is_floating_point:
@@ -474,17 +465,6 @@ class LazyProducts(Elementwise):
 
     def _there(self, x: Dense, ids: Tensor) -> Tensor:
         return x.elements().movedim(self.vocab_dim, -1).gather(-1, ids).to(self._precision)
-
-    def _sum_without_softmax(self, a: Dense | None, b: LinearLogits | _Log | _Distance | _Smaller | Dense) -> Any:
-        """Summed with weights that exist, or none."""
-        if isinstance(b, Dense):
-            weighed = b.elements() if a is None else a.elements() * b.elements().to(self._precision)
-            return wide_sum(weighed, self.vocab_dim)
-        if isinstance(b, (_Distance, _Smaller)) and a is None:
-            return b.vocab_sum()
-        if not isinstance(b, LinearLogits):
-            return NotImplemented
-        return b.sum_log_probs() if a is None else -cross_entropy_with(b, a.elements(), "none")
 
 
 def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
@@ -522,6 +502,30 @@ def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: s
 
     p = probabilities if probabilities.is_floating_point() else probabilities.to(logits.wide)
     return linear_logits_cross_entropy(logits, p, reduction=reduction, out_dtype=wide_dtype(logits.device))
+
+
+def _paired(terms: Sequence[_Term], finite: Sequence[LinearLogits]) -> tuple[list[_Term], list[Any]]:
+    """The terms to be summed alone, and ``c, a, b`` for each ``c softmax(a) (log a − log b)``, a KL divergence."""
+    alone: list[_Term] = []
+    kls: list[Any] = []
+    left = list(terms)
+    while left:
+        term = left.pop()
+        c, a, b = term
+        # Two terms of one softmax(a) with opposite factors: of log_softmax(a), and of another's logarithm.
+        own = _same(a, b)
+        pairs = (t for t in left if t.factor == -c and _same(t.probs, a) and _same(t.values, a) != own)
+        pair: Any = next(pairs, None)
+        bounded = isinstance(b, LinearLogits) and (b.rest.bias is None or any(_same(b, x) for x in finite))
+        if pair is not None:
+            left = [t for t in left if t is not pair]
+            kls.append((c, a, pair.values) if own else (-c, a, b))
+        elif own or bounded or isinstance(b, Dense) or not isinstance(a, LinearLogits):
+            alone.append(term)
+        else:  # of a mixture, or of what a bias of −inf makes infinite where there is mass
+            alone.append(_Term(c, a, a))
+            kls.append((-c, a, b))
+    return alone, kls
 
 
 def _kl_sums(kls: list[Any]) -> list[Any]:
