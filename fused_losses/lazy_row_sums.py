@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .autodiff import check_differentiable, differentiable_gradients, in_plain_pytorch, save_for_backward, saved_tensors
 from .chunked.softmax_rows import transform
-from .gradients_in_forward import in_range, loss_and_gradients
+from .gradients_in_forward import OverLogits, in_range, loss_and_gradients
 from .head import INPUTS, Head, head_of, ready, whole_logits
 from .lazy_elementwise import computable, copy_with, expanded, key_of
 from .lazy_products import Dense
@@ -174,7 +174,7 @@ class _Sums(NamedTuple):
 
         for i in trained:
             backend = resolve_backend(heads[i].hidden, None)
-            over_logits = functools.partial(self.over_logits, functools.partial(of_rows, i))
+            over_logits = self.by_rows(functools.partial(of_rows, i))
             found[i * INPUTS : (i + 1) * INPUTS] = loss_and_gradients(
                 heads[i], None, None, False, over_logits, of_heads[i], self.room, None, backend, with_logits=False
             )
@@ -183,20 +183,24 @@ class _Sums(NamedTuple):
                 of_rows(None, rows)
         return found + of_others
 
-    def over_logits(
-        self, of_rows: Callable[[slice], Any], logits: Tensor, _: Head, __: None, rows: Any, factor: Any
-    ) -> Any:
-        """The gradient of a chunk's logits, over them: an ``OverLogits``."""
-        pieces = self.pieces(rows.start, rows.stop)
-        grads: Iterable[Tensor | None] = map(of_rows, pieces)  # one at a time
-        if logits.dtype == torch.float16:
-            grads = list(grads)  # all, for the factor
-            alone = in_range([logits.new_ones(1, dtype=torch.float32), *grads])
-            factor = alone if factor is None else torch.minimum(alone, factor)
-        for piece, grad in zip(pieces, grads, strict=True):
-            place = logits[piece.start - rows.start : piece.stop - rows.start]
-            place.zero_() if grad is None else place.copy_(grad if factor is None else grad * factor)
-        return factor
+    def by_rows(self, gradient: Callable[[slice], Tensor | None]) -> OverLogits:
+        """For what ``gradient`` says of a few rows of logits."""
+
+        def over_logits(
+            logits: Tensor, chunk: Head, ids: Tensor | None, rows: Any, factor: Tensor | None
+        ) -> Tensor | None:
+            pieces = self.pieces(rows.start, rows.stop)
+            grads: Iterable[Tensor | None] = map(gradient, pieces)  # one at a time
+            if logits.dtype == torch.float16:
+                grads = list(grads)  # all, for the factor
+                alone = in_range([logits.new_ones(1, dtype=torch.float32), *grads])
+                factor = alone if factor is None else torch.minimum(alone, factor)
+            for piece, grad in zip(pieces, grads, strict=True):
+                place = logits[piece.start - rows.start : piece.stop - rows.start]
+                place.zero_() if grad is None else place.copy_(grad if factor is None else grad * factor)
+            return factor
+
+        return over_logits
 
 
 def _of_rows(t: Tensor, rows: slice) -> Tensor:
