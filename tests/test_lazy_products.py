@@ -342,6 +342,16 @@ def test_passes_over_both_heads(loss, kinds, monkeypatch):
     assert sorted(found) == sorted(kinds)
 
 
+def test_what_has_no_sum_makes_none_of_a_part(monkeypatch):
+    inputs = leaves(bias=False)
+    monkeypatch.setattr(lazy_products, "token_divergence", lambda *_: pytest.fail("thrown away"))
+    found, expected = (
+        (s.softmax(-1) * PROBS + t.softmax(-1) * s.log_softmax(-1)).sum(-1)
+        for s, t in ((head(*inputs[:3]), head(*inputs[3:])) for head in (LinearLogits, F.linear))
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "share",
     [torch.linspace(0.1, 0.8, S, dtype=torch.float64).unsqueeze(-1), torch.tensor(0.3, dtype=torch.float64), 0.0],
