@@ -50,7 +50,7 @@ from .lazy_tensor import (
     wrap_dim,
 )
 from .linear_logits import LinearLogits, same_logits
-from .linear_logits_checks import refuse_autograd_function, versions
+from .linear_logits_checks import Snapshot, refuse_autograd_function
 from .numerics import wide_dtype, wide_sum
 from .row_divergence import Divergence
 from .token_statistics import token_statistics
@@ -72,14 +72,11 @@ class Dense:
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach() if no_gradient() else tensor
-        self.versions = versions(tensor=tensor)
+        self.made = Snapshot(tensor=tensor)
         self.requires_grad = self.tensor.requires_grad
 
     def elements(self) -> Tensor:
-        now = versions(tensor=self.tensor)
-        if not self.versions:  # made by a compiled function, which knows none
-            self.versions = now
-        if now and now != self.versions:
+        if self.made.changed(tensor=self.tensor) is not None:
             raise RuntimeError(
                 f"a tensor {tuple(self.tensor.shape)} was modified in place after a product or sum of it with lazy logits was "
                 "made, which would have kept its values. Make that anew."

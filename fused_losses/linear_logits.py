@@ -36,6 +36,7 @@ from .lazy_tensor import (
     wrap_dim,
 )
 from .linear_logits_checks import (
+    Snapshot,
     autocast,
     check_shapes,
     check_tensors,
@@ -44,7 +45,6 @@ from .linear_logits_checks import (
     refuse_autograd_function,
     refuse_reentrant_checkpoint,
     version,
-    versions,
     watch,
 )
 from .numerics import check_scaling, full_precision, on_device, statistics_dtype
@@ -56,7 +56,7 @@ from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 TOPK_WORKSPACE = 2**28  # bytes, by default
-_HELD = ("rest", "_hidden", "_versions", "_cache", "_views", "_bare", "_reads", "_normalizer")  # by a LinearLogits
+_HELD = ("rest", "_hidden", "_made", "_cache", "_views", "_bare", "_reads", "_normalizer")  # by a LinearLogits
 _Measured = dict[tuple[str, float | None], Tensor]  # by name and gradient filter
 
 
@@ -116,8 +116,8 @@ class _Rest:
     dtype: torch.dtype
     frozen: bool  # hidden got a grad_fn for DDP's sake only
     detached: bool
-    versions: dict[str, int]  # of weight, bias and low_rank
-    shards: dict[str, Tensor]  # of them, where FSDP2 changes only those
+    shards: dict[str, Tensor]  # of weight, bias and low_rank, where FSDP2 changes only those
+    made: Snapshot  # of all that
     views: list[int]  # shared by views of one another: how often one was changed in place
     seen: int  # … when this was made
 
@@ -128,15 +128,14 @@ class _Rest:
     def but(self, **changes: Any) -> _Rest:
         return _Rest(**{name: getattr(self, name) for name in _Rest.__annotations__} | changes)
 
-    def now(self) -> dict[str, int]:
-        """How often each part was changed in place."""
+    def parts(self) -> dict[str, Tensor | None]:
         u, B = self.low_rank or (None, None)
-        return versions(weight=self.weight, bias=self.bias, u=u, B=B, **self.shards)
+        return {"weight": self.weight, "bias": self.bias, "u": u, "B": B, **self.shards}
 
     def record(self) -> None:
         """From now on nothing may change, in an optimizer's step either."""
-        self.versions = self.now()
-        watch(self.weight, self.bias, self.low_rank and self.low_rank[1], *self.shards.values())
+        self.made = Snapshot(**self.parts())
+        watch(*self.parts().values())
 
 
 @dataclass(eq=False, init=False, repr=False)  # for DDP and FSDP2, which look for tensors in the fields of an output
@@ -205,7 +204,7 @@ class LinearLogits(LazyTensor):
             self.rest = self.rest.but(dtype=hidden.dtype)
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
-        self._versions = versions(hidden=hidden)
+        self._made = Snapshot(hidden=hidden)
         # What is known of these tokens already, so that a second question about them costs no product: see _measure.
         self._cache: _Measured = {}
         self._views: dict[Any, _Measured] = {}  # the caches of views of one another, by _place
@@ -271,7 +270,6 @@ class LinearLogits(LazyTensor):
                 dtype=hidden.dtype,
                 frozen=frozen,
                 detached=detached,
-                versions={},
                 shards=shards(module, weight=weight, bias=bias, B=B),
                 views=[0],
                 seen=0,
@@ -394,7 +392,6 @@ class LinearLogits(LazyTensor):
             module=None,
             detached=True,
             frozen=False,
-            versions={},
             shards={},
             views=[0],
             seen=0,
@@ -432,18 +429,14 @@ class LinearLogits(LazyTensor):
             return
         if self.requires_grad and no_gradient():
             refuse_autograd_function(self)
-        now = self.rest.now() | versions(hidden=self.hidden)
-        if not self.rest.versions:  # a compiled function made it, and kept none
-            self.rest.record()
-            self._versions = versions(hidden=self.hidden)
-        for name, made in (self.rest.versions | self._versions).items():
-            found = now[name]
-            if found != made:
-                raise RuntimeError(
-                    f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {made} "
-                    f"then, {found} now): logits made from it would have kept their values. Read what you need before, as "
-                    "before optimizer.step(), or make them anew."
-                )
+        changed = self.rest.made.changed(**self.rest.parts()) or self._made.changed(hidden=self.hidden)
+        if changed is not None:
+            name, then, now = changed
+            raise RuntimeError(
+                f"{name} was modified in place after this LinearLogits {tuple(self.shape)} was made (version {then} then, "
+                f"{now} now): logits made from it would have kept their values. Read what you need before, as before "
+                "optimizer.step(), or make them anew."
+            )
 
     def rows(self) -> Rows:
         """The tokens, flattened; see the class."""
@@ -516,7 +509,7 @@ class LinearLogits(LazyTensor):
                 bare.append((hidden.detach(), None if u is None else u.detach()))
             hidden, u = bare[0]
             changed.low_rank = None if u is None else (u, B)
-        changed.versions = changed.now()
+        changed.made = Snapshot(**changed.parts())
         changed.views = self.rest.views if view else [0]
         changed.seen = changed.views[0]
         return LinearLogits(hidden, rest=changed)

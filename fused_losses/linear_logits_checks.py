@@ -20,7 +20,25 @@ from .autodiff import while_compiling
 from .numerics import autocast_dtype, statistics_dtype
 
 
-def versions(**tensors: Tensor | None) -> dict[str, int]:
+class Snapshot:
+    """How often each of some tensors had been changed in place when this was taken; those of inference mode do not tell.
+
+    A compiled function takes an empty one, which the first comparison outside it fills.
+    """
+
+    def __init__(self, **tensors: Tensor | None) -> None:
+        self.versions = _versions(tensors)
+
+    def changed(self, **tensors: Tensor | None) -> tuple[str, int, int] | None:
+        """The first of the same tensors that was changed since: its name, version then, version now."""
+        now = _versions(tensors)
+        if not self.versions:
+            self.versions = now
+            watch(*tensors.values())
+        return next(((name, self.versions[name], n) for name, n in now.items() if n != self.versions[name]), None)
+
+
+def _versions(tensors: dict[str, Tensor | None]) -> dict[str, int]:
     if torch.compiler.is_compiling():
         return {}
     return {name: t._version for name, t in tensors.items() if t is not None and not t.is_inference()}

@@ -34,6 +34,17 @@ def test_a_change_of_what_it_stands_for_raises(name, use):
             uses[use](z)
 
 
+def test_a_change_of_hidden_before_a_head_of_inference_mode_raises():
+    with torch.inference_mode():
+        weight = torch.randn(V, H)
+    hidden = torch.randn(B, S, H)
+    logits = LinearLogits(hidden, weight)
+    logits.argmax(-1)
+    hidden.add_(1)
+    with pytest.raises(RuntimeError, match="hidden was modified in place"):
+        logits.argmax(-1)
+
+
 class WritingThroughData(torch.optim.SGD):
     """As optimizers with kernels of their own, which PyTorch does not see write."""
 
