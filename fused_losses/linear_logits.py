@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import settings
-from .autodiff import exporting, may_save, no_gradient, traced, transforms_active
+from .autodiff import exporting, no_gradient, transforms_active
 from .chunked.linear_softmax import logits_tile
 from .chunked.softmax_rows import transform
 from .head import Head, head_of, kept_tokens, whole_logits
@@ -47,6 +47,7 @@ from .linear_logits_checks import (
     version,
     watch,
 )
+from .linear_logits_known import Known
 from .numerics import check_scaling, full_precision, on_device, statistics_dtype
 from .recompute import linear_logits_statistics
 from .row_statistics import slices
@@ -56,8 +57,7 @@ from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
 NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
 TOPK_WORKSPACE = 2**28  # bytes, by default
-_HELD = ("rest", "_hidden", "_made", "_cache", "_views", "_bare", "_reads", "_normalizer")  # by a LinearLogits
-_Measured = dict[tuple[str, float | None], Tensor]  # by name and gradient filter
+_HELD = ("rest", "_hidden", "_made", "known", "_normalizer")  # by a LinearLogits
 
 
 class Rows(NamedTuple):
@@ -205,11 +205,7 @@ class LinearLogits(LazyTensor):
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
         self._made = Snapshot(hidden=hidden)
-        # What is known of these tokens already, so that a second question about them costs no product: see _measure.
-        self._cache: _Measured = {}
-        self._views: dict[Any, _Measured] = {}  # the caches of views of one another, by _place
-        self._bare: list[tuple[Tensor, Tensor | None]] = []  # hidden and u, detached
-        self._reads: dict[str, list[Any]] = {}
+        self.known = Known()
         self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
 
     rest: Any
@@ -484,18 +480,7 @@ class LinearLogits(LazyTensor):
         low_rank = self.rest.low_rank and (features(self.rest.low_rank[0]), self.rest.low_rank[1])
         changes = {"vocab_dim": vocab_dim, "low_rank": low_rank, "temperature": numbers(self.temperature)}
         new = self._but(features(self.hidden), view, **changes)
-        # What is known of these tokens is known of the new ones. Of views in one memory each also finds, by its place there,
-        # what another in the same place learns later.
-        trains = torch.is_grad_enabled()  # else what is known with a gradient is here without
-        known = {
-            (name, of if trains else None): numbers((t if trains else t.detach()).view(self.token_shape)).reshape(-1)
-            for (name, of), t in self._measured.items()
-            if name != "elements"
-        }
-        if _one_memory(self, new):
-            self._views.setdefault(_place(self.hidden), self._cache)
-            new._cache, new._views = self._views.setdefault(_place(new.hidden), {}), self._views
-        new._cache.update(known | new._cache)
+        self.known.tell(self, new, numbers)
         return new
 
     def _but(self, hidden: Tensor, view: bool = False, **changes: Any) -> LinearLogits:
@@ -503,11 +488,8 @@ class LinearLogits(LazyTensor):
         changed = self.rest.but(**changes)
         if not self.rest.detached and (changed.detached or no_gradient()):
             changed.detached, changed.frozen = True, False  # wherever it will be read
-            bare = self._bare if hidden is self.hidden else []
             u, B = changed.low_rank or (None, None)
-            if not bare:  # else the same each time: same_logits knows them by it
-                bare.append((hidden.detach(), None if u is None else u.detach()))
-            hidden, u = bare[0]
+            hidden, u = (self.known if hidden is self.hidden else Known()).detached(hidden, u)
             changed.low_rank = None if u is None else (u, B)
         changed.made = Snapshot(**changed.parts())
         changed.views = self.rest.views if view else [0]
@@ -547,7 +529,7 @@ class LinearLogits(LazyTensor):
 
     def _sharing(self, new: LinearLogits) -> LinearLogits:
         """``new``, of the same tokens, with what is known of them."""
-        new._cache, new._views, new._bare, new._reads = self._cache, self._views, self._bare, self._reads
+        new.known = self.known
         return new
 
     def as_view(self) -> LinearLogits:
@@ -563,7 +545,7 @@ class LinearLogits(LazyTensor):
         return self._sharing(self._but(self.hidden, True, detached=True))
 
     def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
-        return self._reads.setdefault("logits", [])
+        return self.known.reads.setdefault("logits", [])
 
     def normalise_by(self, lse: Tensor) -> None:
         """Remember ``lse (*token_shape)``, this one's logsumexp, for :meth:`normalised`."""
@@ -659,37 +641,18 @@ class LinearLogits(LazyTensor):
     def statistic(self, name: str) -> Tensor:
         """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
         self.check()
-        known = self._known(name)
+        known = self.known.ask(name, self)
         return (self._measure(None, name)[name] if known is None else known).view(self.token_shape)
 
     def elements(self) -> Tensor:
         """``materialize()`` in ``wide``, once: what several expressions give it as gradient is summed before it is rounded."""
         self.check()
-        z, V = self._known("elements"), self.rest.vocab
+        z, V = self.known.ask("elements", self), self.rest.vocab
         if z is None:
             z = self.with_dtype(self.wide).materialize().movedim(self.vocab_dim, -1).reshape(-1, V)
         if z.requires_grad:
-            self._measured[self._key("elements")] = z
+            self.known.learn({"elements": z}, self)
         return z.view(*self.token_shape, V).movedim(-1, self.vocab_dim)
-
-    @property
-    def _measured(self) -> _Measured:
-        """What is known so far of each row, to which more is added; nothing where a checkpoint may run this again, and must
-        find the same then."""
-        again = not torch.compiler.is_compiling() and not may_save(self.hidden)
-        return {} if again else self._cache
-
-    def _key(self, name: str) -> tuple[str, float | None]:
-        """With the filter of its gradient, if it has any."""
-        trains = torch.is_grad_enabled() and not self.rest.detached
-        return name, settings.gradient_filter.value if trains else None
-
-    def _known(self, name: str) -> Tensor | None:
-        key, known = self._key(name), self._measured
-        if key in known or key[1] is not None:
-            return known.get(key)
-        with_gradient = [t for (other, _), t in known.items() if other == name]
-        return with_gradient[0].detach() if len(with_gradient) > 0 else None
 
     def log_probs_at(self, ids: Tensor, ignore_index: int = NO_ID) -> Tensor:
         """Log-probabilities at ``ids (*token_shape, K)``, 0 where they are ``ignore_index``."""
@@ -707,7 +670,7 @@ class LinearLogits(LazyTensor):
         names = {name, "logsumexp", "entropy"}
         found = linear_logits_statistics(self, ids, outputs=sorted(names), kept=kept)._asdict()
         if kept == (None, False):  # else the others are known of some rows alone
-            self._measured.update({self._key(other): found[other] for other in names - {"log_probs"}})
+            self.known.learn({other: found[other] for other in names - {"log_probs"}}, self)
         return found
 
     def vocab_sum(self) -> Tensor:
@@ -818,20 +781,6 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     label = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
     frozen = all(x.rest.frozen for x in tensors)
     return first._but(hidden, temperature=temperature, low_rank=low_rank, dtype=label, frozen=frozen)
-
-
-def _one_memory(a: LinearLogits, b: LinearLogits) -> bool:
-    """Whether the hidden states of ``b``, a view of ``a`` or a copy, lie among those of ``a``, and all else is one for all."""
-    plain = not isinstance(a.temperature, Tensor) and a.rest.low_rank is None
-    if not plain or traced(a.hidden) or transforms_active():
-        return False
-    return a.hidden.untyped_storage().data_ptr() == b.hidden.untyped_storage().data_ptr()
-
-
-def _place(hidden: Tensor) -> Any:
-    """Which of the tokens in one memory these are, and in which order."""
-    layout = hidden.numel() if hidden.is_contiguous() else (hidden.shape, hidden.stride())
-    return hidden.storage_offset(), layout
 
 
 def _equal(a: Any, b: Any) -> bool:

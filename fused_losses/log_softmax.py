@@ -193,7 +193,7 @@ class LazyExpression(Elementwise):
         return at(self.base, ids) * factor + offset
 
     def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
-        return self.base._reads.setdefault(self.form, []) if self.bare else super().reads()
+        return self.base.known.reads.setdefault(self.form, []) if self.bare else super().reads()
 
     def vocab_sum(self) -> Any:
         total = _FORMS[self.form].total
