@@ -130,15 +130,16 @@ def may_save(t: Tensor) -> bool:
     return not traced(t) and not hooks_on_saved()
 
 
-def save_for_backward(ctx: Any, *tensors: Tensor | None) -> None:
-    """``ctx.save_for_backward``, which refuses what ``torch.inference_mode`` made: a teacher's logits, say."""
-    ctx.inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
-    ctx.save_for_backward(*(None if i in ctx.inference else t for i, t in enumerate(tensors)))
+def save_for_backward(ctx: Any, *values: Any) -> None:
+    """``ctx.save_for_backward`` of what it takes. It refuses numbers, strings, and what ``torch.inference_mode`` made: a
+    teacher's logits, say."""
+    ctx.others = {i: x for i, x in enumerate(values) if not isinstance(x, Tensor) or x.is_inference()}
+    ctx.save_for_backward(*(None if i in ctx.others else x for i, x in enumerate(values)))
 
 
-def saved_tensors(ctx: Any) -> list[Any]:
+def saved_values(ctx: Any) -> list[Any]:
     """What :func:`save_for_backward` saved; to be read once, since checkpointing unpacks once."""
-    return [ctx.inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+    return [ctx.others.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
 
 
 def read_again(saved: Tensor) -> bool:

@@ -33,7 +33,7 @@ from .autodiff import (
     present,
     refuse_shard,
     save_for_backward,
-    saved_tensors,
+    saved_values,
     transforms_active,
 )
 from .head import Head, head_of, kept_tokens, ready
@@ -44,9 +44,9 @@ from .settings import route as route_setting
 from .settings import workspace as workspace_setting
 from .token_statistics import check_vocab_last, rows_of
 from .two_heads import (
+    Problem,
     budget,
     differentiable_two_heads,
-    pack,
     row_factors,
     saved_tokens,
     two_heads_loss,
@@ -146,7 +146,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Tensor | None, ...]:
     if d_divergence is None and d_nll is None:
         return for_inputs(ctx)
-    student, teacher, ids = saved_tensors(ctx)
+    student, teacher, ids = saved_values(ctx)
     if in_plain_pytorch(d_divergence, d_nll):
         refuse_shard(ctx.shard, student.shape)
 
@@ -279,13 +279,14 @@ def token_divergence(
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         if transforms_active():
             return differentiable_two_heads(*heads, ids, with_nll, which)
-        wanted = heads[0].trained + heads[1].trained
-        M = len(heads[0].hidden) if keep is None else len(keep)
-        how = (budget(heads, workspace), resolve_backend(heads[0].hidden, backend))
-        found, nll, *_ = two_heads_rows(
-            *pack(*heads, ids, keep, zero_ignored, which), with_nll, wanted,
-            saved_tokens(heads, M, wanted, with_nll, *how), *how,
-        )  # fmt: skip
+        problem, wanted = Problem(*heads, ids, keep, zero_ignored, which), heads[0].trained + heads[1].trained
+        how: dict[str, Any] = {
+            "with_nll": with_nll,
+            "wanted": wanted,
+            "workspace": budget(heads, workspace),
+            "backend": resolve_backend(heads[0].hidden, backend),
+        }
+        found, nll, *_ = two_heads_rows(*problem.packed(), tokens=saved_tokens(heads, problem.projected, **how), **how)
     _gather_in_backward(found, student, teacher)
     return found, nll if with_nll else None
 
@@ -319,11 +320,14 @@ def summed_divergence(
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
-        wanted = heads[0].trained + heads[1].trained
         loss, *_ = two_heads_loss(
-            *pack(*heads, ids, keep, zero_ignored, which), float(soft), float(hard), hard != 0, wanted,
-            budget(heads, workspace), resolve_backend(heads[0].hidden, backend),
-        )  # fmt: skip
+            *Problem(*heads, ids, keep, zero_ignored, which).packed(),
+            soft=float(soft),
+            hard=float(hard),
+            wanted=heads[0].trained + heads[1].trained,
+            workspace=budget(heads, workspace),
+            backend=resolve_backend(heads[0].hidden, backend),
+        )
     return _gather_in_backward(loss, student, teacher, made=True)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .autodiff import check_differentiable, differentiable_gradients, in_plain_pytorch, save_for_backward, saved_tensors
+from .autodiff import check_differentiable, differentiable_gradients, in_plain_pytorch, save_for_backward, saved_values
 from .chunked.softmax_rows import transform
 from .gradients_in_forward import OverLogits, in_range, loss_and_gradients
 from .head import INPUTS, Head, head_of, ready, whole_logits
@@ -230,7 +230,7 @@ class _RowSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        sums, tensors, wanted = ctx.sums, saved_tensors(ctx), ctx.needs_input_grad[1:]
+        sums, tensors, wanted = ctx.sums, saved_values(ctx), ctx.needs_input_grad[1:]
         with full_precision(upstream.device):
             if in_plain_pytorch(upstream):
                 inputs = [t if want else None for t, want in zip(tensors, wanted, strict=True)]

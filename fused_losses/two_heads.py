@@ -35,7 +35,7 @@ from .autodiff import (
     read_again,
     refuse_shard,
     save_for_backward,
-    saved_tensors,
+    saved_values,
 )
 from .chunked.divergence_rows import BUFFERS
 from .chunked.linear_softmax import TILE
@@ -59,6 +59,68 @@ TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are
 def compared_vocab(student: Head, teacher: Head) -> int:
     """How many columns of logits are compared here."""
     return min(student.columns_here, teacher.columns_here) if student.shard is None else student.shard.size
+
+
+class Problem(NamedTuple):
+    """Two heads, and how to compare the logits of their tokens."""
+
+    student: Head
+    teacher: Head
+    ids: Tensor | None  # (N,), −100: skipped
+    keep: Tensor | None  # (M,) tokens to project; None: all
+    zero_ignored: bool
+    which: Divergence
+
+    @property
+    def heads(self) -> tuple[Head, Head]:
+        return self.student, self.teacher
+
+    @property
+    def projected(self) -> int:
+        return self.student.hidden.shape[0] if self.keep is None else self.keep.shape[0]
+
+    @property
+    def inputs(self) -> tuple[Tensor | None, ...]:
+        return self.student.inputs + self.teacher.inputs
+
+    def packed(self) -> tuple[Any, ...]:
+        """As the operators take it: see ``ARGUMENTS``."""
+        s, t = self.heads
+        return (
+            *s.inputs,
+            *t.inputs,
+            s.temperature, s.scale, s.softcap, packed(s.shard), s.gradient_filter,
+            t.temperature, t.scale, t.softcap, packed(t.shard), t.gradient_filter,
+            self.ids, self.keep, self.zero_ignored, *self.which,
+        )  # fmt: skip
+
+    @classmethod
+    def unpacked(cls, arguments: Sequence[Any]) -> Problem:
+        (
+            *inputs,
+            s_temperature, s_scale, s_softcap, s_shard, s_filter,
+            t_temperature, t_scale, t_softcap, t_shard, t_filter,
+            ids, keep, zero_ignored, kind, beta, temperature,
+        ) = arguments  # fmt: skip
+        s_shard, t_shard = VocabShard.unpacked(s_shard), VocabShard.unpacked(t_shard)
+        student = Head(*inputs[:INPUTS], s_temperature, s_scale, s_softcap, s_shard, s_filter)  # type: ignore[call-arg]
+        teacher = Head(*inputs[INPUTS:], t_temperature, t_scale, t_softcap, t_shard, t_filter)  # type: ignore[call-arg]
+        return cls(student, teacher, ids, keep, zero_ignored, Divergence(kind, beta, temperature))
+
+    def differentiable(self, inputs: Sequence[Tensor | None], with_nll: bool) -> tuple[Tensor, Tensor | None]:
+        """Divergence and −log p of other inputs, as :func:`differentiable_two_heads`."""
+        student, teacher = self.student.with_inputs(inputs[:INPUTS]), self.teacher.with_inputs(inputs[INPUTS:])
+        return differentiable_two_heads(student, teacher, self.ids, with_nll, self.which)
+
+
+ARGUMENTS = """
+    Tensor s_hidden, Tensor? s_weight, Tensor? s_bias, Tensor? s_u, Tensor? s_B,
+    Tensor t_hidden, Tensor? t_weight, Tensor? t_bias, Tensor? t_u, Tensor? t_B,
+    Tensor? s_temperature, float s_scale, float? s_softcap, str s_shard, float s_gradient_filter,
+    Tensor? t_temperature, float t_scale, float? t_softcap, str t_shard, float t_gradient_filter,
+    Tensor? ids, Tensor? keep, bool zero_ignored, str kind, float beta, float temperature
+"""
+OF_BOTH = 2 * INPUTS
 
 
 class Chunks(NamedTuple):
@@ -187,12 +249,7 @@ def float16_factor(sides: list[_Side], which: Divergence, soft: Tensor | None, h
 
 
 def both_heads(
-    student: Head,
-    teacher: Head,
-    ids: Tensor | None,  # (N,), −100: skipped
-    keep: Tensor | None,  # (M,) tokens to project; None: all
-    zero_ignored: bool,
-    which: Divergence,
+    problem: Problem,
     soft: Tensor | None,  # (N,) factors of the divergences' gradients
     hard: Tensor | None,  # (N,) and of those of −log p
     with_nll: bool,
@@ -208,12 +265,13 @@ def both_heads(
     To ``save`` is to return, for each side that trains, the gradient of the first chunk's logits instead, which a later call
     takes as ``saved``, writes over, and multiplies with its ``soft``: not in float16, see :func:`saved_tokens`.
     """
-    heads, shard = (student, teacher), student.shard
+    student, teacher, ids, keep, zero_ignored, which = problem
+    heads, shard = problem.heads, student.shard
     if shard is not None and teacher.shard is not None:
         shard = shard._replace(sums=shard.sums + 8 * teacher.shard.sums)
     N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
     ids = ids if ids is None or shard is None else shard.local(ids)
-    M = N if keep is None else keep.shape[0]
+    M = problem.projected
     cut = chunks_of(heads, M, wanted, workspace, backend)
     parts = (wanted[:INPUTS], wanted[INPUTS:])
     sides = [
@@ -309,121 +367,73 @@ def differentiable_two_heads(
     return differentiable_rows(z_student, z_teacher, ids, with_nll=with_nll, **which._asdict())
 
 
-# What the operators take first, and then _Problem.of(arguments[:IN_PROBLEM]).
-PROBLEM = """
-    Tensor s_hidden, Tensor? s_weight, Tensor? s_bias, Tensor? s_u, Tensor? s_B,
-    Tensor t_hidden, Tensor? t_weight, Tensor? t_bias, Tensor? t_u, Tensor? t_B,
-    Tensor? s_temperature, Tensor? t_temperature, Tensor? ids, Tensor? keep,
-    bool zero_ignored, str kind, float[] options, str[] shards
-"""
-IN_PROBLEM, OF_BOTH, TENSORS = 18, 2 * INPUTS, 14
-
-
-def pack(
-    student: Head, teacher: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool, which: Divergence
-) -> tuple[Any, ...]:
-    """What :meth:`_Problem.of` unpacks."""
-    options = (
-        student.scale, student.softcap or 0.0, teacher.scale, teacher.softcap or 0.0, which.beta, which.temperature,
-        student.gradient_filter, teacher.gradient_filter,
-    )  # fmt: skip
-    return (
-        *student.inputs, *teacher.inputs, student.temperature, teacher.temperature, ids, keep, zero_ignored, which.kind,
-        [float(x) for x in options], [packed(student.shard), packed(teacher.shard)],
-    )  # fmt: skip
-
-
-class _Problem(NamedTuple):
-    student: Head
-    teacher: Head
-    ids: Tensor | None  # (N,)
-    keep: Tensor | None  # (M,)
-    zero_ignored: bool
-    which: Divergence
-
-    @classmethod
-    def of(cls, arguments: Sequence[Any]) -> _Problem:
-        *temperatures, ids, keep, zero_ignored, kind, options, shards = arguments[OF_BOTH:]
-        s_scale, s_softcap, t_scale, t_softcap, beta, temperature, s_filter, t_filter = options
-        s_shard, t_shard = map(VocabShard.unpacked, shards)
-        student = Head(*arguments[:INPUTS], temperatures[0], s_scale, s_softcap or None, s_shard, s_filter)  # type: ignore[call-arg]
-        teacher = Head(*arguments[INPUTS:OF_BOTH], temperatures[1], t_scale, t_softcap or None, t_shard, t_filter)  # type: ignore[call-arg]
-        return cls(student, teacher, ids, keep, zero_ignored, Divergence(kind, beta, temperature))
-
-    @property
-    def inputs(self) -> tuple[Tensor | None, ...]:
-        return self.student.inputs + self.teacher.inputs
-
-    def differentiable(self, inputs: Sequence[Tensor | None], with_nll: bool) -> tuple[Tensor, Tensor | None]:
-        """Divergence and −log p of other inputs, as :func:`differentiable_two_heads`."""
-        student, teacher = self.student.with_inputs(inputs[:INPUTS]), self.teacher.with_inputs(inputs[INPUTS:])
-        return differentiable_two_heads(student, teacher, self.ids, with_nll, self.which)
-
-
 # A sum over tokens: the gradients are made in forward.
 
 
 @torch.library.custom_op(
     "fused_losses::two_heads_loss",
     mutates_args=(),
-    schema=f"({PROBLEM}, float soft, float hard, bool with_nll, bool[] wanted, int workspace, str backend) -> "
+    schema=f"({ARGUMENTS}, *, float soft, float hard, bool[] wanted, int workspace, str backend) -> "
     f"({', '.join(['Tensor'] * (1 + OF_BOTH))})",
 )
-def two_heads_loss(*arguments: Any) -> tuple[Tensor, ...]:
+def two_heads_loss(
+    *arguments: Any, soft: float, hard: float, wanted: list[bool], workspace: int, backend: str
+) -> tuple[Tensor, ...]:
     """``Σ_n soft·divergence + hard·(−log p)``, and the gradient of each of the inputs, 0-dim where absent or not ``wanted``."""
-    problem = _Problem.of(arguments[:IN_PROBLEM])
-    soft, hard, with_nll, wanted, workspace, backend = arguments[IN_PROBLEM:]
+    problem = Problem.unpacked(arguments)
     hidden = problem.student.hidden
     per_token = [hidden.new_full((len(hidden),), x, dtype=statistics_dtype(hidden.dtype)) for x in (soft, hard)]
+    with_nll = hard != 0
     divergence, nll, gradients = both_heads(
-        *problem, per_token[0], per_token[1] if with_nll else None, with_nll, wanted, workspace, backend
+        problem, per_token[0], per_token[1] if with_nll else None, with_nll, wanted, workspace, backend
     )
     loss = sum_of_losses(soft * divergence if nll is None else soft * divergence + hard * nll)
     return loss, *(present(g, loss) for g in gradients)
 
 
 @two_heads_loss.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _Problem.of(arguments[:IN_PROBLEM])
-    *_, wanted, workspace, backend = arguments
-    heads = (problem.student, problem.teacher)
-    M = heads[0].hidden.shape[0] if problem.keep is None else problem.keep.shape[0]
-    loss = heads[0].hidden.new_empty((), dtype=statistics_dtype(heads[0].hidden.dtype))
-    sums = chunks_of(heads, M, wanted, workspace, backend).sums
-    dtypes = [dtype for head, s in zip(heads, sums, strict=True) for dtype in total_dtypes(head, s)]
+def _(*arguments: Any, wanted: list[bool], workspace: int, backend: str, **_: Any) -> tuple[Tensor, ...]:
+    problem = Problem.unpacked(arguments)
+    hidden = problem.student.hidden
+    loss = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
+    sums = chunks_of(problem.heads, problem.projected, wanted, workspace, backend).sums
+    dtypes = [dtype for head, s in zip(problem.heads, sums, strict=True) for dtype in total_dtypes(head, s)]
     return loss, *(
         torch.empty_like(like, dtype=dtype) if want and like is not None else absent(loss)
         for like, dtype, want in zip(problem.inputs, dtypes, wanted, strict=True)
     )
 
 
-def _loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _loss_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.soft, ctx.hard, ctx.with_nll, wanted, *_ = inputs[IN_PROBLEM:]
-    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(inputs[:OF_BOTH], wanted, strict=True)]
-    ctx.options = inputs[TENSORS:IN_PROBLEM]
+    problem = Problem.unpacked(inputs)
+    ctx.soft, ctx.hard, wanted = (keyword_only_inputs[name] for name in ("soft", "hard", "wanted"))
+    ctx.shard = packed(problem.student.shard)
+    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(problem.inputs, wanted, strict=True)]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
-    small = inputs[0].dtype == torch.float64
-    save_for_backward(ctx, *output[1:], *(inputs[:TENSORS] if small else ()))
+    small = problem.student.hidden.dtype == torch.float64
+    save_for_backward(ctx, *output[1:], *(inputs if small else ()))
 
 
 def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if g is None:
         return for_inputs(ctx)
-    stored = saved_tensors(ctx)
-    gradients, tensors = stored[:OF_BOTH], stored[OF_BOTH:]
+    stored = saved_values(ctx)
+    gradients, arguments = stored[:OF_BOTH], stored[OF_BOTH:]
     if in_plain_pytorch(g):
-        refuse_shard("".join(ctx.options[-1]), gradients[0].shape)
-        if not tensors:
+        refuse_shard(ctx.shard, gradients[0].shape)
+        if not arguments:
             raise RuntimeError(
                 "gradients made in forward can be differentiated again in float64 only; got "
                 f"{[tuple(t.shape) for t in gradients if t.ndim]}. Use divergence() per token, for small inputs"
             )
-        problem = _Problem.of((*tensors, *ctx.options))
+        problem = Problem.unpacked(arguments)
 
         def fn(*inputs: Tensor) -> list[Tensor]:
-            divergence, nll = problem.differentiable(inputs, ctx.with_nll)
+            divergence, nll = problem.differentiable(inputs, ctx.hard != 0)
             return [(ctx.soft * divergence if nll is None else ctx.soft * divergence + ctx.hard * nll).sum()]
 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, [g]))
@@ -439,30 +449,30 @@ two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
 @torch.library.custom_op(
     "fused_losses::two_heads_rows",
     mutates_args=(),
-    schema=f"({PROBLEM}, bool with_nll, bool[] wanted, int tokens, int workspace, str backend) -> "
-    f"({', '.join(['Tensor'] * 4)})",
+    schema=f"({ARGUMENTS}, *, bool with_nll, bool[] wanted, int tokens, int workspace, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
 )
-def two_heads_rows(*arguments: Any) -> tuple[Tensor, ...]:
+def two_heads_rows(
+    *arguments: Any, with_nll: bool, wanted: list[bool], tokens: int, workspace: int, backend: str
+) -> tuple[Tensor, ...]:
     """``divergence (N,)`` and ``−log p (N,)``, 0-dim without with_nll, and what backward needs of the first ``tokens``."""
-    with_nll, wanted, tokens, workspace, backend = arguments[IN_PROBLEM:]
-    problem = _Problem.of(arguments[:IN_PROBLEM])
+    problem = Problem.unpacked(arguments)
     hidden = problem.student.hidden
     unit = hidden.new_ones(len(hidden), dtype=statistics_dtype(hidden.dtype)) if tokens else None
     divergence, nll, saved = both_heads(
-        *problem, unit, None, with_nll, wanted if tokens else [False] * OF_BOTH, workspace, backend, save=tokens > 0
+        problem, unit, None, with_nll, wanted if tokens else [False] * OF_BOTH, workspace, backend, save=tokens > 0
     )
     return divergence, *(present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
 
 
 @two_heads_rows.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    problem = _Problem.of(arguments[:IN_PROBLEM])
-    with_nll, wanted, tokens, *_ = arguments[IN_PROBLEM:]
-    hidden, V = problem.student.hidden, compared_vocab(problem.student, problem.teacher)
+def _(*arguments: Any, with_nll: bool, wanted: list[bool], tokens: int, **_: Any) -> tuple[Tensor, ...]:
+    problem = Problem.unpacked(arguments)
+    hidden, V = problem.student.hidden, compared_vocab(*problem.heads)
     found = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
     saved = [
         head.hidden.new_empty(tokens, padded(V)) if tokens and any(side) else None
-        for head, side in ((problem.student, wanted[:INPUTS]), (problem.teacher, wanted[INPUTS:]))
+        for head, side in zip(problem.heads, (wanted[:INPUTS], wanted[INPUTS:]), strict=True)
     ]
     return found, *(present(t, found) for t in (torch.empty_like(found) if with_nll else None, *saved))
 
@@ -470,25 +480,32 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.custom_op(
     "fused_losses::two_heads_rows_grad",
     mutates_args=("s_saved", "t_saved"),
-    schema=f"({PROBLEM}, Tensor soft, Tensor? hard, Tensor(a!) s_saved, Tensor(b!) t_saved, bool[] wanted, int workspace, "
-    f"str backend) -> ({', '.join(['Tensor'] * OF_BOTH)})",
+    schema=f"(Tensor soft, Tensor? hard, Tensor(a!) s_saved, Tensor(b!) t_saved, {ARGUMENTS}, *, bool[] wanted, "
+    f"int workspace, str backend) -> ({', '.join(['Tensor'] * OF_BOTH)})",
 )
-def two_heads_rows_grad(*arguments: Any) -> tuple[Tensor, ...]:
-    """The gradients of the inputs, 0-dim where absent or not ``wanted``; factors of the divergences' and of those of −log p."""
-    soft, hard, *saved, wanted, workspace, backend = arguments[IN_PROBLEM:]
-    problem = _Problem.of(arguments[:IN_PROBLEM])
-    saved = [t if t.ndim else None for t in saved]
-    *_, gradients = both_heads(*problem, soft, hard, hard is not None, wanted, workspace, backend, saved=saved)
+def two_heads_rows_grad(
+    soft: Tensor,  # (N,) factors of the divergences
+    hard: Tensor | None,  # (N,) and of −log p
+    s_saved: Tensor,  # what forward saved, written over, or 0-dim
+    t_saved: Tensor,
+    *arguments: Any,
+    wanted: list[bool],
+    workspace: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """The gradients of the inputs, 0-dim where absent or not ``wanted``."""
+    problem = Problem.unpacked(arguments)
+    saved = [t if t.ndim else None for t in (s_saved, t_saved)]
+    *_, gradients = both_heads(problem, soft, hard, hard is not None, wanted, workspace, backend, saved=saved)
     pairs = zip(gradients, problem.inputs, strict=True)
     return tuple(present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
 
 
 @two_heads_rows_grad.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    soft, _, _, _, wanted, *_ = arguments[IN_PROBLEM:]
+def _(soft: Tensor, _hard: Any, _s: Any, _t: Any, *arguments: Any, wanted: list[bool], **_: Any) -> tuple[Tensor, ...]:
     return tuple(
         absent(soft) if t is None or not want else torch.empty_like(t)
-        for t, want in zip(arguments[:OF_BOTH], wanted, strict=True)
+        for t, want in zip(Problem.unpacked(arguments).inputs, wanted, strict=True)
     )
 
 
@@ -501,33 +518,35 @@ def row_factors(d_divergence: Tensor | None, d_nll: Tensor | None, with_nll: boo
     return torch.zeros_like(hard), hard
 
 
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _rows_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[2:])
-    ctx.options = inputs[TENSORS:IN_PROBLEM]
-    ctx.with_nll, ctx.wanted, _, ctx.workspace, ctx.backend = inputs[IN_PROBLEM:]
-    save_for_backward(ctx, *inputs[:TENSORS], *output[2:])
+    ctx.how = keyword_only_inputs
+    save_for_backward(ctx, *inputs, *output[2:])
 
 
 def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, *_: None) -> tuple[Any, ...]:
     if d_divergence is None and d_nll is None:
         return for_inputs(ctx)
-    *tensors, s_saved, t_saved = saved_tensors(ctx)
-    arguments = (*tensors, *ctx.options)
+    *arguments, s_saved, t_saved = saved_values(ctx)
+    with_nll = ctx.how["with_nll"]
     if in_plain_pytorch(d_divergence, d_nll):
-        problem = _Problem.of(arguments)
-        refuse_shard("".join(ctx.options[-1]), problem.student.hidden.shape)
+        problem = Problem.unpacked(arguments)
+        refuse_shard(packed(problem.student.shard), problem.student.hidden.shape)
 
         def fn(*inputs: Tensor) -> list[Tensor]:
-            divergence, nll = problem.differentiable(inputs, ctx.with_nll)
+            divergence, nll = problem.differentiable(inputs, with_nll)
             return [divergence, present(nll, divergence)]
 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)))
-    soft, hard = row_factors(d_divergence, d_nll, ctx.with_nll)
+    soft, hard = row_factors(d_divergence, d_nll, with_nll)
     wanted = list(ctx.needs_input_grad[:OF_BOTH])
-    same = wanted == list(ctx.wanted)  # else the chunks are not those of forward
+    same = wanted == list(ctx.how["wanted"])  # else the chunks are not those of forward
     saved = (absent(soft) if t.ndim == 0 or not same else t.clone() if read_again(t) else t for t in (s_saved, t_saved))
-    gradients = two_heads_rows_grad(*arguments, soft, hard, *saved, wanted, ctx.workspace, ctx.backend)
+    how = {name: ctx.how[name] for name in ("workspace", "backend")}
+    gradients = two_heads_rows_grad(soft, hard, *saved, *arguments, wanted=wanted, **how)
     return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 

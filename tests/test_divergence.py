@@ -19,7 +19,7 @@ from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.distillation import acceptance_rate as reference_acceptance_rate
 from fused_losses.reference.tolerance import assert_accurate
-from fused_losses.row_divergence import divergence_module, whole_normalizers
+from fused_losses.row_divergence import Divergence, divergence_module, whole_normalizers
 from fused_losses.settings import workspace
 
 BETA = 0.3
@@ -788,14 +788,18 @@ def test_float16_gradients_of_a_token_that_hardly_counts(upstream, backend, devi
 def test_head_operator_contract(device, monkeypatch):
     leaves, _, _ = heads(device, N=4, V=16)  # whole words: what lies between rows is of no account
     ids = torch.tensor([1, -100, 0, 2], device=device)
-    options = [0.7, 4.0, 1.0, 0.0, 0.5, 1.5, 2.0**-12, 0.0]
-    shared = (*leaves, None, torch.ones(4, device=device), ids, None, True, "jsd", options, ["", ""])
-    torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, (*shared, True, [False] * 10, 0, 2**20, "torch"))
+    student = Head(*leaves[:5], None, 0.7, 4.0, None, 2.0**-12)
+    teacher = Head(*leaves[5:], torch.ones(4, device=device))
+    shared = two_heads.Problem(student, teacher, ids, None, True, Divergence("jsd", 0.5, 1.5)).packed()
+    how = {"workspace": 2**20, "backend": "torch"}
+    without = {"with_nll": True, "wanted": [False] * 10, "tokens": 0}
+    torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, shared, without | how)
     wanted = [True] * 5 + [False] * 5
     monkeypatch.setattr(two_heads, "read_again", lambda saved: True)  # opcheck compares outputs after a backward
-    torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, (*shared, False, wanted, 4, 2**20, "torch"))
+    saving = {"with_nll": False, "wanted": wanted, "tokens": 4}
+    torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, shared, saving | how)
     torch.library.opcheck(
-        torch.ops.fused_losses.two_heads_loss, (*shared, 0.5, 2.0, True, wanted, 2**20, "torch"),
+        torch.ops.fused_losses.two_heads_loss, shared, {"soft": 0.5, "hard": 2.0, "wanted": wanted} | how,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from fused_losses.settings import workspace
 from fused_losses.two_heads import (
     DEFAULT_BUDGET,
     FEWEST_TOKENS,
+    Problem,
     both_heads,
     budget,
     chunks_of,
@@ -137,9 +138,17 @@ def test_ranks_plan_alike():
     assert chunks.tokens < N
 
 
+def test_what_the_operators_take_is_unpacked_as_it_was():
+    x = torch.ones(3)
+    student = Head(x, x + 1, x + 2, x + 3, x + 4, x + 5, 0.5, 8.0, VocabShard("group", 1, 3, 9, 2), 0.25)
+    teacher = Head(x + 6, x + 7, x + 8, x + 9, x + 10, x + 11, 2.0, None, VocabShard("group", 1, 3, 8, 2), 0.0)
+    problem = Problem(student, teacher, x + 12, x + 13, True, Divergence("jsd", 0.3, 1.5))
+    assert repr(Problem.unpacked(problem.packed())) == repr(problem)
+
+
 def of_heads(heads, soft, wanted, workspace, kind="jsd"):
-    which = Divergence(kind, 0.5, 1.0)
-    return both_heads(*heads, None, None, False, which, soft, None, False, wanted, workspace, "torch")
+    problem = Problem(*heads, None, None, False, Divergence(kind, 0.5, 1.0))
+    return both_heads(problem, soft, None, False, wanted, workspace, "torch")
 
 
 @pytest.mark.parametrize(("chunks", "sums"), [(4, torch.bfloat16), (12, torch.float32)])
@@ -193,14 +202,14 @@ def test_what_forward_saves_backward_multiplies(fewest, wanted, dtype, size, mon
     heads = (head(N, 60, dtype=dtype), head(N, 60, dtype=dtype))
     ids = torch.zeros(N, dtype=torch.int64)
     soft = torch.randn(N, dtype=torch.promote_types(dtype, torch.float32)) * size
-    how = (heads[0], heads[1], ids, keep, False, Divergence("jsd", 0.3, 1.5))
+    problem = Problem(*heads, ids, keep, False, Divergence("jsd", 0.3, 1.5))
     made = []
     write_logits = Head.write_logits
     monkeypatch.setattr(Head, "write_logits", lambda h, out: made.append(len(out)) or write_logits(h, out))
 
     def call(soft, **options):
         made.clear()
-        return both_heads(*how, soft, None, False, wanted, 1, "torch", **options)
+        return both_heads(problem, soft, None, False, wanted, 1, "torch", **options)
 
     divergence, _, whole = call(soft)
     assert sum(made) == 2 * len(keep)
