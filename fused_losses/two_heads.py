@@ -17,6 +17,7 @@ token's slices (:func:`~fused_losses.row_divergence.compare_rows`), and sum up t
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -190,22 +191,24 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
 class _Side:
     """One head: buffers for a chunk of its logits and their gradient, and the gradients of its inputs."""
 
-    def __init__(
-        self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype, totals: bool, saved: Tensor | None
-    ) -> None:
-        self.head, self.V, self.wanted = head, V, any(wanted)
-        hidden = head.hidden
-        dtype, wide = hidden.dtype, statistics_dtype(hidden.dtype)
-        self.direct = head.weight is None
+    buffer: Tensor | None = None  # (n, padded V): a chunk's logits, once there are any
+    d_buffer: Tensor | None = None
+
+    def __init__(self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype) -> None:
+        self.head, self.V, self.n, self.wanted, self.sums = head, V, n, wanted, sums
+        self.trains, self.direct = any(wanted), head.weight is None
         self.cut = head if self.direct or head.columns_here == V else head.columns(slice(0, V))
-        self.n, self.in_place = n, wide == dtype
-        self.buffer = saved if self.in_place else None  # (n, padded V): a chunk's logits, once there are any
-        self.d_buffer = None if self.in_place else saved
-        asked = wanted if totals else [False] * INPUTS
-        self.gradients = HeadGradients(head, asked, total_dtypes(head, sums), False, n > 0 and self.cut is head)
+        dtype = head.hidden.dtype
+        self.in_place = statistics_dtype(dtype) == dtype  # the gradient is written over the logits
+
+    @functools.cached_property
+    def gradients(self) -> HeadGradients:
+        """Made where one is added: a forward that saves has none."""
+        dtypes, all_columns = total_dtypes(self.head, self.sums), self.n > 0 and self.cut is self.head
+        return HeadGradients(self.head, self.wanted, dtypes, False, all_columns)
 
     def take(self, rows: slice | Tensor, ignored: Tensor | None) -> None:
-        self.chunk = self.cut.tokens(rows, None if self.direct else ignored)
+        self.rows, self.chunk = rows, self.cut.tokens(rows, None if self.direct else ignored)
 
     def logits(self) -> Tensor:
         if self.direct:
@@ -215,117 +218,140 @@ class _Side:
             self.buffer = hidden.new_empty(self.n, padded(self.V), dtype=statistics_dtype(hidden.dtype))
         return self.chunk.write_logits(self.buffer[: len(hidden), : self.V])
 
-    def d_logits(self, logits: Tensor, rows: slice | Tensor) -> Tensor | None:
+    def d_logits(self, logits: Tensor) -> Tensor | None:
         """Where the gradient of ``logits`` is to be written, ``(n, V)``."""
-        if not self.wanted:
+        if not self.trains:
             return None
         if self.direct:
             total = self.gradients.totals[0]
             assert total is not None
-            return total[rows, : self.V] if isinstance(rows, slice) else logits.new_empty(len(logits), self.V)
+            return total[self.rows, : self.V] if isinstance(self.rows, slice) else logits.new_empty(len(logits), self.V)
         if self.d_buffer is None:
             self.d_buffer = self.buffer if self.in_place else self.head.hidden.new_empty(self.n, padded(self.V))
         assert self.d_buffer is not None
         return self.d_buffer[: len(logits), : self.V]
 
-    def add(self, d_logits: Tensor | None, rows: slice | Tensor, first: bool) -> None:
+    def add(self, d_logits: Tensor | None, first: bool) -> None:
         """Take a chunk's gradient into the gradients of the inputs."""
         if d_logits is None:
             return
         if not self.direct:
-            self.gradients.add(d_logits, self.chunk, rows, first)
-        elif not isinstance(rows, slice) and (d_hidden := self.gradients.totals[0]) is not None:
-            d_hidden[:, : self.V].index_copy_(0, rows, d_logits)
+            self.gradients.add(d_logits, self.chunk, self.rows, first)
+        elif not isinstance(self.rows, slice) and (d_hidden := self.gradients.totals[0]) is not None:
+            d_hidden[:, : self.V].index_copy_(0, self.rows, d_logits)
 
 
 def float16_factor(sides: list[_Side], which: Divergence, soft: Tensor | None, hard: Tensor | None) -> Tensor | None:
     """At which float16 gradients neither vanish nor overflow; None where there are none."""
-    if not any(side.wanted and side.head.hidden.dtype == torch.float16 for side in sides):
+    if not any(side.trains and side.n and side.head.hidden.dtype == torch.float16 for side in sides):
         return None
     student, teacher = sides
-    steep = student.wanted if which.kind == "reverse_kl" else teacher.wanted and which.kind in LOG_OF_STUDENT
+    steep = student.trains if which.kind == "reverse_kl" else teacher.trains and which.kind in LOG_OF_STUDENT
     of_logits = (None if soft is None else soft * ((STEEPEST if steep else 1) / which.temperature), hard)
     return in_range(None if t is None else t * side.head.steepest for t in of_logits for side in sides)
 
 
-def both_heads(
-    problem: Problem,
-    soft: Tensor | None,  # (N,) factors of the divergences' gradients
-    hard: Tensor | None,  # (N,) and of those of −log p
-    with_nll: bool,
-    wanted: Sequence[bool],  # gradients of the inputs of either head
-    workspace: int,
-    backend: str,
-    *,
-    save: bool = False,
-    saved: Sequence[Tensor | None] = (None, None),
-) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
-    """``divergence (N,)``, ``−log p (N,)`` of the student, and the gradient of each input or None, its dtype or a wider one.
+class BothHeads:
+    """A pass over the tokens of both heads, a chunk at a time: one of the last three methods."""
 
-    To ``save`` is to return, for each side that trains, the gradient of the first chunk's logits instead, which a later call
-    takes as ``saved``, writes over, and multiplies with its ``soft``: not in float16, see :func:`saved_tokens`.
-    """
-    student, teacher, ids, keep, zero_ignored, which = problem
-    heads, shard = problem.heads, student.shard
-    if shard is not None and teacher.shard is not None:
-        shard = shard._replace(sums=shard.sums + 8 * teacher.shard.sums)
-    N, V, dtype = student.hidden.shape[0], compared_vocab(*heads), statistics_dtype(student.hidden.dtype)
-    ids = ids if ids is None or shard is None else shard.local(ids)
-    M = problem.projected
-    cut = chunks_of(heads, M, wanted, workspace, backend)
-    parts = (wanted[:INPUTS], wanted[INPUTS:])
-    sides = [
-        _Side(h, V, min(cut.tokens, M), w, s, not save, k)
-        for h, w, s, k in zip(heads, parts, cut.sums, saved, strict=True)
-    ]
-    factor = float16_factor(sides, which, soft, hard) if N else None
-    if factor is not None:
-        soft, hard = (None if t is None else t * factor for t in (soft, hard))
-    divergence = student.hidden.new_zeros(N, dtype=dtype)
-    nll = student.hidden.new_zeros(N, dtype=dtype) if with_nll else None
+    def __init__(
+        self,
+        problem: Problem,
+        with_nll: bool,
+        wanted: Sequence[bool],  # gradients of the inputs of either head
+        workspace: int,
+        backend: str,
+    ) -> None:
+        heads, M, hidden = problem.heads, problem.projected, problem.student.hidden
+        shard, teacher_shard = (head.shard for head in heads)
+        if shard is not None and teacher_shard is not None:
+            shard = shard._replace(sums=shard.sums + 8 * teacher_shard.sums)
+        self.problem, self.with_nll, self.backend, self.shard = problem, with_nll, backend, shard
+        self.ids = problem.ids if problem.ids is None or shard is None else shard.local(problem.ids)
+        V, cut = compared_vocab(*heads), chunks_of(heads, M, wanted, workspace, backend)
+        self.parts = [*slices(M, max(cut.tokens, 1))]
+        sides = zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), cut.sums, strict=True)
+        self.sides = [_Side(head, V, min(cut.tokens, M), of_inputs, sums) for head, of_inputs, sums in sides]
+        # What is found: the divergence and the student's −log p (N,).
+        self.divergence = hidden.new_zeros(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
+        self.nll = torch.zeros_like(self.divergence) if with_nll else None
 
-    with full_precision(student.hidden.device):
-        chunks = [*slices(M, max(cut.tokens, 1))]
-        # To save, the first chunk comes last: its gradient is what is left in the buffers.
-        for part in reversed(chunks) if save else chunks:
-            first = part.start == 0
-            rows: slice | Tensor = part if keep is None else keep[part]
-            of_ids = part_of(ids, rows)
-            ignored = of_ids == -100 if zero_ignored and of_ids is not None else None
-            for side in sides:
-                side.take(rows, ignored)
-            if first and soft is not None and any(d is not None for d in saved):
-                for side, d in zip(sides, saved, strict=True):
-                    side.add(None if d is None else multiply_rows(d[:, :V], soft[rows]), rows, first)
-                continue
-            logits = [side.logits() for side in sides]
-            made = first or not save
-            d_logits = [side.d_logits(x, rows) if made else None for side, x in zip(sides, logits, strict=True)]
-            found, found_nll = compare_rows(
-                backend,
-                shard,
-                *(x.unsqueeze(-1) for x in logits),
-                of_ids,
-                *(side.chunk.temperature for side in sides),
-                **which.of(*heads),
-                with_nll=with_nll,
-                soft=part_of(soft, rows),
-                hard=part_of(hard, rows),
-                d_student=None if d_logits[0] is None else d_logits[0].unsqueeze(-1),
-                d_teacher=None if d_logits[1] is None else d_logits[1].unsqueeze(-1),
-            )
-            divergence[rows] = found
-            if nll is not None and found_nll is not None:
-                nll[rows] = found_nll
-            if not save:
-                for side, d in zip(sides, d_logits, strict=True):
-                    side.add(d, rows, first)
-    if save:
-        return divergence, nll, [side.d_buffer if side.wanted else None for side in sides]
-    totals = [total for side in sides for total in side.gradients.finished()]
-    if factor is not None:
-        totals = [None if t is None else t.div_(factor) for t in totals]
-    return divergence, nll, totals
+    def take(self, part: slice) -> None:
+        """The chunk that ``compare`` and ``add`` are about."""
+        keep = self.problem.keep
+        self.first, self.rows = part.start == 0, part if keep is None else keep[part]
+        self.of_ids = part_of(self.ids, self.rows)
+        ignored = self.of_ids == -100 if self.problem.zero_ignored and self.of_ids is not None else None
+        for side in self.sides:
+            side.take(self.rows, ignored)
+
+    def compare(self, soft: Tensor | None, hard: Tensor | None = None) -> list[Tensor | None]:
+        """Make the chunk's numbers, and with ``soft`` ``(N,)`` the gradients of its logits ``(n, V)`` where wanted."""
+        logits = [side.logits() for side in self.sides]
+        d_logits = [None if soft is None else side.d_logits(x) for side, x in zip(self.sides, logits, strict=True)]
+        d_student, d_teacher = (None if d is None else d.unsqueeze(-1) for d in d_logits)
+        found, found_nll = compare_rows(
+            self.backend,
+            self.shard,
+            *(x.unsqueeze(-1) for x in logits),
+            self.of_ids,
+            *(side.chunk.temperature for side in self.sides),
+            **self.problem.which.of(*self.problem.heads),
+            with_nll=self.with_nll,
+            soft=part_of(soft, self.rows),
+            hard=part_of(hard, self.rows),
+            d_student=d_student,
+            d_teacher=d_teacher,
+        )
+        self.divergence[self.rows] = found
+        if self.nll is not None and found_nll is not None:
+            self.nll[self.rows] = found_nll
+        return d_logits
+
+    def add(self, d_logits: Sequence[Tensor | None]) -> None:
+        for side, d in zip(self.sides, d_logits, strict=True):
+            side.add(d, self.first)
+
+    def finished(self) -> list[Tensor | None]:
+        """The gradient of each input or None, in its dtype or a wider one."""
+        return [total for side in self.sides for total in side.gradients.finished()]
+
+    def gradients(self, soft: Tensor | None, hard: Tensor | None) -> list[Tensor | None]:
+        """With ``(N,)`` factors of the divergences' gradients and of those of −log p."""
+        factor = float16_factor(self.sides, self.problem.which, soft, hard)
+        if factor is not None:
+            soft, hard = (None if t is None else t * factor for t in (soft, hard))
+        with full_precision(self.divergence.device):
+            for part in self.parts:
+                self.take(part)
+                self.add(self.compare(soft, hard))
+        found = self.finished()
+        return found if factor is None else [None if t is None else t.div_(factor) for t in found]
+
+    def saved(self) -> list[Tensor | None]:
+        """Of each side that trains, the gradient of the first chunk's logits, as if the upstream gradients were 1: not in
+        float16, see :func:`saved_tokens`."""
+        unit = torch.ones_like(self.divergence)
+        with full_precision(unit.device):
+            for part in reversed(self.parts):  # the first chunk last: its gradient is what is left in the buffers
+                self.take(part)
+                self.compare(unit if self.first else None)
+        return [side.d_buffer if side.trains else None for side in self.sides]
+
+    def gradients_from(self, saved: Sequence[Tensor | None], soft: Tensor) -> list[Tensor | None]:
+        """Those of :meth:`gradients` from what :meth:`saved` gave, which is written over; the other chunks' logits are made
+        again."""
+        for side, d in zip(self.sides, saved, strict=True):
+            side.buffer, side.d_buffer = (d, None) if side.in_place else (None, d)
+        with full_precision(soft.device):
+            for part in self.parts:
+                self.take(part)
+                if self.first:
+                    for side, d in zip(self.sides, saved, strict=True):
+                        side.add(None if d is None else multiply_rows(d[:, : side.V], soft[self.rows]), self.first)
+                else:
+                    self.add(self.compare(soft))
+        return self.finished()
 
 
 def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
@@ -384,10 +410,9 @@ def two_heads_loss(
     hidden = problem.student.hidden
     per_token = [hidden.new_full((len(hidden),), x, dtype=statistics_dtype(hidden.dtype)) for x in (soft, hard)]
     with_nll = hard != 0
-    divergence, nll, gradients = both_heads(
-        problem, per_token[0], per_token[1] if with_nll else None, with_nll, wanted, workspace, backend
-    )
-    loss = sum_of_losses(soft * divergence if nll is None else soft * divergence + hard * nll)
+    both = BothHeads(problem, with_nll, wanted, workspace, backend)
+    gradients = both.gradients(per_token[0], per_token[1] if with_nll else None)
+    loss = sum_of_losses(soft * both.divergence if both.nll is None else soft * both.divergence + hard * both.nll)
     return loss, *(present(g, loss) for g in gradients)
 
 
@@ -457,12 +482,13 @@ def two_heads_rows(
 ) -> tuple[Tensor, ...]:
     """``divergence (N,)`` and ``−log p (N,)``, 0-dim without with_nll, and what backward needs of the first ``tokens``."""
     problem = Problem.unpacked(arguments)
-    hidden = problem.student.hidden
-    unit = hidden.new_ones(len(hidden), dtype=statistics_dtype(hidden.dtype)) if tokens else None
-    divergence, nll, saved = both_heads(
-        problem, unit, None, with_nll, wanted if tokens else [False] * OF_BOTH, workspace, backend, save=tokens > 0
-    )
-    return divergence, *(present(t, divergence) for t in (nll, *(saved if tokens else (None, None))))
+    both = BothHeads(problem, with_nll, wanted if tokens else [False] * OF_BOTH, workspace, backend)
+    if tokens:
+        s_saved, t_saved = both.saved()
+    else:
+        s_saved = t_saved = None
+        both.gradients(None, None)
+    return both.divergence, *(present(t, both.divergence) for t in (both.nll, s_saved, t_saved))
 
 
 @two_heads_rows.register_fake
@@ -496,7 +522,8 @@ def two_heads_rows_grad(
     """The gradients of the inputs, 0-dim where absent or not ``wanted``."""
     problem = Problem.unpacked(arguments)
     saved = [t if t.ndim else None for t in (s_saved, t_saved)]
-    *_, gradients = both_heads(problem, soft, hard, hard is not None, wanted, workspace, backend, saved=saved)
+    both = BothHeads(problem, hard is not None, wanted, workspace, backend)
+    gradients = both.gradients_from(saved, soft) if any(t is not None for t in saved) else both.gradients(soft, hard)
     pairs = zip(gradients, problem.inputs, strict=True)
     return tuple(present(None if g is None or t is None else g.to(t.dtype), soft) for g, t in pairs)
 

@@ -18,8 +18,8 @@ from fused_losses.settings import workspace
 from fused_losses.two_heads import (
     DEFAULT_BUDGET,
     FEWEST_TOKENS,
+    BothHeads,
     Problem,
-    both_heads,
     budget,
     chunks_of,
     saved_tokens,
@@ -148,7 +148,9 @@ def test_what_the_operators_take_is_unpacked_as_it_was():
 
 def of_heads(heads, soft, wanted, workspace, kind="jsd"):
     problem = Problem(*heads, None, None, False, Divergence(kind, 0.5, 1.0))
-    return both_heads(problem, soft, None, False, wanted, workspace, "torch")
+    both = BothHeads(problem, False, wanted, workspace, "torch")
+    gradients = both.gradients(soft, None)
+    return both.divergence, gradients
 
 
 @pytest.mark.parametrize(("chunks", "sums"), [(4, torch.bfloat16), (12, torch.float32)])
@@ -158,7 +160,7 @@ def test_gradients_summed_over_chunks_are_accurate(chunks, sums, monkeypatch):
     N = 8 * chunks
     heads = (head(N, 60, dtype=torch.bfloat16), head(N, 60, dtype=torch.bfloat16))
     soft = torch.rand(N)
-    divergence, _, gradients = of_heads(heads, soft, ALL, 1)
+    divergence, gradients = of_heads(heads, soft, ALL, 1)
     assert gradients[1].dtype == gradients[6].dtype == sums
     eager, exact = [], []
     for dtype, found in ((torch.bfloat16, eager), (torch.float64, exact)):
@@ -180,9 +182,9 @@ def test_float16_gradients_neither_vanish_nor_overflow(size, monkeypatch):
     monkeypatch.setattr(two_heads, "FEWEST_TOKENS", 8)
     torch.manual_seed(0)
     heads = (head(24, 60, dtype=torch.float16), head(24, 60, dtype=torch.float16))
-    *_, gradients = of_heads(heads, torch.full((24,), size), ALL, 1)
+    _, gradients = of_heads(heads, torch.full((24,), size), ALL, 1)
     doubles = [h.with_inputs(None if t is None else t.double() for t in h.inputs) for h in heads]
-    *_, exact = of_heads(doubles, torch.full((24,), size, dtype=torch.float64), ALL, 2**30)
+    _, exact = of_heads(doubles, torch.full((24,), size, dtype=torch.float64), ALL, 2**30)
     for ours, true in zip(gradients, exact, strict=True):
         assert (ours is None) == (true is None)
         if ours is not None:
@@ -207,18 +209,18 @@ def test_what_forward_saves_backward_multiplies(fewest, wanted, dtype, size, mon
     write_logits = Head.write_logits
     monkeypatch.setattr(Head, "write_logits", lambda h, out: made.append(len(out)) or write_logits(h, out))
 
-    def call(soft, **options):
+    def again():
         made.clear()
-        return both_heads(problem, soft, None, False, wanted, 1, "torch", **options)
+        return BothHeads(problem, False, wanted, 1, "torch")
 
-    divergence, _, whole = call(soft)
+    whole = (one := again()).gradients(soft, None)
     assert sum(made) == 2 * len(keep)
-    values, _, saved = call(torch.ones_like(soft), save=True)
+    saved = (forward := again()).saved()
     assert sum(made) == 2 * len(keep)
     assert [t is not None for t in saved] == [True, wanted is ALL]
-    *_, gradients = call(soft, saved=saved)
+    gradients = again().gradients_from(saved, soft)
     assert sum(made) == 2 * max(0, len(keep) - fewest)
-    assert torch.equal(values, divergence)
+    assert torch.equal(forward.divergence, one.divergence)
     precision = {torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
     for ours, true in zip(gradients, whole, strict=True):
         assert (ours is None) == (true is None)
