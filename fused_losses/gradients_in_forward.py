@@ -223,8 +223,10 @@ def loss_and_gradients(
 
 
 def in_range(factors: Iterable[Tensor | None]) -> Tensor:
-    """The power of two at which float16 gradients with these factors neither vanish nor overflow."""
-    largest = torch.stack([t.abs().amax() for t in factors if t is not None]).amax().clamp(2.0**-60, 2.0**60)
+    """The power of two at which float16 gradients with these factors neither vanish nor overflow; what is not finite is so of
+    its token alone."""
+    finite = [t.abs().nan_to_num(0.0, 0.0).amax() for t in factors if t is not None]
+    largest = torch.stack(finite).amax().clamp(2.0**-60, 2.0**60)
     return HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
 
 

@@ -696,6 +696,23 @@ def test_a_nan_in_a_masked_tokens_upstream_gradient(kind, drop_ignored, backend,
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("drop_ignored", [True, False])
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_float16_gradients_beside_one_that_is_not_finite(wrong, drop_ignored):
+    hidden, weight, h, w = (torch.randn(s).half().requires_grad_() for s in ((7, 6), (50, 6), (7, 6), (50, 6)))
+    mask, upstream = torch.tensor([1, 0, 1, 1, 0, 1, 1]), torch.ones(7)
+    value = divergence(LinearLogits(hidden, weight), LinearLogits(h, w), mask=mask, drop_ignored=drop_ignored)
+    expected = torch.autograd.grad(value, (hidden, weight, h, w), upstream, retain_graph=True)
+    upstream[1] = wrong  # of a token that does not count
+    torch.testing.assert_close(
+        torch.autograd.grad(value, (hidden, weight, h, w), upstream, retain_graph=True), expected
+    )
+    upstream[2] = wrong
+    for found, row in zip(torch.autograd.grad(value, (hidden, h), upstream), (expected[0], expected[2]), strict=True):
+        assert not found[2].isfinite().any()
+        torch.testing.assert_close(found[3:], row[3:])
+
+
 def test_a_nan_in_an_infinite_rows_upstream_gradient(backend, device):
     """Where the student has mass and the teacher has none; the caller takes such tokens out."""
     leaves, make, _ = heads(device)
