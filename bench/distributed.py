@@ -93,9 +93,7 @@ def formulas(tokens: int, vocab: int, hidden: int, ranks: int) -> list[float]:
     """MiB of a rank's weight and its gradient, of all else at the peak, bytes a token on the wire, GFLOP a token."""
     rows = -(-vocab // ranks)
     share = rows * hidden * 2
-    planned = plan(tokens, rows, hidden)
-    d_hidden = tokens * hidden * (SUM if ranks > 1 else 0)  # beside the gradient in bf16 that the plan counts
-    rest = planned.peak - share + d_hidden
+    rest = plan(tokens, rows, hidden, shared=ranks > 1).peak - share
     gather = (ranks - 1) * LOSSES["cross entropy"][1] * NUMBER
     reduce = 2 * (ranks - 1) / ranks * hidden * SUM
     return [2 * share / MiB, rest / MiB, gather, reduce, 6 * rows * hidden / 1e9]

@@ -55,7 +55,7 @@ def label_statistics(
         return _differentiable(head, column_weight, probabilities, label_smoothing)
     backend = resolve_backend(head.hidden, backend)
     # Fixed in forward: settings may have changed by the time backward runs.
-    room = head.plan(head.hidden.shape[0], route="gradients_in_forward", workspace=workspace, backend=backend).budget
+    room = head.plan(route="gradients_in_forward", workspace=workspace, backend=backend).budget
     sum_log_probs, weight_sum, logsumexp = linear_probabilities(
         *head.inputs, column_weight, probabilities, head.temperature, label_smoothing, head.scale, head.softcap, room,
         backend, packed(head.shard), head.gradient_filter,

@@ -136,13 +136,14 @@ class HeadGradients:
         self.head, self.main_grad = head, main_grad
         written = (all_tokens, all_columns, False, all_tokens, all_columns)
         self.totals = head.empty_gradients(wanted, dtypes, written)
-        # Sums over ranks: of a product, for total[rows].
+        # Sums over ranks, of the last chunk: of a product, for total[rows].
         self.begun: list[tuple[Callable[[], Any], Tensor, slice | Tensor, Tensor]] = []
 
     def add(
         self, d_logits: Tensor, chunk: Head, rows: slice | Tensor, first: bool, factor: Tensor | None = None
     ) -> None:
         """Those of a chunk from the gradient of its logits ``(n, V)``, in float16 multiplied by ``factor``."""
+        self.finished()  # or the products of all chunks would be held
         d_hidden, d_weight, d_bias, d_u, d_B = self.totals
         V, few = d_logits.shape[1], few_columns(d_logits, self.head.gradient_filter)
         for total, matrix in ((d_hidden, chunk.weight), (d_u, chunk.B)):
@@ -164,11 +165,12 @@ class HeadGradients:
             d_bias[:V] += column_sums(d_logits, d_bias.dtype)
 
     def finished(self) -> list[Tensor | None]:
-        """Once all ranks have added theirs."""
+        """Once all ranks have added theirs of the chunks so far."""
         for end_sum, total, rows, product in self.begun:
             end_sum()
             if not isinstance(rows, slice):
                 total.index_copy_(0, rows, product)
+        self.begun = []
         return self.totals
 
 
@@ -191,7 +193,8 @@ def loss_and_gradients(
     """
     N, V = head.hidden.shape[0], head.weight.shape[0]
     M = N if keep is None else keep.shape[0]
-    planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
+    how: dict[str, Any] = {"workspace": workspace, "accumulate": accumulate, "backend": backend}
+    planned = head.plan(keep, zero_ignored, route="gradients_in_forward", **how)
     wanted = [want and (i != 1 or main_grad is None) for i, want in enumerate(wanted)]
     gradients = HeadGradients(head, wanted, total_dtypes(head, planned.accumulate), M == N > 0, M > 0, main_grad)
     summed = [gradients.totals[i] for i in (1, 2, 4)]  # over tokens
@@ -215,6 +218,7 @@ def loss_and_gradients(
                 if total is not None:
                     total *= factor / before
         gradients.add(logits, chunk, rows, part.start == 0, factor)
+        del chunk  # before the next copies its tokens
     if factor is not None:
         for total in summed:
             if total is not None:
@@ -329,11 +333,11 @@ def _(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     _ids, _column_weight, _temperature, of_log_probs, _of_sum_log_probs, _of_square, keep, *_ = rest
-    *_, top1, wanted, workspace, accumulate, backend, shard, gradient_filter = rest
+    *_, zero_ignored, _scale, _softcap, top1, wanted, workspace, accumulate, backend, shard, gradient_filter = rest
     N = hidden.shape[0]
     head = Head(hidden, weight, bias, u, B, shard=VocabShard.unpacked(shard), gradient_filter=gradient_filter)
-    M = N if keep is None else keep.shape[0]
-    planned = head.plan(M, route="gradients_in_forward", workspace=workspace, accumulate=accumulate, backend=backend)
+    how = {"workspace": workspace, "accumulate": accumulate, "backend": backend}
+    planned = head.plan(keep, zero_ignored, route="gradients_in_forward", **how)
     return (
         of_log_probs.new_empty(()),
         of_log_probs.new_empty(N, 1),

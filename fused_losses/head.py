@@ -106,10 +106,20 @@ class Head(NamedTuple):
         bias, B = part_of(self.bias, part), part_of(self.B, part)
         return self._replace(weight=self.weight[part], bias=bias, B=B)
 
-    def plan(self, tokens: int, **options: Any) -> Plan:
-        """For so many of its tokens: :func:`fused_losses.plan`."""
-        sizes = (tokens, self.planned_vocab, self.hidden.shape[1], self.hidden.dtype)
-        return plan(*sizes, gradient_filter=self.gradient_filter, **options)
+    def plan(self, keep: Tensor | None = None, zero_ignored: bool = False, **options: Any) -> Plan:
+        """:func:`fused_losses.plan` for its tokens, or those that :func:`kept_tokens` keeps."""
+        N, H = self.hidden.shape
+        M = N if keep is None else keep.shape[0]
+        return plan(
+            M,
+            self.planned_vocab,
+            H,
+            self.hidden.dtype,
+            ignored=None if zero_ignored else N - M,
+            shared=self.shard is not None,
+            gradient_filter=self.gradient_filter,
+            **options,
+        )
 
     def write_logits(self, out: Tensor) -> Tensor:
         """The logits before scale, softcap and temperature: ``out (n, V)``, not rounded to 16 bits where that is wider."""

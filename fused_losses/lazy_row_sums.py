@@ -260,7 +260,7 @@ def row_sums(x: Derived) -> Any:
         heads = [ready(head_of(z), None)[0] for z in logits]
         N, backend = len(heads[0].hidden), resolve_backend(heads[0].hidden)
         # One half for the functions, one for a chunk's gradient.
-        room = heads[0].plan(N, per_token=True, backend=backend).budget // 2
+        room = heads[0].plan(per_token=True, backend=backend).budget // 2
         at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
         if 0 < N <= at_once:  # with room for all, whose logits other sums may want too
             return wide_sum(x.materialize(), x.vocab_dim)

@@ -463,11 +463,10 @@ def _hard(
 
     ``promised``: the upstream gradient of the sum, where the caller vouches for it.
     """
-    N, C = head.hidden.shape[0], head.vocab
+    C = head.vocab
     wanted = head.trained
     chosen_backend = resolve_backend(head.hidden, backend)
     chosen = head.plan(
-        N,
         per_token=not summed,
         route=route,
         workspace=workspace,
@@ -487,7 +486,9 @@ def _hard(
             -label_smoothing / C * tau if label_smoothing else None,
             z_loss * tau if isinstance(z_loss, Tensor) or z_loss else None,
         )
-        tail = (wanted, chosen.budget, accumulate, chosen_backend)
+        # The route may not depend on how many tokens are ignored, which other ranks count for themselves.
+        room = head.plan(keep, zero_ignored, route=chosen.route, workspace=workspace, backend=chosen_backend).budget
+        tail = (wanted, room, accumulate, chosen_backend)
         if main_grad is None:
             loss, log_probs, logsumexp, is_top1, *_ = linear_loss(
                 *head.inputs, ids.contiguous(), column_weight, head.temperature, *of, keep, zero_ignored, head.scale,

@@ -35,6 +35,7 @@ MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
 NUMBERS_PER_TOKEN = 60  # bytes of statistics, their copies for backward and the coefficients of a gradient
+NUMBERS_IN_FORWARD = 33  # while chunks are made: of ids, statistics and what the loss has of each
 TILE_BYTES = 32 * MiB  # of logits that library_tiles.py makes at a time, forward
 
 
@@ -100,6 +101,8 @@ def plan(
     hidden: int,
     dtype: torch.dtype = torch.bfloat16,
     *,
+    ignored: int | None = 0,
+    shared: bool = False,
     per_token: bool = False,
     route: Route | None = None,
     workspace: int | str | None = None,
@@ -112,7 +115,8 @@ def plan(
     .. math:: \text{workspace} \le \max(\text{bytes of } d\_hidden + d\_weight,\ 512\,\text{MiB}) \quad\text{by default}
 
     Route ``recompute`` holds what logits it saves from forward to backward, once per call. Heads of 16 bits, which would save
-    them in fp32, take 256 MiB there by default.
+    them in fp32, take 256 MiB there by default. A default has room beside that for a copy of the hidden states, where tokens
+    are ignored, and for their gradient in fp32, where ranks sum it up.
 
     On route ``gradients_in_forward`` ``d_weight`` is written once where one chunk fits; else summed over chunks, in its own
     16-bit dtype for up to 8 of them and in fp32 beyond.
@@ -124,6 +128,9 @@ def plan(
         vocab: ``V``.
         hidden: ``H``.
         dtype: of hidden and weight.
+        ignored: how many tokens beside ``N`` are ignored. Where any is, the hidden states of the others are copied. None: they
+            are not taken out but zeroed in a copy of all ``N`` (``drop_ignored=False``, ``torch.compile``).
+        shared: ``V`` is what one rank holds of a vocabulary that ranks share: they sum up the gradient of hidden in fp32.
         per_token: each token has an upstream gradient of its own (log-probabilities, ``reduction="none"``).
         route: ``"gradients_in_forward"`` or ``"recompute"``; None is the fastest that fits.
         workspace: bytes, or a string such as ``"256MiB"``, beside inputs, outputs and gradients; None is the setting's.
@@ -146,16 +153,17 @@ def plan(
         chunks                2 of 4096 tokens
         d_weight              summed over chunks in torch.bfloat16
         workspace             at most 1066.0 MiB, beside the gradients
-        peak                  2068.0 MiB above the inputs
+        peak                  2068.3 MiB above the inputs
           gradients           1066.0 MiB
           logits of a chunk   1002.0 MiB
+          numbers per token   0.3 MiB
         eager holds           2004.0 MiB for each copy of the logits
         why                   6NVH against the 8NVH of recompute, and its chunks fit the workspace
         why                   2 chunks: few enough to sum in torch.bfloat16
     """
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
-    for name, size in (("tokens", tokens), ("vocab", vocab), ("hidden", hidden)):
+    for name, size in (("tokens", tokens), ("vocab", vocab), ("hidden", hidden), ("ignored", ignored or 0)):
         if isinstance(size, float) or size < 0:
             raise ValueError(f"{name} must be an integer of at least 0, got {size}")
     backend_setting.parse(backend)  # type: ignore[arg-type]
@@ -167,24 +175,25 @@ def plan(
             "route='recompute' (or None)"
         )
     route = route_setting.chosen(route)
-    gradients = (tokens + vocab) * hidden * dtype.itemsize
     filters = gradient_filter_setting.chosen(gradient_filter) > 0
     given = workspace_setting.chosen(workspace)
+    sizes = _Sizes(tokens, vocab, hidden, dtype, ignored, shared, backend, filters)
+    usual = max(sizes.gradients, DEFAULT_BUDGET)
+    if shared:
+        usual += sizes.d_hidden(sizes.all_tokens, sizes.statistics_dtype) - sizes.d_hidden(sizes.all_tokens, dtype)
 
-    usual = max(gradients, DEFAULT_BUDGET)
-
-    def sizes(default: int) -> _Sizes:
-        return _Sizes(tokens, vocab, hidden, dtype, default if given is None else given, backend, filters)
+    def budget(default: int) -> int:
+        return default + sizes.copied(tokens) if given is None else given
 
     if per_token:
         reason = "the upstream gradient of a token is known in backward only"
     elif route == "recompute":
         reason = "asked for"
     else:
-        forward, reason = _gradients_in_forward(sizes(usual), accumulate, asked=route is not None)
+        forward, reason = _gradients_in_forward(sizes, budget(usual), accumulate, asked=route is not None)
         if forward is not None:
             return forward
-    return _recompute(sizes(RECOMPUTE_BUDGET if dtype.itemsize == 2 else usual), f"recompute: {reason}")
+    return _recompute(sizes, budget(RECOMPUTE_BUDGET if dtype.itemsize == 2 else usual), f"recompute: {reason}")
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,8 @@ class _Sizes:
     vocab: int
     hidden: int
     dtype: torch.dtype
-    budget: int
+    ignored: int | None
+    shared: bool
     backend: str
     filters: bool  # whether there is a gradient filter
 
@@ -201,8 +211,24 @@ class _Sizes:
     def statistics_dtype(self) -> torch.dtype:
         return statistics_dtype(self.dtype)
 
-    def gradients(self, dtype: torch.dtype) -> tuple[int, int]:
-        return self.tokens * self.hidden * dtype.itemsize, self.vocab * self.hidden * dtype.itemsize
+    @property
+    def all_tokens(self) -> int:
+        return self.tokens + (self.ignored or 0)
+
+    @property
+    def gradients(self) -> int:
+        """Bytes of those that are returned."""
+        return self.d_hidden(self.all_tokens, self.dtype) + self.d_weight(self.dtype)
+
+    def d_hidden(self, tokens: int, dtype: torch.dtype) -> int:
+        return tokens * self.hidden * dtype.itemsize
+
+    def d_weight(self, dtype: torch.dtype) -> int:
+        return self.vocab * self.hidden * dtype.itemsize
+
+    def copied(self, tokens: int) -> int:
+        """The hidden states of ``tokens`` that are projected, where others are left out or zeroed."""
+        return 0 if self.ignored == 0 else tokens * self.hidden * self.dtype.itemsize
 
     def row_temporaries(self, elements: int) -> int:
         """What the row primitive holds beside ``elements`` logits."""
@@ -221,32 +247,51 @@ class _Sizes:
         return gathered_bytes(tokens, columns, self.hidden, self.dtype, d_hidden, on_cpu=self.backend == "torch")
 
     def tile(self, columns: int) -> int:
-        """What the PyTorch head holds on route "recompute": a tile of logits, its factors where they are upcast, rows."""
+        """What the PyTorch head holds on route "recompute": a tile of logits, and its factors that are upcast, or rows."""
         if self.backend == "triton":
             return 0
         rows, columns = min(self.tokens, TILE), min(columns, TILE)
         factors = (rows + columns) * self.hidden if self.dtype.itemsize == 2 else 0
         elements = rows * columns
         rows_at_once = min(elements, max(CHUNK_ELEMENTS, columns))
-        return self.statistics_dtype.itemsize * (elements + factors + ROW_TEMPORARIES * rows_at_once)
+        return self.statistics_dtype.itemsize * (elements + max(factors, ROW_TEMPORARIES * rows_at_once))
+
+    def scaled(self, *dtypes: torch.dtype) -> int:
+        """What the PyTorch head holds where it multiplies gradients, made in these dtypes, by the upstream gradient."""
+        if self.backend == "triton" or self.dtype.itemsize > 2:
+            return 0
+        held = 0
+        for rows, dtype in zip((self.all_tokens, self.vocab), dtypes, strict=True):
+            if dtype == self.dtype:  # a copy in fp32 and the factor for each element
+                held = max(held, 2 * 4 * min(rows * self.hidden, 256 * BLOCK))
+            else:
+                held = max(held, dtype.itemsize * min(rows, BLOCK) * self.hidden)
+        return held
 
 
-def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) -> tuple[Plan | None, str]:
+def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, asked: bool) -> tuple[Plan | None, str]:
     N, V, dtype = sizes.tokens, sizes.vocab, sizes.dtype
     wide = sizes.statistics_dtype
-    final = sum(sizes.gradients(dtype))
-    per_token = wide if dtype == torch.float16 else dtype
+    per_token = wide if dtype == torch.float16 or sizes.shared else dtype
+    row = padded(V) * dtype.itemsize
+    numbers = sizes.all_tokens * NUMBERS_IN_FORWARD
+
+    def made(sums: torch.dtype) -> int:
+        return sizes.d_hidden(sizes.all_tokens, per_token) + sizes.d_weight(sums)
 
     def at_a_time(tokens: int, sums: torch.dtype) -> int:
-        upcast = sizes.upcast(tokens, V) if sums != dtype else 0
-        return max(sizes.row_temporaries(tokens * V), sizes.gathered(tokens, V, per_token), upcast)
+        upcast = sizes.upcast(tokens, V) if per_token != dtype or sums != dtype else 0
+        product = sizes.d_hidden(tokens, per_token) if sizes.ignored else 0  # before it goes to where the tokens are
+        rows = sizes.row_temporaries(tokens * V) + product * sizes.shared  # which is once ranks have summed that up
+        return max(rows, product + max(sizes.gathered(tokens, V, per_token), upcast))
 
-    def most_tokens(held: int, sums: torch.dtype) -> int:
-        free, row = sizes.budget - held, max(padded(V) * dtype.itemsize, 1)
-        free -= at_a_time(max(0, min(N, free // row)), sums)  # fewer tokens need no more
-        return max(0, min(N, free // row))
+    def most_tokens(sums: torch.dtype, numbers: int) -> int:
+        free, of_token = budget - (made(sums) - sizes.gradients) - numbers, max(row + sizes.copied(1), 1)
+        free -= at_a_time(max(0, min(N, free // of_token)), sums)  # fewer tokens need no more
+        return max(0, min(N, free // of_token))
 
-    once, few = most_tokens(0, dtype) >= N, most_tokens(0, dtype) * MANY_CHUNKS >= N
+    once = most_tokens(dtype, numbers) >= N
+    few = most_tokens(dtype, numbers) * MANY_CHUNKS >= N
     if dtype == torch.float16:
         sums, note = wide, "gradients before their scale is known overflow float16"
     elif once or wide == dtype:
@@ -255,54 +300,56 @@ def _gradients_in_forward(sizes: _Sizes, accumulate: str | None, asked: bool) ->
         sums, note = dtype, f"few enough to sum in {dtype}"
     else:
         sums, note = wide, "asked for" if accumulate else f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
-    held, wide_sums, scaled = final, 0, 0
-    if sums != dtype:
-        if sizes.backend == "torch":  # times the upstream gradient, so many rows at a time
-            scaled = min(V, BLOCK) * sizes.hidden * sums.itemsize
-        wide_hidden, wide_weight = sizes.gradients(sums)
-        if dtype == torch.float16:
-            held = wide_sums = wide_hidden + wide_weight
-        else:  # d_hidden is made as it is returned
-            held, wide_sums = sizes.gradients(dtype)[0] + wide_weight, wide_weight
-    n = most_tokens(held - final, sums)
+    rounded = (per_token != dtype) * sizes.d_hidden(sizes.all_tokens, per_token) + (sums != dtype) * sizes.d_weight(
+        sums
+    )
+    scaled = sizes.scaled(per_token, sums)
     if not asked:
-        if n < min(N, FEWEST_TOKENS) or wide_sums + scaled > sizes.budget:
-            beside = " and fp32 sums" if wide_sums else ""
+        n = most_tokens(sums, 0)  # recompute holds numbers per token too
+        if n < min(N, FEWEST_TOKENS) or (rounded and rounded + scaled > budget):
+            beside = " and fp32 sums" if rounded else ""
             return None, f"the workspace does not hold a chunk of {FEWEST_TOKENS} tokens{beside}"
-        if wide_sums and n < min(N, ACCUMULATION_PAYS) and not accumulate:
+        if sums != dtype and n < min(N, ACCUMULATION_PAYS) and not accumulate:
             return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
-    n = _even(N, max(n, min(N, FEWEST_TOKENS)))
+    n = _even(N, max(most_tokens(sums, numbers), min(N, FEWEST_TOKENS)))
     chunks = max(1, -(-N // max(n, 1)))
-    forward = {
-        "gradients": held,
-        "logits of a chunk": n * padded(V) * dtype.itemsize,
-        "at a time": at_a_time(n, sums),
-    }
-    backward = {"gradients": final, "fp32 sums": wide_sums, "rows at a time": scaled}
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the workspace"]
     if chunks > 1 and note:
         why.append(f"{chunks} chunks: {note}")
-    parts = forward if sum(forward.values()) >= sum(backward.values()) else backward
+    forward = {
+        "gradients": made(sums),
+        "logits of a chunk": n * row,
+        "hidden of a chunk": sizes.copied(n),
+        "at a time": at_a_time(n, sums),
+        "numbers per token": numbers,
+    }
+    loss = {"gradients": made(sums), "numbers per token": sizes.all_tokens * NUMBERS_PER_TOKEN}
+    backward = {"gradients": sizes.gradients, "fp32 sums": rounded, "rows at a time": scaled}
     written_once = chunks == 1 and sums == dtype
-    return _plan(sizes, "gradients_in_forward", n, chunks, None if written_once else sums, parts, why), ""
+    accumulated = None if written_once else sums
+    return _plan(sizes, budget, "gradients_in_forward", n, chunks, accumulated, (forward, loss, backward), why), ""
 
 
-def _recompute(sizes: _Sizes, *why: str) -> Plan:
+def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
     N, V, dtype = sizes.tokens, sizes.vocab, sizes.dtype
     wide = sizes.statistics_dtype
-    d_hidden, d_weight = sizes.gradients(dtype)
-    d_hidden_sum = sizes.gradients(wide)[0]
+    d_hidden, d_hidden_sum = sizes.d_hidden(sizes.all_tokens, dtype), sizes.d_hidden(N, wide)
+    copied, numbers = sizes.copied(N), sizes.all_tokens * NUMBERS_PER_TOKEN
 
     def at_a_time(columns: int) -> int:
-        return max(sizes.tile(columns), sizes.gathered(N, columns, wide), sizes.upcast(N, columns))
+        rows = max(sizes.tile(columns), sizes.row_temporaries(N * columns))  # of logits that are made, or saved
+        return max(rows, sizes.gathered(N, columns, wide), sizes.upcast(N, columns))
 
-    numbers = N * NUMBERS_PER_TOKEN
-    room = sizes.budget - numbers
-    free = room - (d_hidden_sum - d_hidden) - at_a_time(V)
-    most = min(free, RECOMPUTE_BUDGET if wide != dtype else free) // max(N * dtype.itemsize, 1)
+    # At the end the gradient of hidden is made of its sum: where that is wider, or of fewer tokens.
+    rounded = sizes.d_hidden(N, dtype) if wide != dtype and sizes.ignored else 0
+    beside_gradients = d_hidden_sum + rounded if wide != dtype or sizes.ignored else 0
+    at_end = budget - numbers - beside_gradients
+    free = budget - numbers - (d_hidden_sum - d_hidden) - copied - at_a_time(V)
+    if wide == dtype:
+        most = min(free, at_end) // max(N * dtype.itemsize, 1)
+    else:
+        most = min(free, RECOMPUTE_BUDGET) // max(N * dtype.itemsize, 1)
     fits = most >= min(V, FEWEST_COLUMNS)
-    if not fits:
-        why += (f"the workspace holds less than {FEWEST_COLUMNS} vocabulary entries at a time; they are taken anyway",)
     most = max(most, FEWEST_COLUMNS)
     if wide == dtype:  # one buffer: from forward on of the first slice's logits, then of every slice's gradient
         v = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
@@ -311,31 +358,30 @@ def _recompute(sizes: _Sizes, *why: str) -> Plan:
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize}
     else:  # logits are never rounded to 16 bits, so that they have another
         v = _even(V, most)
-        rest = min(free - N * v * dtype.itemsize, room - d_hidden_sum)  # at the end d_hidden is made of its sum
+        rest = min(free - N * v * dtype.itemsize, at_end)
         slices_saved = max(0, rest) // max(N * v * wide.itemsize, 1)
         saved = min(V, slices_saved * v)
         held = N * padded(saved) * wide.itemsize
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}
+    forward = {"logits saved": held, "hidden kept": copied, "numbers per token": numbers}
+    if sizes.backend == "triton" and wide == dtype and saved < V:  # 32-bit heads make their logits with the library
+        forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * padded(V) * dtype.itemsize
     slices = {
-        "d_weight": d_weight,
+        "d_weight": sizes.d_weight(dtype),
         "d_hidden": d_hidden_sum,
         **buffers,
+        "hidden kept": copied,
         "at a time": at_a_time(v),
         "numbers per token": numbers,
     }
     end = {
-        "gradients": d_hidden + d_weight,
-        "d_hidden in fp32": d_hidden_sum if wide != dtype else 0,
+        "gradients": sizes.gradients,
+        "d_hidden before it": beside_gradients,
         "logits saved": held,
         "numbers per token": numbers,
     }
-    parts = slices if sum(slices.values()) >= sum(end.values()) else end
-    if sizes.backend == "triton" and wide == dtype:  # 32-bit heads make their logits with the library
-        forward = {"logits saved": held}
-        if saved < V:
-            forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * padded(V) * dtype.itemsize
-        parts = parts if sum(parts.values()) >= sum(forward.values()) else forward
-    return _plan(sizes, "recompute", v, max(1, -(-V // max(v, 1))), None, parts, why, saved)
+    chunks = max(1, -(-V // max(v, 1)))
+    return _plan(sizes, budget, "recompute", v, chunks, None, (slices, end, forward), why, saved)
 
 
 def _even(total: int, most: int) -> int:
@@ -352,14 +398,20 @@ def _even(total: int, most: int) -> int:
 
 def _plan(
     sizes: _Sizes,
+    budget: int,
     route: Route,
     chunk: int,
     chunks: int,
     accumulate: torch.dtype | None,
-    parts: dict[str, int],
+    phases: Sequence[dict[str, int]],  # what each holds
     why: Sequence[str],
     saved: int = 0,
 ) -> Plan:
+    parts = phases[0]
+    for phase in phases:  # no max: Dynamo takes no key
+        parts = phase if sum(phase.values()) > sum(parts.values()) else parts
+    if sum(parts.values()) > sizes.gradients + budget:
+        why = (*why, "the workspace does not hold the least that this needs, which is taken anyway")
     return Plan(
         sizes.tokens,
         sizes.vocab,
@@ -370,7 +422,7 @@ def _plan(
         chunks,
         saved,
         accumulate,
-        sizes.budget,
+        budget,
         {part: size for part, size in parts.items() if size},
         tuple(why),
     )

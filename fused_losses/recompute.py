@@ -62,11 +62,11 @@ def linear_module(backend: str, hidden: Tensor) -> ModuleType:
     return linear_softmax if configurations.multiplies_matrices(hidden.device) else chunked_linear_softmax
 
 
-def saved_columns(head: Head, tokens: int, workspace: int, backend: str) -> int:
+def saved_columns(head: Head, keep: Tensor | None, zero_ignored: bool, workspace: int, backend: str) -> int:
     """How many columns of logits forward saves; none where no backward follows."""
     if not any(head.trained) or not may_save(head.hidden):
         return 0
-    planned = head.plan(tokens, route="recompute", workspace=workspace, backend=backend)
+    planned = head.plan(keep, zero_ignored, route="recompute", workspace=workspace, backend=backend)
     return min(planned.saved, head.weight.shape[0])
 
 
@@ -191,7 +191,8 @@ def linear_rows_grad(
     wanted = [want and (i != 1 or main_grad.ndim == 0) for i, want in enumerate(wanted)]
     dtypes, written = (wide, dtype, dtype, wide, dtype), [M > 0 and V > 0] * INPUTS
     d_hidden, d_weight, d_bias, d_u, d_B = head.empty_gradients(wanted, dtypes, written)
-    chunk = max(whole.plan(M, route="recompute", workspace=workspace, backend=backend).chunk, 1)
+    planned = whole.plan(keep, zero_ignored, route="recompute", workspace=workspace, backend=backend)
+    chunk = max(planned.chunk, 1)
     in_place = saved_logits.ndim > 0 and saved_logits.dtype == dtype
     slice_buffer = saved_logits if in_place else hidden.new_empty(M, padded(min(chunk, V)))
     with full_precision(hidden.device):
@@ -340,9 +341,8 @@ def linear_statistics(
     outputs = with_weight_sum(outputs, head.shard)
     if head.shard is not None and ids is not None:
         ids = head.shard.local(ids)
-    M = head.hidden.shape[0] if keep is None else keep.shape[0]
     # Fixed in forward: settings may have changed by the time backward runs.
-    room = head.plan(head.hidden.shape[0], per_token=True, workspace=workspace, backend=backend).budget
+    room = head.plan(keep, zero_ignored, per_token=True, workspace=workspace, backend=backend).budget
     found = linear_rows(
         *head.inputs,
         None if ids is None else ids.contiguous(),
@@ -354,7 +354,7 @@ def linear_statistics(
         head.scale,
         head.softcap,
         ",".join(outputs),
-        saved_columns(head, M, room, backend),
+        saved_columns(head, keep, zero_ignored, room, backend),
         room,
         backend,
         packed(head.shard),

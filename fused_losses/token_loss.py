@@ -110,12 +110,13 @@ def token_loss(
         with logits.gathered():
             head = head_of(logits)
             backend = resolve_backend(head.hidden, backend)
-            planned = head.plan(N, workspace=workspace, accumulate=accumulate, backend=backend)
+            planned = head.plan(workspace=workspace, accumulate=accumulate, backend=backend)
             # torch.func, which fn's gradient comes from, refuses saved-tensor hooks, and torch.export does not see it.
             in_forward = planned.route == "gradients_in_forward" and not exporting() and not hooks_on_saved()
             if in_forward:
                 head, _ = ready(head, None)
-                loss = _made_in_forward(loss_of, head, keep, zero_ignored, planned.budget, accumulate, backend)
+                room = head.plan(keep, zero_ignored, route=planned.route, workspace=workspace, backend=backend).budget
+                loss = _made_in_forward(loss_of, head, keep, zero_ignored, room, accumulate, backend)
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:

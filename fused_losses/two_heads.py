@@ -147,29 +147,34 @@ def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
 def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspace: int, backend: str) -> Chunks:
     """Cut ``M`` tokens into few chunks whose logits and gradients fit the workspace."""
     V = min(head.planned_vocab for head in heads)
-    per_token = extra = fixed = 0
+    per_token = extra = fixed = at_a_time = 0
     for head, side in zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), strict=True):
         if head.weight is None:
             continue
-        dtype, H = head.hidden.dtype, head.hidden.shape[1]
-        wide = statistics_dtype(dtype)
+        dtype, (N, H) = head.hidden.dtype, head.hidden.shape
+        wide, made = statistics_dtype(dtype), per_token_dtype(dtype, head.shard)
         per_token += padded(V) * wide.itemsize
+        if M < N:  # a copy of a chunk's hidden states, and their gradient before it goes to where the tokens are
+            per_token += H * (dtype.itemsize + made.itemsize * side[0])
+        fixed += N * H * (made.itemsize - dtype.itemsize) * side[0]
         if any(side) and head.gradient_filter:
             most = min(M, workspace // max(padded(V) * dtype.itemsize, 1))
-            gathered = gathered_bytes(most, V, H, dtype, per_token_dtype(dtype, head.shard), not head.hidden.is_cuda)
-            fixed = max(fixed, gathered)
+            gathered = gathered_bytes(most, V, H, dtype, made, not head.hidden.is_cuda)
+            at_a_time = max(at_a_time, gathered)
         if wide != dtype:
             per_token += padded(V) * dtype.itemsize * any(side)
             extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself
             if not head.hidden.is_cuda:
                 per_token += (H + TILE) * wide.itemsize
-                fixed = max(fixed, TILE * H * wide.itemsize)  # a tile of the weight, upcast
+                at_a_time = max(at_a_time, TILE * H * wide.itemsize)  # a tile of the weight, upcast
     if backend == "torch":
         itemsize = statistics_dtype(heads[0].hidden.dtype).itemsize
         changed = any(h.scale != 1 or h.softcap is not None or h.temperature is not None for h in heads)
         upcast = sum(h.weight is None and h.hidden.element_size() < itemsize for h in heads)
         copies = BUFFERS + TRANSFORM_TEMPORARIES * changed + upcast
         fixed += copies * itemsize * min(max(CHUNK_ELEMENTS, V), M * V)
+
+    fixed += at_a_time
 
     def tokens(held: int) -> int:
         most = max((workspace - held) // max(per_token, 1), FEWEST_TOKENS)

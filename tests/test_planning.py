@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fused_losses import settings
-from fused_losses.planning import MiB, plan
+from fused_losses.planning import NUMBERS_IN_FORWARD, MiB, plan
 
 LLAMA, GEMMA, QWEN = (8192, 128256, 4096), (8192, 256000, 2304), (16384, 151936, 2048)
 
@@ -80,10 +80,11 @@ def test_a_larger_budget_recomputes_less(dtype):
 
 
 def test_sixteen_bit_sums_end_at_eight_chunks():
-    most = plan(*LLAMA, workspace=8192 // 8 * 128256 * 2)
+    numbers = 8192 * NUMBERS_IN_FORWARD
+    most = plan(*LLAMA, workspace=8192 // 8 * 128256 * 2 + numbers)
     assert (most.chunks, most.accumulate) == (8, torch.bfloat16)
-    assert plan(*LLAMA, workspace=8192 // 9 * 128256 * 2).route == "recompute"
-    forced = plan(*LLAMA, workspace=8192 // 9 * 128256 * 2, route="gradients_in_forward")
+    assert plan(*LLAMA, workspace=8192 // 9 * 128256 * 2 + numbers).route == "recompute"
+    forced = plan(*LLAMA, workspace=8192 // 9 * 128256 * 2 + numbers, route="gradients_in_forward")
     assert forced.accumulate == torch.float32
 
 
@@ -136,6 +137,34 @@ def test_a_budget_nothing_fits_is_said_to_be_exceeded():
     p = plan(*LLAMA, workspace="1MiB")
     assert p.route == "recompute"
     assert "taken anyway" in str(p)
+
+
+def test_a_sum_over_slices_larger_than_the_budget_is_said_to_exceed_it():
+    assert "taken anyway" in str(plan(65536, *LLAMA[1:], per_token=True))  # d_hidden in fp32 is 1 GiB
+    assert "taken anyway" not in str(plan(8192, *LLAMA[1:], per_token=True))
+
+
+@pytest.mark.parametrize("ignored", [1, None])
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA, QWEN])
+def test_a_copy_of_hidden_states_makes_no_more_chunks_by_default(shape, per_token, ignored):
+    N, V, H = shape
+    exact = plan(*shape, per_token=per_token)
+    copied = plan(N - (ignored or 0), V, H, per_token=per_token, ignored=ignored)
+    assert copied.route == exact.route
+    assert copied.chunks <= exact.chunks
+    assert copied.budget == exact.budget + copied.tokens * H * 2
+    assert exact.peak < copied.peak <= (N + V) * H * 2 + copied.budget
+
+
+@pytest.mark.parametrize("shape", [LLAMA, GEMMA, QWEN])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_ranks_that_share_a_vocabulary_sum_up_the_gradient_of_hidden_in_fp32(ranks, shape):
+    N, V, H = shape
+    alone, shared = (plan(N, V // ranks, H, shared=s) for s in (False, True))
+    assert (shared.route, shared.chunks) == (alone.route, alone.chunks)
+    assert shared.peak == alone.peak + N * H * 2
+    assert shared.budget == alone.budget + N * H * 2
 
 
 def test_settings_hold_for_a_block_and_arguments_beat_them():

@@ -12,9 +12,12 @@ from ranks import needs_ranks, within
 
 import fused_losses
 from fused_losses import LinearLogits, VocabParallel, settings
+from fused_losses.bench.memory import peak_bytes
 from fused_losses.bench.ranks import TIMEOUT, collectives, run
 from fused_losses.chunked.softmax_rows import row_statistics
+from fused_losses.planning import MiB, plan
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.settings import workspace
 from fused_losses.vocab_parallel import _whole
 
 pytestmark = pytest.mark.xdist_group("vocab_parallel")  # its processes are started once
@@ -523,3 +526,33 @@ def test_parts_of_a_row_make_the_whole(hole):
     for name, value in exact._asdict().items():
         if value is not None:
             torch.testing.assert_close(whole[name], value.double(), msg=lambda m, name=name: f"{name}: {m}")
+
+
+def peaks_on_a_rank(device, dtype):
+    """Planned, measured, and the bound, by how many tokens are ignored."""
+    N, rows, H, room = 4096, 2048, 512, 16 * MiB
+    hidden, weight = (torch.randn(n, H, dtype=dtype, device=device).requires_grad_() for n in (N, rows))
+    found = []
+    for ignored in (0, 2048):
+        target = torch.randint(0, rows * dist.get_world_size(), (N,), device=device)
+        dist.broadcast(target, 0)
+        target[:ignored] = -100
+
+        def call(target=target):
+            with workspace(room):
+                loss = F.cross_entropy(LinearLogits(hidden, weight, group=dist.group.WORLD), target)
+            return torch.autograd.grad(loss, (hidden, weight))
+
+        backend = "triton" if device.type == "cuda" else "torch"
+        planned = plan(N - ignored, rows, H, dtype, ignored=ignored, shared=True, workspace=room, backend=backend)
+        found.append((planned.peak, peak_bytes(call, device.type), hidden.nbytes + weight.nbytes + room))
+    return found
+
+
+@needs_ranks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peaks_are_as_planned(dtype):
+    for of_rank in run(peaks_on_a_rank, 2, dtype):
+        for planned, peak, bound in of_rank:
+            assert abs(peak - planned) <= 0.05 * planned, (peak / MiB, planned / MiB)
+            assert peak <= bound, (peak / MiB, bound / MiB)

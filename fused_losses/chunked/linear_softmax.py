@@ -151,4 +151,5 @@ def linear_softmax_d_logits(
                 vocab_start=vocab_start + columns.start,
                 out=out[rows, columns].unsqueeze(-1),
             )
+            del tile  # the next needs its memory
     return out
