@@ -282,7 +282,7 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
     def at_a_time(tokens: int, sums: torch.dtype) -> int:
         upcast = sizes.upcast(tokens, V) if per_token != dtype or sums != dtype else 0
         product = sizes.d_hidden(tokens, per_token) if sizes.ignored else 0  # before it goes to where the tokens are
-        rows = sizes.row_temporaries(tokens * V) + product * sizes.shared  # which is once ranks have summed that up
+        rows = sizes.row_temporaries(tokens * V) + (product if sizes.shared else 0)  # which ranks sum up meanwhile
         return max(rows, product + max(sizes.gathered(tokens, V, per_token), upcast))
 
     def most_tokens(sums: torch.dtype, numbers: int) -> int:
@@ -300,9 +300,8 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
         sums, note = dtype, f"few enough to sum in {dtype}"
     else:
         sums, note = wide, "asked for" if accumulate else f"more than {MANY_CHUNKS} chunks lose too much in {dtype}"
-    rounded = (per_token != dtype) * sizes.d_hidden(sizes.all_tokens, per_token) + (sums != dtype) * sizes.d_weight(
-        sums
-    )
+    rounded = sizes.d_hidden(sizes.all_tokens, per_token) if per_token != dtype else 0
+    rounded += sizes.d_weight(sums) if sums != dtype else 0
     scaled = sizes.scaled(per_token, sums)
     if not asked:
         n = most_tokens(sums, 0)  # recompute holds numbers per token too
