@@ -77,6 +77,25 @@ def test_chunks_are_even_and_few():
     assert chunks_of(heads, 0, ALL, 1, "triton").tokens == 0
 
 
+def test_what_is_held_beside_logits_takes_room():
+    """Where some are ignored, copies of hidden states and their gradients; that of all in fp32 where ranks sum it up."""
+    few, H = 100, 64
+    heads = (head(4096, few, H), head(4096, few, H))
+    of_token = 2 * per_token(few, torch.float32, True) + 3 * 4 * H
+    for tokens in (512, 1024):
+        assert chunks_of(heads, 4095, STUDENT, of_token * tokens, "triton").tokens == tokens
+        assert chunks_of(heads, 4095, STUDENT, of_token * tokens - 1, "triton").tokens < tokens
+    shard = VocabShard("group", 0, few, few, 1)
+    alone, shared = ((head(4096, few, H, torch.bfloat16, s),) * 2 for s in (None, shard))
+    room = 2**23
+    assert chunks_of(shared, 4096, STUDENT, room + 4096 * H * 2, "triton") == chunks_of(
+        alone, 4096, STUDENT, room, "triton"
+    )
+    assert (
+        chunks_of(shared, 4096, STUDENT, room, "triton").tokens < chunks_of(alone, 4096, STUDENT, room, "triton").tokens
+    )
+
+
 def test_tensors_of_logits_take_no_room():
     one = chunks_of(
         (head(4096, 100), logits(4096, 100)), 4096, ALL, per_token(100, torch.float32, True) * 512, "triton"
