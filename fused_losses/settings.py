@@ -16,6 +16,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .autodiff import while_compiling
+
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 Backend = Literal["triton", "torch"]
 Route = Literal["gradients_in_forward", "recompute"]
@@ -94,11 +96,16 @@ class workspace(_Setting):
     def parse(value: int | torch.SymInt | str | None) -> Any:
         if value is None or (isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool) and value >= 0):
             return value
-        units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(\w+)\s*", value) if isinstance(value, str) else None
-        if not match or match[2] not in units:
-            raise ValueError(f"workspace takes bytes, 0 or more, or a string such as '256MiB', got {value!r}")
-        return int(float(match[1]) * units[match[2]])
+        return _bytes(value)
+
+
+@while_compiling  # Dynamo of PyTorch 2.11 compiles no regular expression
+def _bytes(text: Any) -> int:
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(\w+)\s*", text) if isinstance(text, str) else None
+    if not match or match[2] not in units:
+        raise ValueError(f"workspace takes bytes, 0 or more, or a string such as '256MiB', got {text!r}")
+    return int(float(match[1]) * units[match[2]])
 
 
 class gradient_filter(_Setting):
