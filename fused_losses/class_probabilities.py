@@ -21,11 +21,11 @@ from .autodiff import (
     refuse_shard,
     transforms_active,
 )
-from .chunked.softmax_rows import transform
+from .chunked.softmax_rows import CHUNK_ELEMENTS, transform
 from .gradients_in_forward import in_range, loss_and_gradients
 from .head import INPUTS, Head, differentiable_product, ready
 from .numerics import full_precision, statistics_dtype
-from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, label_weights, only
+from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, label_weights, only, slices
 from .settings import Backend, resolve_backend
 from .token_statistics import differentiable_softmax_rows, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed
@@ -156,16 +156,21 @@ def linear_probabilities_grad(
     )
 
     def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, factor: Tensor | None) -> Tensor | None:
-        if d_column_weight is not None or d_probabilities is not None:
-            z, _ = transform(logits.to(dtype), chunk.temperature, scale, softcap, with_slope=False)
-            d_w = d[rows, None] * (z - logsumexp[rows, None]).to(dtype)
+        of_labels = d_column_weight is not None or d_probabilities is not None
+        # Few rows, whose copies are wide; more on a GPU, for fewer launches.
+        few = max(1, CHUNK_ELEMENTS * (1 if logits.is_cpu else 8) // max(logits.shape[1], 1))
+        for part in slices(len(logits) if of_labels else 0, few):
+            some = slice(rows.start + part.start, rows.start + part.stop)
+            temperature = None if chunk.temperature is None else chunk.temperature[part]
+            z, _ = transform(logits[part].to(dtype), temperature, scale, softcap, with_slope=False)
+            d_w = d[some, None] * (z - logsumexp[some, None]).to(dtype)
             if d_column_weight is not None:
-                w = label_weights(None, probabilities[rows], label_smoothing, head.vocab)
+                w = label_weights(None, probabilities[some], label_smoothing, head.vocab)
                 assert w is not None
                 d_column_weight.add_((d_w * w).sum(0))
             if d_probabilities is not None:
                 d_w *= 1 - label_smoothing
-                d_probabilities[rows] = (d_w if column_weight is None else d_w * column_weight).to(
+                d_probabilities[some] = (d_w if column_weight is None else d_w * column_weight).to(
                     d_probabilities.dtype
                 )
         if not any(wanted[:INPUTS]):

@@ -423,7 +423,9 @@ def _of_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """The loss with class probabilities, reduced or ``(N, D)``, and ``logsumexp (N, D)``."""
     head, shard = heads[0], heads[0].shard
-    targets = target.reshape(head.hidden.shape[0], len(heads), head.weight.shape[0]).unbind(1)
+    sizes = (head.hidden.shape[0], len(heads), head.weight.shape[0])
+    # Of one, backward of unbind() would copy the gradient.
+    targets = target.reshape(sizes).unbind(1) if len(heads) > 1 else [target.reshape(sizes[0], sizes[2])]
     weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
     losses, logsumexps = [], []
     for of_head, t in zip(heads, targets, strict=True):

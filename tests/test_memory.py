@@ -371,6 +371,20 @@ def test_class_probabilities_are_within_the_workspace(reduction):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_class_probabilities_train_a_few_rows_at_a_time(dtype):
+    """Their gradient's copies in fp32 and float64 are not those of a chunk."""
+    hidden, weight = torch.randn(1024, 64, dtype=dtype), torch.randn(16384, 64, dtype=dtype)
+    p = torch.rand(1024, 16384).softmax(-1).to(dtype).requires_grad_()
+    class_weight = torch.rand(16384, dtype=dtype).requires_grad_()
+
+    def call():
+        loss = linear_cross_entropy(hidden, weight, p, weight=class_weight, workspace="16MiB")
+        return torch.autograd.grad(loss, (p, class_weight))
+
+    assert peak_bytes(call) <= p.nbytes + class_weight.nbytes + 28 * MiB
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_summed_kl_divergence_holds_nothing_as_large_as_probabilities_that_exist(dtype, head):
     hidden, weight, _ = head
     hidden, weight = hidden[:512], weight.detach()
