@@ -153,10 +153,11 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
             continue
         dtype, (N, H) = head.hidden.dtype, head.hidden.shape
         wide, made = statistics_dtype(dtype), per_token_dtype(dtype, head.shard)
+        of_hidden = int(side[0])  # PyTorch 2.11 multiplies no symbolic size by a truth value
         per_token += padded(V) * wide.itemsize
         if M < N:  # a copy of a chunk's hidden states, and their gradient before it goes to where the tokens are
-            per_token += H * (dtype.itemsize + made.itemsize * side[0])
-        fixed += N * H * (made.itemsize - dtype.itemsize) * side[0]
+            per_token += H * (dtype.itemsize + made.itemsize * of_hidden)
+        fixed += N * H * (made.itemsize - dtype.itemsize) * of_hidden
         if any(side) and head.gradient_filter:
             most = min(M, workspace // max(padded(V) * dtype.itemsize, 1))
             gathered = gathered_bytes(most, V, H, dtype, made, not head.hidden.is_cuda)
