@@ -21,13 +21,22 @@ from .autodiff import (
     refuse_shard,
     transforms_active,
 )
-from .chunked.softmax_rows import CHUNK_ELEMENTS, transform
-from .gradients_in_forward import in_range, loss_and_gradients
+from .chunked.softmax_rows import CHUNK_ELEMENTS
+from .gradients_in_forward import loss_and_gradients, times_factor
 from .head import INPUTS, Head, differentiable_product, ready
 from .numerics import full_precision, statistics_dtype
-from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, label_weights, only, slices
+from .row_statistics import (
+    Coefficients,
+    RowStatistics,
+    coefficients,
+    empty_statistics,
+    label_weights,
+    only,
+    part_of,
+    slices,
+)
 from .settings import Backend, resolve_backend
-from .token_statistics import differentiable_softmax_rows, softmax_rows, softmax_rows_grad
+from .token_statistics import d_label_weights, differentiable_softmax_rows, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed
 
 OUTPUTS = ("sum_log_probs", "weight_sum")
@@ -149,7 +158,6 @@ def linear_probabilities_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first seven arguments, 0-dim where absent or not ``wanted``."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
-    dtype = statistics_dtype(hidden.dtype)
     labels = (column_weight, probabilities)
     d_column_weight, d_probabilities = (
         torch.zeros_like(t) if t is not None and want else None for t, want in zip(labels, wanted[INPUTS:], strict=True)
@@ -161,9 +169,8 @@ def linear_probabilities_grad(
         few = max(1, CHUNK_ELEMENTS * (1 if logits.is_cpu else 8) // max(logits.shape[1], 1))
         for part in slices(len(logits) if of_labels else 0, few):
             some = slice(rows.start + part.start, rows.start + part.stop)
-            temperature = None if chunk.temperature is None else chunk.temperature[part]
-            z, _ = transform(logits[part].to(dtype), temperature, scale, softcap, with_slope=False)
-            d_w = d[some, None] * (z - logsumexp[some, None]).to(dtype)
+            temperature = part_of(chunk.temperature, part)
+            d_w = d_label_weights(logits[part], temperature, scale, softcap, logsumexp[some], d[some])
             if d_column_weight is not None:
                 w = label_weights(None, probabilities[some], label_smoothing, head.vocab)
                 assert w is not None
@@ -177,9 +184,7 @@ def linear_probabilities_grad(
             return None
         terms = Coefficients(a=a[rows], d=d[rows])
         if hidden.dtype == torch.float16:
-            alone = in_range(None if t is None else t * chunk.steepest for t in terms)
-            factor = alone if factor is None else torch.minimum(alone, factor)
-            terms = Coefficients(*(None if t is None else t * factor for t in terms))
+            terms, factor = times_factor(terms, chunk, factor)
         if logits.shape[1]:
             p, w, smoothing = _of_rows(probabilities[rows], column_weight, label_smoothing, head.shard)
             softmax_rows_grad(

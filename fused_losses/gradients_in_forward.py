@@ -80,9 +80,7 @@ def by_coefficients(
         assert statistics.logsumexp is not None
         terms = of_chunk(statistics, rows)
         if in_float16:
-            of_chunk_alone = in_range(None if t is None else t * chunk.steepest for t in terms)
-            factor = of_chunk_alone if factor is None else torch.minimum(of_chunk_alone, factor)
-            terms = Coefficients(*(None if t is None else t * factor for t in terms))
+            terms, factor = times_factor(terms, chunk, factor)
         if logits.shape[1]:
             softmax_rows_grad(*seen, statistics.logsumexp, *terms, *transform, backend, logits.unsqueeze(-1))
         return factor
@@ -232,6 +230,13 @@ def in_range(factors: Iterable[Tensor | None]) -> Tensor:
     finite = [t.abs().nan_to_num(0.0, 0.0).amax() for t in factors if t is not None]
     largest = torch.stack(finite).amax().clamp(2.0**-60, 2.0**60)
     return HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
+
+
+def times_factor(terms: Coefficients, chunk: Head, factor: Tensor | None) -> tuple[Coefficients, Tensor]:
+    """A chunk's coefficients times the factor that keeps its float16 gradients in range, no larger than the last chunk's."""
+    alone = in_range(None if t is None else t * chunk.steepest for t in terms)
+    factor = alone if factor is None else torch.minimum(alone, factor)
+    return Coefficients(*(None if t is None else t * factor for t in terms)), factor
 
 
 def loss_of_head(

@@ -305,9 +305,9 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     d_logits = d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
         B, V, S = logits.shape
-        x = logits.transpose(1, 2).reshape(B * S, V).to(dtype)
-        z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
-        d_t = (upstream.sum_log_probs * (1 - label_smoothing))[:, None].to(dtype) * (z - logsumexp[:, None]).to(dtype)
+        x = logits.transpose(1, 2).reshape(B * S, V)
+        of_rows = upstream.sum_log_probs * (1 - label_smoothing)
+        d_t = d_label_weights(x, temperature, scale, softcap, logsumexp, of_rows.to(dtype))
         d_t = d_t if column_weight is None else d_t * column_weight
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
     if ctx.needs_input_grad[0]:
@@ -318,6 +318,19 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
                 ctx.backend, d_logits,
             )  # fmt: skip
     return for_inputs(ctx, d_logits, None, None, None, d_probabilities)
+
+
+def d_label_weights(
+    logits: Tensor,  # (n, V)
+    temperature: Tensor | None,  # (n,)
+    scale: float,
+    softcap: float | None,
+    logsumexp: Tensor,  # (n,) float64
+    d_sum: Tensor,  # (n,)
+) -> Tensor:
+    """The gradient ``(n, V)`` of the weights ``w`` of ``Σ_j w_j logp_j`` from that of the sum, in its dtype."""
+    z, _ = chunked_softmax_rows.transform(logits.to(d_sum.dtype), temperature, scale, softcap, with_slope=False)
+    return d_sum[:, None] * (z - logsumexp[:, None]).to(d_sum.dtype)
 
 
 softmax_rows.register_autograd(_backward, setup_context=_setup_context)
