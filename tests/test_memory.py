@@ -227,33 +227,25 @@ def test_fp16_gradients_of_tokens_are_not_held_twice(gpu):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
-def test_numbers_per_token_are_planned(gpu):
-    hidden = torch.randn(32768, 1, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
-    weight = torch.randn(128, 1, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
-    ids = torch.randint(0, 128, (32768,), device=DEVICE)
+@pytest.mark.parametrize(
+    ("N", "V", "H"),
+    [
+        pytest.param(32768, 128, 1, id="numbers_per_token"),
+        # As large as a slice of the logits, which is gone when they are made of their sum in fp32.
+        pytest.param(16384, 512, 256, id="sixteen_bit_gradients"),
+    ],
+)
+def test_what_many_tokens_hold_beside_logits_is_as_planned(N, V, H, gpu):
+    hidden = torch.randn(N, H, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    weight = torch.randn(V, H, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
+    ids = torch.randint(0, V, (N,), device=DEVICE)
 
     def call():
         out = selective_log_softmax(LinearLogits(hidden, weight), ids, workspace="64MiB")
         return torch.autograd.grad(out.sum(), (hidden, weight))
 
     backend = "triton" if gpu else "torch"
-    planned = plan(32768, 128, 1, torch.bfloat16, workspace="64MiB", per_token=True, backend=backend)
-    peak = peak_bytes(call, DEVICE)
-    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
-
-
-def test_sixteen_bit_gradients_of_many_tokens_are_as_planned(gpu):
-    """They are as large as a slice of the logits, which is gone when they are made of their sum in fp32."""
-    hidden = torch.randn(16384, 256, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
-    weight = torch.randn(512, 256, dtype=torch.bfloat16, device=DEVICE).requires_grad_()
-    ids = torch.randint(0, 512, (16384,), device=DEVICE)
-
-    def call():
-        out = selective_log_softmax(LinearLogits(hidden, weight), ids, workspace="64MiB")
-        return torch.autograd.grad(out.sum(), (hidden, weight))
-
-    backend = "triton" if gpu else "torch"
-    planned = plan(16384, 512, 256, torch.bfloat16, workspace="64MiB", per_token=True, backend=backend)
+    planned = plan(N, V, H, torch.bfloat16, workspace="64MiB", per_token=True, backend=backend)
     peak = peak_bytes(call, DEVICE)
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
@@ -490,7 +482,7 @@ def test_statistics_of_a_long_batch_hold_sixteen_mebibytes(gpu):
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="the other tests count what it allocates")
 def test_plans_of_a_gpu_that_is_not_there():
-    names = "as_planned or within_the_workspace or not_held_twice or per_token_are_planned or saved_logits"
+    names = "as_planned or within_the_workspace or not_held_twice or saved_logits"
     done = python(
         "-m", "pytest", "-q", "-p", "memory_plugin", "-p", "no:cacheprovider", "tests/test_memory.py", "-k", names
     )
