@@ -83,8 +83,8 @@ class workspace(_Setting):
     """Bytes a call may use beside its inputs and results: an int, ``"256MiB"``, ``"1.5GiB"``, or ``None``: as planned.
 
     Per-token results may keep up to this many bytes of logits from forward to backward, so that backward need not recompute
-    them. Those of a 32-bit head on a GPU hold 32 MiB of logits in forward, whatever this is. What is
-    too small for the logits of 32 tokens, or of 512 columns, may be overrun.
+    them. Those of a 32-bit head on a GPU hold 32 MiB of logits in forward, whatever this is. What is too small for the logits
+    of 32 tokens, or of 512 columns, may be overrun.
 
     Example:
         >>> with workspace("256MiB"):
