@@ -62,9 +62,14 @@ def no_gradient() -> bool:
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
 
 
+def differentiable_again(tokens: int, vocab: int, dtype: torch.dtype) -> bool:
+    """Whether logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
+    return dtype == torch.float64 or tokens * vocab <= SMALL
+
+
 def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
-    """Raise unless logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
-    if dtype != torch.float64 and tokens * vocab > SMALL:
+    """Raise unless :func:`differentiable_again`."""
+    if not differentiable_again(tokens, vocab, dtype):
         raise RuntimeError(
             f"double backward, forward-mode AD and functorch transforms would hold the ({tokens}, {vocab}) logits in "
             f"plain PyTorch, and do so only in float64 or up to {SMALL} logits; got {dtype}. Use fewer tokens."

@@ -1,14 +1,15 @@
 """What a head's logits say of class probabilities, which are as large as they are: a chunk of tokens at a time.
 
-``Σ_j w_j logp_j`` of each token, ``w`` of its row of probabilities. Backward makes a chunk's logits again, writes their
-gradient over them and adds its products, as :mod:`fused_losses.gradients_in_forward` does: ``8NVH`` floating point operations
-in all.
+``Σ_j w_j logp_j`` of each token, ``w`` of its row of probabilities. :func:`label_loss` is a sum over tokens, and makes the
+gradients of the head in forward: ``6NVH`` floating point operations. :func:`label_statistics` are numbers per token, of which
+the labels train too: backward makes a chunk's logits again, ``8NVH`` in all. Either writes a chunk's gradient over its logits
+and adds its products, as :mod:`fused_losses.gradients_in_forward` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked.softmax_rows import CHUNK_ELEMENTS
-from .gradients_in_forward import loss_and_gradients, times_factor
+from .gradients_in_forward import loss_and_gradients, times_factor, with_gradients
 from .head import INPUTS, Head, differentiable_product, ready
 from .numerics import full_precision, statistics_dtype
 from .row_statistics import (
@@ -72,6 +73,46 @@ def label_statistics(
     return RowStatistics(sum_log_probs=sum_log_probs, weight_sum=weight_sum, logsumexp=logsumexp)
 
 
+def label_loss(
+    head: Head,
+    probabilities: Tensor,  # (N, V)
+    column_weight: Tensor | None,  # (V,)
+    label_smoothing: float,
+    of_sum_log_probs: Tensor,  # (N,)
+    of_square: Tensor | None,  # (N,)
+    workspace: int,
+    accumulate: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """``Σ_n of_sum_log_probs·sum_log_probs + of_square·logsumexp²`` with the gradients of the head's inputs, and ``logsumexp``
+    ``(N,)``."""
+    head, column_weight = ready(head, column_weight)
+    dtype, wanted = statistics_dtype(head.hidden.dtype), head.trained
+    chunks = _Chunks(column_weight, probabilities, label_smoothing, backend)
+    found = empty_statistics(head.hidden, head.hidden.shape[0], None, OUTPUTS)
+    assert found.sum_log_probs is not None
+    assert found.logsumexp is not None
+
+    def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, factor: Tensor | None) -> Tensor | None:
+        statistics = chunks.statistics(logits, chunk, rows)
+        assert statistics.logsumexp is not None
+        found.put(statistics, rows)
+        upstream = RowStatistics(sum_log_probs=of_sum_log_probs[rows])
+        if of_square is not None:
+            upstream = upstream._replace(logsumexp=2 * of_square[rows] * statistics.logsumexp)
+        terms = coefficients(upstream, statistics, head.vocab, None, dtype)
+        return chunks.write_gradient(logits, chunk, rows, statistics.logsumexp, terms, factor)
+
+    with torch.no_grad(), full_precision(head.hidden.device):
+        gradients = loss_and_gradients(
+            head.detached(), None, None, False, over_logits, wanted, workspace, accumulate, backend
+        )
+        loss = (of_sum_log_probs * found.sum_log_probs).sum()
+        if of_square is not None:
+            loss += (of_square * found.logsumexp.square()).sum()
+    return with_gradients(loss, gradients, head.inputs), found.logsumexp
+
+
 def _differentiable(
     head: Head, column_weight: Tensor | None, probabilities: Tensor, label_smoothing: float
 ) -> RowStatistics:
@@ -82,15 +123,41 @@ def _differentiable(
     )  # fmt: skip
 
 
-def _of_rows(
-    probabilities: Tensor, column_weight: Tensor | None, label_smoothing: float, shard: VocabShard | None
-) -> tuple[Tensor, Tensor | None, float]:
-    """What kernels take of a chunk's ``w``: probabilities ``(n, V, 1)``, column weights, smoothing."""
-    if shard is not None and label_smoothing:  # they smooth over the columns they see
-        w = label_weights(column_weight, probabilities, label_smoothing, shard.vocab)
-        assert w is not None
-        probabilities, column_weight, label_smoothing = w, None, 0.0
-    return probabilities.unsqueeze(-1), column_weight, label_smoothing
+class _Chunks(NamedTuple):
+    """What is made of a chunk's logits ``(n, V)``, those of the tokens at ``rows``."""
+
+    column_weight: Tensor | None  # (V,)
+    probabilities: Tensor  # (N, V)
+    label_smoothing: float
+    backend: str
+
+    def of(self, rows: slice, shard: VocabShard | None) -> tuple[Tensor, Tensor | None, float]:
+        """What kernels take of a chunk's ``w``: probabilities ``(n, V, 1)``, column weights, smoothing."""
+        p, column_weight, smoothing = self.probabilities[rows], self.column_weight, self.label_smoothing
+        if shard is not None and smoothing:  # they smooth over the columns they see
+            w = label_weights(column_weight, p, smoothing, shard.vocab)
+            assert w is not None
+            p, column_weight, smoothing = w, None, 0.0
+        return p.unsqueeze(-1), column_weight, smoothing
+
+    def statistics(self, logits: Tensor, chunk: Head, rows: slice) -> RowStatistics:
+        p, w, smoothing = self.of(rows, chunk.shard)
+        seen = (logits.unsqueeze(-1), None, w, chunk.temperature, p, smoothing, chunk.scale, chunk.softcap)
+        return only(softmax_rows(*seen, ",".join(OUTPUTS), False, self.backend, packed(chunk.shard)), OUTPUTS, False)
+
+    def write_gradient(
+        self, logits: Tensor, chunk: Head, rows: slice, logsumexp: Tensor, terms: Coefficients, factor: Tensor | None
+    ) -> Tensor | None:
+        """Over the logits, in float16 times a factor no larger than that of the chunks before, which is returned."""
+        if logits.dtype == torch.float16:
+            terms, factor = times_factor(terms, chunk, factor)
+        if logits.shape[1]:
+            p, w, smoothing = self.of(rows, chunk.shard)
+            softmax_rows_grad(
+                logits.unsqueeze(-1), None, w, chunk.temperature, logsumexp, *terms, p, smoothing, chunk.scale,
+                chunk.softcap, self.backend, logits.unsqueeze(-1),
+            )  # fmt: skip
+        return factor
 
 
 @torch.library.custom_op("fused_losses::linear_probabilities", mutates_args=())
@@ -114,11 +181,10 @@ def linear_probabilities(
     """``sum_log_probs``, ``weight_sum``, ``logsumexp``: ``(N,)`` float64."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     found = empty_statistics(hidden, hidden.shape[0], None, OUTPUTS)
+    chunks = _Chunks(column_weight, probabilities, label_smoothing, backend)
 
     def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, __: Any) -> None:
-        p, w, smoothing = _of_rows(probabilities[rows], column_weight, label_smoothing, head.shard)
-        seen = (logits.unsqueeze(-1), None, w, chunk.temperature, p, smoothing, scale, softcap)
-        found.put(only(softmax_rows(*seen, ",".join(OUTPUTS), False, backend, shard), OUTPUTS, False), rows)
+        found.put(chunks.statistics(logits, chunk, rows), rows)
 
     with full_precision(hidden.device):
         loss_and_gradients(head, None, None, False, over_logits, [False] * INPUTS, workspace, None, backend)
@@ -159,6 +225,7 @@ def linear_probabilities_grad(
     """The gradients of the first seven arguments, 0-dim where absent or not ``wanted``."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     labels = (column_weight, probabilities)
+    chunks = _Chunks(*labels, label_smoothing, backend)
     d_column_weight, d_probabilities = (
         torch.zeros_like(t) if t is not None and want else None for t, want in zip(labels, wanted[INPUTS:], strict=True)
     )
@@ -182,16 +249,7 @@ def linear_probabilities_grad(
                 )
         if not any(wanted[:INPUTS]):
             return None
-        terms = Coefficients(a=a[rows], d=d[rows])
-        if hidden.dtype == torch.float16:
-            terms, factor = times_factor(terms, chunk, factor)
-        if logits.shape[1]:
-            p, w, smoothing = _of_rows(probabilities[rows], column_weight, label_smoothing, head.shard)
-            softmax_rows_grad(
-                logits.unsqueeze(-1), None, w, chunk.temperature, logsumexp[rows], *terms, p, smoothing, scale, softcap,
-                backend, logits.unsqueeze(-1),
-            )  # fmt: skip
-        return factor
+        return chunks.write_gradient(logits, chunk, rows, logsumexp[rows], Coefficients(a=a[rows], d=d[rows]), factor)
 
     with full_precision(hidden.device):
         found = loss_and_gradients(head, None, None, False, over_logits, wanted[:INPUTS], workspace, None, backend)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .autodiff import (
-    SMALL,
     absent,
     check_differentiable,
+    differentiable_again,
     differentiable_gradients,
     for_inputs,
     in_plain_pytorch,
@@ -365,7 +365,7 @@ def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ]
     N, V = hidden.shape[0], weight.shape[0]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
-    saved = tensors if hidden.dtype == torch.float64 or N * V <= SMALL else ()
+    saved = tensors if differentiable_again(N, V, hidden.dtype) else ()
     ctx.rest = (N, V, hidden.dtype, scale, softcap, shard)
     ctx.save_for_backward(*output[4:], *saved)
 
@@ -453,8 +453,9 @@ def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     if in_plain_pytorch(g):
         raise RuntimeError(
-            "gradients made in forward cannot be differentiated again: compute the loss from token_statistics instead, "
-            f"in float64 or for small inputs; got gradients of {[tuple(t.shape) for t in ctx.saved_tensors]}"
+            "gradients made in forward cannot be differentiated again: compute the loss under "
+            "fused_losses.route('recompute') instead, in float64 or of few tokens; got gradients of "
+            f"{[tuple(t.shape) for t in ctx.saved_tensors]}"
         )
     gradients = scale_gradients(ctx.saved_tensors, ctx.dtypes, g)
     return None, [None] * len(gradients), gradients

@@ -1,8 +1,8 @@
 """Cross entropy of a linear head, without its logits: ``cross_entropy(linear(input, weight, bias), target)``.
 
 Sums and means make their gradients in forward, a chunk of tokens at a time; ``reduction="none"`` recomputes the logits in
-backward: :mod:`fused_losses.gradients_in_forward`, :mod:`fused_losses.recompute`. :func:`fused_losses.plan` says what either
-will hold. With class probabilities both recompute: :mod:`fused_losses.class_probabilities`.
+backward: :mod:`fused_losses.gradients_in_forward`, :mod:`fused_losses.recompute`, and with class probabilities
+:mod:`fused_losses.class_probabilities`. :func:`fused_losses.plan` says what either will hold.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import differentiated, transforms_active
-from .class_probabilities import label_statistics
+from .autodiff import differentiable_again, differentiated, trains, transforms_active
+from .class_probabilities import label_loss, label_statistics
 from .cross_entropy import (
     CrossEntropyStatistics,
     denominators,
@@ -308,11 +308,12 @@ def heads_cross_entropy(
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
-        loss, logsumexp = _of_probabilities(
-            heads, target, weight, label_smoothing, z_loss, token_weights, reduction, **how
+        loss, logsumexp, in_forward = _of_probabilities(
+            heads, target, weight, label_smoothing, z_loss, token_weights, reduction, route, accumulate, **how
         )
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
-        return loss.view(positions) if reduction == "none" else loss, statistics if return_statistics else None, False
+        made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
+        return loss.view(positions) if reduction == "none" else loss, statistics if return_statistics else None, made
     if weight is not None and differentiated(weight):
         raise RuntimeError(
             f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
@@ -419,27 +420,48 @@ def _of_probabilities(
     z_loss: float,
     token_weights: Tensor | None,  # (N, D)
     reduction: str,
-    **how: Any,
-) -> tuple[Tensor, Tensor]:
-    """The loss with class probabilities, reduced or ``(N, D)``, and ``logsumexp (N, D)``."""
+    route: Route | None,
+    accumulate: str | None,
+    *,
+    workspace: int | str | None,
+    backend: Backend | None,
+) -> tuple[Tensor, Tensor, bool]:
+    """The loss with class probabilities, reduced or ``(N, D)``, ``logsumexp (N, D)``, and whether gradients are made."""
     head, shard = heads[0], heads[0].shard
-    sizes = (head.hidden.shape[0], len(heads), head.weight.shape[0])
+    N, D, V = head.hidden.shape[0], len(heads), head.weight.shape[0]
     # Of one, backward of unbind() would copy the gradient.
-    targets = target.reshape(sizes).unbind(1) if len(heads) > 1 else [target.reshape(sizes[0], sizes[2])]
+    targets = target.reshape(N, D, V).unbind(1) if D > 1 else [target.reshape(N, V)]
     weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
+    backend = resolve_backend(head.hidden, backend)
+    planned = head.plan(
+        per_token=reduction == "none", route=route, workspace=workspace, accumulate=accumulate, backend=backend
+    )
+    # Of what may be differentiated again, only where it is asked for: gradients made in forward may not.
+    asked = route_setting.chosen(route) == "gradients_in_forward" or shard is not None
+    alone = N > 0 and any(head.trained) and not any(trains(t) for t in (target, weight, token_weights))
+    in_forward = planned.route == "gradients_in_forward" and alone and not transforms_active()
+    in_forward = in_forward and (asked or not differentiable_again(N, V, head.hidden.dtype))
+    if token_weights is None:
+        token_weights = head.hidden.new_ones(N, D, dtype=statistics_dtype(head.hidden.dtype))
     losses, logsumexps = [], []
-    for of_head, t in zip(heads, targets, strict=True):
-        found = label_statistics(of_head, t, weight, label_smoothing, **how)
-        assert found.sum_log_probs is not None
-        assert found.logsumexp is not None
-        losses.append(plus_z_loss(-found.sum_log_probs, found, z_loss))
-        logsumexps.append(found.logsumexp)
-    loss, logsumexp = torch.stack(losses, 1), torch.stack(logsumexps, 1)
-    if token_weights is not None:
-        loss = loss * token_weights
+    for of_head, t, tau in zip(heads, targets, token_weights.unbind(1), strict=True):
+        if in_forward:
+            loss, logsumexp = label_loss(
+                of_head, t, weight, label_smoothing, -tau, z_loss * tau if z_loss else None, planned.budget, accumulate,
+                backend,
+            )  # fmt: skip
+        else:
+            found = label_statistics(of_head, t, weight, label_smoothing, workspace=workspace, backend=backend)
+            assert found.sum_log_probs is not None
+            assert found.logsumexp is not None
+            loss, logsumexp = plus_z_loss(-found.sum_log_probs, found, z_loss) * tau, found.logsumexp
+            loss = loss if reduction == "none" else loss.sum()
+        losses.append(loss)
+        logsumexps.append(logsumexp)
+    loss = torch.stack(losses, -1)
     if reduction != "none":
-        loss = loss.sum() if reduction == "sum" else loss.sum() / loss.numel()
-    return loss, logsumexp
+        loss = loss.sum() if reduction == "sum" else loss.sum() / (N * D)
+    return loss, torch.stack(logsumexps, 1), in_forward
 
 
 def _hard(

@@ -68,7 +68,7 @@ def label_weights(
     """``w``: column weights ``(V,)``; with class probabilities ``t`` ``(n, V)`` times ``(1 − ε) t + ε/V``; None for ones."""
     if probabilities is None:
         return column_weight
-    w = (1 - label_smoothing) * probabilities + label_smoothing / vocab if label_smoothing else probabilities
+    w = ((1 - label_smoothing) * probabilities).add_(label_smoothing / vocab) if label_smoothing else probabilities
     return w if column_weight is None else w * column_weight
 
 

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fused_losses import class_probabilities, linear_cross_entropy
+from fused_losses import class_probabilities, linear_cross_entropy, products
 from fused_losses.class_probabilities import label_statistics, linear_probabilities
 from fused_losses.head import Head
 from fused_losses.reference.linear_cross_entropy import linear_cross_entropy as specification
@@ -64,25 +65,27 @@ def test_the_statistics_may_be_written_into():
     torch.testing.assert_close(torch.autograd.grad(found.sum_log_probs.sum(), tensors["weight"]), expected)
 
 
-def test_small_gradients_of_float16_do_not_vanish():
+@pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
+def test_small_gradients_of_float16_do_not_vanish(route):
     hidden, weight = torch.randn(64, 32).half() * 1000, torch.randn(C, 32).half() * 1e-3
     target = torch.randn(64, C).softmax(-1)
     found, expected = [], []
     for dtype, to in ((torch.float16, found), (torch.float64, expected)):
         w = weight.to(dtype).requires_grad_()
-        loss = linear_cross_entropy(hidden.to(dtype), w, target.to(dtype), reduction="sum")
+        loss = linear_cross_entropy(hidden.to(dtype), w, target.to(dtype), reduction="sum", route=route)
         to.append(torch.autograd.grad(loss * 2.0**-23, w)[0].double())
     assert (found[0] - expected[0]).norm() < 1e-2 * expected[0].norm()
 
 
-def test_a_filter_leaves_small_columns_out_of_backward():
+@pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
+def test_a_filter_leaves_small_columns_out_of_the_gradients(route):
     tensors = problem(torch.float32)
     spread = torch.linspace(0, 20, C)[:, None]  # columns of small probability, and of a target of 0
     weight, hidden = (tensors["weight"] + spread).detach().requires_grad_(), torch.ones(N, H)
     target = (hidden @ weight.detach().T).softmax(-1).roll(1, 0)
 
     def gradient():
-        return torch.autograd.grad(linear_cross_entropy(hidden, weight, target.roll(1, -1)), weight)[0]
+        return torch.autograd.grad(linear_cross_entropy(hidden, weight, target.roll(1, -1), route=route), weight)[0]
 
     exact = gradient()
     with gradient_filter(1e-3):
@@ -96,6 +99,43 @@ def test_differentiable_twice():
     torch.testing.assert_close(*(torch.autograd.grad(ours(*tensors), tensors, create_graph=x) for x in (True, False)))
     torch.autograd.gradcheck(ours, tensors, fast_mode=True)
     torch.autograd.gradgradcheck(ours, tensors, fast_mode=True)
+
+
+def test_gradients_made_in_forward_are_not_differentiated_again():
+    hidden, weight, target = torch.randn(5, 3), torch.randn(7, 3).requires_grad_(), torch.rand(5, 7).softmax(-1)
+    found = {}
+    for route in (None, "recompute", "gradients_in_forward"):
+        loss = linear_cross_entropy(hidden, weight, target, route=route)
+        if route == "gradients_in_forward":
+            with pytest.raises(RuntimeError, match=r"route\('recompute'\)"):
+                torch.autograd.grad(loss, weight, create_graph=True)
+        else:
+            (d_weight,) = torch.autograd.grad(loss, weight, create_graph=True)
+            found[route] = torch.autograd.grad(d_weight.square().sum(), weight)
+    (d_weight,) = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), weight, create_graph=True)
+    expected = torch.autograd.grad(d_weight.square().sum(), weight)
+    torch.testing.assert_close(found, dict.fromkeys(found, expected))
+
+
+@pytest.mark.parametrize(
+    ("trains", "count"),
+    [({"hidden", "weight"}, 3), ({"weight"}, 2), ({"hidden", "weight", "target"}, 4), (set(), 1)],
+    ids=["both", "weight", "target too", "nothing"],
+)
+def test_a_mean_of_many_tokens_makes_its_gradients_in_forward(trains, count, monkeypatch):
+    """Three products with the head, where recomputing takes four."""
+    inputs = {"hidden": torch.randn(2048, 4), "weight": torch.randn(4096, 4), "target": torch.rand(2048, 4096)}
+    inputs = {name: t.requires_grad_(name in trains) for name, t in inputs.items()}
+    logits, write_logits, add_product = 2048 * 4096, Head.write_logits, products.add_product
+    made = []
+    monkeypatch.setattr(Head, "write_logits", lambda self, out: made.append(out.numel()) or write_logits(self, out))
+    monkeypatch.setattr(
+        products, "add_product", lambda out, x, *a, **k: made.append(x.numel()) or add_product(out, x, *a, **k)
+    )
+    loss = linear_cross_entropy(inputs["hidden"], inputs["weight"], inputs["target"])
+    if trains:
+        loss.backward()
+    assert sum(made) / logits == count
 
 
 def test_opcheck():

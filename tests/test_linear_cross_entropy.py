@@ -1,5 +1,7 @@
 """linear_cross_entropy against whole logits in float64: both routes, both backends, every option."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -205,15 +207,15 @@ def test_pytorchs_own_errors():
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_class_probabilities_in_chunks(reduction, softcap, backend, device):
+@pytest.mark.parametrize(("reduction", "route"), [("none", None), *itertools.product(["mean", "sum"], ROUTES)])
+def test_class_probabilities_in_chunks(reduction, route, softcap, backend, device):
     hidden, weight, bias, _ = problem(device=device)
     target = torch.rand(N, C, device=device).softmax(-1)
     class_weight = torch.rand(C, device=device) + 0.5
     shared = {"reduction": reduction, "label_smoothing": 0.1, "softcap": softcap, "z_loss": 0.1, "scale": 0.7}
 
     def ours(h, w, b):
-        how = {"backend": backend, "workspace": 3 * 2 * C * 4}
+        how = {"backend": backend, "workspace": 3 * 2 * C * 4, "route": route}
         return linear_cross_entropy(h, w, target, linear_bias=b, weight=class_weight, **shared, **how)
 
     def plain(h, w, b):
@@ -838,13 +840,15 @@ def test_autocast_casts_as_pytorch_does():
     assert torch.equal(d_weight, expected[2].float())
 
 
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_token_weights_of_class_probabilities(reduction):
-    hidden, weight = torch.randn(N, 5, requires_grad=True), torch.randn(C, 5, requires_grad=True)
-    target, token_weights = torch.rand(N, C).softmax(-1), torch.rand(N)
-    each = F.cross_entropy(hidden @ weight.T, target, reduction="none") * token_weights
+@pytest.mark.parametrize("dims", [(), (3,)])
+@pytest.mark.parametrize(("reduction", "route"), [("none", None), *itertools.product(["mean", "sum"], ROUTES)])
+def test_token_weights_of_class_probabilities(reduction, route, dims):
+    hidden, weight = torch.randn(N, 5, requires_grad=True), torch.randn(C, *dims, 5, requires_grad=True)
+    target, token_weights = torch.rand(N, C, *dims).softmax(1), torch.rand(N, *dims)
+    each = F.cross_entropy(torch.tensordot(hidden, weight, ([1], [-1])), target, reduction="none") * token_weights
     expected = {"none": each, "sum": each.sum(), "mean": each.mean()}[reduction]
-    found = linear_cross_entropy(hidden, weight, target, token_weights=token_weights, reduction=reduction)
+    how = {"reduction": reduction, "route": route}
+    found = linear_cross_entropy(hidden, weight, target, token_weights=token_weights, **how)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (found, expected)))
 

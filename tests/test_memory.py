@@ -348,15 +348,19 @@ def test_the_entropy_of_probabilities_that_exist_is_summed_in_no_copy_of_them(kl
     assert peak < 2.5 * p.nbytes  # p log p, and log p by hand; a float64 copy is two more
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_class_probabilities_are_within_the_workspace(reduction):
+def test_class_probabilities_are_within_the_workspace(reduction, dtype, label_smoothing):
     """Their weight's gradient is summed over chunks in place."""
-    hidden, weight = torch.randn(1024, 512).requires_grad_(), torch.randn(8192, 512).requires_grad_()
-    p = torch.rand(1024, 8192).softmax(-1)
+    hidden = torch.randn(1024, 512, dtype=dtype).requires_grad_()
+    weight = torch.randn(8192, 512, dtype=dtype).requires_grad_()
+    p, class_weight = torch.rand(1024, 8192).softmax(-1).to(dtype), torch.rand(8192, dtype=dtype)
 
     def call():
         with workspace("16MiB"):
-            loss = F.cross_entropy(LinearLogits(hidden, weight), p, reduction=reduction)
+            z = LinearLogits(hidden, weight)
+            loss = F.cross_entropy(z, p, class_weight, reduction=reduction, label_smoothing=label_smoothing)
         return torch.autograd.grad(loss.sum(), (hidden, weight))
 
     assert peak_bytes(call) <= hidden.nbytes + weight.nbytes + 16.5 * MiB
@@ -487,4 +491,4 @@ def test_plans_of_a_gpu_that_is_not_there():
         "-m", "pytest", "-q", "-p", "memory_plugin", "-p", "no:cacheprovider", "tests/test_memory.py", "-k", names
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
-    assert "41 passed" in done.stdout
+    assert "47 passed" in done.stdout

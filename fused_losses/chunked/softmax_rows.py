@@ -21,6 +21,15 @@ def copies_held(softcap: float | None, probabilities: bool = False) -> int:
     return 1 + (softcap is not None) + probabilities
 
 
+def labels_held(
+    probabilities: Tensor | None, column_weight: Tensor | None, label_smoothing: float, dtype: torch.dtype
+) -> int:
+    """Copies of a chunk of rows that :func:`label_weights` are made in."""
+    if probabilities is None:
+        return 0
+    return (probabilities.dtype != dtype) + (label_smoothing != 0) + (column_weight is not None)
+
+
 def rows_at_once(rows: int, vocab: int, copies: int, device: torch.device) -> int:
     """How many rows a chunk has: all its copies together hold ``CHUNK_ELEMENTS``, or one row each.
 
@@ -108,7 +117,8 @@ def softmax_rows_fwd(
 ) -> RowStatistics:
     B, V, S = logits.shape
     out = empty_statistics(logits, B * S, ids, outputs)
-    copies = copies_held(None, "entropy" in outputs)
+    labels = labels_held(probabilities, column_weight, label_smoothing, statistics_dtype(logits.dtype))
+    copies = copies_held(None, "entropy" in outputs) + labels
     buffer = rows_buffer(logits, copies)
     for rows, chunk, t in row_chunks(logits, probabilities, copies=copies):
         x = upcast_rows(chunk, buffer)
@@ -155,7 +165,10 @@ def row_statistics(
         squares = e * e if buffer is None else e.square_()
         found["log_sum_sq_probs"] = finish(squares.sum(-1).to(wide).log() - 2 * log_total, wide)
     if "sum_log_probs" in outputs:
-        weight_sum = z.new_full((), V) if w is None else w.sum(-1, dtype=wide)
+        if w is None:
+            weight_sum = z.new_full((), V)
+        else:
+            weight_sum = w.sum(-1, dtype=wide) if buffer is None or w.ndim == 1 else wide_sums(w, None)
         found["sum_log_probs"] = finish(weighted - weight_sum * log_total, wide)
         if "weight_sum" in outputs:
             found["weight_sum"] = finish(weight_sum, wide)
@@ -192,7 +205,8 @@ def softmax_rows_bwd(
     # float64 once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(dtype)
     lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
-    copies = copies_held(softcap, b is not None or e is not None)
+    labels = labels_held(probabilities, column_weight, label_smoothing, dtype)
+    copies = copies_held(softcap, b is not None or e is not None) + labels
     buffer = rows_buffer(logits, copies)
     for rows, chunk, t, grad in row_chunks(logits, probabilities, out, copies=copies):
         x = upcast_rows(chunk, buffer)
@@ -232,7 +246,7 @@ def finish_gradient(
     skip: Tensor | None,  # (n,) rows whose gradient is 0
 ) -> None:
     if d is not None:
-        dz += d[:, None] if w is None else d[:, None] * w.to(dz.dtype)
+        dz = dz.add_(d[:, None]) if w is None else dz.addcmul_(d[:, None], w.to(dz.dtype))
     if ids is not None and c is not None:
         inside = (ids >= 0) & (ids < dz.shape[1])
         ids, values = ids.clamp(0, dz.shape[1] - 1), c.masked_fill(~inside, 0)
