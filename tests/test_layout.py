@@ -1,6 +1,7 @@
 """The tree has one obvious place for each thing, and nothing is missing from it."""
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -31,6 +32,19 @@ def test_every_family_has_its_partners(name):
     partners += [f"bench/{name}.py"] if name in PRIMITIVES else []
     missing = [p for p in partners if not (ROOT / p).is_file()]
     assert not missing, f"{name} has no {', '.join(missing)}; see 'Add a loss' in CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults_are_those_of_the_reference(name):
+    """But where a default has a meaning of its own here."""
+    own = {("grpo_loss", "beta"), ("linear_cross_entropy", "ignore_index")}
+    module, reference = (importlib.import_module(f"fused_losses.{prefix}{name}") for prefix in ("", "reference."))
+    for function, plain in inspect.getmembers(reference, inspect.isfunction):
+        if plain.__module__ == reference.__name__ and function in module.__dict__:
+            ours, theirs = (inspect.signature(f).parameters for f in (getattr(module, function), plain))
+            for option in (ours.keys() & theirs.keys()) - {o for f, o in own if f == function}:
+                a, b = (getattr(p.default, "__name__", p.default) for p in (ours[option], theirs[option]))
+                assert a == b, (function, option)
 
 
 def test_every_module_is_a_family_or_infrastructure():
