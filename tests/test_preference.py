@@ -625,6 +625,12 @@ def test_metrics():
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value.detach(), msg=name)
         assert not metrics[name].requires_grad
+    entropies = TokenStatistics(entropy=w.entropy), TokenStatistics(entropy=l.entropy)
+    bare = preference.preference_metrics(
+        chosen[:1], rejected[:1], chosen_statistics=entropies[0], rejected_statistics=entropies[1]
+    )
+    assert bare.keys() == {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "entropy"}
+    torch.testing.assert_close(bare["entropy"], torch.cat([w.entropy.flatten(), l.entropy.flatten()]).mean())
     unpaired = preference.preference_metrics(chosen, rejected[:2])
     assert unpaired.keys() == {"rewards/chosen", "rewards/rejected", "rewards/margins"}
     assert preference.preference_metrics(chosen, rejected[:0]).keys() == {"rewards/chosen"}
@@ -660,6 +666,9 @@ def test_answers_without_tokens_move_nothing_and_are_never_nan():
         assert all(x.isfinite().all() for x in outputs), name
     nothing = {name: torch.zeros_like(mask) for name, mask in MASKS.items()}
     assert preference.dpo_loss(*token_logps(), loss_type="sft", **nothing)[0] == 0
+    nothing["chosen_mask"][0, 0] = 1
+    assert preference.dpo_loss(*token_logps(), loss_type="sft", **nothing)[0] == -token_logps()[0][0, 0]
+    assert preference.dpo_loss(*sums(), loss_type="sft", nll_loss=torch.tensor(0.75))[0] == 0.75
 
 
 @pytest.mark.parametrize("tau", [0.05, 0.7, 1.0])
@@ -700,10 +709,10 @@ def test_large_ratios_stay_finite(case):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_computed_in_fp32(dtype):
-    low = [x.to(dtype) for x in token_logps()]
-    for case, options in LOSS_TYPES.items():
-        options = {k: v for k, v in options.items() if k != "remember"} | MASKS
-        ours, fp32 = preference.dpo_loss(*low, **options), preference.dpo_loss(*(x.float() for x in low), **options)
+    low, low_sums = ([x.to(dtype) for x in logps] for logps in (token_logps(), sums()))
+    for (case, options), (logps, counts) in itertools.product(LOSS_TYPES.items(), ((low, MASKS), (low_sums, LENGTHS))):
+        options = {k: v for k, v in options.items() if k != "remember"} | counts
+        ours, fp32 = preference.dpo_loss(*logps, **options), preference.dpo_loss(*(x.float() for x in logps), **options)
         assert all(torch.equal(a, b) for a, b in zip(ours, fp32, strict=True)), case
         assert all(x.dtype == torch.float32 for x in ours)
     weighted = preference.dpo_loss(*low, **MASKS, weight=PAIR_WEIGHT, **MODIFIERS["aux"], **MODIFIERS["ld"])
@@ -794,6 +803,7 @@ def test_inputs_are_unmutated_and_strides_do_not_matter():
         ({"loss_type": ["sigmoid", "hinge"], "loss_weights": [1.0]}, "one number per loss type"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "no effect on hinge"),
         ({"loss_type": "exo_pair"}, r"\(0, 1\), got 0"),
+        ({"loss_type": "exo_pair", "label_smoothing": 1.0}, r"\(0, 1\), got 1.0"),
         ({"loss_type": "robust", "label_smoothing": 0.5}, r"\[0, 0.5\), got 0.5"),
         ({"loss_type": "ipo_norm"}, "chosen_lengths"),
         ({"loss_type": "sft"}, "chosen_lengths"),
@@ -834,8 +844,9 @@ def test_errors_of_the_others():
         preference.cpo_loss(policy_w, policy_l, beta=0, loss_type="ipo", **LENGTHS)
     with pytest.raises(ValueError, match="chosen_lengths"):
         preference.simpo_loss(policy_w, policy_l)
-    with pytest.raises(ValueError, match="policy_KL_logps"):
-        preference.kto_loss(policy_w, policy_l, None, policy_w, policy_l, None)
+    for policy_kl, reference_kl in ((None, None), (policy_w, None), (None, policy_w)):
+        with pytest.raises(ValueError, match="policy_KL_logps"):
+            preference.kto_loss(policy_w, policy_l, policy_kl, policy_w, policy_l, reference_kl)
     with pytest.raises(ValueError, match="'bco'"):
         preference.kto_loss(policy_w, policy_l, None, policy_w, policy_l, None, loss_type="bco")
 
@@ -891,6 +902,7 @@ def test_a_mask_serves_a_reference_per_token():
             r"policy_rejected_logps and reference_rejected_logps must have one shape, got \(3, 5\) and \(3, 1\)",
         ),
         ({"reference_chosen_logps": SUMS[0]}, r"got \(3,\) and \(\)"),
+        ({"reference_chosen_logps": TOKENS[:2]}, r"\(B, S\) per token, got \(3,\) and \(2, 5\)"),
         ({"weight": COUNTS[:, None]}, r"losses and weight must have one shape, got \(3,\) and \(3, 1\)"),
         ({"weight": COUNTS[:1]}, r"losses and weight must have one shape, got \(3,\) and \(1,\)"),
         ({"aux_loss": SUMS[:, None]}, r"aux_loss must be a scalar, .* \(3, 1\)"),
@@ -906,14 +918,15 @@ def test_nothing_broadcasts(change, message):
 
 
 @pytest.mark.parametrize("name", ["cpo_loss", "simpo_loss", "orpo_loss", "kto_loss", "vanilla_kto_loss", "bco_loss"])
-def test_beta_does_not_broadcast(name):
+def test_scalars_do_not_broadcast(name):
     loss = getattr(preference, name)
     sums = {"cpo_loss": 2, "simpo_loss": 2, "orpo_loss": 2, "kto_loss": 6}.get(name, 4)
     options = {"chosen_lengths": COUNTS, "rejected_lengths": COUNTS} if sums == 2 else {}
     options |= {"nll_loss": torch.tensor(0.0)} if name == "orpo_loss" else {}
     loss(*[SUMS] * sums, beta=torch.tensor([0.1]), **options)
-    with pytest.raises(ValueError, match=r"beta must be a scalar, .* \(3, 1\)"):
-        loss(*[SUMS] * sums, beta=SUMS[:, None], **options)
+    for scalar in ("beta", "nll_loss") if sums == 2 else ("beta",):
+        with pytest.raises(ValueError, match=rf"{scalar} must be a scalar, .* \(3, 1\)"):
+            loss(*[SUMS] * sums, **options | {scalar: SUMS[:, None]})
 
 
 def test_unpaired_answers_come_summed():
@@ -933,6 +946,8 @@ def test_unpaired_answers_come_summed():
     for loss in losses.values():
         with pytest.raises(TypeError, match="reference must be a tensor, got None"):
             loss(SUMS, SUMS, None, SUMS)
+        with pytest.raises(TypeError, match="policy must be a tensor, got tuple: unpack it"):
+            loss((SUMS, SUMS), SUMS, SUMS, SUMS)
 
 
 def test_wpo_weight_does_not_broadcast():
