@@ -140,7 +140,7 @@ def _clip_ratios(t: Tokens, held: Tensor, low: float, high: float) -> dict[str, 
     below_of_each, above_of_each = (t.sequences.mean(upcast(x).expand_as(t.mask)) for x in (below, above))
     # Padded with one number, so that a batch of no sequences has an extreme.
     low_min = F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin()
-    high_max = F.pad(above_of_each.masked_fill(empty, 0), (0, 1)).amax()
+    high_max = F.pad(above_of_each, (0, 1)).amax()  # 0 where empty
     return {
         "clip_ratio/low_mean": t.share(below),
         "clip_ratio/high_mean": t.share(above),
@@ -182,7 +182,7 @@ def _gmpo(t: Tokens, *, eps_low: float, eps_high: float, log_ratio_clamp: Bounds
     weight = t.weight
     if weight is not None and weight.dim() == 2:
         weight = t.sequences.mean((weight + 1e-10).log()).exp()
-    metrics = _clip_ratios(t._replace(one_each=False), rho, -eps_low, eps_high)
+    metrics = _clip_ratios(t, rho, -eps_low, eps_high)
     return Surrogate(-t.A * t.sequences.spread(t.sequences.mean(c, t.kept)).exp(), metrics, weight, averaged=True)
 
 

@@ -38,6 +38,7 @@ def batch(dtype=torch.float64, garbage=float("nan")):
         "token_weight": normal(B, S).exp(),
     }
     tokens["some_zero_advantages"] = tokens["token_advantages"].masked_fill(torch.arange(S) % 3 == 1, 0)
+    tokens["token_weight"][3, 0] = 0  # as a mask's
     data = {name: x.masked_fill(mask == 0, garbage).to(dtype) for name, x in tokens.items()}
     data["mask"] = mask
     data["advantages"] = torch.tensor([1.3, -0.7, 0.9, -1.1, 0.4, -0.2], dtype=dtype)
