@@ -310,7 +310,7 @@ def prm_loss(
     if soft:
         target = target.to(z.dtype)
         target = torch.stack([target, 1 - target], -1)
-    loss = cross_entropy(z, target if soft else target.long())
+    loss = cross_entropy(z, target)
     if not return_acc:
         return loss
     right = z.detach().argmax(-1) == (target.argmax(-1) if soft else target)

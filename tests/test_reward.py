@@ -82,6 +82,8 @@ def test_pairwise_far_apart_stays_finite(loss):
 def test_pairwise_refuses_what_would_broadcast():
     with pytest.raises(ValueError, match=r"\(3, 1\) and \(3,\)"):
         reward.pairwise_reward_loss(torch.zeros(3, 1), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"\(3, 1\) and \(3,\)"):
+        reward.reward_metrics(torch.zeros(3, 1), torch.zeros(3))
     with pytest.raises(ValueError, match=r"margin .*\(3,\), got \(3, 1\)"):
         reward.pairwise_reward_loss(torch.zeros(3), torch.zeros(3), torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"margin .*\(3,\), got \(2,\)"):
@@ -90,7 +92,7 @@ def test_pairwise_refuses_what_would_broadcast():
 
 def test_reward_metrics():
     chosen = torch.tensor([1.0, 2.0, -1.0], requires_grad=True)
-    metrics = reward.reward_metrics(chosen, torch.tensor([0.0, 2.0, 3.0]))
+    metrics = reward.reward_metrics(chosen, torch.tensor([0.0, 2.0, 3.0], requires_grad=True))
     assert not any(m.requires_grad for m in metrics.values())
     assert {k: v.item() for k, v in metrics.items()} == pytest.approx(
         {"accuracy": 1 / 3, "margin": -1.0, "mean_reward": 7 / 6, "min_reward": -1.0, "max_reward": 3.0}
@@ -194,8 +196,9 @@ def test_divergence_hides_what_it_does_not_compare():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_divergence_in_fp32_or_as_deepspeed_without_it(dtype):
     ids = batch(["ragged", "rejected longer", "no pad"])
-    rewards = (torch.randn(6, 8) * 3).to(dtype)
+    rewards = (torch.randn(6, 8) * 3).to(dtype).requires_grad_()
     found = reward.divergence_pairwise_loss(rewards, ids, PAD)
+    assert [name for name, x in found.items() if x.requires_grad] == ["loss"]
     eager = reference.divergence_pairwise_loss(rewards.float(), ids, PAD)
     exact = reference.divergence_pairwise_loss(rewards.double(), ids, PAD)
     assert_accurate(found["loss"], eager["loss"], exact["loss"])
@@ -209,6 +212,10 @@ def test_divergence_in_fp32_or_as_deepspeed_without_it(dtype):
 def test_divergence_refuses():
     with pytest.raises(RuntimeError, match="column 0"):
         reward.divergence_pairwise_loss(torch.zeros(2, 3), torch.tensor([[1, 2, 3], [2, 2, 3]]), PAD)
+    with pytest.raises(RuntimeError, match="column 0"):  # of the second pair
+        reward.divergence_pairwise_loss(torch.zeros(4, 2), torch.tensor([[1, 2], [1, 2], [1, 3], [2, 2]]), PAD)
+    with pytest.raises(ValueError, match=r"\(4,\) and \(4,\)"):
+        reward.divergence_pairwise_loss(torch.zeros(4), torch.zeros(4), PAD)
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(2, 4\)"):
         reward.divergence_pairwise_loss(torch.zeros(2, 3), torch.zeros(2, 4), PAD)
     with pytest.raises(ValueError, match=r"\(3, 3\)"):
@@ -232,6 +239,8 @@ def test_end_scores_depend_on_the_prompt():
         reward.end_scores(values, ids, PAD, 1)
     with pytest.raises(ValueError, match=r"\(1, 6\) and \(1, 5\)"):
         reward.end_scores(values, ids[:, :5], PAD, 2)
+    with pytest.raises(ValueError, match=r"\(6,\) and \(6,\)"):
+        reward.end_scores(values[0], ids[0], PAD, 2)
 
 
 PLACEHOLDER, V = 9, 12
