@@ -10,7 +10,8 @@ from fused_losses.aggregation import aggregate
 
 @pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a != "token_sum"])
 def test_ranks_need_the_global_count(aggregation):
-    with pytest.raises(ValueError, match="count over all ranks"):
+    needed = "batch_num_tokens" if aggregation == "token_mean" else "global_batch_size"
+    with pytest.raises(ValueError, match=f"needs {needed}, the count over all ranks"):
         aggregate(torch.ones(2, 3), None, aggregation, dp_size=2)
 
 
@@ -22,6 +23,7 @@ def test_aggregate(aggregation):
         {},
         {"count_empty": False},
         {"loss_scale_factor": 5.0},
+        {"dp_size": 4 if aggregation == "token_sum" else 1},
         {"batch_num_tokens": 50.0, "global_batch_size": 9.0, "dp_size": 4},
     ):
         expected = reference.aggregate(loss, mask, aggregation, **options)

@@ -261,6 +261,15 @@ def test_clip_gates_act(loss_type):
         assert torch.equal(gradients["log_probs"][shown] == 0, held[shown])
 
 
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_the_policy_and_its_entropy_alone_take_gradient(loss_type):
+    data = {name: x.detach().requires_grad_() if x.is_floating_point() else x for name, x in DATA.items()}
+    options = {k: data.get(x, x) if isinstance(x, str) else x for k, x in options_of(loss_type)["all"].items()}
+    loss, _ = grpo_loss(data["log_probs"], data["old_log_probs"], mask=data["mask"], loss_type=loss_type, **options)
+    loss.backward()
+    assert {name for name, x in data.items() if x.grad is not None} == {"log_probs", "entropy"}
+
+
 def drawn_by_clip_cov(seed, **options):
     """The tokens that train under ppo and not under clip_cov; and the latter's metrics."""
     options = {"advantages": "token_advantages"} | options
@@ -312,6 +321,11 @@ def test_clip_cov_bounds_are_not_candidates():
         bounds = {"clip_cov_ratio": 1.0, "clip_cov_lb": low, "clip_cov_ub": high}
         _, metrics = grpo_loss(log_probs, log_probs, advantages, loss_type="clip_cov", **bounds)
         assert metrics["clip_ratio/cov_mean"] == drawn
+
+
+def test_clip_ratios_of_one_sequence():
+    _, metrics = grpo_loss(torch.full((1, 2), -1.0), torch.zeros(1, 2), -torch.ones(1), loss_type="rloo")
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/low_min"] == 1
 
 
 @pytest.mark.parametrize("count_empty", [True, False])

@@ -211,6 +211,7 @@ def test_sequence_log_probs_options_change_the_number():
     assert sequences.sequence_log_probs(logps, mask).tolist() == [-3.0]
     assert sequences.sequence_log_probs(logps, mask, average=True).tolist() == [-1.5]
     assert sequences.sequence_log_probs(logps, average=True, **first_two).tolist() == [-1.5]
+    assert sequences.sequence_log_probs(logps[0], position_ids=torch.tensor([0, 1, 0])).tolist() == [-3.0, -7.5]
 
 
 @pytest.mark.parametrize("layout", [{}, {"cu_seqlens": torch.tensor([0, 3, 6])}])
@@ -251,6 +252,7 @@ def test_shift_labels_never_crosses_a_document(lengths):
 def test_shift_labels_of_rows():
     labels = torch.randint(0, 50, (3, 7))
     assert torch.equal(sequences.shift_labels(labels, -1), reference.shift_labels(labels, -1))
+    assert torch.equal(sequences.shift_labels(labels, -1, zigzag=True), reference.shift_labels(labels, -1))  # of one rank
     rows = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 0, 1, 2, 0]])
     expected = torch.cat(
         [reference.shift_labels(labels[b : b + 1], -1, reference.borders_of(rows[b].tolist())) for b in range(3)]
@@ -308,6 +310,8 @@ def test_pairs_packed_or_padded_give_the_same_sequences():
 def test_pairs_that_do_not_match():
     with pytest.raises(ValueError, match=r"\(2, 3\) and \(3, 3\)"):
         sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(3, 3))
+    with pytest.raises(ValueError, match=r"\(2, 3\) and \(2,\)"):
+        sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"\(3, 2\)"):
         sequences.split_pairs(torch.zeros(3, 2))
     with pytest.raises(ValueError, match="'right' or 'left', got 'rigth'"):
