@@ -215,7 +215,7 @@ def _vespo(t: Tokens, *, vespo_pos: tuple[float, float], vespo_neg: tuple[float,
     s = t.sequences.spread(s.clamp(floor, 20))
     k, lam = (torch.full_like(t.A, n).masked_fill(t.A >= 0, p) for p, n in zip(vespo_pos, vespo_neg, strict=True))
     lam = lam.clamp(min=1e-4)
-    phi = (lam + k * s - lam * s.exp()).exp().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    phi = (lam + k * s - lam * s.exp()).exp().nan_to_num(nan=0.0, posinf=0.0)
     return Surrogate(-phi * t.A * t.log_probs, {}, weight=torch.ones_like(t.A))
 
 
@@ -261,7 +261,7 @@ def _kl_cov(t: Tokens, *, kl_cov_ratio: float, kl_cov_coef: float, **_: Any) -> 
     check_between(0, inf, kl_cov_coef=kl_cov_coef)
     order = _covariance(t).masked_fill(~t.mask, -inf).flatten().argsort(descending=True, stable=True)
     highest = torch.arange(len(order), device=order.device) < _count_of_share(t.mask, kl_cov_ratio)
-    highest = torch.zeros_like(highest).scatter(0, order, highest).view_as(t.mask) & t.mask
+    highest = torch.zeros_like(highest).scatter(0, order, highest).view_as(t.mask)
     return Surrogate(-t.r * t.A + (kl_cov_coef * t.log_ratio.abs()).where(highest, 0), {})
 
 

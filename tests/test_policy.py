@@ -41,7 +41,7 @@ MODIFIERS = {
     "kl_token_sum": {"beta": 0.3, "ref_log_probs": "ref_log_probs", "kl_aggregation": "token_sum"},
     "kl_k2": {"beta": 0.3, "ref_log_probs": "ref_log_probs", "kl_estimator": {"kind": "k2", "clamp": 0.2}},
     "bonus": {"entropy": "entropy", "entropy_coef": 0.2},
-    "bonus_sum": {"entropy": "entropy", "entropy_coef": 0.2, "entropy_aggregation": "seq_mean_token_sum"},
+    "bonus_sum": {"entropy": "entropy", "entropy_coef": 1.0, "entropy_aggregation": "seq_mean_token_sum"},
     "bonus_mask": {"entropy": "entropy", "entropy_coef": 0.2, "top_entropy_quantile": 0.4},
     "bonus_mask_sum": {
         "entropy": "entropy",
@@ -689,11 +689,11 @@ def test_errors_say_what_to_do():
     ("loss_type", "option", "number"),
     [(t, name, -0.1) for t in ("ppo", "gmpo", "cispo", "dppo_tv", "clip_cov") for name in ("eps_low", "eps_high")]
     + [(t, "delta", -0.1) for t in ("ppo", "dppo_kl")]
-    + [(t, f"{t}_ratio", x) for t in ("kl_cov", "clip_cov") for x in (-0.1, 20)]
+    + [(t, f"{t}_ratio", x) for t in ("kl_cov", "clip_cov") for x in (-0.1, 1.5)]
     + [("cispo", "cispo_max", -1.0), ("kl_cov", "kl_cov_coef", -1.0), ("dro", "dro_beta", -1.0)]
     + [("sapo", f"sapo_temperature_{side}", x) for side in ("pos", "neg") for x in (0, -1.0)]
     + [("ppo", "dual_clip", 1.0), ("clip_cov", "clip_cov_lb", 6.0)]
-    + [("ppo", "top_entropy_quantile", x) for x in (20, -1, NAN)],
+    + [("ppo", "top_entropy_quantile", x) for x in (1.5, -1, NAN)],
 )
 def test_numbers_without_meaning(loss_type, option, number):
     x = torch.zeros(2, 4)
@@ -709,6 +709,34 @@ def test_bounds_are_numbers_with_meaning():
     assert entropy_mask(x, 0).sum() == 1
     assert entropy_mask(x, 1).all()
     assert grpo_loss(x, x, a, loss_type="kl_cov", kl_cov_ratio=1, kl_cov_coef=0)[0].isfinite()
+    assert policy._count_of_share(torch.ones(100), 0.29) == 28  # int(100 * 0.29), in float64
+
+
+@pytest.mark.parametrize("loss_type", ["ppo", "gspo-token", "gmpo", "cispo", "dppo_tv", "dppo_kl"])
+def test_on_policy_a_clip_of_0_holds_nothing(loss_type):
+    log_probs, advantages = -torch.rand(2, 4), torch.tensor([1.0, -1.0])
+    results = []
+    for options in ({"loss_type": loss_type, "eps_low": 0, "eps_high": 0, "cispo_max": None}, {"loss_type": "gpg"}):
+        log_probs.requires_grad_().grad = None
+        loss, metrics = grpo_loss(log_probs, None, advantages, **options, aggregation="token_mean")
+        loss.backward()
+        results.append(log_probs.grad)
+        assert metrics.get("clip_ratio/region_mean", 0) == 0
+    torch.testing.assert_close(*results)
+
+
+def test_dppo_kl_of_a_token_that_is_certain():
+    """Its rounded log-probability is 0, or above; it has risen, and its advantage is negative: the gate trusts it."""
+    log_probs, old = torch.tensor([[0.0, 1e-7]], requires_grad=True), torch.full((1, 2), 0.9).log()
+    loss, metrics = grpo_loss(log_probs, old, -torch.ones(1), loss_type="dppo_kl")
+    (gradient,) = torch.autograd.grad(loss, log_probs)
+    torch.testing.assert_close(gradient, torch.full((1, 2), 0.5 / 0.9))
+    assert metrics["clip_ratio/region_mean"] == 0
+
+
+def test_no_advantage_is_held_by_no_dual_clip():
+    x = torch.zeros(1, 2)
+    assert grpo_loss(x + 1, x, torch.zeros(1), loss_type="ppo", dual_clip=1.1)[1]["clip_ratio/dual_mean"] == 0
 
 
 @pytest.mark.parametrize(
@@ -773,10 +801,22 @@ def test_arguments_are_named(options, message):
 
 
 def test_vespo_bounds_a_sequence_that_moved_far():
-    log_probs, old = torch.full((1, 10), -0.1), torch.full((1, 10), -3.0)
+    log_probs = torch.full((1, 10), -0.1)
     for A, side in ((1.0, "vespo_pos"), (-1.0, "vespo_neg")):
-        loss, _ = grpo_loss(log_probs, old, torch.tensor([A]), loss_type="vespo", **{side: (2.0, 0.0)})
-        assert loss == 0
+        for old, k in ((-3.0, 2.0), (-0.6, 200.0)):  # where λe^s is large, and where e^{ks} overflows
+            options = {"loss_type": "vespo", side: (k, 0.0)}
+            loss, _ = grpo_loss(log_probs, torch.full((1, 10), old), torch.tensor([A]), **options)
+            assert loss == 0
+    tokens = (
+        torch.tensor([[-31.0, -1.0]]),
+        torch.tensor([[-1.0, -16.0]]),
+        torch.tensor([1.0]),
+    )  # −30, of which −20, and 15
+    torch.testing.assert_close(
+        grpo_loss(*tokens, loss_type="vespo")[0],
+        reference.grpo_loss(*tokens, loss_type="vespo")[0],
+        rtol=1e-5, atol=0, check_dtype=False,
+    )  # fmt: skip
 
 
 def test_vespo_takes_no_step_on_a_weight_that_is_not_a_number():
@@ -802,6 +842,12 @@ VALUES = {
     "sequences": {"clip_eps": 0.3, "aggregation": "seq_mean_token_mean"},
     "sequences_left_out": {"clip_eps": 0.3, "aggregation": "seq_mean_token_mean", "count_empty": False},
     "global": {"clip_eps": 0.3, "batch_num_tokens": 50.0, "dp_size": 3},
+    "global_sequences": {
+        "clip_eps": 0.3,
+        "aggregation": "seq_mean_token_mean",
+        "global_batch_size": 20.0,
+        "dp_size": 3,
+    },
 }
 
 
@@ -821,6 +867,12 @@ def test_value_loss(name):
     assert half[0].dtype == torch.float32
     compiled = torch.compile(value_loss, fullgraph=True, backend="eager")
     assert_same(value_case(compiled, **VALUES[name]), ours)
+
+
+def test_the_values_alone_take_gradient():
+    values, old, returns = (torch.randn(2, 4, requires_grad=True) for _ in range(3))
+    value_loss(values, old, returns, clip_eps=0.3)[0].backward()
+    assert [x.grad is None for x in (values, old, returns)] == [False, True, True]
 
 
 def test_value_losses_differ():
@@ -877,7 +929,13 @@ def test_a2po_loss():
         assert_same(results[name], a2po_case(reference.a2po_loss, **options))
         compiled = torch.compile(a2po_loss, fullgraph=True, backend="eager")
         assert_same(a2po_case(compiled, **options), results[name])
-        assert a2po_case(a2po_loss, batch(torch.bfloat16), **options)[0].dtype == torch.float32
+        half, metrics, _ = a2po_case(a2po_loss, batch(torch.bfloat16), **options)
+        assert {x.dtype for x in (half, *metrics.values())} == {torch.float32}
+    log_probs, ref, advantages = (torch.randn(shape, requires_grad=True) for shape in ((2, 4), (2, 4), (2,)))
+    loss, metrics = a2po_loss(log_probs, ref, advantages)
+    loss.backward()
+    assert [x.grad is None for x in (log_probs, ref, advantages)] == [False, True, True]
+    assert not any(metric.requires_grad for metric in metrics.values())
     assert coinciding(results) == []
     packed, borders, kept = pack(DATA)
     in_one_row = a2po_case(

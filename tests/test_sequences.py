@@ -252,7 +252,9 @@ def test_shift_labels_never_crosses_a_document(lengths):
 def test_shift_labels_of_rows():
     labels = torch.randint(0, 50, (3, 7))
     assert torch.equal(sequences.shift_labels(labels, -1), reference.shift_labels(labels, -1))
-    assert torch.equal(sequences.shift_labels(labels, -1, zigzag=True), reference.shift_labels(labels, -1))  # of one rank
+    assert torch.equal(
+        sequences.shift_labels(labels, -1, zigzag=True), reference.shift_labels(labels, -1)
+    )  # of one rank
     rows = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 0, 1, 2, 0]])
     expected = torch.cat(
         [reference.shift_labels(labels[b : b + 1], -1, reference.borders_of(rows[b].tolist())) for b in range(3)]
