@@ -491,11 +491,12 @@ def test_statistics_of_a_preference_loss_are_those_of_all_ranks(found, ranks, na
 
 
 def test_what_split_sequences_cannot_have():
-    with pytest.raises(ValueError, match="average='sequence'"):
-        sft.sft_loss(
-            torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), average="sequence", context_group=object(),
-            cu_seqlens=torch.tensor([0, 4]),
-        )  # fmt: skip
+    for packing in ({"cu_seqlens": torch.tensor([0, 4])}, {"position_ids": torch.arange(4)[None]}):
+        with pytest.raises(ValueError, match="average='sequence'"):
+            sft.sft_loss(
+                torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), average="sequence", context_group=object(),
+                **packing,
+            )  # fmt: skip
     with pytest.raises(ValueError, match=r"holds a token of every row, got labels \(2, 0\)"):
         sequences.shift_labels(torch.zeros(2, 0, dtype=torch.long), context_group=object())
 

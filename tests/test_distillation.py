@@ -452,6 +452,28 @@ def test_sparse_minus_infinity(device):
             assert torch.autograd.grad(found.loss.sum(), student)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
+def test_sparse_is_not_negative_where_it_is_rounding(tail, kind, device):
+    teacher = torch.randn(200, 50, device=device)
+    student = teacher + 1e-4 * torch.randn_like(teacher)
+    ids, log_t = teacher_topk(teacher, 8)
+    found = sparse_distillation_loss(student, ids, log_t.double(), kind=kind, tail=tail, reduction="none")
+    assert (found.loss >= 0).all()
+    assert (found.loss > 0).any()
+    assert found.loss.dtype == torch.float32
+
+
+def test_weights_of_0_leave_their_term_out(device):
+    student, teacher = torch.randn(2, 4, 9, device=device), torch.randn(2, 4, 9, device=device)
+    student[..., 7] = -math.inf  # of which the divergence is infinite
+    labels = torch.randint(0, 7, (2, 4), device=device)
+    hard = distillation_loss(student, teacher, labels, hard_weight=1.0, soft_weight=0.0, kind="forward_kl")
+    torch.testing.assert_close(hard, F.cross_entropy(student.flatten(0, 1), labels.flatten()))
+    soft = distillation_loss(student, teacher, labels, hard_weight=0.0, soft_weight=2.0, kind="tvd", reduction="none")
+    torch.testing.assert_close(soft, (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1))
+
+
 def test_sparse_without_tokens(backend, device):
     leaves, labels, lazy, _ = heads(device)
     student, teacher = lazy(leaves)

@@ -262,6 +262,19 @@ def test_policy_losses_differ():
     assert len(set(results.values())) == len(results)
 
 
+def test_a_threshold_from_0_on_is_for_a_gate_that_acts():
+    modules.PolicyLoss(is_correction_gating="tv")
+    modules.PolicyLoss(is_correction_level="token", is_correction_gating="tv", is_correction_threshold=(None, 0.1))
+
+
+@pytest.mark.parametrize(("loss_type", "exponent"), [("ppo", 20.0), ("gspo", 30.0)])
+def test_ppo_bounds_its_exponents(loss_type, exponent):
+    x, module = torch.zeros(1, 2, dtype=torch.float64), modules.PolicyLoss(policy_loss_type=loss_type)
+    for sign in (1, -1):
+        loss = module(x, x - sign * 30, x - sign)[0]
+        torch.testing.assert_close((sign * loss).log().item(), sign * exponent)
+
+
 def test_gspo_is_corrected_in_its_ratio():
     log_probs, old, advantages, mask, rollout = policy_batch()
     corrected = modules.PolicyLoss(policy_loss_type="gspo", is_correction_level="token")
@@ -304,6 +317,7 @@ def test_policy_and_value_loss_take_global_counts():
         modules.PolicyLoss(),
         modules.PolicyLoss(token_level_loss=False),
         modules.ValueLoss(0.2),
+        modules.ValueLoss(0.2, token_level_loss=False),
         modules.SFTLoss(),
         modules.SFTLoss(False),
     ):
@@ -321,6 +335,7 @@ def test_policy_and_value_loss_take_global_counts():
     [
         ({"policy_loss_type": "grpo"}, "policy_loss_type"),
         ({"is_correction_level": "word"}, "is_correction_level"),
+        ({"is_correction_mode": "tis"}, "'tis'"),
         ({"enable_vllm_is_correction": True, "vllm_is_correction_type": "x"}, "vllm_is_correction_type"),
         ({"is_correction_gating": "kl"}, "'kl'"),
         ({"is_correction_level": "token", "is_correction_gating": "binary_kl"}, r"\(0, high\), got \(0.5, 5.0\)"),

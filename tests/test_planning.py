@@ -208,6 +208,9 @@ def test_unknown_choices_raise():
     for setting in (settings.drop_ignored, settings.strict):
         with pytest.raises(TypeError, match=f"{setting.__name__} is True or False, got 'no'"):
             setting("no")
+    for share in ("2**-12", True, -0.1, 1):
+        with pytest.raises(ValueError, match=f"a share of the largest gradient.* got {re.escape(repr(share))}"):
+            settings.gradient_filter(share)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 3), (5, 1, 3), (1, 1, 1), (7, 3, 1)])
@@ -224,7 +227,7 @@ def test_the_table_names_every_part_and_the_reason():
         assert word in text
 
 
-@pytest.mark.parametrize("workspace", ["1.5.2MiB", "MiB", ".MiB", "-5MiB", "5", "", -5, 1.5, True])
+@pytest.mark.parametrize("workspace", ["1.5.2MiB", "MiB", ".MiB", "-5MiB", "5", "5 pages", "", -5, 1.5, True])
 def test_a_wrong_workspace_is_named(workspace):
     with pytest.raises(ValueError, match=f"256MiB.*{re.escape(repr(workspace))}"):
         plan(*LLAMA, workspace=workspace)
@@ -232,3 +235,12 @@ def test_a_wrong_workspace_is_named(workspace):
 
 def test_workspaces():
     assert [settings.workspace.parse(w) for w in (0, "0B", "1.5GiB", " 2 KB ")] == [0, 0, 3 * 2**29, 2000]
+    units = {"B": 1, "KiB": 2**10, "MiB": 2**20, "MB": 10**6, "GB": 10**9}
+    assert [settings.workspace.parse(f"1{w}") for w in units] == list(units.values())
+
+
+def test_a_backend_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setattr(settings, "TRITON_INSTALLED", False)
+    assert settings.resolve_backend(torch.zeros(1)) == "torch"
+    with pytest.raises(RuntimeError, match="needs the package triton, which is not installed"):
+        settings.resolve_backend(torch.zeros(1), "triton")

@@ -238,6 +238,10 @@ def test_refuses_what_is_neither_ignored_nor_an_id(kind, options):
 def test_refuses():
     with pytest.raises(ValueError, match="'tokens'"):
         sft.sft_loss(torch.zeros(2, 4, V), torch.zeros(2, 4, dtype=torch.long), average="tokens")
+    with pytest.raises(ValueError, match="'dtf'"):
+        sft.sft_loss(torch.zeros(2, 4, V), torch.zeros(2, 4, dtype=torch.long), loss_type="dtf")
+    with pytest.raises(ValueError, match=r"\(2, 2, 4, 11\) and \(2, 2, 4\)"):
+        sft.sft_loss(torch.zeros(2, 2, 4, V), torch.zeros(2, 2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"\(2, 5, 11\) and \(2, 4\)"):
         sft.sft_loss(torch.zeros(2, 5, V), torch.zeros(2, 4, dtype=torch.long))
     both = {"cu_seqlens": torch.tensor([0, 4]), "position_ids": torch.arange(4)[None]}
