@@ -144,6 +144,12 @@ def _(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
     return torch.empty_like(integer_ids(target))
 
 
+@target_ids.register_vmap
+def _(info: Any, in_dims: Any, target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, int]:
+    # Each id for itself; without this PyTorch loops over the samples, and warns at every call.
+    return target_ids(target, vocab, ignore_index), in_dims[0]
+
+
 @torch.library.custom_op("fused_losses::softmax_rows", mutates_args=())
 def softmax_rows(
     logits: Tensor,  # (B, V, S), any strides

@@ -27,7 +27,11 @@ def test_transforms_of_a_head():
         return F.cross_entropy(x[None] @ weight.T, y[None])
 
     weight = head.weight.detach()
-    of_each = (torch.vmap(torch.func.grad(fn), (None, 0, 0))(weight, x, ids) for fn in (loss, eager))
+    torch._C._functorch._set_vmap_fallback_enabled(False)  # which loops over the samples, and warns at every call
+    try:
+        of_each = [torch.vmap(torch.func.grad(fn), (None, 0, 0))(weight, x, ids) for fn in (loss, eager)]
+    finally:
+        torch._C._functorch._set_vmap_fallback_enabled(True)
     torch.testing.assert_close(*of_each)
 
 
