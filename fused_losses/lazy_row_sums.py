@@ -263,11 +263,12 @@ def row_sums(x: Derived) -> Any:
         room = heads[0].plan(per_token=True, backend=backend).budget // 2
         at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
         if 0 < N <= at_once:  # with room for all, whose logits other sums may want too
-            return wide_sum(x.materialize(), x.vocab_dim)
-        slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
-        sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-            found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
-        for z in logits:
+            found = wide_sum(x.materialize(), x.vocab_dim)
+        else:
+            slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
+            sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
+                found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
+        for z in logits:  # a frozen teacher's weight too, which a rank with other tokens may read
             found = z.gather_in_backward(found)
     return found.view(x.token_shape)

@@ -116,7 +116,8 @@ class _Rest:
     dtype: torch.dtype
     frozen: bool  # hidden got a grad_fn for DDP's sake only
     detached: bool
-    shards: dict[str, Tensor]  # of weight, bias and low_rank, where FSDP2 changes only those
+    shards: dict[str, Tensor]  # of weight, bias and low_rank, where an optimizer changes only those, or DTensors
+    gathers: bool  # the weight for a use, where it is sharded: as often on all ranks, whatever their tokens
     made: Snapshot  # of all that
     views: list[int]  # shared by views of one another: how often one was changed in place
     seen: int  # … when this was made
@@ -231,6 +232,7 @@ class LinearLogits(LazyTensor):
             check_tensors(hidden, weight, bias)
             u, B = low_rank or (None, None)
             check_whereabouts(weight, module)
+            held = {"weight": weight, "bias": bias, "B": B}
             if is_dtensor(hidden) or is_dtensor(weight):
                 from .tensor_parallel import local_head
 
@@ -251,6 +253,10 @@ class LinearLogits(LazyTensor):
                 refuse_reentrant_checkpoint()
                 hidden, u = hidden.detach(), None if u is None else u.detach()
             frozen = not hidden.requires_grad and not plain
+            held = {name: t for name, t in held.items() if t is not None and t.dtype == hidden.dtype}  # not cast
+            sharded = shards(module, **held)
+            compiling = torch.compiler.is_compiling()
+            dtensors = {f"DTensor {name}": t for name, t in held.items() if is_dtensor(t) and not compiling}
             rest = _Rest(
                 weight=weight,
                 bias=bias,
@@ -266,7 +272,8 @@ class LinearLogits(LazyTensor):
                 dtype=hidden.dtype,
                 frozen=frozen,
                 detached=detached,
-                shards=shards(module, weight=weight, bias=bias, B=B),
+                shards=sharded | dtensors,
+                gathers=len(sharded) > 0 or hasattr(weight, "ds_id"),
                 views=[0],
                 seen=0,
             )
@@ -389,6 +396,7 @@ class LinearLogits(LazyTensor):
             detached=True,
             frozen=False,
             shards={},
+            gathers=False,
             views=[0],
             seen=0,
         )
@@ -660,16 +668,17 @@ class LinearLogits(LazyTensor):
             return self._nothing(self.wide)
         flat = target_ids(ids, self.rest.vocab, ignore_index).reshape(-1, ids.shape[-1])
         kept = (None, False) if ignore_index == NO_ID else kept_tokens(flat, None)
-        return self._measure(flat, "log_probs", kept)["log_probs"].view(ids.shape)
+        learns = kept == (None, False) and (ignore_index == NO_ID or not self.rest.gathers)
+        return self._measure(flat, "log_probs", kept, learns)["log_probs"].view(ids.shape)
 
     def values_at(self, ids: Tensor) -> Tensor:
         return self.log_probs_at(ids) + self.statistic("logsumexp").unsqueeze(-1)
 
-    def _measure(self, ids: Tensor | None, name: str, kept: Any = (None, False)) -> dict[str, Any]:
+    def _measure(self, ids: Tensor | None, name: str, kept: Any = (None, False), learns: bool = True) -> dict[str, Any]:
         """The statistic, with what losses read beside it: numbers of one pass share its backward. ``ids (N, K)``."""
         names = {name, "logsumexp", "entropy"}
         found = linear_logits_statistics(self, ids, outputs=sorted(names), kept=kept)._asdict()
-        if kept == (None, False):  # else the others are known of some rows alone
+        if learns:  # not where the others are known of some rows alone, or would be on a rank that ignores no token
             self.known.learn({other: found[other] for other in names - {"log_probs"}}, self)
         return found
 

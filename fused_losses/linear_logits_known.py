@@ -88,6 +88,7 @@ def _filter(logits: LinearLogits) -> float | None:
 def _one_memory(a: LinearLogits, b: LinearLogits) -> bool:
     """Whether the hidden states of ``b``, a view of ``a`` or a copy, lie among those of ``a``, and all else is one for all."""
     plain = not isinstance(a.temperature, Tensor) and a.rest.low_rank is None
+    plain = plain and not a.rest.gathers  # as one row makes a view of what is a copy of two
     if not plain or traced(a.hidden) or transforms_active():
         return False
     return a.hidden.untyped_storage().data_ptr() == b.hidden.untyped_storage().data_ptr()

@@ -321,6 +321,35 @@ def teachers(ids):
     return found
 
 
+def by_rows(ids):
+    """Gathers in backward of two heads for a loss of their entries, which are made at once, in parts, or of no token."""
+    found = []
+    for tokens, room in ((ids, None), (ids, 3000), (ids[:0], None)):
+        student, teacher = shard_head(prepare("")), shard_head(Model().requires_grad_(False))
+        with torch.no_grad():
+            of_teacher = teacher(tokens)
+        with settings.workspace(room):
+            value = F.mse_loss(student(tokens), of_teacher, reduction="sum")
+        with gathers() as count:
+            value.backward()
+        found.append(count[0])
+    return found
+
+
+def of_views(ids):
+    """Gathers of a head for numbers of the same tokens: of views that are copies of several rows, and of labels."""
+    found = []
+    for part, ignored in ((ids, 0), (ids, 1), (ids[:1], 0), (ids[:0], 0)):
+        logits = shard_head(prepare(""))(part)[:, :-1]
+        rows, labels = logits.flatten(0, 1), part[:, 1:].flatten()
+        labels = torch.where(torch.arange(len(labels), device=labels.device) < ignored, -100, labels)
+        with gathers() as count:
+            value = F.cross_entropy(rows, labels, reduction="none").sum()
+            (value + rows.logsumexp(-1).sum() + logits.logsumexp(-1).sum()).backward()
+        found.append(count[0])
+    return found
+
+
 def apart(ids):
     """Gradients of two losses of two forwards, one backward after the other: after the first, FSDP2 shards the root again."""
     found = {}
@@ -420,6 +449,8 @@ def work(device):
     found["copies"] = copies(mine[0])
     found["not gathered"] = not_gathered(mine[0])
     found["teachers"] = teachers(batches(0)[0].to(device))
+    found["by rows"] = by_rows(mine[0])
+    found["of views"] = of_views(mine[0])
     found["apart"] = apart(mine[0])
     found["after a step"] = after_a_step(mine[0])
     found["message"] = message(mine[0])
@@ -489,6 +520,16 @@ def test_the_head_of_a_teacher_is_sharded_again(trained, loss):
         left, grad, expected = found["teachers"][loss]
         assert left == 0
         torch.testing.assert_close(grad, expected)
+
+
+def test_gathers_as_often_of_few_tokens_as_of_many(trained):
+    for found in trained:
+        assert found["by rows"] == [2, 2, 2]
+
+
+def test_gathers_as_often_whatever_rows_and_labels(trained):
+    for found in trained:
+        assert found["of views"] == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("root", ["kept", "resharded"])

@@ -1,6 +1,7 @@
 """Heads and logits that are DTensors, and a transformer trained on a 2 × 2 mesh, step for step as one process does."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -228,6 +229,28 @@ def refusals(device):
 @needs_ranks
 def test_what_cannot_be_is_refused():
     assert run(refusals, 2) == [True, True]
+
+
+def read_after_a_step(device):
+    """Logits of a head of DTensors, also where FSDP2 shards those again, once an optimizer has changed them."""
+    mesh = init_device_mesh(device.type, (2, 1), mesh_dim_names=("dp", "tp"))
+    for sharded, fused in itertools.product((False, True), repeat=2):
+        head = parallelize_module(LinearHead(H, V, device=device), mesh["tp"], VocabParallelHead())
+        if sharded:
+            fully_shard(head, mesh=mesh["dp"])
+        optimizer = torch.optim.AdamW(head.parameters(), fused=fused)
+        logits = head(torch.randn(3, H, device=device))
+        logits.logsumexp(-1).sum().backward()
+        logits.argmax(-1)  # nothing has changed yet
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="weight was modified in place"):
+            logits.argmax(-1)
+    return True
+
+
+@needs_ranks
+def test_logits_of_before_a_step_are_not_those_of_after():
+    assert run(read_after_a_step, 2) == [True, True]
 
 
 # A transformer, tensor parallel and data parallel
