@@ -453,8 +453,8 @@ def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     if in_plain_pytorch(g):
         raise RuntimeError(
-            "gradients made in forward cannot be differentiated again: compute the loss under "
-            "fused_losses.route('recompute') instead, in float64 or of few tokens; got gradients of "
+            "gradients made in forward cannot be differentiated again: compute the loss of token_statistics, or under "
+            "fused_losses.route('recompute'), in float64 or of few tokens; got gradients of "
             f"{[tuple(t.shape) for t in ctx.saved_tensors]}"
         )
     gradients = scale_gradients(ctx.saved_tensors, ctx.dtypes, g)
