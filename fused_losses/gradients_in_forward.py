@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,15 +88,22 @@ def by_coefficients(
     return over_logits
 
 
+class Factors(NamedTuple):
+    """What :func:`linear_loss` multiplies each token's numbers by."""
+
+    of_log_probs: Tensor  # (N,)
+    of_sum_log_probs: Tensor | None  # (N,)
+    of_square: Tensor | None  # (N,)
+
+
 def in_one_pass(
-    of: tuple[Tensor, Tensor | None, Tensor | None],  # (N,), see linear_loss
+    of: Factors,
     outputs: Sequence[str],
     column_weight: Tensor | None,  # (V,)
     backend: str,
     found: RowStatistics,  # of all tokens, written
 ) -> OverLogits:
-    """For :func:`linear_loss`, whose ``of_log_probs``, ``of_sum_log_probs`` and ``of_square`` are ``of``: a row of logits is
-    read and written in one go."""
+    """For :func:`linear_loss`: a row of logits is read and written in one go."""
 
     def over_logits(
         logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
@@ -241,9 +248,10 @@ def times_factor(terms: Coefficients, chunk: Head, factor: Tensor | None) -> tup
 
 def loss_of_head(
     head: Head,
+    of: Factors,
+    *,
     ids: Tensor,
     column_weight: Tensor | None,
-    of: tuple[Tensor, Tensor | None, Tensor | None],
     keep: Tensor | None,
     zero_ignored: bool,
     top1: bool,
@@ -300,23 +308,24 @@ def linear_loss(
     bias: Tensor | None,  # (V,)
     u: Tensor | None,  # (N, R)
     B: Tensor | None,  # (V, R)
+    temperature: Tensor | None,  # (N,)
     ids: Tensor,  # (N, 1)
     column_weight: Tensor | None,  # (V,)
-    temperature: Tensor | None,  # (N,)
     of_log_probs: Tensor,  # (N,)
     of_sum_log_probs: Tensor | None,  # (N,)
     of_square: Tensor | None,  # (N,)
     keep: Tensor | None,  # (M,)
-    zero_ignored: bool,
+    *,
     scale: float,
     softcap: float | None,
+    shard: str,  # a VocabShard; ids are those of the whole vocabulary
+    gradient_filter: float,
+    zero_ignored: bool,
     top1: bool,
     wanted: list[bool],
     workspace: int,
     accumulate: str | None,
     backend: str,
-    shard: str,  # a VocabShard; ids are those of the whole vocabulary
-    gradient_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``Σ_n of_log_probs·logp + of_sum_log_probs·Σ_j w_j logp_j + of_square·logsumexp²``, and its gradients.
 
@@ -326,8 +335,8 @@ def linear_loss(
     """
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
     loss, found, gradients = loss_of_head(
-        head, ids, column_weight, (of_log_probs, of_sum_log_probs, of_square), keep, zero_ignored, top1, wanted, workspace,
-        accumulate, backend,
+        head, Factors(of_log_probs, of_sum_log_probs, of_square), ids=ids, column_weight=column_weight, keep=keep,
+        zero_ignored=zero_ignored, top1=top1, wanted=wanted, workspace=workspace, accumulate=accumulate, backend=backend,
     )  # fmt: skip
     results = (found.log_probs, found.logsumexp, found.is_top1, *gradients)
     return loss, *(present(t, loss) for t in results)  # type: ignore[return-value]
@@ -335,14 +344,12 @@ def linear_loss(
 
 @linear_loss.register_fake
 def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    _ids, _column_weight, _temperature, of_log_probs, _of_sum_log_probs, _of_square, keep, *_ = rest
-    *_, zero_ignored, _scale, _softcap, top1, wanted, workspace, accumulate, backend, shard, gradient_filter = rest
-    N = hidden.shape[0]
-    head = Head(hidden, weight, bias, u, B, shard=VocabShard.unpacked(shard), gradient_filter=gradient_filter)
-    how = {"workspace": workspace, "accumulate": accumulate, "backend": backend}
-    planned = head.plan(keep, zero_ignored, route="gradients_in_forward", **how)
+    *tensors: Any, scale: float, softcap: float | None, shard: str, gradient_filter: float, zero_ignored: bool, top1: bool,
+    wanted: list[bool], **how: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *inputs, temperature, _ids, _column_weight, of_log_probs, _of_sum_log_probs, _of_square, keep = tensors
+    head = Head(*inputs, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)  # type: ignore[call-arg]
+    N, planned = head.hidden.shape[0], head.plan(keep, zero_ignored, route="gradients_in_forward", **how)
     return (
         of_log_probs.new_empty(()),
         of_log_probs.new_empty(N, 1),
@@ -355,34 +362,34 @@ def _(
     )
 
 
-def _linear_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _linear_loss_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     ctx.set_materialize_grads(False)
+    _loss, _log_probs, _logsumexp, _is_top1, *gradients = output
     ctx.mark_non_differentiable(*output[1:])
-    tensors, (_, _, scale, softcap, _, wanted, *_, shard, _) = inputs[:11], inputs[11:]
-    hidden, weight = tensors[:2]
-    ctx.head_inputs = [
-        None if t is None or not want else t.dtype for t, want in zip(tensors[:INPUTS], wanted, strict=True)
-    ]
-    N, V = hidden.shape[0], weight.shape[0]
+    ctx.how = keyword_only_inputs
+    pairs = zip(inputs[:INPUTS], ctx.how["wanted"], strict=True)
+    ctx.dtypes = [None if t is None or not want else t.dtype for t, want in pairs]
+    *tensors, _keep = inputs
+    (N, _), (V, _), dtype = inputs[0].shape, inputs[1].shape, inputs[0].dtype
+    ctx.of_logits = (N, V, dtype)
     # A second derivative starts again from the inputs, so they are saved where it is offered.
-    saved = tensors if differentiable_again(N, V, hidden.dtype) else ()
-    ctx.rest = (N, V, hidden.dtype, scale, softcap, shard)
-    ctx.save_for_backward(*output[4:], *saved)
+    ctx.save_for_backward(*gradients, *(tensors if differentiable_again(*ctx.of_logits) else ()))
 
 
 def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
         return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    gradients, inputs = stored[:INPUTS], stored[INPUTS:]
-    N, V, dtype, scale, softcap, shard = ctx.rest
+    gradients, tensors = stored[:INPUTS], stored[INPUTS:]
     if in_plain_pytorch(g):
-        refuse_shard(shard, (N, V))
-        check_differentiable(N, V, dtype)
-        ids, column_weight, temperature, of_log_probs, of_sum_log_probs, of_square = inputs[INPUTS:]
+        refuse_shard(ctx.how["shard"], ctx.of_logits[:2])
+        check_differentiable(*ctx.of_logits)
+        *inputs, temperature, ids, column_weight, of_log_probs, of_sum_log_probs, of_square = tensors
 
         def fn(*of: Any) -> list[Tensor]:
-            head = Head(*of, temperature, scale, softcap)  # type: ignore[call-arg]
+            head = Head(*of, temperature, ctx.how["scale"], ctx.how["softcap"])  # type: ignore[call-arg]
             outputs = ["log_probs", "sum_log_probs"]
             s = differentiable_statistics(head, ids, column_weight, outputs)
             total = (of_log_probs * s.log_probs[:, 0]).sum()  # type: ignore[index]
@@ -392,8 +399,8 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
                 total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()  # type: ignore[union-attr]
             return [total]
 
-        return for_inputs(ctx, *differentiable_gradients(fn, inputs[:INPUTS], [g]))
-    return for_inputs(ctx, *scale_gradients(gradients, ctx.head_inputs, g))
+        return for_inputs(ctx, *differentiable_gradients(fn, inputs, [g]))
+    return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g))
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)

@@ -18,7 +18,7 @@ from .products import add_product
 from .row_statistics import RowStatistics, part_of, skipped, slices
 from .settings import drop_ignored as drop_ignored_setting
 from .settings import gradient_filter as gradient_filter_setting
-from .vocab_parallel import VocabShard
+from .vocab_parallel import VocabShard, packed
 
 if TYPE_CHECKING:
     from .linear_logits import LinearLogits
@@ -77,6 +77,10 @@ class Head(NamedTuple):
     def with_inputs(self, inputs: Iterable[Tensor | None]) -> Head:
         values: dict[str, Any] = dict(zip(self._fields, inputs, strict=False))
         return self._replace(**values)
+
+    def packed(self) -> dict[str, Any]:
+        """As operators take it, by the names of its fields."""
+        return self._replace(shard=packed(self.shard))._asdict()  # type: ignore[arg-type]
 
     def detached(self) -> Head:
         return self.with_inputs(None if t is None else t.detach() for t in self.inputs)

@@ -25,7 +25,7 @@ from .cross_entropy import (
     plus_z_loss,
     row_shares,
 )
-from .gradients_in_forward import linear_loss, loss_of_head, with_gradients
+from .gradients_in_forward import Factors, linear_loss, loss_of_head, with_gradients
 from .head import Head, check_head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
 from .numerics import (
@@ -42,7 +42,7 @@ from .settings import Backend, Route, resolve_backend
 from .settings import gradient_filter as gradient_filter_setting
 from .settings import route as route_setting
 from .token_statistics import target_ids
-from .vocab_parallel import is_dtensor, local_target, packed, summed_in_backward, vocab_shard
+from .vocab_parallel import is_dtensor, local_target, summed_in_backward, vocab_shard
 
 
 def linear_cross_entropy(
@@ -505,28 +505,31 @@ def _hard(
         head, column_weight = ready(head, column_weight)
         keep, zero_ignored = kept_tokens(ids, drop_ignored)
         tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
-        of = (
+        of = Factors(
             -(1 - label_smoothing) * shares * tau,
             -label_smoothing / C * tau if label_smoothing else None,
             z_loss * tau if isinstance(z_loss, Tensor) or z_loss else None,
         )
         # The route may not depend on how many tokens are ignored, which other ranks count for themselves.
         room = head.plan(keep, zero_ignored, route=chosen.route, workspace=workspace, backend=chosen_backend).budget
-        tail = (wanted, room, accumulate, chosen_backend)
+        how: dict[str, Any] = {
+            "ids": ids.contiguous(),
+            "column_weight": column_weight,
+            "keep": keep,
+            "zero_ignored": zero_ignored,
+            "top1": top1,
+            "wanted": wanted,
+            "workspace": room,
+            "accumulate": accumulate,
+            "backend": chosen_backend,
+        }
         if main_grad is None:
-            loss, log_probs, logsumexp, is_top1, *_ = linear_loss(
-                *head.inputs, ids.contiguous(), column_weight, head.temperature, *of, keep, zero_ignored, head.scale,
-                head.softcap, top1, *tail, packed(head.shard), head.gradient_filter,
-            )  # fmt: skip
+            loss, log_probs, logsumexp, is_top1, *_ = linear_loss(**head.packed(), **of._asdict(), **how)
         else:
             assert promised is not None
             with torch.no_grad():
-                first, second, third = (None if t is None else t * promised for t in of)
-                assert first is not None
-                at_scale = (first, second, third)
-                value, found, gradients = loss_of_head(
-                    head.detached(), ids, column_weight, at_scale, keep, zero_ignored, top1, *tail, main_grad
-                )
+                of = Factors(*(None if t is None else t * promised for t in of))  # type: ignore[arg-type]
+                value, found, gradients = loss_of_head(head.detached(), of, **how, main_grad=main_grad)
             loss = with_gradients(value, gradients, head.inputs) / promised
             log_probs, logsumexp, is_top1 = found.log_probs, found.logsumexp, found.is_top1
         assert log_probs is not None

@@ -10,7 +10,7 @@ from fused_losses.bench import ranks
 from fused_losses.bench.memory import peak_bytes
 from fused_losses.distillation import distillation_loss
 from fused_losses.divergence import divergence
-from fused_losses.gradients_in_forward import linear_loss
+from fused_losses.gradients_in_forward import Factors, linear_loss
 from fused_losses.head import Head
 from fused_losses.linear_cross_entropy import linear_cross_entropy
 from fused_losses.linear_logits import LinearLogits
@@ -435,10 +435,11 @@ def test_a_compiler_knows_what_the_filter_changes_in_the_plan():
     how = {"route": "gradients_in_forward", "workspace": room, "backend": "torch"}
     sums = [plan(n, v, h, torch.bfloat16, gradient_filter=e, **how).accumulate for e in (0.0, FILTER)]
     assert sums[0] != sums[1]
-    per_token = (torch.randint(0, v, (n, 1)), None, None, -torch.rand(n), None, None, None)
-    rest = (True, 1.0, None, False, [True, True, False, False, False], room, None, "torch", "", FILTER)
-    arguments = (hidden, weight, None, None, None, *per_token, *rest)
-    torch.library.opcheck(linear_loss, arguments, test_utils="test_faketensor")
+    of_tokens = {"ids": torch.randint(0, v, (n, 1)), "column_weight": None, "keep": None, "zero_ignored": True}
+    of_tokens |= Factors(-torch.rand(n), None, None)._asdict()
+    how = {"wanted": [True, True, False, False, False], "workspace": room, "accumulate": None, "backend": "torch"}
+    arguments = Head(hidden, weight, gradient_filter=FILTER).packed() | of_tokens | how | {"top1": False}
+    torch.library.opcheck(linear_loss, (), arguments, test_utils="test_faketensor")
 
 
 def test_two_heads_count_what_is_gathered():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
-from fused_losses.gradients_in_forward import _with_gradients, linear_loss, scaled
+from fused_losses.gradients_in_forward import Factors, _with_gradients, linear_loss, scaled
+from fused_losses.head import Head
 from fused_losses.products import add_product
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.row_statistics import RowStatistics, coefficients
@@ -86,9 +87,10 @@ def test_opcheck_linear_loss(keep, dtype, monkeypatch):
     monkeypatch.setattr(gradients_in_forward, "read_again", lambda saved: True)
     hidden, weight = torch.randn(4, 7).to(dtype).requires_grad_(), torch.randn(9, 7).to(dtype).requires_grad_()
     ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.tensor([-1.0, 0.0, -1.0, 2.0])
-    rest = (None, None, None, ids, None, None, factors, factors, factors, keep, keep is None, 1.0, None, True)
-    wanted = [True, True, False, False, False]
-    torch.library.opcheck(linear_loss, (hidden, weight, *rest, wanted, 2**20, None, "torch", "", 0.0))
+    of_tokens = {"ids": ids, "column_weight": None, **Factors(factors, factors, factors)._asdict(), "keep": keep}
+    how = {"wanted": [True, True, False, False, False], "workspace": 2**20, "accumulate": None, "backend": "torch"}
+    how |= {"zero_ignored": keep is None, "top1": True}
+    torch.library.opcheck(linear_loss, (), Head(hidden, weight).packed() | of_tokens | how)
 
 
 def test_opcheck_with_gradients():
