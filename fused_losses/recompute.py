@@ -85,20 +85,21 @@ def linear_rows(
     bias: Tensor | None,  # (V,)
     u: Tensor | None,  # (N, R)
     B: Tensor | None,  # (V, R)
+    temperature: Tensor | None,  # (N,)
     ids: Tensor | None,  # (N, K)
     column_weight: Tensor | None,  # (V,)
-    temperature: Tensor | None,  # (N,)
     keep: Tensor | None,  # (M,)
     main_grad: Tensor | None,  # (V, H) fp32, backward adds the gradient of the weight to it
-    zero_ignored: bool,
+    *,
     scale: float,
     softcap: float | None,
+    shard: str,  # a VocabShard; ids are local to it
+    gradient_filter: float,  # of backward
+    zero_ignored: bool,
     outputs: str,  # names of RowStatistics, separated by commas
     columns: int,  # of logits that are saved for backward
     workspace: int,
     backend: str,
-    shard: str,  # a VocabShard; ids are local to it
-    gradient_filter: float,  # of backward
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
@@ -143,9 +144,8 @@ def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored
 
 
 @linear_rows.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _weight, _bias, _u, _B, ids, _column_weight, _temperature, keep, *_ = rest
-    *_, outputs, columns, _workspace, _backend, _shard, _gradient_filter = rest
+def _(hidden: Tensor, *tensors: Any, outputs: str, columns: int, **_: Any) -> tuple[Tensor, ...]:
+    _weight, _bias, _u, _B, _temperature, ids, _column_weight, keep, _main_grad = tensors
     statistics = empty_statistics(hidden, hidden.shape[0], ids, outputs.split(","))
     M = hidden.shape[0] if keep is None else keep.shape[0]
     saved_logits = _buffer_to_save(hidden, M, columns)
@@ -159,9 +159,9 @@ def linear_rows_grad(
     bias: Tensor | None,
     u: Tensor | None,
     B: Tensor | None,
+    temperature: Tensor | None,
     ids: Tensor | None,
     column_weight: Tensor | None,
-    temperature: Tensor | None,
     keep: Tensor | None,
     main_grad: Tensor,  # (V, H) fp32, or 0-dim
     saved_logits: Tensor,  # (M, v) the first logits of each row, written over, or 0-dim
@@ -171,14 +171,15 @@ def linear_rows_grad(
     e: Tensor | None,  # (N,)
     c: Tensor | None,  # (N, K)
     d: Tensor | None,  # (N,)
-    zero_ignored: bool,
+    *,
     scale: float,
     softcap: float | None,
+    shard: str,
+    gradient_filter: float,
+    zero_ignored: bool,
     wanted: list[bool],
     workspace: int,
     backend: str,
-    shard: str,
-    gradient_filter: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
     N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
@@ -247,11 +248,8 @@ def linear_rows_grad(
 
 
 @linear_rows_grad.register_fake
-def _(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, u: Tensor | None, B: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    _ids, _column_weight, _temperature, _keep, main_grad, *_ = rest
-    *_, wanted, _workspace, _backend, _shard, _gradient_filter = rest
+def _(hidden: Tensor, *tensors: Any, wanted: list[bool], **_: Any) -> tuple[Tensor, ...]:
+    weight, bias, u, B, _temperature, _ids, _column_weight, _keep, main_grad, *_others = tensors
     inputs = (hidden, weight, bias, u, B)
     return tuple(
         absent(hidden) if t is None or not want or (i == 1 and main_grad.ndim) else torch.empty_like(t)
@@ -259,15 +257,19 @@ def _(
     )
 
 
-def _linear_rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _linear_rows_setup(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]
+) -> None:
     ctx.set_materialize_grads(False)
     *statistics, saved_logits = output
     found = RowStatistics(*statistics)
     ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, saved_logits)
     # main_grad is not a saved tensor: other backwards add to it in between.
-    tensors, (ctx.main_grad, ctx.zero_ignored, ctx.scale, ctx.softcap, ctx.outputs, *rest) = inputs[:9], inputs[9:]
-    _, ctx.workspace, ctx.backend, ctx.shard, ctx.gradient_filter = rest
-    found = only(found, ctx.outputs.split(","), tensors[INPUTS] is not None)
+    *tensors, ctx.main_grad = inputs
+    ctx.outputs = keyword_only_inputs["outputs"].split(",")
+    ctx.how = {name: x for name, x in keyword_only_inputs.items() if name not in ("outputs", "columns")}
+    *_, ids, _column_weight, _keep = tensors
+    found = only(found, ctx.outputs, ids is not None)
     ctx.save_for_backward(*tensors, *found.for_backward(), saved_logits)
 
 
@@ -276,39 +278,36 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
     if all(g is None for g in grads):
         return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
-    saved, (*copies, saved_logits) = stored[:9], stored[9:]
+    inputs, (temperature, ids, column_weight, keep, *copies, saved_logits) = stored[:INPUTS], stored[INPUTS:]
     found, logsumexp = RowStatistics.saved(copies), copies[0]
-    inputs, (ids, column_weight, temperature, _) = saved[:INPUTS], saved[INPUTS:]
-    dtype = statistics_dtype(inputs[0].dtype)
+    (N, _), V, dtype = inputs[0].shape, inputs[1].shape[0], statistics_dtype(inputs[0].dtype)
     if in_plain_pytorch(*grads):
-        refuse_shard(ctx.shard, (inputs[0].shape[0], inputs[1].shape[0]))
+        refuse_shard(ctx.how["shard"], (N, V))
 
         def fn(*of: Any) -> list[Tensor]:
-            head = Head(*of, temperature, ctx.scale, ctx.softcap)  # type: ignore[call-arg]
-            statistics = differentiable_statistics(head, ids, column_weight, ctx.outputs.split(","))
+            head = Head(*of, temperature, ctx.how["scale"], ctx.how["softcap"])  # type: ignore[call-arg]
+            statistics = differentiable_statistics(head, ids, column_weight, ctx.outputs)
             return [present(s, logsumexp) for s in statistics]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
-    upstream = only(grads, ctx.outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
-    terms = coefficients(without_ignored(upstream, ids), found, inputs[1].shape[0], column_weight, dtype)
+    upstream = only(grads, ctx.outputs, ids is not None)  # a compiled graph sends zeros for the others
+    terms = coefficients(without_ignored(upstream, ids), found, V, column_weight, dtype)
     if saved_logits.ndim == 0:
         saved_logits = absent(saved_logits)  # no tensor of forward, which a compiler would think is written over
     elif read_again(saved_logits):
         saved_logits = saved_logits.clone()
     gradients = linear_rows_grad(
-        *saved,
-        present(ctx.main_grad, logsumexp),
-        saved_logits,
-        logsumexp,
-        *terms,
-        ctx.zero_ignored,
-        ctx.scale,
-        ctx.softcap,
-        list(ctx.needs_input_grad[:INPUTS]),
-        ctx.workspace,
-        ctx.backend,
-        ctx.shard,
-        ctx.gradient_filter,
+        *inputs,
+        temperature=temperature,
+        ids=ids,
+        column_weight=column_weight,
+        keep=keep,
+        main_grad=present(ctx.main_grad, logsumexp),
+        saved_logits=saved_logits,
+        logsumexp=logsumexp,
+        **terms._asdict(),
+        wanted=list(ctx.needs_input_grad[:INPUTS]),
+        **ctx.how,
     )
     return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
@@ -344,21 +343,16 @@ def linear_statistics(
     # Fixed in forward: settings may have changed by the time backward runs.
     room = head.plan(keep, zero_ignored, per_token=True, workspace=workspace, backend=backend).budget
     found = linear_rows(
-        *head.inputs,
-        None if ids is None else ids.contiguous(),
-        column_weight,
-        head.temperature,
-        keep,
-        main_grad,
-        zero_ignored,
-        head.scale,
-        head.softcap,
-        ",".join(outputs),
-        saved_columns(head, keep, zero_ignored, room, backend),
-        room,
-        backend,
-        packed(head.shard),
-        head.gradient_filter,
+        **head.packed(),
+        ids=None if ids is None else ids.contiguous(),
+        column_weight=column_weight,
+        keep=keep,
+        main_grad=main_grad,
+        zero_ignored=zero_ignored,
+        outputs=",".join(outputs),
+        columns=saved_columns(head, keep, zero_ignored, room, backend),
+        workspace=room,
+        backend=backend,
     )
     return only(found[:-1], outputs, ids is not None)
 

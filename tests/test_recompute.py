@@ -13,6 +13,7 @@ from fused_losses import planning, recompute
 from fused_losses.head import Head, kept_tokens
 from fused_losses.recompute import linear_rows, linear_rows_grad, linear_statistics
 from fused_losses.reference.tolerance import assert_accurate
+from fused_losses.row_statistics import Coefficients
 from fused_losses.settings import workspace
 
 N, V, H, R, K = 19, 41, 7, 3, 2
@@ -429,15 +430,17 @@ def out_of_place(monkeypatch):
 def test_opcheck_linear_rows(keep, columns, out_of_place):
     hidden, weight = torch.randn(4, H).requires_grad_(), torch.randn(16, H).requires_grad_()
     ids = torch.tensor([[1], [-100], [3], [8]])
-    rest = (None, None, None, ids, None, None, keep, None, keep is None, 1.0, None, "entropy", columns, 2**20)
-    torch.library.opcheck(linear_rows, (hidden, weight, *rest, "torch", "", 0.0))
+    of_tokens = {"ids": ids, "column_weight": None, "keep": keep, "zero_ignored": keep is None, "main_grad": None}
+    how = {"outputs": "entropy", "columns": columns, "workspace": 2**20, "backend": "torch"}
+    torch.library.opcheck(linear_rows, (), Head(hidden, weight).packed() | of_tokens | how)
 
 
 @pytest.mark.parametrize("main_grad", [torch.zeros(()), torch.zeros(9, H)])
 @pytest.mark.parametrize("saved_logits", [torch.zeros(()), torch.randn(4, 9)])
 def test_opcheck_linear_rows_grad(main_grad, saved_logits):
     hidden, weight, ids = torch.randn(4, H), torch.randn(9, H), torch.tensor([[1], [2], [3], [8]])
-    head = (hidden, weight, None, None, None, ids, None, None, None, main_grad, saved_logits)
-    terms = (torch.zeros(4, dtype=torch.float64), torch.ones(4), None, None, torch.ones(4, 1), None)
-    wanted = [True, main_grad.ndim == 0, False, False, False]
-    torch.library.opcheck(linear_rows_grad, (*head, *terms, False, 1.0, None, wanted, 2**20, "torch", "", 0.0))
+    of_tokens = {"ids": ids, "column_weight": None, "keep": None, "zero_ignored": False}
+    saved = {"main_grad": main_grad, "saved_logits": saved_logits, "logsumexp": torch.zeros(4, dtype=torch.float64)}
+    terms = Coefficients(a=torch.ones(4), c=torch.ones(4, 1))._asdict()
+    how = {"wanted": [True, main_grad.ndim == 0, False, False, False], "workspace": 2**20, "backend": "torch"}
+    torch.library.opcheck(linear_rows_grad, (), Head(hidden, weight).packed() | of_tokens | saved | terms | how)
