@@ -68,6 +68,7 @@ def divergence_rows(
     student: Tensor,  # (B, V, S), any strides
     teacher: Tensor,  # (B, V', S), any strides
     ids: Tensor | None,  # (N,) int64, N = B·S; −100: skipped
+    *,
     with_nll: bool,
     kind: str,
     beta: float,
@@ -93,7 +94,7 @@ def _of_shard(
 
 
 @divergence_rows.register_fake
-def _(student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, *options: Any) -> tuple[Tensor, Tensor]:
+def _(student: Tensor, *_tensors: Any, with_nll: bool, **_: Any) -> tuple[Tensor, Tensor]:
     found = student.new_empty(student.shape[0] * student.shape[2], dtype=statistics_dtype(student.dtype))
     return found, torch.empty_like(found) if with_nll else absent(found)
 
@@ -105,6 +106,7 @@ def divergence_rows_grad(
     ids: Tensor | None,
     soft: Tensor,  # (N,)
     hard: Tensor | None,  # (N,)
+    *,
     kind: str,
     beta: float,
     temperature: float,
@@ -129,18 +131,20 @@ def divergence_rows_grad(
 
 
 @divergence_rows_grad.register_fake
-def _(student: Tensor, teacher: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    *_, wanted, _backend, _shard = rest
+def _(student: Tensor, teacher: Tensor, *_tensors: Any, wanted: list[bool], **_: Any) -> tuple[Tensor, Tensor]:
     first, second = (
         torch.empty_like(x) if want else absent(x) for x, want in zip((student, teacher), wanted, strict=True)
     )
     return first, second
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, Tensor]
+) -> None:
     ctx.set_materialize_grads(False)
-    student, teacher, ids, ctx.with_nll, *ctx.which, ctx.backend, ctx.shard = inputs
-    save_for_backward(ctx, student, teacher, ids)
+    ctx.with_nll = keyword_only_inputs["with_nll"]
+    ctx.how = {name: x for name, x in keyword_only_inputs.items() if name != "with_nll"}
+    save_for_backward(ctx, *inputs)
 
 
 def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -148,17 +152,17 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
         return for_inputs(ctx)
     student, teacher, ids = saved_values(ctx)
     if in_plain_pytorch(d_divergence, d_nll):
-        refuse_shard(ctx.shard, student.shape)
+        refuse_shard(ctx.how["shard"], student.shape)
+        which = Divergence(*(ctx.how[name] for name in Divergence._fields))
 
         def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:
-            found, nll = _differentiable(student, teacher, ids, ctx.with_nll, Divergence(*ctx.which))
+            found, nll = _differentiable(student, teacher, ids, ctx.with_nll, which)
             return [found, present(nll, found)]
 
         return for_inputs(ctx, *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)))
-    gradients = divergence_rows_grad(
-        student, teacher, ids, *row_factors(d_divergence, d_nll, ctx.with_nll), *ctx.which,
-        list(ctx.needs_input_grad[:2]), ctx.backend, ctx.shard,
-    )  # fmt: skip
+    soft, hard = row_factors(d_divergence, d_nll, ctx.with_nll)
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = divergence_rows_grad(student, teacher, ids, soft, hard, wanted=wanted, **ctx.how)
     return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 
@@ -272,7 +276,10 @@ def token_divergence(
         rows = (rows_of(student), rows_of(teacher))
         if transforms_active():
             return _differentiable(*rows, ids, with_nll, which)
-        found, nll = divergence_rows(*rows, ids, with_nll, *which, resolve_backend(student, backend), packed(shards[0]))
+        found, nll = divergence_rows(
+            *rows, ids, with_nll=with_nll, **which._asdict(), backend=resolve_backend(student, backend),
+            shard=packed(shards[0]),
+        )  # fmt: skip
         return found, nll if with_nll else None
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):

@@ -486,7 +486,8 @@ def test_operator_contract(with_nll, device):
     student, teacher = (x.requires_grad_() for x in pair(device, tokens=(2, 3), V=9))
     rows = [x.detach().transpose(1, 2).clone().requires_grad_() for x in (student, teacher)]
     ids = torch.tensor([1, -100, 3, 0, 8, 2], device=device)
-    torch.library.opcheck(torch.ops.fused_losses.divergence_rows, (*rows, ids, with_nll, "jsd", 0.3, 1.5, "torch", ""))
+    how = {"with_nll": with_nll, **Divergence("jsd", 0.3, 1.5)._asdict(), "backend": "torch", "shard": ""}
+    torch.library.opcheck(torch.ops.fused_losses.divergence_rows, (*rows, ids), how)
 
 
 # Heads
