@@ -186,7 +186,7 @@ def loss_and_gradients(
     zero_ignored: bool,  # hidden of skipped tokens counts as 0, since a nan there would reach d_weight
     over_logits: OverLogits,
     wanted: Sequence[bool],  # gradients of head.inputs
-    workspace: int,
+    workspace: int | str | None,
     accumulate: str | None,
     backend: str,
     main_grad: Tensor | None = None,  # (V, H) fp32, the gradient of the weight is added here

@@ -116,8 +116,7 @@ def token_loss(
             in_forward = planned.route == "gradients_in_forward" and not exporting() and not hooks_on_saved()
             if in_forward:
                 head, _ = ready(head, None)
-                room = head.plan(keep, zero_ignored, route=planned.route, workspace=workspace, backend=backend).budget
-                loss = _made_in_forward(loss_of, head, keep, zero_ignored, room, accumulate, backend)
+                loss = _made_in_forward(loss_of, head, keep, zero_ignored, workspace, accumulate, backend)
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:
@@ -137,7 +136,7 @@ def _made_in_forward(
     head: Head,
     keep: Tensor | None,  # (M,)
     zero_ignored: bool,
-    workspace: int,
+    workspace: int | str | None,
     accumulate: str | None,
     backend: Backend,
 ) -> Tensor:
