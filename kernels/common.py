@@ -55,12 +55,12 @@ def scales(scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATU
 
 
 @triton.jit
-def row_scales(temperature_ptr, row, inside, scale, softcap, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
+def row_scales(temperature_ptr, row, inside, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """:func:`scales` of rows ``(BLOCK_N,)``, from the temperatures ``(N,)`` of those that are ``inside``."""
     temperature = tl.full(row.shape, 1.0, tl.float32)
-    if HAS_TEMPERATURE:
+    if temperature_ptr is not None:
         temperature = tl.load(temperature_ptr + row, mask=inside, other=1.0).to(tl.float32)
-    return scales(scale, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
+    return scales(scale, softcap, temperature, HAS_SOFTCAP, temperature_ptr is not None)
 
 
 @triton.jit

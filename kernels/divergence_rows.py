@@ -218,7 +218,7 @@ def _divergence_rows_kernel(
     d_teacher_stride_b,
     d_teacher_stride_v,
     d_teacher_stride_s,
-    temperature,
+    temperature,  # or None
     beta,
     student_scale,
     student_softcap,
@@ -226,11 +226,7 @@ def _divergence_rows_kernel(
     teacher_softcap,
     STEP: tl.constexpr,
     KIND: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_HARD: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_STUDENT_TEMPERATURE: tl.constexpr,
-    HAS_TEACHER_TEMPERATURE: tl.constexpr,
+    WITH_NLL: tl.constexpr,
     HAS_STUDENT_SOFTCAP: tl.constexpr,
     HAS_TEACHER_SOFTCAP: tl.constexpr,
     D_STUDENT: tl.constexpr,
@@ -239,6 +235,7 @@ def _divergence_rows_kernel(
     VEC: tl.constexpr,
 ):
     LANES: tl.constexpr = BLOCK_V // VEC
+    HARD_APART: tl.constexpr = WITH_NLL and temperature is not None  # −log p has a softmax of its own
     G_WEIGHED: tl.constexpr = KIND == "forward_kl" or KIND == "cross_entropy"
     H_WEIGHED: tl.constexpr = KIND == "reverse_kl"
     GRADIENTS: tl.constexpr = (D_STUDENT or D_TEACHER) and (STEP == "all" or STEP == "gradients")
@@ -249,7 +246,7 @@ def _divergence_rows_kernel(
     SECOND: tl.constexpr = "" if GRADIENTS else "evict_first"
     row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     y = row
-    if HAS_IDS:
+    if ids_ptr is not None:
         y = tl.load(ids_ptr + row)
     active = y != SKIP
     b, at = row // S, row % S
@@ -257,14 +254,14 @@ def _divergence_rows_kernel(
     teacher_row = teacher_ptr + b * teacher_stride_b + at * teacher_stride_s
     student_temperature = tl.full((1,), 1.0, tl.float32)
     teacher_temperature = tl.full((1,), 1.0, tl.float32)
-    if HAS_STUDENT_TEMPERATURE:
+    if student_temperature_ptr is not None:
         student_temperature *= tl.load(student_temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
-    if HAS_TEACHER_TEMPERATURE:
+    if teacher_temperature_ptr is not None:
         teacher_temperature *= tl.load(teacher_temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
     hard_inner, hard_outer = scales(
-        student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, HAS_STUDENT_TEMPERATURE
+        student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, student_temperature_ptr is not None
     )
-    if HAS_TEMPERATURE:
+    if temperature is not None:
         student_temperature *= temperature
         teacher_temperature *= temperature
     s_inner, s_outer = scales(
@@ -272,14 +269,14 @@ def _divergence_rows_kernel(
         student_softcap,
         student_temperature,
         HAS_STUDENT_SOFTCAP,
-        HAS_STUDENT_TEMPERATURE or HAS_TEMPERATURE,
+        student_temperature_ptr is not None or temperature is not None,
     )
     t_inner, t_outer = scales(
         teacher_scale,
         teacher_softcap,
         teacher_temperature,
         HAS_TEACHER_SOFTCAP,
-        HAS_TEACHER_TEMPERATURE or HAS_TEMPERATURE,
+        teacher_temperature_ptr is not None or temperature is not None,
     )
 
     v_end = tl.where(active, V, 0)  # a skipped row reads nothing
@@ -289,7 +286,7 @@ def _divergence_rows_kernel(
         t_max = tl.load(normalizers_ptr + 2 * N + row).to(tl.float32)
         t_log_total = tl.load(normalizers_ptr + 3 * N + row)
         hard_max, hard_log_total = s_max, s_log_total
-        if HAS_HARD and HAS_TEMPERATURE:
+        if HARD_APART:
             hard_max = tl.load(normalizers_ptr + 4 * N + row).to(tl.float32)
             hard_log_total = tl.load(normalizers_ptr + 5 * N + row)
     else:
@@ -305,7 +302,7 @@ def _divergence_rows_kernel(
             x = _load(student_row, student_stride_v, v, inside, "")
             z = final_logits(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
             s_largest, s_total = _advance(tl.where(inside, z, float("-inf")), s_largest, s_total, LANES, VEC)
-            if HAS_HARD and HAS_TEMPERATURE:
+            if HARD_APART:
                 z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
                 z = tl.where(inside, z, float("-inf"))
                 hard_largest, hard_total = _advance(z, hard_largest, hard_total, LANES, VEC)
@@ -315,14 +312,14 @@ def _divergence_rows_kernel(
         s_max, s_log_total = _meet(s_largest, s_total)
         t_max, t_log_total = _meet(t_largest, t_total)
         hard_max, hard_log_total = s_max, s_log_total
-        if HAS_HARD and HAS_TEMPERATURE:
+        if HARD_APART:
             hard_max, hard_log_total = _meet(hard_largest, hard_total)
     if STEP == "normalizers":
         tl.store(normalizers_ptr + row, s_max.to(tl.float64))
         tl.store(normalizers_ptr + N + row, s_log_total)
         tl.store(normalizers_ptr + 2 * N + row, t_max.to(tl.float64))
         tl.store(normalizers_ptr + 3 * N + row, t_log_total)
-        if HAS_HARD and HAS_TEMPERATURE:
+        if HARD_APART:
             tl.store(normalizers_ptr + 4 * N + row, hard_max.to(tl.float64))
             tl.store(normalizers_ptr + 5 * N + row, hard_log_total)
 
@@ -363,7 +360,7 @@ def _divergence_rows_kernel(
             tl.store(sums_ptr + row, tl.where(active, divergence, 0.0))
             tl.store(sums_ptr + 2 * N + row, s_slope)
             tl.store(sums_ptr + 3 * N + row, t_slope)
-    if HAS_HARD and (STEP == "all" or STEP == "sums"):
+    if WITH_NLL and (STEP == "all" or STEP == "sums"):
         found = (y >= 0) & (y < V)
         x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
         z_y = final_logits(x_y, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
@@ -381,9 +378,10 @@ def _divergence_rows_kernel(
         s_max, s_log_total = tl.where(active, s_max, 0.0), tl.where(active, s_log_total, 0.0)
         t_max, t_log_total = tl.where(active, t_max, 0.0), tl.where(active, t_log_total, 0.0)
         s_mean, t_mean = tl.where(active, s_slope, 0.0).to(tl.float32), tl.where(active, t_slope, 0.0).to(tl.float32)
-        if HAS_HARD:
-            # The slope of the logits has the divergence's temperature in it.
-            hard = tl.load(hard_ptr + row, mask=active, other=0.0).to(tl.float32) * temperature
+        if WITH_NLL:
+            hard = tl.load(hard_ptr + row, mask=active, other=0.0).to(tl.float32)
+            if temperature is not None:
+                hard *= temperature  # the slope of the logits has it in it
             hard_max, hard_log_total = tl.where(active, hard_max, 0.0), tl.where(active, hard_log_total, 0.0)
             label = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
         tl.debug_barrier()  # all have read what any will write over
@@ -404,9 +402,9 @@ def _divergence_rows_kernel(
             g, h = _slopes(s, t, log_s, d, beta, KIND)
             if D_STUDENT:
                 dx = _gradient(g, s, s_mean, soft * s_scale, G_WEIGHED, KIND)
-                if HAS_HARD:
+                if WITH_NLL:
                     p = s
-                    if HAS_TEMPERATURE:
+                    if HARD_APART:
                         z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
                         p = tl.exp2(_log_softmax(z, hard_max, hard_log_total))
                     dx += hard * s_scale * tl.where(v == label, p - 1, p)
@@ -477,7 +475,7 @@ def divergence_rows(
         *teacher.stride(),
         *(student if d_student is None else d_student).stride(),
         *(teacher if d_teacher is None else d_teacher).stride(),
-        temperature,
+        None if temperature == 1.0 else temperature,
         beta,
         student_scale,
         student_softcap or 1.0,
@@ -485,11 +483,7 @@ def divergence_rows(
         teacher_softcap or 1.0,
         STEP=step,
         KIND=kind,
-        HAS_IDS=ids is not None,
-        HAS_HARD=with_nll,
-        HAS_TEMPERATURE=temperature != 1.0,
-        HAS_STUDENT_TEMPERATURE=student_temperature is not None,
-        HAS_TEACHER_TEMPERATURE=teacher_temperature is not None,
+        WITH_NLL=with_nll,
         HAS_STUDENT_SOFTCAP=student_softcap is not None,
         HAS_TEACHER_SOFTCAP=teacher_softcap is not None,
         D_STUDENT=d_student is not None or slopes[0],

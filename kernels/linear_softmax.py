@@ -84,11 +84,11 @@ def _part(x, PART: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr):
+def _with_bias(acc, bias_ptr, v_start, V, PART: tl.constexpr, PARTS: tl.constexpr):
     """The columns of one part, and their logits before scale and softcap."""
     x = _part(acc, PART, PARTS)
     v = v_start + PART * x.shape[1] + tl.arange(0, x.shape[1])
-    if HAS_BIAS:
+    if bias_ptr is not None:
         x += tl.load(bias_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
     return v, x
 
@@ -133,11 +133,6 @@ def _linear_softmax_fwd_kernel(
     b_stride_r,
     scale,
     softcap,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     ALL: tl.constexpr,
@@ -160,7 +155,7 @@ def _linear_softmax_fwd_kernel(
         row = row_tile * BLOCK_N
         n = row + tl.arange(0, BLOCK_N)
         inside = n < N
-        inner, outer = row_scales(temperature_ptr, n, inside, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
+        inner, outer = row_scales(temperature_ptr, n, inside, scale, softcap, HAS_SOFTCAP)
         largest = tl.full((BLOCK_N,), FLOOR, tl.float32)
         total = tl.zeros((BLOCK_N,), tl.float32)
         total_shifted = tl.zeros((BLOCK_N,), tl.float32)  # Σ exp(shifted)·shifted, shifted = z − largest
@@ -178,7 +173,7 @@ def _linear_softmax_fwd_kernel(
             acc = tl.dot(h, w.T, acc, input_precision="ieee")
             last = k + BLOCK_K >= H
             if last:
-                if HAS_LOW_RANK:
+                if low_rank_u is not None:
                     for r in tl.range(0, R, BLOCK_K, num_stages=1):
                         h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
                         w = _load_tile(
@@ -186,12 +181,12 @@ def _linear_softmax_fwd_kernel(
                         )
                         acc = tl.dot(h, w.T, acc, input_precision="ieee")
                 ids_here = 0  # row tile and vocabulary tile seldom share an id: one look spares the matching
-                if HAS_IDS:
+                if ids_ptr is not None:
                     for j in range(K):
                         y = tl.load(ids_ptr + n.to(tl.int64) * K + j, mask=inside, other=-1)
                         ids_here += tl.max(((y >= v_start) & (y < v_start + BLOCK_V)).to(tl.int32), 0)
                 for part in tl.static_range(PARTS):
-                    v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
+                    v, x = _with_bias(acc, bias_ptr, v_start, V, part, PARTS)
                     if SAVE_LOGITS:  # noqa: SIM102, a branch at compile time
                         if v_start < saved_columns:
                             # One 64-bit address a tile; what is added to it fits 32 bits.
@@ -200,7 +195,7 @@ def _linear_softmax_fwd_kernel(
                             tl.store(tile + within, x, mask=inside[:, None] & (v < saved_columns)[None, :])
                     beyond = tl.where(v < V, 0.0, float("-inf"))[None, :]
                     z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP, beyond)
-                    if HAS_IDS:  # noqa: SIM102, a branch at compile time
+                    if ids_ptr is not None:  # noqa: SIM102, a branch at compile time
                         if ids_here > 0:
                             for j in range(K):
                                 at = n.to(tl.int64) * K + j
@@ -225,7 +220,7 @@ def _linear_softmax_fwd_kernel(
                     if ALL:
                         total_sq = rescale * rescale * total_sq + tl.sum(e * e, 1)
                         column_weight = tl.where(v < V, 1.0, 0.0)
-                        if HAS_COLUMN_WEIGHT:
+                        if column_weight_ptr is not None:
                             column_weight *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
                         w_shifted = tl.where((v < V)[None, :], column_weight[None, :] * shifted, 0.0)
                         weighted += moved * weight_seen + tl.sum(w_shifted, 1)
@@ -265,12 +260,6 @@ def _combine_splits_kernel(
     N,
     V,
     K,
-    HAS_IDS: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    LOG_SUM_SQ_PROBS: tl.constexpr,
-    SUM_LOG_PROBS: tl.constexpr,
-    MAX_LOGIT: tl.constexpr,
-    IS_TOP1: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -278,7 +267,7 @@ def _combine_splits_kernel(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = n < N
     skipped = n < 0
-    if HAS_IDS:
+    if ids_ptr is not None:
         skipped = rows_skipped(ids_ptr, n, inside, K)
     split = tl.arange(0, BLOCK_SPLITS)[:, None]
     here = (split < SPLITS) & inside[None, :]
@@ -292,33 +281,33 @@ def _combine_splits_kernel(
     log_total = tl.log(total.to(tl.float64))
     logsumexp = largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + n, tl.where(skipped, 0.0, logsumexp), mask=inside)
-    if HAS_IDS:
+    if ids_ptr is not None:
         for k in range(K):
             at = n.to(tl.int64) * K + k
             y = tl.load(ids_ptr + at, mask=inside, other=-1)
             z_y = tl.load(log_probs_ptr + at, mask=inside, other=0.0)
             log_prob = ((z_y - largest).to(tl.float64) - log_total).to(tl.float32)
             tl.store(log_probs_ptr + at, tl.where((y >= 0) & (y < V), log_prob, 0.0), mask=inside)
-    if ENTROPY:
+    if entropy_ptr is not None:
         shifted = tl.load(partial + 2 * SPLITS * N, mask=here, other=0.0)
         mean_shifted = tl.sum(rescale * (shifted + tl.maximum(moved * split_total, FLOOR)), 0) / total
         entropy = log_total - mean_shifted.to(tl.float64)
         tl.store(entropy_ptr + n, tl.where(skipped, 0.0, entropy), mask=inside)
-    if LOG_SUM_SQ_PROBS:
+    if log_sum_sq_probs_ptr is not None:
         total_sq = tl.sum(rescale * rescale * tl.load(partial + 3 * SPLITS * N, mask=here, other=0.0), 0)
         log_sum_sq = tl.log(total_sq.to(tl.float64)) - 2 * log_total
         tl.store(log_sum_sq_probs_ptr + n, tl.where(skipped, 0.0, log_sum_sq), mask=inside)
-    if SUM_LOG_PROBS:
+    if sum_log_probs_ptr is not None:
         split_weight = tl.load(split_weight_ptr + split, mask=split < SPLITS, other=0.0).to(tl.float64)
         weighted = tl.load(partial + 4 * SPLITS * N, mask=here, other=0.0).to(tl.float64)
         weighted += moved.to(tl.float64) * split_weight
         row_weighted = tl.sum(weighted, 0) - log_total * tl.sum(split_weight)
         tl.store(sum_log_probs_ptr + n, tl.where(skipped, 0.0, row_weighted), mask=inside)
-    if MAX_LOGIT:
+    if max_logit_ptr is not None:
         max_logit = tl.where(total == 0, float("-inf"), largest)
         max_logit = tl.where((total != total) & (largest < float("inf")), float("nan"), max_logit)
         tl.store(max_logit_ptr + n, tl.where(skipped, 0.0, max_logit), mask=inside)
-    if IS_TOP1:
+    if is_top1_ptr is not None:
         split_top = tl.load(partial + 5 * SPLITS * N, mask=here, other=0.0).to(tl.int32, bitcast=True)
         top = tl.min(tl.where(here & (split_largest == largest[None, :]), split_top, V), 0)
         y = tl.load(ids_ptr + n.to(tl.int64) * K, mask=inside, other=-1)
@@ -436,11 +425,6 @@ def linear_softmax_fwd(
             *_strides(h, weight, h_u, b),
             scale,
             softcap or 1.0,
-            HAS_LOW_RANK=u is not None,
-            HAS_BIAS=bias is not None,
-            HAS_IDS=ids is not None,
-            HAS_COLUMN_WEIGHT=column_weight is not None,
-            HAS_TEMPERATURE=temperature is not None,
             HAS_SOFTCAP=softcap is not None,
             ENTROPY=statistics_entropy,
             ALL=statistics_all,
@@ -471,12 +455,6 @@ def linear_softmax_fwd(
             N,
             V,
             K,
-            HAS_IDS=ids is not None,
-            ENTROPY="entropy" in outputs,
-            LOG_SUM_SQ_PROBS="log_sum_sq_probs" in outputs,
-            SUM_LOG_PROBS="sum_log_probs" in outputs,
-            MAX_LOGIT="max_logit" in outputs,
-            IS_TOP1="is_top1" in outputs,
             SPLITS=config.splits,
             BLOCK_SPLITS=triton.next_power_of_2(config.splits),
             BLOCK_N=64,
@@ -520,17 +498,7 @@ def _linear_softmax_d_logits_kernel(
     vocab_start,
     scale,
     softcap,
-    HAS_LOW_RANK: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_IDS: tl.constexpr,
-    HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_E: tl.constexpr,
-    HAS_C: tl.constexpr,
-    HAS_D: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
     GROUP_N: tl.constexpr,
@@ -559,7 +527,7 @@ def _linear_softmax_d_logits_kernel(
         acc = tl.dot(h, w.T, acc, input_precision="ieee")
         last = k + BLOCK_K >= H
         if last:
-            if HAS_LOW_RANK:
+            if low_rank_u is not None:
                 for r in tl.range(0, R, BLOCK_K, num_stages=1):
                     h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
                     w = _load_tile(low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST)
@@ -568,9 +536,9 @@ def _linear_softmax_d_logits_kernel(
             inside = n < N
             # All numbers of a skipped row are 0, and so is then its gradient.
             active = inside
-            if HAS_IDS:
+            if ids_ptr is not None:
                 active = inside & ~rows_skipped(ids_ptr, n, inside, K)
-            inner, outer = row_scales(temperature_ptr, n, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
+            inner, outer = row_scales(temperature_ptr, n, active, scale, softcap, HAS_SOFTCAP)
             slope = inner  # but for what the softcap makes of it
             if HAS_SOFTCAP:
                 slope = inner * outer
@@ -583,34 +551,34 @@ def _linear_softmax_d_logits_kernel(
             b = tl.zeros((BLOCK_N,), tl.float32)
             e = tl.zeros((BLOCK_N,), tl.float32)
             d = tl.zeros((BLOCK_N,), tl.float32)
-            if HAS_A:
+            if a_ptr is not None:
                 a = tl.load(a_ptr + n, mask=active, other=0.0) * p_unit * slope
-            if HAS_B:
+            if b_ptr is not None:
                 b = tl.load(b_ptr + n, mask=active, other=0.0) * p_unit * slope
                 a += b * lo
-            if HAS_E:
+            if e_ptr is not None:
                 e = tl.load(e_ptr + n, mask=active, other=0.0) * p_unit * p_unit * slope
-            if HAS_D:
+            if d_ptr is not None:
                 d = tl.load(d_ptr + n, mask=active, other=0.0) * slope
             for part in tl.static_range(PARTS):
-                v, x = _with_bias(acc, bias_ptr, v_start, V, HAS_BIAS, part, PARTS)
+                v, x = _with_bias(acc, bias_ptr, v_start, V, part, PARTS)
                 x = tl.where(active[:, None], x, 0.0)
                 z, capped = final_logits_and_tanh(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
                 logp = z - hi[:, None]
                 p = exp(logp)
                 bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
-                if HAS_B:
+                if b_ptr is not None:
                     bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite: it meets a probability of 0
-                if HAS_E:
+                if e_ptr is not None:
                     bracket += e[:, None] * p
                 dx = p * bracket
-                if HAS_D:
-                    if HAS_COLUMN_WEIGHT:
+                if d_ptr is not None:
+                    if column_weight_ptr is not None:
                         column_weight = tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)
                         dx += tl.where(active[:, None], d[:, None] * column_weight[None, :], 0.0)
                     else:
                         dx += d[:, None]
-                if HAS_C:
+                if c_ptr is not None:
                     for j in range(K):
                         at = n.to(tl.int64) * K + j
                         y = tl.load(ids_ptr + at, mask=inside, other=-1) - vocab_start
@@ -689,17 +657,7 @@ def linear_softmax_d_logits(
         vocab_start,
         scale,
         softcap or 1.0,
-        HAS_LOW_RANK=low_rank is not None,
-        HAS_BIAS=bias is not None,
-        HAS_IDS=ids is not None,
-        HAS_COLUMN_WEIGHT=column_weight is not None,
-        HAS_TEMPERATURE=temperature is not None,
         HAS_SOFTCAP=softcap is not None,
-        HAS_A=a is not None,
-        HAS_B=b is not None,
-        HAS_E=e is not None,
-        HAS_C=c is not None,
-        HAS_D=d is not None,
         TMA=tma,
         UPCAST=triton_interpreted(),
         GROUP_N=config.group_n,

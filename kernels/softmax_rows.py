@@ -46,8 +46,6 @@ def _lane_sums(
     V,
     readable,  # columns of a row that may be read, V or more
     label_smoothing,
-    HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_PROBABILITIES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     LOG_SUM_SQ_PROBS: tl.constexpr,
@@ -95,12 +93,12 @@ def _lane_sums(
             total_sq = total_sq * (rescale * rescale) + tl.sum(e * e, 2)
         if SUM_LOG_PROBS:
             w = tl.where(inside, 1.0, 0.0)
-            if HAS_PROBABILITIES:
+            if t_row_ptr is not None:
                 t = tl.load(t_row_ptr[:, None] + v.to(tl.int64)[None, :] * t_stride_v, mask=inside, other=0.0).to(
                     tl.float32
                 )
                 w *= (1 - label_smoothing) * t + label_smoothing / V
-            if HAS_COLUMN_WEIGHT:
+            if column_weight_ptr is not None:
                 w *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
             inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
             w = tl.reshape(w, (BLOCK_N, LANES, VEC))
@@ -174,16 +172,7 @@ def _softmax_rows_fwd_kernel(
     label_smoothing,
     scale,
     softcap,
-    HAS_IDS: tl.constexpr,
-    HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_PROBABILITIES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    ENTROPY: tl.constexpr,
-    LOG_SUM_SQ_PROBS: tl.constexpr,
-    SUM_LOG_PROBS: tl.constexpr,
-    MAX_LOGIT: tl.constexpr,
-    IS_TOP1: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
@@ -191,47 +180,47 @@ def _softmax_rows_fwd_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = row < N
     skipped = row < 0
-    if HAS_IDS:
+    if ids_ptr is not None:
         skipped = rows_skipped(ids_ptr, row, row_inside, K)
     active = row_inside & ~skipped
     row_ptr = logits_ptr + (row // S) * logits_stride_b + (row % S) * logits_stride_s  # (BLOCK_N,)
     t_row_ptr = probabilities_ptr
-    if HAS_PROBABILITIES:
+    if probabilities_ptr is not None:
         t_row_ptr += (row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s
-    inner, outer = row_scales(temperature_ptr, row, row_inside, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
+    inner, outer = row_scales(temperature_ptr, row, row_inside, scale, softcap, HAS_SOFTCAP)
 
     largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
         row_ptr, logits_stride_v, active, inner, outer, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
-        label_smoothing, HAS_COLUMN_WEIGHT, HAS_PROBABILITIES, HAS_SOFTCAP, ENTROPY, LOG_SUM_SQ_PROBS, SUM_LOG_PROBS,
-        MAX_LOGIT, IS_TOP1, BLOCK_N, BLOCK_V, VEC, 1,
+        label_smoothing, HAS_SOFTCAP, entropy_ptr is not None, log_sum_sq_probs_ptr is not None,
+        sum_log_probs_ptr is not None, max_logit_ptr is not None, is_top1_ptr is not None, BLOCK_N, BLOCK_V, VEC, 1,
     )  # fmt: skip
 
     # From here on there are a few numbers per row, put together in float64 and rounded once.
     moved, rescale, row_largest, row_total, log_total = _row_total(largest, total)
     logsumexp = row_largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
-    if ENTROPY:
+    if entropy_ptr is not None:
         row_shifted = tl.sum((rescale * (total_shifted + tl.maximum(moved * total, FLOOR))).to(tl.float64), 1)
         entropy = log_total - row_shifted / row_total
         tl.store(entropy_ptr + row, tl.where(skipped, 0.0, entropy), mask=row_inside)
-    if LOG_SUM_SQ_PROBS:
+    if log_sum_sq_probs_ptr is not None:
         row_sq = tl.sum((total_sq * (rescale * rescale)).to(tl.float64), 1)
         log_sum_sq = tl.log(row_sq) - 2 * log_total
         tl.store(log_sum_sq_probs_ptr + row, tl.where(skipped, 0.0, log_sum_sq), mask=row_inside)
-    if SUM_LOG_PROBS:
+    if sum_log_probs_ptr is not None:
         sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
         tl.store(sum_log_probs_ptr + row, tl.where(skipped, 0.0, sum_log_probs), mask=row_inside)
-        if HAS_PROBABILITIES:
+        if probabilities_ptr is not None:
             tl.store(weight_sum_ptr + row, row_weight, mask=row_inside)
-    if MAX_LOGIT:
+    if max_logit_ptr is not None:
         max_logit = tl.where(tl.sum(nans, 1) > 0, float("nan"), row_largest)
         max_logit = tl.where(row_total == 0, float("-inf"), max_logit)
         tl.store(max_logit_ptr + row, tl.where(skipped, 0.0, max_logit), mask=row_inside)
-    if IS_TOP1:
+    if is_top1_ptr is not None:
         first_id = tl.load(ids_ptr + row * K, mask=row_inside, other=-1)
         is_top1 = _row_is_top1(largest, row_largest, top, first_id, V)
         tl.store(is_top1_ptr + row, is_top1 & ~skipped, mask=row_inside)
-    if HAS_IDS:
+    if ids_ptr is not None:
         for k in range(K):
             y = tl.load(ids_ptr + row * K + k, mask=active, other=-1)
             found = (y >= 0) & (y < V)
@@ -277,16 +266,7 @@ def softmax_rows_fwd(
         label_smoothing,
         scale,
         softcap or 1.0,
-        HAS_IDS=ids is not None,
-        HAS_COLUMN_WEIGHT=column_weight is not None,
-        HAS_TEMPERATURE=temperature is not None,
-        HAS_PROBABILITIES=probabilities is not None,
         HAS_SOFTCAP=softcap is not None,
-        ENTROPY="entropy" in outputs,
-        LOG_SUM_SQ_PROBS="log_sum_sq_probs" in outputs,
-        SUM_LOG_PROBS="sum_log_probs" in outputs,
-        MAX_LOGIT="max_logit" in outputs,
-        IS_TOP1="is_top1" in outputs,
         BLOCK_N=BLOCK_N,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
@@ -337,16 +317,7 @@ def _softmax_rows_bwd_kernel(
     vocab_start,
     scale,
     softcap,
-    HAS_IDS: tl.constexpr,
-    HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
-    HAS_PROBABILITIES: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    HAS_A: tl.constexpr,
-    HAS_B: tl.constexpr,
-    HAS_E: tl.constexpr,
-    HAS_C: tl.constexpr,
-    HAS_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
@@ -356,7 +327,7 @@ def _softmax_rows_bwd_kernel(
     row_inside = row < N
     inside = row_inside[:, None] & (v < V)[None, :]
     active = row_inside
-    if HAS_IDS:
+    if ids_ptr is not None:
         active = row_inside & ~rows_skipped(ids_ptr, row, row_inside, K)
     v64 = v.to(tl.int64)[None, :]
     x = tl.load(
@@ -364,22 +335,22 @@ def _softmax_rows_bwd_kernel(
         mask=inside & active[:, None],
         other=0.0,
     ).to(tl.float32)
-    inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
+    inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP)
     # All numbers of a skipped row are 0, and so is then its gradient.
     logsumexp = tl.load(logsumexp_ptr + row, mask=active, other=0.0)
     logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
     p = exp(logp)
     factor = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
-    if HAS_A:
+    if a_ptr is not None:
         factor += tl.load(a_ptr + row, mask=active, other=0.0)[:, None]
-    if HAS_B:
+    if b_ptr is not None:
         factor += tl.load(b_ptr + row, mask=active, other=0.0)[:, None] * tl.where(p == 0, 0.0, logp)
-    if HAS_E:
+    if e_ptr is not None:
         factor += tl.load(e_ptr + row, mask=active, other=0.0)[:, None] * p
     dz = p * factor
-    if HAS_D:
+    if d_ptr is not None:
         d = tl.load(d_ptr + row, mask=active, other=0.0)[:, None]
-        if HAS_PROBABILITIES:
+        if probabilities_ptr is not None:
             t = tl.load(
                 probabilities_ptr
                 + ((row // S) * probabilities_stride_b + (row % S) * probabilities_stride_s)[:, None]
@@ -388,11 +359,11 @@ def _softmax_rows_bwd_kernel(
                 other=0.0,
             ).to(tl.float32)
             d = d * ((1 - label_smoothing) * t + label_smoothing / V)
-        if HAS_COLUMN_WEIGHT:
+        if column_weight_ptr is not None:
             d = d * tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
             d = tl.where(active[:, None], d, 0.0)
         dz += d
-    if HAS_C:
+    if c_ptr is not None:
         for k in range(K):
             y = tl.load(ids_ptr + row * K + k, mask=row_inside, other=-1) - vocab_start
             c = tl.load(c_ptr + row * K + k, mask=active, other=0.0)
@@ -456,16 +427,7 @@ def softmax_rows_bwd(
         vocab_start,
         scale,
         softcap or 1.0,
-        HAS_IDS=ids is not None,
-        HAS_COLUMN_WEIGHT=column_weight is not None,
-        HAS_TEMPERATURE=temperature is not None,
-        HAS_PROBABILITIES=probabilities is not None,
         HAS_SOFTCAP=softcap is not None,
-        HAS_A=a is not None,
-        HAS_B=b is not None,
-        HAS_E=e is not None,
-        HAS_C=c is not None,
-        HAS_D=d is not None,
         BLOCK_N=BLOCK_N,
         BLOCK_V=BLOCK_V,
         num_warps=num_warps,
@@ -492,12 +454,7 @@ def _softmax_rows_fwd_bwd_kernel(
     logits_stride_n,  # V or more; what lies between is read and written over too
     scale,
     softcap,
-    HAS_COLUMN_WEIGHT: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    SUM_LOG_PROBS: tl.constexpr,
-    SQUARE: tl.constexpr,
-    IS_TOP1: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
     STAGES: tl.constexpr,  # 2: the next tile is under way while one is worked on
@@ -509,10 +466,10 @@ def _softmax_rows_fwd_bwd_kernel(
         active = y != SKIP
         found = (y >= 0) & (y < V)
         x_y = tl.load(row_ptr + y, mask=found, other=0.0).to(tl.float32)
-        inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP, HAS_TEMPERATURE)
+        inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP)
         largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
-            row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_COLUMN_WEIGHT, False,
-            HAS_SOFTCAP, False, False, SUM_LOG_PROBS, False, IS_TOP1, 1, BLOCK_V, VEC, STAGES,
+            row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_SOFTCAP, False, False,
+            of_sum_log_probs_ptr is not None, False, is_top1_ptr is not None, 1, BLOCK_V, VEC, STAGES,
         )  # fmt: skip
         moved, _, row_largest, _, log_total = _row_total(largest, total)
         # All numbers of a skipped row are 0, and so is then its gradient.
@@ -522,21 +479,21 @@ def _softmax_rows_fwd_bwd_kernel(
         c = tl.load(of_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
         a = -c
         d = tl.zeros((1,), tl.float32)
-        if SUM_LOG_PROBS:
+        if of_sum_log_probs_ptr is not None:
             sum_log_probs, row_weight = _row_sum_log_probs(moved, weighted, weight_seen, log_total)
             tl.store(sum_log_probs_ptr + row, tl.where(active, sum_log_probs, 0.0))
             d = tl.load(of_sum_log_probs_ptr + row, mask=active, other=0.0).to(tl.float32)
             a -= (d * row_weight).to(tl.float32)
-        if SQUARE:
+        if of_square_ptr is not None:
             a += (2 * tl.load(of_square_ptr + row, mask=active, other=0.0) * logsumexp).to(tl.float32)
-        if IS_TOP1:
+        if is_top1_ptr is not None:
             tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
 
         # The id's own gradient is stored last: to look for it among the others would cost each of them four instructions.
         logp_y, slope_y = _log_softmax(x_y[:, None], inner, outer, logsumexp, HAS_SOFTCAP)
         dz_y = exp(logp_y) * a[:, None] + c[:, None]
-        if SUM_LOG_PROBS:
-            if HAS_COLUMN_WEIGHT:
+        if of_sum_log_probs_ptr is not None:
+            if column_weight_ptr is not None:
                 dz_y += d[:, None] * tl.load(column_weight_ptr + y, mask=found, other=0.0).to(tl.float32)[:, None]
             else:
                 dz_y += d[:, None]
@@ -551,8 +508,8 @@ def _softmax_rows_fwd_bwd_kernel(
             x = tl.load(at, mask=inside & active[:, None], other=0.0, eviction_policy="evict_first").to(tl.float32)
             logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
             dz = exp(logp) * a[:, None]
-            if SUM_LOG_PROBS:
-                if HAS_COLUMN_WEIGHT:
+            if of_sum_log_probs_ptr is not None:
+                if column_weight_ptr is not None:
                     weight = tl.load(
                         (column_weight_ptr + v)[None, :], mask=(v < V)[None, :] & active[:, None], other=0.0
                     )
@@ -605,12 +562,7 @@ def softmax_rows_fwd_bwd(
         logits.stride(0),
         scale,
         softcap or 1.0,
-        HAS_COLUMN_WEIGHT=column_weight is not None,
-        HAS_TEMPERATURE=temperature is not None,
         HAS_SOFTCAP=softcap is not None,
-        SUM_LOG_PROBS=of_sum_log_probs is not None,
-        SQUARE=of_square is not None,
-        IS_TOP1="is_top1" in outputs,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
         STAGES=1 if options else 2,  # with options tiles are smaller and programs more

@@ -197,8 +197,8 @@ def _arguments(source: Any) -> str:
     constants = {names[path[0]]: getattr(value, "value", value) for path, value in source.constants.items()}
     flags = [name for name, value in constants.items() if value is True]
     values = [f"{name}={value}" for name, value in constants.items() if value not in (True, False, None)]
-    types = {t for t in source.signature.values() if t.startswith(("*", "tensordesc"))}
-    return ", ".join([*flags, *values, *sorted(types)])
+    tensors = [f"{name} {t}" for name, t in source.signature.items() if t.startswith(("*", "tensordesc"))]
+    return ", ".join([*flags, *values, *tensors])
 
 
 def _cuobjdump(what: str, cubin: bytes) -> str:
