@@ -46,18 +46,15 @@ ROWS_PER_LAUNCH = 8192  # bounds the partial statistics; with 33 splits 16 full 
 
 @triton.jit
 def _load_tile(
-    x,  # (rows, columns): a descriptor, or a pointer
+    matrix,  # (x, rows, columns, stride_row, stride_column), x a descriptor or a pointer
     row,
     column,
-    rows,
-    columns,
-    stride_row,
-    stride_column,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
+    x, rows, columns, stride_row, stride_column = matrix
     if TMA:
         tile = x.load([row, column])
     else:
@@ -69,6 +66,14 @@ def _load_tile(
     if UPCAST:
         tile = tile.to(tl.float32)
     return tile
+
+
+@triton.jit
+def _add_product(acc, left, right, row, v_start, k, BLOCK_K: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr):
+    """``acc`` ``(BLOCK_N, BLOCK_V)`` plus ``left rightᵀ`` over BLOCK_K columns; ``left`` has N rows, ``right`` V."""
+    h = _load_tile(left, row, k, acc.shape[0], BLOCK_K, TMA, UPCAST)
+    w = _load_tile(right, v_start, k, acc.shape[1], BLOCK_K, TMA, UPCAST)
+    return tl.dot(h, w.T, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -146,6 +151,10 @@ def _linear_softmax_fwd_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    h = (hidden, N, H, hidden_stride_n, hidden_stride_h)
+    w = (weight, V, H, weight_stride_v, weight_stride_h)
+    h_low = (low_rank_u, N, R, u_stride_n, u_stride_r)
+    w_low = (low_rank_b, V, R, b_stride_v, b_stride_r)
     row_tiles = tl.cdiv(N, BLOCK_N)
     v_tiles = tl.cdiv(V, BLOCK_V)
     k_tiles = tl.cdiv(H, BLOCK_K)
@@ -168,18 +177,12 @@ def _linear_softmax_fwd_kernel(
         v_start = first_tile * BLOCK_V
         k = 0
         for _ in range((end_tile - first_tile) * k_tiles):
-            h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
-            w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
-            acc = tl.dot(h, w.T, acc, input_precision="ieee")
+            acc = _add_product(acc, h, w, row, v_start, k, BLOCK_K, TMA, UPCAST)
             last = k + BLOCK_K >= H
             if last:
                 if low_rank_u is not None:
                     for r in tl.range(0, R, BLOCK_K, num_stages=1):
-                        h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
-                        w = _load_tile(
-                            low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST
-                        )
-                        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+                        acc = _add_product(acc, h_low, w_low, row, v_start, r, BLOCK_K, TMA, UPCAST)
                 ids_here = 0  # row tile and vocabulary tile seldom share an id: one look spares the matching
                 if ids_ptr is not None:
                     for j in range(K):
@@ -507,6 +510,10 @@ def _linear_softmax_d_logits_kernel(
     BLOCK_K: tl.constexpr,
     PARTS: tl.constexpr,
 ):
+    h = (hidden, N, H, hidden_stride_n, hidden_stride_h)
+    w = (weight, V, H, weight_stride_v, weight_stride_h)
+    h_low = (low_rank_u, N, R, u_stride_n, u_stride_r)
+    w_low = (low_rank_b, V, R, b_stride_v, b_stride_r)
     row_tiles = tl.cdiv(N, BLOCK_N)
     v_tiles = tl.cdiv(V, BLOCK_V)
     k_tiles = tl.cdiv(H, BLOCK_K)
@@ -522,16 +529,12 @@ def _linear_softmax_d_logits_kernel(
             item += tl.num_programs(0)
             row_tile, v_tile = _place(item, row_tiles, v_tiles, GROUP_N)
             row, v_start = row_tile * BLOCK_N, v_tile * BLOCK_V
-        h = _load_tile(hidden, row, k, N, H, hidden_stride_n, hidden_stride_h, BLOCK_N, BLOCK_K, TMA, UPCAST)
-        w = _load_tile(weight, v_start, k, V, H, weight_stride_v, weight_stride_h, BLOCK_V, BLOCK_K, TMA, UPCAST)
-        acc = tl.dot(h, w.T, acc, input_precision="ieee")
+        acc = _add_product(acc, h, w, row, v_start, k, BLOCK_K, TMA, UPCAST)
         last = k + BLOCK_K >= H
         if last:
             if low_rank_u is not None:
                 for r in tl.range(0, R, BLOCK_K, num_stages=1):
-                    h = _load_tile(low_rank_u, row, r, N, R, u_stride_n, u_stride_r, BLOCK_N, BLOCK_K, TMA, UPCAST)
-                    w = _load_tile(low_rank_b, v_start, r, V, R, b_stride_v, b_stride_r, BLOCK_V, BLOCK_K, TMA, UPCAST)
-                    acc = tl.dot(h, w.T, acc, input_precision="ieee")
+                    acc = _add_product(acc, h_low, w_low, row, v_start, r, BLOCK_K, TMA, UPCAST)
             n = row + tl.arange(0, BLOCK_N)
             inside = n < N
             # All numbers of a skipped row are 0, and so is then its gradient.
