@@ -41,8 +41,22 @@ def tanh(x):
 
 
 @triton.jit
-def scales(scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr):
+def row_scales(
+    temperature_ptr,  # (N,) or None
+    row,  # (BLOCK_N,)
+    inside,  # (BLOCK_N,) rows whose temperature is read
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    times=None,  # by what to multiply every temperature
+):
     """The numbers ``inner`` and ``outer`` of :func:`final_logits_and_tanh`, one a row, so that no logit is divided."""
+    HAS_TEMPERATURE: tl.constexpr = temperature_ptr is not None or times is not None
+    temperature = tl.full(row.shape, 1.0, tl.float32)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row, mask=inside, other=1.0).to(tl.float32)
+    if times is not None:
+        temperature *= times
     inner = scale
     outer = softcap
     if HAS_SOFTCAP:
@@ -51,16 +65,7 @@ def scales(scale, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATU
         outer = tl.div_rn(softcap, temperature)
     elif HAS_TEMPERATURE:
         inner = tl.div_rn(scale, temperature)
-    return tl.broadcast_to(inner, temperature.shape), tl.broadcast_to(outer, temperature.shape)
-
-
-@triton.jit
-def row_scales(temperature_ptr, row, inside, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """:func:`scales` of rows ``(BLOCK_N,)``, from the temperatures ``(N,)`` of those that are ``inside``."""
-    temperature = tl.full(row.shape, 1.0, tl.float32)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row, mask=inside, other=1.0).to(tl.float32)
-    return scales(scale, softcap, temperature, HAS_SOFTCAP, temperature_ptr is not None)
+    return tl.broadcast_to(inner, row.shape), tl.broadcast_to(outer, row.shape)
 
 
 @triton.jit

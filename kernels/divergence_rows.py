@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, scales
+from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, row_scales
 from .configurations import divergence_rows_config, on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -252,31 +252,15 @@ def _divergence_rows_kernel(
     b, at = row // S, row % S
     student_row = student_ptr + b * student_stride_b + at * student_stride_s
     teacher_row = teacher_ptr + b * teacher_stride_b + at * teacher_stride_s
-    student_temperature = tl.full((1,), 1.0, tl.float32)
-    teacher_temperature = tl.full((1,), 1.0, tl.float32)
-    if student_temperature_ptr is not None:
-        student_temperature *= tl.load(student_temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
-    if teacher_temperature_ptr is not None:
-        teacher_temperature *= tl.load(teacher_temperature_ptr + row, mask=active, other=1.0).to(tl.float32)
-    hard_inner, hard_outer = scales(
-        student_scale, student_softcap, student_temperature, HAS_STUDENT_SOFTCAP, student_temperature_ptr is not None
+    rows = row + tl.arange(0, 1)
+    s_inner, s_outer = row_scales(
+        student_temperature_ptr, rows, active, student_scale, student_softcap, HAS_STUDENT_SOFTCAP, temperature
     )
-    if temperature is not None:
-        student_temperature *= temperature
-        teacher_temperature *= temperature
-    s_inner, s_outer = scales(
-        student_scale,
-        student_softcap,
-        student_temperature,
-        HAS_STUDENT_SOFTCAP,
-        student_temperature_ptr is not None or temperature is not None,
+    t_inner, t_outer = row_scales(
+        teacher_temperature_ptr, rows, active, teacher_scale, teacher_softcap, HAS_TEACHER_SOFTCAP, temperature
     )
-    t_inner, t_outer = scales(
-        teacher_scale,
-        teacher_softcap,
-        teacher_temperature,
-        HAS_TEACHER_SOFTCAP,
-        teacher_temperature_ptr is not None or temperature is not None,
+    hard_inner, hard_outer = row_scales(
+        student_temperature_ptr, rows, active, student_scale, student_softcap, HAS_STUDENT_SOFTCAP
     )
 
     v_end = tl.where(active, V, 0)  # a skipped row reads nothing

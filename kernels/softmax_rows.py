@@ -38,7 +38,7 @@ def _lane_sums(
     row_ptr,  # (BLOCK_N,) pointers
     stride_v,
     active,  # (BLOCK_N,) rows to read
-    inner,  # (BLOCK_N,), see scales
+    inner,  # (BLOCK_N,), see row_scales
     outer,  # (BLOCK_N,)
     column_weight_ptr,  # (V,)
     t_row_ptr,  # (BLOCK_N,) pointers
