@@ -245,7 +245,7 @@ def _divergence_rows_kernel(
     # makes room for it.
     SECOND: tl.constexpr = "" if GRADIENTS else "evict_first"
     row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
-    y = row
+    y = row  # any number but SKIP
     if ids_ptr is not None:
         y = tl.load(ids_ptr + row)
     active = y != SKIP
