@@ -7,6 +7,7 @@ for inputs whose logits the caller meant never to hold.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,7 +124,17 @@ def host_may_read(t: Tensor) -> bool:
 @while_compiling
 def hooks_on_saved() -> bool:
     """Whether saved-tensor hooks, of a checkpoint say, see what is saved now. :mod:`torch.func` refuses them."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or _compiles_checkpoint()
+
+
+def _compiles_checkpoint() -> bool:
+    """Whether Dynamo, which sets no hooks, is inside a checkpoint: the compiled graph will run under them."""
+    dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
+    translator = getattr(dynamo.tls, "current_tx", None) if dynamo is not None else None
+    tracer = None if translator is None else translator.output.current_tracer
+    while tracer is not None and "checkpoint" not in str(tracer.source_target):
+        tracer = tracer.parent
+    return tracer is not None
 
 
 def may_save(t: Tensor) -> bool:

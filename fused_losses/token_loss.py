@@ -53,8 +53,7 @@ def token_loss(
     It equals ``fn(token_statistics(logits, index, statistics), *per_token).sum()`` over the tokens that have an index, and is
     cheaper: ``6NVH`` floating point operations for loss and gradients instead of ``8NVH``. A mean goes in as a weight per
     token. Recomputing the forward (activation checkpointing) doubles the cost; where no chunk fits the workspace, it is
-    :func:`token_statistics` after all. A checkpoint may be around what is compiled, not within it: there PyTorch refuses
-    the gradient of ``fn``.
+    :func:`token_statistics` after all, and so it is within a checkpoint that is compiled.
 
     Args:
         fn: ``fn(statistics, *per_token) -> (n,)``, or ``((n,), {name: (n,)})``: PyTorch on ``n`` tokens at a time, each token

@@ -312,6 +312,22 @@ def test_under_saved_tensor_hooks(how):
         torch.testing.assert_close(torch.autograd.grad(loss, hidden), expected)
 
 
+def test_a_compiled_checkpoint():
+    """Whose hooks are not there yet when it is traced."""
+    hidden, weight, bias, index = problem()
+
+    def of(hidden):
+        return token_loss(dft, LinearLogits(hidden, weight, bias), index)[0]
+
+    expected = torch.autograd.grad(of(hidden.requires_grad_()), hidden)
+    twice = torch.compile(lambda h: checkpoint(of, h, use_reentrant=False) + of(h), fullgraph=True, backend="aot_eager")
+    try:
+        found = torch.autograd.grad(twice(hidden), hidden)
+    finally:
+        torch._C._autograd._saved_tensors_hooks_enable()  # which torch.func leaves disabled where it raises
+    torch.testing.assert_close(found[0], 2 * expected[0])
+
+
 def test_where_no_chunk_fits_it_is_token_statistics_after_all(monkeypatch):
     hidden, weight, bias, index = problem()
     monkeypatch.setattr(module, "loss_and_gradients", None)
