@@ -8,7 +8,6 @@ and adds its products, as :mod:`fused_losses.gradients_in_forward` does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,9 +66,13 @@ def label_statistics(
     # Fixed in forward: settings may have changed by the time backward runs.
     room = head.plan(route="gradients_in_forward", workspace=workspace, backend=backend).budget
     sum_log_probs, weight_sum, logsumexp = linear_probabilities(
-        *head.inputs, column_weight, probabilities, head.temperature, label_smoothing, head.scale, head.softcap, room,
-        backend, packed(head.shard), head.gradient_filter,
-    )  # fmt: skip
+        **head.packed(),
+        column_weight=column_weight,
+        probabilities=probabilities,
+        label_smoothing=label_smoothing,
+        workspace=room,
+        backend=backend,
+    )
     return RowStatistics(sum_log_probs=sum_log_probs, weight_sum=weight_sum, logsumexp=logsumexp)
 
 
@@ -170,13 +173,14 @@ def linear_probabilities(
     column_weight: Tensor | None,  # (V,)
     probabilities: Tensor,  # (N, V)
     temperature: Tensor | None,  # (N,)
-    label_smoothing: float,
+    *,
     scale: float,
     softcap: float | None,
-    workspace: int,
-    backend: str,
     shard: str,  # a VocabShard
     gradient_filter: float,  # of backward
+    label_smoothing: float,
+    workspace: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_log_probs``, ``weight_sum``, ``logsumexp``: ``(N,)`` float64."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
@@ -195,7 +199,7 @@ def linear_probabilities(
 
 
 @linear_probabilities.register_fake
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _(hidden: Tensor, *_tensors: Any, **_: Any) -> tuple[Tensor, ...]:
     found = empty_statistics(hidden, hidden.shape[0], None, OUTPUTS)
     return found.sum_log_probs, found.weight_sum, found.logsumexp  # type: ignore[return-value]
 
@@ -213,14 +217,15 @@ def linear_probabilities_grad(
     logsumexp: Tensor,  # (N,) float64
     a: Tensor,  # (N,)
     d: Tensor,  # (N,)
-    label_smoothing: float,
+    *,
     scale: float,
     softcap: float | None,
-    workspace: int,
-    backend: str,
     shard: str,
     gradient_filter: float,
+    label_smoothing: float,
     wanted: list[bool],
+    workspace: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of the first seven arguments, 0-dim where absent or not ``wanted``."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
@@ -258,19 +263,18 @@ def linear_probabilities_grad(
 
 
 @linear_probabilities_grad.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    wanted: Sequence[bool] = arguments[-1]
-    made = (torch.empty_like(t) if t is not None and want else None for t, want in zip(arguments, wanted, strict=False))
-    return tuple(present(t, arguments[0]) for t in made)
+def _(*tensors: Any, wanted: list[bool], **_: Any) -> tuple[Tensor, ...]:
+    made = (torch.empty_like(t) if t is not None and want else None for t, want in zip(tensors, wanted, strict=False))
+    return tuple(present(t, tensors[0]) for t in made)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
     _, weight_sum, logsumexp = output
     ctx.mark_non_differentiable(weight_sum)
-    tensors, ctx.options = inputs[: GRADIENTS + 1], inputs[GRADIENTS + 1 :]
+    ctx.how = keyword_only_inputs
     # A copy: the caller may write into what it was given.
-    ctx.save_for_backward(*tensors, weight_sum, logsumexp.clone())
+    ctx.save_for_backward(*inputs, weight_sum, logsumexp.clone())
 
 
 def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -278,13 +282,12 @@ def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | Non
     if g_sum is None and g_logsumexp is None:
         return for_inputs(ctx)
     *inputs, temperature, weight_sum, logsumexp = ctx.saved_tensors
-    label_smoothing, scale, softcap, *_, shard, _filter = ctx.options
     if in_plain_pytorch(*(g for g in grads if g is not None)):
-        refuse_shard(shard, (inputs[0].shape[0], inputs[1].shape[0]))
+        refuse_shard(ctx.how["shard"], (inputs[0].shape[0], inputs[1].shape[0]))
 
         def fn(*of: Any) -> list[Tensor]:
-            head = Head(*of[:INPUTS], temperature, scale, softcap)  # type: ignore[call-arg]
-            found = _differentiable(head, of[-2], of[-1], label_smoothing)
+            head = Head(*of[:INPUTS], temperature, ctx.how["scale"], ctx.how["softcap"])  # type: ignore[call-arg]
+            found = _differentiable(head, of[-2], of[-1], ctx.how["label_smoothing"])
             return [found.sum_log_probs, found.logsumexp]  # type: ignore[list-item]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
@@ -292,7 +295,7 @@ def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | Non
     upstream = RowStatistics(sum_log_probs=g_sum, logsumexp=g_logsumexp)
     terms = coefficients(upstream, RowStatistics(weight_sum=weight_sum), 0, None, statistics_dtype(inputs[0].dtype))
     wanted = list(ctx.needs_input_grad[:GRADIENTS])
-    gradients = linear_probabilities_grad(*inputs, temperature, logsumexp, terms.a, terms.d, *ctx.options, wanted)
+    gradients = linear_probabilities_grad(*inputs, temperature, logsumexp, terms.a, terms.d, wanted=wanted, **ctx.how)
     return for_inputs(ctx, *(None if g.ndim == 0 else g for g in gradients))
 
 

@@ -140,7 +140,7 @@ def test_a_mean_of_many_tokens_makes_its_gradients_in_forward(trains, count, mon
 
 def test_opcheck():
     x = {name: t.detach().requires_grad_() for name, t in problem(torch.float32).items()}
-    rest = (TEMPERATURE, 0.1, 1.0, 3.0, CHUNKS, "torch", "", 0.0)
-    torch.library.opcheck(
-        linear_probabilities, (*(x[n] for n in ("hidden", "weight", "bias", "u", "B", "class_weight", "target")), *rest)
-    )
+    head = Head(*(x[name] for name in ("hidden", "weight", "bias", "u", "B")), TEMPERATURE, softcap=3.0)
+    labels = {"column_weight": x["class_weight"], "probabilities": x["target"], "label_smoothing": 0.1}
+    how = {"workspace": CHUNKS, "backend": "torch"}
+    torch.library.opcheck(linear_probabilities, (), head.packed() | labels | how)
