@@ -89,6 +89,7 @@ def cross_entropy(
     *,
     z_loss: float = 0.0,
     softcap: float | None = None,
+    out_dtype: torch.dtype | None = None,
     inplace_backward: bool = False,
     return_statistics: bool = False,
     group: Any = None,
@@ -120,6 +121,7 @@ def cross_entropy(
         z_loss: adds ``z_loss·lse²`` of each position that is not ignored, not weighted by class: under ``mean`` that part
             is divided by their number.
         softcap: the logits become ``softcap·tanh(input/softcap)`` first.
+        out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
         inplace_backward: write the gradient over the logits. Anything else that still needs them in backward, a second
             backward of this loss too, then raises. Ignored under ``torch.compile``.
         return_statistics: also return :class:`CrossEntropyStatistics`, for accuracy and perplexity without a second pass.
@@ -128,8 +130,7 @@ def cross_entropy(
         backend: ``"triton"`` or ``"torch"``; by default what serves the device.
 
     Returns:
-        The loss, in PyTorch's dtype for it (``input.dtype``, rounded once, at the end; fp32 under autocast), or
-        ``(loss, CrossEntropyStatistics)``.
+        The loss, or ``(loss, CrossEntropyStatistics)``.
 
     Raises:
         IndexError: a class index outside ``[0, C)``, on a CPU; on a GPU the device's next synchronisation fails.
@@ -170,11 +171,11 @@ def cross_entropy(
             softcap=softcap,
             return_statistics=return_statistics,
             backend=backend,
-            out_dtype=result_dtype(input, target, weight),
+            out_dtype=out_dtype or result_dtype(input, target, weight),
             **options,
         )
     if not _understood(input, target, weight, shard, **options):
-        extras = z_loss != 0 or softcap is not None or return_statistics
+        extras = z_loss != 0 or return_statistics or (softcap, out_dtype) != (None, None)
         return _pytorchs_own(input, target, weight, shard, extras, **options)
 
     C = input.shape[class_dim] if shard is None else shard.vocab
@@ -215,7 +216,7 @@ def cross_entropy(
     else:
         loss = loss.sum(dtype=wide_dtype(input.device))
         loss = loss if reduction == "sum" else loss / total
-    loss = loss.to(result_dtype(input, target, weight))
+    loss = loss.to(out_dtype or result_dtype(input, target, weight))
     if not return_statistics:
         return loss
     assert statistics.logsumexp is not None
@@ -273,8 +274,8 @@ def _pytorchs_own(
     loss = F.cross_entropy(input, target, weight, **options)
     if extras:
         raise ValueError(
-            "z_loss, softcap and return_statistics need logits (C), (N, C) or (N, C, d1, …) and a matching target; got "
-            f"input {tuple(input.shape)} {input.dtype} and target {tuple(target.shape)} {target.dtype}"
+            "z_loss, softcap, out_dtype and return_statistics need logits (C), (N, C) or (N, C, d1, …) and a matching target; "
+            f"got input {tuple(input.shape)} {input.dtype} and target {tuple(target.shape)} {target.dtype}"
         )
     return loss
 
@@ -305,12 +306,13 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         *,
         z_loss: float = 0.0,
         softcap: float | None = None,
+        out_dtype: torch.dtype | None = None,
         inplace_backward: bool = False,
         group: Any = None,
         backend: Backend | None = None,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        self.z_loss, self.softcap = z_loss, softcap
+        self.z_loss, self.softcap, self.out_dtype = z_loss, softcap, out_dtype
         self.inplace_backward, self.group, self.backend = inplace_backward, group, backend
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
@@ -323,6 +325,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             softcap=self.softcap,
+            out_dtype=self.out_dtype,
             inplace_backward=self.inplace_backward,
             group=self.group,
             backend=self.backend,

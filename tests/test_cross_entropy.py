@@ -528,6 +528,28 @@ def test_statistics_for_metrics(backend, device):
     assert not statistics.log_probs.requires_grad
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_out_dtype(lazy, soft, reduction, backend, device):
+    hidden, weight = (torch.randn(n, 16, device=device, dtype=torch.bfloat16) for n in (6, 21))
+    x = LinearLogits(hidden.requires_grad_(), weight) if lazy else (hidden @ weight.T).detach().requires_grad_()
+    inputs, z = ([hidden], hidden.double() @ weight.T.double()) if lazy else ([x], x.double())
+    target = z.detach().roll(1, 0).softmax(-1).bfloat16() if soft else z.argmin(-1)
+    how = {"reduction": reduction, "backend": backend}
+    loss = CrossEntropyLoss(reduction=reduction, out_dtype=torch.float32, backend=backend)(x, target)
+    assert loss.dtype == torch.float32
+    exact = F.cross_entropy(z, target.double() if soft else target, reduction=reduction)
+    logits = (hidden @ weight.T).float()
+    eager = F.cross_entropy(logits, target.float() if soft else target, reduction=reduction)
+    assert_accurate(loss, eager, exact)
+    short = cross_entropy(x, target, **how)
+    assert short.dtype == torch.bfloat16
+    torch.testing.assert_close(short, loss.bfloat16(), rtol=0, atol=0)
+    ours, rounded = (torch.autograd.grad(t.sum(), inputs) for t in (loss, short))
+    torch.testing.assert_close(ours, rounded, rtol=0, atol=0)
+
+
 def test_second_derivatives_and_forward_mode():
     x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
     target = torch.tensor([1, -100, 4])
