@@ -49,6 +49,13 @@ from .two_heads import budget
 from .vocab_parallel import VocabShard, local_part
 
 
+class DistillationStatistics(NamedTuple):
+    """For metrics, one number per token, detached and not weighted; 0 where a token does not count."""
+
+    divergence: Tensor | None  # (…) at the temperature, not times its square; None without a soft weight
+    nll: Tensor | None  # (…) −log p of the label; None without a hard weight
+
+
 def distillation_loss(
     student_logits: Tensor | LinearLogits,
     teacher_logits: Tensor | LinearLogits,
@@ -68,7 +75,8 @@ def distillation_loss(
     route: Route | None = None,
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
-) -> Tensor:
+    return_statistics: bool = False,
+) -> Any:
     r"""Cross entropy with the labels and divergence from the teacher, weighed, in one pass over the student's logits.
 
     .. math:: L = \frac1n \sum_{y_i \ne \text{ignore}} w_h\,(-\log p_{y_i}) + w_s\,[T^2]\,D_i(s_T, t_T)
@@ -94,9 +102,11 @@ def distillation_loss(
         num_items_in_batch: replaces the mean's count, for a batch spread over several calls.
         group, backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
         route: ``"recompute"`` makes a head's gradients in backward, for a mean or sum too.
+        return_statistics: also return :class:`DistillationStatistics`, to log both losses apart without a second pass.
 
     Returns:
-        Scalar, or ``(…)`` with ``reduction="none"``; fp32, or float64 for a float64 student.
+        Scalar, or ``(…)`` with ``reduction="none"``, or ``(loss, DistillationStatistics)``; fp32, or float64 for a float64
+        student.
 
     Raises:
         IndexError: a label outside the vocabulary, on a CPU, with a hard weight.
@@ -128,9 +138,16 @@ def distillation_loss(
         found, nll = token_divergence(
             student_logits, teacher_logits, ids, not left_out(hard_weight), which, shards, **how
         )
-        return (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
-    loss = summed_divergence(student_logits, teacher_logits, ids, soft, hard_weight, which, shards, route=route, **how)
-    return loss / _count(ids != -100, num_items_in_batch) if reduction == "mean" else loss
+        loss = (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
+    else:
+        loss, found, nll = summed_divergence(
+            student_logits, teacher_logits, ids, soft, hard_weight, which, shards, route=route, **how
+        )
+        loss = loss / _count(ids != -100, num_items_in_batch) if reduction == "mean" else loss
+    if not return_statistics:
+        return loss
+    parts = (None if left_out(soft_weight) else found, nll)
+    return loss, DistillationStatistics(*(None if t is None else t.detach().view(labels.shape) for t in parts))
 
 
 def kd_loss(
@@ -170,7 +187,7 @@ def kd_loss(
     ids = _counted(label, ignore_index)
     which = Divergence("cross_entropy", 0.5, 1.0)
     shards = shared_vocabulary(logits, teacher_logits, group)
-    total = summed_divergence(
+    total, *_ = summed_divergence(
         logits, teacher_logits, ids, 1.0, 0.0, which, shards, backend=backend, workspace=workspace
     )
     count = (ids != -100).sum()

@@ -316,18 +316,20 @@ def summed_divergence(
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
     route: Route | None = None,
-) -> Tensor:
-    """``Σ_n soft·divergence + hard·(−log p)``; of a head, with the gradients made in forward."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """``Σ_n soft·divergence + hard·(−log p)``, of a head with the gradients made in forward, and both numbers ``(N,)``, the
+    second None where it has no weight."""
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights, which may want gradients too
     if tensors or learned or transforms_active() or route_setting.chosen(route) == "recompute":
         found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)
-        return soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
+        loss = soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
+        return loss, found, nll
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
-        loss, *_ = two_heads_loss(
+        loss, found, nll, *_ = two_heads_loss(
             *Problem(*heads, ids, keep, zero_ignored, which).packed(),
             soft=float(soft),
             hard=float(hard),
@@ -335,7 +337,7 @@ def summed_divergence(
             workspace=budget(heads, workspace),
             backend=resolve_backend(heads[0].hidden, backend),
         )
-    return _gather_in_backward(loss, student, teacher, made=True)
+    return _gather_in_backward(loss, student, teacher, made=True), found, nll if hard else None
 
 
 def gathered(logits: Tensor | LinearLogits) -> Any:

@@ -406,12 +406,13 @@ def differentiable_two_heads(
     "fused_losses::two_heads_loss",
     mutates_args=(),
     schema=f"({ARGUMENTS}, *, float soft, float hard, bool[] wanted, int workspace, str backend) -> "
-    f"({', '.join(['Tensor'] * (1 + OF_BOTH))})",
+    f"({', '.join(['Tensor'] * (3 + OF_BOTH))})",
 )
 def two_heads_loss(
     *arguments: Any, soft: float, hard: float, wanted: list[bool], workspace: int, backend: str
 ) -> tuple[Tensor, ...]:
-    """``Σ_n soft·divergence + hard·(−log p)``, and the gradient of each of the inputs, 0-dim where absent or not ``wanted``."""
+    """``Σ_n soft·divergence + hard·(−log p)``, both numbers ``(N,)``, the second 0-dim if ``hard`` is 0, and the gradient of
+    each of the inputs, 0-dim where absent or not ``wanted``."""
     problem = Problem.unpacked(arguments)
     hidden = problem.student.hidden
     per_token = [hidden.new_full((len(hidden),), x, dtype=statistics_dtype(hidden.dtype)) for x in (soft, hard)]
@@ -419,20 +420,24 @@ def two_heads_loss(
     both = BothHeads(problem, with_nll, wanted, workspace, backend)
     gradients = both.gradients(per_token[0], per_token[1] if with_nll else None)
     loss = sum_of_losses(soft * both.divergence if both.nll is None else soft * both.divergence + hard * both.nll)
-    return loss, *(present(g, loss) for g in gradients)
+    return loss, both.divergence, *(present(t, loss) for t in (both.nll, *gradients))
 
 
 @two_heads_loss.register_fake
-def _(*arguments: Any, wanted: list[bool], workspace: int, backend: str, **_: Any) -> tuple[Tensor, ...]:
+def _(*arguments: Any, hard: float, wanted: list[bool], workspace: int, backend: str, **_: Any) -> tuple[Tensor, ...]:
     problem = Problem.unpacked(arguments)
     hidden = problem.student.hidden
-    loss = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
+    loss, divergence = (
+        hidden.new_empty(shape, dtype=statistics_dtype(hidden.dtype)) for shape in ((), hidden.shape[:1])
+    )
     sums = chunks_of(problem.heads, problem.projected, wanted, workspace, backend).sums
     dtypes = [dtype for head, s in zip(problem.heads, sums, strict=True) for dtype in total_dtypes(head, s)]
-    return loss, *(
-        torch.empty_like(like, dtype=dtype) if want and like is not None else absent(loss)
+    gradients = (
+        torch.empty_like(like, dtype=dtype) if want and like is not None else None
         for like, dtype, want in zip(problem.inputs, dtypes, wanted, strict=True)
     )
+    nll = torch.empty_like(divergence) if hard != 0 else None
+    return loss, divergence, *(present(t, loss) for t in (nll, *gradients))
 
 
 def _loss_setup(
@@ -446,7 +451,8 @@ def _loss_setup(
     ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(problem.inputs, wanted, strict=True)]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
     small = problem.student.hidden.dtype == torch.float64
-    save_for_backward(ctx, *output[1:], *(inputs if small else ()))
+    _loss, _divergence, _nll, *gradients = output
+    save_for_backward(ctx, *gradients, *(inputs if small else ()))
 
 
 def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:

@@ -138,6 +138,28 @@ def test_parts_are_what_they_say(device):
     torch.testing.assert_close(soft, divergence(student, teacher, kind="tvd")[labels != -100].mean())
 
 
+@pytest.mark.parametrize("route", [None, "recompute"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_statistics_for_metrics(reduction, route, backend, device):
+    """Neither weighted nor times the temperature's square, and without a gradient; the loss is as without them."""
+    leaves, labels, lazy, whole = heads(device)
+    logits = whole(leaves)
+    how = {"temperature": 2.0, "scale_by_temperature_squared": True, "reduction": reduction}
+    soft = divergence(*logits, temperature=2.0, mask=labels != -100)
+    hard = F.cross_entropy(logits[0].flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
+    for sides in (logits, lazy(leaves), (lazy(leaves)[0], logits[1])):
+        for h, s in ((0.3, 0.8), (0.0, 0.8), (0.3, 0.0), (torch.tensor(0.3, requires_grad=True), 0.8)):
+            options = {**how, "hard_weight": h, "soft_weight": s, "backend": backend, "route": route}
+            loss, found = distillation_loss(*sides, labels, return_statistics=True, **options)
+            torch.testing.assert_close(loss, distillation_loss(*sides, labels, **options), rtol=0, atol=0)
+            for ours, expected, weight in zip(found, (soft, hard), (s, h), strict=True):
+                if weight == 0:
+                    assert ours is None
+                    continue
+                assert not ours.requires_grad
+                torch.testing.assert_close(ours, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_heads(dtype, backend, device):
     """As accurate as eager, under a GradScaler's factor too, with the teacher frozen as it is in training."""
@@ -231,13 +253,14 @@ def test_compiles_without_a_break(route, device):
     leaves, labels, lazy, _ = heads(device)
 
     def loss(*leaves):
-        return distillation_loss(*lazy(leaves), labels, kind="jsd", temperature=1.5, route=route) * 3
+        how = {"kind": "jsd", "temperature": 1.5, "route": route, "return_statistics": True}
+        value, statistics = distillation_loss(*lazy(leaves), labels, **how)
+        return value * 3, statistics
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager" if route else "inductor")
     torch.testing.assert_close(compiled(*leaves), loss(*leaves))
-    torch.testing.assert_close(
-        torch.autograd.grad(compiled(*leaves), leaves), torch.autograd.grad(loss(*leaves), leaves), rtol=1e-4, atol=1e-5
-    )
+    ours, expected = (torch.autograd.grad(of(*leaves)[0], leaves) for of in (compiled, loss))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
