@@ -294,6 +294,8 @@ def total(results, found):
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("row", ROWS, ids=NAMES)
 def test_row_gives_what_plain_pytorch_does(row):
+    if "F.linear_cross_entropy" in row[0] and not hasattr(F, "linear_cross_entropy"):
+        pytest.skip("this PyTorch has none")
     compare(row, PLAIN, torch.float64)
 
 
