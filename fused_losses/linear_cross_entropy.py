@@ -438,7 +438,7 @@ def _of_probabilities(
     )
     # Of what may be differentiated again, only where it is asked for: gradients made in forward may not.
     asked = route_setting.chosen(route) == "gradients_in_forward" or shard is not None
-    alone = N > 0 and any(head.trained) and not any(trains(t) for t in (target, weight, token_weights))
+    alone = any(head.trained) and not any(trains(t) for t in (target, weight, token_weights))
     in_forward = planned.route == "gradients_in_forward" and alone and not transforms_active()
     in_forward = in_forward and (asked or not differentiable_again(N, V, head.hidden.dtype))
     if token_weights is None:

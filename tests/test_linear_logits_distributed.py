@@ -199,7 +199,7 @@ class Eager(Model):
 
 # Loss and how often it reads the weight in forward. Whoever reads it twice gathers it twice: nothing stays whole between.
 PASSES = {"mean": 1, "per_token": 1, "token_loss": 1, "several": 3, "evaluation": 1}
-TRAINED = [*(loss for loss in PASSES if loss != "evaluation"), "unlabelled", "twice"]
+TRAINED = [*(loss for loss in PASSES if loss != "evaluation"), "unlabelled", "probabilities", "twice"]
 
 
 def shard_head(model, **options):
@@ -274,6 +274,9 @@ def not_gathered(ids):
                     value = reading("per_token", model(ids), ids) + reading("mean", model(ids) / 2, ids)
                 elif loss == "unlabelled":  # on one rank
                     value = reading("token_loss", model(ids), ids if dist.get_rank() else ids * 0 - 100)
+                elif loss == "probabilities":  # of no token on one rank
+                    logits = model(ids[: 2 * dist.get_rank()]).flatten(0, 1)
+                    value = F.cross_entropy(logits, logits.hidden.new_full(logits.shape, 1 / V), reduction="sum")
                 else:
                     value = reading(loss, model(ids), ids)
                 with gathers() as count:
@@ -505,7 +508,7 @@ def test_a_copy_has_the_weight_that_is_sharded_again(trained):
 def test_gradients_made_in_forward_need_no_weight_in_backward(trained, loss, frozen, asked):
     """Where the route is asked for: of its own, a rank with more tokens may take another, and would gather alone."""
     of_ranks = [found["not gathered"][loss, frozen, asked] for found in trained]
-    needed = 0 if asked and loss in ("mean", "token_loss", "unlabelled") else 1
+    needed = 0 if asked and loss in ("mean", "token_loss", "unlabelled", "probabilities") else 1
     needed += loss == "twice" and not frozen and not asked  # the gradient of one forward is reduced before the other's
     for count, gradients, _, later in of_ranks:
         assert (count, later) == (needed, 0)
