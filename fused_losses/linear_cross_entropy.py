@@ -460,7 +460,9 @@ def _of_probabilities(
         logsumexps.append(logsumexp)
     loss = torch.stack(losses, -1)
     if reduction != "none":
-        loss = loss.sum() if reduction == "sum" else loss.sum() / (N * D)
+        loss = loss.sum() / (max(N, 1) * D if reduction == "mean" else 1)
+        if N == 0:  # nan or 0, whose gradient is 0 and not 0·∞
+            loss = loss.masked_fill(loss == 0, torch.nan if reduction == "mean" else 0)
     return loss, torch.stack(logsumexps, 1), in_forward
 
 

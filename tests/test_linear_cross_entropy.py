@@ -1,6 +1,7 @@
 """linear_cross_entropy against whole logits in float64: both routes, both backends, every option."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -623,6 +624,21 @@ def test_nothing_left(drop_ignored, route, backend, device):
         rows = linear_cross_entropy(hidden, weight, target, reduction="none", linear_bias=bias, backend=backend)
         assert rows.shape == (tokens,)
         assert not rows.any()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_class_probabilities_of_no_token(route, reduction, backend, device):
+    hidden, weight, bias, _ = problem(device=device, tokens=0)
+    leaves, target = [t.requires_grad_() for t in (hidden, weight, bias)], hidden.new_zeros(0, len(weight))
+    how = {"linear_bias": bias, "reduction": reduction, "backend": backend, "route": route}
+    loss = linear_cross_entropy(hidden, weight, target, **how)
+    expected = F.cross_entropy(F.linear(hidden, weight, bias), target, reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    for factor in (1, math.inf):  # of a caller who divides by a count
+        found = torch.autograd.grad(loss * factor, leaves, retain_graph=True)
+        for g, e in zip(found, torch.autograd.grad(expected, leaves, retain_graph=True), strict=True):
+            assert torch.equal(g, e)
 
 
 @pytest.mark.parametrize("drop_ignored", [True, False])
