@@ -1,12 +1,13 @@
 """Policy losses, sequence by sequence and token by token.
 
-Throughout, ρ = logp − old of a token and r = exp(ρ); a sequence's tokens are those its mask shows.
+Each loss type is one function, of the tokens of one sequence: those that its mask shows.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,13 +16,28 @@ from .aggregation import aggregate, mean_of, tokens_of
 from .kl import kl_estimate
 from .rollouts import at, entropy_mask, off_policy_mask
 
-LEVELS = {"gspo": "sequence", "gspo-token": "sequence_token", "rloo": "sequence_sum"}  # else "token"
-AGGREGATIONS = {  # else "seq_mean_token_mean"
-    **dict.fromkeys(("bnpo", "ppo", "dapo", "cispo", "vespo", "gpg", "dro"), "token_mean"),
-    **dict.fromkeys(("dppo_tv", "dppo_kl", "kl_cov", "clip_cov"), "token_mean"),
-    **dict.fromkeys(("luspo", "reinforce"), "seq_mean_token_sum"),
-    "dr_grpo": "seq_mean_token_sum_norm",
-}
+Bounds = tuple[float | None, float | None]
+
+
+class Token(NamedTuple):
+    logp: Tensor
+    old: Tensor
+    rho: Tensor  # logp − old
+    r: Tensor  # exp(rho), or the sequence's
+    A: Tensor
+    weight: float  # against the mismatch
+    kept: bool  # by the entropy mask
+    penalised: bool  # by kl_cov
+
+
+class Surrogate(NamedTuple):
+    """What a loss type makes of a sequence."""
+
+    loss: list[Tensor]  # of each token
+    held: list | None = None  # what a clip holds between two bounds; None: it has no clip
+    low: float = -math.inf
+    high: float = math.inf
+    weight: list[float] | None = None  # of each token, where its own are in the loss already
 
 
 def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
@@ -33,7 +49,7 @@ def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
     return x
 
 
-def _ratio(rho: list, logp: list[Tensor], level: str, bounds: tuple[float | None, float | None]) -> list[Tensor]:
+def _ratio(rho: list[Tensor], logp: list[Tensor], level: str, bounds: Bounds) -> list[Tensor]:
     """r at each token of one sequence."""
     if level == "sequence_token":
         mean = mean_of([x.detach() for x in rho])
@@ -46,34 +62,166 @@ def _ratio(rho: list, logp: list[Tensor], level: str, bounds: tuple[float | None
     return [x.exp() for x in rho]
 
 
-def _clipped(r: Tensor, a: Tensor, low: float, high: float, delta: float | None, dual_clip: float | None) -> Tensor:
+def _clip(
+    tokens: list[Token], *, eps_low: float, eps_high: float, delta: float | None, dual_clip: float | None, **_: Any
+) -> Surrogate:
     """−min(min(r, δ)A, clip(r)A): for A > 0 the ratio is bounded above; for A < 0 below, by δ or c also above."""
-    if a >= 0:
-        return -a * _clamp(r, None, high if delta is None else min(delta, high))
-    r = _clamp(r, low, None if delta is None else max(delta, high))
-    return -a * _clamp(r, None, dual_clip)
+    low, high = 1 - eps_low, 1 + eps_high
+    loss = []
+    for t in tokens:
+        if t.A >= 0:
+            r = _clamp(t.r, None, high if delta is None else min(delta, high))
+        else:
+            r = _clamp(t.r, low, None if delta is None else max(delta, high))
+            r = _clamp(r, None, dual_clip)
+        loss.append(-t.A * r)
+    return Surrogate(loss, [_clamp(t.r, None, delta) for t in tokens], low, high)
+
+
+def _gmpo(
+    tokens: list[Token], *, eps_low: float, eps_high: float, bounds: Bounds, weight_per_token: bool, **_: Any
+) -> Surrogate:
+    """−A·exp(mean c), c = ρ, bounded above for A > 0 and below for A < 0; times the geometric mean of the weights."""
+    rho, c = [_clamp(t.rho, *bounds) for t in tokens], []
+    for t, x in zip(tokens, rho, strict=True):
+        if t.A == 0:
+            c.append(torch.zeros_like(x))
+        else:
+            c.append(_clamp(x, None, eps_high) if t.A > 0 else _clamp(x, -eps_low, None))
+    mean = torch.as_tensor(mean_of([x for x, t in zip(c, tokens, strict=True) if t.kept]))
+    weight = [t.weight for t in tokens]
+    if weight_per_token:
+        weight = [math.exp(mean_of([math.log(x + 1e-10) for x in weight]))] * len(tokens)
+    return Surrogate([-t.A * torch.exp(mean) for t in tokens], rho, -eps_low, eps_high, weight)
+
+
+def _cispo(tokens: list[Token], *, eps_low: float, eps_high: float, cispo_max: float | None, **_: Any) -> Surrogate:
+    """−sg(min(r, r_max))·A·logp."""
+    low, high = (1 - eps_low, 1 + eps_high) if cispo_max is None else (-math.inf, cispo_max)
+    loss = [-_clamp(t.r, low, high).detach() * t.A * t.logp for t in tokens]
+    return Surrogate(loss, [t.r for t in tokens], low, high)
+
+
+def _sapo(tokens: list[Token], *, sapo_temperature_pos: float, sapo_temperature_neg: float, **_: Any) -> Surrogate:
+    """−4/τ·σ(τ(r − 1))·A."""
+    loss = []
+    for t in tokens:
+        tau = sapo_temperature_pos if t.A > 0 else sapo_temperature_neg
+        loss.append(-4 / tau / (1 + torch.exp(-tau * (t.r - 1))) * t.A)
+    return Surrogate(loss)
 
 
 def _vespo(
-    logp: list[Tensor], rho: list[Tensor], a: list[Tensor], weight: list[float] | float | None, k_lambda: list
-) -> list[Tensor]:
-    """−φ A logp, φ = exp(λ + k s − λ e^s), s = Σ ρ of the sequence, plus the log of its mismatch weight."""
-
-    def log_weight(x: float) -> float:
-        return math.log(min(max(x, 1e-8), math.exp(20)))
-
-    total = sum(min(max(x.item(), -20.0), 20.0) for x in rho)
-    if isinstance(weight, list):
-        total += sum(log_weight(x) for x in weight)
-    elif weight is not None:
-        total += log_weight(weight)
-    total = min(max(total, math.log(1e-8)), 20.0)
-    losses = []
-    for x, advantage in zip(logp, a, strict=True):
-        k, lam = k_lambda[0] if advantage >= 0 else k_lambda[1]
+    tokens: list[Token],
+    *,
+    vespo_pos: tuple[float, float],
+    vespo_neg: tuple[float, float],
+    weight_per_token: bool,
+    **_: Any,
+) -> Surrogate:
+    """−φ·A·logp, φ = exp(λ + k s − λ e^s), s = Σ ρ of the sequence, plus the log of its mismatch weight."""
+    s = sum(min(max(t.rho.item(), -20.0), 20.0) for t in tokens)
+    weights = [t.weight for t in (tokens if weight_per_token else tokens[:1])]
+    s += sum(math.log(min(max(x, 1e-8), math.exp(20))) for x in weights)
+    s = min(max(s, math.log(1e-8)), 20.0)
+    loss = []
+    for t in tokens:
+        k, lam = vespo_pos if t.A >= 0 else vespo_neg
         lam = max(lam, 1e-4)
-        losses.append(-math.exp(lam + k * total - lam * math.exp(total)) * advantage * x)
-    return losses
+        loss.append(-math.exp(lam + k * s - lam * math.exp(s)) * t.A * t.logp)
+    return Surrogate(loss, weight=[1.0] * len(tokens))
+
+
+def _dppo(
+    tokens: list[Token], moved: list[float], *, eps_low: float, eps_high: float, delta: float | None, **_: Any
+) -> Surrogate:
+    """−sg(min(r, δ))·A·logp, 0 where the token's probability has ``moved`` too far to where A pulls it."""
+    loss = []
+    for t, x in zip(tokens, moved, strict=True):
+        too_far = x > eps_high if t.A > 0 else x < -eps_low
+        weight = 0.0 if too_far else _clamp(t.r.detach(), None, delta)
+        loss.append(-weight * t.A * t.logp)
+    return Surrogate(loss, moved, -eps_low, eps_high)
+
+
+def _dppo_tv(tokens: list[Token], **options: Any) -> Surrogate:
+    """``_dppo``, moved by p − q: p = exp(logp), q = exp(old)."""
+    return _dppo(tokens, [math.exp(t.logp.item()) - math.exp(t.old.item()) for t in tokens], **options)
+
+
+def _dppo_kl(tokens: list[Token], **options: Any) -> Surrogate:
+    """``_dppo``, moved by ±KL(q ‖ p) of a coin, − where p < q."""
+    moved = []
+    for t in tokens:
+        p, q = math.exp(t.logp.item()), math.exp(t.old.item())
+        not_p, not_q = max(1 - p, 0), max(1 - q, 0)
+        kl = q * math.log(q / p) + not_q * math.log((not_q + 1e-8) / (not_p + 1e-8))
+        moved.append(kl if p > q else -kl)
+    return _dppo(tokens, moved, **options)
+
+
+def _dro(tokens: list[Token], *, dro_beta: float, bounds: Bounds, **_: Any) -> Surrogate:
+    """β/2·ρ² − A·logp."""
+    return Surrogate([dro_beta * _clamp(t.rho, *bounds) ** 2 / 2 - t.A * t.logp for t in tokens])
+
+
+def _kl_cov(tokens: list[Token], *, kl_cov_coef: float, **_: Any) -> Surrogate:
+    """−rA, and + c·|log r| for the tokens of highest covariance."""
+    return Surrogate([-t.r * t.A + kl_cov_coef * t.r.log().abs() if t.penalised else -t.r * t.A for t in tokens])
+
+
+def _reinforce(tokens: list[Token], **_: Any) -> Surrogate:
+    """−A·logp."""
+    return Surrogate([-t.A * t.logp for t in tokens])
+
+
+# The loss of a token, the level of its ratio, the aggregation.
+LOSS_TYPES: dict[str, tuple[Callable[..., Surrogate], str, str]] = {
+    "grpo": (_clip, "token", "seq_mean_token_mean"),
+    "bnpo": (_clip, "token", "token_mean"),
+    "ppo": (_clip, "token", "token_mean"),
+    "dapo": (_clip, "token", "token_mean"),
+    "dr_grpo": (_clip, "token", "seq_mean_token_sum_norm"),
+    "luspo": (_clip, "token", "seq_mean_token_sum"),
+    "gspo": (_clip, "sequence", "seq_mean_token_mean"),
+    "gspo-token": (_clip, "sequence_token", "seq_mean_token_mean"),
+    "rloo": (_clip, "sequence_sum", "seq_mean_token_mean"),
+    "gmpo": (_gmpo, "token", "seq_mean_token_mean"),
+    "cispo": (_cispo, "token", "token_mean"),
+    "sapo": (_sapo, "token", "seq_mean_token_mean"),
+    "vespo": (_vespo, "token", "token_mean"),
+    "reinforce": (_reinforce, "token", "seq_mean_token_sum"),
+    "gpg": (_reinforce, "token", "token_mean"),
+    "dppo_tv": (_dppo_tv, "token", "token_mean"),
+    "dppo_kl": (_dppo_kl, "token", "token_mean"),
+    "dro": (_dro, "token", "token_mean"),
+    "kl_cov": (_kl_cov, "token", "token_mean"),
+    "clip_cov": (_clip, "token", "token_mean"),  # of which some tokens are drawn, to be left out
+}
+
+
+def _covariances(log_probs: Tensor, advantages: Tensor, rows: list[list[int]]) -> dict[tuple[int, int], float]:
+    """(A − mean A)(logp − mean logp) of each token, by its place."""
+    A = {(b, t): at(advantages, b, t).item() for b, row in enumerate(rows) for t in row}
+    logp = {place: log_probs[place].item() for place in A}
+    mean_A, mean_logp = mean_of(list(A.values())), mean_of(list(logp.values()))
+    return {place: (A[place] - mean_A) * (logp[place] - mean_logp) for place in A}
+
+
+def _average(lists: list[list], per_sequence: bool) -> Any:
+    """Over all tokens, or of each sequence's mean."""
+    return mean_of([mean_of(x) for x in lists] if per_sequence else [x for each in lists for x in each])
+
+
+def _clip_ratios(below: list[list[float]], above: list[list[float]], per_sequence: bool) -> dict[str, Any]:
+    low, high = _average(below, per_sequence), _average(above, per_sequence)
+    return {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+        "clip_ratio/low_min": min((mean_of(x) for x in below), default=math.nan),
+        "clip_ratio/high_max": max((mean_of(x) for x in above), default=math.nan),
+    }
 
 
 def grpo_loss(
@@ -117,11 +265,10 @@ def grpo_loss(
     **counts: Any,
 ) -> tuple[Tensor, dict[str, float]]:
     """aggregate(loss per token × masks and weights + beta·KL·r) − entropy_coef·mean(H)."""
-    aggregation = aggregation or AGGREGATIONS.get(loss_type, "seq_mean_token_mean")
-    level = importance_sampling_level or LEVELS.get(loss_type, "token")
+    surrogate, own_level, own_aggregation = LOSS_TYPES[loss_type]
+    level, aggregation = importance_sampling_level or own_level, aggregation or own_aggregation
     bounds = log_ratio_clamp or (None, None)
-    low, high = 1 - eps_low, 1 + eps_high
-
+    weight_per_token = mismatch_weight is not None and mismatch_weight.dim() == 2 and mismatch_weight.shape[1] > 1
     mask = torch.ones_like(log_probs) if mask is None else mask
     rows = tokens_of(mask)
     old = log_probs.detach() if old_log_probs is None else old_log_probs
@@ -130,101 +277,61 @@ def grpo_loss(
     if off_policy_mask_threshold is not None:
         sampling = old if rollout_log_probs is None else rollout_log_probs
         worth = off_policy_mask(log_probs, sampling, advantages, off_policy_mask_threshold, mask)
-
-    tokens = [(b, t) for b, row in enumerate(rows) for t in row]
-    mean_a = mean_of([at(advantages, b, t).item() for b, t in tokens])
-    mean_logp = mean_of([log_probs[b, t].item() for b, t in tokens])
-
-    def covariance(token: tuple[int, int]) -> float:
-        return (at(advantages, *token).item() - mean_a) * (log_probs[token].item() - mean_logp)
-
-    penalised = sorted(tokens, key=covariance, reverse=True)[: max(int(len(tokens) * kl_cov_ratio), 1)]
+    covariances = _covariances(log_probs, advantages, rows)
+    highest = sorted(covariances, key=covariances.__getitem__, reverse=True)
+    penalised = highest[: max(int(len(highest) * kl_cov_ratio), 1)]
 
     zero = log_probs.new_zeros(())
     loss = [[zero] * mask.shape[1] for _ in rows]
     kl = [[zero] * mask.shape[1] for _ in rows]
-    ratios, low_clips, high_clips, dual_clips, drift, free = [], [], [], [], [], []
+    ratios, drift, free = [], [], []
+    below, above, beyond = [], [], []  # what a clip holds; as ratios, a list for each sequence with tokens
     for b, row in enumerate(rows):
+        if not row:
+            continue
         logp = [log_probs[b, t] for t in row]
         rho = [log_probs[b, t] - old[b, t] for t in row]
-        a = [at(advantages, b, t) for t in row]
-        r = _ratio(rho, logp, level, bounds) if row else []
-        weight = [1.0 if mismatch_weight is None else at(mismatch_weight, b, t).item() for t in row]
-        held: list[Any] = r
-        lower, upper = low, high
-
-        if loss_type == "cispo":
-            lower, upper = (low, high) if cispo_max is None else (-math.inf, cispo_max)
-            policy = [-_clamp(r[i], lower, upper).detach() * a[i] * logp[i] for i in range(len(row))]
-        elif loss_type == "sapo":
-            policy = []
-            for i in range(len(row)):
-                tau = sapo_temperature_pos if a[i] > 0 else sapo_temperature_neg
-                policy.append(-4 / tau / (1 + torch.exp(-tau * (r[i] - 1))) * a[i])
-        elif loss_type == "vespo":
-            given: Any = weight if mismatch_weight is not None else None
-            if mismatch_weight is not None and (mismatch_weight.dim() == 1 or mismatch_weight.shape[1] == 1):
-                given = mismatch_weight[b].item()
-            policy = _vespo(logp, rho, a, given, [vespo_pos, vespo_neg])
-            weight = [1.0] * len(row)
-        elif loss_type == "gmpo":
-            held, lower, upper = [_clamp(x, *bounds) for x in rho], -eps_low, eps_high
-            c = []
-            for x, advantage in zip(held, a, strict=True):
-                bound = _clamp(x, None, eps_high) if advantage > 0 else _clamp(x, -eps_low, None)
-                c.append(bound if advantage != 0 else torch.zeros_like(x))
-            mean = mean_of([x for x, t in zip(c, row, strict=True) if keep[b, t]])
-            policy = [-advantage * torch.exp(torch.as_tensor(mean)) for advantage in a]
-            if mismatch_weight is not None and mismatch_weight.dim() == 2 and mismatch_weight.shape[1] > 1:
-                weight = [math.exp(mean_of([math.log(x + 1e-10) for x in weight]))] * len(row)
-        elif loss_type in ("dppo_tv", "dppo_kl"):
-            # How far the token's coin moved towards where the advantage pulls it, against the bound on that side.
-            lower, upper = -eps_low, eps_high
-            held, policy = [], []
-            for i, t in enumerate(row):
-                p, q = math.exp(logp[i].item()), math.exp(old[b, t].item())
-                moved = abs(p - q)
-                if loss_type == "dppo_kl":
-                    not_p, not_q = max(1 - p, 0), max(1 - q, 0)
-                    moved = q * math.log(q / p) + not_q * math.log((not_q + 1e-8) / (not_p + 1e-8))
-                held.append(moved if p > q else -moved)
-                too_far = (p > q and moved > eps_high) if a[i] > 0 else (p < q and moved > eps_low)
-                weight_of_it = 0.0 if too_far else _clamp(r[i].detach(), None, delta)
-                policy.append(-weight_of_it * a[i] * logp[i])
-        elif loss_type == "dro":
-            policy = [dro_beta * _clamp(rho[i], *bounds) ** 2 / 2 - a[i] * logp[i] for i in range(len(row))]
-        elif loss_type == "kl_cov":
-            policy = [-r[i] * a[i] for i in range(len(row))]
-            for i, t in enumerate(row):
-                if (b, t) in penalised:
-                    policy[i] = policy[i] + kl_cov_coef * r[i].log().abs()
-        elif loss_type in ("reinforce", "gpg"):
-            policy = [-advantage * x for advantage, x in zip(a, logp, strict=True)]
-        else:
-            held = [_clamp(x, None, delta) for x in r]
-            policy = [_clipped(r[i], a[i], low, high, delta, dual_clip) for i in range(len(row))]
-
+        r = _ratio(rho, logp, level, bounds)
+        tokens = [
+            Token(
+                logp=logp[i],
+                old=old[b, t],
+                rho=rho[i],
+                r=r[i],
+                A=at(advantages, b, t),
+                weight=1.0 if mismatch_weight is None else at(mismatch_weight, b, t).item(),
+                kept=bool(keep[b, t]),
+                penalised=(b, t) in penalised,
+            )
+            for i, t in enumerate(row)
+        ]
+        found = surrogate(
+            tokens, eps_low=eps_low, eps_high=eps_high, delta=delta, dual_clip=dual_clip, bounds=bounds,
+            cispo_max=cispo_max, sapo_temperature_pos=sapo_temperature_pos, sapo_temperature_neg=sapo_temperature_neg,
+            vespo_pos=vespo_pos, vespo_neg=vespo_neg, dro_beta=dro_beta, kl_cov_coef=kl_cov_coef,
+            weight_per_token=weight_per_token,
+        )  # fmt: skip
+        weight = found.weight or [x.weight for x in tokens]
         for i, t in enumerate(row):
-            if worth[b, t] and (keep[b, t] or loss_type == "gmpo"):
-                loss[b][t] = policy[i] * weight[i]
+            if worth[b, t] and (keep[b, t] or surrogate is _gmpo):
+                loss[b][t] = found.loss[i] * weight[i]
             if beta != 0:
                 estimate = kl_estimator(log_probs[b, t], ref_log_probs[b, t])
-                kl[b][t] = estimate * r[i] if use_bias_correction_kl and loss_type != "gmpo" else estimate
-        if row:
-            ratios.append(r)
-            drift += [-_clamp(x, *(bounds if level != "sequence_token" else (None, None))) for x in rho]
-            low_clips.append([float(x < lower and y < 0) for x, y in zip(held, a, strict=True)])
-            high_clips.append([float(x > upper and y > 0) for x, y in zip(held, a, strict=True)])
-            dual_clips.append(
-                [float(dual_clip is not None and x > dual_clip and y < 0) for x, y in zip(held, a, strict=True)]
-            )
-            clipped = zip(low_clips[-1], high_clips[-1], dual_clips[-1], strict=True)
-            free += [(b, t) for t, clips in zip(row, clipped, strict=True) if not any(clips)]
+                kl[b][t] = estimate * r[i] if use_bias_correction_kl and surrogate is not _gmpo else estimate
+        ratios.append(r)
+        drift += [-_clamp(x, *(bounds if level != "sequence_token" else (None, None))) for x in rho]
+        if found.held is not None:
+            held = list(zip(found.held, tokens, strict=True))
+            below.append([float(x < found.low and t.A < 0) for x, t in held])
+            above.append([float(x > found.high and t.A > 0) for x, t in held])
+            beyond.append([float(dual_clip is not None and x > dual_clip and t.A < 0) for x, t in held])
+            held_by = zip(row, below[-1], above[-1], beyond[-1], strict=True)
+            free += [(b, t) for t, *clipped in held_by if not any(clipped)]
 
     if loss_type == "clip_cov":  # all places in a random order, of which the first that are candidates
         places = [divmod(n, mask.shape[1]) for n in torch.randperm(mask.numel(), generator=generator).tolist()]
-        drawn = [place for place in places if place in free and clip_cov_lb < covariance(place) < clip_cov_ub]
-        drawn = drawn[: max(int(len(tokens) * clip_cov_ratio), 1)]
+        drawn = [place for place in places if place in free and clip_cov_lb < covariances[place] < clip_cov_ub]
+        drawn = drawn[: max(int(len(covariances) * clip_cov_ratio), 1)]
         for b, t in drawn:
             loss[b][t] = zero
 
@@ -240,33 +347,22 @@ def grpo_loss(
             bonus = aggregate(torch.where(keep, entropy, zero), mask, entropy_aggregation, **counts)
         total = total - entropy_coef * bonus
 
-    def flat(lists: list[list]) -> list:
-        return [x for each in lists for x in each]
-
     one_ratio = level in ("sequence", "sequence_sum")
-    one_each = one_ratio and loss_type != "gmpo" and (advantages.dim() == 1 or advantages.shape[1] == 1)
-
-    def average(lists: list[list], per_sequence: bool = one_each) -> Tensor | float:
-        return mean_of([mean_of(x) for x in lists]) if per_sequence else mean_of(flat(lists))
-
-    if one_each and counts.get("count_empty", True):  # a sequence without tokens is one that no clip holds
-        for clips in (low_clips, high_clips, dual_clips):
-            clips += [[0.0]] * (len(rows) - len(clips))
-    metrics = {"ratio_mean": average(ratios, one_ratio), "ppo_kl": mean_of(drift)}
+    metrics = {"ratio_mean": _average(ratios, one_ratio), "ppo_kl": mean_of(drift)}
     if beta != 0:
         metrics["kl"] = mean_of([kl[b][t] for b, row in enumerate(rows) for t in row])
     if entropy is not None:
         metrics["entropy"] = mean_of([entropy[b, t] for b, row in enumerate(rows) for t in row])
-    if loss_type not in ("sapo", "vespo", "reinforce", "gpg", "dro", "kl_cov"):
-        metrics["clip_ratio/low_mean"] = average(low_clips)
-        metrics["clip_ratio/high_mean"] = average(high_clips)
-        metrics["clip_ratio/region_mean"] = average(low_clips) + average(high_clips)
-        metrics["clip_ratio/low_min"] = min((mean_of(x) for x in low_clips), default=math.nan)
-        metrics["clip_ratio/high_max"] = max((mean_of(x) for x in high_clips), default=math.nan)
-        if loss_type not in ("cispo", "gmpo", "dppo_tv", "dppo_kl") and dual_clip is not None:
-            metrics["clip_ratio/dual_mean"] = average(dual_clips)
+    if surrogate in (_clip, _gmpo, _cispo, _dppo_tv, _dppo_kl):
+        one_each = one_ratio and surrogate is not _gmpo and (advantages.dim() == 1 or advantages.shape[1] == 1)
+        if one_each and counts.get("count_empty", True):  # a sequence without tokens is one that no clip holds
+            for clips in (below, above, beyond):
+                clips += [[0.0]] * (len(rows) - len(clips))
+        metrics |= _clip_ratios(below, above, one_each)
+        if surrogate is _clip and dual_clip is not None:
+            metrics["clip_ratio/dual_mean"] = _average(beyond, one_each)
     if loss_type == "clip_cov":
-        metrics["clip_ratio/cov_mean"] = len(drawn) / max(len(tokens), 1)
+        metrics["clip_ratio/cov_mean"] = len(drawn) / max(len(covariances), 1)
     return total, {name: float(torch.as_tensor(x).detach()) for name, x in metrics.items()}
 
 
