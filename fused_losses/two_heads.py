@@ -271,7 +271,7 @@ class BothHeads:
         heads, M, hidden = problem.heads, problem.projected, problem.student.hidden
         shard, teacher_shard = (head.shard for head in heads)
         if shard is not None and teacher_shard is not None:
-            shard = shard._replace(sums=shard.sums + 8 * teacher_shard.sums)
+            shard = shard.beside(teacher_shard)
         self.problem, self.with_nll, self.backend, self.shard = problem, with_nll, backend, shard
         self.ids = problem.ids if problem.ids is None or shard is None else shard.local(problem.ids)
         V, cut = compared_vocab(*heads), chunks_of(heads, M, wanted, workspace, backend)

@@ -26,6 +26,10 @@ from .numerics import on_device, statistics_dtype
 from .row_statistics import RowStatistics, empty_statistics, only, skipped
 
 ROUTES = ("", "gradients_in_forward", "recompute")  # ranks compare their places; "": none of the two
+# Bits of VocabShard.sums: which gradients the ranks sum, in which they must agree.
+HEAD, HIDDEN, U = 1, 2, 4  # there is a head, not logits that exist; its hidden wants a gradient; its u does
+TEACHERS = 8  # times those: the same of a teacher's head
+STUDENT, TEACHER = 64, 128  # of two sides whose gradients take numbers of all ranks: it wants any
 
 
 @dataclass(frozen=True)
@@ -123,9 +127,7 @@ class VocabShard(NamedTuple):
     # Where hidden was gathered from tokens (outer, ranks, inner), of whose gradient each rank wants its own; (0, 0): of all.
     outer: int = 0
     inner: int = 0
-    # Which gradients the ranks sum: 0 of logits that exist; of a head 1, + 2 for hidden's, + 4 for u's; + 8 · a teacher's.
-    # Of two sides, whose gradients take numbers of all ranks, + 64 where the student wants any, + 128 where the teacher does.
-    sums: int = 0
+    sums: int = 0  # of HEAD, HIDDEN, …
 
     @property
     def size(self) -> int:
@@ -149,11 +151,15 @@ class VocabShard(NamedTuple):
 
     def of_head(self, hidden: Tensor, u: Tensor | None) -> VocabShard:
         """The same of a head that reads these."""
-        return self._replace(sums=self.sums + 1 + 2 * trains(hidden) + 4 * trains(u))
+        return self._replace(sums=self.sums + HEAD + HIDDEN * trains(hidden) + U * trains(u))
 
     def of_sides(self, student: Any, teacher: Any) -> VocabShard:
         """The same where these two are compared."""
-        return self._replace(sums=64 * trains(student) + 128 * trains(teacher))
+        return self._replace(sums=STUDENT * trains(student) + TEACHER * trains(teacher))
+
+    def beside(self, teacher: VocabShard) -> VocabShard:
+        """The same of a student's head that is compared with the teacher's."""
+        return self._replace(sums=self.sums + TEACHERS * teacher.sums)
 
     def local(self, ids: Tensor) -> Tensor:
         """Ids counted from this rank's first row; −100 stays, and an id of another rank is counted from beyond ``size``, where
@@ -271,14 +277,15 @@ def _check_alike(found: Tensor) -> None:
         )
     elif not alike:
         route, sums, rows, numbers, ids = (x.tolist() for x in call)
-        bits = {"hidden": 2, "u": 4, "of the teacher hidden": 16, "of the teacher u": 32}
-        wanted = [", ".join(n for n, bit in bits.items() if x & bit) or "neither" for x in sums]
+        bits = {"hidden": HIDDEN, "u": U}
+        bits |= {f"of the teacher {name}": TEACHERS * bit for name, bit in bits.items()}
+        wanted = [", ".join(name for name, bit in bits.items() if x & bit) or "neither" for x in sums]
         values: dict[str, list[Any]] = {
             "routes": [ROUTES[x] or "of two heads" for x in route],
-            "of a head": [bool(x & 9) for x in sums],
+            "of a head": [bool(x & (HEAD | TEACHERS * HEAD)) for x in sums],
             "what of hidden and u wants a gradient": wanted,
-            "whether the student wants any": [bool(x & 64) for x in sums],
-            "whether the teacher wants any": [bool(x & 128) for x in sums],
+            "whether the student wants any": [bool(x & STUDENT) for x in sums],
+            "whether the teacher wants any": [bool(x & TEACHER) for x in sums],
             "tokens of a chunk": rows,
             "numbers to exchange": numbers,
             "sums of the ids": ids,
