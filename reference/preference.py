@@ -111,51 +111,51 @@ def _loss_type(
 ) -> list[Tensor]:
     """One loss per pair."""
     B = range(len(π_w))
-    lr_w, lr_l = [π_w[i] - ref_w[i] for i in B], [π_l[i] - ref_l[i] for i in B]
-    d = [score(lr_w[i]) - score(lr_l[i]) for i in B]
+    lrs_w, lrs_l = [π_w[i] - ref_w[i] for i in B], [π_l[i] - ref_l[i] for i in B]
+    ds = [score(lrs_w[i]) - score(lrs_l[i]) for i in B]
     δ: Tensor | float = 0.0
     if name == "bco_pair" and running_mean is not None:
-        δ = running_mean([b * r for r in lr_w + lr_l])
+        δ = running_mean([b * r for r in lrs_w + lrs_l])
     if name.endswith("_norm"):
-        d = [score(lr_w[i]) / max(n_w[i], 1) - score(lr_l[i]) / max(n_l[i], 1) for i in B]
+        ds = [score(lrs_w[i]) / max(n_w[i], 1) - score(lrs_l[i]) / max(n_l[i], 1) for i in B]
     if name == "aot":
         policy, reference = _sorted([π_w[i] - π_l[i] for i in B]), _sorted([ref_w[i] - ref_l[i] for i in B])
-        d = [policy[i] - reference[i] for i in B]
+        ds = [policy[i] - reference[i] for i in B]
     if name == "aot_unpaired":
-        chosen, rejected = _sorted(lr_w), _sorted(lr_l)
-        d = [chosen[i] - rejected[i] for i in B]
+        chosen, rejected = _sorted(lrs_w), _sorted(lrs_l)
+        ds = [chosen[i] - rejected[i] for i in B]
 
-    def pair(i: int) -> Tensor:
+    def pair(d: Tensor, lr_w: Tensor, lr_l: Tensor) -> Tensor:
         if name in ("sigmoid", "aot", "aot_unpaired"):
-            return -ls(b * d[i]) * (1 - e) - ls(-b * d[i]) * e
+            return -ls(b * d) * (1 - e) - ls(-b * d) * e
         if name == "sigmoid_norm":
-            return -ls(b * d[i])
+            return -ls(b * d)
         if name == "hinge":
-            return 1 - b * d[i] if b * d[i] < 1 else 0 * d[i]
+            return 1 - b * d if b * d < 1 else 0 * d
         if name in ("ipo", "ipo_norm"):
-            return (d[i] - 1 / (2 * b)) ** 2
+            return (d - 1 / (2 * b)) ** 2
         if name == "exo_pair":
-            return σ(b * d[i]) * (ls(b * d[i]) - math.log(1 - e)) + σ(-b * d[i]) * (ls(-b * d[i]) - math.log(e))
+            return σ(b * d) * (ls(b * d) - math.log(1 - e)) + σ(-b * d) * (ls(-b * d) - math.log(e))
         if name == "nca_pair":
-            return -ls(b * lr_w[i]) - ls(-b * lr_w[i]) / 2 - ls(-b * lr_l[i]) / 2
+            return -ls(b * lr_w) - ls(-b * lr_w) / 2 - ls(-b * lr_l) / 2
         if name == "robust":
-            return (-(1 - e) * ls(b * d[i]) + e * ls(-b * d[i])) / (1 - 2 * e)
+            return (-(1 - e) * ls(b * d) + e * ls(-b * d)) / (1 - 2 * e)
         if name == "bco_pair":
-            return -ls(b * lr_w[i] - δ) - ls(-(b * lr_l[i] - δ))
+            return -ls(b * lr_w - δ) - ls(-(b * lr_l - δ))
         if name == "sppo_hard":
-            return (lr_w[i] - 0.5 / b) ** 2 + (lr_l[i] + 0.5 / b) ** 2
+            return (lr_w - 0.5 / b) ** 2 + (lr_l + 0.5 / b) ** 2
         if name == "apo_zero":
-            return 1 - σ(b * lr_w[i]) + σ(b * lr_l[i])
+            return 1 - σ(b * lr_w) + σ(b * lr_l)
         if name == "apo_down":
-            return σ(b * lr_w[i]) + 1 - σ(b * (lr_w[i] - lr_l[i]))
+            return σ(b * lr_w) + 1 - σ(b * (lr_w - lr_l))
         if name == "discopop":
-            q = σ(b * d[i] / τ)
-            return -ls(b * d[i]) * (1 - q) + torch.exp(-b * d[i]) * q
+            q = σ(b * d / τ)
+            return -ls(b * d) * (1 - q) + torch.exp(-b * d) * q
         assert name == "sft"
         assert nll is not None
         return nll
 
-    return [pair(i) for i in B]
+    return [pair(*of_pair) for of_pair in zip(ds, lrs_w, lrs_l, strict=True)]
 
 
 def dpo_loss(
