@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .autodiff import check_differentiable, differentiable_gradients, in_plain_pytorch, save_for_backward, saved_values
 from .chunked.softmax_rows import transform
@@ -22,7 +23,7 @@ from .gradients_in_forward import OverLogits, in_range, loss_and_gradients
 from .head import INPUTS, Head, head_of, ready, whole_logits
 from .lazy_elementwise import computable, copy_with, expanded, key_of
 from .lazy_products import Dense
-from .lazy_tensor import Derived, LazyTensor, is_lazy
+from .lazy_tensor import Derived, LazyTensor
 from .linear_logits import LinearLogits, same_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype, wide_sum
 from .settings import resolve_backend
@@ -37,49 +38,53 @@ class _Slot(NamedTuple):
     at: int
 
 
-def _flattened(x: Any, z: list[LinearLogits], tensors: list[Tensor], known: dict[Any, Any]) -> Any:
-    """``x`` with slots for its logits ``(N, V)``, added to ``z``, and its tensors ``(N, …)``, added to ``tensors``; what is one
-    object, by ``known``, stays one."""
-    if isinstance(x, LinearLogits):
-        index = next((i for i, other in enumerate(z) if same_logits(other, x)), len(z))
-        z += [x] * (index == len(z))
-        return _Slot("logits", index)
-    if (key := key_of(x)) in known:
-        return known[key]
+def _with_leaves(x: Any, leaf: Callable[[Any], Any], known: dict[Any, Derived]) -> Any:
+    """``x`` with ``leaf`` of the logits, tensors and slots it is made of; what is one object, by ``known``, stays one."""
+    if not isinstance(x, Derived):
+        return leaf(x)
+    leaves = (LazyTensor, Dense, Tensor, _Slot)
 
-    def part(y: Any) -> Any:
-        if is_lazy(y):
-            return _flattened(y, z, tensors, known)
-        dense = isinstance(y, Dense)
-        t = y.elements() if dense else y
-        if t.ndim > 0 and dense:
-            t = expanded(t, x).movedim(x.vocab_dim, -1)
-        if t.ndim > 0:
-            t = t.reshape(-1, t.shape[-1]) if dense else t.reshape(-1)
-        tensors.append(t)
-        return _Slot("dense" if dense else "tensor", len(tensors) - 1)
+    def parts(value: Any) -> Any:
+        return tree_map_only(leaves, lambda y: _with_leaves(y, leaf, known), value, lambda y: isinstance(y, leaves))
 
-    known[key] = copy_with(x, lambda value: _inside(value, part))
+    if (key := key_of(x)) not in known:
+        known[key] = copy_with(x, parts)
     return known[key]
 
 
-def _inside(y: Any, fn: Callable[[Any], Any]) -> Any:
-    """``y`` with ``fn`` of the lazy tensors, tensors and slots in it."""
-    if isinstance(y, (LazyTensor, Dense, Tensor, _Slot)):
-        return fn(y)
-    if isinstance(y, tuple):
-        parts = [_inside(part, fn) for part in y]
-        return type(y)(*parts) if hasattr(y, "_fields") else tuple(parts)
-    return {name: _inside(part, fn) for name, part in y.items()} if isinstance(y, dict) else y
+def _flattened(x: Derived) -> tuple[Derived, list[LinearLogits], list[Tensor], int]:
+    """``x`` with slots; what was there, logits ``(N, V)`` and tensors ``(N, …)``; and how many functions it is made of."""
+    logits: list[LinearLogits] = []
+    tensors: list[Tensor] = []
+    functions: dict[Any, Derived] = {}
+
+    def slot(y: LinearLogits | Dense | Tensor) -> _Slot:
+        if isinstance(y, LinearLogits):
+            index = next((i for i, z in enumerate(logits) if same_logits(z, y)), len(logits))
+            if index == len(logits):
+                logits.append(y)
+            return _Slot("logits", index)
+        of, t = ("dense", y.elements()) if isinstance(y, Dense) else ("tensor", y)
+        if t.ndim > 0 and of == "dense":
+            t = expanded(t, x).movedim(x.vocab_dim, -1)
+            t = t.reshape(-1, t.shape[-1])
+        elif t.ndim > 0:
+            t = t.reshape(-1)
+        tensors.append(t)
+        return _Slot(of, len(tensors) - 1)
+
+    return _with_leaves(x, slot, functions), logits, tensors, len(functions)
 
 
-def _filled(x: Any, z: Sequence[Any], tensors: Sequence[Tensor], known: dict[int, Any]) -> Any:
-    """``x``, which :func:`_flattened` made, with logits and tensors of some rows in its slots."""
-    if isinstance(x, _Slot):
-        return z[x.at] if x.of == "logits" else Dense(tensors[x.at]) if x.of == "dense" else tensors[x.at]
-    if id(x) not in known:
-        known[id(x)] = copy_with(x, lambda value: _inside(value, lambda y: _filled(y, z, tensors, known)))
-    return known[id(x)]
+def _filled(expression: Derived, logits: Sequence[_MadeLogits], tensors: Sequence[Tensor]) -> Any:
+    """The expression with logits and tensors of some rows in its slots."""
+
+    def part(slot: _Slot) -> Any:
+        if slot.of == "logits":
+            return logits[slot.at]
+        return Dense(tensors[slot.at]) if slot.of == "dense" else tensors[slot.at]
+
+    return _with_leaves(expression, part, {})
 
 
 class _MadeLogits(LinearLogits):
@@ -112,7 +117,7 @@ class _Sums(NamedTuple):
     It holds no tensor of the expression: autograd does, and frees them.
     """
 
-    expression: Any  # as _flattened made it
+    expression: Derived  # as _flattened made it
     logits: list[_MadeLogits]  # in its slots, without rows
     heads: list[Head]  # without their inputs
     room: int  # bytes
@@ -121,7 +126,7 @@ class _Sums(NamedTuple):
     def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
         """The sums ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
         rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
-        elements = _filled(self.expression, rows, tensors, {}).materialize()
+        elements = _filled(self.expression, rows, tensors).materialize()
         return wide_sum(elements, -1)
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
@@ -151,10 +156,11 @@ class _Sums(NamedTuple):
             torch.zeros_like(t) if want else None for t, want in zip(others, wanted[len(found) :], strict=True)
         ]
         trained = [i for i, want in enumerate(of_heads) if any(want)]
+        last = trained[-1] if trained else None
 
         def of_rows(i: int | None, rows: slice) -> Tensor | None:
             """The gradient of head ``i``'s logits ``(n, V)``, before scale, softcap and temperature."""
-            totals = of_others if i is None or i == trained[-1] else [None] * len(others)
+            totals = of_others if i == last else [None] * len(others)
             raw = [_raw(head, rows).requires_grad_(i == j) for j, head in enumerate(heads)]
             parts = [
                 _of_rows(t, rows).detach().requires_grad_(total is not None)
@@ -248,10 +254,7 @@ def row_sums(x: Derived) -> Any:
     """``Σ_j x_j`` of each token, ``token_shape``, float64."""
     if not computable(x):
         return NotImplemented
-    logits: list[LinearLogits] = []
-    tensors: list[Tensor] = []
-    functions: dict[Any, Any] = {}
-    expression = _flattened(x, logits, tensors, functions)
+    expression, logits, tensors, functions = _flattened(x)
     if not computable(*logits):
         return NotImplemented
     with ExitStack() as stack:
@@ -261,7 +264,7 @@ def row_sums(x: Derived) -> Any:
         N, backend = len(heads[0].hidden), resolve_backend(heads[0].hidden)
         # One half for the functions, one for a chunk's gradient.
         room = heads[0].plan(per_token=True, backend=backend).budget // 2
-        at_once = max(1, room // (COPIES * (len(heads) + len(functions)) * heads[0].vocab * 4))
+        at_once = max(1, room // (COPIES * (len(heads) + functions) * heads[0].vocab * 4))
         if 0 < N <= at_once:  # with room for all, whose logits other sums may want too
             found = wide_sum(x.materialize(), x.vocab_dim)
         else:

@@ -77,6 +77,7 @@ LOSSES = {
     "kl_div_of_two_teachers": lambda z, t, p: F.kl_div(
         z.log_softmax(-1), 0.5 * (t.softmax(-1) + p), reduction="batchmean"
     ),
+    "mixture": lambda z, t, p: (0.3 * z.softmax(-1) + 0.7 * t.softmax(-1) + 1e-9).sqrt().sum(-1),
     "logaddexp": lambda z, t, p: torch.logaddexp(z.log_softmax(-1) - 1, p.log()).sum(-1),
     "mask_of_both": lambda z, t, p: (z.softmax(-1) * p).masked_fill(t.softmax(-1) > z.softmax(-1), 0).sum(-1),
     "logits_mse": lambda z, t, p: F.mse_loss(z, t),
