@@ -2,7 +2,7 @@
 
 What a loss does to each entry by itself (``(p + 1e-9).log()``, ``sqrt``, ``where(p > 0, …)``, sums and products with a
 teacher's probabilities that exist, the square of a difference of logits) needs whole rows for a moment only.
-:class:`LazyElementwise` keeps the functions, and ``lazy_row_sums.py`` calls them on a few rows at a time.
+:class:`LazyElementwise` keeps the functions, and ``lazy_rows.py`` calls them on a few rows at a time.
 """
 
 from __future__ import annotations
@@ -171,10 +171,8 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
     if name in COMPARISONS and len(lazy) < len(operands):
         return NotImplemented  # which may have been read from it, and be equal
     x = lazy[0]
-    for y in operands:
-        alike = y.shape == x.shape and y.vocab_dim == x.vocab_dim if is_lazy(y) else _broadcasts(y, x)
-        if not alike or (y.device != x.device and y.ndim > 0):
-            return NotImplemented
+    if not all(beside(y, x) for y in operands):
+        return NotImplemented
 
     def entry(y: Any) -> Any:
         known = isinstance(y, (Tensor, LazyTensor))
@@ -207,9 +205,14 @@ def _of_probabilities(x: Any) -> bool:
     return isinstance(x, (LazyMixture, LazyProducts, LazyElementwise))
 
 
-def _broadcasts(t: Tensor, x: LazyTensor) -> bool:
-    sizes = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
-    return t.ndim <= x.ndim and all(n in (1, size) for n, size in zip(sizes, x.shape, strict=True))
+def beside(y: Any, x: LazyTensor) -> bool:
+    """Whether ``y``, a lazy tensor or one that broadcasts, can be computed with entry by entry."""
+    if y.device != x.device and y.ndim > 0:
+        return False
+    if is_lazy(y):
+        return y.shape == x.shape and y.vocab_dim == x.vocab_dim
+    sizes = (1,) * (x.ndim - y.ndim) + tuple(y.shape)
+    return y.ndim <= x.ndim and all(n in (1, size) for n, size in zip(sizes, x.shape, strict=True))
 
 
 def computable(*lazy: LazyTensor) -> bool:

@@ -1,4 +1,5 @@
-"""What is read of lazy logits and their ``log_softmax``: numbers at given ids, sums over the vocabulary, largest entries."""
+"""What is read of lazy logits and their ``log_softmax``: numbers at given ids, sums and norms over the vocabulary, largest
+entries."""
 
 from __future__ import annotations
 
@@ -6,15 +7,17 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import exporting, transforms_active
-from .lazy_products import LazyStack, minimum
-from .lazy_row_sums import row_sums
+from .lazy_elementwise import beside, recorded
+from .lazy_products import Dense, LazyStack, minimum
+from .lazy_rows import of_rows
 from .lazy_tensor import Derived, LazyTensor, answers, from_front, is_lazy, is_number, over_vocab, with_dim, wrap_dim
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression
-from .numerics import statistics_dtype
+from .numerics import statistics_dtype, wide_sum
 
 
 @answers("gather")
@@ -90,7 +93,7 @@ def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
         return found if found is NotImplemented or dtype is None else found.to(dtype)
     total = x.vocab_sum() if x.vocab_dim in dims else NotImplemented
     if total is NotImplemented and x.vocab_dim in dims and isinstance(x, Derived):
-        total = row_sums(x)
+        total = of_rows(lambda rows: wide_sum(rows, -1), x)
     return total if total is NotImplemented else _rest_of_sum(x, total, dims, keepdim, dtype)
 
 
@@ -194,3 +197,49 @@ def topk(x: LazyTensor, k: int, dim: int = -1, largest: bool = True, sorted: boo
     x.remember(*found)
     values, ids = (t.movedim(-1, x.vocab_dim) for t in found)
     return torch.return_types.topk((values, ids))
+
+
+@answers("linalg_vector_norm", "norm")
+def norm(
+    x: LazyTensor, ord: Any = 2, dim: Any = None, keepdim: bool = False, *, p: Any = None, dtype: Any = None
+) -> Any:
+    ord, dims = ord if p is None else p, _dims(x, dim)
+    ord = 2 if ord == "fro" else ord
+    # The norm of norms is that of all; how many are not 0 is none.
+    if x.vocab_dim not in dims or not is_number(ord) or ord == 0 or dtype is not None or not x.dtype.is_floating_point:
+        return NotImplemented
+    found = of_rows(lambda rows: torch.linalg.vector_norm(rows, ord, -1), x)
+    if found is NotImplemented:
+        return found
+    return torch.linalg.vector_norm(found.unsqueeze(x.vocab_dim), ord, dims, keepdim).to(x.dtype)
+
+
+@answers("var")
+def var(
+    x: LazyTensor, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: float | None = None
+) -> Any:
+    if isinstance(dim, bool):
+        dim, unbiased = None, dim
+    dims, wide = _dims(x, dim), x.with_dtype(x.wide)
+    centre = mean(wide, dims, True) if x.vocab_dim in dims and x.dtype.is_floating_point else NotImplemented
+    each = NotImplemented if centre is NotImplemented else recorded(torch.square, "square", (wide - centre,), {})
+    if each is NotImplemented:
+        return each
+    count = math.prod([x.shape[d] for d in dims])
+    less = int(unbiased) if correction is None else correction
+    return (sum_(each, dims, keepdim) / max(count - less, 0)).to(x.dtype)
+
+
+@answers("std")
+def std(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
+    found = var(x.with_dtype(x.wide), *args, **kwargs)
+    return found if found is NotImplemented else found.sqrt().to(x.dtype)
+
+
+@answers("cosine_similarity", anywhere=True)
+def cosine_similarity(x1: Any, x2: Any, dim: int = 1, eps: float = 1e-8) -> Any:
+    x, y = (x1, x2) if is_lazy(x1) else (x2, x1)
+    if wrap_dim(x, dim) != x.vocab_dim or not beside(y, x):
+        return NotImplemented
+    found = of_rows(lambda a, b: F.cosine_similarity(a, b, -1, eps), x, y if is_lazy(y) else Dense(y))
+    return found if found is NotImplemented else found.to(torch.promote_types(x1.dtype, x2.dtype))

@@ -409,6 +409,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
+    kwargs = {key: value for key, value in kwargs.items() if key != "out" or value is not None}
     if isinstance(kwargs.get("out"), LazyTensor):
         raise RuntimeError(f"{name} cannot write into {_called(kwargs['out'])}: it has no storage")
     first = args[0] if args else None

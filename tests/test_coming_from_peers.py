@@ -192,6 +192,15 @@ def LigerFusedLinearJSDLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5
     return loss
 
 
+def LigerFusedLinearCosineSimilarityLoss(weight_hard_loss=0.5, weight_soft_loss=0.5, beta=0.5):
+    def loss(h, W, h_t, W_t, y, b, b_t):
+        x, x_t = F.linear(h, W, b), F.linear(h_t, W_t, b_t)
+        soft = beta * (1 - (F.normalize(x, dim=-1) * F.normalize(x_t, dim=-1)).sum(-1)) * (y != -100)
+        return weight_hard_loss * F.cross_entropy(x, y) + weight_soft_loss * counted(soft, y)
+
+    return loss
+
+
 def LigerJSD(beta):
     return lambda log_q, log_p, y: counted(jsd(log_q, log_p, beta) * (y != -100), y)
 
@@ -318,4 +327,4 @@ def test_row_gives_what_liger_does(row, device):
 
 
 def test_the_page_has_all_rows():
-    assert len(ROWS) == 28
+    assert len(ROWS) == 29

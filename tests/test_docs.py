@@ -217,7 +217,7 @@ def test_lazy_or_not_has_every_row():
     kinds = [kind for _, kind, _ in LAZY_OR_NOT]
     assert {kind: kinds.count(kind) for kind in kinds} == {
         "lazy": 35,
-        "lazy, not compiled": 13,
+        "lazy, not compiled": 17,
         "materialises": 4,
         "raises": 2,
     }

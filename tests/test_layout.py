@@ -19,7 +19,7 @@ FAMILIES = (
 PRIMITIVES = ("cross_entropy", "divergence", "linear_cross_entropy", "token_statistics")  # have cases in bench/ too
 INFRASTRUCTURE = {
     "__init__", "autodiff", "class_probabilities", "data_parallel", "gradients_in_forward", "head", "lazy_elementwise",
-    "lazy_losses", "lazy_masks", "lazy_products", "lazy_reductions", "lazy_row_sums", "lazy_tensor", "lazy_views",
+    "lazy_losses", "lazy_masks", "lazy_products", "lazy_reductions", "lazy_rows", "lazy_tensor", "lazy_views",
     "library_tiles", "linear_head", "linear_logits_checks", "linear_logits_known", "log_softmax", "modules", "numerics",
     "planning", "products", "recompute", "row_divergence", "row_statistics", "settings", "sharded_weight", "tensor_parallel",
     "two_heads", "vocab_parallel",

@@ -90,6 +90,12 @@ LOSSES = {
     "logits_centred": lambda z, t, p: ((z - z.mean(-1, keepdim=True)) - torch.sub(p.log(), t, alpha=2)).abs().sum(-1),
     "logits_square": lambda z, t, p: z.square().mean(-1) + z.pow(3).sum(-1),
     "probabilities_mse": lambda z, t, p: F.mse_loss(z.softmax(-1), t.softmax(-1), reduction="sum"),
+    "norm": lambda z, t, p: (z - t).norm(dim=-1) + torch.norm(p - z.softmax(-1), 1, -1),
+    "norm_of_all": lambda z, t, p: z.norm() + torch.linalg.vector_norm(z - t, 3, (0, 2), keepdim=True),
+    "variance": lambda z, t, p: z.var((0, 2)) + z.std(-1, correction=0).sum(0) + z.softmax(-1).std(-1, False).sum(0),
+    "cosine": lambda z, t, p: F.cosine_similarity(z, t, dim=-1),
+    "cosine_transposed": lambda z, t, p: F.cosine_similarity(z.mT, (z - t).mT),
+    "cosine_with_what_exists": lambda z, t, p: F.cosine_similarity(p, z.softmax(-1), dim=2, eps=1e-3),
     "distance_of_a_mixture": lambda z, t, p: ((z.softmax(-1) - t.softmax(-1)).abs() + p).sqrt().sum(-1),
 }
 HEADS = {
@@ -308,7 +314,9 @@ def test_a_head_that_changed_is_noticed():
         x.sum(-1)
 
 
-@pytest.mark.parametrize("name", ["guarded_entropy", "hellinger", "total_variation", "overlap", "where", "brier"])
+@pytest.mark.parametrize(
+    "name", ["guarded_entropy", "hellinger", "total_variation", "overlap", "where", "brier", "cosine", "norm"]
+)
 def test_memory_is_the_workspace_and_the_gradients(name):
     tokens, vocab = 512, 8192
     heads = (

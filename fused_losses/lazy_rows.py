@@ -1,9 +1,9 @@
-"""Sums over the vocabulary that nothing but the entries tells: of any expression of lazy logits, a few rows at a time.
+"""Numbers per token that nothing but the entries tells: a sum, a norm, of any expression of lazy logits, a few rows at a time.
 
-:func:`row_sums` makes the entries of as many rows as the workspace holds, again in backward, where autograd gives the gradient
-of those rows' logits and route ``gradients_in_forward`` its products: ``8NVH`` floating point operations for each sum, as
+:func:`of_rows` makes the entries of as many rows as the workspace holds, again in backward, where autograd gives the gradient
+of those rows' logits and route ``gradients_in_forward`` its products: ``8NVH`` floating point operations for each number, as
 ``recompute``. For that :func:`_flattened` puts slots where the expression has logits and tensors, and :func:`_filled` some
-rows of them into the slots. Where the workspace holds all rows the elements are made, once for all sums.
+rows of them into the slots. Where the workspace holds all rows the elements are made, once for all numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .lazy_elementwise import computable, copy_with, expanded, key_of
 from .lazy_products import Dense
 from .lazy_tensor import Derived, LazyTensor
 from .linear_logits import LinearLogits, same_logits
-from .numerics import full_precision, statistics_dtype, wide_dtype, wide_sum
+from .numerics import full_precision, statistics_dtype, wide_dtype
 from .settings import resolve_backend
 
 COPIES = 2  # of a few rows of logits, for each function of them: what it makes, and autograd holds
@@ -52,8 +52,9 @@ def _with_leaves(x: Any, leaf: Callable[[Any], Any], known: dict[Any, Derived]) 
     return known[key]
 
 
-def _flattened(x: Derived) -> tuple[Derived, list[LinearLogits], list[Tensor], int]:
-    """``x`` with slots; what was there, logits ``(N, V)`` and tensors ``(N, …)``; and how many functions it is made of."""
+def _flattened(x: LazyTensor, others: Sequence[Any]) -> tuple[list[Any], list[LinearLogits], list[Tensor], int]:
+    """``x`` and the others, which broadcast to it, with slots; their logits ``(N, V)``; their tensors ``(N, …)``; how many
+    functions they are made of."""
     logits: list[LinearLogits] = []
     tensors: list[Tensor] = []
     functions: dict[Any, Derived] = {}
@@ -64,27 +65,34 @@ def _flattened(x: Derived) -> tuple[Derived, list[LinearLogits], list[Tensor], i
             if index == len(logits):
                 logits.append(y)
             return _Slot("logits", index)
-        of, t = ("dense", y.elements()) if isinstance(y, Dense) else ("tensor", y)
-        if t.ndim > 0 and of == "dense":
-            t = expanded(t, x).movedim(x.vocab_dim, -1)
-            t = t.reshape(-1, t.shape[-1])
-        elif t.ndim > 0:
-            t = t.reshape(-1)
+        t = _elements(y, x) if isinstance(y, Dense) else y
+        if t.ndim > 0:
+            t = t.reshape(-1, t.shape[-1]) if isinstance(y, Dense) else t.reshape(-1)
         tensors.append(t)
-        return _Slot(of, len(tensors) - 1)
+        return _Slot("dense" if isinstance(y, Dense) else "tensor", len(tensors) - 1)
 
-    return _with_leaves(x, slot, functions), logits, tensors, len(functions)
+    expressions = [_with_leaves(y, slot, functions) for y in (x, *others)]
+    return expressions, logits, tensors, len(functions)
 
 
-def _filled(expression: Derived, logits: Sequence[_MadeLogits], tensors: Sequence[Tensor]) -> Any:
-    """The expression with logits and tensors of some rows in its slots."""
+def _filled(expressions: Sequence[Any], logits: Sequence[_MadeLogits], tensors: Sequence[Tensor]) -> list[Any]:
+    """The expressions with logits and tensors of some rows in their slots."""
 
     def part(slot: _Slot) -> Any:
         if slot.of == "logits":
             return logits[slot.at]
         return Dense(tensors[slot.at]) if slot.of == "dense" else tensors[slot.at]
 
-    return _with_leaves(expression, part, {})
+    known: dict[Any, Derived] = {}
+    return [_with_leaves(x, part, known) for x in expressions]
+
+
+def _elements(x: LazyTensor | Dense, like: LazyTensor) -> Tensor:
+    """Those of ``x``, which broadcasts to ``like``, the vocabulary last."""
+    if isinstance(x, Dense):
+        t = x.elements()
+        return expanded(t, like).movedim(like.vocab_dim, -1) if t.ndim > 0 else t
+    return (x.elements() if isinstance(x, LinearLogits) else x.materialize()).movedim(x.vocab_dim, -1)
 
 
 class _MadeLogits(LinearLogits):
@@ -111,23 +119,23 @@ class _MadeLogits(LinearLogits):
         return _MadeLogits(self, self._hidden.detach(), self.dtype)
 
 
-class _Sums(NamedTuple):
-    """The sums over the vocabulary of an expression, and their gradients, a few rows at a time.
+class _OfRows(NamedTuple):
+    """A function of the rows of expressions, and its gradients, a few rows at a time.
 
-    It holds no tensor of the expression: autograd does, and frees them.
+    It holds no tensor of the expressions: autograd does, and frees them.
     """
 
-    expression: Derived  # as _flattened made it
-    logits: list[_MadeLogits]  # in its slots, without rows
+    function: Callable[..., Tensor]  # of each expression's (n, V), gives (n,)
+    expressions: list[Any]  # as _flattened made them
+    logits: list[_MadeLogits]  # in their slots, without rows
     heads: list[Head]  # without their inputs
     room: int  # bytes
     at_once: int  # rows
 
     def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        """The sums ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
+        """The numbers ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
         rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
-        elements = _filled(self.expression, rows, tensors).materialize()
-        return wide_sum(elements, -1)
+        return self.function(*(_elements(x, rows[0]) for x in _filled(self.expressions, rows, tensors)))
 
     def split(self, tensors: Sequence[Any]) -> tuple[list[Head], list[Any]]:
         """The heads with their inputs, which come first among the tensors, and the other tensors."""
@@ -167,11 +175,11 @@ class _Sums(NamedTuple):
                 for t, total in zip(others, totals, strict=True)
             ]
             with torch.enable_grad():
-                sums = self.of([_logits(head, x, rows) for head, x in zip(heads, raw, strict=True)], parts)
-            if not sums.requires_grad:
+                numbers = self.of([_logits(head, x, rows) for head, x in zip(heads, raw, strict=True)], parts)
+            if not numbers.requires_grad:
                 return None
             leaves = [t for t in (*raw, *parts) if t.requires_grad]
-            grads = list(torch.autograd.grad(sums, leaves, upstream[rows], allow_unused=True))
+            grads = list(torch.autograd.grad(numbers, leaves, upstream[rows], allow_unused=True))
             of_logits = None if i is None else grads.pop(0)
             for total, grad in zip([t for t in totals if t is not None], grads, strict=True):
                 if grad is not None:
@@ -225,36 +233,36 @@ def _logits(head: Head, raw: Tensor, rows: slice) -> Tensor:
     return transform(raw, temperature, head.scale, head.softcap, with_slope=False)[0]
 
 
-class _RowSums(torch.autograd.Function):
+class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, sums: _Sums, *tensors: Tensor | None) -> Tensor:
-        ctx.sums = sums
+    def forward(ctx: Any, of_rows: _OfRows, *tensors: Tensor | None) -> Tensor:
+        ctx.of_rows = of_rows
         save_for_backward(ctx, *tensors)
         given = [None if t is None else t.detach() for t in tensors]
-        with full_precision(sums.split(given)[0][0].hidden.device):
-            return sums.value(given)
+        with full_precision(of_rows.split(given)[0][0].hidden.device):
+            return of_rows.value(given)
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Any, ...]:
-        sums, tensors, wanted = ctx.sums, saved_values(ctx), ctx.needs_input_grad[1:]
+        of_rows, tensors, wanted = ctx.of_rows, saved_values(ctx), ctx.needs_input_grad[1:]
         with full_precision(upstream.device):
             if in_plain_pytorch(upstream):
                 inputs = [t if want else None for t, want in zip(tensors, wanted, strict=True)]
 
                 def fn(*given: Tensor | None) -> list[Tensor]:
-                    heads, others = sums.split([t if g is None else g for t, g in zip(tensors, given, strict=True)])
+                    heads, others = of_rows.split([t if g is None else g for t, g in zip(tensors, given, strict=True)])
                     check_differentiable(len(heads[0].hidden), heads[0].vocab, heads[0].hidden.dtype)
-                    return [sums.of([whole_logits(head, None) for head in heads], others)]
+                    return [of_rows.of([whole_logits(head, None) for head in heads], others)]
 
                 return None, *differentiable_gradients(fn, inputs, [upstream])
-            return None, *sums.gradients(tensors, wanted, upstream)
+            return None, *of_rows.gradients(tensors, wanted, upstream)
 
 
-def row_sums(x: Derived) -> Any:
-    """``Σ_j x_j`` of each token, ``token_shape``, float64."""
-    if not computable(x):
+def of_rows(function: Callable[..., Tensor], x: LazyTensor, *others: LazyTensor | Dense) -> Any:
+    """``function`` of the rows of ``x`` and of what stands beside it, ``(…, V)`` to ``(…)``: ``token_shape``."""
+    if not computable(x, *(y for y in others if not isinstance(y, Dense))):
         return NotImplemented
-    expression, logits, tensors, functions = _flattened(x)
+    expressions, logits, tensors, functions = _flattened(x, others)
     if not computable(*logits):
         return NotImplemented
     with ExitStack() as stack:
@@ -264,14 +272,15 @@ def row_sums(x: Derived) -> Any:
         N, backend = len(heads[0].hidden), resolve_backend(heads[0].hidden)
         # One half for the functions, one for a chunk's gradient.
         room = heads[0].plan(per_token=True, backend=backend).budget // 2
-        at_once = max(1, room // (COPIES * (len(heads) + functions) * heads[0].vocab * 4))
-        if 0 < N <= at_once:  # with room for all, whose logits other sums may want too
-            found = wide_sum(x.materialize(), x.vocab_dim)
+        at_once = max(1, room // (COPIES * (len(heads) + max(functions, 1)) * heads[0].vocab * 4))
+        if 0 < N <= at_once:  # with room for all, whose logits other numbers may want too
+            found = function(*(_elements(y, x) for y in (x, *others)))
         else:
             slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
-            sums = _Sums(expression, slots, [head.with_inputs([None] * INPUTS) for head in heads], room, at_once)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and x.requires_grad):
-                found = _RowSums.apply(sums, *(t for head in heads for t in head.inputs), *tensors)
+            without = [head.with_inputs([None] * INPUTS) for head in heads]
+            chunks = _OfRows(function, expressions, slots, without, room, at_once)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and any(y.requires_grad for y in (x, *others))):
+                found = _Function.apply(chunks, *(t for head in heads for t in head.inputs), *tensors)
         for z in logits:  # a frozen teacher's weight too, which a rank with other tokens may read
             found = z.gather_in_backward(found)
     return found.view(x.token_shape)
