@@ -581,21 +581,6 @@ def numel(x: LazyTensor) -> int:
     return math.prod(x.shape)
 
 
-@answers("element_size")
-def element_size(x: LazyTensor) -> int:
-    return x.dtype.itemsize
-
-
-@answers("is_floating_point")
-def is_floating_point(x: LazyTensor) -> bool:
-    return x.dtype.is_floating_point
-
-
-@answers("is_complex")
-def is_complex(x: LazyTensor) -> bool:
-    return False
-
-
 def _of_any_size(name: str) -> None:
     """Answer what depends on dtype and device alone, as a tensor without elements does."""
     function = getattr(Tensor, name)
@@ -605,7 +590,9 @@ def _of_any_size(name: str) -> None:
         return function(torch.empty(0, dtype=x.dtype, device=x.device), *args, **kwargs)
 
 
-for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros", "is_conj", "is_signed"):
+for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
+    _of_any_size(_name)
+for _name in ("element_size", "is_complex", "is_conj", "is_floating_point", "is_signed"):
     _of_any_size(_name)
 
 
