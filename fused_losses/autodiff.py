@@ -137,6 +137,13 @@ def _compiles_checkpoint() -> bool:
     return tracer is not None
 
 
+@while_compiling
+def seeks_nan() -> bool:
+    """Whether autograd asks each gradient for a nan (:func:`torch.autograd.detect_anomaly`), as it cannot of those that are
+    traced."""
+    return torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
+
+
 def may_save(t: Tensor) -> bool:
     """Whether forward may save what backward could recompute.
 

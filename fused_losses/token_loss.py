@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import exporting, hooks_on_saved, trains, transforms_active
+from .autodiff import exporting, hooks_on_saved, seeks_nan, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import Head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
@@ -53,7 +53,7 @@ def token_loss(
     It equals ``fn(token_statistics(logits, index, statistics), *per_token).sum()`` over the tokens that have an index, and is
     cheaper: ``6NVH`` floating point operations for loss and gradients instead of ``8NVH``. A mean goes in as a weight per
     token. Recomputing the forward (activation checkpointing) doubles the cost; where no chunk fits the workspace, it is
-    :func:`token_statistics` after all, and so it is within a checkpoint that is compiled.
+    :func:`token_statistics` after all, and so it is, compiled, within a checkpoint or under ``detect_anomaly``.
 
     Args:
         fn: ``fn(statistics, *per_token) -> (n,)``, or ``((n,), {name: (n,)})``: PyTorch on ``n`` tokens at a time, each token
@@ -113,6 +113,7 @@ def token_loss(
             planned = head.plan(workspace=workspace, accumulate=accumulate, backend=backend)
             # torch.func, which fn's gradient comes from, refuses saved-tensor hooks, and torch.export does not see it.
             in_forward = planned.route == "gradients_in_forward" and not exporting() and not hooks_on_saved()
+            in_forward = in_forward and not (torch.compiler.is_compiling() and seeks_nan())
             if in_forward:
                 head, _ = ready(head, None)
                 loss = _made_in_forward(loss_of, head, keep, zero_ignored, workspace, accumulate, backend)

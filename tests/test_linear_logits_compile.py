@@ -230,3 +230,13 @@ def test_a_compiled_token_loss_is_checkpointed():
     found = checkpoint(torch.compile(loss, backend="aot_eager"), h, use_reentrant=False)
     gradients = (torch.autograd.grad(x, (h, tensors["weight"])) for x in (found, loss(h)))
     torch.testing.assert_close(*gradients)
+
+
+def test_a_compiled_token_loss_under_anomaly_detection():
+    torch._dynamo.reset()
+    weight, fn = torch.randn(V, H), OF_ANY_LENGTH["token_loss"]
+    compiled = torch.compile(lambda h: fn(LinearLogits(h, weight), IDS), fullgraph=True, backend="aot_eager")
+    h = torch.randn(B, S, H, requires_grad=True)
+    with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
+        found = torch.autograd.grad(compiled(h), h)
+    torch.testing.assert_close(found, torch.autograd.grad(fn(LinearLogits(h, weight), IDS), h))
