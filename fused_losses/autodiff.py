@@ -18,13 +18,6 @@ from torch.autograd import forward_ad
 SMALL = 2**22  # logits
 
 
-def transforms_active() -> bool:
-    """Forward-mode AD or a functorch transform is running; a custom operator would drop its tangents without a word."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
 def exporting() -> bool:
     """``torch.compiler.is_exporting()``, which PyTorch 2.11 takes for True in all that it compiles."""
     return torch.compiler._is_exporting_flag
@@ -37,6 +30,13 @@ def while_compiling(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
+
+
+@while_compiling
+def transforms_active() -> bool:
+    """Forward-mode AD or a functorch transform is running; a custom operator would drop its tangents without a word. Dynamo
+    runs the transforms that it compiles."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def in_plain_pytorch(*grads: Tensor | None) -> bool:

@@ -240,3 +240,18 @@ def test_a_compiled_token_loss_under_anomaly_detection():
     with pytest.warns(UserWarning, match="Anomaly"), torch.autograd.detect_anomaly():
         found = torch.autograd.grad(compiled(h), h)
     torch.testing.assert_close(found, torch.autograd.grad(fn(LinearLogits(h, weight), IDS), h))
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.hessian])
+@pytest.mark.parametrize("name", ["cross_entropy", "log_probs", "token_loss", "divergence"])
+def test_a_compiled_transform_is_right(name, transform):
+    torch._dynamo.reset()
+    h, weight = torch.randn(1, 2, H), torch.randn(V, H)
+
+    def fn(h):
+        return OF_ANY_LENGTH[name](LinearLogits(h, weight), IDS[:1, :2])
+
+    transformed = transform(fn)
+    found = torch.compile(transformed, fullgraph=True, backend="aot_eager")(h)
+    assert found.any()
+    torch.testing.assert_close(found, transformed(h))
