@@ -110,6 +110,12 @@ def reshard_root(model):
     return fully_shard(model, reshard_after_forward=True)
 
 
+def shard_twice(model):
+    """The unit around the head is not the root, which holds nothing."""
+    fully_shard(model, reshard_after_forward=True)
+    return fully_shard(nn.Sequential(model))
+
+
 def predecessor(model):
     """FSDP1, which keeps what the root holds until backward."""
     return FullyShardedDataParallel(model, device_id=next(model.parameters()).device, use_orig_params=True)
@@ -123,6 +129,7 @@ WRAPPERS = {
     "fully_shard_model": fully_shard,
     "fully_shard_model_resharded": reshard_root,
     "fully_shard_head": fully_shard_head,
+    "fully_shard_twice": shard_twice,
     "fully_shard_output_dtype": fully_shard_output_dtype,
     "fsdp1": predecessor,
     "ddp": ddp(),

@@ -58,6 +58,7 @@ PLACEMENTS = {
     "data": ((4,), [Shard(0)], [Replicate()], [Replicate()]),
     "data_and_vocabulary": ((2, 2), [Shard(0), Replicate()], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
     "data_and_sequence": ((2, 2), [Shard(0), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
+    "features_and_vocabulary": ((2, 2), [Shard(2), Replicate()], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
     "two_replicas": ((2, 2), [Replicate(), Shard(1)], [Replicate(), Shard(0)], [Replicate(), Shard(0)]),
 }
 

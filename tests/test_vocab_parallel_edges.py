@@ -271,6 +271,18 @@ def tokens_on_meshes(device):
         compare(log_probs, square, [cut, cut], [Replicate(), Shard(0)], part=lambda t, d=cut.dim: half(t, d, square, 0))
         compare(log_probs, square, [cut, cut], [Shard(0), Replicate()], part=lambda t, d=cut.dim: half(t, d, square, 1))
 
+    # An update whose input is not placed as hidden is.
+    u, B_of = randn(B, S, 3, seed=5), randn(TOKENS, 3, seed=6)
+    for of_hidden, of_u in ((Shard(1), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1))):
+        leaf, mine = (distribute_tensor(t, line, [p]).requires_grad_() for t, p in ((hidden, of_hidden), (u, of_u)))
+        rows = distribute_tensor(B_of, line, [Shard(0)])
+        z = LinearLogits(leaf, distribute_tensor(weight, line, [Shard(0)]), low_rank=(mine, rows))
+        log_probs(lambda z=z: z, lambda t: t).backward()
+        one, one_u = hidden.clone().requires_grad_(), u.clone().requires_grad_()
+        log_probs(lambda one=one, u=one_u: F.linear(one, weight) + u @ B_of.T, lambda t: t).backward()
+        torch.testing.assert_close(leaf.grad.full_tensor(), one.grad)
+        torch.testing.assert_close(mine.grad.full_tensor(), one_u.grad)
+
     classes = randn(TOKENS, seed=3).requires_grad_()
     probabilities = randn(B * S, TOKENS, seed=4).softmax(-1)
     flat = distribute_tensor(hidden.flatten(0, 1), line, [Shard(0)]).requires_grad_()
