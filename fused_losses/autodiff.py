@@ -114,6 +114,15 @@ def traced(t: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode((t,)) is not None or t.is_meta
 
 
+def unknown(size: int) -> bool:
+    """Whether a compiled function has chosen the tokens by a mask, so that their number is known where it runs alone."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    return guard_or_true(size == 0) and guard_or_true(size != 0)
+
+
 def host_may_read(t: Tensor) -> bool:
     """Whether the host may wait for what ``t`` holds: not while tracing or capturing a graph, nor under a transform."""
     if traced(t) or transforms_active():  # asked first: Dynamo does not compile the question below

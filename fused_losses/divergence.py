@@ -19,6 +19,7 @@ A divergence reads two sets of logits, each ``tokens × vocabulary``: the memory
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +36,7 @@ from .autodiff import (
     save_for_backward,
     saved_values,
     transforms_active,
+    unknown,
 )
 from .head import Head, head_of, kept_tokens, ready
 from .numerics import check_masks, check_scaling, statistics_dtype
@@ -322,7 +324,8 @@ def summed_divergence(
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights, which may want gradients too
-    if tensors or learned or transforms_active() or route_setting.chosen(route) == "recompute":
+    recompute = route_setting.chosen(route) == "recompute" or unknown(math.prod(student.shape[:-1]))
+    if tensors or learned or recompute or transforms_active():
         found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)
         loss = soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
         return loss, found, nll

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import exporting, transforms_active
+from .autodiff import exporting, transforms_active, unknown
 from .lazy_elementwise import beside, recorded
 from .lazy_products import Dense, LazyStack, minimum
 from .lazy_rows import of_rows
@@ -131,7 +131,7 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
         factor, offset = x._coefficients(-1)
         values = values * factor + offset if x.form == "logits" else x.values_at(ids)
         return values.to(x.dtype), ids
-    if not isinstance(x, LinearLogits):
+    if not isinstance(x, LinearLogits) or unknown(x.token_shape.numel()):
         return NotImplemented
     values, ids = x.topk_ids(k, largest)
     # What shares the vocabulary asks alike on all ranks, also where one rank alone trains its rows. Under a transform, and

@@ -460,9 +460,11 @@ def _of_probabilities(
         logsumexps.append(logsumexp)
     loss = torch.stack(losses, -1)
     if reduction != "none":
-        loss = loss.sum() / (max(N, 1) * D if reduction == "mean" else 1)
-        if N == 0:  # nan or 0, whose gradient is 0 and not 0·∞
+        loss = loss.sum()
+        if in_forward and N == 0:  # nan or 0, whose gradient is 0 and not 0·∞
             loss = loss.masked_fill(loss == 0, torch.nan if reduction == "mean" else 0)
+        elif reduction == "mean":
+            loss = loss / (N * D)
     return loss, torch.stack(logsumexps, 1), in_forward
 
 

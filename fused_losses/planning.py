@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .autodiff import unknown
 from .chunked.linear_softmax import TILE
 from .chunked.softmax_rows import CHUNK_ELEMENTS
 from .numerics import statistics_dtype
@@ -177,6 +178,12 @@ def plan(
     route = route_setting.chosen(route)
     filters = gradient_filter_setting.chosen(gradient_filter) > 0
     given = workspace_setting.chosen(workspace)
+    if unknown(tokens):  # the dtype of sums over chunks, and what logits are saved, would depend on it
+        room, why = (
+            RECOMPUTE_BUDGET if given is None else given,
+            "how many tokens a mask takes is known after compiling",
+        )
+        return Plan(tokens, vocab, hidden, dtype, "recompute", vocab, 1, 0, None, room, {}, (why,))
     sizes = _Sizes(tokens, vocab, hidden, dtype, ignored, shared, backend, filters)
     usual = max(sizes.gradients, DEFAULT_BUDGET)
     if shared:

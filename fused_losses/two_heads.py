@@ -37,6 +37,7 @@ from .autodiff import (
     refuse_shard,
     save_for_backward,
     saved_values,
+    unknown,
 )
 from .chunked.divergence_rows import BUFFERS
 from .chunked.linear_softmax import TILE
@@ -139,7 +140,9 @@ def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
         for t in head.inputs if head.weight is not None else ():
             if t is not None and t.requires_grad:
                 of_tokens = t is head.hidden or t is head.u
-                rows = len(t) if of_tokens or head.shard is None else head.shard.even_size
+                rows = t.shape[0] if of_tokens or head.shard is None else head.shard.even_size
+                if of_tokens and unknown(rows):
+                    continue
                 gradients += rows * t.shape[1:].numel() * t.element_size()
     return max(DEFAULT_BUDGET, gradients)
 

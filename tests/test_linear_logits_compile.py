@@ -1,5 +1,6 @@
 """LinearLogits in compiled functions."""
 
+import functools
 import warnings
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import distillation_loss, divergence, settings, token_loss
+from fused_losses import distillation_loss, divergence, settings, token_loss, token_statistics
 from fused_losses.linear_head import LinearHead
 from fused_losses.linear_logits import _HELD, LinearLogits
 
@@ -255,3 +256,41 @@ def test_a_compiled_transform_is_right(name, transform):
     found = torch.compile(transformed, fullgraph=True, backend="aot_eager")(h)
     assert found.any()
     torch.testing.assert_close(found, transformed(h))
+
+
+OF_TOKENS = {
+    "cross_entropy": lambda z, t, ids: F.cross_entropy(z, ids),
+    "smoothed": lambda z, t, ids: F.cross_entropy(z, ids, reduction="sum", label_smoothing=0.1),
+    "per_token": lambda z, t, ids: F.cross_entropy(z, ids, reduction="none").square().sum(),
+    "class_probabilities": lambda z, t, ids: F.cross_entropy(z, F.one_hot(ids, V).to(z.dtype)),
+    "log_probs": lambda z, t, ids: z.log_softmax(-1).gather(-1, ids[:, None]).exp().sum(),
+    "entropy": lambda z, t, ids: token_statistics(z, outputs=("entropy",)).entropy.sum(),
+    "token_loss": lambda z, t, ids: token_loss(lambda s: s.log_probs.exp(), z, ids)[0],
+    "kl_div": lambda z, t, ids: F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="batchmean"),
+    "divergence": lambda z, t, ids: divergence(z, t, kind="jsd").sum(),
+    "distillation_loss": lambda z, t, ids: distillation_loss(z, t, ids),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", OF_TOKENS)
+def test_compiles_of_tokens_that_a_mask_takes(name, dynamic):
+    """Their number is known where the function runs: one graph is for all."""
+    torch._dynamo.reset()
+    tensors = leaves(torch.float32)
+    inputs, teacher = (tensors["hidden"], tensors["weight"]), (torch.randn(B, S, 4), torch.randn(V, 4))
+    fn, graphs, counts = OF_TOKENS[name], CompileCounterWithBackend("aot_eager"), set()
+
+    def loss(head, hidden, weight, mask):
+        return fn(head(hidden, weight)[mask], head(*teacher)[mask], IDS[mask])
+
+    compiled = torch.compile(functools.partial(loss, LinearLogits), fullgraph=True, dynamic=dynamic, backend=graphs)
+    for taken in ([0, 3, 4, 9], [1], range(B * S), [2, 5]):
+        mask = torch.zeros(B * S, dtype=torch.bool).index_fill_(0, torch.tensor(taken), True).view(B, S)
+        expected = loss(F.linear, *inputs, mask)
+        with settings.strict():
+            found = compiled(*inputs, mask)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
+        counts.add(graphs.frame_count)
+    assert len(counts) == 1
