@@ -65,7 +65,8 @@ def aggregate(
         Scalar, fp32 (float64 for float64); 0 where nothing is unmasked.
 
     Raises:
-        ValueError: an unknown ``aggregation``, shapes that do not match, or ``dp_size`` without the global count.
+        ValueError: an unknown ``aggregation``, shapes that do not match, ``dp_size`` without the global count, or the other
+            count alone.
 
     Example:
         >>> loss, mask = torch.tensor([[1.0, 2.0, 3.0], [9.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
@@ -77,10 +78,14 @@ def aggregate(
         raise ValueError(f"unknown aggregation {aggregation!r}; choose from {', '.join(AGGREGATIONS)}")
     sequences = Sequences("loss", loss, mask, cu_seqlens)
     loss = upcast(loss)
-    global_count = batch_num_tokens if kind == "token_mean" else global_batch_size
-    if dp_size > 1 and global_count is None and kind != "token_sum":
-        needed = "batch_num_tokens" if kind == "token_mean" else "global_batch_size"
-        raise ValueError(f"{aggregation} with dp_size={dp_size} needs {needed}, the count over all ranks")
+    counts = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
+    needed = "batch_num_tokens" if kind == "token_mean" else "global_batch_size"
+    global_count = counts.pop(needed)
+    if global_count is None and kind != "token_sum":
+        if dp_size > 1:
+            raise ValueError(f"{aggregation} with dp_size={dp_size} needs {needed}, the count over all ranks")
+        if (other := counts.popitem())[1] is not None:
+            raise ValueError(f"{other[0]} has no effect on {aggregation}, which divides by {needed}: pass that")
 
     count: Tensor | float
     if kind == "token_sum":

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from .linear_logits import LinearLogits
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd")
+MOST_PADDING = 1024  # of a vocabulary: to a multiple of 64 or of 512, for each of a few ranks
 
 
 # Two tensors of logits, read where they are.
@@ -200,6 +201,12 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
     found = [local_part(x, group if isinstance(x, Tensor) or not some_tensor else None)[1] for x in sides]
     first, second = found
     if first is None and second is None:
+        V, W = student.shape[-1], teacher.shape[-1]
+        if abs(V - W) > MOST_PADDING:
+            raise ValueError(
+                f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} have vocabularies that no "
+                f"padding makes different: where ids mean the same tokens, take [..., :{min(V, W)}] of the larger"
+            )
         return None, None
     if first is not None and second is not None:
         V = min(first.vocab, second.vocab)

@@ -70,6 +70,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .aggregation import aggregate
+from .autodiff import trains
 from .kl import kl_estimate
 from .numerics import check_between, upcast, wide_dtype
 from .rollouts import entropy_mask, off_policy_mask
@@ -524,6 +525,8 @@ def grpo_loss(
     check_between(0, 1, top_entropy_quantile=top_entropy_quantile)
     if entropy is None and (entropy_coef != 0 or top_entropy_quantile < 1):
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
+    if entropy_coef != 0 and entropy is not None and trains(log_probs) and not entropy.requires_grad:
+        raise ValueError("entropy_coef trains nothing, as entropy has no gradient: compute it outside of no_grad")
     if isinstance(mismatch_weight, tuple):
         raise ValueError("mismatch_weight must be a tensor: pass the first of the two that the function returns")
     surrogate, level, own_aggregation = LOSS_TYPES[loss_type]

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .numerics import check_between, check_reduction, log1mexp, upcast
-from .sequences import check_tensors, masked_mean, same_shape, sums_and_counts
+from .sequences import check_tensors, if_logits, masked_mean, same_shape, sums_and_counts
 from .sharded_weight import is_distributed
 from .token_statistics import TokenStatistics
 
@@ -291,10 +291,11 @@ def _answers(
     **scalars: Tensor | float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Sums ``(B,)`` and token counts of the chosen, then of the rejected answers, once everything fits."""
+    check_tensors(chosen=chosen, rejected=rejected)
     if chosen.dim() not in (1, 2) or rejected.dim() not in (1, 2) or chosen.shape[0] != rejected.shape[0]:
         raise ValueError(
             "chosen and rejected log-probs must be (B,) sums or (B, S) per token, with the same B, got "
-            f"{tuple(chosen.shape)} and {tuple(rejected.shape)}"
+            f"{tuple(chosen.shape)} and {tuple(rejected.shape)}{if_logits(chosen)}"
         )
     _check_side("chosen", chosen, chosen_mask, chosen_lengths, reference_chosen)
     _check_side("rejected", rejected, rejected_mask, rejected_lengths, reference_rejected)
@@ -369,7 +370,8 @@ def dpo_loss(
             (reverse KL), ``1 − e^{−lr}`` (forward KL), ``log 2 + ls(lr)`` (JS) and ``(e^{(α−1)lr} − 1)/(α − 1)``, the
             exponent at most 80 (alpha). Rewards stay ``beta·lr``.
         f_alpha_divergence_coef: ``α``; 1 is reverse KL. TRL 0.25 has ``1 − α``, default 1.
-        chosen_mask: ``(B, S)``, nonzero for the tokens that count, where log-probs are per token; default all.
+        chosen_mask: ``(B, S)``, nonzero for the tokens that count, where log-probs are per token; default all, those too that
+            :func:`~fused_losses.selective_log_softmax` made 0.
         rejected_mask: as ``chosen_mask``.
         chosen_lengths: token counts ``(B,)``, only where log-probs are sums. ``ipo_norm`` and ``sigmoid_norm`` need both
             counts, ``sft`` and ``rpo_alpha`` the chosen's.

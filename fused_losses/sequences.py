@@ -46,7 +46,14 @@ def check_tensors(**given: Any) -> None:
     for name, x in given.items():
         if not isinstance(x, Tensor):
             what = f"{type(x).__name__}: unpack it" if isinstance(x, tuple) else f"{x!r:.40}"
+            if hasattr(x, "materialize"):
+                what = f"lazy logits {tuple(x.shape)}: pass selective_log_softmax(logits, ids)"
             raise TypeError(f"{name} must be a tensor, got {what}")
+
+
+def if_logits(x: Tensor) -> str:
+    """The end of an error about the shape of log-probabilities, which ``x`` may not be."""
+    return ": of logits, pass selective_log_softmax(logits, ids)" if x.dim() == 3 else ""
 
 
 def _one_packing(cu_seqlens: Tensor | None, position_ids: Tensor | None) -> None:
@@ -213,8 +220,10 @@ class Sequences:
     """Which tokens count and which sequence each belongs to: a row of ``(B, S)``, or a stretch of a packed row."""
 
     def __init__(self, name: str, tokens: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+        check_tensors(**{name: tokens})
         if tokens.dim() != 2 or (cu_seqlens is not None and len(tokens) != 1):
-            raise ValueError(f"{name} must be (B, S), or (1, total) with cu_seqlens; got {tuple(tokens.shape)}")
+            shape = f"{tuple(tokens.shape)}{if_logits(tokens)}"
+            raise ValueError(f"{name} must be (B, S), or (1, total) with cu_seqlens; got {shape}")
         same_shape(**{name: tokens}, mask=mask)
         self.mask = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
         cu_seqlens = None if cu_seqlens is None else checked_borders(cu_seqlens, tokens.shape[1])

@@ -15,6 +15,16 @@ def test_ranks_need_the_global_count(aggregation):
         aggregate(torch.ones(2, 3), None, aggregation, dp_size=2)
 
 
+@pytest.mark.parametrize("aggregation", [a for a in AGGREGATIONS if a != "token_sum"])
+def test_the_other_global_count_alone_is_refused(aggregation):
+    own, other = "batch_num_tokens", "global_batch_size"
+    own, other = (own, other) if aggregation == "token_mean" else (other, own)
+    with pytest.raises(ValueError, match=f"{other} has no effect on {aggregation}, which divides by {own}: pass that"):
+        aggregate(torch.ones(2, 3), None, aggregation, **{other: 50})
+    both = aggregate(torch.ones(2, 3), None, aggregation, **{other: 50, own: 9})
+    torch.testing.assert_close(both, aggregate(torch.ones(2, 3), None, aggregation, **{own: 9}))
+
+
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_aggregate(aggregation):
     loss = torch.randn(6, 7, dtype=torch.float64)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import INTERPRETED
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -286,6 +287,18 @@ def test_vocabularies_of_different_padded_size(backend, device):
         for ours, theirs in zip(found, exact, strict=True):
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6)
         assert all((g[..., 48:] == 0).all() for g in found[1:])
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_vocabularies_that_no_padding_makes_different(lazy):
+    student, teacher = ((torch.randn(1, 4), torch.randn(V, 4)) for V in (10, 1035))
+    make = LinearLogits if lazy else F.linear
+    with pytest.raises(
+        ValueError, match=r"\(1, 10\) and teacher_logits \(1, 1035\) .* take \[\.\.\., :10\] of the larger"
+    ):
+        divergence(make(*student), make(*teacher))
+    cut = divergence(make(*student), make(*teacher)[..., :10])
+    torch.testing.assert_close(cut, divergence(F.linear(*student), F.linear(*teacher)[..., :10]))
 
 
 def test_gradients_written_over_the_logits(backend, device):

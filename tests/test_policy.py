@@ -12,7 +12,7 @@ from rollout_batch import AGGREGATIONS, DATA, batch, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses.reference.policy as reference
-from fused_losses import policy
+from fused_losses import LinearLogits, policy
 from fused_losses.aggregation import aggregate
 from fused_losses.kl import kl_estimate
 from fused_losses.policy import LOSS_TYPES, LossType, Surrogate, a2po_loss, grpo_loss, ppo_loss, value_loss
@@ -671,6 +671,17 @@ def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="ref_log_probs has no effect without beta"):
         grpo_loss(x, x, a, ref_log_probs=x)
     assert grpo_loss(x, x, a, ref_log_probs=x - 1, beta=0)[0] == grpo_loss(x, x, a)[0]
+    with pytest.raises(ValueError, match="entropy_coef trains nothing, as entropy has no gradient"):
+        grpo_loss(x.clone().requires_grad_(), x, a, entropy=x, entropy_coef=0.1)
+    assert grpo_loss(x, x, a, entropy=x + 1, entropy_coef=0.1)[0] == grpo_loss(x, x, a)[0] - 0.1  # where nothing trains
+    with pytest.raises(
+        ValueError, match=r"log_probs must be .* got \(2, 3, 4\): of logits, pass selective_log_softmax"
+    ):
+        grpo_loss(torch.zeros(2, 3, 4), None, a)
+    with pytest.raises(
+        TypeError, match=r"log_probs must be a tensor, got lazy logits \(2, 3\): pass selective_log_softmax"
+    ):
+        grpo_loss(LinearLogits(torch.zeros(2, 4), torch.zeros(3, 4)), None, a)
     with pytest.raises(ValueError, match="need entropy"):
         grpo_loss(x, x, a, entropy_coef=0.1)
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(3, 2\)"):

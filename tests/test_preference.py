@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.common_distributed import spawn_threads_and_init_comms
 
-from fused_losses import preference
+from fused_losses import LinearLogits, preference
 from fused_losses.numerics import log1mexp
 from fused_losses.reference import preference as reference
 from fused_losses.reference.tolerance import assert_accurate
@@ -948,6 +948,14 @@ def test_unpaired_answers_come_summed():
             loss(SUMS, SUMS, None, SUMS)
         with pytest.raises(TypeError, match="policy must be a tensor, got tuple: unpack it"):
             loss((SUMS, SUMS), SUMS, SUMS, SUMS)
+
+
+def test_what_is_no_log_probability_is_refused():
+    for logits in (torch.zeros(3, 5, 7), LinearLogits(torch.zeros(3, 5, 2), torch.zeros(7, 2))):
+        with pytest.raises((TypeError, ValueError), match=r"\(3, 5, 7\).*: (of logits, )?pass selective_log_softmax"):
+            preference.dpo_loss(logits, logits, TOKENS, TOKENS)
+    with pytest.raises(TypeError, match="chosen must be a tensor, got tuple: unpack it"):
+        preference.dpo_loss((SUMS, SUMS), SUMS, SUMS, SUMS)
 
 
 def test_wpo_weight_does_not_broadcast():
