@@ -102,7 +102,8 @@ def distillation_loss(
         num_items_in_batch: replaces the mean's count, for a batch spread over several calls.
         group, backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
         route: ``"recompute"`` makes a head's gradients in backward, for a mean or sum too.
-        return_statistics: also return :class:`DistillationStatistics`, to log both losses apart without a second pass.
+        return_statistics: also return :class:`DistillationStatistics`, to log both losses apart without a second pass: of a
+            mean, ``statistics.nll.sum() / (labels != ignore_index).sum()``, and ``statistics.divergence`` alike.
 
     Returns:
         Scalar, or ``(…)`` with ``reduction="none"``, or ``(loss, DistillationStatistics)``; fp32, or float64 for a float64
