@@ -53,7 +53,7 @@ class LinearHead(nn.Linear):
         self.add_update(rank, alpha, dropout)
 
     def add_update(self, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
-        """Put a LoRA update of this rank beside the weight, in place of any other; 0: none."""
+        """Put a LoRA update of this rank beside the weight, which stays as it is, in place of any other; 0: none."""
         self.alpha, self.dropout = alpha, dropout
         self.lora_A = self.lora_B = None
         if rank:
