@@ -123,6 +123,20 @@ def unknown(size: int) -> bool:
     return guard_or_true(size == 0) and guard_or_true(size != 0)
 
 
+def same_sizes(a: torch.Size, b: torch.Size) -> bool:
+    """``a == b``. Compiled, two masks that are equal take numbers of tokens that are equal only where they are known: there it
+    is checked."""
+    if not torch.compiler.is_compiling():
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import guard_or_true
+
+    if len(a) != len(b) or not all(guard_or_true(x == y) for x, y in zip(a, b, strict=True)):
+        return False
+    for x, y in zip(a, b, strict=True):
+        torch._check(x == y)
+    return True
+
+
 def host_may_read(t: Tensor) -> bool:
     """Whether the host may wait for what ``t`` holds: not while tracing or capturing a graph, nor under a transform."""
     if traced(t) or transforms_active():  # asked first: Dynamo does not compile the question below

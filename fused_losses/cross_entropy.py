@@ -255,7 +255,8 @@ def _understood(
     if target.shape == input.shape:
         return target.is_floating_point() and ignore_index < 0
     positions = input.shape[:0] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
-    same_dtype = weight is None or weight.dtype == input.dtype
+    # Under autocast PyTorch takes an fp32 weight beside 16-bit logits.
+    same_dtype = weight is None or result_dtype(weight, target) == result_dtype(input, target)
     return target.shape == positions and target.dtype in (torch.int64, torch.uint8) and same_dtype
 
 

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .autodiff import no_gradient
+from .autodiff import no_gradient, same_sizes
 from .divergence import shared_vocabulary, token_divergence
 from .lazy_tensor import (
     Derived,
@@ -579,7 +579,7 @@ def fit(x: LinearLogits, y: LinearLogits) -> bool:
             f"the vocabularies of logits {tuple(x.shape)} and {tuple(y.shape)} have {V} and {W} entries: take "
             f"[..., :{min(V, W)}] of the larger before its softmax, or call divergence() on both, which does"
         )
-    return x.shape == y.shape and x.vocab_dim == y.vocab_dim and x.device == y.device and x.wide == y.wide
+    return same_sizes(x.shape, y.shape) and x.vocab_dim == y.vocab_dim and x.device == y.device and x.wide == y.wide
 
 
 def mixture(x: Any, y: Any, sign: float) -> Any:

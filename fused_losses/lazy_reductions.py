@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import exporting, transforms_active, unknown
+from .autodiff import exporting, same_sizes, transforms_active, unknown
 from .lazy_elementwise import beside, recorded
 from .lazy_products import Dense, LazyStack, minimum
 from .lazy_rows import of_rows
@@ -30,7 +30,7 @@ def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
     if wrap_dim(x, dim) != x.vocab_dim:
         return _gathered_tokens(x, dim, index)
     ids = index.movedim(x.vocab_dim, -1)
-    if ids.shape[:-1] != x.token_shape:
+    if not same_sizes(ids.shape[:-1], x.token_shape):
         return NotImplemented
     values = x.values_at(ids)
     if values is NotImplemented:
@@ -233,7 +233,8 @@ def var(
 @answers("std")
 def std(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     found = var(x.with_dtype(x.wide), *args, **kwargs)
-    return found if found is NotImplemented else found.sqrt().to(x.dtype)
+    # The fill is what gives equal entries PyTorch's gradient, 0.
+    return found if found is NotImplemented else found.masked_fill(found == 0, 0).sqrt().to(x.dtype)
 
 
 @answers("cosine_similarity", anywhere=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import differentiable_again, differentiated, trains, transforms_active
+from .autodiff import differentiable_again, differentiated, same_sizes, trains, transforms_active
 from .class_probabilities import label_loss, label_statistics
 from .cross_entropy import (
     CrossEntropyStatistics,
@@ -251,7 +251,7 @@ def linear_logits_cross_entropy(
             raise RuntimeError(f"ignore_index is not supported for floating point target; got {ignore_index}")
         target = target.movedim(logits.vocab_dim, -1)
     bare = weight is None and softcap is None and not (label_smoothing or z_loss or return_statistics or backend)
-    if bare and reduction == "none" and not target.is_floating_point() and target.shape == logits.token_shape:
+    if bare and reduction == "none" and not target.is_floating_point() and same_sizes(target.shape, logits.token_shape):
         log_probs = logits.log_probs_at(target.unsqueeze(-1), ignore_index).squeeze(-1)
         return (0 - log_probs).to(out_dtype or logits.dtype)  # and not −0
     with logits.gathered():
@@ -379,7 +379,7 @@ def _check_arguments(
     dtype = statistics_dtype(hidden.dtype)
     check_reduction(reduction)
     check_label_smoothing(label_smoothing)
-    if not probabilities and target.shape != positions:
+    if not probabilities and not same_sizes(target.shape, positions):
         raise ValueError(
             f"Expected a target of class indices {tuple(positions)} or of class probabilities, got {tuple(target.shape)} "
             f"for {hidden.shape[0] * D} positions of {C} classes"

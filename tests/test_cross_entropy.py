@@ -402,6 +402,18 @@ def test_mixed_dtypes_and_autocast(device):
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("options", [{}, {"out_dtype": torch.float32}, {"return_statistics": True}])
+def test_an_fp32_weight_of_classes_under_autocast(backend, device, options):
+    x = torch.randn(6, 13, device=device, dtype=torch.bfloat16, requires_grad=True)
+    target, weight = torch.tensor([0, 3, -100, 5, 12, 1], device=device), torch.rand(13, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        expected = F.cross_entropy(x, target, weight)
+        found = cross_entropy(x, target, weight, backend=backend, **options)
+    found = found[0] if "return_statistics" in options else found
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, x) for loss in (found, expected)))
+
+
 def test_probabilities_and_weights_get_gradients(backend, device):
     """PyTorch differentiates both with class probabilities, and so does this."""
     x = torch.randn(3, 7, 2, device=device)

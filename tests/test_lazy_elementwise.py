@@ -439,3 +439,21 @@ def test_a_checkpoint_frees_hidden_states():
         assert held[0].expired()
         found = torch.autograd.grad(value, inputs[:2])
     torch.testing.assert_close(found, torch.autograd.grad(loss(*inputs[:2]), inputs[:2]))
+
+
+@pytest.mark.parametrize("workspace", [20000, None])
+@pytest.mark.parametrize("name", ["norm", "norm_of_all", "variance"])
+def test_gradients_of_rows_of_equal_entries(name, workspace):
+    """As of padding whose hidden states are 0: that of a norm or of a deviation of 0 is 0."""
+    inputs, p, results = leaves(), probabilities(torch.float64), []
+    with torch.no_grad():
+        for x in inputs[0][:, 0], inputs[2], inputs[3][:, 0], inputs[5]:
+            x.zero_()
+    for head in (LinearLogits, eager_head):
+        with settings.workspace(workspace):
+            z, t = head(*inputs[:3]), head(*inputs[3:])
+            results.append(
+                torch.autograd.grad(LOSSES[name](z, t, p).sum() + z.std(-1).sum(), inputs, allow_unused=True)
+            )
+    assert all(g is None or g.isfinite().all() for g in results[1])
+    torch.testing.assert_close(*results)

@@ -294,3 +294,22 @@ def test_compiles_of_tokens_that_a_mask_takes(name, dynamic):
         torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
         counts.add(graphs.frame_count)
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "per_token", "log_probs", "kl_div"])
+def test_compiles_of_tokens_that_equal_masks_take(name):
+    """``z[ids != -100], ids[ids != -100]``: to a compiler two numbers of tokens, as it lets tensors have."""
+    torch._dynamo.reset()
+    tensors = leaves(torch.float32)
+    inputs, teacher = (tensors["hidden"], tensors["weight"]), (torch.randn(B, S, 4), torch.randn(V, 4))
+    ids = IDS.masked_fill(IDS == 3, -100)
+
+    def loss(head, hidden, weight, ids):
+        taken = head(hidden, weight)[ids != -100], head(*teacher)[ids != -100]
+        return OF_TOKENS[name](*taken, ids[ids != -100])
+
+    expected = loss(F.linear, *inputs, ids)
+    with settings.strict():
+        found = torch.compile(functools.partial(loss, LinearLogits), fullgraph=True, backend="aot_eager")(*inputs, ids)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
