@@ -105,7 +105,8 @@ def linear_cross_entropy(
         z_loss: adds ``z_loss·lse²`` of each position that is not ignored, not weighted by class: under ``mean`` that part is
             divided by their number.
         token_weights: τ, one factor per position, shaped like class indices. ``mean`` divides by the same number as without.
-        out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
+        out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast). A sum or
+            mean that trains reads a 16-bit head's logits in 16 bits, as eager does; by ``route="recompute"`` in fp32.
         return_statistics: also return :class:`CrossEntropyStatistics`.
         group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; ``linear_weight`` and
             ``linear_bias`` (and class probabilities) are then this rank's shard, all else is that of the whole. Where
