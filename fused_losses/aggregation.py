@@ -79,13 +79,13 @@ def aggregate(
     sequences = Sequences("loss", loss, mask, cu_seqlens)
     loss = upcast(loss)
     counts = {"batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size}
-    needed = "batch_num_tokens" if kind == "token_mean" else "global_batch_size"
-    global_count = counts.pop(needed)
+    needed, other = counts if kind == "token_mean" else reversed(counts)
+    global_count = counts[needed]
     if global_count is None and kind != "token_sum":
         if dp_size > 1:
             raise ValueError(f"{aggregation} with dp_size={dp_size} needs {needed}, the count over all ranks")
-        if (other := counts.popitem())[1] is not None:
-            raise ValueError(f"{other[0]} has no effect on {aggregation}, which divides by {needed}: pass that")
+        if counts[other] is not None:
+            raise ValueError(f"{other} has no effect on {aggregation}, which divides by {needed}: pass that")
 
     count: Tensor | float
     if kind == "token_sum":

@@ -115,7 +115,7 @@ def traced(t: Tensor) -> bool:
 
 
 def unknown(size: int) -> bool:
-    """Whether a compiled function has chosen the tokens by a mask, so that their number is known where it runs alone."""
+    """Whether it is a number of tokens that a mask takes in a compiled function, known only where that runs."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import guard_or_true
@@ -124,8 +124,7 @@ def unknown(size: int) -> bool:
 
 
 def same_sizes(a: torch.Size, b: torch.Size) -> bool:
-    """``a == b``. Compiled, two masks that are equal take numbers of tokens that are equal only where they are known: there it
-    is checked."""
+    """``a == b``; of a size that is :func:`unknown`, a check where the compiled function runs."""
     if not torch.compiler.is_compiling():
         return a == b
     from torch.fx.experimental.symbolic_shapes import guard_or_true
