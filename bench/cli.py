@@ -110,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--dtype", default="bfloat16")
     sub.add_argument("--budget", metavar="4GiB", help="memory above the inputs that there is, gradients included")
     sub.add_argument("--per-token", action="store_true", help="log-probabilities per token, as in policy training")
+    sub.add_argument("--backend", choices=("triton", "torch"), default="triton", help="default triton, a GPU's")
     sub.add_argument(
         "--tflops", type=float, help="rate of the device's products; default measured, without a GPU an H200's"
     )
@@ -303,6 +304,7 @@ def lineup(
 def run_plan(args: argparse.Namespace) -> int:
     dtype = DTYPES[one_of("--dtype", args.dtype, list(DTYPES))[0]]
     budget = settings.workspace.parse(args.budget)
+    how = {"per_token": args.per_token, "backend": args.backend}
     (tflops, gbps), whose = rates(args, dtype)
     for shape in heads(args, "llama3-8b"):
         for tokens in numbers(args.tokens) or [shape.tokens]:
@@ -311,7 +313,7 @@ def run_plan(args: argparse.Namespace) -> int:
                 shape.vocab,
                 shape.hidden,
                 dtype,
-                per_token=args.per_token,
+                **how,
                 workspace=None if budget is None else max(0, budget - gradient_bytes(shape, tokens, dtype)),
             )
             print(f"{'shape':<22}{shape.name}\n{found}")
@@ -320,7 +322,7 @@ def run_plan(args: argparse.Namespace) -> int:
             print(f"{'  products':<22}{products:.1f} ms at {tflops:g} TFLOP/s")
             print(f"{'  passes':<22}{passes:.1f} ms at {gbps:g} GB/s")
         if budget is not None:
-            most = largest_batch(shape, dtype, budget, args.per_token)
+            most = largest_batch(shape, dtype, budget, **how) or "no"
             print(f"{'largest batch':<22}{most} tokens in {budget / 2**30:.2f} GiB above the inputs")
         print()
     return 0
@@ -351,14 +353,14 @@ def gradient_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:
     return (tokens + shape.vocab) * shape.hidden * dtype.itemsize
 
 
-def largest_batch(shape: Shape, dtype: torch.dtype, budget: int, per_token: bool) -> int:
+def largest_batch(shape: Shape, dtype: torch.dtype, budget: int, **how: Any) -> int:
     """The most tokens whose planned peak, gradients included, stays within ``budget`` bytes."""
 
     def fits(tokens: int) -> bool:
         free = budget - gradient_bytes(shape, tokens, dtype)
         if free < 0:
             return False
-        return plan(tokens, shape.vocab, shape.hidden, dtype, per_token=per_token, workspace=free).peak <= budget
+        return plan(tokens, shape.vocab, shape.hidden, dtype, workspace=free, **how).peak <= budget
 
     low, high = 0, 1
     while fits(high):

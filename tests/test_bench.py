@@ -497,6 +497,16 @@ def test_plan_prints_the_route_and_the_largest_batch(capsys):
         return cli.plan(tokens, shape.vocab, shape.hidden, torch.bfloat16, workspace=free).peak
 
     assert peak(most) <= budget < peak(most + 1)
+    assert cli.main([*arguments, "--budget", "1MiB"]) == 0
+    assert "largest batch         no tokens in 0.00 GiB" in capsys.readouterr().out
+    assert (
+        cli.main(["plan", "--shape", "gpt2", "--tokens", "4096", "--dtype", "float32", "--backend", "torch", *rates])
+        == 0
+    )
+    chunked = cli.plan(4096, 50257, 768, torch.float32, backend="torch")
+    printed = capsys.readouterr().out
+    assert f"{chunked.peak / 2**20:.1f} MiB above the inputs" in printed
+    assert chunked.peak != cli.plan(4096, 50257, 768, torch.float32).peak
 
 
 def test_plan_predicts_a_time_without_being_told_rates(capsys, monkeypatch):
