@@ -175,7 +175,7 @@ def cross_entropy(
             **options,
         )
     if not _understood(input, target, weight, shard, **options):
-        extras = z_loss != 0 or return_statistics or (softcap, out_dtype) != (None, None)
+        extras = z_loss != 0 or softcap is not None or out_dtype is not None or return_statistics
         return _pytorchs_own(input, target, weight, shard, extras, **options)
 
     C = input.shape[class_dim] if shard is None else shard.vocab

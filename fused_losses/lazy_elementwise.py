@@ -95,8 +95,7 @@ class LazyElementwise(Elementwise):
         def read(x: Any) -> Any:
             if not isinstance(x, Dense):
                 return x.values_at(ids)
-            t = x.elements()
-            t = expanded(t, self).movedim(self.vocab_dim, -1) if t.ndim else t
+            t = vocab_last(x, self)
             return t.gather(-1, ids) if t.ndim and t.shape[-1] == self.shape[self.vocab_dim] else t
 
         def value(x: LazyElementwise, args: Any, kwargs: Any) -> Any:
@@ -151,6 +150,12 @@ def expanded(t: Tensor, x: LazyTensor) -> Tensor:
     """``t``, which broadcasts to the shape of ``x``, with all its tokens and the vocabulary it has, of ``V`` entries or 1."""
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     return t.expand([-1 if d == x.vocab_dim else n for d, n in enumerate(x.shape)])
+
+
+def vocab_last(x: Dense, like: LazyTensor) -> Tensor:
+    """The numbers of ``x`` for the tokens of ``like``, the vocabulary last; a single number as it is."""
+    t = x.elements()
+    return expanded(t, like).movedim(like.vocab_dim, -1) if t.ndim > 0 else t
 
 
 def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -21,7 +21,7 @@ from .autodiff import check_differentiable, differentiable_gradients, in_plain_p
 from .chunked.softmax_rows import transform
 from .gradients_in_forward import OverLogits, in_range, loss_and_gradients
 from .head import INPUTS, Head, head_of, ready, whole_logits
-from .lazy_elementwise import computable, copy_with, expanded, key_of
+from .lazy_elementwise import computable, copy_with, key_of, vocab_last
 from .lazy_products import Dense
 from .lazy_tensor import Derived, LazyTensor
 from .linear_logits import LinearLogits, same_logits
@@ -90,8 +90,7 @@ def _filled(expressions: Sequence[Any], logits: Sequence[_MadeLogits], tensors: 
 def _elements(x: LazyTensor | Dense, like: LazyTensor) -> Tensor:
     """Those of ``x``, which broadcasts to ``like``, the vocabulary last."""
     if isinstance(x, Dense):
-        t = x.elements()
-        return expanded(t, like).movedim(like.vocab_dim, -1) if t.ndim > 0 else t
+        return vocab_last(x, like)
     return (x.elements() if isinstance(x, LinearLogits) else x.materialize()).movedim(x.vocab_dim, -1)
 
 

@@ -408,8 +408,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         name = next((n for n in ("__rsub__", "__rdiv__", "__rpow__") if func is getattr(Tensor, n)), name)
     if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
-    args, kwargs = tuple(map(_unboxed, args)), {key: _unboxed(value) for key, value in kwargs.items()}
-    kwargs = {key: value for key, value in kwargs.items() if key != "out" or value is not None}
+    args = tuple(map(_unboxed, args))
+    kwargs = {key: _unboxed(value) for key, value in kwargs.items() if key != "out" or value is not None}
     if isinstance(kwargs.get("out"), LazyTensor):
         raise RuntimeError(f"{name} cannot write into {_called(kwargs['out'])}: it has no storage")
     first = args[0] if args else None
@@ -590,9 +590,10 @@ def _of_any_size(name: str) -> None:
         return function(torch.empty(0, dtype=x.dtype, device=x.device), *args, **kwargs)
 
 
-for _name in ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"):
-    _of_any_size(_name)
-for _name in ("element_size", "is_complex", "is_conj", "is_floating_point", "is_signed"):
+for _name in (
+    "element_size", "is_complex", "is_conj", "is_floating_point", "is_signed", "new_empty", "new_full", "new_ones",
+    "new_tensor", "new_zeros",
+):  # fmt: skip
     _of_any_size(_name)
 
 

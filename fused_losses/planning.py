@@ -179,11 +179,9 @@ def plan(
     filters = gradient_filter_setting.chosen(gradient_filter) > 0
     given = workspace_setting.chosen(workspace)
     if unknown(tokens):  # the dtype of sums over chunks, and what logits are saved, would depend on it
-        room, why = (
-            RECOMPUTE_BUDGET if given is None else given,
-            "how many tokens a mask takes is known after compiling",
-        )
-        return Plan(tokens, vocab, hidden, dtype, "recompute", vocab, 1, 0, None, room, {}, (why,))
+        room = RECOMPUTE_BUDGET if given is None else given
+        why = ("how many tokens a mask takes is known after compiling",)
+        return Plan(tokens, vocab, hidden, dtype, "recompute", vocab, 1, 0, None, room, {}, why)
     sizes = _Sizes(tokens, vocab, hidden, dtype, ignored, shared, backend, filters)
     usual = max(sizes.gradients, DEFAULT_BUDGET)
     if shared:

@@ -430,9 +430,8 @@ def two_heads_loss(
 def _(*arguments: Any, hard: float, wanted: list[bool], workspace: int, backend: str, **_: Any) -> tuple[Tensor, ...]:
     problem = Problem.unpacked(arguments)
     hidden = problem.student.hidden
-    loss, divergence = (
-        hidden.new_empty(shape, dtype=statistics_dtype(hidden.dtype)) for shape in ((), hidden.shape[:1])
-    )
+    divergence = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
+    loss = divergence.new_empty(())
     sums = chunks_of(problem.heads, problem.projected, wanted, workspace, backend).sums
     dtypes = [dtype for head, s in zip(problem.heads, sums, strict=True) for dtype in total_dtypes(head, s)]
     gradients = (
