@@ -251,8 +251,8 @@ def run(function: Function, check: Check, x: Inputs) -> dict[str, Tensor]:
 
 def verdict(
     check: Check, dtype: torch.dtype, device: str, backend: settings.Backend, most: int = MOST_DRAWS
-) -> tuple[float, str]:
-    """The largest relative error against float64, and what is wrong, if anything.
+) -> tuple[float, float, str]:
+    """The largest relative errors against float64, ours and plain PyTorch's, and what is wrong, if anything.
 
     Over several draws, small shapes ``most``: on a few numbers plain PyTorch can be exact by luck, and is no yardstick then.
     """
@@ -270,15 +270,15 @@ def verdict(
                 of_draw = (value, yardstick[name].to(value.dtype), exact[name])
                 pooled.setdefault(name, []).append(tuple(t.flatten() for t in of_draw))
     except Exception as failure:
-        return float("nan"), f"{type(failure).__name__}: {failure}".splitlines()[0]
+        return float("nan"), float("nan"), f"{type(failure).__name__}: {failure}".splitlines()[0]
     found = {name: [torch.cat(part) for part in zip(*draws, strict=True)] for name, draws in pooled.items()}
-    error = max(relative_error(parts[0], parts[2]) for parts in found.values())
+    error, plain_error = (max(relative_error(parts[i], parts[2]) for parts in found.values()) for i in (0, 1))
     try:
         for name, (ours, plain, truth) in found.items():
             assert_accurate(ours, plain, truth, name)
     except AssertionError as failure:
-        return error, str(failure)
-    return error, ""
+        return error, plain_error, str(failure)
+    return error, plain_error, ""
 
 
 def large_check(device: str, backend: settings.Backend, N: int = 2**31 // 128_256 + 65, V: int = 128_256) -> str:

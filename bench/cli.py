@@ -157,6 +157,13 @@ def numbers(text: str | None) -> list[int]:
     return found
 
 
+def memory(option: str, text: str | None) -> int | None:
+    try:
+        return settings.workspace.parse(text)
+    except ValueError:
+        raise ValueError(f"{option} takes a size such as 4GiB, 4GB or 512MiB, got {text!r}") from None
+
+
 def not_negative(option: str, number: float) -> float:
     if not 0 <= number < math.inf:
         raise ValueError(f"{option} takes a number, 0 or more, got {number:g}")
@@ -303,7 +310,7 @@ def lineup(
 
 def run_plan(args: argparse.Namespace) -> int:
     dtype = DTYPES[one_of("--dtype", args.dtype, list(DTYPES))[0]]
-    budget = settings.workspace.parse(args.budget)
+    budget = memory("--budget", args.budget)
     how = {"per_token": args.per_token, "backend": args.backend}
     (tflops, gbps), whose = rates(args, dtype)
     for shape in heads(args, "llama3-8b"):
@@ -417,9 +424,10 @@ def run_check(args: argparse.Namespace) -> int:
             for check, dtype, backend, draws in todo:
                 title = f"{check.primitive} {check.name}"
                 progress.now(f"{title}, {dtype}, {backend}")
-                error, problem = verdict(check, dtype, device, backend, draws)
+                error, plain_error, problem = verdict(check, dtype, device, backend, draws)
                 name = str(dtype).removeprefix("torch.")
-                table.append([title, name, backend, f"{error:.1e}", "FAILED" if problem else "ok"])
+                errors = f"{error:.1e}", f"{plain_error:.1e}"
+                table.append([title, name, backend, *errors, "FAILED" if problem else "ok"])
                 wrong.append(problem)
                 progress.advance()
         if (
@@ -429,11 +437,12 @@ def run_check(args: argparse.Namespace) -> int:
             and torch.cuda.mem_get_info()[0] > 24 * 2**30
         ):
             problem = large_check(device, todo[0][2])
-            table.append(["cross_entropy, 2³¹ logits", "bfloat16", todo[0][2], "", "FAILED" if problem else "ok"])
+            table.append(["cross_entropy, 2³¹ logits", "bfloat16", todo[0][2], "", "", "FAILED" if problem else "ok"])
             wrong.append(problem)
     except KeyboardInterrupt:
         interrupted = True
-    show_table(f"check on {device}", ("check", "dtype", "backend", "error", "status"), table, [bool(p) for p in wrong])
+    columns = ("check", "dtype", "backend", "error", "plain PyTorch's", "status")
+    show_table(f"check on {device}", columns, table, [bool(p) for p in wrong])
     skipped = f"; interrupted, {len(todo) - len(table)} not run" if interrupted else ""
     print(f"\n{len(table)} checks, {sum(map(bool, wrong))} failed{skipped}")
     if any(wrong):

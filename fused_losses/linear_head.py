@@ -66,7 +66,10 @@ class LinearHead(nn.Linear):
         """A head that shares the parameters of ``linear``, which must be a plain ``nn.Linear``."""
         if not isinstance(linear, nn.Linear):
             got = f"{type(linear).__module__}.{type(linear).__qualname__}"
-            raise TypeError(f"from_linear takes an nn.Linear, the head itself, got {got}")
+            raise TypeError(
+                f"from_linear takes an nn.Linear, the head itself, got {got}: merge an adapter first, or put one beside the "
+                "LinearHead with add_update"
+            )
         if getattr(linear.forward, "__func__", None) is not nn.Linear.forward or is_parametrized(linear):
             raise TypeError(
                 f"from_linear takes an nn.Linear, got {type(linear).__name__}, whose forward or weight is its own and would be "

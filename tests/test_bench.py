@@ -69,7 +69,7 @@ def test_the_case_alone_is_short_for_bench(capsys):
         (["bench", "cross_entropy", "--peers", "ligre"], "unknown --peers 'ligre'"),
         (["bench", "cross_entropy", "--tokens", "many"], "whole numbers"),
         (["bench", "cross_entropy", "--resume"], "--resume needs --json"),
-        (["plan", "--shape", "B", "--budget", "lots"], "'256MiB'"),
+        (["plan", "--shape", "B", "--budget", "4G"], "--budget takes a size such as 4GiB"),
         (["report", "/nowhere"], "/nowhere"),
         (["bench", "cross_entropy", "--seconds", "-1"], "--seconds takes a number, 0 or more, got -1"),
         (["bench", "cross_entropy", "--seconds", "nan"], "--seconds takes a number, 0 or more, got nan"),
@@ -530,6 +530,9 @@ def test_check_prints_a_table_and_what_to_report(capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "6 checks, 3 failed" in printed
     assert "Please report" in printed
+    errors = [line.split()[-3:-1] for line in printed.splitlines() if line.endswith("FAILED")]
+    assert len(errors) == 3
+    assert all(float(ours) > 0.09 > 10 * float(plain) for ours, plain in errors)
     assert "allowed" in printed
 
 
@@ -537,12 +540,12 @@ def test_check_pools_draws_where_plain_pytorch_is_exact_by_luck():
     from fused_losses.bench import check
 
     (one,) = (c for c in check.checks() if c.name == "logits (37, 129)")
-    assert check.verdict(one, torch.float32, "cpu", "torch")[1] == ""  # of one draw d_logits is too far
+    assert check.verdict(one, torch.float32, "cpu", "torch")[-1] == ""  # of one draw d_logits is too far
 
     def wrong(x):
         return tuple(t * (1 + 1e-6) for t in one.ours(x))
 
-    assert "log_probs" in check.verdict(one._replace(ours=wrong), torch.float32, "cpu", "torch")[1]
+    assert "log_probs" in check.verdict(one._replace(ours=wrong), torch.float32, "cpu", "torch")[-1]
 
 
 def test_check_of_many_logits_looks_at_both_ends(monkeypatch):
