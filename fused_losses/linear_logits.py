@@ -511,7 +511,7 @@ class LinearLogits(LazyTensor):
             self.rest.views[0] += 1  # what is left of it: its views
             self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))  # type: ignore[assignment]
             return self
-        if new.rest.detached != self.rest.detached:
+        if new.rest.detached and not self.rest.detached:
             raise RuntimeError(
                 f"a change in place under no_grad would take the gradient of a LinearLogits {tuple(self.shape)} away: use "
                 "the out-of-place form there, or change the logits before"
@@ -609,11 +609,31 @@ class LinearLogits(LazyTensor):
     def _times_temperature(self, factor: Any, inverse: bool) -> Any:
         if not is_number(factor):
             factor = per_token_number(self, factor)
-            if factor is NotImplemented or (torch.is_grad_enabled() and (factor.requires_grad or transforms_active())):
+            if factor is NotImplemented:
                 return NotImplemented
+            if torch.is_grad_enabled() and (factor.requires_grad or transforms_active()):
+                return self._times_trained(factor if inverse else 1 / factor)
             factor = factor.detach()
         temperature = self.temperature / factor if inverse else self.temperature * factor
         return self._but(self.hidden, temperature=temperature)
+
+    def _times_trained(self, factor: Tensor) -> Any:
+        """Times ``factor (*token_shape)``, which has its gradient by way of the hidden states it multiplies."""
+        rest, own = self.rest, self.hidden.dtype
+        linear = self.softcap is None and self.bias is None and self.shard is None
+        rounds = own.itemsize == 2 and self.dtype != own  # what eager would keep
+        if not linear or rounds or (rest.detached and self.module is not None):
+            return NotImplemented
+
+        def times(t: Tensor) -> Tensor:
+            return (t.to(self.wide) * factor.unsqueeze(-1)).to(own)
+
+        weight, low_rank = rest.weight, rest.low_rank
+        if rest.detached:
+            weight, low_rank = weight.detach(), low_rank and (low_rank[0], low_rank[1].detach())
+        low_rank = low_rank and (times(low_rank[0]), low_rank[1])
+        changes = {"weight": weight, "low_rank": low_rank, "detached": False, "frozen": False}
+        return self._but(times(self.hidden), **changes)
 
     def shifted(self, offset: Any) -> Any:
         if is_number(offset) or per_token_number(self, offset) is not NotImplemented:

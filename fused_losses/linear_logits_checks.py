@@ -140,7 +140,8 @@ def per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float 
     if not isinstance(temperature, Tensor):
         return temperature
     if temperature.requires_grad:
-        raise ValueError(f"temperature {tuple(temperature.shape)} gets no gradient here: detach it")
+        shape = tuple(temperature.shape)
+        raise ValueError(f"temperature {shape} gets no gradient here: detach it, or divide LinearLogits by it")
     tokens = hidden.shape[:-1]
     if temperature.ndim == hidden.ndim and temperature.shape[-1] == 1:
         temperature = temperature.squeeze(-1)

@@ -225,10 +225,10 @@ class LazyExpression(Elementwise):
 
     def up_to_shift(self) -> Any:
         """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
-        if self.requires_grad and not self.base.requires_grad and not no_gradient():
-            return NotImplemented  # the result requires grad, with a gradient of 0
         base = self._scaled_base()
-        return NotImplemented if base is NotImplemented else base.with_dtype(self.dtype)
+        if base is NotImplemented or (self.requires_grad and not base.requires_grad and not no_gradient()):
+            return NotImplemented  # the result requires grad, with a gradient of 0
+        return base.with_dtype(self.dtype)
 
     def log_total(self) -> Any:
         """``logsumexp`` over the vocabulary, ``token_shape``."""

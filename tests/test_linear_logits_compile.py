@@ -46,7 +46,12 @@ def target_loss(h, w, b):
     return (target.gather(-1, FEW[..., :1] % 2) * logp.gather(-1, FEW[..., :1])).sum() + (entropy * logp[..., 3]).sum()
 
 
-@pytest.mark.parametrize("fn", [shifted_loss, smoothed_loss, entropy_loss, indexed_loss, target_loss])
+def scaled_loss(h, w, b):
+    logits = LinearLogits(h, w) * b[0].exp()
+    return F.cross_entropy((logits / b.square().sum()).flatten(0, 1), IDS.flatten()) + b.sum()
+
+
+@pytest.mark.parametrize("fn", [shifted_loss, smoothed_loss, entropy_loss, indexed_loss, target_loss, scaled_loss])
 def test_compiles_without_a_break(fn):
     tensors, same = leaves(torch.float32), leaves(torch.float32)
     expected = fn(*list(tensors.values())[:3])

@@ -263,3 +263,25 @@ def test_the_sum_of_logits_is_as_accurate_as_eager():
     h, w = tensors["hidden"].detach(), tensors["weight"].detach()
     ours = LinearLogits(h, w).float().sum(-1)
     assert_accurate(ours, linear_logits(h.float(), w.float()).sum(-1), linear_logits(h.double(), w.double()).sum(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_temperature_that_trains_rounds_no_more_than_a_tensor_does(dtype):
+    """In 16 bits it multiplies the hidden states: what was made fp32 before would lose digits, and is made."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=g, dtype=torch.float64).to(dtype) / 4 for n in (512, 1000))
+    ids, results = torch.randint(1000, (512,), generator=g), []
+    for kind, wide in ((LinearLogits, dtype), (linear_logits, dtype), (linear_logits, torch.float64)):
+        h, w, t = (x.to(wide).detach().requires_grad_() for x in (hidden, weight, torch.tensor(1.7)))
+        with settings.strict():
+            found = F.cross_entropy(kind(h, w) / t, ids, reduction="none")
+        results.append((found.detach(), *torch.autograd.grad(found.sum(), [h, w, t])))
+    for parts in zip(*results, strict=True):
+        assert_accurate(*parts)
+    z, t = LinearLogits(hidden, weight).float(), torch.ones((), requires_grad=True)
+    with settings.strict():
+        if dtype == torch.float32:
+            assert isinstance(z / t, LinearLogits)
+        else:
+            with pytest.raises(RuntimeError, match="materialises"):
+                z / t

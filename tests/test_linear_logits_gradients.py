@@ -322,3 +322,48 @@ def test_backward_through_vmap(fn):
         out = torch.func.vmap(lambda h, t, b: fn(head(h, weight), t, b))(hidden, temperature, bias)  # noqa: B023
         found.append((out, *torch.autograd.grad(out.sum(), (hidden, weight, temperature, bias), allow_unused=True)))
     torch.testing.assert_close(*found)
+
+
+TRAINED_TEMPERATURES = {
+    "divided": lambda z, t: F.cross_entropy((z / t).flatten(0, 1), IDS.flatten()),
+    "per_token": lambda z, t: (z * (t + TEMPERATURE[..., None])).log_softmax(-1).gather(-1, FEW),
+    "log_probs": lambda z, t: (z.log_softmax(-1) / t).logsumexp(-1),
+    "standardised": lambda z, t: (t * (z - z.mean(-1, keepdim=True)) / z.std(-1, keepdim=True)).softmax(-1)[..., 2],
+    "twice": lambda z, t: -((z * t).softmax(-1) * (z * t).log_softmax(-1)).sum(-1) + (z * t / t).logsumexp(-1),
+    "to_nothing": lambda z, t: (z * (t - 1.7)).log_softmax(-1)[..., 3],
+    "in_place": lambda z, t: (z.mul_(t) if isinstance(z, LinearLogits) else z * t).log_softmax(-1)[..., 3],
+}
+
+
+@pytest.mark.parametrize("trained", [("hidden", "weight", "u", "B"), ("weight", "B"), (), "detached"])
+@pytest.mark.parametrize("options", [{}, {"scale": 0.7}, {"temperature": TEMPERATURE}, {"low_rank": True}])
+@pytest.mark.parametrize("name", TRAINED_TEMPERATURES)
+def test_a_temperature_that_trains_gets_its_gradient(name, options, trained):
+    results = []
+    for kind in (LinearLogits, linear_logits):
+        tensors, t = leaves(), torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+        for part, leaf in tensors.items():
+            leaf.requires_grad_(part in trained or trained == "detached")
+        args, kwargs = arguments(tensors, **options)
+        z = kind(*args, **kwargs)
+        with settings.strict():
+            found = TRAINED_TEMPERATURES[name](z.detach() if trained == "detached" else z, t)
+        wanted = [t, *(leaf for leaf in tensors.values() if leaf.requires_grad)]
+        grads = torch.autograd.grad(found.cos().sum(), wanted, create_graph=True, allow_unused=True)
+        assert grads[0] is not None
+        grads = [g for g in grads if g is not None]
+        results.append([found, *grads, *torch.autograd.grad(sum(g.square().sum() for g in grads), [t])])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacfwd, torch.vmap])
+def test_transforms_of_a_temperature(transform):
+    tensors, t = leaves(), torch.tensor(1.7, dtype=torch.float64)
+    t = t.expand(3) if transform is torch.vmap else t
+
+    def loss(kind, t):
+        return F.cross_entropy((kind(tensors["hidden"], tensors["weight"]) / t).flatten(0, 1), IDS.flatten())
+
+    with settings.strict():
+        found = transform(lambda t: loss(LinearLogits, t))(t)
+    torch.testing.assert_close(found, transform(lambda t: loss(linear_logits, t))(t))
