@@ -314,11 +314,12 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
             beside = " and fp32 sums" if rounded else ""
             return None, f"the workspace does not hold a chunk of {FEWEST_TOKENS} tokens{beside}"
         if sums != dtype and n < min(N, ACCUMULATION_PAYS) and not accumulate:
-            return None, f"{note}, and fp32 sums over chunks of {n} tokens cost more than recomputing"
+            of = "" if torch.compiler.is_compiling() else f" of {n} tokens"  # printed, a number is a constant to Dynamo
+            return None, f"{note}, and fp32 sums over chunks{of} cost more than recomputing"
     n = _even(N, max(most_tokens(sums, numbers), min(N, FEWEST_TOKENS)))
     chunks = max(1, -(-N // max(n, 1)))
     why = ["asked for" if asked else "6NVH against the 8NVH of recompute, and its chunks fit the workspace"]
-    if chunks > 1 and note:
+    if not torch.compiler.is_compiling() and chunks > 1 and note:
         why.append(f"{chunks} chunks: {note}")
     forward = {
         "gradients": made(sums),
@@ -393,11 +394,8 @@ def _even(total: int, most: int) -> int:
     if most >= total:
         return total
     size = math.ceil(total / math.ceil(total / most))
-    for multiple in (128, 32):
-        rounded = math.ceil(size / multiple) * multiple
-        if rounded <= most:
-            return rounded
-    return most // 32 * 32 or size
+    # No branch, which a compiler would have another graph for.
+    return min(math.ceil(size / 128) * 128, most // 32 * 32 or size)
 
 
 def _plan(
@@ -411,9 +409,8 @@ def _plan(
     why: Sequence[str],
     saved: int = 0,
 ) -> Plan:
-    parts = phases[0]
-    for phase in phases:  # no max: Dynamo takes no key
-        parts = phase if sum(phase.values()) > sum(parts.values()) else parts
+    # Compiled, nobody reads the parts, and which are the largest would be another graph.
+    parts = {} if torch.compiler.is_compiling() else max(phases, key=lambda phase: sum(phase.values()))
     if sum(parts.values()) > sizes.gradients + budget:
         why = (*why, "the workspace does not hold the least that this needs, which is taken anyway")
     return Plan(

@@ -234,9 +234,10 @@ class Sequences:
             self.mask = self.mask & (place < cu_seqlens[-1])
             self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
 
-    def hide(self, name: str, x: Tensor, otherwise: str = "") -> Tensor:
+    def hide(self, name: str, x: Tensor, or_per_sequence: bool = False) -> Tensor:
         """fp32 or float64, 0 at every token that does not count."""
         if x.shape != self.mask.shape:
+            otherwise = f"one per sequence ({self.number},) or " if or_per_sequence else ""
             raise ValueError(f"{name} must be {otherwise}one per token {tuple(self.mask.shape)}, got {tuple(x.shape)}")
         return upcast(x).masked_fill(~self.mask, 0)
 
@@ -258,7 +259,7 @@ class Sequences:
         x = upcast(x.detach())
         if self.cu_seqlens is None and x.shape == (self.number, 1):
             x = x.squeeze(1)
-        return x if x.shape == (self.number,) else self.hide(name, x, f"one per sequence ({self.number},) or ")
+        return x if x.shape == (self.number,) else self.hide(name, x, or_per_sequence=True)
 
     def spread(self, x: Tensor) -> Tensor:
         """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""

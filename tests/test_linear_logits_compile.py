@@ -1,6 +1,7 @@
 """LinearLogits in compiled functions."""
 
 import functools
+import random
 import warnings
 
 import pytest
@@ -170,6 +171,19 @@ def test_compiled_once_for_any_length(name, dtype):
         # Compiled products round otherwise.
         torch.testing.assert_close(*results, **{"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {})
     assert counter.frame_count == 2  # for one length, and for any
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_seldom_for_any_number_of_chunks(dtype):
+    torch._dynamo.reset()
+    weight = torch.empty(32000, 512, device="meta", dtype=dtype, requires_grad=True)
+    compiled = torch.compile(
+        lambda h, ids: F.cross_entropy(LinearLogits(h, weight), ids), fullgraph=True, backend="eager"
+    )
+    numbers = random.Random(1)
+    for _ in range(60):  # PyTorch raises where a ninth graph is needed
+        h = torch.empty(int(2 ** numbers.uniform(3, 16)), 512, device="meta", dtype=dtype, requires_grad=True)
+        compiled(h, torch.empty(len(h), dtype=torch.int64, device="meta"))
 
 
 class Loss(nn.Module):

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_batch import AGGREGATIONS, DATA, batch, pack
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_losses.reference.policy as reference
@@ -606,6 +607,18 @@ def test_compiles_to_one_graph(loss_type):
         options["dual_clip"] = 3.0
     compiled = torch.compile(grpo_loss, fullgraph=True, backend="eager")
     assert_same(run(compiled, data, **options), run(grpo_loss, data, **options))
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_compiles_once_for_any_batch(per_token):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(grpo_loss, fullgraph=True, backend=counter)
+    for B in (2, 3, 4, 6):
+        log_probs, advantages = -torch.rand(2, B, B + 3), torch.randn(B, B + 3)
+        args = (*log_probs, advantages if per_token else advantages[:, 0])
+        torch.testing.assert_close(compiled(*args), grpo_loss(*args))
+    assert counter.frame_count == 2  # for one batch, and for any
 
 
 def test_the_rest_compiles_to_one_graph():
