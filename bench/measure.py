@@ -88,7 +88,7 @@ def measure(
                 del got
                 if row["status"] == "failed":
                     continue
-                row["peak_bytes"] = peak_bytes(functools.partial(step, run, run.prepare()), device)
+                row["peak_bytes"] = peak_bytes(functools.partial(step, run, run.prepare()), device, "allocated")
                 runs.append(run)
             except torch.OutOfMemoryError:
                 row |= {"status": "oom", "reason": "out of memory"}

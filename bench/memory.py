@@ -1,7 +1,8 @@
 """Exact peak memory of a call.
 
 On a CPU every allocation and every free is read from the profiler and summed in the order of time: a dispatch mode would miss
-what is allocated inside custom operators. On CUDA the caching allocator counts.
+what is allocated inside custom operators. On CUDA the caching allocator counts what it is asked for and what it gives: blocks
+that may be 1 MiB larger, by what was freed before.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from torch.profiler import ProfilerActivity, profile
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
-def peak_bytes(call: Callable[[], Any], device: str = "cpu") -> int:
+def peak_bytes(call: Callable[[], Any], device: str = "cpu", counted: str = "requested") -> int:
     """Largest number of bytes ``call`` held at once beyond what was allocated before it, results included.
 
-    On CUDA ``call`` runs once before it is measured, so that library workspaces are there already.
+    On CUDA ``call`` runs once before it is measured, so that library workspaces are there already. ``counted="allocated"`` is
+    what ``torch.cuda.max_memory_allocated`` says there.
     """
     if device == "cuda":
         call()
     gc.collect()  # what an earlier call left in cycles, freed during this one, would be taken off its peak
     if device == "cuda":
         torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()[f"{counted}_bytes.all.current"]
         torch.cuda.reset_peak_memory_stats()
         call()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return torch.cuda.memory_stats()[f"{counted}_bytes.all.peak"] - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     assert profiler.profiler is not None

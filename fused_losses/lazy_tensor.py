@@ -730,6 +730,8 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
     """``t``, which broadcasts against ``x`` with one number per token, as a copy of ``token_shape`` in ``x.wide``."""
     if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
         return NotImplemented
+    if t.ndim == 0 and t.is_cpu and (number := number_of(t)) is not NotImplemented:
+        t = on_device(number, x.device, t.dtype)  # to copy it would wait for the device
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
     return t.squeeze(x.vocab_dim).to(x.device, x.wide, copy=True).expand(x.token_shape) if fits else NotImplemented

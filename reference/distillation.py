@@ -100,7 +100,7 @@ def sparse_distillation_loss(
             s, t = s / s.sum(), t / t.sum()
         elif tail == "bucket":
             # The other probabilities are summed rather than 1 − Σ: exact where the support holds nearly everything.
-            others = torch.ones(V, dtype=torch.bool).index_fill(0, ids, False)
+            others = torch.ones_like(z, dtype=torch.bool).index_fill(0, ids, False)
             left = torch.softmax(z / temperature, -1)[others].sum()
             s = torch.cat([s, left.clamp(min=1e-7)[None]])
             t = torch.cat([t, (1 - t.sum()).clamp(min=1e-7)[None]])

@@ -44,7 +44,7 @@ def linear_cross_entropy(
     if temperature is not None:
         x = x / temperature[:, None]
     N, C = x.shape
-    w = torch.ones(C, dtype=x.dtype) if weight is None else weight
+    w = x.new_ones(C) if weight is None else weight
     losses, squares, shares, count = [], [], [], 0
     for n in range(N):
         hard = target.ndim == 1

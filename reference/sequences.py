@@ -19,7 +19,7 @@ def sums_and_counts(x: Tensor, borders: list[int], mask: Tensor | None = None) -
     sums, counts = [], []
     for start, end in pairwise(borders):
         shown = [x[t] for t in range(start, end) if mask is None or mask[t]]
-        sums.append(sum(shown, torch.zeros((), dtype=x.dtype)))
+        sums.append(sum(shown, x.new_zeros(())))
         counts.append(len(shown))
     return torch.stack(sums), torch.tensor(counts)
 
@@ -29,7 +29,7 @@ def sequence_log_probs(token_logps: Tensor, mask: Tensor | None = None, average:
     rows = []
     for b in range(token_logps.shape[0]):
         shown = [token_logps[b, t] for t in range(token_logps.shape[1]) if mask is None or mask[b, t]]
-        total = sum(shown, torch.zeros((), dtype=token_logps.dtype))
+        total = sum(shown, token_logps.new_zeros(()))
         rows.append(total * float("nan") if average and not shown else total / len(shown) if average else total)
     return torch.stack(rows)
 

@@ -34,6 +34,12 @@ def python(*arguments, folder=Path(__file__).parent.parent, **environment):
     return subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """``-n auto``: on a GPU each process holds a context, half a GB, and what it has freed; a large host has 200 cores."""
+    return min(8, os.cpu_count() or 1) if DEVICE == "cuda" else None
+
+
 @pytest.fixture
 def device():
     return DEVICE

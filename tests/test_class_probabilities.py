@@ -37,11 +37,11 @@ def plain(hidden, weight, bias, u, B, class_weight, target):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_everything_trains_in_chunks(backend, dtype, monkeypatch):
+def test_everything_trains_in_chunks(backend, dtype, device, monkeypatch):
     chunks = []
     grad = class_probabilities.softmax_rows_grad
     monkeypatch.setattr(class_probabilities, "softmax_rows_grad", lambda *a: chunks.append(a[0].shape[0]) or grad(*a))
-    tensors = problem(dtype)
+    tensors = {name: t.detach().to(device).requires_grad_() for name, t in problem(dtype).items()}
     exact = {name: t.detach().double().requires_grad_() for name, t in tensors.items()}
     losses = ours(**tensors, backend=backend), plain(**tensors), plain(**exact)
     found = [torch.autograd.grad(x, of.values()) for x, of in zip(losses, (tensors, tensors, exact), strict=True)]

@@ -542,15 +542,15 @@ def test_wrong_sparse_input(change, message, device):
         sparse_distillation_loss(student, **arguments)
 
 
-def test_a_sparse_teacher_is_two_tensors_of_log_probs(device):
-    leaves, labels, lazy, _ = heads(device)
+def test_a_sparse_teacher_is_two_tensors_of_log_probs():
+    leaves, labels, lazy, _ = heads("cpu")  # where masses are looked at
     student, teacher = lazy(leaves)
     top = teacher_topk(teacher, 3)
     with pytest.raises(TypeError, match="teacher_ids must be a tensor, got TopK: unpack it"):
         sparse_distillation_loss(student, top, labels)
     for wrong in (top.log_probs.exp(), top.log_probs + 3):
         with pytest.raises(ValueError, match=r"log-probabilities.* of at most 1, got"):
-            sparse_distillation_loss(student, top.ids.cpu(), wrong.cpu(), labels)
+            sparse_distillation_loss(student, top.ids, wrong, labels)
 
 
 def test_a_batch_of_no_items_divides_by_nothing(device):
@@ -596,8 +596,9 @@ def test_wrong_dense_input(device):
         distillation_loss(*lazy(leaves), labels, reduction="avg")
     with pytest.raises(ValueError, match=r"labels or mask \(4,\)"):
         distillation_loss(*lazy(leaves), labels[0])
-    with pytest.raises(IndexError, match="out of bounds for 40"):
-        distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40)
+    if device == "cpu":  # a GPU's device-side assert ends the process
+        with pytest.raises(IndexError, match="out of bounds for 40"):
+            distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40)
     assert distillation_loss(*lazy(leaves), labels.clamp(min=0) + 40, hard_weight=0).isfinite()
     assert set(KINDS) >= {"forward_kl", "tvd"}
 

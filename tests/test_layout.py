@@ -1,5 +1,6 @@
 """The tree has one obvious place for each thing, and nothing is missing from it."""
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -8,6 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
+import conftest
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -140,3 +142,23 @@ def test_built_packages_hold_the_whole_tree(kind, tmp_path):
             assert f"{prefix}fused_losses/{folder}{path.name}" in names
     assert f"{prefix}fused_losses/py.typed" in names
     assert not any("/tests/" in name for name in names)
+
+
+def test_what_runs_on_either_backend_says_where_its_tensors_are():
+    """Triton's takes those of the GPU, where there is one."""
+    for file in (ROOT / "tests").glob("test_*.py"):
+        for test in ast.walk(ast.parse(file.read_text())):
+            if isinstance(test, ast.FunctionDef) and "backend" in (names := [a.arg for a in test.args.args]):
+                decorators = " ".join(map(ast.unparse, test.decorator_list))
+                fixture = (
+                    test.name.startswith("test_") and "'backend'" not in decorators and "backend=" not in decorators
+                )
+                assert not fixture or "device" in names or '"cuda"' in ast.unparse(test).replace("'", '"'), test.name
+
+
+def test_few_processes_share_a_gpu(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 192)
+    monkeypatch.setattr(conftest, "DEVICE", "cpu")
+    assert conftest.pytest_xdist_auto_num_workers() is None
+    monkeypatch.setattr(conftest, "DEVICE", "cuda")
+    assert conftest.pytest_xdist_auto_num_workers() == 8

@@ -487,10 +487,10 @@ def test_main_grad_of_a_weight_that_trains_alone(route):
     torch.testing.assert_close(main_grad, torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), weight)[0])
 
 
-def test_a_promise_of_0(backend):
-    hidden, weight, _, target = problem()
+def test_a_promise_of_0(backend, device):
+    hidden, weight, _, target = problem(device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
-    main_grad = torch.ones(C, H)
+    main_grad = torch.ones(C, H, device=device)
     loss = linear_cross_entropy(hidden, weight, target, main_grad=main_grad, grad_scale=0.0, backend=backend)
     torch.testing.assert_close(loss, F.cross_entropy(hidden @ weight.T, target))
     (0 * loss).backward()
@@ -499,10 +499,10 @@ def test_a_promise_of_0(backend):
 
 
 @pytest.mark.parametrize("drop_ignored", [True, False])
-def test_promised_gradient_of_a_batch_where_all_is_ignored(drop_ignored, backend):
-    hidden, weight, bias, target = problem()
+def test_promised_gradient_of_a_batch_where_all_is_ignored(drop_ignored, backend, device):
+    hidden, weight, bias, target = problem(device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
-    main_grad = torch.ones(C, H)
+    main_grad = torch.ones(C, H, device=device)
     loss = linear_cross_entropy(
         hidden, weight, torch.full_like(target, -100), linear_bias=bias, main_grad=main_grad, grad_scale=2.0,
         drop_ignored=drop_ignored, backend=backend,

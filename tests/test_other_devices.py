@@ -25,7 +25,10 @@ from fused_losses import LinearLogits, selective_log_softmax, settings
 from fused_losses.autodiff import host_may_read
 from fused_losses.chunked.linear_softmax import linear_softmax_fwd
 from fused_losses.chunked.softmax_rows import softmax_rows_fwd
+from fused_losses.reference.distillation import sparse_distillation_loss
+from fused_losses.reference.linear_cross_entropy import linear_cross_entropy
 from fused_losses.reference.linear_logits import linear_logits
+from fused_losses.reference.sequences import sequence_log_probs, sums_and_counts
 from fused_losses.token_statistics import _at_temperature
 
 ONE = test_lazy_views.VIEWS | test_lazy_views.UNCAPPED | test_lazy_views.EDGES | test_linear_logits.SPELLINGS | NUMBERS
@@ -170,6 +173,38 @@ def test_pytorch_elsewhere_than_on_a_cpu_takes_larger_pieces():
         counts[device] = of_head.number, of_rows.number
     assert counts["meta"][0] < 0.6 * counts["cpu"][0]
     assert counts["meta"][1] < 0.4 * counts["cpu"][1]
+
+
+class CopiesFromTheHost(TorchDispatchMode):
+    number = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        copies = func is torch.ops.aten._to_copy.default and args[0].is_cpu
+        self.number += copies and (kwargs or {}).get("device") == torch.device("meta")
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("t", [torch.tensor(0.7), torch.tensor(2)])
+def test_one_number_on_the_host_is_not_copied(t):
+    """As PyTorch takes it beside a tensor of a GPU."""
+    z = LinearLogits(torch.randn(3, 4, device="meta"), torch.randn(V, 4, device="meta"))
+    with CopiesFromTheHost() as copies:
+        for scaled in (z / t, z * t, (z / t).log_softmax(-1) * t):
+            assert scaled.is_meta
+    assert copies.number == 0
+
+
+def test_references_make_tensors_where_their_inputs_are():
+    """The tests compare with them on a GPU."""
+    x, w, ids, mask = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([[0, 3], [2, 1]]), torch.zeros(2, 4)
+    with torch.device("meta"):
+        found = [
+            linear_cross_entropy(x, w, ids[0]),
+            sparse_distillation_loss(x, ids, x[:, :2] - 9, ids[0])[0],
+            sequence_log_probs(x, mask),
+            sums_and_counts(x[0], [0, 4], mask[0])[0],
+        ]
+    assert [t.device.type for t in found] == ["cpu"] * 4
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
