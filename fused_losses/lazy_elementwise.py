@@ -137,7 +137,7 @@ def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], An
 def _value(x: LazyElementwise, args: Any, kwargs: Any) -> Tensor:
     """What the function gives, wide; what is no float, a mask say, in the dtype that it was cast to since."""
     found = x.function(*args, **kwargs)
-    if found.is_floating_point() and x.dtype.is_floating_point:
+    if found.is_floating_point():
         return found
     return found.to(torch.promote_types(x.dtype, x.wide) if x.dtype.is_floating_point else x.dtype)
 
@@ -201,7 +201,8 @@ def changed(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     plain = IN_PLACE.get(name)
     if plain is None or not isinstance(x, Derived) or "inplace" in kwargs:
         return NotImplemented
-    return recorded(getattr(Tensor, plain), plain, (x, *args), kwargs)
+    found = recorded(getattr(Tensor, plain), plain, (x, *args), kwargs)
+    return found if found is NotImplemented or torch.can_cast(found.dtype, x.dtype) else NotImplemented
 
 
 def _of_probabilities(x: Any) -> bool:

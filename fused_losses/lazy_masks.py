@@ -111,12 +111,12 @@ class LazyCondition(_Booleans):
     def everywhere(self) -> Any:
         """``token_shape``: whether all entries are."""
         x = self.base
-        if isinstance(x, LinearLogits) and self.finite:  # a nan is the largest
+        if self.finite:  # of logits alone; a nan is the largest
             largest, smallest = (x.topk_ids(1, largest)[0].squeeze(-1) for largest in (True, False))
             return largest.isfinite() & smallest.isfinite()
         if isinstance(x, LinearLogits):
             return ~x.statistic("max_logit").isnan()
-        normal = x.form == "log_softmax" and x.bare and not self.finite
+        normal = x.form == "log_softmax" and x.bare
         return x.base.statistic("logsumexp").isfinite() if normal else NotImplemented
 
 

@@ -232,7 +232,7 @@ def var(
 
 @answers("std")
 def std(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
-    found = var(x.with_dtype(x.wide), *args, **kwargs)
+    found = var(x.with_dtype(x.wide), *args, **kwargs) if x.dtype.is_floating_point else NotImplemented
     # The fill is what gives equal entries PyTorch's gradient, 0.
     return found if found is NotImplemented else found.masked_fill(found == 0, 0).sqrt().to(x.dtype)
 

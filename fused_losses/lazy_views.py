@@ -172,7 +172,7 @@ def index(x: LazyTensor, key: Any) -> Any:
     at = next((i for i, k in enumerate(items) if k is Ellipsis), len(items))
     items[at : at + 1] = fill
     position, dim = 0, 0  # of the vocabulary in items
-    while items[position] is None or dim + _consumed(items[position]) <= x.vocab_dim:
+    while dim + _consumed(items[position]) <= x.vocab_dim:
         dim += _consumed(items[position])
         position += 1
     if dim != x.vocab_dim:

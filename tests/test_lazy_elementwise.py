@@ -61,6 +61,7 @@ LOSSES = {
     "scalar": lambda z, t, p: (z.softmax(-1) + torch.tensor(0.25)).log().sum(-1),
     "view": lambda z, t, p: (z.softmax(-1) + p).log().view(-1, V)[1:7].sum(-1),
     "transposed": lambda z, t, p: (z.transpose(1, 2).softmax(1) + p.mT).sqrt().sum(1),
+    "keywords": lambda z, t, p: torch.where(condition=z.softmax(-1) > 0.02, input=z.softmax(-1), other=p)[1:].sum(-1),
     "masked_entries": lambda z, t, p: (z.log_softmax(-1) * t.softmax(-1)).masked_fill(ENTRY == 1, 0).sum(-1),
     "poly": lambda z, t, p: (1 - z.softmax(-1)).pow(2).mul(z.log_softmax(-1)).sum(),
     "shifted": lambda z, t, p: ((z - z.amax(-1, keepdim=True)).exp() + 0.1).log().sum(-1),
@@ -90,7 +91,7 @@ LOSSES = {
     "logits_centred": lambda z, t, p: ((z - z.mean(-1, keepdim=True)) - torch.sub(p.log(), t, alpha=2)).abs().sum(-1),
     "logits_square": lambda z, t, p: z.square().mean(-1) + z.pow(3).sum(-1),
     "probabilities_mse": lambda z, t, p: F.mse_loss(z.softmax(-1), t.softmax(-1), reduction="sum"),
-    "norm": lambda z, t, p: (z - t).norm(dim=-1) + torch.norm(p - z.softmax(-1), 1, -1),
+    "norm": lambda z, t, p: (z - t).norm("fro", -1) + torch.norm(p - z.softmax(-1), 1, -1),
     "norm_of_all": lambda z, t, p: z.norm() + torch.linalg.vector_norm(z - t, 3, (0, 2), keepdim=True),
     "variance": lambda z, t, p: z.var((0, 2)) + z.std(-1, correction=0).sum(0) + z.softmax(-1).std(-1, False).sum(0),
     "cosine": lambda z, t, p: F.cosine_similarity(z, t, dim=-1),
@@ -220,6 +221,8 @@ def test_counts_masks_and_other_uses():
         lambda z, p: (z.softmax(-1) + 1e-12).log(),
         lambda z, p: (z.softmax(-1) * TOKEN + p).sqrt() * ENTRY,
         lambda z, p: torch.where(z.softmax(-1) > 0.02, z.softmax(-1), p),
+        lambda z, p: torch.where(z.softmax(-1) > 0.02, z.softmax(-1), TOKEN.double()),
+        lambda z, p: torch.where(z.softmax(-1) > 0.02, z.softmax(-1), torch.tensor(0.5)),
         lambda z, p: (z.mT.softmax(1) + p.mT).log().mT,
         lambda z, p: ((z / TOKEN).softmax(-1) ** 3).view(-1, V).view(B, S, V),
     ],
@@ -382,6 +385,54 @@ def test_a_number_that_trains(fn, workspace):
 
 
 @pytest.mark.parametrize("workspace", [20000, None])
+def test_probabilities_that_train_beside_a_frozen_head(workspace):
+    inputs, found = [x.detach() for x in leaves()[:3]], []
+    for head in (LinearLogits, eager_head):
+        p = probabilities(torch.float64).requires_grad_()
+        found.append(outcome(LOSSES["distance_of_a_mixture"], head, inputs * 2, p, workspace=workspace))
+    torch.testing.assert_close(*found)
+
+
+def test_a_second_derivative_beside_a_frozen_head():
+    inputs, p, found = leaves(), probabilities(torch.float64), []
+    for head in (LinearLogits, eager_head):
+        with settings.workspace(20000):
+            loss = LOSSES["hellinger"](head(*inputs[:3]), head(*(x.detach() for x in inputs[3:])), p).square().sum()
+        grads = torch.autograd.grad(loss, inputs[:2], create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), inputs[:2]))
+    torch.testing.assert_close(*found)
+
+
+def test_gradients_of_fp16_logits_beyond_their_range():
+    """Those of the hidden states are within it."""
+    hidden, weight, found = torch.randn(2 * B, S, H) * 1e4, torch.randn(V, H) * 1e-4, []
+    for head, dtype in ((LinearLogits, torch.float16), (F.linear, torch.float64)):
+        h, w = hidden.half().to(dtype).requires_grad_(), weight.half().to(dtype)
+        with settings.workspace(20000):
+            numbers = head(h, w).square().sum(-1)
+        found.append(torch.autograd.grad((numbers * 60000).sum(), h)[0].double())
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-2 * found[1].abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z, p: (z.softmax(-1).sqrt() + z.softmax(-1).mT.sqrt()).sum(-1),
+        lambda z, p: (z[:1].softmax(-1) + p).log().sum(-1),
+        lambda z, p: (z.softmax(-1) + p[None]).log().sum(-1),
+    ],
+)
+def test_shapes_that_do_not_stand_entry_by_entry(fn):
+    """As many tokens as entries, one token for all, and a dimension more."""
+    hidden, weight = torch.randn(V, H), torch.randn(V, H)
+    p = torch.rand(V, V)
+    with settings.workspace(1000):
+        torch.testing.assert_close(fn(LinearLogits(hidden, weight), p), fn(F.linear(hidden, weight), p))
+
+
+@pytest.mark.parametrize("workspace", [20000, None])
 def test_comparisons_that_are_cast(workspace):
     inputs, found = leaves()[:3], []
     for head in (LinearLogits, eager_head):
@@ -424,6 +475,16 @@ def test_changed_in_place_again_and_again():
     with torch.no_grad():
         made = x.exp()
     assert not made.sum().requires_grad
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("change", [lambda m, p: m.mul_(p), lambda m, p: m.add_(0.5)])
+def test_a_mask_takes_no_fractions_in_place(change):
+    inputs = leaves()[:3]
+    for head in (LinearLogits, eager_head):
+        p = head(*inputs).softmax(-1)
+        with pytest.raises(RuntimeError, match="can't be cast to the desired output type Bool"):
+            change(p > 0.02, p)
 
 
 def test_a_checkpoint_frees_hidden_states():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lazy_logits import IDS, B, H, S, V, make
+from lazy_logits import IDS, MASK, PROBS, B, H, S, V, make
 
 from fused_losses import settings
 from fused_losses.linear_logits import LinearLogits
@@ -68,6 +68,14 @@ def test_what_was_read_and_changed_under_inference_mode_is_compared_as_it_is():
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
+@torch.inference_mode()
+def test_what_was_made_of_what_was_read_under_inference_mode_is_compared_as_it_is():
+    lazy, eager, _ = make()
+    below = [z >= z.gather(-1, IDS[..., None]) - 0.5 for z in (lazy, eager)]
+    assert torch.equal(*below)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
 def test_ids_that_changed_since_are_not_compared():
     lazy, eager, _ = make()
     counts = []
@@ -115,6 +123,7 @@ def test_where_logits_are_numbers_and_finite():
     for condition, expected in (
         (z == z, ~eager.isnan()),
         ((logp := z.log_softmax(-1)) == logp, ~eager.log_softmax(-1).isnan()),
+        (infinite == infinite, ~infinite.materialize().isnan()),
         (z.isfinite(), eager.isfinite()),
         (torch.isfinite(infinite), infinite.materialize().isfinite()),
     ):
@@ -160,3 +169,47 @@ def test_guards_that_take_elements_materialise(options):
         with pytest.raises(RuntimeError, match="any materialises"):
             mask.any()
     assert torch.equal(mask.materialize(), torch.zeros(B, S, V) == 1)
+
+
+P = PROBS.float()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.log_softmax(-1).isnan().any(-1),
+        lambda z: z.softmax(-1).isfinite().all(-1),
+        lambda z: z.isinf().all(-1),
+        lambda z: ((p := (z.softmax(-1) + P).log()) == p).all(-1),
+        lambda z: (z == z).all(-1),
+        lambda z: ((y := z + 1) == y).all(-1),
+        lambda z: ((y := z.log_softmax(-1) * torch.tensor([1.0, torch.nan] * 5).view(B, S, 1)) == y).all(-1),
+        lambda z: z.masked_fill(z.flip(0).isinf() | z.flip(0).isnan(), 0.0),
+        lambda z: z.masked_fill(z.isinf() | z.isnan() | (P > 0.1), 0.0),
+        lambda z: z.masked_fill(z.isnan(), 0.0),
+        lambda z: P.masked_fill(mask=z.isinf(), value=0.0),
+        lambda z: (P * z.log_softmax(-1)).masked_fill(MASK[..., None], 1.0).sum(-1),
+        lambda z: (P * z.log_softmax(-1)).masked_fill(z.isinf(), 1.0).sum(-1),
+        lambda z: (P * z.log_softmax(-1)).masked_fill(z.isnan(), 0.0).sum(-1),
+        lambda z: (P * z.log_softmax(-1)).masked_fill(z.isinf() | z.isnan(), 0.0).sum(-1),
+        lambda z: (P * z.log_softmax(-1)).masked_fill(z.isinf(), 0.0).masked_fill(z.flip(0).isinf(), 0.0).sum(-1),
+        lambda z: torch.where(z.isinf(), P * z.log_softmax(-1), 0.0).nansum(-1),
+        lambda z: torch.where(z.isinf(), 0.0, P).sum(-1),
+        lambda z: torch.where(MASK[..., None], z.log_softmax(-1), torch.zeros(1, 1, 1, 1)).exp().sum(-1),
+    ],
+)
+@pytest.mark.parametrize("banned", [0.0, -torch.inf])
+def test_masks_that_have_no_answer_are_as_eager_has_them(fn, banned):
+    """Beside a nan, and with an entry that a bias bans."""
+    hidden, weight = torch.randn(B, S, H), torch.randn(V, H)
+    bias = torch.zeros(V).index_fill(0, torch.tensor(4), banned) if banned else None
+    hidden[1, 2, 0] = torch.nan
+    found, expected = fn(LinearLogits(hidden, weight, bias)), fn(F.linear(hidden, weight, bias))
+    found = found if isinstance(found, torch.Tensor) else found.materialize()
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_condition_that_is_no_mask_is_refused():
+    with pytest.raises(RuntimeError, match="condition to be a boolean"):
+        torch.where(MASK.float()[..., None], make()[0].log_softmax(-1), 0.0)

@@ -897,6 +897,16 @@ def test_entries_that_a_mask_names():
         lambda s, t: torch.stack(torch.where(s.softmax(-1))),
         lambda s, t: torch.where(MASK[..., None].byte() == 1, s.log_softmax(-1), 0).sum(1),
         lambda s, t: F.cross_entropy(s.mT, t.mT),
+        lambda s, t: F.cross_entropy(s.mT, t.log_softmax(-1).mT),
+        lambda s, t: F.cross_entropy(s.mT, t.softmax(-1).mT, size_average=False),
+        lambda s, t: F.nll_loss(s.mT, IDS),
+        lambda s, t: F.nll_loss(s.softmax(-1).mT, IDS),
+        lambda s, t: F.nll_loss(s.log_softmax(-1), torch.arange(B * V).view(B, V) % S),
+        lambda s, t: F.kl_div(s.softmax(-1), PROBS, reduction="sum"),
+        lambda s, t: F.kl_div(2 * s.log_softmax(-1), PROBS, reduction="sum"),
+        lambda s, t: F.kl_div(2 * s.log_softmax(-1), t.softmax(-1), reduction="sum"),
+        lambda s, t: F.kl_div(s.log_softmax(-1), 0.5 * t.softmax(-1), reduction="sum"),
+        lambda s, t: F.mse_loss(s, PROBS, weight=PROBS),
         lambda s, t: F.kl_div(s, t.softmax(-1), reduction="sum"),
         lambda s, t: F.kl_div(s.log_softmax(-1), -t.log_softmax(-1), reduction="sum"),
         lambda s, t: F.cross_entropy(s.mT, t[:, :, :1].softmax(-1).expand_as(PROBS).mT),
@@ -1065,11 +1075,27 @@ def test_the_kl_div_of_aten_counts_its_reductions():
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("loss", [F.kl_div, F.cross_entropy])
+@pytest.mark.parametrize("loss", [F.kl_div, F.cross_entropy, F.mse_loss])
 def test_an_unknown_reduction(loss):
     s, t = (LinearLogits(*x) for x in (leaves()[:3], leaves()[3:]))
     with pytest.raises(ValueError, match="foo is not a valid value for reduction"):
         loss(s.log_softmax(-1).flatten(0, 1), t.softmax(-1).flatten(0, 1), reduction="foo")
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_probabilities_have_no_class_to_ignore():
+    s, t = (LinearLogits(*x).flatten(0, 1) for x in (leaves()[:3], leaves()[3:]))
+    with pytest.raises(RuntimeError, match="ignore_index is not supported for floating point target"):
+        F.cross_entropy(s, t.softmax(-1), ignore_index=0)
+
+
+def test_losses_of_16_bit_heads_have_the_dtype_of_what_they_are_of():
+    s = LinearLogits(*(x.bfloat16() for x in leaves()[:3]))
+    eager = s.materialize()
+    found, expected = (F.nll_loss(z.log_softmax(-1, dtype=torch.float32).mT, IDS) for z in (s, eager))
+    torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
+    found, expected = (F.kl_div(z.log_softmax(-1), PROBS.float(), reduction="none") for z in (s, eager))
+    assert found.dtype == expected.dtype
 
 
 def test_a_label_smoothing_beyond_1():
@@ -1099,16 +1125,17 @@ def test_copies_of_products_with_a_tensor():
     torch.testing.assert_close(other.sum(-1)[:1], 2 * view.sum(-1))
 
 
-@pytest.mark.filterwarnings("ignore:.*materialises")
 def test_a_mask_changed_in_place():
     s = LinearLogits(*leaves(bias=False)[:2])
     mask = s.isinf()
-    mask[..., 3] = True
+    with pytest.warns(UserWarning, match="__setitem__ materialises what was made of LinearLogits"):
+        mask[..., 3] = True
     mask.logical_or_(PROBS > 0.045)
     expected = PROBS > 0.045
     expected[..., 3] = True
     assert torch.equal(mask.materialize(), expected)
     assert torch.equal(mask[1:, :2].materialize(), expected[1:, :2])
+    assert mask[1:, :2].shape == (1, 2, V)
     found = (PROBS * s.log_softmax(-1)).masked_fill(mask, 0).sum(-1)
     torch.testing.assert_close(found, (PROBS * s.log_softmax(-1)).materialize().masked_fill(expected, 0).sum(-1))
     mask = s.isinf()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lazy_logits import H, V, leaves
+from lazy_logits import FEW, IDS, H, V, leaves, make
 
 from fused_losses import settings
 from fused_losses.linear_logits import LinearLogits
@@ -101,3 +101,56 @@ def test_extremes_of_rows_with_infinities():
 def test_argmax_takes_the_first_of_equal_logits():
     logits = LinearLogits(torch.ones(3, 2), torch.tensor([[0.0, 0], [1, 1], [1, 1], [0, 2]]))
     assert logits.argmax(-1).tolist() == [1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.norm(0),
+        lambda z: torch.linalg.vector_norm(z, 2, 1),
+        lambda z: torch.linalg.vector_norm(z, dtype=torch.float64),
+        lambda z: z[0].norm("nuc"),
+        lambda z: z.var(1),
+        lambda z: z.std(0),
+        lambda z: z.argmax(),
+        lambda z: z.nansum(1),
+        lambda z: z.log_softmax(-1).nansum(-1),
+        lambda z: (-z.log_softmax(-1)).max(-1),
+        lambda z: (-2 * z.softmax(-1)).topk(3),
+        lambda z: F.cosine_similarity(z, z.softmax(-1)),
+        lambda z: torch.take_along_dim(z, FEW.contiguous()),
+        lambda z: torch.take_along_dim(z[:1], FEW, -1),
+        lambda z: torch.take_along_dim(z[:1], IDS[:, :3, None] % 5, 1),
+        lambda z: torch.take_along_dim(z, IDS[:, :3, None] % 5, 1),
+        lambda z: torch.stack([z.double().log_softmax(-1)] * 2).sum(0, dtype=torch.float32).sum(-1),
+    ],
+)
+def test_what_an_answer_may_leave_to_pytorch_is_as_eager_has_it(fn):
+    lazy, eager, _ = make()
+    found = fn(lazy)
+    torch.testing.assert_close(found.materialize() if hasattr(found, "materialize") else found, fn(eager))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("mask", [lambda z: z.softmax(-1) > 0.1, lambda z: z.isinf()])
+@pytest.mark.parametrize("fn", [lambda m: m.norm(), lambda m: m.var(-1), lambda m: m.std()])
+def test_what_pytorch_refuses_of_a_mask(fn, mask):
+    for z in make()[:2]:
+        with pytest.raises(RuntimeError, match="floating point"):
+            fn(mask(z))
+
+
+@pytest.mark.parametrize("fn", [torch.var, torch.std, torch.mean])
+def test_a_number_of_16_bits_stays_one(fn):
+    assert fn(make()[0].bfloat16(), -1).dtype == torch.bfloat16
+
+
+def test_tokens_that_were_gathered_are_a_copy():
+    found = []
+    for z in make()[:2]:
+        x = z.log_softmax(-1)
+        picked = x.gather(1, torch.tensor([1, 0, 3]).view(1, 3, 1).expand(2, 3, V))
+        picked.mul_(2)
+        found.append((picked.sum(-1), x.sum(-1)))
+    torch.testing.assert_close(*found)

@@ -203,6 +203,7 @@ OUT_OF_RANGE = {
     "movedim_twice": lambda z: z.movedim((0, 1), (1, 1)),
     "movedim_fewer": lambda z: z.movedim((0, 1), (1,)),
     "topk_many": lambda z: z.topk(-1),
+    "view_of_nothing": lambda z: z[:0].view(-1, 0),
 }
 
 
@@ -215,6 +216,41 @@ def test_indices_and_dimensions_that_do_not_exist_raise_as_in_eager(name):
         OUT_OF_RANGE[name](lazy)
 
 
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.roll(1),
+        lambda z: z.repeat_interleave(2, -1),
+        lambda z: z[True],
+        lambda z: torch.zeros(B * S, V).view_as(z),
+        lambda z: z / 0,
+        lambda z: z[:1] * TEMPERATURE.float()[..., None],
+        lambda z: z * torch.ones(B, 1, 1, 1),
+        lambda z: z * torch.tensor(2j),
+        lambda z: torch.ones(2).to(z.double()),
+    ],
+)
+def test_what_has_no_answer_is_as_eager_has_it(fn):
+    lazy, eager, _ = make()
+    torch.testing.assert_close(fn(lazy), fn(eager))
+
+
+def test_another_device_materialises():
+    with pytest.warns(UserWarning, match="to materialises LinearLogits"):
+        assert make()[0].to("meta").is_meta
+
+
+@pytest.mark.parametrize("fn", [lambda x: x.roll(1, 1), lambda x: x.flip(1), lambda x: x.repeat(2, 1, 1)])
+def test_copies_change_alone(fn):
+    found = []
+    for z in make()[:2]:
+        x = z.log_softmax(-1)
+        fn(x).mul_(2)
+        found.append(x.sum(-1))
+    torch.testing.assert_close(*found)
+
+
 def test_index_select_takes_no_negative_index():
     lazy, *_ = make()
     for dim in (1, -1):
@@ -223,6 +259,9 @@ def test_index_select_takes_no_negative_index():
 
 
 EDGES = {
+    "narrow_from_the_end": lambda z: z.narrow(1, -2, 2),
+    "unflatten_the_first": lambda z: z.unflatten(0, (2, 1)),
+    "expand_by_name": lambda z: z.expand(size=(3, B, S, V)),
     "split_of_no_tokens": lambda z: z[:0].split(2)[0],
     "index_select_one": lambda z: z.index_select(0, PICK[1]),
     "between_indices": lambda z: z.transpose(1, 2).unsqueeze(0)[:, [0, 1, 1], 3, [1, 2, 3]],

@@ -225,6 +225,11 @@ def test_the_table_names_every_part_and_the_reason():
     text = str(plan(*LLAMA))
     for word in ("8192 tokens", "128256 vocabulary", "2 of 4096 tokens", "logits of a chunk", "peak", "6NVH against"):
         assert word in text
+    p = plan(*LLAMA, per_token=True, workspace="1GiB")
+    for words in (f"{p.chunks} of {p.chunk} vocabulary entries", "written once", "in backward only"):
+        assert words in str(p)
+    for route in ("gradients_in_forward", "recompute"):
+        assert "asked for" in str(plan(*LLAMA, route=route))
 
 
 @pytest.mark.parametrize("workspace", ["1.5.2MiB", "MiB", ".MiB", "-5MiB", "5", "5 pages", "", -5, 1.5, True])

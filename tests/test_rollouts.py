@@ -36,8 +36,10 @@ def test_off_policy_mask_drops_and_keeps():
     assert not keep.all()
     assert (keep[DATA["advantages"] < 0]).any()
     assert off_policy_mask(args[0], args[0], -torch.ones(6), 0.0, DATA["mask"]).all()  # at most, and not below
+    assert off_policy_mask(args[0], args[0] + 1, torch.zeros(6), 0.05, DATA["mask"]).all()  # nothing held against them
     unscored = DATA["old_log_probs"].clone()
-    unscored[1, 0] = float("nan")
+    near = (keep[:, 0] & (DATA["advantages"] < 0)).nonzero()[0, 0]
+    unscored[near] = float("nan")
     torch.testing.assert_close(
         off_policy_mask(args[0], unscored, *args[2:]).expand(6, 7),
         reference.off_policy_mask(args[0], unscored, *args[2:]),
@@ -149,6 +151,14 @@ def test_mismatch_weight_rejects_what_has_no_meaning(options):
         mismatch_weight(torch.zeros(1, 2), torch.zeros(1, 2), **options)
 
 
+def test_a_mismatch_at_its_bound_is_kept_and_has_no_gradient():
+    x = torch.zeros(1, 3, requires_grad=True)
+    weight, metrics = mismatch_weight(x, x, mode="mask", low=1.0, high=1.0)
+    assert (weight == 1).all()
+    assert not weight.requires_grad
+    assert metrics["filter_fraction"] == 0
+
+
 def test_mismatch_weight_of_a_huge_difference_is_finite():
     weight, metrics = mismatch_weight(torch.tensor([[-1.0, -500.0]]), torch.tensor([[-500.0, -1.0]]))
     torch.testing.assert_close(weight, torch.tensor([[20.0, -20.0]]).exp())
@@ -225,6 +235,12 @@ def test_equal_rewards_have_no_advantage(scale, eps):
             rewards = torch.full((4 * group, 2), reward)
             advantages = group_advantages(rewards, group, scale=scale, weights=[0.5, 0.25], eps=eps)
             assert (advantages == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(), (6, 2, 1)])
+def test_rewards_of_other_shapes_are_refused(shape):
+    with pytest.raises((ValueError, TypeError), match=r"\(B,\) or \(B, K\)"):
+        group_advantages(torch.ones(shape), 3)
 
 
 def test_weights_of_float64_rewards_keep_their_digits():
