@@ -348,12 +348,14 @@ def rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[tuple[float, fl
 
 
 def moved_bytes(found: Plan) -> int:
-    """Beside the products: a pass in place over the logits, or over saved ones and the sums of ``d_hidden``; and adding up."""
-    N, V, H = found.tokens, found.vocab, found.hidden
+    """Beside the products: a pass in place over the logits, adding up, and rounding the sum; or a pass over saved logits and
+    the sums of ``d_hidden``. The upstream gradient is 1."""
+    N, V, H, own = found.tokens, found.vocab, found.hidden, found.dtype.itemsize
     if found.route == "recompute":
-        return 2 * found.chunks * N * H * 4 + N * found.saved * (2 * 4 + found.dtype.itemsize)
+        return 2 * found.chunks * N * H * 4 + N * found.saved * (2 * 4 + own)
     size = (found.accumulate or found.dtype).itemsize
-    return 2 * N * V * found.dtype.itemsize + 2 * (found.chunks - 1) * V * H * size
+    rounding = size + own if size != own else 0
+    return 2 * N * V * own + (2 * (found.chunks - 1) * size + rounding) * V * H
 
 
 def gradient_bytes(shape: Shape, tokens: int, dtype: torch.dtype) -> int:

@@ -113,7 +113,7 @@ def label_loss(
         loss = (of_sum_log_probs * found.sum_log_probs).sum()
         if of_square is not None:
             loss += (of_square * found.logsumexp.square()).sum()
-    return with_gradients(loss, gradients, head.inputs), found.logsumexp
+    return with_gradients(loss, gradients, head.inputs, backend), found.logsumexp
 
 
 def _differentiable(

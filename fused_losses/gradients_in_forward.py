@@ -1,8 +1,9 @@
 """Route ``gradients_in_forward``: a loss that is a sum over tokens, and its gradients, in one pass over the tokens.
 
 A chunk of tokens at a time: logits, statistics, loss, gradient of the logits written over the logits, and its products with
-weight and hidden. Backward multiplies by the upstream gradient. With ``N`` tokens, ``V`` vocabulary and ``H`` hidden that is
-``6NVH`` floating point operations, as eager PyTorch's. Recomputing the forward (activation checkpointing) doubles its cost.
+weight and hidden. Backward multiplies by the upstream gradient, where that is not 1. With ``N`` tokens, ``V`` vocabulary and
+``H`` hidden that is ``6NVH`` floating point operations, as eager PyTorch's. Recomputing the forward (activation
+checkpointing) doubles its cost.
 
 :func:`loss_and_gradients` is the pass, :func:`linear_loss` the operator for losses that are linear in the log-probabilities and
 quadratic in the logsumexp, :func:`with_gradients` for gradients that something else made in forward.
@@ -400,29 +401,22 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
             return [total]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, [g]))
-    return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g))
+    return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g, ctx.how["backend"]))
 
 
 linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_setup)
 
 
-def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """``gradient·scale`` in ``dtype``, multiplied in fp32 or wider and rounded once; over ``gradient`` if ``in_place``."""
-    if gradient.dtype != dtype:
-        out = torch.empty_like(gradient, dtype=dtype)
-        if gradient.is_cuda:
-            return torch.mul(gradient, scale, out=out)
-        for i in range(0, max(len(gradient), 1), BLOCK):
-            out[i : i + BLOCK] = gradient[i : i + BLOCK] * scale
-        return out
-    if not in_place:
-        gradient = gradient.clone()
-    if dtype.itemsize > 2:
-        return gradient.mul_(scale)
-    # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies its factors then.
-    for piece in gradient.view(-1).split(max(1, gradient.numel() if gradient.is_cuda else 256 * BLOCK)):
-        piece.mul_(scale.reshape(1))
-    return gradient
+def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool, backend: str) -> Tensor:
+    """``gradient·scale`` in ``dtype``, rounded once; over ``gradient`` if ``in_place``, where by 1 nothing is multiplied."""
+    gradient = gradient.contiguous()  # as it was saved, unless a hook changed that
+    out = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    if backend == "triton":
+        from .kernels.scale import scale as multiply  # Triton is imported only where it runs
+    else:
+        from .chunked.scale import scale as multiply
+    multiply(gradient, scale, out)
+    return out
 
 
 def traced_scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -431,30 +425,32 @@ def traced_scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
 
 
 def scale_gradients(
-    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], upstream: Tensor
+    gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], upstream: Tensor, backend: str
 ) -> list[Tensor | None]:
     """Gradients that a forward made, times the upstream gradient, in their dtypes; None where the dtype is None.
 
     In place where the graph is about to be freed: they are read this once, and memory is not doubled.
     """
-    multiply = traced_scaled if traced(upstream) else functools.partial(scaled, in_place=not read_again(upstream))
+    eager = functools.partial(scaled, in_place=not read_again(upstream), backend=backend)
+    multiply = traced_scaled if traced(upstream) else eager
     pairs = zip(gradients, dtypes, strict=True)
     return [None if dtype is None else multiply(g, upstream, dtype) for g, dtype in pairs]
 
 
 @torch.library.custom_op("fused_losses::with_gradients", mutates_args=())
-def _with_gradients(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
+def _with_gradients(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor], backend: str) -> Tensor:
     return loss.clone()
 
 
 @_with_gradients.register_fake
-def _(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor]) -> Tensor:
+def _(loss: Tensor, gradients: list[Tensor], inputs: list[Tensor], backend: str) -> Tensor:
     return torch.empty_like(loss)
 
 
 def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.dtypes = [t.dtype for t in inputs[2]]
-    ctx.save_for_backward(*inputs[1])
+    _loss, gradients, of, ctx.backend = inputs
+    ctx.dtypes = [t.dtype for t in of]
+    ctx.save_for_backward(*gradients)
 
 
 def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
@@ -464,14 +460,16 @@ def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
             "fused_losses.route('recompute'), in float64 or of few tokens; got gradients of "
             f"{[tuple(t.shape) for t in ctx.saved_tensors]}"
         )
-    gradients = scale_gradients(ctx.saved_tensors, ctx.dtypes, g)
-    return None, [None] * len(gradients), gradients
+    gradients = scale_gradients(ctx.saved_tensors, ctx.dtypes, g, ctx.backend)
+    return None, [None] * len(gradients), gradients, None
 
 
 _with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_gradients_setup)
 
 
-def with_gradients(loss: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> Tensor:
+def with_gradients(
+    loss: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], backend: str
+) -> Tensor:
     """``loss ()``, whose gradient for each of ``inputs`` is the given one, if any, times the upstream gradient."""
     pairs = [(g, t) for g, t in zip(gradients, inputs, strict=True) if g is not None and t is not None]
-    return _with_gradients(loss, [g for g, _ in pairs], [t for _, t in pairs])
+    return _with_gradients(loss, [g for g, _ in pairs], [t for _, t in pairs], backend)

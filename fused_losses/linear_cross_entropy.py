@@ -347,7 +347,8 @@ def heads_cross_entropy(
             drop_ignored=drop_ignored,
             accumulate=accumulate,
             main_grad=main_grad,
-            promised=None if grad_scale is None else grad_scale / divisor,
+            divisor=divisor,
+            promised=grad_scale,
             **how,
         )
         values.append(value)
@@ -356,7 +357,7 @@ def heads_cross_entropy(
     if reduction == "none":
         loss = loss.view(positions)
     else:  # of nothing 0 or nan, whose gradient is 0 and not 0·∞: callers divide by a count
-        loss = torch.where(some, loss.sum() / divisor, torch.nan if reduction == "mean" else 0)
+        loss = torch.where(some, loss.sum(), torch.nan if reduction == "mean" else 0)
     made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
     if not return_statistics:
         return loss, None, made
@@ -444,6 +445,8 @@ def _of_probabilities(
     in_forward = in_forward and (asked or not differentiable_again(N, V, head.hidden.dtype))
     if token_weights is None:
         token_weights = head.hidden.new_ones(N, D, dtype=statistics_dtype(head.hidden.dtype))
+    if in_forward and reduction == "mean":  # as for class indices
+        token_weights = token_weights / max(N * D, 1)
     losses, logsumexps = [], []
     for of_head, t, tau in zip(heads, targets, token_weights.unbind(1), strict=True):
         if in_forward:
@@ -464,7 +467,7 @@ def _of_probabilities(
         loss = loss.sum()
         if in_forward and N == 0:  # nan or 0, whose gradient is 0 and not 0·∞
             loss = loss.masked_fill(loss == 0, torch.nan if reduction == "mean" else 0)
-        elif reduction == "mean":
+        elif reduction == "mean" and not in_forward:
             loss = loss / (N * D)
     return loss, torch.stack(logsumexps, 1), in_forward
 
@@ -486,11 +489,13 @@ def _hard(
     drop_ignored: bool | None,
     accumulate: str | None,
     main_grad: Tensor | None,
+    divisor: Tensor | int,
     promised: float | Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], bool]:
-    """The loss with class indices, summed or per token, ``(log_probs, logsumexp, is_top1)``, and whether gradients are made.
+    """The loss with class indices, over ``divisor``, summed or per token, ``(log_probs, logsumexp, is_top1)``, and whether
+    gradients are made.
 
-    ``promised``: the upstream gradient of the sum, where the caller vouches for it.
+    ``promised``: the upstream gradient of the loss, where the caller vouches for it.
     """
     C = head.vocab
     wanted = head.trained
@@ -510,6 +515,7 @@ def _hard(
         head, column_weight = ready(head, column_weight)
         keep, zero_ignored = kept_tokens(ids, drop_ignored)
         tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
+        tau = tau / divisor  # now, so that the upstream gradient is 1 and backward has nothing to multiply
         of = Factors(
             -(1 - label_smoothing) * shares * tau,
             -label_smoothing / C * tau if label_smoothing else None,
@@ -535,7 +541,7 @@ def _hard(
             with torch.no_grad():
                 of = Factors(*(None if t is None else t * promised for t in of))  # type: ignore[arg-type]
                 value, found, gradients = loss_of_head(head.detached(), of, **how, main_grad=main_grad)
-            loss = with_gradients(value, gradients, head.inputs) / promised
+            loss = with_gradients(value, gradients, head.inputs, chosen_backend) / promised
             log_probs, logsumexp, is_top1 = found.log_probs, found.logsumexp, found.is_top1
         assert log_probs is not None
         return loss, (log_probs[:, 0], logsumexp, is_top1), True
@@ -554,7 +560,7 @@ def _hard(
     if token_weights is not None:
         loss = loss * token_weights
     assert statistics.log_probs is not None
-    loss = sum_of_losses(loss) if summed else loss
+    loss = sum_of_losses(loss) / divisor if summed else loss
     return loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1), False
 
 

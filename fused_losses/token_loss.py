@@ -152,7 +152,7 @@ def _made_in_forward(
             nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
             loss_of.coefficients(nothing, slice(0, 0))
     assert loss_of.loss is not None
-    loss = with_gradients(sum_of_losses(loss_of.loss), gradients, head.inputs)
+    loss = with_gradients(sum_of_losses(loss_of.loss), gradients, head.inputs, backend)
     return torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
 
 

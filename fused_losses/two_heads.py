@@ -449,7 +449,7 @@ def _loss_setup(
     ctx.mark_non_differentiable(*output[1:])
     problem = Problem.unpacked(inputs)
     ctx.soft, ctx.hard, wanted = (keyword_only_inputs[name] for name in ("soft", "hard", "wanted"))
-    ctx.shard = packed(problem.student.shard)
+    ctx.shard, ctx.backend = packed(problem.student.shard), keyword_only_inputs["backend"]
     ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(problem.inputs, wanted, strict=True)]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
     small = problem.student.hidden.dtype == torch.float64
@@ -476,7 +476,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
             return [(ctx.soft * divergence if nll is None else ctx.soft * divergence + ctx.hard * nll).sum()]
 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, [g]))
-    return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g))
+    return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g, ctx.backend))
 
 
 two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)

@@ -26,6 +26,7 @@ from compile_only import SHIPPED, TARGETS, Report, launches_compile
 from fused_losses.divergence import KINDS
 from fused_losses.kernels.divergence_rows import divergence_rows
 from fused_losses.kernels.linear_softmax import linear_softmax_d_logits, linear_softmax_fwd
+from fused_losses.kernels.scale import scale
 from fused_losses.kernels.softmax_rows import softmax_rows_bwd, softmax_rows_fwd, softmax_rows_fwd_bwd
 from fused_losses.row_statistics import RowStatistics
 
@@ -55,6 +56,7 @@ def cases(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield from _linear_softmax(TARGETS[target].like or target)
     yield from _softmax_rows()
     yield from _divergence_rows()
+    yield from _scale()
 
 
 def _coefficients(used: str, ids: torch.Tensor) -> list[torch.Tensor | None]:
@@ -185,6 +187,14 @@ def _divergence_rows() -> Iterator[tuple[str, Callable[[], object]]]:
         call = partial(divergence_rows, logits, logits, torch.zeros(N, dtype=torch.int64), *temperatures, **named)
         made = f"gradients of {'both, every option' if everything else 'student'}" if whole else f"{step} of a slice"
         yield f"divergence_rows {kind}{', 32 bits' if bits == 32 else ''}, {made}", call
+
+
+def _scale() -> Iterator[tuple[str, Callable[[], object]]]:
+    for size in (V, ODD_V):
+        gradient, one = torch.zeros(N, size, dtype=torch.bfloat16), torch.ones(())
+        odd = ", odd size" if size == ODD_V else ""
+        yield f"scale in place{odd}", partial(scale, gradient, one, gradient)
+        yield f"scale 32 bits to 16{odd}", partial(scale, gradient.float(), one, gradient)
 
 
 def check(case: str, call: Callable[[], object], target: str) -> list[Report]:

@@ -4,6 +4,8 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import INTERPRETED
 
 from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
 from fused_losses.gradients_in_forward import Factors, _with_gradients, linear_loss, scaled
@@ -14,14 +16,23 @@ from fused_losses.row_statistics import RowStatistics, coefficients
 from fused_losses.token_statistics import rows_module
 
 
+def runs(backend, dtype, device):
+    """float64 always runs in PyTorch, and the interpreter is wrong about bfloat16."""
+    return (
+        backend == "torch" or dtype in (torch.float16, torch.float32) or (dtype == torch.bfloat16 and device == "cuda")
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("wider", [False, True])
-def test_scaled_rounds_once(dtype, wider):
+def test_scaled_rounds_once(dtype, wider, backend, device):
+    if not runs(backend, dtype, device):
+        pytest.skip("runs in PyTorch" if dtype == torch.float64 else "the interpreter is wrong about bfloat16")
     stored = torch.promote_types(dtype, torch.float32) if wider else dtype
-    gradient = torch.randn(2100, 3).to(stored)
-    scale = torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32))
+    gradient = torch.randn(21000, 3, device=device).to(stored)  # several blocks, and a part of one, for each program
+    scale = torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32), device=device)
     expected = (gradient.double() * scale.double()).to(stored if wider and stored == dtype else dtype)
-    out = scaled(gradient.clone(), scale, dtype, in_place=False)
+    out = scaled(gradient.clone(), scale, dtype, in_place=False, backend=backend)
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=torch.finfo(dtype).eps, atol=0)
     if dtype.itemsize == 2 and not wider:
@@ -35,17 +46,60 @@ def test_scaled_needs_nothing_that_a_gpu_lacks(monkeypatch):
     monkeypatch.delattr(torch, "_amp_foreach_non_finite_check_and_unscale_")
     gradient = torch.randn(2**20 + 7).to(torch.bfloat16)
     expected = (gradient.float() * torch.tensor(1 / 3)).bfloat16()
-    assert torch.equal(scaled(gradient, torch.tensor(1 / 3), torch.bfloat16, in_place=True), expected)
+    assert torch.equal(scaled(gradient, torch.tensor(1 / 3), torch.bfloat16, in_place=True, backend="torch"), expected)
 
 
-def test_scaled_in_place_is_the_same_memory_and_out_of_place_is_not():
-    for dtype in (torch.float32, torch.bfloat16):
-        gradient = torch.randn(5, 3).to(dtype)
-        before = gradient.clone()
-        out = scaled(gradient, torch.tensor(0.5), dtype, in_place=False)
-        assert torch.equal(gradient, before)
-        assert scaled(gradient, torch.tensor(0.5), dtype, in_place=True).data_ptr() == gradient.data_ptr()
-        assert torch.equal(gradient, out)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("number", [0.5, 1.0, torch.nan])
+def test_scaled_in_place_is_the_same_memory_and_out_of_place_is_not(dtype, number, backend, device):
+    if not runs(backend, dtype, device):
+        pytest.skip("the interpreter is wrong about bfloat16")
+    gradient, scale = torch.randn(5, 3, device=device).to(dtype), torch.tensor(number, device=device)
+    before = gradient.clone()
+    out = scaled(gradient, scale, dtype, in_place=False, backend=backend)
+    assert torch.equal(gradient, before)
+    assert out.data_ptr() != gradient.data_ptr()
+    assert scaled(gradient, scale, dtype, in_place=True, backend=backend).data_ptr() == gradient.data_ptr()
+    torch.testing.assert_close(gradient, out, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(out, before * number, equal_nan=True)
+
+
+def test_nothing_is_multiplied_by_1(backend, device, monkeypatch):
+    gradient, stores = torch.full((9000,), 3.0, device=device), []
+    if backend == "triton" and INTERPRETED:
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        store = InterpreterBuilder.create_masked_store
+        monkeypatch.setattr(InterpreterBuilder, "create_masked_store", lambda *a: stores.append(a) or store(*a))
+    for number in (1.0, 2.0):
+        version, many = gradient._version, len(stores)
+        scale = torch.tensor(number, device=device)
+        assert scaled(gradient, scale, torch.float32, in_place=True, backend=backend) is gradient
+        assert (gradient == 3 * number).all()
+        if device == "cpu":
+            assert (gradient._version > version or len(stores) > many) == (number == 2)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mean_is_divided_in_forward(weighted, backend, device, monkeypatch):
+    """So that of ``loss.backward()`` nothing is left to multiply."""
+    upstream, scale_gradients = [], gradients_in_forward.scale_gradients
+
+    def spy(gradients, dtypes, g, backend):
+        upstream.append(g.item())
+        return scale_gradients(gradients, dtypes, g, backend)
+
+    monkeypatch.setattr(gradients_in_forward, "scale_gradients", spy)
+    hidden, weight = (torch.randn(n, 8, device=device).requires_grad_() for n in (5, 7))
+    class_weight = torch.rand(7, device=device) if weighted else None
+    ids = torch.arange(5, device=device)
+    for target in (ids, ids.masked_fill(ids == 2, -100), torch.ones(5, 7, device=device).softmax(-1)):
+        how = {"weight": class_weight, "label_smoothing": 0.1}
+        ours = linear_cross_entropy(hidden, weight, target, **how, route="gradients_in_forward", backend=backend)
+        found = torch.autograd.grad(3 * ours, (hidden, weight))
+        expected = torch.autograd.grad(3 * F.cross_entropy(hidden @ weight.T, target, **how), (hidden, weight))
+        torch.testing.assert_close(found, expected)
+    assert upstream == [3.0] * 3
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -96,7 +150,7 @@ def test_opcheck_linear_loss(keep, dtype, monkeypatch):
 def test_opcheck_with_gradients():
     inputs = [torch.randn(3, 2).requires_grad_(), torch.randn(4).bfloat16().requires_grad_()]
     gradients = [torch.randn(3, 2), torch.randn(4)]
-    torch.library.opcheck(_with_gradients, (torch.tensor(2.0), gradients, inputs))
+    torch.library.opcheck(_with_gradients, (torch.tensor(2.0), gradients, inputs, "torch"))
 
 
 TILES = 2 * 8192 + 5  # entries

@@ -159,7 +159,7 @@ def planned_and_measured(tokens, vocab, hidden, dtype, bias=False, options=None,
 
     def call():
         loss = linear_cross_entropy(h, w, target, linear_bias=b, **how, **(options or {}))
-        return torch.autograd.grad(loss, [t for t in (h, w, b) if t is not None])
+        return torch.autograd.grad(3 * loss, [t for t in (h, w, b) if t is not None])  # by 1 nothing is multiplied
 
     return plan(tokens, vocab, hidden, dtype, backend="torch", **how), peak_bytes(call)
 

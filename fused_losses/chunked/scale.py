@@ -1,0 +1,25 @@
+"""A gradient that forward made, times the upstream gradient of its loss: ``kernels/scale.py`` in plain PyTorch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..products import BLOCK
+
+
+def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    """``out = gradient·upstream``, multiplied in fp32 or wider and rounded once; ``out`` may be ``gradient``."""
+    if out is gradient and not gradient.is_cuda and upstream == 1:  # a GPU would have to be waited for
+        return
+    if out.dtype.itemsize > 2 or (gradient.dtype != out.dtype and gradient.is_cuda):
+        torch.mul(gradient, upstream, out=out)
+    elif gradient.dtype != out.dtype:
+        for i in range(0, len(gradient), BLOCK):
+            out[i : i + BLOCK] = gradient[i : i + BLOCK] * upstream
+    else:
+        if out is not gradient:
+            out.copy_(gradient)
+        # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies its factors.
+        for piece in out.view(-1).split(max(1, out.numel() if out.is_cuda else 256 * BLOCK)):
+            piece.mul_(upstream.reshape(1))
