@@ -341,8 +341,8 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
     d_hidden, d_hidden_sum = sizes.d_hidden(sizes.all_tokens, dtype), sizes.d_hidden(N, wide)
     copied, numbers = sizes.copied(N), sizes.all_tokens * NUMBERS_PER_TOKEN
 
-    def at_a_time(columns: int) -> int:
-        rows = max(sizes.tile(columns), sizes.row_temporaries(N * columns))  # of logits that are made, or saved
+    def at_a_time(columns: int, made: bool = True) -> int:
+        rows = max(sizes.tile(columns) if made else 0, sizes.row_temporaries(N * columns))  # or saved
         return max(rows, sizes.gathered(N, columns, wide), sizes.upcast(N, columns))
 
     # At the end the gradient of hidden is made of its sum: where that is wider, or of fewer tokens.
@@ -376,7 +376,7 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
         "d_hidden": d_hidden_sum,
         **buffers,
         "hidden kept": copied,
-        "at a time": at_a_time(v),
+        "at a time": at_a_time(v, made=saved < V),
         "numbers per token": numbers,
     }
     end = {

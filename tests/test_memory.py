@@ -216,6 +216,15 @@ def test_blocks_of_fp32_sums_are_planned(workspace, shape):
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
 
+@pytest.mark.parametrize("workspace", [None, "16MiB"])
+@pytest.mark.parametrize("sizes", [(600, 3000, 4096), (256, 1000, 1024)])
+def test_factors_of_a_tile_are_planned_where_logits_are_made_again(sizes, workspace):
+    """By default all are saved here."""
+    planned, peak = planned_and_measured(*sizes, torch.bfloat16, route="recompute", workspace=workspace)
+    assert (planned.saved == sizes[1]) == (workspace is None or sizes[1] == 1000)
+    assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
+
+
 @pytest.mark.parametrize("sizes", [(256, 4096, 512), (512, 8192, 256), (128, 16384, 128), (64, 1000, 256)])
 def test_scaling_in_place_is_planned_where_gradients_are_most_of_the_memory(sizes):
     planned, peak = planned_and_measured(*sizes, torch.bfloat16)
