@@ -72,7 +72,7 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     reports = json.loads((tmp_path / "gate.json").read_text())
     assert {report["target"] for report in reports} == {"sm_80", "sm_90", "sm_100", "gfx942"}
-    assert sum("combine" not in report["kernel"] for report in reports) <= 196, "the gate's budget"
+    assert sum("combine" not in report["kernel"] for report in reports) <= 204, "the gate's budget"
     loops = {report["kernel"]: report["loops"].split() for report in reports if report["target"] == "sm_90"}
     spent = {kernel: sum(map(int, loops[kernel][:passes])) / n for kernel, (_, n, passes) in PER_LOGIT.items()}
     assert all(spent[kernel] <= allowed for kernel, (allowed, *_) in PER_LOGIT.items()), spent
