@@ -1,4 +1,4 @@
-"""Run a function in real processes that form a process group: NCCL where each has a GPU, else gloo."""
+"""Run a function in real processes that form a process group: NCCL where each has a GPU, and gloo for what is on the CPU."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def _process(rank: int, ranks: int, folder: str, fn: Callable[..., Any], args: t
     else:
         interpret()
     store = dist.FileStore(f"{folder}/store", ranks)
-    dist.init_process_group("nccl" if gpus else "gloo", store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
+    backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=TIMEOUT)
     torch.save(fn(torch.device("cuda", rank) if gpus else torch.device("cpu"), *args), f"{folder}/{rank}")
     if together:
         dist.barrier()

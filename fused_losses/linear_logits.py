@@ -611,7 +611,7 @@ class LinearLogits(LazyTensor):
             factor = per_token_number(self, factor)
             if factor is NotImplemented:
                 return NotImplemented
-            if torch.is_grad_enabled() and (factor.requires_grad or transforms_active()):
+            if not no_gradient() and (factor.requires_grad or transforms_active()):
                 return self._times_trained(factor if inverse else 1 / factor)
             factor = factor.detach()
         temperature = self.temperature / factor if inverse else self.temperature * factor
@@ -621,8 +621,8 @@ class LinearLogits(LazyTensor):
         """Times ``factor (*token_shape)``, which has its gradient by way of the hidden states it multiplies."""
         rest, own = self.rest, self.hidden.dtype
         linear = self.softcap is None and self.bias is None and self.shard is None
-        rounds = own.itemsize == 2 and self.dtype != own  # what eager would keep
-        if not linear or rounds or (rest.detached and self.module is not None):
+        keeps = own.itemsize > 2 or self.dtype == own == torch.bfloat16  # the digits that eager has, and the range
+        if not linear or not keeps or (rest.detached and self.module is not None):
             return NotImplemented
 
         def times(t: Tensor) -> Tensor:

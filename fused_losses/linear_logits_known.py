@@ -15,8 +15,8 @@ anything else: scaled, fewer entries, joined          none                    no
 in place of the old; a hook that sets ``hidden`` forgets all, and a copy or pickle takes nothing along.
 
 A number made with a gradient serves without one too, detached, and with one only under the ``gradient_filter`` it was made
-under. Where a checkpoint may run forward again, nothing is found or learned. What ``logsumexp`` gave last is each one's own
-and stands beside this.
+under. Where a checkpoint may run forward again, and under transforms, nothing is found or learned. What ``logsumexp`` gave
+last is each one's own and stands beside this.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ class Known:
         self._numbers(logits).update({(name, _filter(logits)): t for name, t in found.items()})
 
     def _numbers(self, logits: LinearLogits) -> _Numbers:
-        """None that last where a checkpoint may run this again, and must find the same then."""
-        again = not torch.compiler.is_compiling() and not may_save(logits.hidden)
+        """None that last where a checkpoint may run this again, and must find the same then, or where they have a tangent,
+        which no_grad leaves and detach() does not."""
+        again = transforms_active() or (not torch.compiler.is_compiling() and not may_save(logits.hidden))
         return {} if again else self.numbers
 
     def tell(self, logits: LinearLogits, new: LinearLogits, moved: Callable[[Tensor], Tensor]) -> None:

@@ -21,7 +21,7 @@ def _scale_kernel(
     BLOCK: tl.constexpr,
 ):
     upstream = tl.load(upstream_ptr).to(tl.float32)
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = (size - 1) // BLOCK + 1  # tl.cdiv would add BLOCK to a size that may be nearly 2**31
     if IN_PLACE:
         blocks = tl.where(upstream == 1, 0, blocks)
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):

@@ -80,6 +80,23 @@ def test_nothing_is_multiplied_by_1(backend, device, monkeypatch):
             assert (gradient._version > version or len(stores) > many) == (number == 2)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter alone can be stopped at the first of 4 GiB")
+def test_a_size_that_32_bits_just_hold_is_scaled(monkeypatch):
+    """524 287 tokens of 4096 hidden, say, which are 2**31 - 4096."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from fused_losses.kernels.scale import _scale_kernel, scale_config
+
+    def stop(*_):
+        raise StopIteration("stored")
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", stop)
+    BLOCK, *_ = scale_config()
+    gradient = torch.ones(BLOCK)
+    with pytest.raises(Exception, match="stored"):
+        _scale_kernel[(1,)](gradient, torch.tensor(2.0), gradient, 2**31 - 4096, IN_PLACE=True, BLOCK=BLOCK)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_mean_is_divided_in_forward(weighted, backend, device, monkeypatch):
     """So that of ``loss.backward()`` nothing is left to multiply."""

@@ -285,3 +285,21 @@ def test_a_temperature_that_trains_rounds_no_more_than_a_tensor_does(dtype):
         else:
             with pytest.raises(RuntimeError, match="materialises"):
                 z / t
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("t", [0.01, 100.0])
+def test_a_factor_that_trains_keeps_float16_in_range(t):
+    """Hidden states times 100 would overflow where the logits do not."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 16, generator=g).half() / 50 for n in (8, 20))
+    hidden[:, 0], weight[:, 0] = 700.0, weight[:, 0] / 100
+    results = []
+    for kind, wide in ((LinearLogits, torch.float16), (linear_logits, torch.float16), (linear_logits, torch.float64)):
+        h, w = (x.to(wide).requires_grad_() for x in (hidden, weight))
+        factor = torch.tensor(t, dtype=torch.promote_types(wide, torch.float32), requires_grad=True)
+        z = kind(h, w) * factor if t > 1 else kind(h, w) / factor
+        found = F.cross_entropy(z, torch.arange(8))
+        results.append((found.detach(), *torch.autograd.grad(found, [h, factor])))
+    for parts in zip(*results, strict=True):
+        assert_accurate(*parts)

@@ -367,3 +367,35 @@ def test_transforms_of_a_temperature(transform):
     with settings.strict():
         found = transform(lambda t: loss(LinearLogits, t))(t)
     torch.testing.assert_close(found, transform(lambda t: loss(linear_logits, t))(t))
+
+
+@pytest.mark.parametrize("fn", [lambda z, t: z * t, lambda z, t: z / t, lambda z, t: z.log_softmax(-1) / t])
+def test_forward_mode_of_a_temperature_under_no_grad(fn):
+    """Which says nothing of tangents."""
+    tensors, t = leaves(), torch.tensor(1.7, dtype=torch.float64)
+    with torch.no_grad():
+        found, expected = (
+            torch.func.jvp(
+                lambda t: F.cross_entropy(fn(kind(tensors["hidden"], tensors["weight"]), t).flatten(0, 1), IDS.flatten()),  # noqa: B023
+                (t,), (torch.ones_like(t),),
+            )
+            for kind in (LinearLogits, linear_logits)
+        )  # fmt: skip
+    assert expected[1] != 0
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("asked", [lambda z: z.logsumexp(-1), lambda z: z[1:].logsumexp(-1)])
+def test_what_is_known_keeps_its_tangent_under_no_grad(asked):
+    tensors, results = leaves(), []
+
+    def twice(kind, hidden):
+        z = kind(hidden, tensors["weight"])
+        z.logsumexp(-1)
+        with torch.no_grad():
+            return asked(z)
+
+    for kind in (LinearLogits, linear_logits):
+        h = tensors["hidden"].detach()
+        results.append(torch.func.jvp(lambda h: twice(kind, h), (h,), (h.cos(),)))  # noqa: B023
+    torch.testing.assert_close(*results)

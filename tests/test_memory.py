@@ -360,11 +360,10 @@ def test_no_grad_holds_a_tile(head):
     ids=["sum", "none", "by_hand"],
 )
 def test_the_entropy_of_probabilities_that_exist_is_summed_in_no_copy_of_them(kl, head):
-    hidden, weight, _ = head
-    hidden, weight = hidden[:256], weight.detach()
+    hidden, weight = head[0][:256].detach().to(DEVICE).requires_grad_(), head[1].detach().to(DEVICE)
     p = torch.rand(256, V, device=DEVICE)  # 64 MiB
     with workspace("4MiB"):
-        peak = peak_bytes(lambda: kl(LinearLogits(hidden, weight).log_softmax(-1), p).backward())
+        peak = peak_bytes(lambda: kl(LinearLogits(hidden, weight).log_softmax(-1), p).backward(), DEVICE)
     assert peak < 2.5 * p.nbytes  # p log p, and log p by hand; a float64 copy is two more
 
 
@@ -402,11 +401,11 @@ def test_class_probabilities_train_a_few_rows_at_a_time(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_summed_kl_divergence_holds_nothing_as_large_as_probabilities_that_exist(dtype, head):
-    hidden, weight, _ = head
-    hidden, weight = hidden[:512], weight.detach()
+    hidden, weight = (t.detach().to(DEVICE) for t in (head[0][:512], head[1]))
     p = torch.rand(512, V, device=DEVICE).to(dtype)  # 128 MiB in fp32
     with workspace("4MiB"), torch.no_grad():
-        peak = peak_bytes(lambda: F.kl_div(LinearLogits(hidden, weight).log_softmax(-1), p, reduction="batchmean"))
+        kl = lambda: F.kl_div(LinearLogits(hidden, weight).log_softmax(-1), p, reduction="batchmean")  # noqa: E731
+        peak = peak_bytes(kl, DEVICE)
     assert peak < 48 * MiB  # a few rows in fp32 and in float64
 
 
@@ -420,18 +419,17 @@ def test_a_summed_kl_divergence_holds_nothing_as_large_as_probabilities_that_exi
     ids=["product", "kl_sum", "kl_none"],
 )
 def test_backward_holds_no_wide_copy_of_probabilities_of_16_bits(loss, head):
-    hidden, weight, _ = head
-    hidden, weight = hidden[:256], weight.detach()
+    hidden, weight = head[0][:256].detach().to(DEVICE).requires_grad_(), head[1].detach().to(DEVICE)
     p = torch.rand(256, V, device=DEVICE).bfloat16()  # 32 MiB
 
     def call():
         found = loss(LinearLogits(hidden, weight).log_softmax(-1), p)
-        before = torch.zeros(256 * MiB, dtype=torch.uint8)  # what is held in backward now shows in the peak
+        before = torch.zeros(256 * MiB, dtype=torch.uint8, device=DEVICE)  # what backward holds now shows in the peak
         found.backward()
         return before
 
     with workspace("4MiB"):
-        assert peak_bytes(call) - 256 * MiB < p.nbytes
+        assert peak_bytes(call, DEVICE) - 256 * MiB < p.nbytes
 
 
 def test_frozen_weight_has_no_gradient_of_its_size(head):

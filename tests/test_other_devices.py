@@ -24,6 +24,7 @@ import fused_losses
 from fused_losses import LinearLogits, selective_log_softmax, settings
 from fused_losses.autodiff import host_may_read
 from fused_losses.chunked.linear_softmax import linear_softmax_fwd
+from fused_losses.chunked.scale import scale
 from fused_losses.chunked.softmax_rows import softmax_rows_fwd
 from fused_losses.reference.distillation import sparse_distillation_loss
 from fused_losses.reference.linear_cross_entropy import linear_cross_entropy
@@ -182,6 +183,12 @@ class CopiesFromTheHost(TorchDispatchMode):
         copies = func is torch.ops.aten._to_copy.default and args[0].is_cpu
         self.number += copies and (kwargs or {}).get("device") == torch.device("meta")
         return func(*args, **kwargs or {})
+
+
+def test_only_a_cpu_is_asked_whether_the_upstream_gradient_is_1():
+    """Here the host would have to wait for the answer, and of this device there is none."""
+    gradient = torch.randn(3, 4, device="meta")
+    scale(gradient, torch.ones((), device="meta"), gradient)
 
 
 @pytest.mark.parametrize("t", [torch.tensor(0.7), torch.tensor(2)])

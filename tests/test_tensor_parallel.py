@@ -42,7 +42,7 @@ def loss_of(logits, target):
     """Sums, so that the sums over data-parallel ranks are those over the batch."""
     mean = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=0.1)
     found = fused_losses.token_statistics(logits, target, ("log_probs", "entropy"))
-    return mean + (found.log_probs.exp() + found.entropy * torch.linspace(0, 1, S)).sum()
+    return mean + (found.log_probs.exp() + found.entropy * torch.linspace(0, 1, S, device=target.device)).sum()
 
 
 # The mesh's shape, and the placements of hidden, weight and bias.
@@ -201,7 +201,7 @@ def test_a_gradient_of_all_tokens_is_reduce_scattered():
 
 
 def refusals(device):
-    mesh = init_device_mesh(device.type, (2,), mesh_dim_names=("tp",))
+    mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
     hidden, weight = torch.randn(3, H), distribute_tensor(torch.randn(V, H), mesh, [Shard(0)])
     with pytest.raises(TypeError, match="none of them"):  # FSDP2's weight outside its module looks the same
         LinearLogits(hidden, weight)
@@ -324,7 +324,7 @@ def text():
 def objective(name, logits, target, count):
     if name == "mean":
         return F.cross_entropy(logits.transpose(1, 2), target, reduction="sum") / count
-    old = torch.linspace(-8, -4, LENGTH, dtype=torch.float64)
+    old = torch.linspace(-8, -4, LENGTH, dtype=torch.float64, device=target.device)
 
     def policy(s, old):
         ratio = (s.log_probs - old).exp()
@@ -342,7 +342,8 @@ def train(model, name, rank=0, ranks=1, trained=None):
     """Each of ``ranks`` has its part of the batch, whose losses add up to the batch's: gradients are averaged after."""
     optimizer = torch.optim.AdamW((trained or model).parameters(), lr=1e-2)
     losses = []
-    for ids, target in zip(*text(), strict=True):
+    device = next(model.parameters()).device
+    for ids, target in zip(*(t.to(device) for t in text()), strict=True):
         count = (target != -100).sum()
         with settings.strict():
             logits = (trained or model)(ids.chunk(ranks)[rank])

@@ -241,7 +241,7 @@ def tokens_on_meshes(device):
     """The gradient of hidden states that are sharded by tokens, and of class weights, on meshes of one and two dimensions."""
     hidden, weight, ids = randn(B, S, H), randn(TOKENS, H, seed=1), targets(B, S, vocab=TOKENS)
     factors = torch.linspace(-1, 1, B * S, dtype=torch.float64).view(B, S)
-    line, square = init_device_mesh(device.type, (4,)), init_device_mesh(device.type, (2, 2))
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))  # as what is put on them
 
     def compare(use, mesh, of_hidden, of_weight, whole=hidden, part=lambda t: t):
         leaf = distribute_tensor(whole, mesh, of_hidden).requires_grad_()

@@ -10,7 +10,7 @@ from ..products import BLOCK
 
 def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
     """``out = gradient·upstream``, multiplied in fp32 or wider and rounded once; ``out`` may be ``gradient``."""
-    if out is gradient and not gradient.is_cuda and upstream == 1:  # a GPU would have to be waited for
+    if out is gradient and gradient.is_cpu and upstream == 1:  # another device would have to be waited for
         return
     if out.dtype.itemsize > 2 or (gradient.dtype != out.dtype and gradient.is_cuda):
         torch.mul(gradient, upstream, out=out)
