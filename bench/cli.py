@@ -234,12 +234,13 @@ def run_bench(args: argparse.Namespace) -> int:
                 measure(case, problem, contenders, modes, seconds, rows, progress.now)
             except KeyboardInterrupt:
                 interrupted = True
-                result["unfinished"] = len(rows) - start  # kept, and measured again by --resume
             except torch.OutOfMemoryError:
                 rows.append(problem.as_row() | {"case": name, "mode": "", "contender": "all", "status": "oom"})
             for peer, reason in skipped:
                 row = {"case": name, **problem.as_row(), "mode": "", "contender": peer, "status": "skipped"}
                 rows.append(row | {"reason": reason})
+            if interrupted:
+                result["unfinished"] = len(rows) - start  # kept, and measured again by --resume
             with progress.away():
                 show_table(title, COLUMNS, [cells(row) for row in rows[start:]], [is_red(row) for row in rows[start:]])
                 print("".join(f"  {line}\n" for line in reasons(rows[start:])), end="", flush=True)
