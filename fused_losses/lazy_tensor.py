@@ -730,7 +730,7 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
     """``t``, which broadcasts against ``x`` with one number per token, as a copy of ``token_shape`` in ``x.wide``."""
     if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
         return NotImplemented
-    if t.ndim == 0 and t.is_cpu and (number := number_of(t)) is not NotImplemented:
+    if (number := host_number(t)) is not NotImplemented:
         t = on_device(number, x.device, t.dtype)  # to copy it would wait for the device
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
@@ -738,9 +738,8 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
 
 
 def coefficient(x: LazyTensor, t: Any) -> Any:
-    """``t`` as a factor or an offset of ``x``: a number, or one per token. The host's own tensors it may read."""
-    on_host = isinstance(t, Tensor) and t.ndim == 0 and t.is_cpu and not t.is_complex()
-    number = number_of(t) if on_host or is_number(t) else NotImplemented
+    """``t`` as a factor or an offset of ``x``: a number, or one per token."""
+    number = host_number(t)
     return per_token_number(x, t) if number is NotImplemented else number
 
 
@@ -755,6 +754,12 @@ def number_of(t: Any) -> Any:
         return t
     single = isinstance(t, Tensor) and all(n == 1 or step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
     return t.as_strided((), ()).item() if single and not t.requires_grad and host_may_read(t) else NotImplemented
+
+
+def host_number(t: Any) -> Any:
+    """The number that ``t`` is, or that it holds on the host, which may read its own tensors."""
+    on_host = isinstance(t, Tensor) and t.ndim == 0 and t.is_cpu and not t.is_complex()
+    return number_of(t) if on_host or is_number(t) else NotImplemented
 
 
 def per_entry_number(x: LazyTensor, t: Any) -> Any:

@@ -69,6 +69,7 @@ def test_the_case_alone_is_short_for_bench(capsys):
         (["bench", "cross_entropy", "--peers", "ligre"], "unknown --peers 'ligre'"),
         (["bench", "cross_entropy", "--tokens", "many"], "whole numbers"),
         (["bench", "cross_entropy", "--resume"], "--resume needs --json"),
+        (["plan", "--shape", "B", "--budget", "lots"], "--budget takes a size such as 4GiB, 4GB or 512MiB, got 'lots'"),
         (["plan", "--shape", "B", "--budget", "4G"], "--budget takes a size such as 4GiB"),
         (["report", "/nowhere"], "/nowhere"),
         (["bench", "cross_entropy", "--seconds", "-1"], "--seconds takes a number, 0 or more, got -1"),
@@ -232,8 +233,9 @@ def test_where_eager_does_not_fit_fewer_rows_are_checked(tmp_path, monkeypatch):
     assert rows["fused_losses"]["rows_checked"] == [3, 6]
 
 
+@pytest.mark.parametrize("skipped", [[], ["liger_kernel"]])
 @pytest.mark.parametrize("calls", [2, 13])
-def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, skipped, tmp_path, monkeypatch, capsys):
     """Interrupted while it checks, and while it times; a peer that is skipped has rows too."""
     count = 0
 
@@ -247,13 +249,23 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypa
     monkeypatch.setattr(case, "OURS", (Contender("fused_losses", interrupt),))
     file = tmp_path / "r.json"
     arguments = ["cross_entropy", "--mode", "full", "--tokens", "6,7", "--json", str(file), "--resume"]
-    command = ["bench", *arguments, *[a for a in SMALL if a not in ("--tokens", "6")], "--peers", "liger_kernel"]
+    command = [
+        "bench",
+        *arguments,
+        *[a for a in SMALL if a not in ("--tokens", "6")],
+        "--peers",
+        *(skipped or ["none"]),
+    ]
     assert cli.main(command) == 130
     assert "interrupted" in capsys.readouterr().err
     result = json.loads(file.read_text())
     assert not result["complete"]
-    assert [row["status"] for row in result["rows"] if row["tokens"] == 6] == ["ok", "ok", "skipped"]
-    eager, ours, _ = [row for row in result["rows"] if row["tokens"] == 7]
+    assert [row["status"] for row in result["rows"] if row["tokens"] == 6] == [
+        "ok",
+        "ok",
+        *("skipped" for _ in skipped),
+    ]
+    eager, ours, *_ = [row for row in result["rows"] if row["tokens"] == 7]
     assert (eager["status"], ours["status"]) == ("ok", "ok" if calls == 13 else "interrupted")
     assert ours.get("rounds") == (1 if calls == 13 else None)
     count = 100
@@ -263,10 +275,10 @@ def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, tmp_path, monkeypa
     assert sorted((row["tokens"], row["contender"], row["status"]) for row in result["rows"]) == [
         (6, "eager", "ok"),
         (6, "fused_losses", "ok"),
-        (6, "liger_kernel", "skipped"),
+        *((6, peer, "skipped") for peer in skipped),
         (7, "eager", "ok"),
         (7, "fused_losses", "ok"),
-        (7, "liger_kernel", "skipped"),
+        *((7, peer, "skipped") for peer in skipped),
     ]
 
 

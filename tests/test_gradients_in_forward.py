@@ -77,7 +77,8 @@ def test_nothing_is_multiplied_by_1(backend, device, monkeypatch):
         assert scaled(gradient, scale, torch.float32, in_place=True, backend=backend) is gradient
         assert (gradient == 3 * number).all()
         if device == "cpu" and (backend == "torch" or INTERPRETED):
-            assert (gradient._version > version or len(stores) > many) == (number == 2)
+            written = len(stores) > many if backend == "triton" else gradient._version > version
+            assert written == (number == 2)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter alone can be stopped at the first of 4 GiB")

@@ -20,6 +20,6 @@ def scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
     else:
         if out is not gradient:
             out.copy_(gradient)
-        # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies its factors.
+        # A GPU would round a 0-dim factor to 16 bits; with a dimension it makes the product fp32. A CPU copies them then.
         for piece in out.view(-1).split(max(1, out.numel() if out.is_cuda else 256 * BLOCK)):
             piece.mul_(upstream.reshape(1))
