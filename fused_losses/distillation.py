@@ -141,10 +141,10 @@ def distillation_loss(
         )
         loss = (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
     else:
+        divisor = _count(ids != -100, num_items_in_batch) if reduction == "mean" else 1
         loss, found, nll = summed_divergence(
-            student_logits, teacher_logits, ids, soft, hard_weight, which, shards, route=route, **how
+            student_logits, teacher_logits, ids, soft, hard_weight, which, shards, divisor, route=route, **how
         )
-        loss = loss / _count(ids != -100, num_items_in_batch) if reduction == "mean" else loss
     if not return_statistics:
         return loss
     parts = (None if left_out(soft_weight) else found, nll)
@@ -188,11 +188,11 @@ def kd_loss(
     ids = _counted(label, ignore_index)
     which = Divergence("cross_entropy", 0.5, 1.0)
     shards = shared_vocabulary(logits, teacher_logits, group)
-    total, *_ = summed_divergence(
-        logits, teacher_logits, ids, 1.0, 0.0, which, shards, backend=backend, workspace=workspace
-    )
     count = (ids != -100).sum()
-    return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)  # of nothing nan, whose gradient is 0
+    loss, *_ = summed_divergence(
+        logits, teacher_logits, ids, 1.0, 0.0, which, shards, count.clamp(min=1), backend=backend, workspace=workspace
+    )
+    return loss.masked_fill(count == 0, math.nan)  # of nothing nan, whose gradient is 0
 
 
 def acceptance_rate(

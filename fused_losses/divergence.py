@@ -39,7 +39,7 @@ from .autodiff import (
     unknown,
 )
 from .head import Head, head_of, kept_tokens, ready
-from .numerics import check_masks, check_scaling, statistics_dtype
+from .numerics import check_masks, check_scaling, on_device, statistics_dtype
 from .row_divergence import Divergence, compare_rows
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
@@ -320,14 +320,15 @@ def summed_divergence(
     hard: float,
     which: Divergence,
     shards: Shards,
+    divisor: Tensor | int = 1,
     *,
     backend: Backend | None = None,
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
     route: Route | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``Σ_n soft·divergence + hard·(−log p)``, of a head with the gradients made in forward, and both numbers ``(N,)``, the
-    second None where it has no weight."""
+    """``Σ_n soft·divergence + hard·(−log p)`` over ``divisor``, of a head with the gradients made in forward, and both numbers
+    ``(N,)``, the second None where it has no weight."""
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights, which may want gradients too
@@ -335,19 +336,23 @@ def summed_divergence(
     if tensors or learned or recompute or transforms_active():
         found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)
         loss = soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
-        return loss, found, nll
+        return loss / divisor, found, nll
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
+        # Divided now, so that the upstream gradient is 1 and backward has nothing to multiply; but for float16 gradients of
+        # logits, which would vanish before a scaled loss multiplies them.
+        now, later = (1, divisor) if torch.float16 in (student.dtype, teacher.dtype) else (divisor, 1)
+        share = on_device(now, student.device).to(statistics_dtype(heads[0].hidden.dtype)).reciprocal()
         loss, found, nll, *_ = two_heads_loss(
             *Problem(*heads, ids, keep, zero_ignored, which).packed(),
-            soft=float(soft),
-            hard=float(hard),
+            soft * share,
+            hard * share if hard else None,
             wanted=heads[0].trained + heads[1].trained,
             workspace=budget(heads, workspace),
             backend=resolve_backend(heads[0].hidden, backend),
         )
-    return _gather_in_backward(loss, student, teacher, made=True), found, nll if hard else None
+    return _gather_in_backward(loss, student, teacher, made=True) / later, found, nll if hard else None
 
 
 def gathered(logits: Tensor | LinearLogits) -> Any:

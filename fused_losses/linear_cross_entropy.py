@@ -236,6 +236,7 @@ def linear_logits_cross_entropy(
     return_statistics: bool = False,
     softcap: float | None = None,
     z_loss: float = 0.0,
+    token_weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Any:
     """:func:`fused_losses.cross_entropy` of logits that do not exist, wherever their vocabulary dimension stands."""
@@ -267,6 +268,7 @@ def linear_logits_cross_entropy(
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
             z_loss=z_loss,
+            token_weights=token_weights,
             return_statistics=return_statistics,
             backend=backend,
         )

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_logits_cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import on_device, statistics_dtype, upcast
 from .sequences import at_least_one, shift_labels, sums_and_counts
@@ -119,10 +119,16 @@ def sft_loss(
     )
     counted = target != ignore_index
     count = counted.sum()
+    if num_items_in_batch is not None:
+        count = on_device(num_items_in_batch, target.device)
+    elif context_group is not None and average == "token":
+        dist.all_reduce(count, group=context_group)
     if average == "token" and loss_type == "nll" and not isinstance(logits, Tensor):
-        # A sum over tokens can have its gradients made in the forward pass; in fp32, which costs lazy logits nothing.
-        by_class = logits.to(statistics_dtype(logits.dtype)).transpose(1, -1)
-        total = cross_entropy(by_class, target, ignore_index=ignore_index, reduction="sum")
+        # A sum over tokens has its gradients made in forward, and divided there; in fp32, which costs lazy logits nothing.
+        wide = logits.to(statistics_dtype(logits.dtype))
+        share = at_least_one(count).to(wide.dtype).reciprocal().expand(target.shape)
+        how: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "token_weights": share}
+        loss = linear_logits_cross_entropy(wide, target, **how)
     else:
         log_probs = selective_log_softmax(logits, target_ids(target, logits.shape[-1], ignore_index))
         losses = dft(log_probs) if loss_type == "dft" else -log_probs
@@ -131,11 +137,7 @@ def sft_loss(
             sums, counts = sums_and_counts(losses, counted, **packing, num_sequences=num_sequences)
             if context_group is not None:
                 dist.all_reduce(counts, group=context_group)
-            losses, count = sums / counts.clamp(min=1), (counts > 0).sum()
-        total = losses.sum()
-    if num_items_in_batch is not None:
-        count = on_device(num_items_in_batch, total.device)
-    elif context_group is not None and average == "token":
-        dist.all_reduce(count, group=context_group)
-    loss = total / at_least_one(count)
+            losses = sums / counts.clamp(min=1)
+            count = count if num_items_in_batch is not None else (counts > 0).sum()
+        loss = losses.sum() / at_least_one(count)
     return loss.masked_fill(count == 0, torch.nan) if nan_when_empty else loss

@@ -408,27 +408,25 @@ def differentiable_two_heads(
 @torch.library.custom_op(
     "fused_losses::two_heads_loss",
     mutates_args=(),
-    schema=f"({ARGUMENTS}, *, float soft, float hard, bool[] wanted, int workspace, str backend) -> "
+    schema=f"({ARGUMENTS}, Tensor soft, Tensor? hard, *, bool[] wanted, int workspace, str backend) -> "
     f"({', '.join(['Tensor'] * (3 + OF_BOTH))})",
 )
-def two_heads_loss(
-    *arguments: Any, soft: float, hard: float, wanted: list[bool], workspace: int, backend: str
-) -> tuple[Tensor, ...]:
-    """``Σ_n soft·divergence + hard·(−log p)``, both numbers ``(N,)``, the second 0-dim if ``hard`` is 0, and the gradient of
-    each of the inputs, 0-dim where absent or not ``wanted``."""
-    problem = Problem.unpacked(arguments)
-    hidden = problem.student.hidden
-    per_token = [hidden.new_full((len(hidden),), x, dtype=statistics_dtype(hidden.dtype)) for x in (soft, hard)]
-    with_nll = hard != 0
-    both = BothHeads(problem, with_nll, wanted, workspace, backend)
-    gradients = both.gradients(per_token[0], per_token[1] if with_nll else None)
+def two_heads_loss(*arguments: Any, wanted: list[bool], workspace: int, backend: str) -> tuple[Tensor, ...]:
+    """``Σ_n soft·divergence + hard·(−log p)``, both numbers ``(N,)``, the second 0-dim without ``hard``, and the gradient of
+    each of the inputs, 0-dim where absent or not ``wanted``. ``soft`` and ``hard`` are 0-dim."""
+    *of_problem, soft, hard = arguments
+    problem = Problem.unpacked(of_problem)
+    both = BothHeads(problem, hard is not None, wanted, workspace, backend)
+    per_token = (None if t is None else t.repeat(len(problem.student.hidden)) for t in (soft, hard))
+    gradients = both.gradients(*per_token)
     loss = sum_of_losses(soft * both.divergence if both.nll is None else soft * both.divergence + hard * both.nll)
     return loss, both.divergence, *(present(t, loss) for t in (both.nll, *gradients))
 
 
 @two_heads_loss.register_fake
-def _(*arguments: Any, hard: float, wanted: list[bool], workspace: int, backend: str, **_: Any) -> tuple[Tensor, ...]:
-    problem = Problem.unpacked(arguments)
+def _(*arguments: Any, wanted: list[bool], workspace: int, backend: str) -> tuple[Tensor, ...]:
+    *of_problem, _soft, hard = arguments
+    problem = Problem.unpacked(of_problem)
     hidden = problem.student.hidden
     divergence = hidden.new_empty(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
     loss = divergence.new_empty(())
@@ -438,7 +436,7 @@ def _(*arguments: Any, hard: float, wanted: list[bool], workspace: int, backend:
         torch.empty_like(like, dtype=dtype) if want and like is not None else None
         for like, dtype, want in zip(problem.inputs, dtypes, wanted, strict=True)
     )
-    nll = torch.empty_like(divergence) if hard != 0 else None
+    nll = None if hard is None else torch.empty_like(divergence)
     return loss, divergence, *(present(t, loss) for t in (nll, *gradients))
 
 
@@ -447,9 +445,9 @@ def _loss_setup(
 ) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    problem = Problem.unpacked(inputs)
-    ctx.soft, ctx.hard, wanted = (keyword_only_inputs[name] for name in ("soft", "hard", "wanted"))
+    problem = Problem.unpacked(inputs[:-2])
     ctx.shard, ctx.backend = packed(problem.student.shard), keyword_only_inputs["backend"]
+    wanted = keyword_only_inputs["wanted"]
     ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(problem.inputs, wanted, strict=True)]
     # A second derivative starts again from the inputs, so they are saved where it is offered.
     small = problem.student.hidden.dtype == torch.float64
@@ -469,11 +467,12 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
                 "gradients made in forward can be differentiated again in float64 only; got "
                 f"{[tuple(t.shape) for t in gradients if t.ndim]}. Use divergence() per token, for small inputs"
             )
-        problem = Problem.unpacked(arguments)
+        *of_problem, soft, hard = arguments
+        problem = Problem.unpacked(of_problem)
 
         def fn(*inputs: Tensor) -> list[Tensor]:
-            divergence, nll = problem.differentiable(inputs, ctx.hard != 0)
-            return [(ctx.soft * divergence if nll is None else ctx.soft * divergence + ctx.hard * nll).sum()]
+            divergence, nll = problem.differentiable(inputs, hard is not None)
+            return [(soft * divergence if nll is None else soft * divergence + hard * nll).sum()]
 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, [g]))
     return for_inputs(ctx, *scale_gradients(gradients, ctx.dtypes, g, ctx.backend))

@@ -227,6 +227,22 @@ def test_vocabularies_of_different_padded_size(backend, device):
         assert (torch.autograd.grad(loss, leaves[4])[0][40:] == 0).all()
 
 
+@pytest.mark.parametrize("trained", ["student", "teacher"])
+def test_float16_logits_keep_gradients_that_a_scaled_loss_lifts(trained, backend, device):
+    """Divided by the number of tokens alone they would be less than float16 has."""
+    dense, lazy = torch.randn(4, 40, device=device).half(), [torch.randn(n, 8, device=device) for n in (4, 40)]
+    labels = torch.arange(4, device=device)
+
+    def gradient(logits, head):
+        leaf = logits.detach().requires_grad_()
+        sides = (leaf, head) if trained == "student" else (head, leaf)
+        loss = distillation_loss(*sides, labels, kind="jsd", num_items_in_batch=10**6, backend=backend) * 2.0**16
+        return torch.autograd.grad(loss, leaf)[0]
+
+    found = gradient(dense, LinearLogits(*lazy))
+    torch.testing.assert_close(found.float(), gradient(dense.float(), LinearLogits(*lazy)), rtol=1e-2, atol=1e-6)
+
+
 def test_twice_and_kept(backend, device):
     """A second backward of a kept graph gives the same again: what was made in forward is not scaled twice."""
     leaves, labels, lazy, _ = heads(device)

@@ -830,7 +830,7 @@ def test_head_operator_contract(device, monkeypatch):
     saving = {"with_nll": False, "wanted": wanted, "tokens": 4}
     torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, shared, saving | how)
     torch.library.opcheck(
-        torch.ops.fused_losses.two_heads_loss, shared, {"soft": 0.5, "hard": 2.0, "wanted": wanted} | how,
+        torch.ops.fused_losses.two_heads_loss, (*shared, torch.tensor(0.5), torch.tensor(2.0)), {"wanted": wanted} | how,
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )  # fmt: skip
 

@@ -7,7 +7,17 @@ import torch
 import torch.nn.functional as F
 from conftest import INTERPRETED
 
-from fused_losses import gradients_in_forward, linear_cross_entropy, planning, products
+from fused_losses import (
+    LinearLogits,
+    distillation_loss,
+    gradients_in_forward,
+    kd_loss,
+    linear_cross_entropy,
+    planning,
+    products,
+    sft_loss,
+    two_heads,
+)
 from fused_losses.gradients_in_forward import Factors, _with_gradients, linear_loss, scaled
 from fused_losses.head import Head
 from fused_losses.products import add_product
@@ -98,16 +108,23 @@ def test_a_size_that_32_bits_just_hold_is_scaled(monkeypatch):
         _scale_kernel[(1,)](gradient, torch.tensor(2.0), gradient, 2**31 - 4096, IN_PLACE=True, BLOCK=BLOCK)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-def test_a_mean_is_divided_in_forward(weighted, backend, device, monkeypatch):
-    """So that of ``loss.backward()`` nothing is left to multiply."""
-    upstream, scale_gradients = [], gradients_in_forward.scale_gradients
+@pytest.fixture
+def upstream(monkeypatch):
+    """What backward multiplies gradients by that forward made."""
+    seen, scale_gradients = [], gradients_in_forward.scale_gradients
 
     def spy(gradients, dtypes, g, backend):
-        upstream.append(g.item())
+        seen.append(g.item())
         return scale_gradients(gradients, dtypes, g, backend)
 
-    monkeypatch.setattr(gradients_in_forward, "scale_gradients", spy)
+    for module in (gradients_in_forward, two_heads):
+        monkeypatch.setattr(module, "scale_gradients", spy)
+    return seen
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_mean_is_divided_in_forward(weighted, backend, device, upstream):
+    """So that of ``loss.backward()`` nothing is left to multiply."""
     hidden, weight = (torch.randn(n, 8, device=device).requires_grad_() for n in (5, 7))
     class_weight = torch.rand(7, device=device) if weighted else None
     ids = torch.arange(5, device=device)
@@ -118,6 +135,30 @@ def test_a_mean_is_divided_in_forward(weighted, backend, device, monkeypatch):
         expected = torch.autograd.grad(3 * F.cross_entropy(hidden @ weight.T, target, **how), (hidden, weight))
         torch.testing.assert_close(found, expected)
     assert upstream == [3.0] * 3
+
+
+MEANS = {
+    "sft": sft_loss,
+    "sft_of_a_batch": lambda z, ids: sft_loss(z, ids, num_items_in_batch=torch.tensor(11, device=ids.device)),
+    "distillation": lambda z, ids: distillation_loss(z, z.detach() * 2, ids, kind="jsd"),
+    "distillation_of_a_batch": lambda z, ids: distillation_loss(z, z.detach() * 2, ids, num_items_in_batch=11),
+    "distillation_from_tensors": lambda z, ids: distillation_loss(z, logits_of(z).detach() * 2, ids),
+    "kd": lambda z, ids: kd_loss(z, z.detach() * 2, ids),
+}
+
+
+def logits_of(z):
+    return z if isinstance(z, torch.Tensor) else z.materialize()
+
+
+@pytest.mark.parametrize("loss", MEANS.values(), ids=MEANS)
+def test_means_of_trainers_are_divided_in_forward(loss, device, upstream):
+    hidden, weight = (torch.randn(n, 8, device=device).requires_grad_() for n in (5, 7))
+    ids = torch.tensor([3, -100, 0, 6, 2], device=device)
+    found = torch.autograd.grad(3 * loss(LinearLogits(hidden, weight), ids), (hidden, weight))
+    expected = torch.autograd.grad(3 * loss(hidden @ weight.T, ids), (hidden, weight))
+    torch.testing.assert_close(found, expected)
+    assert upstream == [3.0]
 
 
 @pytest.mark.parametrize("first", [True, False])
