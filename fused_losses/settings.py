@@ -64,7 +64,10 @@ def _one_of(name: str, value: Any, choices: tuple[str, ...]) -> Any:
 
 
 class backend(_Setting):
-    """``"triton"`` (CUDA, ROCm) or ``"torch"`` (chunked PyTorch, any device); ``None``: Triton where it can run."""
+    """``"triton"`` (CUDA, ROCm) or ``"torch"`` (chunked PyTorch, any device); ``None``: Triton where it can run.
+
+    Called alone it holds for the process, in ``with`` for the block.
+    """
 
     @staticmethod
     def parse(value: Backend | None) -> Backend | None:
@@ -72,7 +75,10 @@ class backend(_Setting):
 
 
 class route(_Setting):
-    """How a head's gradients are made: ``"gradients_in_forward"``, ``"recompute"``, or ``None``: as planned."""
+    """How a head's gradients are made: ``"gradients_in_forward"``, ``"recompute"``, or ``None``: as planned.
+
+    Called alone it holds for the process, in ``with`` for the block.
+    """
 
     @staticmethod
     def parse(value: Route | None) -> Route | None:
@@ -84,7 +90,7 @@ class workspace(_Setting):
 
     Per-token results may keep up to this many bytes of logits from forward to backward, so that backward need not recompute
     them. Those of a 32-bit head on a GPU hold 32 MiB of logits in forward, whatever this is. What is too small for the logits
-    of 32 tokens, or of 512 columns, may be overrun.
+    of 32 tokens, or of 512 columns, may be overrun. Called alone it holds for the process, in ``with`` for the block.
 
     Example:
         >>> with workspace("256MiB"):
@@ -125,6 +131,8 @@ class gradient_filter(_Setting):
     the vocabulary, all is multiplied. Losses, statistics and the gradient of a bias are exact, as is what
     ``create_graph=True`` and ``torch.func`` make.
 
+    Called alone it holds for the process, in ``with`` for the block.
+
     Start with ``2**-14``; ``examples/gradient_filter.py`` trains with a filter and without, and prints the error of both
     gradients beside that of bf16, ``bench/TUNING.md`` what it gave. What to know:
 
@@ -160,14 +168,18 @@ class drop_ignored(_Setting):
     """Whether ignored tokens are taken out before a head's products.
 
     That needs their count on the host, which waits for the device. ``False`` keeps them in, zeroed. The few other functions
-    that wait (``document_borders``, ``prm_loss``, ``entropy_mask`` over ranks) say so themselves.
+    that wait (``document_borders``, ``prm_loss``, ``entropy_mask`` over ranks) say so themselves. Called alone it holds for
+    the process, in ``with`` for the block.
     """
 
     value: ClassVar[bool] = True
 
 
 class strict(_Setting):
-    """Make it an error, not a warning, when an operation would materialise a :class:`LinearLogits`."""
+    """Make it an error, not a warning, when an operation would materialise a :class:`LinearLogits`.
+
+    Called alone it holds for the process, in ``with`` for the block.
+    """
 
     value: ClassVar[bool] = False
 
