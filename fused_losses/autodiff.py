@@ -43,8 +43,12 @@ def in_plain_pytorch(*grads: Tensor | None) -> bool:
     """Whether a backward must run in plain PyTorch: it is differentiated again, or gradients come batched."""
     if torch.compiler.is_compiling():
         return False
-    batched = any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads)
-    return batched or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+    return any(map(batched, grads)) or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def batched(g: Tensor | None) -> bool:
+    """Whether it stands for several gradients (``is_grads_batched=True``), which no operator of ours takes."""
+    return g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def trains(t: Tensor | None) -> bool:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autodiff import same_sizes
 from .numerics import autocast_dtype, check_scaling, reduction_of, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
@@ -257,7 +258,7 @@ def _understood(
     positions = input.shape[:0] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
     # Under autocast PyTorch takes an fp32 weight beside 16-bit logits.
     same_dtype = weight is None or result_dtype(weight, target) == result_dtype(input, target)
-    return target.shape == positions and target.dtype in (torch.int64, torch.uint8) and same_dtype
+    return same_sizes(target.shape, positions) and target.dtype in (torch.int64, torch.uint8) and same_dtype
 
 
 def _pytorchs_own(

@@ -33,6 +33,7 @@ from .autodiff import (
     in_plain_pytorch,
     present,
     refuse_shard,
+    same_sizes,
     save_for_backward,
     saved_values,
     transforms_active,
@@ -256,7 +257,7 @@ def check_sides(
     check_logits("student_logits", student)
     check_logits("teacher_logits", teacher)
     found = student.shape[:-1]
-    if teacher.shape[:-1] != found or (tokens is not None and tokens != found):
+    if not same_sizes(teacher.shape[:-1], found) or not (tokens is None or same_sizes(tokens, found)):
         raise ValueError(
             f"student_logits {tuple(student.shape)} and teacher_logits {tuple(teacher.shape)} must have the same tokens"
             + ("" if tokens is None else f" as labels or mask {tuple(tokens)}")

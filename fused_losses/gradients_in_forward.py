@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .autodiff import (
     absent,
+    batched,
     check_differentiable,
     differentiable_again,
     differentiable_gradients,
@@ -384,7 +385,7 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
         return for_inputs(ctx)
     stored = ctx.saved_tensors  # read once: checkpointing unpacks once
     gradients, tensors = stored[:INPUTS], stored[INPUTS:]
-    if in_plain_pytorch(g):
+    if in_plain_pytorch():
         refuse_shard(ctx.how["shard"], ctx.of_logits[:2])
         check_differentiable(*ctx.of_logits)
         *inputs, temperature, ids, column_weight, of_log_probs, of_sum_log_probs, of_square = tensors
@@ -432,7 +433,7 @@ def scale_gradients(
     In place where the graph is about to be freed: they are read this once, and memory is not doubled.
     """
     eager = functools.partial(scaled, in_place=not read_again(upstream), backend=backend)
-    multiply = traced_scaled if traced(upstream) else eager
+    multiply = traced_scaled if traced(upstream) or batched(upstream) else eager
     pairs = zip(gradients, dtypes, strict=True)
     return [None if dtype is None else multiply(g, upstream, dtype) for g, dtype in pairs]
 
@@ -454,7 +455,7 @@ def _with_gradients_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 
 
 def _with_gradients_backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
-    if in_plain_pytorch(g):
+    if in_plain_pytorch():
         raise RuntimeError(
             "gradients made in forward cannot be differentiated again: compute the loss of token_statistics, or under "
             "fused_losses.route('recompute'), in float64 or of few tokens; got gradients of "

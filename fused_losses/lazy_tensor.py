@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import settings
-from .autodiff import host_may_read, no_gradient, while_compiling
+from .autodiff import host_may_read, no_gradient, same_sizes, unknown, while_compiling
 from .numerics import on_device
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
@@ -733,8 +733,14 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
     if (number := host_number(t)) is not NotImplemented:
         t = on_device(number, x.device, t.dtype)  # to copy it would wait for the device
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
-    fits = all(n == 1 or (d != x.vocab_dim and n == x.shape[d]) for d, n in enumerate(t.shape))
-    return t.squeeze(x.vocab_dim).to(x.device, x.wide, copy=True).expand(x.token_shape) if fits else NotImplemented
+
+    def fits(d: int) -> bool:
+        n = t.shape[d]
+        return (not unknown(n) and n == 1) or (d != x.vocab_dim and same_sizes(t.shape[d : d + 1], x.shape[d : d + 1]))
+
+    if not all(map(fits, range(x.ndim))):
+        return NotImplemented
+    return t.squeeze(x.vocab_dim).to(x.device, x.wide, copy=True).expand(x.token_shape)
 
 
 def coefficient(x: LazyTensor, t: Any) -> Any:

@@ -133,6 +133,11 @@ class _Rest:
         u, B = self.low_rank or (None, None)
         return {"weight": self.weight, "bias": self.bias, "u": u, "B": B, **self.shards}
 
+    def of_head(self) -> list[Tensor]:
+        """The parts that may be sharded between uses, the weight first."""
+        B = self.low_rank and self.low_rank[1]
+        return [t for t in (self.weight, self.bias, B) if t is not None]
+
     def record(self) -> None:
         """From now on nothing may change, in an optimizer's step either."""
         self.made = Snapshot(**self.parts())
@@ -400,7 +405,7 @@ class LinearLogits(LazyTensor):
             views=[0],
             seen=0,
         )
-        whole = is_whole(rest.weight)
+        whole = is_whole(*rest.of_head())
 
         def own(t: Tensor) -> Tensor:
             return t.detach() if whole else t.detach().clone()  # what is gathered is freed again
@@ -471,12 +476,12 @@ class LinearLogits(LazyTensor):
 
     def gathered(self) -> AbstractContextManager[None]:
         """The weight is whole inside."""
-        return gathered(self.rest.weight, self.module, self.shape)
+        return gathered(self.rest.of_head(), self.module, self.shape)
 
     def gather_in_backward(self, output: Tensor, made: bool = False) -> Tensor:
         """``output``, before whose backward the weight is made whole again; ``made``: see :mod:`.sharded_weight`."""
         rest = self.rest
-        return gather_in_backward(output, rest.weight, rest.module, self.shape, trains=self.requires_grad, made=made)
+        return gather_in_backward(output, rest.of_head(), rest.module, self.shape, trains=self.requires_grad, made=made)
 
     # What a lazy tensor must know: the methods of LazyTensor, documented there
 

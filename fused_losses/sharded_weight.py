@@ -1,12 +1,13 @@
 """A head's weight that its owner shards between uses (FSDP2, ZeRO-3): whole for a use in forward, and for its backward.
 
 Such a weight is whole inside its module's forward alone, and logits that are never made are read after it. Whoever reads the
-weight makes it whole for as long as that takes, through the module.
+weight makes it whole for as long as that takes, through the module. So it is with the bias and ``B`` beside it, which may be
+sharded where the weight is not (``parametrizations.weight_norm``, ``fully_shard(…, ignored_params=)``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +21,11 @@ def is_distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def is_whole(weight: Tensor) -> bool:
-    """Whether the head's weight is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
+def is_whole(weight: Tensor, *others: Tensor) -> bool:
+    """Whether the head's weight, and what is beside it, is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
     if transforms_active():  # a wrapper has no storage to ask
         return True
-    return weight.ndim == 2 and (weight.numel() == 0 or weight.untyped_storage().size() > 0)
+    return weight.ndim == 2 and all(t.numel() == 0 or t.untyped_storage().size() > 0 for t in (weight, *others))
 
 
 def fsdp_unit(module: Any) -> Any:
@@ -57,9 +58,9 @@ def shards(module: Any, **whole: Tensor | None) -> dict[str, Tensor]:
     }
 
 
-def gather(weight: Tensor, module: Any, shape: torch.Size) -> Callable[[], Any]:
-    """Make ``weight`` whole; returns what undoes it. ``shape``: of the logits, for errors."""
-    if torch.compiler.is_compiling() or transforms_active() or weight.is_meta or is_whole(weight):
+def gather(parts: Sequence[Tensor], module: Any, shape: torch.Size) -> Callable[[], Any]:
+    """Make ``parts``, the head's weight first, whole; returns what undoes it. ``shape``: of the logits, for errors."""
+    if torch.compiler.is_compiling() or transforms_active() or parts[0].is_meta or is_whole(*parts):
         return lambda: None
     if module is None:
         raise RuntimeError(
@@ -84,9 +85,9 @@ def gather(weight: Tensor, module: Any, shape: torch.Size) -> Callable[[], Any]:
 
 
 @contextmanager
-def gathered(weight: Tensor, module: Any, shape: torch.Size) -> Iterator[None]:
-    """``weight`` is whole inside."""
-    release = gather(weight, module, shape)
+def gathered(parts: Sequence[Tensor], module: Any, shape: torch.Size) -> Iterator[None]:
+    """``parts`` are whole inside."""
+    release = gather(parts, module, shape)
     try:
         yield
     finally:
@@ -94,9 +95,9 @@ def gathered(weight: Tensor, module: Any, shape: torch.Size) -> Iterator[None]:
 
 
 def gather_in_backward(
-    output: Tensor, weight: Tensor, module: Any, shape: torch.Size, *, trains: bool, made: bool
+    output: Tensor, parts: Sequence[Tensor], module: Any, shape: torch.Size, *, trains: bool, made: bool
 ) -> Tensor:
-    """``output``, before whose backward ``weight`` is made whole again.
+    """``output``, before whose backward ``parts`` are made whole again.
 
     ``trains``: the logits have a gradient. ``made``: every rank made the gradients in forward, and only a second derivative
     reads the weight again.
@@ -107,11 +108,11 @@ def gather_in_backward(
     if module is None:
 
         def check(_: Any) -> None:
-            gather(weight, module, shape)  # raises where it is not whole
+            gather(parts, module, shape)  # raises where it is not whole
 
         node.register_prehook(check)
     elif unit is not None:
-        _unshard_in_backward(node, weight, unit, shape, trains=trains, made=made)
+        _unshard_in_backward(node, parts, unit, shape, trains=trains, made=made)
     elif getattr(module, "ds_grads_remaining", 0):
         # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
         # it when that of its output came. What came out, it did not know for tensors: these are.
@@ -119,18 +120,20 @@ def gather_in_backward(
             fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
         node.register_prehook(lambda _: fetch(torch.zeros(())) and None)
     elif trains or not made:
-        _gather_until_accumulated(node, weight, module, shape)
+        _gather_until_accumulated(node, parts, module, shape)
     return output
 
 
-def _unshard_in_backward(node: Any, weight: Tensor, unit: Any, shape: torch.Size, *, trains: bool, made: bool) -> None:
-    """FSDP2's ``weight``, made whole before ``node`` runs."""
+def _unshard_in_backward(
+    node: Any, parts: Sequence[Tensor], unit: Any, shape: torch.Size, *, trains: bool, made: bool
+) -> None:
+    """FSDP2's ``parts``, made whole before ``node`` runs."""
     undo: list[Callable[[], Any]] = []
 
     def unshard(_: Any) -> None:
         if not made or torch.is_grad_enabled():
-            undo.append(gather(weight, unit, shape))
-            if not is_whole(weight):
+            undo.append(gather(parts, unit, shape))
+            if not is_whole(*parts):
                 # unshard_in_backward is off, and amid a backward unshard heeds that.
                 unit.set_unshard_in_backward(True)
                 unit.unshard()
@@ -141,8 +144,8 @@ def _unshard_in_backward(node: Any, weight: Tensor, unit: Any, shape: torch.Size
         node.register_hook(lambda *_: _run_all(undo))
 
 
-def _gather_until_accumulated(node: Any, weight: Tensor, module: Any, shape: torch.Size) -> None:
-    """ZeRO-3's ``weight``, whole from ``node`` on until the gradients of all parameters of ``module`` were accumulated."""
+def _gather_until_accumulated(node: Any, parts: Sequence[Tensor], module: Any, shape: torch.Size) -> None:
+    """ZeRO-3's ``parts``, whole from ``node`` on until the gradients of all parameters of ``module`` were accumulated."""
     undo: list[Callable[[], Any]] = []
     waiting: list[Tensor] = []
 
@@ -152,9 +155,9 @@ def _gather_until_accumulated(node: Any, weight: Tensor, module: Any, shape: tor
             _run_all(undo)
 
     def start(_: Any) -> None:
-        if is_whole(weight):
+        if is_whole(*parts):
             return
-        undo.append(gather(weight, module, shape))
+        undo.append(gather(parts, module, shape))
         # A parameter must be whole until its gradient was accumulated.
         waiting[:] = [p for p in module.parameters() if p.requires_grad]
         undo.extend(p.register_post_accumulate_grad_hook(accumulated).remove for p in waiting)

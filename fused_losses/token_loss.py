@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autodiff import exporting, hooks_on_saved, seeks_nan, trains, transforms_active
+from .autodiff import exporting, hooks_on_saved, same_sizes, seeks_nan, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import Head, head_of, kept_tokens, ready
 from .linear_logits import LinearLogits
@@ -89,7 +89,7 @@ def token_loss(
     index = local_target(index)
     tokens, V = logits.shape[:-1], logits.shape[-1] if shard is None else shard.vocab
     for x in per_token:
-        if x.shape[: len(tokens)] != tokens or x.ndim > len(tokens) + 1:
+        if not same_sizes(x.shape[: len(tokens)], tokens) or x.ndim > len(tokens) + 1:
             raise ValueError(
                 f"per_token tensors are {tuple(tokens)} or {(*tokens, 'm')} as the logits {tuple(logits.shape)}, got "
                 f"{tuple(x.shape)}"

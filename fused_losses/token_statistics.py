@@ -20,6 +20,7 @@ from .autodiff import (
     for_inputs,
     in_plain_pytorch,
     refuse_shard,
+    same_sizes,
     transforms_active,
 )
 from .chunked import softmax_rows as chunked_softmax_rows
@@ -90,7 +91,7 @@ def of_rows(found: RowStatistics, names: Collection[str], vocab: int, dtype: tor
 def ids_of(index: Tensor, logits: Any, vocab: int) -> Tensor:
     """``index``, one or ``K`` for each token of ``logits``, as ids ``(N, K)``."""
     tokens = logits.shape[:-1]
-    if index.shape not in (tokens, tokens + index.shape[-1:]):
+    if not any(same_sizes(index.shape, shape) for shape in (tokens, tokens + index.shape[-1:])):
         raise ValueError(
             f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)}, got {tuple(index.shape)}"
         )
@@ -512,7 +513,7 @@ def selective_log_softmax(
     """
     if row_mask is not None:
         tokens = logits.shape[:-1]
-        if row_mask.shape != tokens or index.shape[: len(tokens)] != tokens:
+        if not same_sizes(row_mask.shape, tokens) or not same_sizes(index.shape[: len(tokens)], tokens):
             raise ValueError(
                 f"logits {tuple(logits.shape)} need an index {tuple(tokens)} or {with_ids(tokens)} and a row_mask "
                 f"{tuple(tokens)}, got {tuple(index.shape)} and {tuple(row_mask.shape)}"
@@ -530,7 +531,7 @@ def selective_log_softmax(
 def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:
     """``logits`` and one temperature per row ``(N,)``; a :class:`LinearLogits` takes it in."""
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
-        if temperature.shape != tokens:
+        if not same_sizes(temperature.shape, tokens):
             raise ValueError(
                 f"temperature {tuple(temperature.shape)} must be a number or have one per token {tuple(tokens)}"
             )

@@ -460,7 +460,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
         return for_inputs(ctx)
     stored = saved_values(ctx)
     gradients, arguments = stored[:OF_BOTH], stored[OF_BOTH:]
-    if in_plain_pytorch(g):
+    if in_plain_pytorch():
         refuse_shard(ctx.shard, gradients[0].shape)
         if not arguments:
             raise RuntimeError(

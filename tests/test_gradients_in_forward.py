@@ -16,6 +16,7 @@ from fused_losses import (
     planning,
     products,
     sft_loss,
+    token_loss,
     two_heads,
 )
 from fused_losses.gradients_in_forward import Factors, _with_gradients, linear_loss, scaled
@@ -270,3 +271,21 @@ def test_rows_of_logits_start_at_whole_words(V, backend, device, monkeypatch):
     hidden, weight = torch.randn(5, 8, device=device).requires_grad_(), torch.randn(V, 8, device=device)
     linear_cross_entropy(hidden, weight, torch.arange(5, device=device), backend=backend)
     assert seen == [0]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "token_loss", "distillation_loss"])
+def test_gradients_made_in_forward_times_a_batch_of_upstream_gradients(loss, monkeypatch):
+    """``is_grads_batched=True`` differentiates once: nothing but a product for each."""
+    monkeypatch.setattr("fused_losses.autodiff.SMALL", 0)
+    torch.manual_seed(0)
+    h, weight, ids = torch.randn(4, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True), torch.arange(4)
+    z = LinearLogits(h, weight)
+    value = {
+        "cross_entropy": lambda: F.cross_entropy(z, ids),
+        "token_loss": lambda: token_loss(lambda s: s.log_probs.exp(), z, ids)[0],
+        "distillation_loss": lambda: distillation_loss(z, z.detach() / 2, ids),
+    }[loss]()
+    upstream = torch.tensor([1.0, -3.0])
+    found = torch.autograd.grad(value, (h, weight), upstream, is_grads_batched=True, retain_graph=True)
+    for of, one in zip(found, torch.autograd.grad(value, (h, weight)), strict=True):
+        torch.testing.assert_close(of, upstream[:, None, None] * one)

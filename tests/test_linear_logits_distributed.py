@@ -265,6 +265,25 @@ def copies(ids):
     return found
 
 
+def beside_a_whole_weight(ids):
+    """Gradients where the weight is computed from parameters, and whole, and what is beside it sharded between uses."""
+    found = {}
+    for name, wrap in {"whole": lambda model: model, "head": shard_head, "root": reshard_root}.items():
+        model = prepare("", rank=2, softcap=None)
+        nn.utils.parametrizations.weight_norm(model.head)
+        model = wrap(model)
+        logits = model(ids)
+        left = [t.untyped_storage().size() > 0 for t in (logits.rest.weight, logits.rest.bias, logits.rest.low_rank[1])]
+        try:
+            (step_loss("mean", logits, ids) + logits.logsumexp(-1).mean()).backward()
+        except RuntimeError as error:
+            found[name] = left, repr(error)
+            continue
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        found[name] = left, {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in gradients.items()}
+    return found
+
+
 def not_gathered(ids):
     """Gathers of the head in backward where FSDP2 leaves them to the losses, and gradients beside those of one process."""
     found = {}
@@ -457,6 +476,7 @@ def work(device):
                 sent(wrap(prepare("", kind=kind).to(device)), loss, mine[0]) for kind in (Model, Eager)
             ]
     found["copies"] = copies(mine[0])
+    found["beside a whole weight"] = beside_a_whole_weight(mine[0])
     found["not gathered"] = not_gathered(mine[0])
     found["teachers"] = teachers(batches(0)[0].to(device))
     found["by rows"] = by_rows(mine[0])
@@ -507,6 +527,19 @@ def test_a_copy_has_the_weight_that_is_sharded_again(trained):
         for left, logsumexp, expected in found["copies"]:
             assert left == 0
             torch.testing.assert_close(logsumexp, expected)
+
+
+@pytest.mark.parametrize("shards", ["head", "root"])
+def test_what_is_beside_a_whole_weight_is_gathered(trained, shards):
+    of_ranks = [found["beside a whole weight"]["whole"][1] for found in trained]
+    assert {"head.bias", "head.lora_B", "head.parametrizations.weight.original1"} <= set(of_ranks[0])
+    for found in trained:
+        left, gradients = found["beside a whole weight"][shards]
+        assert left == [True, False, False]
+        assert not isinstance(gradients, str), gradients
+        assert set(gradients) == set(of_ranks[0])
+        for name, grad in gradients.items():
+            torch.testing.assert_close(grad, sum(of_rank[name] for of_rank in of_ranks) / RANKS)
 
 
 @pytest.mark.parametrize("asked", [False, True])
