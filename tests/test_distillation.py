@@ -99,18 +99,21 @@ def test_options_change_the_number(device):
 
 
 @pytest.mark.parametrize("weights", [(0.3, 0.8), (0.0, 0.8), (0.3, 0.0)])
-def test_weights_that_are_learned(weights, device):
-    found = []
+@pytest.mark.parametrize("learned", [("hard_weight", "soft_weight"), ("soft_weight",), ("hard_weight",)], ids="+".join)
+def test_weights_that_are_learned(learned, weights, device):
+    found, given = [], dict(zip(("hard_weight", "soft_weight"), weights, strict=True))
     for lazy in (True, False):
-        hard, soft = (torch.tensor(w, device=device, requires_grad=True) for w in weights)
+        how = given | {name: torch.tensor(given[name], device=device, requires_grad=True) for name in learned}
         torch.manual_seed(0)
         hidden, weight, other = (torch.randn(n, 4, device=device) for n in (5, 9, 9))
         student, teacher = (LinearLogits(hidden, w) if lazy else hidden @ w.T for w in (weight, other))
-        loss = distillation_loss(student, teacher, torch.arange(5, device=device), hard_weight=hard, soft_weight=soft)
-        found.append(torch.stack([loss, *torch.autograd.grad(loss, (hard, soft))]))
+        loss = distillation_loss(student, teacher, torch.arange(5, device=device), **how)
+        found.append(torch.stack([loss, *torch.autograd.grad(loss, [how[name] for name in learned])]))
     nll = F.cross_entropy(student, torch.arange(5, device=device))
     kl = F.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
-    torch.testing.assert_close(found[1], torch.stack([weights[0] * nll + weights[1] * kl, nll, kl]))
+    parts = {"hard_weight": nll, "soft_weight": kl}
+    loss = sum(given[name] * part for name, part in parts.items())
+    torch.testing.assert_close(found[1], torch.stack([loss, *(parts[name] for name in learned)]))
     torch.testing.assert_close(*found)
 
 

@@ -207,6 +207,30 @@ def test_opcheck_linear_loss(keep, dtype, monkeypatch):
     torch.library.opcheck(linear_loss, (), Head(hidden, weight).packed() | of_tokens | how)
 
 
+def test_float16_chunks_are_summed_at_one_factor(small_pieces):
+    """Later ones are larger, and lower the factor of those before."""
+    inputs, target = [torch.randn(n, 8).half() for n in (32, 40)], torch.randint(0, 40, (32,))
+    token_weights, found = torch.ones(32), []
+    token_weights[16:] = 8
+    for dtype in (torch.float16, torch.float64):
+        leaves = [t.to(dtype).requires_grad_() for t in inputs]
+        how = {"token_weights": token_weights, "reduction": "sum", "z_loss": 0.1}
+        how |= {"route": "gradients_in_forward", "workspace": 1}
+        found.append(torch.autograd.grad(linear_cross_entropy(*leaves, target, **how), leaves))
+    for ours, exact in zip(*found, strict=True):
+        assert (ours - exact).norm() < 2e-3 * exact.norm()
+
+
+def test_the_loss_alone_has_a_gradient():
+    """What was found beside it is data: a gradient of that would be lost."""
+    inputs = Head(*(torch.randn(n, 7).requires_grad_() for n in (4, 9)))
+    ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.ones(4)
+    of_tokens = {"ids": ids, "column_weight": None, **Factors(factors, factors, factors)._asdict(), "keep": None}
+    how = {"wanted": [True, True, False, False, False], "workspace": 2**20, "accumulate": None, "backend": "torch"}
+    found = linear_loss(**inputs.packed(), **of_tokens, **how, zero_ignored=True, top1=True)
+    assert [t.requires_grad for t in found] == [True] + [False] * 8
+
+
 def test_opcheck_with_gradients():
     inputs = [torch.randn(3, 2).requires_grad_(), torch.randn(4).bfloat16().requires_grad_()]
     gradients = [torch.randn(3, 2), torch.randn(4)]

@@ -339,10 +339,12 @@ def test_labels_in_evaluation():
     assert isinstance(found.logits, LinearLogits)
     assert_same(eager(IDS, labels=LABELS).loss.detach(), found.loss)
     assert isinstance(lazy(IDS, None, None, None, None, LABELS).logits, LinearLogits)  # by position
+    assert type(lazy(IDS, None, None, None, None).logits) is torch.Tensor
 
 
 def test_the_head_itself_makes_logits():
     lazy, hidden = apply(tiny()), torch.randn(B, S, 16)
+    assert type(lazy.lm_head(hidden)) is torch.Tensor
     lazy(IDS, labels=LABELS)
     assert type(lazy.lm_head(hidden)) is torch.Tensor
     with pytest.raises(ValueError, match="target"):
@@ -650,15 +652,16 @@ def test_lora_of_a_peft_that_calls_forward_past_the_hooks(monkeypatch):
     assert type(unapply(lazy)(input_ids=IDS, labels=LABELS).logits) is torch.Tensor
 
 
-def test_several_adapters_on_the_head():
+@pytest.mark.parametrize(("target", "rank"), [("lm_head", 6), ("q_proj", 4)])
+def test_several_adapters_of_which_one_is_on_the_head_or_both(target, rank):
     peft = pytest.importorskip("peft")
     eager = adapted(target_modules=["lm_head"])
     eager.add_adapter(
-        "other", peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=["lm_head"], init_lora_weights=False)
+        "other", peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=[target], init_lora_weights=False)
     )
     eager.base_model.set_adapter(["default", "other"])
     found = assert_same_step(eager, apply(copy.deepcopy(eager)), lambda m: m(input_ids=IDS, labels=LABELS))
-    assert found.logits.low_rank[0].shape[-1] == 6
+    assert found.logits.low_rank[0].shape[-1] == rank
 
 
 def test_a_copy_of_the_head_that_peft_adds_later():
@@ -703,6 +706,11 @@ def test_a_16_bit_head_under_32_bit_adapters():
 def test_refuses_what_is_no_low_rank_term(options, message):
     with pytest.raises(TypeError, match=message):
         apply(adapted(target_modules=["lm_head"], **options))
+    peft, model = pytest.importorskip("peft"), apply(adapted(target_modules=["lm_head"]))  # or added afterwards
+    model.add_adapter("default2", peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM", **options))
+    model.set_adapter("default2")
+    with pytest.raises(TypeError, match=message.replace("default", "default2")):
+        model(input_ids=IDS, labels=LABELS)
 
 
 def test_refuses_other_adapters_on_the_head():

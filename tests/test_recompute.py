@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import planning, recompute
+from fused_losses import linear_cross_entropy, planning, recompute
 from fused_losses.head import Head, kept_tokens
 from fused_losses.recompute import linear_rows, linear_rows_grad, linear_statistics
 from fused_losses.reference.tolerance import assert_accurate
@@ -404,6 +404,17 @@ def test_a_gradient_to_differentiate_again_is_the_same_gradient():
     for a, b in zip(once, again, strict=True):
         assert b.requires_grad
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("drop_ignored", "projected"), [(True, 3), (False, 5)])
+def test_whether_ignored_tokens_are_projected(drop_ignored, projected, monkeypatch):
+    seen, forward = [], recompute.chunked_linear_softmax.linear_softmax_fwd
+    spy = lambda hidden, *a, **k: seen.append(len(hidden)) or forward(hidden, *a, **k)  # noqa: E731
+    monkeypatch.setattr(recompute.chunked_linear_softmax, "linear_softmax_fwd", spy)
+    target = torch.tensor([1, -100, 3, -100, 0])
+    how = {"route": "recompute", "drop_ignored": drop_ignored, "backend": "torch"}
+    linear_cross_entropy(torch.randn(5, 4), torch.randn(7, 4), target, reduction="none", **how)
+    assert seen == [projected]
 
 
 def test_kept_tokens():

@@ -103,16 +103,27 @@ def test_ignored_tokens_are_not_read(backend, device):
     assert (leaf.grad[0, 1] == 0).all()
 
 
-def test_row_mask(backend, device):
-    x, ids = logits_and_ids(device, K=2)
+@pytest.mark.parametrize("K", [None, 2])
+def test_row_mask(K, backend, device):
+    x, ids = logits_and_ids(device, K=K)
     mask = torch.ones(2, 5, device=device)
     mask[0], mask[1, 4] = 0.5, 0  # a weight that is not 0 masks nothing
     x[1, 4] = math.nan
     got = selective_log_softmax(x, ids, row_mask=mask, backend=backend)
+    assert got.shape == ids.shape
     assert (got[1, 4] == 0).all()
     assert torch.equal(got[0], selective_log_softmax(x, ids, backend=backend)[0])
     assert (got[1, 3] < 0).all()
     assert (selective_log_softmax(x, ids, backend=backend)[1, 4]).isnan().all()
+
+
+def test_ids_of_any_strides(backend, device):
+    """As of a batch that was transposed; the kernels read them row by row."""
+    hidden, weight = torch.randn(6, 8, device=device), torch.randn(40, 8, device=device)
+    ids = torch.randint(0, 40, (3, 6), device=device).T
+    for x in (hidden @ weight.T, LinearLogits(hidden, weight)):
+        found = selective_log_softmax(x, ids, backend=backend)
+        torch.testing.assert_close(found, reference.selective_log_softmax(hidden @ weight.T, ids))
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
@@ -224,6 +235,19 @@ def test_float64_takes_any_derivative():
     assert torch.autograd.gradgradcheck(fn, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_transforms_of_16_bit_logits_compute_in_fp32(dtype):
+    x, ids = logits_and_ids("cpu", dtype, tokens=(2, 200))
+
+    def entropy(x):
+        return token_statistics(x, ids, ("entropy",)).entropy
+
+    (ours, d_x), (exact, d_exact) = (torch.func.vjp(entropy, z) for z in (x, x.double()))
+    assert_accurate(ours, entropy(x.float()), exact)
+    ones = torch.ones_like(exact)
+    assert_accurate(d_x(ones.float())[0], d_exact(ones)[0].to(dtype), d_exact(ones)[0])
+
+
 def test_compiles_without_a_break(backend, device):
     x, ids = logits_and_ids(device)
     T = torch.rand(2, 5, device=device) + 0.5
@@ -306,6 +330,19 @@ def test_a_temperature_of_lazy_logits(temperature, backend, device):
     exact = reference.token_statistics(hidden.double() @ weight.double().T, ids, T)
     for ours, name in (*zip(names, names, strict=True), ("selected", "log_probs")):
         assert_accurate(found[ours], eager[name], exact[name], ours)
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("number", [1.0, 0.7])
+def test_a_temperature_of_one_number_in_a_tensor(number, lazy, device):
+    hidden, weight = torch.randn(2, 5, 8, device=device), torch.randn(77, 8, device=device)
+    x = LinearLogits(hidden, weight) if lazy else hidden @ weight.T
+    ids = torch.ones(2, 5, dtype=torch.long, device=device)
+    T = torch.tensor(number, device=device)
+    expected = reference.selective_log_softmax(hidden @ weight.T, ids, number)
+    torch.testing.assert_close(selective_log_softmax(x, ids, temperature=T), expected)
+    with pytest.raises(RuntimeError, match="derivative for temperature"):  # at 1 too
+        selective_log_softmax(hidden @ weight.T, ids, temperature=T.requires_grad_())
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, math.nan])

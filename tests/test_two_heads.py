@@ -10,7 +10,9 @@ from fused_losses.bench.memory import peak_bytes
 from fused_losses.chunked.divergence_rows import BUFFERS
 from fused_losses.chunked.linear_softmax import TILE
 from fused_losses.chunked.softmax_rows import CHUNK_ELEMENTS
+from fused_losses.gradients_in_forward import HEADROOM
 from fused_losses.head import Head
+from fused_losses.products import gathered_bytes
 from fused_losses.reference import divergence as reference
 from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.row_divergence import Divergence
@@ -18,11 +20,17 @@ from fused_losses.settings import workspace
 from fused_losses.two_heads import (
     DEFAULT_BUDGET,
     FEWEST_TOKENS,
+    STEEPEST,
+    TRANSFORM_TEMPORARIES,
     BothHeads,
     Problem,
+    _Side,
     budget,
     chunks_of,
+    compared_vocab,
+    float16_factor,
     saved_tokens,
+    two_heads_loss,
 )
 from fused_losses.vocab_parallel import VocabShard
 
@@ -108,6 +116,23 @@ def test_tensors_of_logits_take_no_room():
     assert cut == one
 
 
+def test_a_shard_is_compared_without_its_padding():
+    """The smaller vocabulary's may be a tensor's, beside a head's rows that go on."""
+    shard = VocabShard("group", 26, 48, 48, 2)
+    assert compared_vocab(head(4, 50, shard=shard._replace(stop=50))._replace(shard=shard), logits(4, 26)) == 22
+
+
+@pytest.mark.parametrize("option", [{"scale": 2.0}, {"softcap": 3.0}, {"temperature": torch.ones(4096)}], ids=str)
+def test_logits_that_are_transformed_take_room(option):
+    heads = (head(4096, 100), head(4096, 100))
+    changed = (heads[0], heads[1]._replace(**option))
+    room = 512 * 2 * per_token(100, torch.float32, True) + BUFFERS * 4 * 4096 * 100
+    assert chunks_of(heads, 4096, ALL, room, "torch").tokens == 512
+    room += TRANSFORM_TEMPORARIES * 4 * 4096 * 100
+    assert chunks_of(changed, 4096, ALL, room, "torch").tokens == 512
+    assert chunks_of(changed, 4096, ALL, room - 1, "torch").tokens < 512
+
+
 @pytest.mark.parametrize(
     ("dtypes", "chunks", "sums"),
     [
@@ -130,6 +155,29 @@ def test_sums_over_chunks(dtypes, chunks, sums):
         assert (-(-tokens // found.tokens) > 8) == (extra > 0)
 
 
+def test_a_filter_takes_room_for_the_columns_it_gathers():
+    plain = (head(4096, 2000), head(4096, 2000))
+    filtered = tuple(h._replace(gradient_filter=1e-3) for h in plain)
+    room = 2**24
+    less = gathered_bytes(room // (2000 * 4), 2000, 8, torch.float32, torch.float32, True)  # of one side at a time
+    for wanted in (ALL, STUDENT, NONE):
+        held = less if wanted is not NONE else 0
+        expected = chunks_of(plain, 4096, wanted, room - held, "triton")
+        assert chunks_of(filtered, 4096, wanted, room, "triton") == expected
+
+
+@pytest.mark.parametrize(("dtype", "held"), [(torch.float16, 2 * 100 * 512 * 4), (torch.bfloat16, 0)])
+def test_what_sums_a_weights_gradient_in_fp32_takes_room(dtype, held):
+    """In float16 however few the chunks are."""
+    heads = tuple(head(4096, 100, 512, dtype) for _ in range(2))
+    room = 1024 * 2 * per_token(100, dtype, True, 512) + TILE * 512 * 4
+    trained = [False, True, True, True, True] * 2  # hidden takes room of its own
+    others = [False, False, True, True, True] * 2
+    assert chunks_of(heads, 4096, others, room, "triton").tokens == 1024
+    assert chunks_of(heads, 4096, trained, room + held, "triton").tokens == 1024
+    assert chunks_of(heads, 4096, trained, room + held - 1, "triton").tokens < 1024
+
+
 def test_budget():
     heads = (head(16, 50), head(16, 70))
     assert budget(heads, "1MiB") == 2**20
@@ -140,6 +188,12 @@ def test_budget():
         t.requires_grad_()
     large = heads[1]._replace(weight=torch.empty(2**20, 200, device="meta").requires_grad_())
     assert budget((heads[0], large), None) == 2**20 * 200 * 4 + 16 * 8 * 4
+    # A rank has a gradient for each token, and for its share of the rows of weight and B.
+    shard = VocabShard("group", 0, 10, 2**20, 2)
+    shared = Head(*(torch.empty(n, 200, device="meta").requires_grad_() for n in (2**18, 10)), shard=shard)
+    assert budget((shared,), None) == (2**18 + 2**19) * 200 * 4
+    shared = shared._replace(**{name: torch.empty(n, 3).requires_grad_() for name, n in (("u", 2**18), ("B", 10))})
+    assert budget((shared,), None) == (2**18 + 2**19) * (200 + 3) * 4
 
 
 def test_ranks_plan_alike():
@@ -193,6 +247,24 @@ def test_gradients_summed_over_chunks_are_accurate(chunks, sums, monkeypatch):
     names = ("divergence", "student hidden", "student weight", "teacher hidden", "teacher weight")
     for name, a, b, c in zip(names, ours, eager, exact, strict=True):
         assert_accurate(a, b.to(a.dtype), c, name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained", "steep"),
+    [
+        ("forward_kl", "student", False), ("forward_kl", "teacher", True), ("cross_entropy", "teacher", True),
+        ("reverse_kl", "student", True), ("reverse_kl", "teacher", False), ("jsd", "both", False),
+    ],
+)  # fmt: skip
+def test_a_factor_leaves_room_for_slopes_without_bound_alone(kind, trained, steep):
+    sides = [
+        _Side(head(4, 9, dtype=torch.float16), 9, 4, [trained in (name, "both")] * 5, torch.float32)
+        for name in ("student", "teacher")
+    ]
+    which = Divergence(kind, 0.5, 1.0)
+    factor = float16_factor(sides, which, torch.ones(4), None)
+    assert factor == HEADROOM / (STEEPEST if steep else 1)
+    assert float16_factor(sides, which, torch.ones(4), torch.full((4,), 256.0)) == HEADROOM / 256
 
 
 @pytest.mark.parametrize("size", [1e-7, 1e7])
@@ -254,6 +326,8 @@ def test_nothing_is_saved_where_it_cannot_be_used():
     assert saved_tokens(heads, 40, STUDENT, False, 2**30, "torch") == 40
     assert saved_tokens(heads, 30, STUDENT, False, 1, "torch") == 30
     assert saved_tokens(heads, 40, STUDENT, True, 2**30, "torch") == 0
+    many = (head(4096, 60), head(4096, 60))
+    assert saved_tokens(many, 4096, STUDENT, False, 1, "torch") == FEWEST_TOKENS
     assert saved_tokens(heads, 40, NONE, False, 2**30, "torch") == 0
     given = (heads[0], logits(40, 60))
     assert saved_tokens(given, 40, STUDENT, False, 2**30, "torch") == 40
@@ -263,6 +337,15 @@ def test_nothing_is_saved_where_it_cannot_be_used():
     assert saved_tokens(half, 40, ALL, False, 2**30, "torch") == 0
     with torch.autograd.graph.save_on_cpu():
         assert saved_tokens(heads, 40, STUDENT, False, 2**30, "torch") == 0
+
+
+def test_what_is_found_beside_a_loss_has_no_gradient():
+    """It would be lost."""
+    heads = tuple(h.with_inputs(None if t is None else t.requires_grad_() for t in h.inputs) for h in [head(6, 9)] * 2)
+    problem = Problem(*heads, torch.arange(6), None, False, Divergence("jsd", 0.5, 1.0)).packed()
+    how = {"wanted": [True, True, False, False, False] * 2, "workspace": 2**20, "backend": "torch"}
+    found = two_heads_loss(*problem, torch.tensor(1.0), torch.tensor(0.5), **how)
+    assert [t.requires_grad for t in found] == [True] + [False] * 12
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 8.0}], ids=["plain", "capped"])
