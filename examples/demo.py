@@ -1,10 +1,10 @@
-"""Train a small language model twice from one seed: on its logits, and on logits that are never made. Then compare.
+"""Train a small language model twice from one seed, once on its logits and once on logits that are never made, and compare.
 
     python examples/demo.py [--steps 40] [--out demo]
 
-The text is the Python standard library's own sources, the vocabulary its words. Both runs call the same loss function, which
-is written against logits; the second differs in the model's last layer alone. Each step of one run is followed by the same
-step of the other. On a CPU that does other things too, ``OMP_NUM_THREADS=1`` makes the ratio of their times fair.
+The text is the source code of Python's standard library, the vocabulary its words. Both runs call the same loss function, which
+is written against logits; the second differs only in the model's last layer. The two runs alternate, step by step. On a CPU
+that also runs other work, set ``OMP_NUM_THREADS=1`` for a fair ratio of their times.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def read_text(vocab: int) -> Tensor:
 
 
 def next_token_loss(logits: Tensor | LinearLogits, labels: Tensor) -> Tensor:
-    """What any trainer has; nothing here knows of this package."""
+    """The loss of any trainer; nothing in it knows about this package."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
 
 

@@ -1,8 +1,8 @@
 """Distil a larger tiny transformer into a smaller one on real text: the sources of Python's own standard library.
 
-``python examples/distil.py [picture.png]`` trains a teacher, then three students of one size from the same weights: on the
-text alone, on the teacher's whole distribution, and on its 16 likeliest tokens, which is all a teacher elsewhere would have
-to send. It prints how well each predicts held-out text and how far it is from the teacher, and draws both while they learn.
+``python examples/distil.py [picture.png]`` trains a teacher, then three students of one size from the same initial weights: on
+the text alone, on the teacher's whole distribution, and on its 16 likeliest tokens, which is all that a remote teacher would
+have to send. It prints each student's held-out loss and its distance from the teacher, and plots both over training.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Text(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Of a model while it learns, on held-out text, in nats per token."""
+    """A model's numbers on held-out text during training, in nats per token."""
 
     steps: list[int]
     loss: list[float]
@@ -54,7 +54,7 @@ class Curve(NamedTuple):
 
 
 def read_text(vocab: int = 1024) -> Text:
-    """Words, line breaks with their indentation, and signs; the commonest are the vocabulary, 0 is all the others."""
+    """Ids of words, signs, and line breaks with their indentation; the most common are the vocabulary, 0 is any other."""
     library = pathlib.Path(copy.__file__).parent
     train, held_out = (
         re.findall(
@@ -108,7 +108,7 @@ def of_labels(model: TinyTransformer, batch: Batch) -> Tensor:
 
 
 def of_teacher(teacher: TinyTransformer) -> Callable[[TinyTransformer, Batch], Tensor]:
-    """The teacher's whole distribution beside the labels, both from one pass over the student's head."""
+    """The teacher's whole distribution and the labels, both in one pass over the student's head."""
 
     def loss(model: TinyTransformer, batch: Batch) -> Tensor:
         ids, labels = batch

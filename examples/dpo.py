@@ -1,4 +1,4 @@
-"""Direct preference optimisation: chosen and rejected in one forward, the reference's log-probs made beforehand."""
+"""Direct preference optimisation: chosen and rejected in one forward, the reference's log-probs computed beforehand."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""What a gradient filter leaves out: train one model with it and one without, then weigh both its products and its error.
+"""What a gradient filter leaves out: train one model with it and one without, then measure the share multiplied and the error.
 
     python examples/gradient_filter.py [--steps 300] [--filter-exponent -12]    # with rich and matplotlib installed
 
-The text is the Python standard library's own sources, the vocabulary its words. Both models start alike and see the same
-batches, in turn: on two cores for a quarter of an hour or longer, with ``--steps 5`` for about a minute. Afterwards a table
-says, for the exact model on text it has not seen, which share of the columns each filter multiplies and how far the head's two
-gradients are from exact, beside what products in bf16 do to them.
+The text is the source code of Python's standard library, the vocabulary its words. Both models start from the same weights and
+see the same batches, in turn: on two cores this takes a quarter of an hour or longer, with ``--steps 5`` about a minute. A
+second table then shows, for the exact model on unseen text, the share of columns that each filter multiplies and the errors of
+the gradients of the head's hidden states and weight, and for comparison the errors of products in bf16.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def gradients(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) ->
 
 
 def large_alone(hidden: Tensor, weight: Tensor, target: Tensor, epsilon: float) -> tuple[float, Tensor]:
-    """The share of the columns that backward multiplies, and what d_hidden would be if the others were dropped."""
+    """The share of the columns that backward multiplies, and d_hidden if the other columns were dropped."""
     d_logits = ((hidden @ weight.T).softmax(-1) - F.one_hot(target, len(weight))) / len(hidden)
     few = few_columns(d_logits, epsilon)
     columns = slice(None) if few is None else few.columns

@@ -16,17 +16,17 @@ PROMPT, GENERATIONS, END = 4, 4, 1
 
 
 def rollout(policy: TinyTransformer, prompts: Tensor, tokens: int = 8) -> dict[str, Tensor]:
-    """Sampled answers, which end at ``END``, and how much better than its siblings each one is."""
+    """Sampled answers, each ending at ``END``, and the advantage of each over its siblings."""
     ids = policy.sample(prompts.repeat_interleave(GENERATIONS, 0), tokens)
     answers = ids[:, PROMPT:]
     ended = (answers == END).cumsum(1)
     mask = ended - (answers == END).long() == 0  # up to the first END, itself included
-    rewards = ((answers % 2 == 0) & mask).sum(1) / mask.sum(1)  # it likes even tokens
+    rewards = ((answers % 2 == 0) & mask).sum(1) / mask.sum(1)  # the reward prefers even tokens
     return {"ids": ids, "mask": mask, "advantages": group_advantages(rewards, GENERATIONS)}
 
 
 def log_probs(model: TinyTransformer, batch: dict[str, Tensor]) -> Tensor:
-    logits = model(batch["ids"])[:, PROMPT - 1 : -1]  # at each position, those of the token that follows
+    logits = model(batch["ids"])[:, PROMPT - 1 : -1]  # at each position, the logits of the next token
     return selective_log_softmax(logits, batch["ids"][:, PROMPT:], row_mask=batch["mask"])
 
 
@@ -37,7 +37,7 @@ def step(
     batch: dict[str, Tensor],
     updates: int = 2,
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The losses of the updates on one rollout, and the last one's metrics."""
+    """The losses of the updates on one rollout, and the last update's metrics."""
     with torch.no_grad():
         old, ref = log_probs(policy, batch), log_probs(reference, batch)
     losses = []

@@ -1,4 +1,4 @@
-"""KTO: answers that are simply good or bad, judged against how far the policy has moved on unrelated answers."""
+"""KTO: unpaired answers, each good or bad, compared with how far the policy has moved on unrelated answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fused_losses.token_statistics import selective_log_softmax
 
 
 def make_batch() -> dict[str, Tensor]:
-    """Five answers to prompts of 4 tokens, three of them good; for the KL, each prompt with the next one's answer."""
+    """Five answers to prompts of 4 tokens, three of them good; for the KL, each prompt with another prompt's answer."""
     prompts, answers = torch.randint(1, 64, (5, 4)), torch.randint(1, 64, (5, 6))
     return {
         "ids": torch.cat([prompts, answers], 1),

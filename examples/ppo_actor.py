@@ -35,7 +35,7 @@ def rollout(
     ids = policy.sample(prompts, tokens)
     old, ref = log_probs(policy, ids), log_probs(reference, ids)
     rewards = -0.1 * (old - ref)
-    rewards[:, -1] += (ids[:, PROMPT:] % 2 == 0).to(rewards.dtype).mean(1)  # it likes even tokens
+    rewards[:, -1] += (ids[:, PROMPT:] % 2 == 0).to(rewards.dtype).mean(1)  # the reward prefers even tokens
     values = critic(ids)[:, PROMPT - 1 : -1].materialize().squeeze(-1)
     found = advantages(rewards, values)
     return {"ids": ids, "old": old, "advantages": (found - found.mean()) / found.std()}
@@ -44,7 +44,7 @@ def rollout(
 def step(
     policy: TinyTransformer, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], updates: int = 2
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The losses of the updates on one rollout, and the last one's metrics."""
+    """The losses of the updates on one rollout, and the last update's metrics."""
     losses = []
     for _ in range(updates):
         loss, metrics = ppo_loss(log_probs(policy, batch["ids"]), batch["old"], batch["advantages"])

@@ -1,4 +1,4 @@
-"""A process reward model: at each step's placeholder, good or bad. Two rows of the head meet those tokens, no others."""
+"""A process reward model: good or bad at each step's placeholder. Only those tokens and two rows of the head are multiplied."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PLACEHOLDER, GOOD, BAD = 5, 6, 7
 
 
 def make_batch() -> dict[str, Tensor]:
-    """Three solutions of 12 tokens, a step's placeholder every third one."""
+    """Three solutions of 12 tokens; every third token is a step's placeholder."""
     ids = torch.randint(8, 64, (3, 12))
     ids[:, 2::3] = PLACEHOLDER
     judged = torch.where(torch.rand(3, 12) < 0.5, GOOD, BAD)

@@ -1,4 +1,4 @@
-"""A reward model: one number per answer, at its last token. Only those tokens meet the head."""
+"""A reward model: one number per answer, at its last token. Only those tokens are multiplied by the head."""
 
 from __future__ import annotations
 

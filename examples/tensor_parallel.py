@@ -1,8 +1,8 @@
-"""Fine-tuning with the head's vocabulary shared by two ranks and the batch by the others:
+"""Fine-tuning with the head's vocabulary shared by pairs of ranks and the batch split between the pairs:
 
 torchrun --nproc-per-node 4 examples/tensor_parallel.py
 
-trains as one process does, and neither the logits nor the head's whole weight is on any rank.
+The losses are those of one process, and no rank holds the logits or the head's whole weight.
 """
 
 from __future__ import annotations

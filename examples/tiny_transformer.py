@@ -52,9 +52,9 @@ class TinyTransformer(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: Tensor, tokens: int) -> Tensor:
-        """``prompts`` ``(B, P)`` with ``tokens`` sampled ones behind."""
+        """``prompts`` ``(B, P)``, each followed by ``tokens`` sampled tokens."""
         ids = prompts
         for _ in range(tokens):
-            last = self(ids)[:, -1].materialize()  # the logits of one token each
+            last = self(ids)[:, -1].materialize()  # the logits of one token per row
             ids = torch.cat([ids, torch.multinomial(last.softmax(-1), 1)], 1)
         return ids

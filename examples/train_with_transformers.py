@@ -1,4 +1,4 @@
-"""Fine-tune a model of transformers with its own Trainer; the only line of ours is ``apply(model)``.
+"""Fine-tune a transformers model with its own Trainer; the only line that is ours is ``apply(model)``.
 
 Needs `pip install transformers accelerate`; downloads nothing and runs on a CPU.
 """

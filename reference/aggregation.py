@@ -1,4 +1,4 @@
-"""From one loss per token to one number, token by token."""
+"""Aggregation of one loss per token into one number, token by token."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ def cross_entropy(
 
     .. math:: \ell = -\sum_c w_c\,t'_c \log p_c + z\_loss·lse^2, \qquad p = softmax(softcap·\tanh(z/softcap))
 
-    ``mean`` divides the first term by the summed ``w_y`` of class indices or the number of positions, and the second by the
-    number of positions that are not ignored. Of targets whose weights are all 0 it is nan.
+    ``mean`` divides the first term by the sum of ``w_y`` (class indices) or by the number of positions (probabilities), and the
+    second by the number of positions that are not ignored. It is nan if the weights of all targets are 0.
     """
     class_dim = 0 if input.ndim == 1 else 1
     z = input.movedim(class_dim, -1)  # (…, C)

@@ -22,7 +22,7 @@ def distillation_loss(
     reduction: str = "mean",
     num_items_in_batch: int | None = None,
 ) -> Tensor:
-    r"""``w_h·(−log p_y) + w_s·D(s_T, t_T)`` of each token with a label, ``D`` times ``T²`` where asked for."""
+    r"""``w_h·(−log p_y) + w_s·D(s_T, t_T)`` of each token with a label, ``D`` times ``T²`` if requested."""
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     losses, count = [], 0
     for z_s, z_t, y in zip(
@@ -59,7 +59,7 @@ def acceptance_rate(
 
 
 def kd_loss(logits: Tensor, teacher_logits: Tensor, label: Tensor, ignore_index: int = -100) -> Tensor:
-    r""":math:`-\sum_j t_j \log s_j` over finite student logits, averaged over the tokens with a label; nan without any."""
+    r""":math:`-\sum_j t_j \log s_j` over finite student logits, averaged over the tokens with a label; nan if there is none."""
     losses = []
     V = logits.shape[-1]
     for z_s, z_t, y in zip(logits.reshape(-1, V), teacher_logits.reshape(-1, V), label.flatten().tolist(), strict=True):
@@ -80,7 +80,7 @@ def sparse_distillation_loss(
     tail: str = "bucket",
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per token ``(…)``: the divergence on the support, the student's and the teacher's mass there."""
+    """Per token ``(…)``: the divergence on the support, and the student's and the teacher's mass on it."""
     tokens, (V, K) = student_logits.shape[:-1], (student_logits.shape[-1], teacher_ids.shape[-1])
     y = torch.zeros(tokens.numel()) if labels is None else labels.flatten()
     found = []
@@ -99,7 +99,7 @@ def sparse_distillation_loss(
         if tail == "renormalize":
             s, t = s / s.sum(), t / t.sum()
         elif tail == "bucket":
-            # The other probabilities are summed rather than 1 − Σ: exact where the support holds nearly everything.
+            # Sum the other probabilities instead of taking 1 − Σ: accurate where the support holds nearly all of the mass.
             others = torch.ones_like(z, dtype=torch.bool).index_fill(0, ids, False)
             left = torch.softmax(z / temperature, -1)[others].sum()
             s = torch.cat([s, left.clamp(min=1e-7)[None]])

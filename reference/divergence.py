@@ -38,7 +38,7 @@ def divergence(
     temperature: float = 1.0,
     mask: Tensor | None = None,  # (…)
 ) -> Tensor:
-    """One number per token, 0 where the mask is; both vocabularies cut to the smaller."""
+    """One number per token, 0 where the mask is 0; both vocabularies are cut to the smaller."""
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     students = student_logits[..., :V].reshape(-1, V)
     teachers = teacher_logits[..., :V].reshape(-1, V)

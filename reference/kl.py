@@ -29,7 +29,7 @@ def kl_estimate(
     gradient: str = "own",
     old_log_probs: Tensor | None = None,
 ) -> Tensor:
-    """Value: the estimate, held at ±clamp beyond it. Gradient: that of the held estimate, or of ``w·k2`` unheld.
+    """Value: the estimate, clamped to ±clamp. Gradient: that of the clamped estimate, or of ``w·k2`` without the clamp.
 
     ``w = min(exp(log_prob − old_log_prob), 10)`` is a constant; 1 without ``old_log_probs``. Masked tokens give 0.
     """

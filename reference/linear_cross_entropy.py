@@ -1,4 +1,4 @@
-"""Cross entropy of a linear head: the logits, and then every option in turn, one position at a time."""
+"""Cross entropy of a linear head: first the logits, then every option in turn, one position at a time."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def linear_cross_entropy(
         z = softcap·\tanh(scale·(h W^\top + u B^\top + b)/softcap)/T, \qquad
         \ell_n = \sum_c w_c\,t_{n,c}\,(lse_n - z_{n,c}), \qquad t = (1-ε)·target + ε/C
 
-    plus ``z_loss·lse²``, times the token's weight. With class indices the smoothed part keeps the weight of each class, and
-    the mean divides by the weights of the targets, except for the z-loss, whose mean is over the tokens that count. It is nan
-    where the weights of all targets are 0.
+    plus ``z_loss·lse²``, all times the token's weight. With class indices the smoothed part keeps each class's weight, and the
+    mean divides by the summed weights of the targets, except for the z-loss, whose mean is over the tokens that count. The mean
+    is nan if the weights of all targets are 0.
     """
     x = input @ linear_weight.T
     if low_rank is not None:

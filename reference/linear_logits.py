@@ -1,4 +1,4 @@
-r"""The logits that a head makes of hidden states.
+r"""The logits that a head computes from hidden states.
 
 .. math:: z_{nj} = \frac{c}{T_n}\tanh\Big(\frac{s}{c}\big(\sum_k h_{nk} W_{jk} + \sum_r u_{nr} B_{jr} + b_j\big)\Big)
 """
@@ -19,14 +19,14 @@ def linear_logits(
     temperature: float | Tensor = 1.0,
     low_rank: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """All of them: scale first, then softcap, then temperature.
+    """The whole logits: scale first, then softcap, then temperature.
 
     Args:
         hidden: ``(…, H)``.
         weight: ``(V, H)``.
         bias: ``(V,)``.
         scale: :math:`s`.
-        softcap: :math:`c`; None: no bound, ``z = s·(…)/T``.
+        softcap: :math:`c`; None for no bound, ``z = s·(…)/T``.
         temperature: :math:`T`, a number or one per token ``(…)``.
         low_rank: ``(u, B)``, ``(…, R)`` and ``(V, R)``.
 

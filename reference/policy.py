@@ -1,6 +1,6 @@
 """Policy losses, sequence by sequence and token by token.
 
-Each loss type is one function, of the tokens of one sequence: those that its mask shows.
+Each loss type is one function of one sequence's tokens, those where its mask is not 0.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ class Token(NamedTuple):
     logp: Tensor
     old: Tensor
     rho: Tensor  # logp − old
-    r: Tensor  # exp(rho), or the sequence's
+    r: Tensor  # exp(rho), or the ratio of the sequence
     A: Tensor
-    weight: float  # against the mismatch
+    weight: float  # mismatch weight
     kept: bool  # by the entropy mask
     penalised: bool  # by kl_cov
 
 
 class Surrogate(NamedTuple):
-    """What a loss type makes of a sequence."""
+    """The result of a loss type for one sequence."""
 
-    loss: list[Tensor]  # of each token
-    held: list | None = None  # what a clip holds between two bounds; None: it has no clip
+    loss: list[Tensor]  # one per token
+    held: list | None = None  # the numbers that the clip keeps between low and high; None: there is no clip
     low: float = -math.inf
     high: float = math.inf
-    weight: list[float] | None = None  # of each token, where its own are in the loss already
+    weight: list[float] | None = None  # one per token, in place of Token.weight where the loss already contains that
 
 
 def _clamp(x: Tensor, low: float | None, high: float | None) -> Tensor:
-    """Beyond a bound a constant: its gradient is 0."""
+    """``x``; beyond a bound a constant, whose gradient is 0."""
     if low is not None and x < low:
         return torch.full_like(x, low)
     if high is not None and x > high:
@@ -65,7 +65,7 @@ def _ratio(rho: list[Tensor], logp: list[Tensor], level: str, bounds: Bounds) ->
 def _clip(
     tokens: list[Token], *, eps_low: float, eps_high: float, delta: float | None, dual_clip: float | None, **_: Any
 ) -> Surrogate:
-    """−min(min(r, δ)A, clip(r)A): for A > 0 the ratio is bounded above; for A < 0 below, by δ or c also above."""
+    """−min(min(r, δ)A, clip(r)A): for A > 0 the ratio is bounded above; for A < 0 below, and above by δ or the dual clip c."""
     low, high = 1 - eps_low, 1 + eps_high
     loss = []
     for t in tokens:
@@ -119,7 +119,7 @@ def _vespo(
     weight_per_token: bool,
     **_: Any,
 ) -> Surrogate:
-    """−φ·A·logp, φ = exp(λ + k s − λ e^s), s = Σ ρ of the sequence, plus the log of its mismatch weight."""
+    """−φ·A·logp, φ = exp(λ + k s − λ e^s), s = Σ ρ of the sequence plus the log of its mismatch weight."""
     s = sum(min(max(t.rho.item(), -20.0), 20.0) for t in tokens)
     weights = [t.weight for t in (tokens if weight_per_token else tokens[:1])]
     s += sum(math.log(min(max(x, 1e-8), math.exp(20))) for x in weights)
@@ -135,7 +135,7 @@ def _vespo(
 def _dppo(
     tokens: list[Token], moved: list[float], *, eps_low: float, eps_high: float, delta: float | None, **_: Any
 ) -> Surrogate:
-    """−sg(min(r, δ))·A·logp, 0 where the token's probability has ``moved`` too far to where A pulls it."""
+    """−sg(min(r, δ))·A·logp, 0 where the token's probability has ``moved`` too far in the direction of A."""
     loss = []
     for t, x in zip(tokens, moved, strict=True):
         too_far = x > eps_high if t.A > 0 else x < -eps_low
@@ -145,12 +145,12 @@ def _dppo(
 
 
 def _dppo_tv(tokens: list[Token], **options: Any) -> Surrogate:
-    """``_dppo``, moved by p − q: p = exp(logp), q = exp(old)."""
+    """``_dppo`` with moved = p − q, p = exp(logp), q = exp(old)."""
     return _dppo(tokens, [math.exp(t.logp.item()) - math.exp(t.old.item()) for t in tokens], **options)
 
 
 def _dppo_kl(tokens: list[Token], **options: Any) -> Surrogate:
-    """``_dppo``, moved by ±KL(q ‖ p) of a coin, − where p < q."""
+    """``_dppo`` with moved = ±KL(q ‖ p) of a coin, negative where p < q."""
     moved = []
     for t in tokens:
         p, q = math.exp(t.logp.item()), math.exp(t.old.item())
@@ -166,7 +166,7 @@ def _dro(tokens: list[Token], *, dro_beta: float, bounds: Bounds, **_: Any) -> S
 
 
 def _kl_cov(tokens: list[Token], *, kl_cov_coef: float, **_: Any) -> Surrogate:
-    """−rA, and + c·|log r| for the tokens of highest covariance."""
+    """−rA, plus c·|log r| for the tokens of highest covariance."""
     return Surrogate([-t.r * t.A + kl_cov_coef * t.r.log().abs() if t.penalised else -t.r * t.A for t in tokens])
 
 
@@ -175,7 +175,7 @@ def _reinforce(tokens: list[Token], **_: Any) -> Surrogate:
     return Surrogate([-t.A * t.logp for t in tokens])
 
 
-# The loss of a token, the level of its ratio, the aggregation.
+# The loss function, the level of its ratio, the aggregation.
 LOSS_TYPES: dict[str, tuple[Callable[..., Surrogate], str, str]] = {
     "grpo": (_clip, "token", "seq_mean_token_mean"),
     "bnpo": (_clip, "token", "token_mean"),
@@ -196,12 +196,12 @@ LOSS_TYPES: dict[str, tuple[Callable[..., Surrogate], str, str]] = {
     "dppo_kl": (_dppo_kl, "token", "token_mean"),
     "dro": (_dro, "token", "token_mean"),
     "kl_cov": (_kl_cov, "token", "token_mean"),
-    "clip_cov": (_clip, "token", "token_mean"),  # of which some tokens are drawn, to be left out
+    "clip_cov": (_clip, "token", "token_mean"),  # grpo_loss sets the loss of some tokens, drawn at random, to 0
 }
 
 
 def _covariances(log_probs: Tensor, advantages: Tensor, rows: list[list[int]]) -> dict[tuple[int, int], float]:
-    """(A − mean A)(logp − mean logp) of each token, by its place."""
+    """(A − mean A)(logp − mean logp) of each token, by its place (b, t)."""
     A = {(b, t): at(advantages, b, t).item() for b, row in enumerate(rows) for t in row}
     logp = {place: log_probs[place].item() for place in A}
     mean_A, mean_logp = mean_of(list(A.values())), mean_of(list(logp.values()))
@@ -209,7 +209,7 @@ def _covariances(log_probs: Tensor, advantages: Tensor, rows: list[list[int]]) -
 
 
 def _average(lists: list[list], per_sequence: bool) -> Any:
-    """Over all tokens, or of each sequence's mean."""
+    """The mean over all tokens, or over the sequences' means."""
     return mean_of([mean_of(x) for x in lists] if per_sequence else [x for each in lists for x in each])
 
 
@@ -285,7 +285,7 @@ def grpo_loss(
     loss = [[zero] * mask.shape[1] for _ in rows]
     kl = [[zero] * mask.shape[1] for _ in rows]
     ratios, drift, free = [], [], []
-    below, above, beyond = [], [], []  # what a clip holds; as ratios, a list for each sequence with tokens
+    below, above, beyond = [], [], []  # tokens that a clip holds; like ratios, one list per sequence with tokens
     for b, row in enumerate(rows):
         if not row:
             continue
@@ -328,7 +328,7 @@ def grpo_loss(
             held_by = zip(row, below[-1], above[-1], beyond[-1], strict=True)
             free += [(b, t) for t, *clipped in held_by if not any(clipped)]
 
-    if loss_type == "clip_cov":  # all places in a random order, of which the first that are candidates
+    if loss_type == "clip_cov":  # the first candidates among all places in a random order
         places = [divmod(n, mask.shape[1]) for n in torch.randperm(mask.numel(), generator=generator).tolist()]
         drawn = [place for place in places if place in free and clip_cov_lb < covariances[place] < clip_cov_ub]
         drawn = drawn[: max(int(len(covariances) * clip_cov_ratio), 1)]
@@ -355,7 +355,7 @@ def grpo_loss(
         metrics["entropy"] = mean_of([entropy[b, t] for b, row in enumerate(rows) for t in row])
     if surrogate in (_clip, _gmpo, _cispo, _dppo_tv, _dppo_kl):
         one_each = one_ratio and surrogate is not _gmpo and (advantages.dim() == 1 or advantages.shape[1] == 1)
-        if one_each and counts.get("count_empty", True):  # a sequence without tokens is one that no clip holds
+        if one_each and counts.get("count_empty", True):  # a sequence without tokens counts as one that no clip holds
             for clips in (below, above, beyond):
                 clips += [[0.0]] * (len(rows) - len(clips))
         metrics |= _clip_ratios(below, above, one_each)
@@ -409,7 +409,7 @@ def a2po_loss(
     beta: float = 1e-3,
     **counts: Any,
 ) -> tuple[Tensor, dict[str, float]]:
-    """(β Σ_t (log π − log π_ref) − A)², a mean over sequences."""
+    """(β Σ_t (log π − log π_ref) − A)², averaged over sequences."""
     mask = torch.ones_like(log_probs) if mask is None else mask
     implicit = []
     for b, row in enumerate(tokens_of(mask)):

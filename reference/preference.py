@@ -28,7 +28,7 @@ def ls(x: Tensor) -> Tensor:
 
 
 def _tokens(logps: Tensor, mask: Tensor | None, row: int) -> list[Tensor]:
-    """The log-probabilities of a row's tokens that count."""
+    """The log-probabilities of the row's unmasked tokens."""
     return [logps[row, t] for t in range(logps.shape[1]) if mask is None or mask[row, t] != 0]
 
 
@@ -39,7 +39,7 @@ def _total(values: Sequence[Tensor], like: Tensor) -> Tensor:
 def _answers(
     logps: Tensor, mask: Tensor | None, lengths: Tensor | None, keep: Sequence[int] | None = None, ld_alpha: float = 1
 ) -> tuple[list[Tensor], list[int]]:
-    """Sum and token count of every answer; tokens after the first ``keep`` weigh ``ld_alpha``."""
+    """Sum and token count of every answer; tokens after the first ``keep`` have the weight ``ld_alpha``."""
     if logps.dim() == 1:
         counts = [0] * len(logps) if lengths is None else [int(n) for n in lengths]
         return list(logps), counts
@@ -66,7 +66,7 @@ def _stack(values: Sequence[Tensor], like: Tensor) -> Tensor:
 
 
 class RunningMean:
-    """The mean of all rewards ever given to it, by remembering them."""
+    """The mean of all rewards it has ever received, all of which it keeps."""
 
     def __init__(self) -> None:
         self.rewards: list[Tensor] = []

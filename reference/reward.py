@@ -1,4 +1,4 @@
-"""Losses of reward models, one pair, one token at a time."""
+"""Losses of reward models, one pair and one token at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    r""":math:`\log\sigma(x) = -\log(1 + e^{-x})`, of one number, by the side on which nothing overflows."""
+    r""":math:`\log\sigma(x) = -\log(1 + e^{-x})` of one number, in the form that does not overflow."""
     return -torch.log1p(torch.exp(-x)) if x > 0 else x - torch.log1p(torch.exp(x))
 
 
@@ -47,8 +47,8 @@ def divergence_pairwise_loss(
 ) -> dict[str, Tensor]:
     r"""For each pair the mean of :math:`-\log\sigma(c_t - r_t)` from the first differing id to the later end.
 
-    Chosen rows stand over rejected ones. Identical pairs: the last column, and the chosen's end for both. The scores are
-    the rewards at each side's own ``end − 1``, where −1 is the last column.
+    Chosen rows come before rejected ones. Identical pairs compare the last column, with the chosen's end for both. The scores
+    are the rewards at each side's own ``end − 1``, where −1 is the last column.
     """
     B, S = len(rewards) // 2, rewards.shape[1]
     losses, chosen_scores, rejected_scores = [], [], []
@@ -88,10 +88,10 @@ def prm_loss(
     placeholder_token_id: int,
     reward_token_ids: list[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Mean over placeholder positions of :math:`-\sum_c q_c \log p_c`, and the share of them predicted right.
+    r"""Mean over placeholder positions of :math:`-\sum_c q_c \log p_c`, and the share of them predicted correctly.
 
     ``p`` is the softmax over ``reward_token_ids`` (over the vocabulary without them). ``q`` is one-hot at a hard label
-    and :math:`(q, 1-q)` over the two ids for a soft one. A label of −100 has no loss and counts as predicted wrong.
+    and :math:`(q, 1-q)` over the two ids for a soft one. A label of −100 has no loss and counts as a wrong prediction.
     """
     losses, right, positions = [], 0, 0
     for b, t in (inputs == placeholder_token_id).nonzero().tolist():

@@ -1,4 +1,4 @@
-"""What is known of sampled sequences before the loss, sequence by sequence and token by token."""
+"""Advantages, masks and weights of sampled sequences, sequence by sequence and token by token."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .aggregation import mean_of, tokens_of
 
 
 def at(x: Tensor, b: int, t: int) -> Tensor:
-    """One per sequence, (B,) or (B, 1), or one per token, (B, S)."""
+    """The entry for token (b, t): ``x`` has one per sequence, (B,) or (B, 1), or one per token, (B, S)."""
     return x[b] if x.dim() == 1 else x[b, t if x.shape[1] > 1 else 0]
 
 
@@ -87,7 +87,7 @@ def off_policy_mask(
 
 
 def entropy_mask(entropy: Tensor, top_entropy_quantile: float, mask: Tensor | None = None) -> Tensor:
-    """(B, S): at least the quantile of all shown tokens, linear between neighbours."""
+    """(B, S): whether the entropy reaches the quantile over all unmasked tokens, linear between neighbours."""
     rows = tokens_of(torch.ones_like(entropy) if mask is None else mask)
     numbers = sorted(entropy[b, t].item() for b, row in enumerate(rows) for t in row)
     place = (1 - top_entropy_quantile) * (len(numbers) - 1)
@@ -112,7 +112,7 @@ def mismatch_weight(
     low: float | None = None,
     high: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """e^x with x = old − rollout (nan → 0), or e^(Σx) per sequence: truncated to [low, high], or 0 where gated out."""
+    """e^x with x = old − rollout (nan → 0), or e^(Σx) per sequence: truncated to [low, high], or 0 where the gate rejects."""
     rows = tokens_of(torch.ones_like(old_log_probs) if mask is None else mask)
     weights = torch.zeros_like(old_log_probs, dtype=torch.float64)
     outside: list[float] = []

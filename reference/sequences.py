@@ -25,7 +25,7 @@ def sums_and_counts(x: Tensor, borders: list[int], mask: Tensor | None = None) -
 
 
 def sequence_log_probs(token_logps: Tensor, mask: Tensor | None = None, average: bool = False) -> Tensor:
-    r""":math:`\sum_t m_t \log p_{b,t}` for each row ``b`` of ``(B, S)``; with ``average`` over :math:`\sum_t m_t`."""
+    r""":math:`\sum_t m_t \log p_{b,t}` for each row ``b`` of ``(B, S)``; with ``average`` divided by :math:`\sum_t m_t`."""
     rows = []
     for b in range(token_logps.shape[0]):
         shown = [token_logps[b, t] for t in range(token_logps.shape[1]) if mask is None or mask[b, t]]
@@ -35,7 +35,7 @@ def sequence_log_probs(token_logps: Tensor, mask: Tensor | None = None, average:
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100, borders: list[int] | None = None) -> Tensor:
-    """``labels[b, t + 1]`` at ``[b, t]``; ``ignore_index`` at a row's last token and at a document's."""
+    """``labels[b, t + 1]`` at ``[b, t]``; ``ignore_index`` at the last token of a row and of a document."""
     shifted = torch.full_like(labels, ignore_index)
     for b in range(labels.shape[0]):
         for t in range(labels.shape[1] - 1):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def dft(log_probs: Tensor) -> Tensor:
-    r""":math:`-p \log p` of each token, ``p`` a constant."""
+    r""":math:`-p \log p` of each token, with ``p`` a constant."""
     p = torch.tensor([math.exp(x) for x in log_probs.flatten().tolist()], dtype=log_probs.dtype)
     return -p.reshape(log_probs.shape) * log_probs
 
@@ -33,7 +33,7 @@ def sft_loss(
     r"""Mean over the labelled tokens of :math:`-\log p_t(y_{t+1})`, or mean of the sequences' means; 0 over nothing.
 
     ``(B, S, V)`` logits and ``(B, S)`` labels. ``borders``: where the documents of the one packed row start and end; each
-    is a sequence. ``num_items_in_batch`` replaces the number averaged over.
+    is a sequence. ``num_items_in_batch`` replaces the number of terms as the divisor.
     """
     sequences: list[list[Tensor]] = []
     for z, y in zip(logits, labels.tolist(), strict=True):

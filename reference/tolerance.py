@@ -1,4 +1,4 @@
-"""The one rule for "right": no further from float64 than twice what eager PyTorch is, in the same dtype.
+"""The one rule for "right": at most twice as far from float64 as eager PyTorch is in the same dtype.
 
 Tests and the bench both call :func:`assert_accurate`; nothing loosens it.
 """
@@ -16,7 +16,7 @@ def assert_accurate(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "ten
 
         error(ours, exact) <= 2 * error(eager, exact) + 1 ulp,
 
-    with the ulp of the dtype at that magnitude. nan and inf must stand exactly where they stand in ``exact``, with the
+    with the ulp of the dtype at that magnitude. nan and inf must be exactly where they are in ``exact``, with the
     same sign; an ``exact`` too large for the dtype counts as inf.
 
     Args:
@@ -36,7 +36,7 @@ def assert_accurate(ours: Tensor, eager: Tensor, exact: Tensor, name: str = "ten
     if not finite.any():
         return
     ours_error = torch.where(finite, ours64 - exact, 0)
-    # Where eager itself overflowed, it is no yardstick: it counts as exact there.
+    # Where eager itself overflowed, its error cannot be the measure: it counts as 0 there.
     eager_error = torch.where(finite & eager64.isfinite(), eager64 - exact, 0)
     for measure, order in (("largest element", float("inf")), ("norm", 2)):
         error, eager_size, size = (
