@@ -2,7 +2,7 @@
 
 ``python examples/distil.py [picture.png]`` trains a teacher, then three students of one size from the same initial weights: on
 the text alone, on the teacher's whole distribution, and on its 16 likeliest tokens, which is all that a remote teacher would
-have to send. It prints each student's held-out loss and its distance from the teacher, and plots both over training.
+have to send. It prints each model's held-out loss and its distance from the teacher, and plots both over training.
 """
 
 from __future__ import annotations

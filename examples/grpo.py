@@ -16,7 +16,7 @@ PROMPT, GENERATIONS, END = 4, 4, 1
 
 
 def rollout(policy: TinyTransformer, prompts: Tensor, tokens: int = 8) -> dict[str, Tensor]:
-    """Sampled answers, each ending at ``END``, and the advantage of each over its siblings."""
+    """Sampled answers, masked after their first ``END``, and the advantage of each over its siblings."""
     ids = policy.sample(prompts.repeat_interleave(GENERATIONS, 0), tokens)
     answers = ids[:, PROMPT:]
     ended = (answers == END).cumsum(1)

@@ -30,7 +30,7 @@ def sft_loss(
     loss_type: str = "nll",
     borders: list[int] | None = None,
 ) -> Tensor:
-    r"""Mean over the labelled tokens of :math:`-\log p_t(y_{t+1})`, or mean of the sequences' means; 0 over nothing.
+    r"""Mean over the labelled tokens of :math:`-\log p_t(y_{t+1})`, or mean of the sequences' means; 0 with no label.
 
     ``(B, S, V)`` logits and ``(B, S)`` labels. ``borders``: where the documents of the one packed row start and end; each
     is a sequence. ``num_items_in_batch`` replaces the number of terms as the divisor.

@@ -13,9 +13,10 @@ from torch import Tensor
 def token_loss(
     fn: Callable[..., Any], logits: Tensor, index: Tensor, *per_token: Tensor
 ) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """``Σ_n fn(statistics of row n, x_n)`` over the rows of ``logits`` ``(N, V)`` that have an id; ``index`` ``(N,)`` or ``(N, K)``.
+    """``Σ_n fn(statistics of row n, x_n)`` over the rows of ``logits`` ``(N, V)`` that have an id in ``index``.
 
-    ``fn`` receives one row at a time, with every statistic there is, each ``(1,)`` (``log_probs`` ``(1, K)`` for ``K`` ids).
+    ``fn`` receives one row at a time, with every statistic there is, each ``(1,)`` (``log_probs`` ``(1, K)`` for an
+    ``index`` ``(N, K)`` in place of ``(N,)``).
     """
     total = logits.new_zeros(())
     collected: dict[str, list[Tensor]] = {}
