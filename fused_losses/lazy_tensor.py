@@ -1,11 +1,11 @@
-"""A tensor over a vocabulary that is known by its tokens, not by its elements.
+"""A lazy tensor over the vocabulary: it holds its tokens, not its elements.
 
-What PyTorch is asked to do with such a tensor arrives in ``__torch_function__`` under the function's name, and
-``HANDLERS`` says who answers. Whatever has no handler, or one that says ``NotImplemented``, is computed by PyTorch on the
-materialised tensor, with a warning. The answers here concern metadata and arithmetic by numbers; those that concern the
-shape are in ``lazy_views.py``, joining in ``linear_logits.py`` and ``lazy_products.py``, conditions and masks in
-``lazy_masks.py``, softmaxes in ``log_softmax.py``, any other function of each probability in ``lazy_elementwise.py``,
-reductions in ``lazy_reductions.py``, losses in ``lazy_losses.py``.
+Every PyTorch function called on such a tensor arrives in ``__torch_function__``, and ``HANDLERS`` maps the function's name to
+a handler. Where there is no handler, or it returns ``NotImplemented``, PyTorch computes the function on the materialised
+tensor, with a warning. The handlers here answer metadata and arithmetic with numbers. The others are in ``lazy_views.py``
+(shapes), ``linear_logits.py`` and ``lazy_products.py`` (joining), ``lazy_masks.py`` (conditions and masks),
+``log_softmax.py`` (softmaxes), ``lazy_elementwise.py`` (any other function of each probability), ``lazy_reductions.py``
+(reductions) and ``lazy_losses.py`` (losses).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .autodiff import host_may_read, no_gradient, same_sizes, unknown, while_com
 from .numerics import on_device
 
 HANDLERS: dict[str, Callable[..., Any]] = {}
-_KEYWORDS: dict[str, set[str] | None] = {}  # that a handler knows; None: any
-# Other spellings that PyTorch takes.
+_KEYWORDS: dict[str, set[str] | None] = {}  # the keywords that a handler knows; None: any
+# PyTorch's other names for an argument.
 _ALIASES = {
     **dict.fromkeys(("a", "x", "x1"), "input"),
     **dict.fromkeys(("split_size", "split_sizes"), "split_size_or_sections"),
@@ -43,14 +43,14 @@ _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or"
 _ASSIGNED = {f"__i{name}__" for name in _BINARY}
 _OTHERS = """radd rsub rmul rtruediv rfloordiv rmod rpow matmul rmatmul neg pos abs invert lt le gt ge
     getitem setitem len contains bool int float index array"""
-# What Python looks for in the class and not in the instance; __eq__, __ne__ and __iter__ are written out.
+# Python looks these up in the class, not in the instance; __eq__, __ne__ and __iter__ are written out below.
 _OPERATORS = (*_ASSIGNED, *(f"__{name}__" for name in (*_BINARY, *_OTHERS.split())))
 _IN_PLACE = {name for of in (Tensor, torch, F) for name in dir(of) if name.endswith("_") and not name.startswith("_")}
 _IN_PLACE |= {*_ASSIGNED, "__setitem__"}
 COMPARISONS = {f"{_}{name}{_}" for name in ("gt", "ge", "lt", "le", "eq", "ne") for _ in ("", "__")}
 COMPARISONS |= {"greater", "greater_equal", "less", "less_equal", "not_equal"}
 _FOREACH = {name for name in dir(torch) if name.startswith("_foreach_") and name.endswith("_")}
-# No storage, no gradient and no hooks of its own to speak of.
+# Meaningless here: a lazy tensor has no storage, no gradient and no hooks of its own.
 _MEANINGLESS = {"data_ptr", "storage", "untyped_storage", "register_hook", "retain_grad", "backward", "set_"}
 _WARNED: set[tuple[str, int, str]] = set()
 _INTERNAL = tuple(os.path.dirname(os.path.realpath(m.__file__ or "")) + os.sep for m in (torch, settings))
@@ -65,8 +65,8 @@ class LazyTensor:
     token_shape: torch.Size
     device: torch.device
     requires_grad: bool
-    wide: torch.dtype  # in which its numbers are computed, whatever its dtype
-    answered: frozenset[str] | None = None  # the names that have an answer; None: all in HANDLERS
+    wide: torch.dtype  # the dtype its numbers are computed in, whatever its own dtype
+    answered: frozenset[str] | None = None  # the names it answers; None: all in HANDLERS
     if TYPE_CHECKING:  # all of _OPERATORS, which are set below
         __getitem__ = __setitem__ = __len__ = __contains__ = __array__ = cast(Any, None)
         __bool__ = __int__ = __float__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = cast(Any, None)
@@ -80,24 +80,25 @@ class LazyTensor:
         raise NotImplementedError
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> Any:
-        """The same with ``fn`` applied to everything held per token, which reaches ``fn`` with its own last dimension
-        where the vocabulary stands; in the result it stands at ``vocab_dim``. ``view``: eager would alias, not copy."""
+        """This tensor with ``fn`` applied to every tensor it holds per token. ``fn`` gets each with its last dimension moved
+        to the vocabulary's place, and returns it with that dimension at ``vocab_dim``. ``view``: eager would alias, not
+        copy."""
         raise NotImplementedError
 
     def _of_numbers(self, fn: Callable[[Tensor], Tensor], vocab_dim: int) -> Callable[[Any], Any]:
-        """``fn``, as :meth:`mapped` gets it, of one number per token; a number for all stays."""
+        """``fn`` of :meth:`mapped`, adapted to a tensor with one number per token; a Python number stays as it is."""
         return lambda t: fn(t.unsqueeze(self.vocab_dim)).squeeze(vocab_dim) if isinstance(t, Tensor) else t
 
     def with_dtype(self, dtype: torch.dtype) -> Any:
-        """The same numbers under another label."""
+        """The same numbers, labelled with another dtype."""
         raise NotImplementedError
 
     def as_view(self) -> Any:
-        """The same, where eager may give a copy: a change of either is seen."""
+        """Itself or a view, where eager may return a copy: a change in place of either is detected."""
         return self
 
     def as_copy(self) -> Any:
-        """The same, which a change in place of this one does not reach."""
+        """A copy that a change in place of this one does not reach."""
         return self.with_dtype(self.dtype)
 
     def columns(self, key: slice | Tensor) -> Any:
@@ -108,7 +109,7 @@ class LazyTensor:
         return NotImplemented
 
     def divided(self, divisor: Any) -> Any:
-        """By one number per token; by one for all they are :meth:`scaled`."""
+        """Divided by one number per token; for one number for all tokens, see :meth:`scaled`."""
         return NotImplemented
 
     def shifted(self, offset: Any) -> Any:
@@ -118,19 +119,19 @@ class LazyTensor:
         return NotImplemented
 
     def plus(self, other: LazyTensor | Tensor, sign: float) -> Any:
-        """``self + sign · other``, which is as large."""
+        """``self + sign · other``, where ``other`` has an element for each of this one's."""
         return NotImplemented
 
     def normalised(self, offset: Tensor) -> Any:
-        """``log_softmax``, where ``offset`` is the logsumexp that was asked of this."""
+        """``self − offset`` as a ``log_softmax``, where ``offset`` is the logsumexp that was read from this tensor."""
         return NotImplemented
 
     def become(self, new: Any) -> Any:
-        """Self, changed in place to the numbers of ``new``."""
+        """Change this tensor in place to the numbers of ``new``, and return it."""
         return NotImplemented
 
     def become_changed(self, name: str, change: Callable[[Tensor], Any]) -> Any:
-        """Self, changed in place as PyTorch's ``name`` changes its elements, where it can hold those."""
+        """Change this tensor in place as PyTorch's ``name`` changes its elements, if it can hold those, and return it."""
         return NotImplemented
 
     def values_at(self, ids: Tensor) -> Any:
@@ -138,7 +139,7 @@ class LazyTensor:
         return NotImplemented
 
     def value_at(self, ids: Tensor) -> Any:
-        """The value at one id per token, ids that broadcast to ``token_shape``, in ``dtype``."""
+        """The value at one id per token, in ``dtype``; the ids broadcast to ``token_shape``."""
         values = self.values_at(ids.expand(self.token_shape).unsqueeze(-1))
         return values if values is NotImplemented else values.squeeze(-1).to(self.dtype)
 
@@ -150,14 +151,14 @@ class LazyTensor:
         """Sum over the vocabulary, ``token_shape``."""
         return NotImplemented
 
-    # What was read of it, which is to equal itself where the two are compared
+    # Values read from this tensor, which must equal its elements where the two are compared
 
     def reads(self) -> list[tuple[Any, int | Tensor, Tensor]]:
-        """What is known to have been read: weak references, versions or copies, and ids."""
+        """The known reads, each as a weak reference to the values, their version or a copy, and the ids."""
         return []
 
     def remember(self, values: Tensor, ids: Tensor) -> None:
-        """What was read: entries at ids ``(*token_shape, K)``, of which ``values`` are a view or all."""
+        """Record a read of the entries at ids ``(*token_shape, K)``: ``values`` are all of them, or a view of them."""
         if torch.compiler.is_compiling():
             return
         root = values if values._base is None else values._base
@@ -165,13 +166,13 @@ class LazyTensor:
             return
         reads = self.reads()
         reads[:] = [known for known in reads if known[0]() is not None]
-        if root.is_inference():  # no version tells of a change, and no view of its base
+        if root.is_inference():  # it has no version counter, and its views do not know their base
             reads.append((lambda: root, root.clone(), ids.clone()))
         else:
             reads.append((weakref.ref(root), root._version, ids.clone()))
 
     def reread(self, elements: Tensor, t: Tensor) -> Tensor:
-        """``t``, where it was read from this and is as it was, from ``elements``."""
+        """``t``; read again from ``elements`` if it was read from this tensor and has not changed since."""
         root = t if t._base is None else t._base
         for known, made, ids in self.reads():
             read: Any = known()
@@ -199,7 +200,7 @@ class LazyTensor:
     def __getattr__(self, name: str) -> Any:
         function = None if name.startswith("__") or name in _MEANINGLESS else getattr(Tensor, name, None)
         if not callable(function):
-            # A DTensor's, which PyTorch's own styles ask the output for.
+            # An attribute of DTensor, which PyTorch's own parallel styles ask a module's output for.
             styled = name == "placements"
             instead = "parallelize_module with VocabParallelHead" if styled else "materialize() gives the tensor"
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; {instead}")
@@ -220,7 +221,7 @@ class LazyTensor:
     grad = None
     layout = torch.strided
     is_sparse = is_nested = is_quantized = False
-    __array_priority__ = 1000  # as a Tensor's: NumPy leaves what a number of its does with this to this
+    __array_priority__ = 1000  # as a Tensor's: NumPy's numbers leave operations with a lazy tensor to it
 
     def __iter__(self) -> Iterator[Any]:
         return iter(torch.unbind(self))  # type: ignore[arg-type]
@@ -275,17 +276,18 @@ class LazyTensor:
 
 
 def held(x: Any) -> dict[str, Any]:
-    """What a copy of ``x`` has too."""
+    """The attributes that a copy of ``x`` has too."""
     return {name: value for name, value in vars(x).items() if name not in ("family", "read")}
 
 
 class Derived(LazyTensor):
-    """What has the shape, device and precision of the lazy logits it is made of."""
+    """A tensor made of lazy logits, with their shape, device and precision."""
 
     base: Any
-    # Those that would share its numbers in eager, where a change in place would have to reach them; weakly, if not compiled.
+    # The tensors that would alias this one in eager, which a change in place would have to reach; weak references, if not
+    # compiled.
     family: Any = None
-    read: Any = None  # what was read of its own entries; of no copy's
+    read: Any = None  # reads of its own entries, not of a copy's
 
     def __getstate__(self) -> dict[str, Any]:
         return held(self)
@@ -302,7 +304,7 @@ class Derived(LazyTensor):
         return self.scaled(1 / divisor.to(self.wide)) if fits else NotImplemented
 
     def aliasing(self, new: Any, view: bool = True) -> Any:
-        """``new``, made of this; ``view``: eager would alias, not copy."""
+        """``new``, made of this tensor and, if ``view``, recorded as its alias: eager would alias, not copy."""
         if view and torch.compiler.is_compiling():
             self.family = new.family = True
         elif view:
@@ -386,7 +388,7 @@ def answers(*names: str, anywhere: bool = False) -> Callable[[Callable[..., Any]
 
 
 def answers_in_place(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register under these names that the first argument becomes what the handler gives."""
+    """Register a handler under the names of in-place functions: their first argument becomes what the handler returns."""
 
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
         @answers(*names)
@@ -400,13 +402,13 @@ def answers_in_place(*names: str) -> Callable[[Callable[..., Any]], Callable[...
 
 
 def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], name: str = "") -> Any:
-    """What ``func(*args, **kwargs)`` is when some of the arguments are lazy."""
+    """The result of ``func(*args, **kwargs)`` where some of the arguments are lazy."""
     from .lazy_elementwise import recorded
 
     name = name or func.__name__
-    if name == "wrapped":  # as PyTorch 2.15 compiles these
+    if name == "wrapped":  # the name these have when PyTorch 2.15 compiles them
         name = next((n for n in ("__rsub__", "__rdiv__", "__rpow__") if func is getattr(Tensor, n)), name)
-    if not args and is_lazy(kwargs.get("input")) and name != "where":  # whose first argument is another
+    if not args and is_lazy(kwargs.get("input")) and name != "where":  # where's first argument is not input
         args, kwargs = (kwargs["input"],), {key: value for key, value in kwargs.items() if key != "input"}
     args = tuple(map(_unboxed, args))
     kwargs = {key: _unboxed(value) for key, value in kwargs.items() if key != "out" or value is not None}
@@ -418,7 +420,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
         return found
     if isinstance(first, LazyTensor) and (name in _IN_PLACE or kwargs.get("inplace") is True):
         if name in _ASSIGNED and not is_number(args[1]) and not isinstance(args[1], (Tensor, LazyTensor)):
-            return NotImplemented  # as a tensor says to Python
+            return NotImplemented  # as a tensor's operators do
         return _changed(func, first, args[1:], kwargs, name)
     if name in _FOREACH:
         raise RuntimeError(
@@ -433,8 +435,9 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _answer(func: Callable[..., Any], first: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
-    """What the handler of that name says, if there is one, ``first`` has answers by it, and it knows the keywords."""
-    if name not in HANDLERS or func is torch.kl_div:  # whose reduction is a number, and none by default
+    """The result of the handler of that name; ``NotImplemented`` if there is none, if ``first`` does not answer that name, or
+    if the handler does not know the keywords."""
+    if name not in HANDLERS or func is torch.kl_div:  # its reduction is an integer, and none by default
         return NotImplemented
     if isinstance(first, LazyTensor) and first.answered is not None and name not in first.answered:
         return NotImplemented
@@ -464,7 +467,7 @@ def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwa
 
 
 def _unboxed(x: Any) -> Any:
-    """A number of NumPy's as one of Python's, which is what PyTorch takes it for, and an array as a tensor."""
+    """A NumPy number as the Python number that PyTorch takes it for, and a NumPy array as a tensor."""
     if type(x).__module__ != "numpy" or not hasattr(x, "ndim"):
         return x
     return torch.tensor(x) if x.ndim else x.item()
@@ -479,8 +482,8 @@ def materialised(name: str, arguments: Any) -> Any:
 
 
 def _comparable(name: str, x: Any, y: Any) -> tuple[Any, Any]:
-    """Both, materialised. What was read from the one is read from its elements, to equal itself: other products round
-    otherwise."""
+    """Both, materialised. If one was read from the other, it is read again from the other's elements, so that they are equal:
+    other products round differently."""
     a, b = materialised(name, (x, y))
     if is_lazy(x) and isinstance(y, Tensor):
         b = x.reread(a, y)
@@ -490,7 +493,7 @@ def _comparable(name: str, x: Any, y: Any) -> tuple[Any, Any]:
 
 
 def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
-    """``dim``, counted from the front; of a tensor with ``extra`` dimensions more."""
+    """``dim`` counted from the front, in a tensor with ``extra`` more dimensions than ``x``."""
     n = x.ndim + extra
     if not -n <= dim < n:
         raise IndexError(f"Dimension out of range (expected to be in range of [{-n}, {n - 1}], but got {dim})")
@@ -498,7 +501,7 @@ def wrap_dim(x: LazyTensor, dim: int, extra: int = 0) -> int:
 
 
 def over_vocab(x: LazyTensor, dim: Any) -> bool:
-    """Whether a reduction over ``dim`` is over the vocabulary, or over all."""
+    """Whether a reduction over ``dim`` is over the vocabulary, or over all dimensions."""
     return dim is None or (isinstance(dim, int) and wrap_dim(x, dim) == x.vocab_dim)
 
 
@@ -508,7 +511,7 @@ def with_dim(t: Tensor, x: LazyTensor, keepdim: bool) -> Tensor:
 
 
 def from_front(x: LazyTensor, ids: Tensor, dim: int | None = None) -> Tensor:
-    """``ids`` along a dimension, by default the vocabulary's, those below 0 counted from its end."""
+    """``ids`` along a dimension, by default the vocabulary's, with negative ones, which count from its end, made positive."""
     return torch.where(ids < 0, ids + x.shape[x.vocab_dim if dim is None else dim], ids)
 
 
@@ -517,12 +520,12 @@ def is_lazy(x: Any) -> bool:
 
 
 def _called(x: LazyTensor) -> str:
-    """In a message to those who have read of no class but LinearLogits."""
+    """The name of ``x`` in messages, whose readers know no class but LinearLogits."""
     return "what was made of LinearLogits" if isinstance(x, Derived) else "LinearLogits"
 
 
 def report(name: str, x: LazyTensor) -> None:
-    # Sizes that vary have no numbers while a function is compiled.
+    # Dynamic sizes have no values while a function is compiled.
     size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
     message = (
         f"{name} materialises {_called(x)}{size}. Reduce over the vocabulary with an operation that it answers "
@@ -553,7 +556,7 @@ def _grad(outputs: Any, inputs: Any, *_: Any, **__: Any) -> Any:
     return NotImplemented
 
 
-# Of torch.autograd.grad, and not the attribute, which is None as that of a tensor that is no leaf.
+# This answers torch.autograd.grad, not the attribute grad, which is None as for any tensor that is not a leaf.
 HANDLERS["grad"], _KEYWORDS["grad"] = _grad, None
 
 
@@ -572,7 +575,7 @@ def dim(x: LazyTensor) -> int:
 
 @answers("stride")
 def stride(x: LazyTensor, dim: int | None = None) -> Any:
-    # As an expanded tensor's, for there is no storage: what would read through a pointer declines.
+    # As an expanded tensor's, because there is no storage: code that would read through a pointer declines.
     return (0,) * x.ndim if dim is None else 0 * wrap_dim(x, dim)
 
 
@@ -582,7 +585,7 @@ def numel(x: LazyTensor) -> int:
 
 
 def _of_any_size(name: str) -> None:
-    """Answer what depends on dtype and device alone, as a tensor without elements does."""
+    """Answer a method that depends on dtype and device alone, as a tensor without elements does."""
     function = getattr(Tensor, name)
 
     @answers(name)
@@ -598,7 +601,7 @@ for _name in (
 
 
 def _of_its_size(name: str) -> None:
-    """Answer what gives a tensor of the same size, whatever this one holds."""
+    """Answer a function that returns a new tensor of the same size, whatever this one holds."""
     function = getattr(torch, name)
 
     @answers(name)
@@ -731,7 +734,7 @@ def per_token_number(x: LazyTensor, t: Any) -> Any:
     if not isinstance(t, Tensor) or t.ndim > x.ndim or t.is_complex():
         return NotImplemented
     if (number := host_number(t)) is not NotImplemented:
-        t = on_device(number, x.device, t.dtype)  # to copy it would wait for the device
+        t = on_device(number, x.device, t.dtype)  # copying it would wait for the device
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
 
     def fits(d: int) -> bool:
@@ -750,12 +753,12 @@ def coefficient(x: LazyTensor, t: Any) -> Any:
 
 
 def multiplied(x: Any, y: Any) -> Any:
-    """Of two coefficients; a 1 leaves the other one as it is, for :func:`number_of`."""
+    """The product of two coefficients; a 1 leaves the other as it is, for :func:`number_of`."""
     return y if is_number(x) and x == 1 else x * y
 
 
 def number_of(t: Any) -> Any:
-    """The one number that ``t``, a coefficient, holds for all tokens, read from its device."""
+    """The single number that the coefficient ``t`` holds for all tokens, read from its device."""
     if is_number(t):
         return t
     single = isinstance(t, Tensor) and all(n == 1 or step == 0 for n, step in zip(t.shape, t.stride(), strict=True))
@@ -763,7 +766,7 @@ def number_of(t: Any) -> Any:
 
 
 def host_number(t: Any) -> Any:
-    """The number that ``t`` is, or that it holds on the host, which may read its own tensors."""
+    """``t`` as a Python number, if it is one or a tensor without dimensions on the CPU, which the host may read."""
     on_host = isinstance(t, Tensor) and t.ndim == 0 and t.is_cpu and not t.is_complex()
     return number_of(t) if on_host or is_number(t) else NotImplemented
 
@@ -778,12 +781,12 @@ def per_entry_number(x: LazyTensor, t: Any) -> Any:
 
 
 def _as_large(x: LazyTensor, other: Any) -> bool:
-    """Whether ``other`` has an element for each of ``x``."""
+    """Whether ``other`` has an element for each element of ``x``."""
     return is_lazy(other) or (isinstance(other, Tensor) and other.shape == x.shape and x.shape[x.vocab_dim] != 1)
 
 
 def _promoted(result: Any, x: LazyTensor, other: Any) -> Any:
-    """``result``, of ``x`` and ``other``, in the dtype PyTorch gives it: a tensor without dimensions has no say."""
+    """``result``, made of ``x`` and ``other``, in PyTorch's promoted dtype: a tensor without dimensions does not affect it."""
     if result is NotImplemented or not isinstance(other, Tensor) or other.ndim == 0:
         return result
     return to(result, torch.promote_types(x.dtype, other.dtype))
@@ -810,7 +813,7 @@ def div(x: LazyTensor, other: Any, *, rounding_mode: Any = None) -> Any:
 
 @answers("__rdiv__", "__rtruediv__", anywhere=True)
 def rdiv(input: Any, other: Any) -> Any:
-    return div(other, input) if is_lazy(other) else NotImplemented  # as compiled code divides a lazy tensor
+    return div(other, input) if is_lazy(other) else NotImplemented  # compiled code calls this to divide a lazy tensor
 
 
 @answers("positive", "__pos__")

@@ -2,7 +2,7 @@
 
 A language model's logits are ``tokens × vocabulary``, the largest tensor of a training step, and a loss reads only a
 few numbers per token from them. :class:`LinearLogits` stands for that tensor: it has its shape and its gradients, and
-what a loss does with it is answered from ``hidden`` and ``weight``.
+computes what a loss reads of it from ``hidden`` and ``weight``.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ from .sharded_weight import gather_in_backward, gathered, is_distributed, is_who
 from .token_statistics import target_ids
 from .vocab_parallel import VocabShard, best_of, is_dtensor, vocab_shard
 
-NO_ID = -(2**63)  # an ignore_index that is no id: every id must be in range
+NO_ID = -(2**63)  # an ignore_index that no id equals: every id must be in range
 TOPK_WORKSPACE = 2**28  # bytes, by default
-_HELD = ("rest", "_hidden", "_made", "known", "_normalizer")  # by a LinearLogits
+_HELD = ("rest", "_hidden", "_made", "known", "_normalizer")  # the attributes of a LinearLogits
 
 
 class Rows(NamedTuple):
@@ -73,7 +73,7 @@ class _WithParameters(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *parameters: Tensor | None) -> Tensor:
-        # Not a view, of which FSDP2 warns; a compiled graph, though, would take detach at its word.
+        # Not a view, which FSDP2 warns about; but in a compiled graph, detach would cut the gradient.
         return hidden.view_as(hidden) if torch.compiler.is_compiling() else hidden.detach()
 
     @staticmethod
@@ -82,7 +82,7 @@ class _WithParameters(torch.autograd.Function):
 
 
 class _Tie(torch.autograd.Function):
-    """``t``, whose gradient wakes the hooks that FSDP2 and DDP put on ``hidden`` though hidden itself is frozen."""
+    """``t``, whose gradient triggers the hooks that FSDP2 and DDP put on ``hidden``, though hidden itself is frozen."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, hidden: Tensor) -> Tensor:
@@ -98,8 +98,8 @@ class _Tie(torch.autograd.Function):
 class _Rest:
     """What a :class:`LinearLogits` holds beside ``hidden``.
 
-    Neither tuple, dict nor dataclass: FSDP2 casts and DDP counts the tensors it finds in those, and the weight is not
-    an output.
+    Neither a tuple, a dict nor a dataclass: FSDP2 casts, and DDP counts, the tensors found in those, and the weight is
+    not an output.
     """
 
     weight: Tensor
@@ -109,18 +109,18 @@ class _Rest:
     temperature: float | Tensor
     low_rank: tuple[Tensor, Tensor] | None
     shard: VocabShard | None
-    all_tokens: Tensor | None  # hidden as gathered from ranks: held, so that nothing else comes to lie there
+    all_tokens: Tensor | None  # hidden as gathered from the ranks; held so that nothing else reuses its memory
     module: Any
     vocab: int
     vocab_dim: int
     dtype: torch.dtype
     frozen: bool  # hidden got a grad_fn for DDP's sake only
     detached: bool
-    shards: dict[str, Tensor]  # of weight, bias and low_rank, where an optimizer changes only those, or DTensors
-    gathers: bool  # the weight for a use, where it is sharded: as often on all ranks, whatever their tokens
-    made: Snapshot  # of all that
-    views: list[int]  # shared by views of one another: how often one was changed in place
-    seen: int  # … when this was made
+    shards: dict[str, Tensor]  # of weight, bias and low_rank, where an optimizer changes only their shards or DTensors
+    gathers: bool  # the weight is sharded and gathered for each use: equally often on all ranks, whatever their tokens
+    made: Snapshot  # of parts()
+    views: list[int]  # shared by views of each other: how often one of them was changed in place
+    seen: int  # views[0] when this was made
 
     def __init__(self, **values: Any) -> None:
         for name, value in values.items():
@@ -139,7 +139,7 @@ class _Rest:
         return [t for t in (self.weight, self.bias, B) if t is not None]
 
     def record(self) -> None:
-        """From now on nothing may change, in an optimizer's step either."""
+        """Record the versions of the parts: from now on none may change, not even in an optimizer's step."""
         self.made = Snapshot(**self.parts())
         watch(*self.parts().values())
 
@@ -152,13 +152,13 @@ class LinearLogits(LazyTensor):
 
     Slices, views and arithmetic by numbers stay lazy; ``F.cross_entropy``, ``log_softmax``, ``gather``, ``logsumexp``,
     ``argmax`` and their kin are answered without the logits, and differentiable in ``hidden``, ``weight``, ``bias``,
-    ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error): so does a
-    bias ``(V,)`` added to 16-bit logits in another dtype than theirs, which would lose digits in the head's.
+    ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error). So does
+    adding a bias ``(V,)`` of another dtype to 16-bit logits: it would lose digits in the head's dtype.
 
     It is a value: once ``hidden``, ``weight`` or ``bias`` was modified in place, using it raises. Weights swapped through
     ``.data``, as for an average of weights or in ZeRO-3's step, are not detected: use the logits before the swap. It can be
-    pickled and copied, detached and without ``module``; a copy keeps the name of its ``group``. Where the weight is sharded
-    between uses it is gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing,
+    pickled and copied: the copy is detached, has no ``module``, and keeps the name of its ``group``. A weight that is sharded
+    between uses is gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing,
     or given to the ``apply`` of a ``torch.autograd.Function``, it raises, since no gradient would reach it there; pass
     ``use_reentrant=False``, or ``materialize()``.
 
@@ -169,12 +169,12 @@ class LinearLogits(LazyTensor):
 
     - ``rows()``: the tokens as ``Rows(hidden (N, H), temperature (N,) | None, low_rank ((N, R), (V, R)) | None)``,
       after checking that nothing changed since construction. Results ``(N,)`` go back with ``.view(token_shape)``.
-    - ``weight (V, H)``, ``bias (V,) | None``: already cast (autocast) and cut to the rows selected; detached where the
+    - ``weight (V, H)``, ``bias (V,) | None``: already cast (autocast) and reduced to the selected rows; detached where the
       logits need no gradient.
     - ``scale``: float; ``softcap``: float or None; ``module``: as given.
-    - ``vocab_range``: the ids whose rows ``weight`` holds, all but where a ``group`` shares the vocabulary; ``shard``: the same
+    - ``vocab_range``: the ids whose rows ``weight`` holds: all, unless a ``group`` shares the vocabulary; ``shard``: the same
       with the group, or None.
-    - ``dtype``: the label: what functions with PyTorch's name round their result to. Not the dtype of ``hidden``.
+    - ``dtype``: the label: the dtype that functions with PyTorch's names round their results to. Not the dtype of ``hidden``.
     - ``token_shape``: ``shape`` without the vocabulary; ``vocab_dim``: where the vocabulary stands in ``shape``, ≥ 0;
       ``hidden`` is always ``(*token_shape, H)``, with the vocabulary's dimension taken out and H put last.
     - ``with logits.gathered():`` around everything that reads the weight in forward, and
@@ -206,13 +206,13 @@ class LinearLogits(LazyTensor):
     """
 
     def _set_hidden(self, hidden: Tensor) -> None:
-        if hidden.dtype != self.rest.weight.dtype:  # an output cast
+        if hidden.dtype != self.rest.weight.dtype:  # the module's output was cast
             self.rest = self.rest.but(dtype=hidden.dtype)
             hidden = hidden.to(self.rest.weight.dtype)
         self._hidden = hidden
         self._made = Snapshot(hidden=hidden)
         self.known = Known()
-        self._normalizer: tuple[Any, int] = (lambda: None, 0)  # what logsumexp gave last, and its version
+        self._normalizer: tuple[Any, int] = (lambda: None, 0)  # the last result of logsumexp, and its version
 
     rest: Any
     hidden: Tensor = property(lambda self: self._hidden, _set_hidden)  # type: ignore[assignment]  # noqa: RUF009
@@ -243,7 +243,7 @@ class LinearLogits(LazyTensor):
 
                 hidden, weight, bias, u, B, group = local_head(hidden, weight, bias, u, B, group=group)
             shard = vocab_shard(group, weight.shape[0])
-            if shard is not None and shard.size < weight.shape[0]:  # what is beyond is padding
+            if shard is not None and shard.size < weight.shape[0]:  # the rows beyond are padding
                 weight, bias, B = (None if t is None else t[: shard.size] for t in (weight, bias, B))
             hidden, weight, bias, u, B = autocast(hidden, weight, bias, u, B)
             check_shapes(hidden, weight, bias, u, B, empty=shard is not None)
@@ -258,7 +258,7 @@ class LinearLogits(LazyTensor):
                 refuse_reentrant_checkpoint()
                 hidden, u = hidden.detach(), None if u is None else u.detach()
             frozen = not hidden.requires_grad and not plain
-            held = {name: t for name, t in held.items() if t is not None and t.dtype == hidden.dtype}  # not cast
+            held = {name: t for name, t in held.items() if t is not None and t.dtype == hidden.dtype}  # those not cast
             sharded = shards(module, **held)
             compiling = torch.compiler.is_compiling()
             dtensors = {f"DTensor {name}": t for name, t in held.items() if is_dtensor(t) and not compiling}
@@ -283,7 +283,7 @@ class LinearLogits(LazyTensor):
                 seen=0,
             )
             rest.record()
-            # ZeRO-3 wants gradients accumulated while the weight is whole: not to wait for hidden's.
+            # ZeRO-3 wants gradients accumulated while the weight is whole, so they must not wait for hidden's.
             used = () if hasattr(module, "ds_id") and not frozen else (weight, bias, u, B)
             if not (detached or plain or exporting()):  # strict export loses a Function's gradient
                 hidden = _WithParameters.apply(hidden, *used)
@@ -293,7 +293,7 @@ class LinearLogits(LazyTensor):
         self._set_hidden(hidden)
 
     def _part(self, t: Tensor) -> Tensor:
-        """A part of the head: detached where the logits are, tied to hidden where that is frozen."""
+        """A part of the head: detached if the logits are, tied to ``hidden`` if that is frozen."""
         if self.rest.detached:
             return t.detach()
         return _Tie.apply(t, self.hidden) if self.rest.frozen and t.requires_grad and is_distributed() else t
@@ -328,7 +328,8 @@ class LinearLogits(LazyTensor):
 
     @property
     def shard(self) -> VocabShard | None:
-        """What of a shared vocabulary is here, and whether ``hidden`` is still all that was gathered, token for token."""
+        """This rank's part of a shared vocabulary; its ``outer`` and ``inner`` are 0 unless ``hidden`` still holds, token for
+        token, all that was gathered."""
         shard = self.rest.shard
         if shard is None or shard.inner == 0:
             return shard
@@ -408,7 +409,7 @@ class LinearLogits(LazyTensor):
         whole = is_whole(*rest.of_head())
 
         def own(t: Tensor) -> Tensor:
-            return t.detach() if whole else t.detach().clone()  # what is gathered is freed again
+            return t.detach() if whole else t.detach().clone()  # a gathered tensor is freed again
 
         with self.gathered():
             rest.weight, rest.bias = own(rest.weight), None if rest.bias is None else own(rest.bias)
@@ -421,7 +422,7 @@ class LinearLogits(LazyTensor):
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LinearLogits:
-        # Lightning makes another one so: it keeps the fields, and sets them on the copy one by one, hidden last.
+        # Lightning copies it in this way: it keeps the fields, then sets them on the copy one by one, hidden last.
         if id(self.rest) in memo:
             return LinearLogits(self.hidden, rest=self.rest)
         return _rebuild(*copy.deepcopy(self.__reduce__()[1], memo))
@@ -475,7 +476,7 @@ class LinearLogits(LazyTensor):
         return z.to(self.dtype).view(*self.token_shape, self.rest.vocab).movedim(-1, self.vocab_dim)
 
     def gathered(self) -> AbstractContextManager[None]:
-        """The weight is whole inside."""
+        """A context in which the weight is whole."""
         return gathered(self.rest.of_head(), self.module, self.shape)
 
     def gather_in_backward(self, output: Tensor, made: bool = False) -> Tensor:
@@ -483,7 +484,7 @@ class LinearLogits(LazyTensor):
         rest = self.rest
         return gather_in_backward(output, rest.of_head(), rest.module, self.shape, trains=self.requires_grad, made=made)
 
-    # What a lazy tensor must know: the methods of LazyTensor, documented there
+    # The methods of LazyTensor, documented there
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LinearLogits:
         def features(t: Tensor) -> Tensor:
@@ -500,7 +501,7 @@ class LinearLogits(LazyTensor):
         self.check()
         changed = self.rest.but(**changes)
         if not self.rest.detached and (changed.detached or no_gradient()):
-            changed.detached, changed.frozen = True, False  # wherever it will be read
+            changed.detached, changed.frozen = True, False  # wherever it is read later
             u, B = changed.low_rank or (None, None)
             hidden, u = (self.known if hidden is self.hidden else Known()).detached(hidden, u)
             changed.low_rank = None if u is None else (u, B)
@@ -513,7 +514,7 @@ class LinearLogits(LazyTensor):
         if not isinstance(new, LinearLogits):
             if not isinstance(new, LazyTensor) or self._fixed:
                 return NotImplemented
-            self.rest.views[0] += 1  # what is left of it: its views
+            self.rest.views[0] += 1  # only its views are left of it
             self.__class__, self.__dict__ = type(new), vars(new.with_dtype(self.dtype))  # type: ignore[assignment]
             return self
         if new.rest.detached and not self.rest.detached:
@@ -523,7 +524,7 @@ class LinearLogits(LazyTensor):
             )
         new = new if new.dtype == self.dtype else new.with_dtype(self.dtype)
         self.rest.views[0] += 1
-        for name in _HELD:  # Dynamo of PyTorch 2.11 knows no update of vars()
+        for name in _HELD:  # PyTorch 2.11's Dynamo does not support an update of vars()
             setattr(self, name, getattr(new, name))
         return self
 
@@ -534,14 +535,14 @@ class LinearLogits(LazyTensor):
 
     @property
     def _fixed(self) -> bool:
-        """Whether this cannot become of another class: it would lose the gradient, or a compiler sight of it."""
+        """Whether this cannot change its class: it would lose the gradient, or a compiler would lose track of it."""
         return (self.requires_grad and no_gradient()) or torch.compiler.is_compiling()
 
     def with_dtype(self, dtype: torch.dtype) -> LinearLogits:
         return self._sharing(self._but(self.hidden, dtype=dtype))
 
     def _sharing(self, new: LinearLogits) -> LinearLogits:
-        """``new``, of the same tokens, with what is known of them."""
+        """``new``, which has the same tokens, sharing what is known of them."""
         new.known = self.known
         return new
 
@@ -551,7 +552,7 @@ class LinearLogits(LazyTensor):
         return self._sharing(self._but(self.hidden, True))
 
     def vocab_last(self) -> LinearLogits:
-        """The same tokens with the vocabulary as last dimension."""
+        """The same tokens with the vocabulary as the last dimension."""
         return self._but(self.hidden, vocab_dim=self.ndim - 1)
 
     def detach(self) -> LinearLogits:
@@ -561,7 +562,7 @@ class LinearLogits(LazyTensor):
         return self.known.reads.setdefault("logits", [])
 
     def normalise_by(self, lse: Tensor) -> None:
-        """Remember ``lse (*token_shape)``, this one's logsumexp, for :meth:`normalised`."""
+        """Remember ``lse (*token_shape)``, the logsumexp of these logits, for :meth:`normalised`."""
         if not torch.compiler.is_compiling():
             self._normalizer = weakref.ref(lse), version(lse)
 
@@ -574,11 +575,11 @@ class LinearLogits(LazyTensor):
         expected = lse.unsqueeze(self.vocab_dim)
         trains = self.requires_grad and not no_gradient()
         if (offset.grad_fn is not None) != trains or offset.requires_grad != trains or offset.shape != expected.shape:
-            return NotImplemented  # a constant, or of another graph
+            return NotImplemented  # a constant, or from another graph
         if any(t._backward_hooks or t.retains_grad for t in (offset, lse)):
             return NotImplemented
         steps = zip(offset.shape, offset.stride(), expected.stride(), strict=True)
-        same = all(n == 1 or step == known for n, step, known in steps)  # and no transpose
+        same = all(n == 1 or step == known for n, step, known in steps)  # the same layout, no transpose
         return LazyExpression(self, "log_softmax") if same else NotImplemented
 
     def columns(self, key: slice | Tensor) -> Any:
@@ -595,7 +596,7 @@ class LinearLogits(LazyTensor):
         )
 
     def _nothing(self, dtype: torch.dtype) -> Tensor:
-        """The values of no entries, ``(*token_shape, 0)``, differentiable."""
+        """An empty tensor of values, ``(*token_shape, 0)``, differentiable."""
         return self.hidden[..., :0].to(dtype, copy=True)
 
     def column(self, at: int | Tensor) -> Any:
@@ -623,10 +624,10 @@ class LinearLogits(LazyTensor):
         return self._but(self.hidden, temperature=temperature)
 
     def _times_trained(self, factor: Tensor) -> Any:
-        """Times ``factor (*token_shape)``, which has its gradient by way of the hidden states it multiplies."""
+        """The logits times ``factor (*token_shape)``, which multiplies the hidden states and so gets its gradient."""
         rest, own = self.rest, self.hidden.dtype
         linear = self.softcap is None and self.bias is None and self.shard is None
-        keeps = own.itemsize > 2 or self.dtype == own == torch.bfloat16  # the digits that eager has, and the range
+        keeps = own.itemsize > 2 or self.dtype == own == torch.bfloat16  # the digits and the range that eager has
         if not linear or not keeps or (rest.detached and self.module is not None):
             return NotImplemented
 
@@ -658,8 +659,9 @@ class LinearLogits(LazyTensor):
         return self._but(hidden, bias=bias)
 
     def _keeps_digits(self, dtype: torch.dtype) -> bool:
-        """Whether a bias of ``dtype`` loses nothing in ``hidden``'s that eager would keep: of 16 bits, it must go in as it
-        is, or where eager rounds the sum to as many, divided by a scale that changes none and leaves it in range."""
+        """Whether a bias of ``dtype``, cast to the dtype of ``hidden``, keeps the digits that eager would keep. If that has 16
+        bits, the bias must be used as it is; or, where eager rounds the sum to the same dtype, be divided by a scale that
+        changes no digit and leaves it in range."""
         own, scale = self.hidden.dtype, self.scale
         if own.itemsize > 2 or (dtype == own and abs(scale) == 1 and self.bias is None):
             return True
@@ -672,13 +674,13 @@ class LinearLogits(LazyTensor):
     # Numbers per token
 
     def statistic(self, name: str) -> Tensor:
-        """A row statistic without ids, ``token_shape``, differentiable; the pass that makes it is run once."""
+        """A row statistic without ids, ``token_shape``, differentiable; the pass that computes it runs once."""
         self.check()
         known = self.known.ask(name, self)
         return (self._measure(None, name)[name] if known is None else known).view(self.token_shape)
 
     def elements(self) -> Tensor:
-        """``materialize()`` in ``wide``, once: what several expressions give it as gradient is summed before it is rounded."""
+        """``materialize()`` in ``wide``, made once: the gradients of several expressions are summed before they are rounded."""
         self.check()
         z, V = self.known.ask("elements", self), self.rest.vocab
         if z is None:
@@ -700,10 +702,10 @@ class LinearLogits(LazyTensor):
         return self.log_probs_at(ids) + self.statistic("logsumexp").unsqueeze(-1)
 
     def _measure(self, ids: Tensor | None, name: str, kept: Any = (None, False), learns: bool = True) -> dict[str, Any]:
-        """The statistic, with what losses read beside it: numbers of one pass share its backward. ``ids (N, K)``."""
+        """A statistic, and the others that losses read beside it: numbers of one pass share its backward. ``ids (N, K)``."""
         names = {name, "logsumexp", "entropy"}
         found = linear_logits_statistics(self, ids, outputs=sorted(names), kept=kept)._asdict()
-        if learns:  # not where the others are known of some rows alone, or would be on a rank that ignores no token
+        if learns:  # not where the others are known for some rows only, or only on ranks that ignore no token
             self.known.learn({other: found[other] for other in names - {"log_probs"}}, self)
         return found
 
@@ -719,7 +721,7 @@ class LinearLogits(LazyTensor):
         return self.statistic("sum_log_probs")
 
     def _linear_sum(self) -> Tensor:
-        """Without a softcap the sum of the logits is linear: the projection on the sum of the head's rows."""
+        """The sum of the logits, which is linear without a softcap: ``hidden`` times the sum of the head's rows."""
         hidden, temperature, low_rank = self.rows()
         dtype = statistics_dtype(hidden.dtype)
         with self.gathered(), full_precision(self.device):
@@ -733,7 +735,7 @@ class LinearLogits(LazyTensor):
         return total.view(self.token_shape)
 
     def topk_ids(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest logits and their ids, ``(*token_shape, k)``, a workspace of logits at a time."""
+        """The ``k`` largest logits and their ids, ``(*token_shape, k)``, from one workspace of logits at a time."""
         rows, dtype = self.rows(), statistics_dtype(self.hidden.dtype)
         N, V = len(rows.hidden), self.rest.weight.shape[0]
         workspace = settings.workspace.value
@@ -742,7 +744,7 @@ class LinearLogits(LazyTensor):
         width = max(1, min(V, elements // 1024))
         height = max(1, elements // width)
         values = rows.hidden.new_full((N, k), -torch.inf if largest else torch.inf, dtype=dtype)
-        ids = values.new_full((N, k), -1, dtype=torch.int64)  # where a shard has less than k
+        ids = values.new_full((N, k), -1, dtype=torch.int64)  # stays where a shard has fewer than k
         with torch.no_grad(), self.gathered(), full_precision(self.device):
             for part in slices(N, height):
                 temperature = None if rows.temperature is None else rows.temperature[part]
@@ -767,12 +769,12 @@ def _rebuild(hidden: Tensor, rest: _Rest) -> LinearLogits:
 
 
 def _of_leaf(leaves: Any, rest: _Rest) -> Any:
-    # PyTorch 2.11's checkpoint, which looks for devices, maps hidden to None: that stands for nothing.
+    # PyTorch 2.11's checkpoint maps hidden to None when it looks for devices: None stands for no logits.
     (hidden,) = leaves
     return LinearLogits(hidden, rest=rest) if isinstance(hidden, Tensor) else hidden
 
 
-# Under compile the whole of it travels as one output; elsewhere hidden is all that hooks and sinks may touch.
+# Compiled, the whole LinearLogits is one output; elsewhere hooks and sinks may touch hidden only.
 pytree.register_pytree_node(
     LinearLogits,
     lambda x: ([x.hidden], x.rest),
@@ -782,7 +784,7 @@ pytree.register_pytree_node(
 
 
 def _project(head: Head, dtype: torch.dtype) -> Tensor:
-    """Logits ``(n, V)``, in the precision statistics are computed in unless the label ``dtype`` asks for less."""
+    """Logits ``(n, V)`` in the precision of statistics, unless the label ``dtype`` asks for less."""
     plain = head.softcap is None and head.scale == 1 and head.temperature is None and head.u is None
     if plain and dtype == head.hidden.dtype:
         return F.linear(head.hidden, head.weight, head.bias)
@@ -821,11 +823,11 @@ def _equal(a: Any, b: Any) -> bool:
     if a is b:
         return True
     same = not isinstance(a, Tensor) and not isinstance(b, Tensor) and a == b
-    return True if same else False  # noqa: SIM210  of numbers that Dynamo does not know, bool(same) is one of those
+    return True if same else False  # noqa: SIM210  where Dynamo does not know the numbers, it does not know bool(same) either
 
 
 def _one_head(a: LinearLogits, b: LinearLogits) -> bool:
-    """Whether ``a`` and ``b`` are different tokens before the same head."""
+    """Whether ``a`` and ``b`` have the same head, for whichever tokens."""
     x, y = a.rest, b.rest
     B, other = (r.low_rank and r.low_rank[1] for r in (x, y))
     same = x.weight is y.weight and x.bias is y.bias and _equal(x.scale, y.scale) and _equal(x.softcap, y.softcap)
@@ -839,9 +841,9 @@ def same_logits(a: LinearLogits, b: LinearLogits) -> bool:
     return one and _equal(a.temperature, b.temperature) and u is v
 
 
-from . import lazy_losses as _lazy_losses  # noqa: E402, F401  the rest of the answers
+from . import lazy_losses as _lazy_losses  # noqa: E402, F401  the other handlers
 from . import lazy_masks as _lazy_masks  # noqa: E402, F401
 from . import lazy_reductions as _lazy_reductions  # noqa: E402, F401
 from . import lazy_views as _lazy_views  # noqa: E402, F401
-from .lazy_products import changed_elements  # noqa: E402  they are made of LinearLogits
+from .lazy_products import changed_elements  # noqa: E402  it imports LinearLogits
 from .log_softmax import LazyExpression  # noqa: E402

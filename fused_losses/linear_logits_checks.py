@@ -1,4 +1,4 @@
-"""What the parts of a :class:`LinearLogits` must be like, and how it sees that one of them changed."""
+"""Checks of the parts of a :class:`LinearLogits`, and how it detects that one of them changed."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .numerics import autocast_dtype, statistics_dtype
 
 
 class Snapshot:
-    """How often each of some tensors had been changed in place when this was taken; those of inference mode do not tell.
+    """The versions of some tensors: how often each had been changed in place by then. Inference tensors have none.
 
-    A compiled function takes an empty one, which the first comparison outside it fills.
+    A compiled function takes an empty snapshot, which the first comparison outside it fills.
     """
 
     def __init__(self, **tensors: Tensor | None) -> None:
         self.versions = _versions(tensors)
 
     def changed(self, **tensors: Tensor | None) -> tuple[str, int, int] | None:
-        """The first of the same tensors that was changed since: its name, version then, version now."""
+        """The first of the same tensors that has changed since: its name, its version then and now."""
         now = _versions(tensors)
         if not self.versions:
             self.versions = now
@@ -48,11 +48,11 @@ def version(t: Tensor) -> int:
     return 0 if t.is_inference() else t._version
 
 
-_watched = WeakTensorKeyDictionary()  # the tensors of heads, of which an optimizer may change some
+_watched = WeakTensorKeyDictionary()  # the tensors of heads, some of which an optimizer may change
 
 
 def watch(*parameters: Tensor | None) -> None:
-    """See to it that an optimizer's step changes the versions of these: a fused one, PyTorch's or another's, does not."""
+    """Make an optimizer's step change the versions of these: a fused optimizer, PyTorch's or another's, does not."""
     if not torch.compiler.is_compiling():
         for t in parameters:
             if t is not None and not t.is_inference():
@@ -60,7 +60,7 @@ def watch(*parameters: Tensor | None) -> None:
 
 
 def _memory(t: Tensor) -> int:
-    """The same for all tensors in one memory."""
+    """A key that is the same for all tensors in one memory."""
     try:
         return t.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):  # it has none
@@ -68,8 +68,8 @@ def _memory(t: Tensor) -> int:
 
 
 def _after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    """Raise the versions of the watched tensors that this step wrote to. They are known by their memory, since a head may hold
-    what was detached of a parameter: another tensor."""
+    """Increment the versions of the watched tensors that this step wrote to. They are recognised by their memory, since a head
+    may hold a detached parameter, which is another tensor."""
     if len(_watched) > 0:
         parameters = (p for group in optimizer.param_groups for p in group["params"])
         written = {_memory(p) for p in parameters if p.grad is not None}
@@ -154,7 +154,7 @@ def per_token_temperature(temperature: float | Tensor, hidden: Tensor) -> float 
 
 
 def callers() -> Iterator[Any]:
-    """The frames that wait for whoever asks, the innermost first."""
+    """The frames of the caller and of its callers, the innermost first."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         yield frame
@@ -173,7 +173,8 @@ def _autograd_function(code: CodeType) -> Any:
 
 
 def refuse_autograd_function(logits: Any) -> None:
-    """A ``torch.autograd.Function`` connects only the tensors it is given; checkpointing runs the rest again, if any is."""
+    """Raise in a ``torch.autograd.Function`` that was given ``logits``: it passes gradients on to tensors only. Checkpointing
+    that was also given a tensor that requires grad may take them: it runs forward again."""
     for frame in callers():
         function = _autograd_function(frame.f_code)
         if function is None:
@@ -189,13 +190,13 @@ def refuse_autograd_function(logits: Any) -> None:
             )
 
 
-@while_compiling  # who has the function compiled
+@while_compiling  # the callers are those who compile the function
 def _in_reentrant_checkpoint() -> bool:
     return any(frame.f_code is CheckpointFunction.forward.__code__ for frame in callers())
 
 
 def refuse_reentrant_checkpoint() -> None:
-    """Reentrant checkpointing runs a function without gradients and connects only the tensors it returns."""
+    """Raise in reentrant checkpointing, which runs a function without gradients and connects only the tensors it returns."""
     if _in_reentrant_checkpoint():
         raise RuntimeError(
             "LinearLogits made inside reentrant activation checkpointing would get no gradient: pass "

@@ -1,22 +1,22 @@
-"""What is known of the tokens of a :class:`LinearLogits`, so that a second question about them costs no product.
+"""Numbers already computed for the tokens of a :class:`LinearLogits`, so that reading them again costs no product.
 
-What a new one has of it, by how it was made:
+What a new one takes over, by how it was made:
 
 ====================================================  ======================  ========  =============
 made as                                               numbers of each token   elements  reads, detached
 ====================================================  ======================  ========  =============
 another label, ``detach()``, ``contiguous()``         the same                the same  the same
-a view, of the same place in one memory as another    the same as that one    the same  its own
+a view of the same place in memory as another view    the same as that one    the same  its own
 any other view, an index, a ``clone()``               moved, as known so far  none      its own
 anything else: scaled, fewer entries, joined          none                    none      its own
 ====================================================  ======================  ========  =============
 
-"The same" is one object: what either learns later the other knows. A change in place puts what is known of the new numbers
-in place of the old; a hook that sets ``hidden`` forgets all, and a copy or pickle takes nothing along.
+"The same" is one shared object: what either learns later, the other knows too. A change in place replaces it by what is known
+of the new numbers; a hook that sets ``hidden`` clears it, and a copy or pickle starts without it.
 
-A number made with a gradient serves without one too, detached, and with one only under the ``gradient_filter`` it was made
-under. Where a checkpoint may run forward again, and under transforms, nothing is found or learned. What ``logsumexp`` gave
-last is each one's own and stands beside this.
+A number computed with a gradient also serves where none is asked for, detached; with a gradient it serves only under the
+``gradient_filter`` it was computed under. Where a checkpoint may run forward again, and under transforms, nothing is looked up
+or stored. The last result of ``logsumexp`` is not kept here: each :class:`LinearLogits` has its own.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Known:
 
     def __init__(self) -> None:
         self.numbers: _Numbers = {}
-        self.places: dict[Any, _Numbers] = {}  # the numbers of views in one memory, by _place
+        self.places: dict[Any, _Numbers] = {}  # the numbers of all views of one memory, by _place
         self.reads: dict[str, list[Any]] = {}  # of the logits, or of their softmax: see LazyTensor.remember
         self._detached: tuple[Tensor, Tensor | None] | None = None
 
@@ -56,14 +56,14 @@ class Known:
         self._numbers(logits).update({(name, _filter(logits)): t for name, t in found.items()})
 
     def _numbers(self, logits: LinearLogits) -> _Numbers:
-        """None that last where a checkpoint may run this again, and must find the same then, or where they have a tangent,
-        which no_grad leaves and detach() does not."""
+        """The stored numbers. Nothing is kept, in a new dict each time, where a checkpoint may run this again, which must then
+        find the same, or where numbers have a tangent, which no_grad keeps and detach() drops."""
         again = transforms_active() or (not torch.compiler.is_compiling() and not may_save(logits.hidden))
         return {} if again else self.numbers
 
     def tell(self, logits: LinearLogits, new: LinearLogits, moved: Callable[[Tensor], Tensor]) -> None:
-        """Tell ``new``, the tokens of ``logits`` as ``moved`` moves one number of each, ``token_shape``."""
-        trains = torch.is_grad_enabled()  # else what is known with a gradient is here without
+        """Pass the numbers of ``logits`` on to ``new``, whose tokens are moved as ``moved`` moves a tensor ``token_shape``."""
+        trains = torch.is_grad_enabled()  # else numbers known with a gradient are passed on without it
         known = {
             (name, of if trains else None): moved((t if trains else t.detach()).view(logits.token_shape)).reshape(-1)
             for (name, of), t in self._numbers(logits).items()
@@ -75,27 +75,28 @@ class Known:
         new.known.numbers.update(known | new.known.numbers)
 
     def detached(self, hidden: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The same two each time, by which ``same_logits`` knows them."""
+        """``hidden`` and ``u`` detached: the same two objects each time, so that ``same_logits`` recognises them."""
         if self._detached is None:
             self._detached = hidden.detach(), None if u is None else u.detach()
         return self._detached
 
 
 def _filter(logits: LinearLogits) -> float | None:
-    """Of the gradient of what is asked now; None where it has none."""
+    """The gradient filter for what is asked now; None where that has no gradient."""
     return settings.gradient_filter.value if torch.is_grad_enabled() and not logits.rest.detached else None
 
 
 def _one_memory(a: LinearLogits, b: LinearLogits) -> bool:
-    """Whether the hidden states of ``b``, a view of ``a`` or a copy, lie among those of ``a``, and all else is one for all."""
+    """Whether the hidden states of ``b``, a view or copy of ``a``, share memory with those of ``a``, and all tokens share the
+    rest."""
     plain = not isinstance(a.temperature, Tensor) and a.rest.low_rank is None
-    plain = plain and not a.rest.gathers  # as one row makes a view of what is a copy of two
+    plain = plain and not a.rest.gathers  # since what is a view of one row may be a copy of two
     if not plain or traced(a.hidden) or transforms_active():
         return False
     return a.hidden.untyped_storage().data_ptr() == b.hidden.untyped_storage().data_ptr()
 
 
 def _place(hidden: Tensor) -> Any:
-    """Which of the tokens in one memory these are, and in which order."""
+    """Which of the tokens in the memory these are, and in which order."""
     layout = hidden.numel() if hidden.is_contiguous() else (hidden.shape, hidden.stride())
     return hidden.storage_offset(), layout

@@ -1,7 +1,7 @@
 """``log_softmax`` and ``softmax`` of logits that are never made, and what losses do with them.
 
-A loss written in plain PyTorch takes ``log_softmax`` and then reads a few of its numbers: gathers the labels', sums
-over the vocabulary, multiplies by the probabilities and sums to an entropy. :class:`LazyExpression` holds
+A loss written in plain PyTorch takes ``log_softmax`` and then reads a few of its numbers: it gathers those of the labels, sums
+over the vocabulary, or multiplies by the probabilities and sums to an entropy. :class:`LazyExpression` holds
 ``factor · f(z) + offset`` until one of these is asked for:
 
 =============  =====================  =============  ==========================
@@ -85,13 +85,13 @@ _FORMS = {
 }
 
 
-# With the softmax of the same logits.
+# The form of a product with the softmax of the same logits.
 _PRODUCTS = {"log_softmax": "p_log_p", "finite": "p_log_p", "softmax": "p_p", "logits": "p_z"}
 
 
 @dataclass(eq=False, repr=False)
 class LazyExpression(Elementwise):
-    """``factor · f(base) + offset``, each a number or one per token ``token_shape``; see the module."""
+    """``factor · f(base) + offset``: factor and offset are each a number, or one per token ``token_shape``; see the module."""
 
     base: LinearLogits
     form: str = "logits"
@@ -200,7 +200,7 @@ class LazyExpression(Elementwise):
         return NotImplemented if total is None else total(self.base) * self.factor + self.offset * self.base.rest.vocab
 
     def times(self, other: LazyTensor) -> Any:
-        """The product with another lazy tensor, where it is one of the forms, or of two heads."""
+        """The product with another lazy tensor, where that product is one of the forms, or one of two heads."""
         if isinstance(other, LazyProducts):
             return other.times(self)
         if not isinstance(other, (LazyExpression, LinearLogits)):
@@ -224,10 +224,10 @@ class LazyExpression(Elementwise):
         return self.base if self.unscaled else self.base.scaled(factor)
 
     def up_to_shift(self) -> Any:
-        """Logits that differ from this by one number per token, which ``log_softmax`` does not see."""
+        """Logits that differ from this by one number per token, which does not change their ``log_softmax``."""
         base = self._scaled_base()
         if base is NotImplemented or (self.requires_grad and not base.requires_grad and not no_gradient()):
-            return NotImplemented  # the result requires grad, with a gradient of 0
+            return NotImplemented  # the result must require grad, with a gradient of 0
         return base.with_dtype(self.dtype)
 
     def log_total(self) -> Any:
@@ -256,7 +256,7 @@ class LazyExpression(Elementwise):
 
 
 def _expression(base: Any, factor: Any, offset: Any, form: str, label: Any) -> Any:
-    return LazyExpression(base, form, factor, offset, label) if is_lazy(base) else base  # what was mapped to no logits
+    return LazyExpression(base, form, factor, offset, label) if is_lazy(base) else base  # tree_map gave no logits
 
 
 pytree.register_pytree_node(
@@ -268,7 +268,7 @@ pytree.register_pytree_node(
 
 
 def logits_of(x: LazyTensor) -> Any:
-    """The logits whose softmax ``x`` has."""
+    """Logits that have the same softmax as ``x``."""
     if isinstance(x, LinearLogits):
         return x
     return x.up_to_shift() if isinstance(x, LazyExpression) else NotImplemented
@@ -286,7 +286,7 @@ def _softmax(x: LazyTensor, form: str, dim: Any, stacklevel: Any, dtype: Any) ->
     base = logits_of(x)
     if dim is None or wrap_dim(x, dim) != x.vocab_dim or base is NotImplemented:
         return NotImplemented
-    if dtype is None and autocast_dtype(x.device):  # whose rule for softmax depends on the device
+    if dtype is None and autocast_dtype(x.device):  # autocast's rule for softmax depends on the device
         dtype = torch.softmax(torch.empty(1, dtype=x.dtype, device=x.device), 0).dtype
     return LazyExpression(base, form, label=dtype or x.dtype)
 
@@ -327,7 +327,7 @@ def pow_(x: LazyTensor, exponent: Any) -> Any:
 
 @answers("clamp", "clamp_min", "clip")
 def clamp(x: LazyTensor, min: Any = None, max: Any = None) -> Any:
-    """Log-probabilities without −∞, as ``torch.distributions.Categorical`` multiplies them with the probabilities."""
+    """Log-probabilities without −∞, which ``torch.distributions.Categorical`` multiplies by the probabilities."""
     bare = isinstance(x, LazyExpression) and x.form == "log_softmax" and x.bare and x.dtype == x.wide
     least = max is None and is_number(min) and min == torch.finfo(x.dtype).min
     return replace(x, form="finite") if bare and least else NotImplemented  # type: ignore[type-var]
