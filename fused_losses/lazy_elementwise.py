@@ -22,7 +22,7 @@ from .lazy_tensor import COMPARISONS, Derived, LazyTensor, held, is_lazy, is_num
 from .linear_logits import LinearLogits
 from .log_softmax import LazyExpression
 
-DEEPEST = 64  # of functions of functions; Python's stack ends somewhere
+DEEPEST = 64  # nested functions; Python's stack is limited
 
 _NAMES = """
 abs absolute add clamp clamp_max clamp_min clip div divide exp exp2 expm1 isfinite isinf isnan kl_div lerp log log10 log1p log2
@@ -33,7 +33,8 @@ __sub__ __truediv__
 """
 DISTANCES = ("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss")
 POINTWISE = {*_NAMES.split(), *COMPARISONS, *DISTANCES}
-# Of logits only what a loss sums. What else a softmax may follow is made at once, for all that read it.
+# Functions of logits are recorded only if a loss sums them. Any other, which a softmax may follow, is materialised at once, for
+# all that read it.
 _OF_LOGITS = {*DISTANCES, "abs", "absolute", "__abs__", "square", "pow", "__pow__", "sub", "subtract", "__sub__"}
 IN_PLACE = {f"{name}_": name for name in POINTWISE}
 IN_PLACE |= {f"__i{name}__": f"__{name}__" for name in ("add", "sub", "mul", "truediv", "pow", "and", "or")}
@@ -47,7 +48,7 @@ class LazyElementwise(Elementwise):
     args: tuple[Any, ...]  # tensors among them are Dense
     kwargs: dict[str, Any]
     dtype: torch.dtype
-    base = None  # from here on as the arguments say
+    base = None  # this and the next are set from the arguments
     requires_grad = False
 
     def __post_init__(self) -> None:
@@ -63,13 +64,13 @@ class LazyElementwise(Elementwise):
         return f"LazyElementwise({tuple(self.shape)}, {self.dtype}, {self.function.__name__} of {self.base})"
 
     def materialize(self) -> Tensor:
-        """The elements themselves, differentiable, in ``dtype``; rounded to no 16 bits on the way."""
+        """The elements themselves, differentiable, in ``dtype``; nothing is rounded to 16 bits on the way."""
 
         def elements(x: Any) -> Tensor:
-            if isinstance(x, Dense):  # wide too: before PyTorch 2.13 the backward of mse_loss takes no two dtypes
+            if isinstance(x, Dense):  # wide too: before PyTorch 2.13 the backward of mse_loss does not mix dtypes
                 t = x.elements()
                 return t.to(torch.promote_types(t.dtype, self.wide)) if t.is_floating_point() else t
-            if isinstance(x, LinearLogits):  # once for all that want them
+            if isinstance(x, LinearLogits):  # made once for all that read them
                 return x.elements().to(torch.promote_types(x.dtype, self.wide))
             mask = x.dtype == torch.bool
             return (x if mask else x.with_dtype(torch.promote_types(x.dtype, self.wide))).materialize()
@@ -90,7 +91,7 @@ class LazyElementwise(Elementwise):
         return replace(self if self.dtype.is_floating_point else self._detached(), dtype=dtype)
 
     def values_at(self, ids: Tensor) -> Any:
-        """The function of the arguments' values there."""
+        """The function of the arguments' values at ``ids``."""
 
         def read(x: Any) -> Any:
             if not isinstance(x, Dense):
@@ -115,13 +116,13 @@ class LazyElementwise(Elementwise):
     def become(self, new: Any) -> Any:
         done = super().become(new)
         if done is self and isinstance(self, LazyElementwise):
-            self.__post_init__()  # depth and requires_grad are no fields
+            self.__post_init__()  # depth and requires_grad are not dataclass fields
         return done
 
 
 def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], Any], known: Any = None) -> Any:
-    """``x`` made anew from the inside out: ``make`` of each :class:`LazyElementwise` and its new arguments, ``leaf`` of what
-    else is lazy or dense; each once, however often it is used."""
+    """``x`` rebuilt from the inside out: ``make`` takes each :class:`LazyElementwise` and its new arguments, ``leaf`` anything
+    else that is lazy or dense; each is taken once, however often it is used."""
     known = {} if known is None else known
     if not isinstance(x, (LazyTensor, Dense)):
         return x
@@ -135,7 +136,7 @@ def _fold(x: Any, leaf: Callable[[Any], Any], make: Callable[[Any, Any, Any], An
 
 
 def _value(x: LazyElementwise, args: Any, kwargs: Any) -> Tensor:
-    """What the function gives, wide; what is no float, a mask say, in the dtype that it was cast to since."""
+    """The function's result, wide; one that is not floating-point, such as a mask, in the dtype it was cast to since."""
     found = x.function(*args, **kwargs)
     if found.is_floating_point():
         return found
@@ -147,7 +148,7 @@ def _with_arguments(x: LazyElementwise, args: Any, kwargs: Any) -> LazyElementwi
 
 
 def expanded(t: Tensor, x: LazyTensor) -> Tensor:
-    """``t``, which broadcasts to the shape of ``x``, with all its tokens and the vocabulary it has, of ``V`` entries or 1."""
+    """``t``, which broadcasts to the shape of ``x``, expanded to all its tokens; the vocabulary keeps ``V`` entries or 1."""
     t = t.reshape((1,) * (x.ndim - t.ndim) + t.shape)
     return t.expand([-1 if d == x.vocab_dim else n for d, n in enumerate(x.shape)])
 
@@ -159,13 +160,13 @@ def vocab_last(x: Dense, like: LazyTensor) -> Tensor:
 
 
 def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """:class:`LazyElementwise`, where ``function`` is one of each entry of probabilities and what is as large."""
+    """A :class:`LazyElementwise`, if ``function`` is one of each entry of probabilities and of what broadcasts to them."""
     if name not in POINTWISE or torch.compiler.is_compiling():
         return NotImplemented
     leaves = tree_leaves((args, kwargs), is_leaf=is_lazy)
     operands: list[Any] = [x for x in leaves if isinstance(x, (Tensor, LazyTensor))]
     lazy = [x for x in operands if is_lazy(x)]
-    # With 0 in entries that a mask names what exists is to be summed; with another value it may be meant for anything.
+    # A tensor filled with 0 where a lazy mask is True will be summed; filled with another value it may be meant for anything.
     emptied = name == "masked_fill" and is_number(args[-1]) and args[-1] == 0
     emptied = emptied and all(isinstance(x, LazyMask) for x in lazy)
     summed = name in _OF_LOGITS or any(map(_of_probabilities, lazy))
@@ -174,7 +175,7 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
     if max(getattr(y, "depth", 0) for y in lazy) >= DEEPEST:
         return NotImplemented
     if name in COMPARISONS and len(lazy) < len(operands):
-        return NotImplemented  # which may have been read from it, and be equal
+        return NotImplemented  # the tensor may have been read from the lazy one, and must then equal it
     x = lazy[0]
     if not all(beside(y, x) for y in operands):
         return NotImplemented
@@ -183,7 +184,7 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
         known = isinstance(y, (Tensor, LazyTensor))
         return torch.ones((1,) * y.ndim, dtype=y.dtype, device=y.device) if known else y
 
-    def operand(y: Any) -> Any:  # a copy; what is large may not change
+    def operand(y: Any) -> Any:  # a copy; a tensor of the full shape is not copied, and must not change
         if isinstance(y, Tensor):
             return Dense(y if y.shape == x.shape else y.clone())
         return y.as_copy() if isinstance(y, LinearLogits) else copy_with(y, lambda t: t) if is_lazy(y) else y
@@ -197,7 +198,7 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
 
 
 def changed(x: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """``x`` after the change in place of that name, as :func:`recorded` has it."""
+    """``x`` after the change in place of that name, as :func:`recorded` gives it."""
     plain = IN_PLACE.get(name)
     if plain is None or not isinstance(x, Derived) or "inplace" in kwargs:
         return NotImplemented
@@ -212,7 +213,7 @@ def _of_probabilities(x: Any) -> bool:
 
 
 def beside(y: Any, x: LazyTensor) -> bool:
-    """Whether ``y``, a lazy tensor or one that broadcasts, can be computed with entry by entry."""
+    """Whether ``y``, a lazy tensor or a tensor that broadcasts, can be combined with ``x`` entry by entry."""
     if y.device != x.device and y.ndim > 0:
         return False
     if is_lazy(y):
@@ -229,12 +230,12 @@ def computable(*lazy: LazyTensor) -> bool:
 
 
 def key_of(x: Any) -> Any:
-    """Equal for ``x`` and a copy of it, which holds the same objects."""
+    """A key that is equal for ``x`` and a copy of it, which holds the same objects."""
     return type(x), *map(id, held(x).values())
 
 
 def copy_with(x: Derived, fn: Callable[[Any], Any]) -> Any:
-    """A copy of ``x`` that holds ``fn`` of what it holds."""
+    """A copy of ``x`` with ``fn`` applied to each attribute."""
     new = object.__new__(type(x))
     new.__dict__ = {name: fn(value) for name, value in held(x).items()}
     return new

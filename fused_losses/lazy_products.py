@@ -1,17 +1,17 @@
-"""Products of one head's ``softmax`` with another's ``log_softmax``, as losses of distillation write them by hand.
+"""Products of one head's ``softmax`` with another's ``log_softmax``, as in hand-written losses of distillation.
 
 A student ``s`` learns from a teacher ``t`` by ``Σ_j t_j log s_j``, or by a difference of two such sums. :class:`LazyProducts`
 holds ``factor · Σ_i c_i softmax(a_i) log_softmax(b_i)`` until it is summed over the vocabulary; without ``a_i`` a term is
-``log_softmax(b_i)`` alone. In place of that may stand the logarithm of a mixture ``m = w softmax(a) + v softmax(b)``, or of two
-softmaxes the distance or the smaller one, entry by entry. Of a teacher whose numbers exist either may be a tensor:
-probabilities ``P``, values ``L``. The sum is answered term by term:
+``log_softmax(b_i)`` alone. The ``log_softmax`` may be replaced by the logarithm of a mixture
+``m = w softmax(a) + v softmax(b)``, or by the distance or the smaller of two softmaxes, entry by entry. For a teacher whose
+numbers exist, either factor of a term may be a tensor: probabilities ``P``, values ``L``. The sum is computed term by term:
 
 =====================================  =====================================================
 terms                                  summed over the vocabulary
 =====================================  =====================================================
 ``softmax(a) (log a − log b)``         the KL divergence of a from b
-``softmax(a) (log a − log m)``         the skewed one, less ``log(w + v)``
-… and that of b, in the shares of m    their Jensen-Shannon divergence, in one pass
+``softmax(a) (log a − log m)``         the skewed KL divergence, less ``log(w + v)``
+… and that of b, weighted as in m      their Jensen-Shannon divergence, in one pass
 ``softmax(a) (log a − L)``             the KL divergence of softmax(L) from a, less ``logsumexp(L)``
 ``softmax(a) log_softmax(b)``          −their cross entropy
 ``softmax(a) log_softmax(a)``          −entropy
@@ -55,7 +55,7 @@ from .numerics import wide_dtype, wide_sum
 from .row_divergence import Divergence
 from .token_statistics import token_statistics
 
-LARGEST_LOG = 80.0  # of a mixture's weight, or of one over it
+LARGEST_LOG = 80.0  # of a mixture's weight, or of its inverse
 
 
 def times_log(z: Tensor, dim: int) -> Tensor:
@@ -68,7 +68,7 @@ def _p_log_p(logp: Tensor) -> Tensor:
 
 
 class Dense:
-    """Numbers that exist, one per token and entry; eager would have read them at once, so they may not change."""
+    """A tensor that exists, one number per token and entry. Eager would have read it at once, so it must not change."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach() if no_gradient() else tensor
@@ -91,8 +91,8 @@ class _Term(NamedTuple):
     """``factor · probs · values``, entry by entry."""
 
     factor: float
-    probs: LinearLogits | Dense | None  # of logits their softmax; None: 1
-    values: LinearLogits | _Log | _Distance | _Smaller | Dense  # of logits their log_softmax
+    probs: LinearLogits | Dense | None  # logits stand for their softmax; None: 1
+    values: LinearLogits | _Log | _Distance | _Smaller | Dense  # logits stand for their log_softmax
 
     @property
     def requires_grad(self) -> bool:
@@ -100,7 +100,8 @@ class _Term(NamedTuple):
 
 
 class Elementwise(Derived):
-    """What a change in place may turn into another of these: a function of it, or a :class:`LazyProducts` of its elements."""
+    """A lazy tensor that a change in place may turn into another class of these: a function of it, or a :class:`LazyProducts`
+    of its elements."""
 
     def become(self, new: Any) -> Any:
         if type(new) is type(self) or not isinstance(new, Elementwise):
@@ -122,7 +123,7 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
     if elements.shape != x.shape:
         return NotImplemented
     if not torch.compiler.is_compiling():
-        _ = elements.grad_fn  # a view's is made anew when read; PyTorch 2.11 crashes where FSDP2 adds a hook before
+        _ = elements.grad_fn  # reading a view's rebuilds it; PyTorch 2.11 crashes where FSDP2 adds a hook before that
     like = x if isinstance(x, LinearLogits) else x.base
     return LazyProducts((_Term(1.0, None, Dense(elements)),), x.dtype, like=like.as_copy())
 
@@ -217,7 +218,7 @@ class _Distance(LazyMixture):
 
 
 class _Smaller(LazyMixture):
-    """Of a mixture ``w softmax(a) − w softmax(b)``, w > 0, the smaller of the two."""
+    """The smaller of ``w softmax(a)`` and ``w softmax(b)``, w > 0, held as the mixture ``w softmax(a) − w softmax(b)``."""
 
     def elements(self) -> Tensor:
         (w, a), (_, b) = self.parts
@@ -238,7 +239,7 @@ class LazyProducts(Elementwise):
     finite: tuple[LinearLogits, ...] = ()  # entries where one of these logits is infinite count as 0
     skipped: Tensor | None = None  # tokens whose entries all count as ``fill``
     fill: Any = 0.0  # or one number per token
-    like: LinearLogits | None = None  # whose shape it has, where no term is of logits
+    like: LinearLogits | None = None  # gives the shape where no term has logits
 
     def __post_init__(self) -> None:
         if self.requires_grad and no_gradient():
@@ -281,14 +282,15 @@ class LazyProducts(Elementwise):
         return self._filled(total, dim).to(self.dtype)
 
     def _filled(self, total: Tensor, dim: int | None = None) -> Tensor:
-        """``total`` times the factor, but for tokens that are skipped; ``dim``: where it has the vocabulary."""
+        """``total`` times the factor, but ``fill`` for skipped tokens; ``dim``: the vocabulary's dimension in ``total``, or
+        None."""
 
         def beside(t: Any) -> Any:
             return t if dim is None or not isinstance(t, Tensor) else t.unsqueeze(dim)
 
         if self.skipped is None:
             return total * beside(self.factor)
-        # Without what the factor is there, whose gradient would be 0·∞.
+        # The factor of skipped tokens is replaced: its gradient would be 0·∞.
         factor = self.factor.masked_fill(self.skipped, 0) if isinstance(self.factor, Tensor) else self.factor
         return torch.where(beside(self.skipped), beside(self.fill), total * beside(factor))
 
@@ -298,7 +300,8 @@ class LazyProducts(Elementwise):
         of_dense: Callable[[Tensor], Tensor],
         of_tokens: Callable[[Any], Any],
     ) -> LazyProducts:
-        """Made anew: ``fn`` of logits, once of the same, ``of_dense`` of what exists, ``of_tokens`` of numbers per token."""
+        """A copy with ``fn`` applied to logits (once to the same ones), ``of_dense`` to tensors that exist, and ``of_tokens``
+        to numbers per token."""
         known: list[tuple[LinearLogits, LinearLogits]] = []
 
         def once(x: LinearLogits | _Log | _Distance | _Smaller | Dense | None) -> Any:
@@ -331,7 +334,7 @@ class LazyProducts(Elementwise):
 
     def scaled(self, factor: Any) -> Any:
         if not self.dtype.is_floating_point:
-            return NotImplemented  # whose product is of another dtype, maybe: elements that were changed
+            return NotImplemented  # elements after a change, whose product may have another dtype
         number = coefficient(self, factor)
         if number is not NotImplemented:
             if self.skipped is None:
@@ -344,7 +347,7 @@ class LazyProducts(Elementwise):
         return replace(self, terms=tuple(t._replace(probs=dense) for t in self.terms))
 
     def shifted(self, offset: Any) -> Any:
-        """``log m + offset``, of a mixture."""
+        """``log m + offset`` for a mixture ``m``."""
         (c, probs, log), *others = self.terms
         plain = not others and probs is None and not self.finite and self.skipped is None and is_number(self.factor)
         plain = plain and c * self.factor == 1 and is_number(offset) and abs(offset) < LARGEST_LOG
@@ -378,7 +381,7 @@ class LazyProducts(Elementwise):
         return replace(self, terms=(*self._weighed(self.factor), _Term(sign, None, Dense(values))), factor=1.0)
 
     def times(self, other: LazyTensor) -> Any:
-        """With a softmax."""
+        """The product with a softmax."""
         softmax = isinstance(other, LazyExpression) and other.form == "softmax" and other.unshifted
         free = all(t.probs is None and not isinstance(t.values, (_Distance, _Smaller)) for t in self.terms)
         if not softmax or not free or self.skipped is not None or not fit(self.base, other.base):
@@ -388,14 +391,14 @@ class LazyProducts(Elementwise):
         return replace(self, terms=terms, factor=self.factor * other.factor, dtype=dtype)
 
     def _leaves_out_itself(self, masked: LinearLogits) -> bool:
-        """Whether the sum is the same without the entries where these logits are infinite. There are none without a bias; where
-        a bias makes them −inf their own softmax is 0; and a cross entropy alone skips them."""
+        """Whether the sum is the same without the entries where these logits are infinite. Without a bias there are none; where
+        a bias makes them −inf, their own softmax is 0; and a cross entropy that is the only term skips them."""
         alone = len(self.terms) == 1 and isinstance(self.terms[0].probs, LinearLogits)
         alone = alone and _same(self.terms[0].values, masked)
         return masked.rest.bias is None or alone or all(_same(t.probs, masked) for t in self.terms)
 
     def without_entries(self, mask: Any) -> Any:
-        """0 where ``mask``, one for each entry, says so: in what exists, where all terms are of that."""
+        """With 0 where ``mask``, of the full shape, is True: written into the tensors that exist, if every term has one."""
         if not alike(self, mask) or mask.dtype != torch.bool:
             return NotImplemented
         for _, a, b in self.terms:
@@ -408,7 +411,7 @@ class LazyProducts(Elementwise):
         def masked(x: Any) -> Any:
             return Dense(x.elements().masked_fill(mask, 0)) if isinstance(x, Dense) else x
 
-        # Whole tokens, where a nan may stand in what does not exist.
+        # Skip tokens that are masked whole, whose lazy part may hold a nan.
         whole = mask.all(self.vocab_dim)
         if self.skipped is not None:
             whole = whole | self.skipped
@@ -425,7 +428,7 @@ class LazyProducts(Elementwise):
             return NotImplemented
         alone, kls = _paired(self.terms, self.finite)
         if any(isinstance(a, LinearLogits) and isinstance(b, Dense) for _, a, b in alone):
-            return NotImplemented  # before any other is computed
+            return NotImplemented  # before any other term is computed
         sums = [self._sum_alone(*term) for term in alone] + _kl_sums(kls)
         if any(found is NotImplemented for _, found in sums):
             return NotImplemented
@@ -434,7 +437,7 @@ class LazyProducts(Elementwise):
         return filled._filled(sum(c * found for c, found in sums))
 
     def _sum_alone(self, c: float, a: Any, b: Any) -> tuple[float, Any]:
-        """A term that is part of no KL divergence, by the table of the module: a factor and what it multiplies."""
+        """The sum of a term that is not part of a KL divergence, by the module's table, with the factor that multiplies it."""
         if isinstance(a, LinearLogits):
             return -c, a.statistic("entropy") if _same(a, b) else _divergence(b, a, "cross_entropy")
         if isinstance(b, Dense):
@@ -465,7 +468,7 @@ class LazyProducts(Elementwise):
 
 
 def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
-    """Its tensors, and what makes it of them again: a function, for lazy tensors that are compared are made."""
+    """Its tensors, and what rebuilds it from them: a function, because comparing lazy tensors would materialise them."""
     held = [y for t in x.terms for y in (t.probs, t.values) if isinstance(y, Dense)]
     numbers = [t for t in (x.factor, x.fill) if isinstance(t, Tensor)]
     return [*(y.elements() for y in held), *numbers], functools.partial(_unflattened, x)
@@ -474,7 +477,7 @@ def _flattened(x: LazyProducts) -> tuple[list[Any], Any]:
 def _unflattened(x: LazyProducts, leaves: Any) -> Any:
     left = list(leaves)
     if not all(isinstance(t, Tensor) for t in left):
-        return None if len(left) == 1 else tuple(left)  # what was mapped to no tensors
+        return None if len(left) == 1 else tuple(left)  # tree_map gave no tensors
 
     def again(y: Any) -> Any:
         return Dense(left.pop(0)) if isinstance(y, Dense) else y
@@ -484,7 +487,7 @@ def _unflattened(x: LazyProducts, leaves: Any) -> Any:
     return replace(x, terms=terms, factor=factor, fill=fill)
 
 
-# As lazy logits themselves: DDP looks for what is trained in a module's outputs.
+# Like lazy logits themselves: DDP looks for tensors that train in a module's outputs.
 pytree.register_pytree_node(
     LazyProducts,
     _flattened,
@@ -494,7 +497,8 @@ pytree.register_pytree_node(
 
 
 def cross_entropy_with(logits: LinearLogits, probabilities: Tensor, reduction: str) -> Tensor:
-    """Wide: a KL divergence is the small difference between it and the entropy of the probabilities."""
+    """The cross entropy with ``probabilities``, in the wide dtype: a KL divergence is the small difference between it and
+    their entropy."""
     from .linear_cross_entropy import linear_logits_cross_entropy
 
     p = probabilities if probabilities.is_floating_point() else probabilities.to(logits.wide)
@@ -509,7 +513,7 @@ def _paired(terms: Sequence[_Term], finite: Sequence[LinearLogits]) -> tuple[lis
     while left:
         term = left.pop()
         c, a, b = term
-        # Two terms of one softmax(a) with opposite factors: of log_softmax(a), and of another's logarithm.
+        # Two terms with the same softmax(a) and opposite factors: one has log_softmax(a), the other another logarithm.
         own = _same(a, b)
         pairs = (t for t in left if t.factor == -c and _same(t.probs, a) and _same(t.values, a) != own)
         pair: Any = next(pairs, None)
@@ -519,21 +523,21 @@ def _paired(terms: Sequence[_Term], finite: Sequence[LinearLogits]) -> tuple[lis
             kls.append((c, a, pair.values) if own else (-c, a, b))
         elif own or bounded or isinstance(b, Dense) or not isinstance(a, LinearLogits):
             alone.append(term)
-        else:  # of a mixture, or of what a bias of −inf makes infinite where there is mass
+        else:  # a mixture, or logits that a bias of −inf may make infinite where softmax(a) is not 0
             alone.append(_Term(c, a, a))
             kls.append((-c, a, b))
     return alone, kls
 
 
 def _kl_sums(kls: list[Any]) -> list[Any]:
-    """Factors and sums of ``c Σ a log(a/b)``, of which two are one where they make a Jensen-Shannon divergence."""
+    """Factors and sums of ``c Σ a log(a/b)``; two that make a Jensen-Shannon divergence are computed as one."""
     sums: list[Any] = []
     while kls:
         c, a, b = kls.pop()
         if isinstance(b, LinearLogits):
             sums.append((c, _divergence(b, a, "forward_kl")))
             continue
-        if isinstance(b, Dense):  # whose exponentials may sum to anything
+        if isinstance(b, Dense):  # its exponentials need not sum to 1
             logits = b.elements().movedim(a.vocab_dim, -1)
             sums += [
                 (c, _divergence(a, logits, "reverse_kl")),
@@ -567,12 +571,12 @@ def _same(x: Any, y: Any) -> bool:
 
 
 def alike(x: LazyTensor, t: Any) -> bool:
-    """Whether ``t`` is a tensor with a number for each of ``x``."""
+    """Whether ``t`` is a tensor with a number for each element of ``x``."""
     return isinstance(t, Tensor) and t.shape == x.shape and t.device == x.device and not t.is_complex()
 
 
 def fit(x: LinearLogits, y: LinearLogits) -> bool:
-    """Whether they can be computed with together; raises where their vocabularies are of different sizes."""
+    """Whether they can be combined entry by entry; raises where their vocabularies have different sizes."""
     V, W = x.shape[x.vocab_dim], y.shape[y.vocab_dim]
     if V != W and 1 not in (V, W) and x.vocab_dim - x.ndim == y.vocab_dim - y.ndim:
         raise RuntimeError(
@@ -609,7 +613,7 @@ def minimum(input: Any, other: Any) -> Any:
 
 @answers("logaddexp", anywhere=True)
 def logaddexp(input: Any, other: Any) -> Any:
-    """The logarithm of a mixture of two softmaxes, from theirs and those of the weights."""
+    """The logarithm of a mixture of two softmaxes, from their logarithms and those of the weights."""
     both = (input, other)
     if not all(isinstance(x, LazyExpression) and x.form == "log_softmax" and x.unscaled for x in both):
         return NotImplemented
@@ -623,10 +627,10 @@ def logaddexp(input: Any, other: Any) -> Any:
 
 @dataclass(eq=False, repr=False)
 class LazyStack(Derived):
-    """Expressions of different heads, or beside what exists, stacked: no logits until something other than a sum over them is
-    asked for."""
+    """A stack of expressions of different heads, or of one and a tensor that exists: no logits are made until something other
+    than a sum over the stack is asked for."""
 
-    parts: tuple[Any, ...]  # Dense, what exists
+    parts: tuple[Any, ...]  # Dense for a tensor that exists
     at: int  # the new dimension
     answered = frozenset({"logsumexp", "sum", "mean", "size", "dim", "numel", "is_floating_point"})
 
@@ -661,7 +665,7 @@ class LazyStack(Derived):
         return torch.stack([x.materialize() if is_lazy(x) else x.elements() for x in self.parts], self.at)
 
     def reduced(self, fn: Callable[[Any, Any], Any], dims: list[int], keepdim: bool) -> Any:
-        """``fn`` of the two parts, where ``dims`` are what they are stacked along."""
+        """``fn`` of the two parts, if ``dims`` is the dimension they are stacked along."""
         if dims != [self.at] or keepdim or len(self.parts) != 2:
             return NotImplemented
         return fn(*(x if is_lazy(x) else x.elements() for x in self.parts)).to(self.dtype)
@@ -675,7 +679,7 @@ def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
     first = lazy[0]
     if not all(isinstance(x, LazyExpression) and fit(first.base, x.base) for x in lazy):
         return NotImplemented
-    # What two make of it is recorded, which a compiled function does not.
+    # A function of an expression and a tensor is recorded, which does not work in a compiled function.
     if exist and (len(tensors) != 2 or first.form not in ("log_softmax", "softmax") or torch.compiler.is_compiling()):
         return NotImplemented
     if not all(alike(first, x) and x.is_floating_point() for x in exist):
@@ -691,7 +695,7 @@ def weighed_values(softmax: Any, values: Any) -> Any:
 
 
 def as_products(x: LazyTensor) -> Any:
-    """``x`` as such, where it is one or a scaled ``log_softmax`` or ``softmax·log_softmax``."""
+    """``x`` as a :class:`LazyProducts`, if it is one, or a scaled ``log_softmax`` or ``softmax·log_softmax``."""
     if isinstance(x, LazyProducts):
         return x
     if not isinstance(x, LazyExpression) or x.form not in ("log_softmax", "p_log_p") or not x.unshifted:
@@ -700,4 +704,4 @@ def as_products(x: LazyTensor) -> Any:
     return LazyProducts((_Term(1.0, softmax, x.base),), x.dtype, x.factor)
 
 
-from .log_softmax import LazyExpression  # noqa: E402  which is made of LazyProducts, and of which they are made
+from .log_softmax import LazyExpression  # noqa: E402  it imports LazyProducts, which are made of it

@@ -1,4 +1,4 @@
-"""What is read of lazy logits and their ``log_softmax``: numbers at given ids, sums and norms over the vocabulary, largest
+"""What is read from lazy logits and their ``log_softmax``: numbers at given ids, sums and norms over the vocabulary, largest
 entries."""
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False)
 
 
 def _gathered_tokens(x: LazyTensor, dim: int, index: Tensor) -> Any:
-    """Along another dimension, where the index is the same for all of the vocabulary: ``expand`` made it."""
+    """Gather along another dimension, by an index that is the same for the whole vocabulary: ``expand`` made it."""
     at, V = x.vocab_dim, x.shape[x.vocab_dim]
     if index.shape[at] != V or (V != 1 and index.stride(at) != 0):
         return NotImplemented
@@ -57,7 +57,7 @@ def take_along_dim(x: LazyTensor, indices: Tensor, dim: int | None = None) -> An
         return NotImplemented
     at = wrap_dim(x, dim)
     indices = from_front(x, indices, at)
-    if at != x.vocab_dim:  # they broadcast
+    if at != x.vocab_dim:  # the indices broadcast
         sizes = [n if d == at else x.shape[d] for d, n in enumerate(indices.shape)]
         if any(n not in (1, size) for n, size in zip(indices.shape, sizes, strict=True)):
             return NotImplemented
@@ -98,14 +98,14 @@ def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = 
 
 
 def _rest_of_sum(x: LazyTensor, total: Tensor, dims: list[int], keepdim: bool, dtype: Any) -> Tensor:
-    """Of the sums over the vocabulary ``token_shape``, those over ``dims``, the vocabulary's among them."""
+    """The sum over ``dims``, which include the vocabulary's, from the sums over the vocabulary ``token_shape``."""
     whole = torch.int64 if x.dtype == torch.bool else x.dtype
     return total.unsqueeze(x.vocab_dim).sum(dims, keepdim).to(dtype or whole)
 
 
 @answers("nansum")
 def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    """Without the tokens whose hidden states have a nan, and so all their logits; a nan in the head stays one."""
+    """The sum without tokens whose hidden states have a nan, and so all their logits; a nan in the head stays in the sum."""
     dims = _dims(x, dim)
     if not isinstance(x, LinearLogits) or x.vocab_dim not in dims:
         return NotImplemented
@@ -115,7 +115,7 @@ def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any 
 @answers("mean")
 def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     if dtype is None and not x.dtype.is_floating_point:
-        return NotImplemented  # which PyTorch refuses
+        return NotImplemented  # PyTorch refuses that
     total = sum_(x, dim, keepdim, dtype=statistics_dtype(dtype or x.dtype))
     count = math.prod([x.shape[d] for d in _dims(x, dim)])
     return total if total is NotImplemented else (total / count).to(dtype or x.dtype)
@@ -134,12 +134,12 @@ def _extreme(x: LazyTensor, k: int, largest: bool) -> Any:
     if not isinstance(x, LinearLogits) or unknown(x.token_shape.numel()):
         return NotImplemented
     values, ids = x.topk_ids(k, largest)
-    # What shares the vocabulary asks alike on all ranks, also where one rank alone trains its rows. Under a transform, and
-    # while exporting, x does not know that the weight trains.
+    # Ranks that share the vocabulary must all read the values, even where only one of them trains its rows. Under a transform,
+    # and while exporting, x does not know that the weight trains.
     trains = x.requires_grad or x.shard is not None or transforms_active() or exporting()
     if torch.is_grad_enabled() and trains:
-        same = x.values_at(ids)  # but for rounding, and nan beside an infinite logit
-        values = values.detach()  # of the tangent that no_grad left it
+        same = x.values_at(ids)  # but for rounding, and for nan beside an infinite logit
+        values = values.detach()  # drops the tangent, which no_grad keeps
         values = torch.where(same == values, same, values + (same - same.detach()).nan_to_num(0))
     return values.to(x.dtype), ids
 
@@ -205,7 +205,7 @@ def norm(
 ) -> Any:
     ord, dims = ord if p is None else p, _dims(x, dim)
     ord = 2 if ord == "fro" else ord
-    # The norm of norms is that of all; how many are not 0 is none.
+    # The norm of norms is the norm of all entries; ord 0, the count of those that are not 0, is no norm.
     if x.vocab_dim not in dims or not is_number(ord) or ord == 0 or dtype is not None or not x.dtype.is_floating_point:
         return NotImplemented
     found = of_rows(lambda rows: torch.linalg.vector_norm(rows, ord, -1), x)
@@ -233,7 +233,7 @@ def var(
 @answers("std")
 def std(x: LazyTensor, *args: Any, **kwargs: Any) -> Any:
     found = var(x.with_dtype(x.wide), *args, **kwargs) if x.dtype.is_floating_point else NotImplemented
-    # The fill is what gives equal entries PyTorch's gradient, 0.
+    # The fill gives equal entries PyTorch's gradient, 0.
     return found if found is NotImplemented else found.masked_fill(found == 0, 0).sqrt().to(x.dtype)
 
 

@@ -1,9 +1,11 @@
-"""Numbers per token that nothing but the entries tells: a sum, a norm, of any expression of lazy logits, a few rows at a time.
+"""Numbers per token that can only be computed from the entries, such as a sum or norm of any expression of lazy logits: a few
+rows at a time.
 
-:func:`of_rows` makes the entries of as many rows as the workspace holds, again in backward, where autograd gives the gradient
-of those rows' logits and route ``gradients_in_forward`` its products: ``8NVH`` floating point operations for each number, as
-``recompute``. For that :func:`_flattened` puts slots where the expression has logits and tensors, and :func:`_filled` some
-rows of them into the slots. Where the workspace holds all rows the elements are made, once for all numbers.
+:func:`of_rows` computes the entries of as many rows as the workspace holds, and again in backward: there autograd gives the
+gradient of those rows' logits, and route ``gradients_in_forward`` the products with it. Each number takes ``8NVH`` floating
+point operations, as in ``recompute``. To take some rows of an expression, :func:`_flattened` replaces its logits and tensors by
+slots, and :func:`_filled` puts those rows into the slots. Where the workspace holds all rows, the elements are materialised,
+once for all numbers.
 """
 
 from __future__ import annotations
@@ -28,18 +30,19 @@ from .linear_logits import LinearLogits, same_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
 from .settings import resolve_backend
 
-COPIES = 2  # of a few rows of logits, for each function of them: what it makes, and autograd holds
+COPIES = 2  # of a few rows of logits, for each function of them: its result, and what autograd holds
 
 
 class _Slot(NamedTuple):
-    """Where the logits of a head stand in an expression, or a tensor with a row for each token."""
+    """A place in an expression for the logits of a head, or for a tensor with a row for each token."""
 
     of: str  # "logits", "tensor" or "dense"
     at: int
 
 
 def _with_leaves(x: Any, leaf: Callable[[Any], Any], known: dict[Any, Derived]) -> Any:
-    """``x`` with ``leaf`` of the logits, tensors and slots it is made of; what is one object, by ``known``, stays one."""
+    """``x`` with ``leaf`` applied to the logits, tensors and slots it is made of; an object used twice, by ``known``, stays
+    one object."""
     if not isinstance(x, Derived):
         return leaf(x)
     leaves = (LazyTensor, Dense, Tensor, _Slot)
@@ -53,8 +56,8 @@ def _with_leaves(x: Any, leaf: Callable[[Any], Any], known: dict[Any, Derived]) 
 
 
 def _flattened(x: LazyTensor, others: Sequence[Any]) -> tuple[list[Any], list[LinearLogits], list[Tensor], int]:
-    """``x`` and the others, which broadcast to it, with slots; their logits ``(N, V)``; their tensors ``(N, …)``; how many
-    functions they are made of."""
+    """``x`` and the others, which broadcast to it, with slots in them; their logits ``(N, V)``; their tensors ``(N, …)``; the
+    number of functions they are made of."""
     logits: list[LinearLogits] = []
     tensors: list[Tensor] = []
     functions: dict[Any, Derived] = {}
@@ -76,7 +79,7 @@ def _flattened(x: LazyTensor, others: Sequence[Any]) -> tuple[list[Any], list[Li
 
 
 def _filled(expressions: Sequence[Any], logits: Sequence[_MadeLogits], tensors: Sequence[Tensor]) -> list[Any]:
-    """The expressions with logits and tensors of some rows in their slots."""
+    """The expressions with the logits and tensors of some rows in their slots."""
 
     def part(slot: _Slot) -> Any:
         if slot.of == "logits":
@@ -88,7 +91,7 @@ def _filled(expressions: Sequence[Any], logits: Sequence[_MadeLogits], tensors: 
 
 
 def _elements(x: LazyTensor | Dense, like: LazyTensor) -> Tensor:
-    """Those of ``x``, which broadcasts to ``like``, the vocabulary last."""
+    """The elements of ``x``, which broadcasts to ``like``, with the vocabulary last."""
     if isinstance(x, Dense):
         return vocab_last(x, like)
     return (x.elements() if isinstance(x, LinearLogits) else x.materialize()).movedim(x.vocab_dim, -1)
@@ -100,7 +103,7 @@ class _MadeLogits(LinearLogits):
     def __init__(self, like: LinearLogits, z: Tensor, dtype: torch.dtype) -> None:
         bare: dict[str, Any] = {"weight": None, "bias": None, "low_rank": None, "all_tokens": None, "shards": {}}
         self.rest = like.rest.but(vocab_dim=1, dtype=dtype, temperature=1.0, **bare)
-        self._hidden = z  # whose tokens it has
+        self._hidden = z  # gives it its tokens
 
     def check(self) -> None:
         pass
@@ -126,13 +129,13 @@ class _OfRows(NamedTuple):
 
     function: Callable[..., Tensor]  # of each expression's (n, V), gives (n,)
     expressions: list[Any]  # as _flattened made them
-    logits: list[_MadeLogits]  # in their slots, without rows
+    logits: list[_MadeLogits]  # for the slots, without rows
     heads: list[Head]  # without their inputs
     room: int  # bytes
     at_once: int  # rows
 
     def of(self, z: Sequence[Tensor], tensors: Sequence[Tensor]) -> Tensor:
-        """The numbers ``(n,)`` of rows whose logits ``(n, V)`` and tensors ``(n, …)`` these are."""
+        """The numbers ``(n,)`` of rows with logits ``z (n, V)`` and ``tensors (n, …)``."""
         rows = [_MadeLogits(like, t, like.dtype) for like, t in zip(self.logits, z, strict=True)]
         return self.function(*(_elements(x, rows[0]) for x in _filled(self.expressions, rows, tensors)))
 
@@ -154,7 +157,7 @@ class _OfRows(NamedTuple):
         return torch.cat(parts) if parts else heads[0].hidden.new_zeros(0, dtype=wide_dtype(heads[0].hidden.device))
 
     def gradients(self, tensors: Sequence[Any], wanted: Sequence[bool], upstream: Tensor) -> list[Tensor | None]:
-        """Those of :meth:`value`, a pass for each head that trains; of the other tensors in the last."""
+        """The gradients of :meth:`value`: a pass for each head that trains; the last one also gives the other tensors'."""
         heads, others = self.split(tensors)
         heads = [head.detached() for head in heads]
         of_heads = [wanted[i * INPUTS : (i + 1) * INPUTS] for i in range(len(heads))]
@@ -197,7 +200,7 @@ class _OfRows(NamedTuple):
         return found + of_others
 
     def by_rows(self, gradient: Callable[[slice], Tensor | None]) -> OverLogits:
-        """For what ``gradient`` says of a few rows of logits."""
+        """An ``OverLogits`` that writes the gradient that ``gradient`` returns for a few rows of logits."""
 
         def over_logits(
             logits: Tensor, chunk: Head, ids: Tensor | None, rows: Any, factor: Tensor | None
@@ -205,7 +208,7 @@ class _OfRows(NamedTuple):
             pieces = self.pieces(rows.start, rows.stop)
             grads: Iterable[Tensor | None] = map(gradient, pieces)  # one at a time
             if logits.dtype == torch.float16:
-                grads = list(grads)  # all, for the factor
+                grads = list(grads)  # all of them, to find the factor
                 alone = in_range([logits.new_ones(1, dtype=torch.float32), *grads])
                 factor = alone if factor is None else torch.minimum(alone, factor)
             for piece, grad in zip(pieces, grads, strict=True):
@@ -258,7 +261,7 @@ class _Function(torch.autograd.Function):
 
 
 def of_rows(function: Callable[..., Tensor], x: LazyTensor, *others: LazyTensor | Dense) -> Any:
-    """``function`` of the rows of ``x`` and of what stands beside it, ``(…, V)`` to ``(…)``: ``token_shape``."""
+    """``function``, from ``(…, V)`` to ``(…)``, of the rows of ``x`` and of the others: numbers of ``token_shape``."""
     if not computable(x, *(y for y in others if not isinstance(y, Dense))):
         return NotImplemented
     expressions, logits, tensors, functions = _flattened(x, others)
@@ -272,7 +275,7 @@ def of_rows(function: Callable[..., Tensor], x: LazyTensor, *others: LazyTensor 
         # One half for the functions, one for a chunk's gradient.
         room = heads[0].plan(per_token=True, backend=backend).budget // 2
         at_once = max(1, room // (COPIES * (len(heads) + max(functions, 1)) * heads[0].vocab * 4))
-        if 0 < N <= at_once:  # with room for all, whose logits other numbers may want too
+        if 0 < N <= at_once:  # there is room for all rows, whose logits other numbers may read too
             found = function(*(_elements(y, x) for y in (x, *others)))
         else:
             slots = [_MadeLogits(z, z.hidden.new_empty(0, z.rest.vocab, dtype=z.wide), z.dtype) for z in logits]
@@ -280,6 +283,6 @@ def of_rows(function: Callable[..., Tensor], x: LazyTensor, *others: LazyTensor 
             chunks = _OfRows(function, expressions, slots, without, room, at_once)
             with torch.set_grad_enabled(torch.is_grad_enabled() and any(y.requires_grad for y in (x, *others))):
                 found = _Function.apply(chunks, *(t for head in heads for t in head.inputs), *tensors)
-        for z in logits:  # a frozen teacher's weight too, which a rank with other tokens may read
+        for z in logits:  # a frozen teacher's weight too: a rank with other tokens may read it
             found = z.gather_in_backward(found)
     return found.view(x.token_shape)
