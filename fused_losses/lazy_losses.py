@@ -44,7 +44,7 @@ def _cross_entropy_with_softmax(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """``−Σ t log p`` with the probabilities of another head."""
+    """``−Σ t log p`` where ``t`` are another head's probabilities."""
     softmax = isinstance(target, LazyExpression) and target.form == "softmax" and target.bare
     if weight is not None or ignore_index >= 0 or not softmax or not fit(x, target.base):
         return NotImplemented
@@ -71,7 +71,7 @@ def nll_loss(
     log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
     if not log_probs or not is_number(x.factor) or not is_number(x.offset) or x.offset != 0:
         return NotImplemented
-    if target.is_floating_point():  # of which cross_entropy would take the soft labels' loss
+    if target.is_floating_point():  # cross_entropy would take them for soft labels
         raise RuntimeError(
             f"nll_loss of {tuple(x.shape)} expects int64 or uint8 class indices, got {target.dtype} {tuple(target.shape)}; "
             "cross_entropy of the logits takes probabilities"
@@ -114,7 +114,7 @@ def kl_div(
 
 
 def _kl_from_lazy(log_p: Any, target: Any, log_target: bool, summed: bool) -> Any:
-    """``t (log t − log p)``, or its sums over the vocabulary, of a lazy teacher: the divergence of two heads."""
+    """``t (log t − log p)``, or its sums over the vocabulary, for a lazy teacher: the divergence of two heads."""
     form = "log_softmax" if log_target else "softmax"
     if not isinstance(target, LazyExpression) or target.form != form or not target.bare:
         return NotImplemented
@@ -124,7 +124,7 @@ def _kl_from_lazy(log_p: Any, target: Any, log_target: bool, summed: bool) -> An
 
 
 def _kl_from_values(log_p: Any, target: Tensor, log_target: bool, summed: bool) -> Any:
-    """The same, or its sum, of probabilities that exist: the cross entropy with them less their entropy."""
+    """The same, or its sum, for a teacher's probabilities that exist: the cross entropy with them less their entropy."""
     if isinstance(log_p, LazyProducts) or not target.is_floating_point():
         return NotImplemented
 
@@ -132,9 +132,9 @@ def _kl_from_values(log_p: Any, target: Tensor, log_target: bool, summed: bool) 
         t = upcast(x.exp() if log_target else x)
         return t * upcast(x) if log_target else torch.xlogy(t, t)
 
-    t = upcast(target.exp()) if log_target else target  # of which backward holds no wide copy
+    t = upcast(target.exp()) if log_target else target  # not upcast: backward would hold a wide copy
     if summed:
-        # A few rows at a time: of all it is as large as logits in fp32. A compiled function makes no such copy.
+        # A few rows at a time: t_log_t of all rows is as large as fp32 logits. A compiled function makes no such copy.
         rows = max(1, SUM_OF_MANY // max(target.shape[-1], 1))
         parts = [target] if torch.compiler.is_compiling() else target.reshape(-1, target.shape[-1]).split(rows)
         return sum(wide_sum(t_log_t(part), -1).sum() for part in parts) + cross_entropy_with(log_p.base, t, "sum")
@@ -143,7 +143,7 @@ def _kl_from_values(log_p: Any, target: Tensor, log_target: bool, summed: bool) 
 
 
 def _distance(name: str) -> None:
-    """Answer with the sum or mean of what ``lazy_elementwise`` records of each entry."""
+    """Answer this loss with the sum or mean of its entries, which ``lazy_elementwise`` records."""
     function = getattr(F, name)
     signature = inspect.signature(function)
 
@@ -151,7 +151,7 @@ def _distance(name: str) -> None:
     def answer(*args: Any, **kwargs: Any) -> Any:
         given = signature.bind(*args, **kwargs).arguments
         if given["input"].shape != given["target"].shape or given.get("weight") is not None:
-            return NotImplemented  # PyTorch warns of the one, and divides by the sum of the other
+            return NotImplemented  # PyTorch warns of unequal shapes, and divides by the sum of the weights
         older = given.pop("size_average", None), given.pop("reduce", None)
         reduction = reduction_of(given.pop("reduction", "mean"), *older)
         check_reduction(reduction)

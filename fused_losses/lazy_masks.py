@@ -1,4 +1,4 @@
-"""Where lazy logits are infinite, nan or masked, as hand-written losses and ``torch.distributions`` ask; and what they fill."""
+"""Masks of where lazy logits are infinite, nan or masked, as in hand-written losses and ``torch.distributions``; and fills."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ class _Booleans(Derived):
 
 @dataclass(eq=False, repr=False)
 class LazyMask(_Booleans):
-    """Where one of these logits is infinite, one of those nan, or a mask that exists says so."""
+    """True where one of ``infinite`` is infinite, one of ``nan`` is nan, or the mask ``dense`` is True."""
 
     infinite: tuple[LinearLogits, ...]
     nan: tuple[LinearLogits, ...] = ()
     dense: Dense | None = None
-    like: LinearLogits | None = None  # whose shape it has, where it was changed
+    like: LinearLogits | None = None  # gives the shape after a change in place
 
     @property
     def base(self) -> LinearLogits:
@@ -82,7 +82,7 @@ class LazyMask(_Booleans):
         return replace(self, dense=Dense(other if self.dense is None else self.dense.elements() | other))
 
     def emptied(self, z: LinearLogits) -> Any:
-        """``z`` with 0 for all that is not finite. Without a bias that is all of a token, by its hidden states."""
+        """``z`` with 0 for all that is not finite. Without a bias that is a token's whole row, decided by its hidden states."""
         both = all(len(of) == 1 and same_logits(of[0], z) for of in (self.infinite, self.nan))
         plain = z.rest.bias is None and z.rest.low_rank is None and z.softcap is None
         if not both or not plain or self.dense is not None:
@@ -93,7 +93,7 @@ class LazyMask(_Booleans):
 
 @dataclass(eq=False, repr=False)
 class LazyCondition(_Booleans):
-    """Where x is a number (``x == x``) or a finite one."""
+    """True where ``base`` is a number, not nan (``x == x``), or a finite one."""
 
     base: Any
     finite: bool
@@ -109,9 +109,9 @@ class LazyCondition(_Booleans):
         return self.aliasing(replace(self, base=self.base.mapped(fn, vocab_dim, view=view)), view)
 
     def everywhere(self) -> Any:
-        """``token_shape``: whether all entries are."""
+        """Whether all entries of a token meet the condition, ``token_shape``."""
         x = self.base
-        if self.finite:  # of logits alone; a nan is the largest
+        if self.finite:  # only logits come here; topk takes a nan for the largest
             largest, smallest = (x.topk_ids(1, largest)[0].squeeze(-1) for largest in (True, False))
             return largest.isfinite() & smallest.isfinite()
         if isinstance(x, LinearLogits):
@@ -122,7 +122,7 @@ class LazyCondition(_Booleans):
 
 @answers("eq", "__eq__")
 def eq(x: LazyTensor, other: Any) -> Any:
-    """With itself, as ``torch.distributions`` looks for nan."""
+    """``x == x``, as ``torch.distributions`` looks for nan."""
     own = other is x and isinstance(x, (LinearLogits, LazyExpression))
     return LazyCondition(x.as_copy(), finite=False) if own else NotImplemented
 
@@ -168,7 +168,7 @@ def or_(input: Any, other: Any) -> Any:
 @answers_in_place("masked_fill_")
 @answers("masked_fill")
 def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
-    """0 where logits are infinite, which ``0 · (−inf)`` is not, for whole tokens, or in what exists beside lazy logits."""
+    """Fill with 0: where logits are infinite, since ``0 · (−inf)`` is not 0; whole tokens; or tensors beside lazy logits."""
     number = number_of(value) if not isinstance(value, Tensor) or value.ndim == 0 else NotImplemented
     if number is NotImplemented or number != 0:
         return NotImplemented
@@ -190,7 +190,7 @@ def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
 
 @answers("where", anywhere=True)
 def where(*args: Any, **kwargs: Any) -> Any:
-    """0 for whole tokens; a method has the condition in second place."""
+    """0 for whole tokens; called as a method, the condition is the second argument."""
     method = len(args) > 0 and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
     names = ("input", "condition", "other") if method else ("condition", "input", "other")
     given: Any = kwargs | dict(zip(names, args, strict=False))

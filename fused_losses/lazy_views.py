@@ -1,7 +1,7 @@
-"""Indexing, views and permutations of a tensor known by its tokens: they move tokens and leave the vocabulary whole.
+"""Indexing, views and permutations of a lazy tensor: they move its tokens and leave the vocabulary whole.
 
-The vocabulary may stand at any dimension. A new shape keeps it where as many elements lie before it as before; an index
-that selects from it selects rows of the head.
+The vocabulary may be any dimension. A new shape keeps it if it has a dimension of that size with as many elements before it as
+in the old shape; an index that selects from the vocabulary selects rows of the head.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _sizes(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 @answers("reshape")
 def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
-    shape = shape or tuple(kwargs.values())  # which view calls size or dtype
+    shape = shape or tuple(kwargs.values())  # view calls these size or dtype
     if isinstance(shape[0], torch.dtype):
         return NotImplemented
     new = list(_sizes(shape))
@@ -48,7 +48,7 @@ def view(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
     shape = shape or tuple(kwargs.values())
     if found is not NotImplemented or isinstance(shape[0], torch.dtype):
         return found
-    return materialised("view", x).reshape(_sizes(shape))  # what contiguous() left as it was has no such view
+    return materialised("view", x).reshape(_sizes(shape))  # not view: what contiguous() left as it was may have none
 
 
 @answers("view_as", "reshape_as", anywhere=True)
@@ -107,7 +107,7 @@ def broadcast_tensors(*tensors: Any) -> Any:
 @answers("permute")
 def permute(x: LazyTensor, *args: Any, dims: Any = ()) -> Any:
     order = [wrap_dim(x, d) for d in _sizes(args or (dims,))]
-    if len(order) != x.ndim or {*order} != {*range(x.ndim)}:  # Dynamo sorts no symbols
+    if len(order) != x.ndim or {*order} != {*range(x.ndim)}:  # sets, as Dynamo cannot sort symbols
         raise RuntimeError(f"permute: {order} does not name each dimension of {tuple(x.shape)} once")
     return x.mapped(lambda t: t.permute(order), order.index(x.vocab_dim))
 
@@ -171,12 +171,12 @@ def index(x: LazyTensor, key: Any) -> Any:
     fill: list[Any] = [slice(None)] * (x.ndim - taken)
     at = next((i for i, k in enumerate(items) if k is Ellipsis), len(items))
     items[at : at + 1] = fill
-    position, dim = 0, 0  # of the vocabulary in items
+    position, dim = 0, 0  # of the vocabulary: its place in items, its dimension
     while dim + _consumed(items[position]) <= x.vocab_dim:
         dim += _consumed(items[position])
         position += 1
     if dim != x.vocab_dim:
-        return NotImplemented  # such a mask too
+        return NotImplemented  # also a mask over tokens and vocabulary
     vocab_key, items[position] = items[position], slice(None)
     if isinstance(vocab_key, slice):
         return _index_tokens(x if vocab_key == slice(None) else x.columns(vocab_key), items, position)
@@ -184,27 +184,27 @@ def index(x: LazyTensor, key: Any) -> Any:
         V = x.shape[x.vocab_dim]
         if isinstance(vocab_key, int) and not -V <= vocab_key < V:
             raise IndexError(f"index {vocab_key} is out of bounds for dimension {x.vocab_dim} with size {V}")
-        # An integer is taken out before index tensors meet: what stands on its two sides is then adjacent.
+        # An integer is removed before index tensors are combined: those on its two sides are then adjacent.
         x, items = movedim(x, x.vocab_dim, -1), items[:position] + items[position + 1 :] + [slice(None)]
         return _index_tokens(x, items, len(items) - 1).column(vocab_key)
-    vocab_key = vocab_key.to(x.device)  # an index may stand on the CPU, as a list does
+    vocab_key = vocab_key.to(x.device)  # an index may be on the CPU, as one made from a list is
     if any(isinstance(k, Tensor) for k in items):
         return _pointwise(x, items, position, vocab_key)
     return _index_tokens(x.columns(vocab_key) if vocab_key.ndim == 1 else NotImplemented, items, position)
 
 
 def _is_entry(k: Any) -> bool:
-    """Whether PyTorch takes a short list that holds it for a tuple, with an entry for each dimension."""
+    """Whether PyTorch takes a short list that contains ``k`` for a tuple, with an entry for each dimension."""
     return k is None or k is Ellipsis or isinstance(k, (Tensor, Sequence, slice)) or getattr(k, "ndim", 0) > 0
 
 
 def _as_key(k: Any) -> Any:
     if isinstance(k, (list, tuple, range)):
         k = torch.as_tensor(k, device="cpu")  # whatever the default device is
-        k = k.long() if k.is_floating_point() else k  # as of an empty list
+        k = k.long() if k.is_floating_point() else k  # as an empty list gives
     elif type(k).__module__ == "numpy":
         k = torch.as_tensor(k, device="cpu")
-    return k.bool() if isinstance(k, Tensor) and k.dtype == torch.uint8 else k  # a mask of old
+    return k.bool() if isinstance(k, Tensor) and k.dtype == torch.uint8 else k  # uint8 is the old dtype of masks
 
 
 def _is_int(k: Any) -> bool:
@@ -233,7 +233,7 @@ def _index_tokens(x: Any, items: list[Any], position: int) -> Any:
         width = max(1 if k.dtype == torch.bool else k.ndim for k in tensors)
         adjacent = advanced[-1] - advanced[0] + 1 == len(advanced)
         vocab_dim -= sum(i < vocab_dim for i in advanced)
-        # Adjacent index tensors are replaced by their shape where they stand, others by their shape in front.
+        # The shape of adjacent index tensors takes their place; the shape of others comes first.
         vocab_dim += width if not adjacent or advanced[0] < len(kept) else 0
     return x.mapped(lambda t: t[tuple(items)], vocab_dim, view=not advanced)
 
@@ -276,7 +276,7 @@ def narrow(x: LazyTensor, dim: int, start: int, length: int) -> Any:
 
 @answers("index_select")
 def index_select(x: LazyTensor, dim: int, index: Tensor) -> Any:
-    # What may not be an index does not get past this one.
+    # PyTorch's index_select refuses an invalid index.
     index = torch.arange(x.shape[wrap_dim(x, dim)], device=index.device).index_select(0, index)
     return index_along(x, dim, index)
 

@@ -24,9 +24,9 @@ class LinearHead(nn.Linear):
         bias: whether there is a bias.
         scale: multiplies the products (Granite, Cohere).
         softcap: bound of the logits (Gemma 2).
-        rank: of a LoRA update ``lora_B (V, R) · lora_A (R, H)`` beside the weight; 0: none.
+        rank: the rank of a LoRA update ``lora_B (V, R) · lora_A (R, H)`` beside the weight; 0: none.
         alpha: the update is scaled by ``alpha / rank``.
-        dropout: on the update's input.
+        dropout: probability of dropout on the update's input.
 
     Example:
         >>> head = LinearHead(4, 7, bias=False, softcap=30.0)
@@ -53,7 +53,7 @@ class LinearHead(nn.Linear):
         self.add_update(rank, alpha, dropout)
 
     def add_update(self, rank: int, alpha: float = 1.0, dropout: float = 0.0) -> None:
-        """Put a LoRA update of this rank beside the weight, which stays as it is, in place of any other; 0: none."""
+        """Put a LoRA update of this rank beside the weight, which stays unchanged. It replaces any other update; 0: none."""
         self.alpha, self.dropout = alpha, dropout
         self.lora_A = self.lora_B = None
         if rank:
