@@ -30,12 +30,12 @@ def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Ten
     Source: verl 0.9's ``batch_num_tokens / dp_size``; TRL 1.16's and transformers' ``num_items_in_batch``, over processes.
 
     Args:
-        count: of this rank, of all its micro-batches together, on the device of the group's backend; a scalar, or several
+        count: this rank's count, over all its micro-batches, on the device of the group's backend; a scalar, or several
             counts in one tensor.
         group: the ranks that gradients are averaged over; ``None``: all, where ``torch.distributed`` runs.
 
     Returns:
-        As ``count``, fp32, without gradient, the same bits on all ranks. One all-reduce; nothing waits for the device.
+        Shaped as ``count``, fp32, without gradient, the same bits on all ranks. One all-reduce; nothing waits for the device.
 
     Example:
         >>> labels = torch.tensor([[5, 6, -100, 8]])
@@ -43,7 +43,7 @@ def count_per_rank(count: Tensor, group: dist.ProcessGroup | None = None) -> Ten
         tensor(2.)
     """
     check_tensors(count=count)
-    total, ranks = count.detach().to(wide_dtype(count.device), copy=True), 1  # of any dtype, on ranks of different ones
+    total, ranks = count.detach().to(wide_dtype(count.device), copy=True), 1  # ranks may have different dtypes
     if is_distributed():
         ranks = dist.get_world_size(group)
         dist.all_reduce(total, group=group)

@@ -1,8 +1,8 @@
-"""A head's weight that its owner shards between uses (FSDP2, ZeRO-3): whole for a use in forward, and for its backward.
+"""Gathering a head's weight that its owner shards between uses (FSDP2, ZeRO-3), for a use in forward and for its backward.
 
-Such a weight is whole inside its module's forward alone, and logits that are never made are read after it. Whoever reads the
-weight makes it whole for as long as that takes, through the module. So it is with the bias and ``B`` beside it, which may be
-sharded where the weight is not (``parametrizations.weight_norm``, ``fully_shard(…, ignored_params=)``).
+Such a weight is whole only inside its module's forward, and lazy logits are read after that. Whoever reads the weight gathers
+it through the module, for as long as the read takes. The same holds for the bias and ``B`` beside it, which may be sharded
+where the weight is not (``parametrizations.weight_norm``, ``fully_shard(…, ignored_params=)``).
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ def is_distributed() -> bool:
 
 
 def is_whole(weight: Tensor, *others: Tensor) -> bool:
-    """Whether the head's weight, and what is beside it, is there: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
+    """Whether the head's weight and the others are whole: ZeRO-3 leaves a shape of ``(0,)``, FSDP2 an empty storage."""
     if transforms_active():  # a wrapper has no storage to ask
         return True
     return weight.ndim == 2 and all(t.numel() == 0 or t.untyped_storage().size() > 0 for t in (weight, *others))
 
 
 def fsdp_unit(module: Any) -> Any:
-    """What FSDP2 gathers and shards the parameters of ``module`` with: itself, or the nearest module around it; else None."""
+    """The module through which FSDP2 gathers and shards the parameters of ``module``: itself, or the nearest one around it;
+    else None."""
     if module is None or hasattr(module, "unshard"):
         return module
     if not is_distributed():
@@ -42,7 +43,7 @@ def fsdp_unit(module: Any) -> Any:
 
 
 def shards(module: Any, **whole: Tensor | None) -> dict[str, Tensor]:
-    """The shards that FSDP2 gathers these from: an optimizer changes those, and a gather keeps the version of what is whole."""
+    """The shards that FSDP2 gathers these from: an optimizer changes the shards, and a gather keeps the whole one's version."""
     unit = None if torch.compiler.is_compiling() else fsdp_unit(module)
     if unit is None or not hasattr(unit, "_get_fsdp_state"):
         return {}
@@ -59,7 +60,7 @@ def shards(module: Any, **whole: Tensor | None) -> dict[str, Tensor]:
 
 
 def gather(parts: Sequence[Tensor], module: Any, shape: torch.Size) -> Callable[[], Any]:
-    """Make ``parts``, the head's weight first, whole; returns what undoes it. ``shape``: of the logits, for errors."""
+    """Gather ``parts``, the head's weight first; returns a function that undoes it. ``shape``: of the logits, for errors."""
     if torch.compiler.is_compiling() or transforms_active() or parts[0].is_meta or is_whole(*parts):
         return lambda: None
     if module is None:
@@ -86,7 +87,7 @@ def gather(parts: Sequence[Tensor], module: Any, shape: torch.Size) -> Callable[
 
 @contextmanager
 def gathered(parts: Sequence[Tensor], module: Any, shape: torch.Size) -> Iterator[None]:
-    """``parts`` are whole inside."""
+    """A context in which ``parts`` are whole."""
     release = gather(parts, module, shape)
     try:
         yield
@@ -108,14 +109,14 @@ def gather_in_backward(
     if module is None:
 
         def check(_: Any) -> None:
-            gather(parts, module, shape)  # raises where it is not whole
+            gather(parts, module, shape)  # raises where they are not whole
 
         node.register_prehook(check)
     elif unit is not None:
         _unshard_in_backward(node, parts, unit, shape, trains=trains, made=made)
     elif getattr(module, "ds_grads_remaining", 0):
-        # ZeRO-3 will free the weight when the gradient of the module's input is made, and insists on having gathered
-        # it when that of its output came. What came out, it did not know for tensors: these are.
+        # ZeRO-3 will free the weight when the gradient of the module's input is computed, and insists on having gathered
+        # it when the gradient of its output arrived. It saw no tensors in the module's output: these zeros are.
         with torch.enable_grad():
             fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
         node.register_prehook(lambda _: fetch(torch.zeros(())) and None)
@@ -134,7 +135,7 @@ def _unshard_in_backward(
         if not made or torch.is_grad_enabled():
             undo.append(gather(parts, unit, shape))
             if not is_whole(*parts):
-                # unshard_in_backward is off, and amid a backward unshard heeds that.
+                # unshard_in_backward is off, and during a backward unshard obeys it.
                 unit.set_unshard_in_backward(True)
                 unit.unshard()
                 unit.set_unshard_in_backward(False)
@@ -145,7 +146,7 @@ def _unshard_in_backward(
 
 
 def _gather_until_accumulated(node: Any, parts: Sequence[Tensor], module: Any, shape: torch.Size) -> None:
-    """ZeRO-3's ``parts``, whole from ``node`` on until the gradients of all parameters of ``module`` were accumulated."""
+    """ZeRO-3's ``parts``, made whole from ``node`` on until the gradients of all parameters of ``module`` are accumulated."""
     undo: list[Callable[[], Any]] = []
     waiting: list[Tensor] = []
 
@@ -158,7 +159,7 @@ def _gather_until_accumulated(node: Any, parts: Sequence[Tensor], module: Any, s
         if is_whole(*parts):
             return
         undo.append(gather(parts, module, shape))
-        # A parameter must be whole until its gradient was accumulated.
+        # A parameter must be whole until its gradient is accumulated.
         waiting[:] = [p for p in module.parameters() if p.requires_grad]
         undo.extend(p.register_post_accumulate_grad_hook(accumulated).remove for p in waiting)
         torch.autograd.Variable._execution_engine.queue_callback(lambda: _run_all(undo))

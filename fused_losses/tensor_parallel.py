@@ -4,10 +4,10 @@ Over a dimension of the mesh on which the head's weight is
 
 - ``Shard(0)``, the ranks share the vocabulary (see :mod:`fused_losses.vocab_parallel`), and all of them need the hidden states
   of all tokens: hidden states that are sharded there are gathered, and their gradient is reduce-scattered;
-- ``Shard(1)``, the weight's rows are exchanged first so that it is ``Shard(0)``: each rank sends what others need of its
-  columns, and none ever holds the whole;
-- ``Replicate``, every rank has its own tokens where hidden is sharded by tokens, as in data parallelism, and the gradient of
-  the weight is a sum over them.
+- ``Shard(1)``, the weight is first redistributed to ``Shard(0)``: each rank sends the others the part of its columns that they
+  need, and none ever holds the whole weight;
+- ``Replicate``, each rank has its own tokens if hidden is sharded by tokens, as in data parallelism, and the gradient of the
+  weight is a sum over the ranks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_shard(placement: Placement, dim: int) -> bool:
 
 
 def part_of_vocabulary(mesh: DeviceMesh, at: int | None, vocab: int) -> VocabShard | None:
-    """What ``Shard`` leaves to this rank on dimension ``at`` of the mesh: it cuts as ``torch.chunk`` does."""
+    """This rank's part of a vocabulary that is ``Shard`` on dimension ``at`` of the mesh: it is split as by ``torch.chunk``."""
     if at is None:
         return None
     most = -(-vocab // mesh.size(at))
@@ -51,7 +51,7 @@ def local_head(
     *,
     group: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Any]:
-    """This rank's part of a head of DTensors, and what it holds of a vocabulary that is shared."""
+    """This rank's part of a head of DTensors, and its :class:`VocabShard` if the vocabulary is shared."""
     refuse_group(group)
     of = {"hidden": hidden, "weight": weight, "bias": bias, "low_rank[0]": u, "low_rank[1]": B}
     shown = ", ".join(
@@ -96,7 +96,7 @@ def local_head(
     local = of_tokens(hidden)
     shard = part_of_vocabulary(mesh, at, weight.shape[0])
     sharded = None if at is None else hidden.placements[at]
-    # Where a later dimension of the mesh cuts this rank's tokens again, they are no part of those that were gathered.
+    # Where a later mesh dimension splits this rank's tokens again, they are not one of the parts that were gathered.
     cut_again = at is not None and sharded in hidden.placements[at + 1 :]
     if shard is not None and type(sharded) is Shard and not cut_again:
         dim = sharded.dim
@@ -108,7 +108,7 @@ def local_head(
 
 
 def local_logits(logits: DTensor, dim: int, group: Any) -> tuple[Tensor, VocabShard | None]:
-    """This rank's part of logits whose classes stand in ``dim``, and what of them it holds where they are shared."""
+    """This rank's part of logits whose classes are dimension ``dim``, and its :class:`VocabShard` if they are shared."""
     refuse_group(group)
     dim %= logits.ndim
     shared = [at for at, p in enumerate(logits.placements) if is_shard(p, dim)]
@@ -129,8 +129,8 @@ class VocabParallelHead(ParallelStyle):
     ``model.lm_head.weight = model.embed.weight``.
 
     Args:
-        input_layouts: how the hidden states come: ``Replicate()``, or ``Shard(1)`` where the layers before are sequence
-            parallel.
+        input_layouts: the placement of the hidden states: ``Replicate()``, or ``Shard(1)`` where the layers before are
+            sequence parallel.
 
     Example:
         >>> from torch.distributed.tensor.parallel import parallelize_module  # doctest: +SKIP

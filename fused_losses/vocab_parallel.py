@@ -1,14 +1,14 @@
-r"""A vocabulary shared out over the ranks of a process group: each holds some rows of the head, none holds the logits.
+r"""A vocabulary shared by the ranks of a process group: each holds some rows of the head, none holds the logits.
 
-A rank's own rows give the statistics of its part of a token's logits, and a few numbers per token and rank are all that the
-whole needs. With :math:`lse_r` a rank's logsumexp and :math:`q_r = e^{lse_r - lse}` its share of the probability:
+Each rank computes the statistics of its part of a token's logits from its own rows, and those of the whole need only a few
+numbers per token and rank. With :math:`lse_r` a rank's logsumexp and :math:`q_r = e^{lse_r - lse}` its share of probability:
 
 .. math::
     lse = \log\sum_r e^{lse_r}, \quad \log p_y = \log p_y^r + lse_r - lse, \quad H = \sum_r q_r (H_r + lse - lse_r), \quad
     \log\sum p^2 = \log\sum_r q_r^2 e^{lss_r}, \quad \sum w \log p = \sum_r \big(s_r + (lse_r - lse) \textstyle\sum w_r\big)
 
-Every rank gathers those numbers and puts them together in the same order, so that all hold the same bits. From there on the
-gradient of a rank's logits is its own business; the gradient of hidden is a sum over ranks.
+Every rank gathers those numbers and merges them in the same order, so that all hold the same bits. From there on each rank
+computes the gradient of its own logits by itself; the gradient of hidden is a sum over ranks.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from .autodiff import trains
 from .numerics import on_device, statistics_dtype
 from .row_statistics import RowStatistics, empty_statistics, only, skipped
 
-ROUTES = ("", "gradients_in_forward", "recompute")  # ranks compare their places; "": none of the two
-# Bits of VocabShard.sums: which gradients the ranks sum, in which they must agree.
+ROUTES = ("", "gradients_in_forward", "recompute")  # ranks compare the positions in it; "": neither of the two
+# Bits of VocabShard.sums: which gradients the ranks sum. All ranks must agree on them.
 HEAD, HIDDEN, U = 1, 2, 4  # there is a head, not logits that exist; its hidden wants a gradient; its u does
-TEACHERS = 8  # times those: the same of a teacher's head
-STUDENT, TEACHER = 64, 128  # of two sides whose gradients take numbers of all ranks: it wants any
+TEACHERS = 8  # times those bits: the same for a teacher's head
+STUDENT, TEACHER = 64, 128  # where two sides' gradients need numbers of all ranks: this side wants any gradient
 
 
 @dataclass(frozen=True)
 class VocabParallel:
     """What to pass as ``group=`` where the group alone does not say which part of the vocabulary this rank holds.
 
-    A bare process group stands for ``VocabParallel(group)``: every rank holds as many consecutive rows, in rank order.
+    A bare process group stands for ``VocabParallel(group)``: every rank holds equally many consecutive rows, in rank order.
 
     Args:
         group: the ranks that share the vocabulary.
-        vocab_range: ``(start, stop)``, the ids of this rank's rows; what the shard holds beyond them is padding. By default
-            from ``rank·rows`` on, as many as there are rows. May be empty.
-        vocab_size: V, of all ranks together; by default the rows of all. Smaller, the last rows are padding.
+        vocab_range: ``(start, stop)``, the ids of this rank's rows; further rows of the shard are padding. By default it starts
+            at ``rank·rows`` and has as many ids as there are rows. May be empty.
+        vocab_size: V, of all ranks together; by default the rows of all. If it is smaller, the last rows are padding.
 
     Example:
         >>> VocabParallel(None, vocab_range=(0, 3), vocab_size=5).shard(rows=4)
@@ -55,7 +55,7 @@ class VocabParallel:
     vocab_size: int | None = None
 
     def shard(self, rows: int) -> VocabShard:
-        """What a shard of ``rows`` rows holds."""
+        """The :class:`VocabShard` that a shard of ``rows`` rows holds."""
         if self.group is None:
             raise ValueError("group is None: pass a process group, or call without group= for a whole vocabulary")
         rank, ranks = dist.get_rank(self.group), dist.get_world_size(self.group)
@@ -76,7 +76,7 @@ class VocabParallel:
 
 
 def vocab_shard(group: Any, rows: int) -> VocabShard | None:
-    """What a ``group=`` argument says of a shard of ``rows`` rows; None for None."""
+    """The :class:`VocabShard` that a ``group=`` argument gives a shard of ``rows`` rows; None for None."""
     if group is None or isinstance(group, VocabShard):
         return group
     return (group if isinstance(group, VocabParallel) else VocabParallel(group)).shard(rows)
@@ -89,7 +89,7 @@ def is_dtensor(x: Any) -> bool:
 def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard | None]:
     """This rank's columns of the logits without padding, and its :class:`VocabShard`: None where the vocabulary is not shared.
 
-    ``dim`` is that of the classes; ``group`` or the placements of a DTensor say who shares it.
+    ``dim`` is the dimension of the classes; ``group`` or a DTensor's placements say which ranks share it.
     """
     if not isinstance(logits, Tensor):
         if not hasattr(logits, "rest"):
@@ -107,7 +107,7 @@ def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard 
 
         logits, group = local_logits(logits, dim, group)  # type: ignore[arg-type]
     shard = vocab_shard(group, logits.shape[dim] if logits.ndim else 0)
-    if shard is None or shard.size == logits.shape[dim]:  # the gradient of a view of all would be copied
+    if shard is None or shard.size == logits.shape[dim]:  # the gradient of a full-size view would be copied
         return logits, shard
     return logits.narrow(dim, 0, shard.size), shard
 
@@ -117,17 +117,17 @@ def local_target(target: Tensor) -> Tensor:
 
 
 class VocabShard(NamedTuple):
-    """The ids ``[start, stop)`` of ``vocab``, this rank's share of a group, which is known by its name."""
+    """This rank's share of a vocabulary: the ids ``[start, stop)`` of ``vocab``. ``group`` is the name of the process group."""
 
     group: str
     start: int
     stop: int
     vocab: int
     ranks: int
-    # Where hidden was gathered from tokens (outer, ranks, inner), of whose gradient each rank wants its own; (0, 0): of all.
+    # Where hidden was gathered from tokens (outer, ranks, inner), each rank wants its own tokens' gradient; (0, 0): all.
     outer: int = 0
     inner: int = 0
-    sums: int = 0  # of HEAD, HIDDEN, …
+    sums: int = 0  # the sum of bits HEAD, HIDDEN, …
 
     @property
     def size(self) -> int:
@@ -135,7 +135,7 @@ class VocabShard(NamedTuple):
 
     @property
     def even_size(self) -> int:
-        """How many ids a rank has where they are shared out evenly."""
+        """How many ids a rank has where they are split evenly."""
         return -(-self.vocab // self.ranks)
 
     @property
@@ -150,25 +150,25 @@ class VocabShard(NamedTuple):
         return cls(group, *map(int, numbers))
 
     def of_head(self, hidden: Tensor, u: Tensor | None) -> VocabShard:
-        """The same of a head that reads these."""
+        """This shard, with the bits of a head that reads ``hidden`` and ``u``."""
         return self._replace(sums=self.sums + HEAD + HIDDEN * trains(hidden) + U * trains(u))
 
     def of_sides(self, student: Any, teacher: Any) -> VocabShard:
-        """The same where these two are compared."""
+        """This shard, with the bits of a comparison of these two."""
         return self._replace(sums=STUDENT * trains(student) + TEACHER * trains(teacher))
 
     def beside(self, teacher: VocabShard) -> VocabShard:
-        """The same of a student's head that is compared with the teacher's."""
+        """This shard, of a student's head, with the bits of the teacher's head that it is compared with."""
         return self._replace(sums=self.sums + TEACHERS * teacher.sums)
 
     def local(self, ids: Tensor) -> Tensor:
-        """Ids counted from this rank's first row; −100 stays, and an id of another rank is counted from beyond ``size``, where
+        """Ids counted from this rank's first row; −100 stays, and an id of another rank becomes one beyond ``size``, where
         there is no row."""
         mine = (ids >= self.start) & (ids < self.stop)
         return torch.where(mine, ids - self.start, ids + self.size + 1).masked_fill(ids == -100, -100)
 
     def sum_of(self, local: Tensor) -> Tensor:
-        """The sum of the ids that :meth:`local` counted."""
+        """The sum of the ids that :meth:`local` turned into ``local``."""
         of_all = torch.where(local > self.size, local - self.size - 1, local + self.start)
         return torch.where(local == -100, local, of_all).sum()
 
@@ -179,25 +179,25 @@ class VocabShard(NamedTuple):
         """``x`` of every rank, ``(R, *x.shape)``."""
         group = self.process_group()
         out = x.new_empty(self.ranks * x.numel())
-        # The first is its name from torch 2.13 on.
+        # all_gather_single is its name from torch 2.13 on.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(out, x.reshape(-1).contiguous(), group=group)
         return out.view(self.ranks, *x.shape)
 
     def gather_checked(self, x: Tensor, route: str = "", rows: int = 0, ids: Tensor | None = None) -> Tensor:
-        """:meth:`gather`; raises on all ranks where they do not hold the vocabulary once, or do not make the same call: of
-        one size, by one route, of as many rows and of the same (local) ids."""
+        """:meth:`gather`; raises on all ranks unless together they hold the vocabulary exactly once and make the same call: the
+        same size, route, number of rows and (local) ids."""
         total = 0 if ids is None else self.sum_of(ids)
         call = (*self[1:4], ROUTES.index(route), self.sums, rows, x.numel(), total)
-        # On their own, and so of one size even then.
+        # Gathered on their own, so that all ranks' sizes are the same even then.
         _check_alike(self.gather(torch.stack([on_device(n, x.device, torch.int64) for n in call])))
         return self.gather(x)
 
     def topk(self, values: Tensor, ids: Tensor, largest: bool) -> tuple[Tensor, Tensor]:
-        """The best of every rank's ``(N, k)``, by ids of the whole vocabulary; negative ids are of no entry."""
+        """The best of every rank's ``(N, k)``, with ids of the whole vocabulary; a negative id stands for no entry."""
         k, ids = values.shape[1], torch.where(ids < 0, ids, ids + self.start)
         both, both_ids = (self.gather(t).movedim(0, 1).flatten(1) for t in (values, ids))
-        last = (both_ids < 0).byte().argsort(stable=True)  # no entry is behind all entries, those of −inf too
+        last = (both_ids < 0).byte().argsort(stable=True)  # places without an entry last, after −inf too
         both, both_ids = both.gather(-1, last), both_ids.gather(-1, last)
         if k == 1:
             return best_of(both, both_ids, k, largest)
@@ -207,7 +207,7 @@ class VocabShard(NamedTuple):
     def begin_sum(self, x: Tensor) -> Callable[[], Any]:
         """Start an in-place sum over the ranks of ``x``, a row per token; call the result to wait for it.
 
-        Where ``x`` has the tokens of all ranks and each needs its own only, the other rows are left as they were.
+        Where ``x`` has the tokens of all ranks and each rank needs only its own, the other rows are left as they were.
         """
         group = self.process_group()
         if self.inner == 0 or x.shape[:-1].numel() != self.outer * self.ranks * self.inner:
@@ -239,12 +239,12 @@ class _SummedInBackward(torch.autograd.Function):
 
 
 def summed_in_backward(x: Tensor, shard: VocabShard) -> Tensor:
-    """``x``, the same on all ranks, whose gradient is the sum of theirs."""
+    """``x``, the same on all ranks, whose gradient is the sum of all ranks' gradients."""
     return _SummedInBackward.apply(x, shard)
 
 
 def best_of(values: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """The ``k`` largest or smallest of ``(N, m)`` and their ids, fewer where ``m < k``; a single one is the first of equals."""
+    """The ``k`` largest or smallest of ``(N, m)`` and their ids, fewer where ``m < k``; for ``k = 1``, the first of equals."""
     if k == 1:
         best, at = values.max(-1, keepdim=True) if largest else values.min(-1, keepdim=True)
     else:
@@ -253,17 +253,17 @@ def best_of(values: Tensor, ids: Tensor, k: int, largest: bool) -> tuple[Tensor,
 
 
 def packed(shard: VocabShard | None) -> str:
-    """As an operator takes it; :meth:`VocabShard.unpacked` is the inverse."""
+    """The shard as an operator takes it; :meth:`VocabShard.unpacked` is the inverse."""
     return "" if shard is None else ":".join(str(x) for x in (*shard[1:], shard.group))
 
 
 def with_weight_sum(outputs: Sequence[str], shard: VocabShard | None) -> Sequence[str]:
-    """``outputs`` with what their gradient needs where the weights are shared out too."""
+    """``outputs``, with what their gradient needs where ranks share the weights too."""
     return (*outputs, "weight_sum") if shard is not None and "sum_log_probs" in outputs else outputs
 
 
 def _check_alike(found: Tensor) -> None:
-    """Raise on every rank where the shards of all are not the vocabulary once, in order, or their calls differ."""
+    """Raise on every rank unless all shards together are the vocabulary exactly once, in order, and the calls are alike."""
     start, stop, vocab, *call = found.unbind(1)  # (R,) each
     fits = (start[1:] == stop[:-1]).all() & (start[0] == 0) & (stop[-1] == vocab[-1]) & (vocab == vocab[0]).all()
     alike = (found[1:, 3:] == found[0, 3:]).all()
@@ -314,7 +314,7 @@ def merged_statistics(
     shard: VocabShard,
     route: str = "gradients_in_forward",
 ) -> RowStatistics:
-    """Statistics of the whole rows from ``of_mine(outputs)``, those of this rank's columns."""
+    """Statistics of the whole rows, merged from every rank's ``of_mine(outputs)``, the statistics of its columns."""
     needed = {*outputs} | ({"max_logit"} if "is_top1" in outputs else set())
     needed -= {"weight_sum"} if weight_sum is not None else set()
     mine = of_mine(sorted(needed)) if shard.size else _statistics_of_nothing(like, rows, ids, needed)
