@@ -21,7 +21,7 @@ from .numerics import autocast_dtype, statistics_dtype
 
 
 class Snapshot:
-    """The versions of some tensors: how often each had been changed in place by then. Inference tensors have none.
+    """The versions of some tensors when this was taken: how often each had been changed in place. Inference tensors have none.
 
     A compiled function takes an empty snapshot, which the first comparison outside it fills.
     """

@@ -116,7 +116,7 @@ def gather_in_backward(
         _unshard_in_backward(node, parts, unit, shape, trains=trains, made=made)
     elif getattr(module, "ds_grads_remaining", 0):
         # ZeRO-3 will free the weight when the gradient of the module's input is computed, and insists on having gathered
-        # it when the gradient of its output arrived. It saw no tensors in the module's output: these zeros are.
+        # it when the gradient of its output arrived. It saw no tensors in the module's output: it gets these zeros.
         with torch.enable_grad():
             fetch = module.pre_bwd_fn.apply(torch.zeros((), requires_grad=True)).grad_fn.apply
         node.register_prehook(lambda _: fetch(torch.zeros(())) and None)
