@@ -70,7 +70,7 @@ from .vocab_parallel import VocabParallel
 
 __version__ = "0.1.0"
 
-# torch.compile's caches on disk know an operator by its name: a graph that another version compiled must not be found.
+# torch.compile's caches on disk identify an operator by its name: this keeps graphs of another version from being found.
 torch.compiler.config.cache_key_tag += f"fused-losses-{__version__}"
 
 __all__ = [

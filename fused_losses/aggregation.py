@@ -22,7 +22,7 @@ def aggregate(
     loss_scale_factor: float | None = None,
     count_empty: bool = True,
 ) -> Tensor:
-    r"""One number from one loss per token: how much a long sequence weighs is decided here.
+    r"""One number from one loss per token: the aggregation decides how much a long sequence weighs.
 
     ============================  ===================================================  ==============================
     ``aggregation``               with :math:`n` unmasked tokens in a sequence         elsewhere
@@ -40,11 +40,12 @@ def aggregate(
                                                                                        ``seq-mean-token-sum-norm``
     ============================  ===================================================  ==============================
 
-    verl's hyphenated names are understood too. Where gradients are averaged over ranks, the counts of the global batch make
-    the gradient that of one process with the whole batch: their sum over ranks together with ``dp_size``, or their average,
-    :func:`count_per_rank`, without. So do they over micro-batches, whose losses are then added. TRL's gradient accumulation:
-    divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch · accumulation /
-    steps_per_generation`` and ``dp_size = num_processes``, and :func:`grpo_loss` an ``entropy_coef`` divided by the steps.
+    verl's hyphenated names work too. Where gradients are averaged over ranks, pass the counts of the global batch to get the
+    gradient of one process with the whole batch: either their sum over ranks together with ``dp_size``, or their average,
+    :func:`count_per_rank`, without it. The same holds for micro-batches, whose losses are then added. For TRL's gradient
+    accumulation, divide the result by the steps; dapo, cispo and vespo instead take ``batch_num_tokens = num_items_in_batch ·
+    accumulation / steps_per_generation`` and ``dp_size = num_processes``, with :func:`grpo_loss`'s ``entropy_coef`` divided
+    by the steps.
 
     Source: TRL 1.16 ``GRPOTrainer``; verl 0.9 ``agg_loss``; OpenRLHF 0.11 ``aggregate_loss``.
 
@@ -53,10 +54,10 @@ def aggregate(
         mask: as ``loss``, nonzero for the tokens that count; ``None``: all.
         aggregation: a row of the table.
         cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
-        batch_num_tokens: for ``token_mean``, unmasked tokens of the global batch; ``None``: of this one.
-        global_batch_size: for ``seq_mean_*``, sequences of the global batch; ``None``: of this one.
+        batch_num_tokens: for ``token_mean``, the number of unmasked tokens in the global batch; ``None``: in this one.
+        global_batch_size: for ``seq_mean_*``, the number of sequences in the global batch; ``None``: in this one.
         dp_size: number of ranks the gradient will be averaged over; only with a global count, or ``token_sum``.
-        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``: to be given
+        loss_scale_factor: the constant ``c``; ``None``: 1 for ``token_sum``, ``S`` for ``seq_mean_token_sum_norm``. Pass it
             where ranks or micro-batches are padded to different lengths.
         count_empty: whether a fully masked sequence counts, as 0, in :math:`\mathrm{mean}_B` (default, TRL) or is left
             out of it (verl, OpenRLHF 0.11).
@@ -65,8 +66,8 @@ def aggregate(
         Scalar, fp32 (float64 for float64); 0 where nothing is unmasked.
 
     Raises:
-        ValueError: an unknown ``aggregation``, shapes that do not match, ``dp_size`` without the global count, or the other
-            count alone.
+        ValueError: an unknown ``aggregation``, shapes that do not match, ``dp_size`` without the global count, or only the
+            count that this aggregation does not use.
 
     Example:
         >>> loss, mask = torch.tensor([[1.0, 2.0, 3.0], [9.0, 0.0, 0.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])

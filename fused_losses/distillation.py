@@ -1,12 +1,12 @@
-r"""Distillation: a student learns a teacher's distribution over the vocabulary, not only the token that came.
+r"""Distillation: a student learns a teacher's distribution over the vocabulary, not only the token that followed.
 
 The soft loss is a divergence between the two distributions of each token (:mod:`fused_losses.divergence`); the hard loss is
 the cross entropy with the label. A teacher may be
 
 - dense: its logits, or :class:`~fused_losses.linear_logits.LinearLogits` of its hidden states and head, on the same device.
-  Both heads' logits then exist a workspace at a time, and one pass over the student's serves both losses;
+  Both heads' logits then exist one workspace at a time, and one pass over the student's serves both losses;
 - sparse: the ids and log-probabilities of its ``K`` likeliest tokens (:func:`teacher_topk`), made elsewhere or beforehand.
-  What is left of its distribution is one number, the tail.
+  The rest of its distribution is one number, the tail.
 
 Labels are already shifted: ``labels[b, t]`` is what the logits at ``t`` are trained on, and tokens without a label are neither
 read nor projected.
@@ -50,9 +50,9 @@ from .vocab_parallel import VocabShard, local_part
 
 
 class DistillationStatistics(NamedTuple):
-    """For metrics, one number per token, detached and not weighted; 0 where a token does not count."""
+    """For metrics: one number per token, detached and not weighted; 0 for a token that does not count."""
 
-    divergence: Tensor | None  # (…) at the temperature, not times its square; None without a soft weight
+    divergence: Tensor | None  # (…) at the temperature, not multiplied by its square; None without a soft weight
     nll: Tensor | None  # (…) −log p of the label; None without a hard weight
 
 
@@ -77,7 +77,7 @@ def distillation_loss(
     drop_ignored: bool | None = None,
     return_statistics: bool = False,
 ) -> Any:
-    r"""Cross entropy with the labels and divergence from the teacher, weighed, in one pass over the student's logits.
+    r"""Cross entropy with the labels and divergence from the teacher, weighted, in one pass over the student's logits.
 
     .. math:: L = \frac1n \sum_{y_i \ne \text{ignore}} w_h\,(-\log p_{y_i}) + w_s\,[T^2]\,D_i(s_T, t_T)
 
@@ -90,20 +90,20 @@ def distillation_loss(
     Args:
         student_logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
         teacher_logits: ``(…, V')`` of the same tokens; gets a gradient where it requires one. Where the vocabularies are padded
-            to different sizes both are cut to the smaller before either softmax, the hard loss's too.
+            to different sizes, both are cut to the smaller before either softmax, also in the hard loss.
         labels: ``(…)`` token ids, already shifted.
         kind, beta: as for :func:`fused_losses.divergence.divergence`.
-        hard_weight: of the cross entropy; 0 leaves it out, and labels then only say which tokens count.
-        soft_weight: of the divergence.
+        hard_weight: weight of the cross entropy; 0 leaves it out, and labels then only say which tokens count.
+        soft_weight: weight of the divergence.
         temperature: of the divergence.
         scale_by_temperature_squared: multiply the divergence by ``temperature²``, which keeps the size of its gradient.
         ignore_index: the label of tokens that do not count.
         reduction: ``"mean"`` over the tokens that count (0 where there are none), ``"sum"``, or ``"none"``.
-        num_items_in_batch: replaces the mean's count, for a batch spread over several calls.
+        num_items_in_batch: replaces the mean's count, for a batch split over several calls.
         group, backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
         route: ``"recompute"`` makes a head's gradients in backward, for a mean or sum too.
-        return_statistics: also return :class:`DistillationStatistics`, to log both losses apart without a second pass: of a
-            mean, ``statistics.nll.sum() / (labels != ignore_index).sum()``, and ``statistics.divergence`` alike.
+        return_statistics: also return :class:`DistillationStatistics`, to log both losses separately without a second pass: for
+            a mean, ``statistics.nll.sum() / (labels != ignore_index).sum()``, and ``statistics.divergence`` likewise.
 
     Returns:
         Scalar, or ``(…)`` with ``reduction="none"``, or ``(loss, DistillationStatistics)``; fp32, or float64 for a float64
@@ -121,11 +121,11 @@ def distillation_loss(
     check_reduction(reduction)
     route, workspace = route_setting.parse(route), workspace_setting.parse(workspace)
     which = chosen_divergence(kind, beta, temperature)
-    if left_out(soft_weight):  # 0 times an infinite divergence is nan, and this one is bounded
+    if left_out(soft_weight):  # 0 times an infinite divergence is nan; total variation is bounded
         which = which._replace(kind="tvd")
     check_sides(student_logits, teacher_logits, labels.shape)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
-    if left_out(soft_weight) and not teacher_logits.requires_grad:  # any will do, and need not be made
+    if left_out(soft_weight) and not teacher_logits.requires_grad:  # any logits will do: zeros that take no memory
         columns = teacher_logits.shape[-1] if shards[1] is None else shards[1].size
         like = student_logits if isinstance(student_logits, Tensor) else student_logits.hidden
         teacher_logits = like.detach().new_zeros(()).expand(*labels.shape, columns)
@@ -167,12 +167,12 @@ def kd_loss(
 
     Its gradient in the student is that of the forward KL. Entries that the student masks with −inf contribute 0.
 
-    Source: OpenRLHF's ``KDLoss``. As there, nothing is shifted, and the mean over no token is nan.
+    Source: OpenRLHF's ``KDLoss``. As there, nothing is shifted, and the mean over no tokens is nan.
 
     Args:
         logits: the student's, ``(…, V)``, a Tensor or a :class:`LinearLogits`.
         teacher_logits: ``(…, V)`` of the same tokens.
-        label: ``(…)``; only which tokens have one matters.
+        label: ``(…)``; it only matters which tokens have one.
         ignore_index: the label of tokens that do not count.
         group, backend, workspace: as for :func:`fused_losses.divergence.divergence`.
 
@@ -192,7 +192,7 @@ def kd_loss(
     loss, *_ = summed_divergence(
         logits, teacher_logits, ids, 1.0, 0.0, which, shards, count.clamp(min=1), backend=backend, workspace=workspace
     )
-    return loss.masked_fill(count == 0, math.nan)  # of nothing nan, whose gradient is 0
+    return loss.masked_fill(count == 0, math.nan)  # nan over no tokens, with a gradient of 0
 
 
 def acceptance_rate(
@@ -219,7 +219,7 @@ def acceptance_rate(
         student_logits: of the draft model, ``(…, V)``, a Tensor or a :class:`LinearLogits`.
         teacher_logits: of the target model, ``(…, V')`` of the same tokens; both are cut to the smaller vocabulary before the
             softmax.
-        temperature: of both, at which is sampled.
+        temperature: of both, the one they are sampled at.
         mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
         group, backend, workspace, drop_ignored: as for :func:`fused_losses.divergence.divergence`.
 
@@ -274,7 +274,7 @@ def teacher_topk(
 
     .. math:: \log t_j = z_j/T - \log \sum_i e^{z_i/T}
 
-    One projection, a workspace of logits at a time, and ``12·k`` bytes per token leave it instead of ``V`` logits.
+    It takes one projection, one workspace of logits at a time, and returns ``12·k`` bytes per token instead of ``V`` logits.
 
     Args:
         logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`; gets no gradient.
@@ -336,8 +336,8 @@ def _top(z: Tensor, k: int, shard: VocabShard | None) -> tuple[Tensor, Tensor]:
 
 class SparseDistillation(NamedTuple):
     loss: Tensor  # scalar, or (…) with reduction="none"
-    student_mass: Tensor  # (…) what the student gives the K ids together; detached, 0 where there is no label
-    teacher_mass: Tensor  # (…) and the teacher
+    student_mass: Tensor  # (…) the student's probability of the K ids together; detached, 0 where there is no label
+    teacher_mass: Tensor  # (…) the teacher's
 
 
 Tail = Literal["bucket", "renormalize", "ignore"]
@@ -363,7 +363,7 @@ def sparse_distillation_loss(
 ) -> SparseDistillation:
     r"""Divergence from a teacher of which only ``K`` log-probabilities per token are known.
 
-    With :math:`S` the ``K`` ids, :math:`M_t = \sum_{j\in S} t_j` and :math:`M_s` alike, the distributions compared are
+    With :math:`S` the ``K`` ids, :math:`M_t = \sum_{j\in S} t_j` and :math:`M_s` likewise, the distributions compared are
 
     =============== ================================================================ ====================================
     tail            over                                                             in use as
@@ -378,8 +378,8 @@ def sparse_distillation_loss(
 
     Args:
         student_logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
-        teacher_ids: ``(…, K)``, distinct; −100 for an entry that is not there.
-        teacher_log_probs: ``(…, K)``, nats, at the temperature wanted; get a gradient where they require one.
+        teacher_ids: ``(…, K)``, distinct; −100 for a missing entry.
+        teacher_log_probs: ``(…, K)``, nats, at the teacher's temperature; get a gradient where they require one.
         labels: ``(…)``, already shifted; tokens with ``ignore_index`` are not read or projected. None: all count.
         kind, beta: as for :func:`fused_losses.divergence.divergence`.
         temperature: of the student.
@@ -427,7 +427,7 @@ def sparse_distillation_loss(
     counted = (ids != -100).any(-1)
     if tail != "renormalize" and log_t.is_cpu and not traced(log_t) and not transforms_active():
         mass = log_t.detach().exp().sum(-1).masked_fill((log_t == 0).all(-1), 0)  # rows of zeros are padding
-        if bool((mass > 1.1).any()):  # 1, and what rounding to 16 bits adds
+        if bool((mass > 1.1).any()):  # 1, plus what rounding to 16 bits adds
             raise ValueError(
                 "teacher_log_probs must be log-probabilities of distinct ids, which have a mass of at most 1, got "
                 f"{mass.max()}"
@@ -436,7 +436,7 @@ def sparse_distillation_loss(
     def of_token(found: TokenStatistics, log_t: Tensor, there: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         assert found.log_probs is not None
         log_s = found.log_probs.masked_fill(~there, -math.inf)
-        # A token without ids stands for the certain token, so that nothing about it is infinite or nan.
+        # A token without ids gets log-probabilities of 0, so that nothing about it is infinite or nan.
         some = there.any(-1, keepdim=True)
         log_s, log_t = log_s.masked_fill(~some, 0), log_t.to(log_s.dtype).masked_fill(~some, 0)
         masses = {"student_mass": log_s.exp().sum(-1), "teacher_mass": log_t.exp().sum(-1)}
@@ -470,7 +470,7 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
     value = of_log_probs(log_s, log_t, which.kind, which.beta)
     if tail == "ignore":
         return value.clamp(min=0)
-    # Terms of the distributions' sums are in it, so it is above its rounding: cut that off and keep the gradient.
+    # Both distributions sum to one, so a value below 0 is rounding: clamp the value and keep the gradient.
     return value + (value.clamp(min=0) - value).detach().nan_to_num(0, 0, 0)
 
 

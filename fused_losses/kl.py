@@ -1,7 +1,7 @@
 r"""How far a policy has moved from a reference, from the log-probabilities of the tokens that were sampled.
 
 With :math:`d = \log\pi - \log\pi_{ref}` of a token drawn from the policy, KL(policy ‖ reference) is the mean of
-:math:`d`, all that is known without the whole distribution. The estimators trade bias against variance:
+:math:`d`. Without the whole distribution only :math:`d` is known. The estimators trade bias against variance:
 
 ========  ======================  ================================================================================
 ``k1``    :math:`d`               unbiased, but a single token can be negative
@@ -75,11 +75,11 @@ def kl_estimate(
         log_probs: log-probabilities of the sampled tokens under the policy, any shape, nats.
         ref_log_probs: the same under the reference, same shape.
         kind: ``"k1"``, ``"k2"``, ``"k3"`` or ``"abs"``.
-        mask: tokens with mask 0 give 0 and take no gradient, whatever stands there; default all tokens count.
-        clamp: keep the value within ±clamp, where it saturates and the gradient is 0; default no clamp, as TRL.
-            verl (for ``k3``) and OpenRLHF (for all) use 10. Both also bound ``d`` first, beyond where that clamp acts.
-        gradient: ``"own"``, that of the formula, or ``"k2"``: the value of ``kind`` and the gradient of ``k2`` of the
-            unclamped ``d``, which in expectation is the KL's, straight through.
+        mask: tokens with mask 0 give 0 and take no gradient, whatever their values; default all tokens count.
+        clamp: keep the value within ±clamp; where it saturates the gradient is 0; default no clamp, as TRL. verl (for
+            ``k3``) and OpenRLHF (for all) use 10. Both also bound ``d`` first, but only where that clamp acts already.
+        gradient: ``"own"``, that of the formula, or ``"k2"``, straight through: the value of ``kind`` with the gradient of
+            ``k2`` of the unclamped ``d``, which in expectation is the gradient of the KL.
         old_log_probs: with ``gradient="k2"``, log-probabilities under the policy that sampled the tokens: the gradient
             is weighted by ``min(exp(log_probs − old_log_probs), 10)``, detached.
 
@@ -145,12 +145,12 @@ def kl_biased(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | None = No
 
 
 def kl_unbiased(log_probs: Tensor, ref_log_probs: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""The textbook's never negative KL penalty: ``kl_penalty(..., mode="unbiased")``.
+    r"""The textbook KL penalty that is never negative: ``kl_penalty(..., mode="unbiased")``.
 
     .. math:: \operatorname{mean}(e^d - 1 - d), \qquad d = \log\pi - \log\pi_{ref}
 
     This is k3 with the roles exchanged: unbiased, for KL(reference ‖ policy), when the *reference* sampled the tokens.
-    For tokens of the policy TRL and others take :math:`e^{-d} - 1 + d`, our ``kl_estimate(..., kind="k3")``.
+    For tokens that the policy sampled, TRL and others take :math:`e^{-d} - 1 + d`, our ``kl_estimate(..., kind="k3")``.
 
     Args:
         log_probs: log-probabilities of the sampled tokens under the policy, any shape, nats.
@@ -173,7 +173,7 @@ def kl_penalty(
     mode: Literal["unbiased", "biased"] = "unbiased",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Mean KL penalty over the tokens by name: :func:`kl_unbiased` or :func:`kl_biased`.
+    """Mean KL penalty over the tokens, chosen by name: :func:`kl_unbiased` or :func:`kl_biased`.
 
     Args:
         log_probs: log-probabilities of the sampled tokens under the policy, any shape, nats.

@@ -1,7 +1,7 @@
-"""The losses as modules, with the names, constructors and forwards that OpenRLHF's users have.
+"""The losses as modules, with the names, constructors and forwards of OpenRLHF's.
 
 ``from openrlhf.models import GPTLMLoss`` becomes ``from fused_losses import GPTLMLoss``. Where a module takes ``logits`` it
-takes :class:`~fused_losses.linear_logits.LinearLogits`. The functions behind them say more, and can do more.
+takes :class:`~fused_losses.linear_logits.LinearLogits`. The functions behind them document more and can do more.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GPTLMLoss(nn.Module):
     """Next-token cross entropy, :func:`~fused_losses.sft.sft_loss`; nan where no token has a label.
 
     With a ring-attention group, ``logits`` are the rank's own slice of the sequence and ``labels`` are whole. Each rank
-    shifts inside its slice, so the token at a seam is predicted by nobody; the loss is the mean of the ranks' means, where
+    shifts inside its slice, so no position predicts the first token of a slice; the loss is the mean of the ranks' means, where
     a rank without labels counts as 0. As in OpenRLHF, the gradient is that of the rank's own share of it.
 
     Args:
@@ -59,7 +59,7 @@ class SFTLoss(nn.Module):
     """Negative log-likelihood of the tokens that count, from log-probabilities: :func:`~fused_losses.aggregation.aggregate`.
 
     Args:
-        token_level_loss: mean over tokens, else over sequences of their token means.
+        token_level_loss: mean over tokens; otherwise the mean over sequences of their token means.
 
     Example:
         >>> SFTLoss()(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]]))
@@ -97,7 +97,7 @@ class DPOLoss(nn.Module):
     Args:
         beta: how closely the policy is held to the reference.
         label_smoothing: share of labels taken to be wrong.
-        ipo: the squared loss instead.
+        ipo: use IPO's squared loss instead.
 
     Example:
         >>> chosen, rejected = torch.tensor([-1.0]), torch.tensor([-3.0])
@@ -172,7 +172,7 @@ class KTOLoss(nn.Module):
     Args:
         beta: how closely the policy is held to the reference.
         desirable_weight, undesirable_weight: multiply the losses of the chosen and of the rejected side.
-        world_size, device: as OpenRLHF's; the process group and the inputs say the same.
+        world_size, device: OpenRLHF's arguments, not used: the process group and the inputs say the same.
 
     Example:
         >>> chosen, rejected = torch.tensor([-1.0]), torch.tensor([])
@@ -269,20 +269,21 @@ class PRMLoss(nn.Module):
 
 
 class PolicyLoss(nn.Module):
-    """PPO's or GSPO's loss of the actor: :func:`~fused_losses.policy.grpo_loss`. Returns what OpenRLHF's returns.
+    """PPO's or GSPO's actor loss: :func:`~fused_losses.policy.grpo_loss`. Returns what OpenRLHF's returns.
 
-    That is ``loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio``, the last two None without a correction; constructed
-    with the arguments of OpenRLHF before 0.11.1, ``enable_vllm_is_correction`` and so on, the first four, as from 0.8.11.
+    That is ``loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio``, the last two None without a correction. Constructed with
+    the arguments of OpenRLHF before 0.11.1, ``enable_vllm_is_correction`` and so on, it returns the first four, as OpenRLHF
+    does from 0.8.11.
 
     Args:
         clip_eps_low, clip_eps_high: the ratio is clipped to ``1 − clip_eps_low … 1 + clip_eps_high``.
         dual_clip: bound on the ratio of tokens with a negative advantage, above 1.
-        token_level_loss: mean over tokens, else over sequences of their token means, as always for GSPO.
+        token_level_loss: mean over tokens; otherwise, and always for GSPO, the mean over sequences of their token means.
         policy_loss_type: ``"ppo"`` or ``"gspo"``.
-        is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: weight against the
-            inference engine's probabilities, :func:`~fused_losses.rollouts.mismatch_weight`: ``"off"``, ``"token"`` or
-            ``"seq"``; ``"mask"`` or, of the ratio of a token, ``"clip"``; ``"ratio"``, ``"binary_kl"`` or ``"tv"``;
-            ``(low, high)``, whose ``low`` must be 0 but for the ratio. GSPO instead takes its ratio against the rollout.
+        is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: importance weight against
+            the inference engine, :func:`~fused_losses.rollouts.mismatch_weight`: ``"off"``, ``"token"`` or ``"seq"``;
+            ``"mask"`` or, for a token's ratio, ``"clip"``; ``"ratio"``, ``"binary_kl"`` or ``"tv"``; ``(low, high)``, whose
+            ``low`` must be 0 except for the ratio. GSPO instead takes its ratio against the rollout.
         enable_vllm_is_correction, vllm_is_truncated_threshold, vllm_is_correction_type: the older arguments for the
             same: ``"tis"`` (clip), ``"icepop"`` (mask) or ``"seq-mask-tis"``; the threshold ``(low, high)`` or ``high``.
 
@@ -405,11 +406,11 @@ class PolicyLoss(nn.Module):
 
 
 class ValueLoss(nn.Module):
-    """PPO's loss of the critic, half the clipped squared error: :func:`~fused_losses.policy.value_loss`.
+    """PPO's critic loss, half the clipped squared error: :func:`~fused_losses.policy.value_loss`.
 
     Args:
         clip_eps: how far a value may move from the old one before the clip; None: no clip.
-        token_level_loss: mean over tokens, else over sequences of their token means.
+        token_level_loss: mean over tokens; otherwise the mean over sequences of their token means.
 
     Example:
         >>> ValueLoss(clip_eps=0.2)(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1, 1))

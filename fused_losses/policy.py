@@ -1,7 +1,7 @@
 r"""Policy-gradient losses on the log-probabilities of sampled tokens: PPO, GRPO and what grew out of them.
 
-A policy that sampled a sequence is told how much better than expected it was, the advantage :math:`A`, and moves
-probability towards it or away. All that differs is how far one batch may move it. With
+The advantage :math:`A` tells a policy how much better than expected a sequence that it sampled was; the policy moves
+probability towards the sequence or away. The losses differ only in how far one batch may move it. With
 :math:`\rho = \log\pi - \log\pi_{old}` of a token and :math:`r = e^\rho`, each loss per token is one row:
 
 ==============  ================================================================================  =============
@@ -19,7 +19,7 @@ probability towards it or away. All that differs is how far one batch may move i
 ``dppo_tv``     :math:`-sg(r)\,A \log\pi`, 0 where :math:`\pi` is above                           verl
                 :math:`\pi_{old} + \epsilon_h` for :math:`A > 0`, else below
                 :math:`\pi_{old} - \epsilon_l`
-``dppo_kl``     the same, with a coin's KL for the distance of the two                            verl
+``dppo_kl``     the same, with the binary KL as their distance                                    verl
 ``kl_cov``      :math:`-rA`, and :math:`+ c\,|\rho|` for the share of tokens where                verl
                 :math:`A` and :math:`\log\pi` are highest together
 ``clip_cov``    as ``ppo``, 0 for a share of tokens drawn from those where                        verl
@@ -28,9 +28,9 @@ probability towards it or away. All that differs is how far one batch may move i
 ``dro``         :math:`-A \log\pi + \frac{\beta}{2} \rho^2`                                       verl
 ==============  ================================================================================  =============
 
-Some differ in their aggregation alone, an argument of its own: TRL's ``grpo``, ``dr_grpo`` and ``luspo`` from ``ppo``,
+Some differ only in their aggregation, a separate argument: TRL's ``grpo``, ``dr_grpo`` and ``luspo`` from ``ppo``,
 verl's ``gpg`` from ``reinforce``; TRL's ``bnpo`` and ``dapo`` are ``ppo``. Each row is one small function below, and
-``LOSS_TYPES`` has its defaults; to add one, write it and list it.
+``LOSS_TYPES`` has its defaults; to add a loss type, write its function and list it there.
 
 ==========================================  ====================================================================
 elsewhere                                   here
@@ -81,16 +81,16 @@ Bounds = tuple[float | None, float | None] | None
 
 
 class Tokens(NamedTuple):
-    """What a surrogate reads: tensors that are ``(B, S)``, 0 where masked, or broadcast with it."""
+    """What a surrogate reads: tensors ``(B, S)``, 0 where masked, or tensors that broadcast with ``(B, S)``."""
 
     log_probs: Tensor
     old_log_probs: Tensor  # a constant, as are A and weight
     A: Tensor
-    log_ratio: Tensor  # of tokens or of sequences, as the level has it
+    log_ratio: Tensor  # per token or per sequence, depending on the level
     r: Tensor
     mask: Tensor
-    kept: Tensor  # the tokens that the entropy mask leaves
-    weight: Tensor | None  # against the mismatch; (B,) for one per sequence
+    kept: Tensor  # the tokens that the entropy mask keeps
+    weight: Tensor | None  # the mismatch weight; (B,) for one per sequence
     sequences: Sequences
     one_each: bool  # one ratio and one advantage per sequence
     count_empty: bool
@@ -102,10 +102,10 @@ class Tokens(NamedTuple):
 class Surrogate(NamedTuple):
     """What a surrogate returns."""
 
-    loss: Tensor  # of a token, or what broadcasts with the tokens
+    loss: Tensor  # per token, or broadcastable with the tokens
     metrics: dict[str, Tensor]
-    weight: Tensor | None = None  # what is left to multiply, where the loss takes weights in; None: what was given
-    averaged: bool = False  # a mean over the kept tokens: it is not masked again, and the KL takes no ratio
+    weight: Tensor | None = None  # still to apply, where the loss uses the given one itself; None: the given one
+    averaged: bool = False  # a mean over the kept tokens: not masked again, and the KL is not multiplied by the ratio
 
 
 def _clamp(x: Tensor, bounds: Bounds) -> Tensor:
@@ -119,7 +119,7 @@ def _at_most(x: Tensor, bound: float | None) -> Tensor:
 def _log_ratio(
     log_probs: Tensor, old_log_probs: Tensor, sequences: Sequences, level: Level, bounds: Bounds
 ) -> tuple[Tensor, Tensor, bool]:
-    """ρ of each token; log r, of tokens or of sequences, which broadcasts with them; whether it is of sequences."""
+    """ρ per token; log r per token or per sequence, broadcastable with the tokens; whether log r is per sequence."""
     rho = log_probs - old_log_probs
     if level == "sequence_token":
         log_ratio = sequences.spread(sequences.mean(rho).detach()) + log_probs - log_probs.detach()
@@ -135,11 +135,11 @@ def _log_ratio(
 
 
 def _clip_ratios(t: Tokens, held: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """What a clip of ``held`` to ``low … high`` holds: below where A is negative, above where it is positive."""
+    """Shares that a clip of ``held`` to ``low … high`` holds: below where A is negative, above where it is positive."""
     below, above = (held < low) & (t.A < 0), (held > high) & (t.A > 0)
     empty = ~(t.sequences.nonempty() | (t.one_each and t.count_empty))
     below_of_each, above_of_each = (t.sequences.mean(upcast(x).expand_as(t.mask)) for x in (below, above))
-    # Padded with one number, so that a batch of no sequences has an extreme.
+    # Padded with one number, so that a batch without sequences has an extreme.
     low_min = F.pad(below_of_each.masked_fill(empty, 1), (0, 1), value=1.0).amin()
     high_max = F.pad(above_of_each, (0, 1)).amax()  # 0 where empty
     return {
@@ -156,8 +156,8 @@ def _clip(
 ) -> Surrogate:
     """−min(rA, clip(r, 1−ε_l, 1+ε_h)·A): nothing is gained by moving beyond the clip. PPO (1707.06347).
 
-    A token with negative advantage would then cost ever more; TRL's ``delta`` has bounded its ``r`` before,
-    ``dual_clip`` (1912.09729) bounds it here.
+    The loss of a token with negative advantage still grows with ``r`` without bound; TRL's ``delta`` bounds ``r`` before
+    the minimum, ``dual_clip`` (1912.09729) bounds the minimum.
     """
     check_between(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
     if dual_clip is not None and dual_clip <= 1:
@@ -174,7 +174,7 @@ def _clip(
 def _gmpo(t: Tokens, *, eps_low: float, eps_high: float, log_ratio_clamp: Bounds, **_: Any) -> Surrogate:
     """−A·e^{mean c}, c = ρ, clipped to [−ε_l, ε_h] where that lowers cA. GMPO (2507.20673).
 
-    PPO's clip in log space, then the geometric mean, which an outlier moves less. Of the weights it takes the mean too.
+    PPO's clip in log space, then the geometric mean, which an outlier moves less. The weights are averaged in the same way.
     """
     check_between(0, inf, eps_low=eps_low, eps_high=eps_high)
     rho = _clamp(t.log_probs - t.old_log_probs, log_ratio_clamp)
@@ -221,9 +221,9 @@ def _vespo(t: Tokens, *, vespo_pos: tuple[float, float], vespo_neg: tuple[float,
 
 
 def _dppo(t: Tokens, distance: Tensor, *, eps_low: float, eps_high: float, delta: float | None, **_: Any) -> Surrogate:
-    """−sg(r)·A·log π, 0 where π has gone where A pulls it, further than ε from π_old. DPPO (2602.04879).
+    """−sg(r)·A·log π, 0 where π has moved further than ε from π_old in the direction of A. DPPO (2602.04879).
 
-    ``distance`` is of the token's probability from the old one, as a coin's; negative where it fell.
+    ``distance`` is the total variation or binary KL between the token's probability and its old one; negative where it fell.
     """
     check_between(0, inf, eps_low=eps_low, eps_high=eps_high, delta=delta)
     trusted = torch.where(t.A > 0, distance <= eps_high, distance >= -eps_low)
@@ -237,7 +237,7 @@ def _dppo_tv(t: Tokens, **options: Any) -> Surrogate:
 
 
 def _dppo_kl(t: Tokens, **options: Any) -> Surrogate:
-    """DPPO with KL(π_old ‖ π) of the coin."""
+    """DPPO with the binary KL(π_old ‖ π)."""
     log_p, log_q = t.log_probs.detach(), t.old_log_probs
     p, q = log_p.exp(), log_q.exp()
     not_p, not_q = (1 - p).clamp(min=0), (1 - q).clamp(min=0)  # rounded log-probabilities may lie above 0
@@ -246,13 +246,13 @@ def _dppo_kl(t: Tokens, **options: Any) -> Surrogate:
 
 
 def _covariance(t: Tokens) -> Tensor:
-    """What each token, once trained, takes from the policy's entropy (2505.22617); ``(B, S)``."""
+    """How much training on each token lowers the policy's entropy (2505.22617); ``(B, S)``."""
     A, logp = t.A.expand_as(t.mask), t.log_probs.detach()
     return (A - masked_mean(A, t.mask)) * (logp - masked_mean(logp, t.mask))
 
 
 def _count_of_share(mask: Tensor, ratio: float) -> Tensor:
-    """The number of tokens that a share of those that count is: rounded down, at least one."""
+    """``ratio`` times the number of tokens that count, rounded down, at least one."""
     return (mask.sum(dtype=wide_dtype(mask.device)) * ratio).long().clamp(min=1)
 
 
@@ -276,9 +276,9 @@ def _clip_cov(
     generator: torch.Generator | None,
     **options: Any,
 ) -> Surrogate:
-    """PPO's, 0 for some of the tokens that no clip holds with covariance between two bounds. Clip-Cov (2505.22617).
+    """PPO's loss, but 0 for some tokens that no clip holds and with covariance between two bounds. Clip-Cov (2505.22617).
 
-    They are the first candidates, at most a share of the tokens, in a random order of all places.
+    They are the first such tokens in a random order of all positions, at most a share of the tokens.
     """
     check_between(0, 1, clip_cov_ratio=clip_cov_ratio)
     check_between(-inf, clip_cov_ub, clip_cov_lb=clip_cov_lb)
@@ -420,20 +420,21 @@ def grpo_loss(
 
     .. math:: \mathrm{aggregate}\big(l \cdot weights + \beta\,k_3\,(r)\big) - c_H \cdot \mathrm{mean}\,H
 
-    The module's docstring has the table of loss types and what the trainers call them. In this order:
+    The module's docstring has the table of loss types and their names in the trainers. The steps, in order:
 
     1. the loss per token, times the detached masks and weights: ``off_policy_mask_threshold``,
-       ``top_entropy_quantile``, ``mismatch_weight``. Denominators stay what they were. Two types look inside: vespo
-       takes the mismatch weight into :math:`s`; gmpo takes its geometric mean, and that of the ratios over the tokens
-       the entropy mask keeps;
-    2. ``+ beta · KL``, with ``use_bias_correction_kl`` times :math:`r`, its gradient included and before any clip
-       (not in gmpo);
+       ``top_entropy_quantile``, ``mismatch_weight``. Denominators do not change. Two types use them inside the loss: vespo
+       includes the mismatch weight in :math:`s`; gmpo takes the weight's geometric mean, and that of the ratios over the
+       tokens that the entropy mask keeps;
+    2. ``+ beta · KL``. With ``use_bias_correction_kl`` the KL is multiplied by :math:`r`, before any clip and including the
+       gradient of :math:`r` (not in gmpo);
     3. :func:`aggregate`;
-    4. ``− entropy_coef ·`` the mean entropy of the tokens the entropy mask keeps (TRL), or, with ``entropy_aggregation``,
-       the entropy aggregated as the loss is: what the mask drops is 0, and denominators stay what they were.
+    4. ``− entropy_coef ·`` the mean entropy of the tokens that the entropy mask keeps (TRL), or, with
+       ``entropy_aggregation``, the entropy aggregated as a loss is: tokens that the mask drops are 0, and denominators do
+       not change.
 
     Source: TRL 1.16 ``GRPOTrainer``, ``RLOOTrainer``, ``GMPOTrainer``; verl 0.9 ``core_algos``; OpenRLHF 0.11
-    ``PolicyLoss``. The papers stand beside each entry of ``LOSS_TYPES`` or in its function.
+    ``PolicyLoss``. The papers are named beside each entry of ``LOSS_TYPES`` or in its function.
 
     Args:
         log_probs: ``(B, S)``, or packed ``(1, total)``: of the sampled tokens under the policy, nats.
@@ -442,14 +443,14 @@ def grpo_loss(
         mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all. What it hides may be nan or inf.
         loss_type: a row of the module's table.
         importance_sampling_level: ``"token"``, ``"sequence"`` (the ratio of the geometric means, one per sequence),
-            ``"sequence_token"`` (the same, with a token's gradient) or ``"sequence_sum"`` (the product); ``None``: the loss
-            type's own. LUSPO's authors want ``"sequence"``; TRL's default is ``"token"``.
-        eps_low, eps_high: the clip, ``1 − eps_low … 1 + eps_high``; gmpo's in log space, where 0.4 is usual; dppo's on
+            ``"sequence_token"`` (the same value, with each token's own gradient) or ``"sequence_sum"`` (the product);
+            ``None``: the loss type's own. LUSPO's authors want ``"sequence"``; TRL's default is ``"token"``.
+        eps_low, eps_high: the clip, ``1 − eps_low … 1 + eps_high``; gmpo clips in log space, where 0.4 is usual; dppo clips
             total variation or KL.
-        delta: bound on the ratio itself before the clip's minimum is taken (TRL), and on dppo's; default none.
+        delta: bound on the ratio itself before the clip's minimum is taken (TRL), and on dppo's ratio; default none.
         dual_clip: bound on the ratio of a token with negative advantage; default none, verl 3.0. Must be above 1.
-        log_ratio_clamp: each token's :math:`\rho` is kept within it, before any mean, sums also after (``gspo-token``:
-            only the sum of its two exponents). Default ±20, OpenRLHF 0.11 and verl; ``None``: TRL.
+        log_ratio_clamp: bounds of each token's :math:`\rho`, applied before any mean, and to sums also after
+            (``gspo-token``: only to the sum of its two exponents). Default ±20, OpenRLHF 0.11 and verl; ``None``: TRL.
         cispo_max: cispo's bound on the ratio itself: TRL's ``epsilon_high`` there; default 5.0. ``None``: the ratio is
             clipped to ``1 − eps_low … 1 + eps_high``, as verl.
         sapo_temperature_pos, sapo_temperature_neg: SAPO's :math:`\tau` for ``A > 0``, and otherwise.
@@ -459,29 +460,29 @@ def grpo_loss(
         kl_cov_ratio: the share of this batch's tokens that kl_cov holds near the old policy.
         kl_cov_coef: its :math:`c`, verl's ``ppo_kl_coef``.
         clip_cov_ratio: the share of this batch's tokens, at least one, that clip_cov draws and does not train.
-        clip_cov_lb, clip_cov_ub: it draws from those that the clip does not hold and whose
-            :math:`(A - \mathrm{mean}\,A)(\log\pi - \mathrm{mean}\log\pi)` is between the two; all of them, if they are
-            fewer. The paper's runs have ``eps_low=eps_high=1``.
-        generator: of the draw, on the tokens' device; ``None``: PyTorch's own, the one that ``torch.compile`` takes.
-            Ranks that share the tokens must draw alike.
+        clip_cov_lb, clip_cov_ub: clip_cov draws from the tokens that the clip does not hold and whose
+            :math:`(A - \mathrm{mean}\,A)(\log\pi - \mathrm{mean}\log\pi)` is between the two; it draws all of them if they
+            are fewer than the share. The paper's runs have ``eps_low=eps_high=1``.
+        generator: the draw's random generator, on the tokens' device; ``None``: PyTorch's own, which ``torch.compile``
+            requires. Ranks that share the tokens must draw the same ones.
         rollout_log_probs: the inference engine's, for the off-policy mask; ``None``: ``old_log_probs``.
         off_policy_mask_threshold: see :func:`off_policy_mask`; default off.
-        mismatch_weight: per sequence or per token; what :func:`mismatch_weight` returns first.
-        ref_log_probs: as ``log_probs`` under the reference; needed where ``beta`` is not 0, and not taken without it.
+        mismatch_weight: per sequence or per token; the first result of :func:`mismatch_weight`.
+        ref_log_probs: as ``log_probs`` under the reference; needed where ``beta`` is not 0, and rejected without ``beta``.
         beta: weight of the KL term; None: 0.
         kl_estimator: from ``(log_probs, ref_log_probs)`` to KL per token. Default k3, TRL; verl and OpenRLHF clamp it:
             ``functools.partial(kl_estimate, clamp=10)``.
         use_bias_correction_kl: weight the KL by the ratio, so that its gradient is unbiased off the policy. Default
             True, TRL 1.16; False for TRL up to 1.9, verl and OpenRLHF.
         kl_aggregation: how the KL is aggregated; ``None``: with the loss (TRL). OpenRLHF: ``"token_mean"``.
-        entropy: ``(B, S)`` per token, nats, with its gradient where ``entropy_coef`` is to act.
+        entropy: ``(B, S)`` per token, nats; ``entropy_coef`` needs it with its gradient.
         top_entropy_quantile: share of tokens that train, those with the highest entropy; see :func:`entropy_mask`.
         entropy_coef: weight of the entropy bonus. TRL's gradient accumulation divides the bonus by the steps under every
-            loss type: divide this where the loss is not divided (see :func:`aggregate`).
-        entropy_aggregation: how the entropy is aggregated; ``None``: the mean over this batch's tokens, of those that
-            ``top_entropy_quantile`` keeps (TRL), whose number over all ranks no count here has. OpenRLHF: ``"token_mean"``
-            with its global count; verl: the loss's own aggregation. Named, it takes the counts, which are of all tokens:
-            under a quantile of 0.2 the bonus is about a fifth of TRL's.
+            loss type: divide ``entropy_coef`` by them where the loss is not divided (see :func:`aggregate`).
+        entropy_aggregation: how the entropy is aggregated; ``None``: the mean over those tokens of this batch that
+            ``top_entropy_quantile`` keeps (TRL); no count below is their number over all ranks. OpenRLHF: ``"token_mean"``
+            with its global count; verl: the loss's own aggregation. A named aggregation divides by the counts, which are
+            of all tokens: under a quantile of 0.2 the bonus is about a fifth of TRL's.
         group: the ranks of the entropy mask's quantile, see :func:`entropy_mask`.
         aggregation: a row of the table at :func:`aggregate`; ``None``: the loss type's own.
         cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
@@ -493,14 +494,14 @@ def grpo_loss(
         weighted), ``entropy``, ``clip_ratio/{low,high,region}_mean`` (share of tokens, or of sequences where there is
         one ratio and advantage for each, that the clip holds below, above, either), ``clip_ratio/low_min`` and
         ``clip_ratio/high_max`` (extremes among the sequences; nan, as in TRL, where none has a token),
-        ``clip_ratio/dual_mean`` and ``clip_ratio/cov_mean`` (share of tokens that clip_cov drew). One ratio of a fully
-        masked sequence, which no clip holds, counts too with ``count_empty``.
+        ``clip_ratio/dual_mean`` and ``clip_ratio/cov_mean`` (share of tokens that clip_cov drew). With ``count_empty`` a
+        share of sequences includes the fully masked ones, which no clip holds.
 
     Raises:
         ValueError: an unknown name, shapes that do not match, an input that an option needs is missing, a number without
             meaning (a bound below 0, a share that is not from 0 to 1), or an option without effect: ``delta``, ``dual_clip``
-            or ``importance_sampling_level`` on a loss type that has no place for it, ``rollout_log_probs`` without a
-            threshold. Options that have a number by default may be given for nothing.
+            or ``importance_sampling_level`` on a loss type that does not use it, ``rollout_log_probs`` without a
+            threshold. Options whose default is a number may be given without effect.
 
     Example:
         >>> new, old = torch.tensor([[-1.0, -1.0], [-0.5, -2.0]]), torch.tensor([[-1.0, -2.0], [-1.0, -1.0]])
@@ -668,7 +669,7 @@ def value_loss(
 
     Args:
         values: ``(B, S)`` of the critic, or packed ``(1, total)``.
-        old_values: the same when the tokens were sampled; only ``clip_eps`` needs them.
+        old_values: the critic's values when the tokens were sampled; only ``clip_eps`` needs them.
         returns: ``(B, S)``.
         mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
         clip_eps: how far a value may move before the clip; ``None`` (default): no clip.
@@ -696,7 +697,7 @@ def value_loss(
         if old_values is None:
             raise ValueError("clip_eps needs old_values")
         old_values = sequences.hide("old_values", old_values.detach())
-        # Of a value inside the clip exactly the value: rounding is not clipping.
+        # A value inside the clip stays exactly the same, so that rounding does not count as clipping.
         clipped = (values.clamp(old_values - clip_eps, old_values + clip_eps) - returns).square()
         held = clipped > error
         error = torch.max(clipped, error)
@@ -725,7 +726,7 @@ def a2po_loss(
     global_batch_size: Tensor | float | None = None,
     dp_size: int = 1,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""A*-PO: regress the policy's implicit reward on the advantage over the best policy's value; one answer a prompt.
+    r"""A*-PO: regress the policy's implicit reward on the advantage over the best policy's value; one answer per prompt.
 
     .. math:: \Big(\beta \sum_t (\log\pi - \log\pi_{ref}) - A\Big)^2, \qquad A = R - V^*
 

@@ -1,6 +1,6 @@
 r"""Learning from comparisons: which of two answers is better, or whether one answer is good.
 
-Everything stands on the log-ratio :math:`lr = \log\pi(y) - \log\pi_{ref}(y)` of a whole answer. DPO's observation is that
+Everything builds on the log-ratio :math:`lr = \log\pi(y) - \log\pi_{ref}(y)` of a whole answer. DPO's observation is that
 :math:`\beta\,lr` is the reward under which the policy is already optimal, so a reward model's loss can train the policy
 directly. The losses differ in two choices only:
 
@@ -8,11 +8,11 @@ directly. The losses differ in two choices only:
   running mean, APO's 0), whole sorted batches (AOT), or log-probabilities without a reference (SimPO, CPO, ORPO);
 - the curve the difference goes through: logistic, hinge, squared, or a mixture.
 
-Each loss type of :func:`dpo_loss` is one small function below, in :data:`LOSS_TYPES`; to add one, write it and list it.
+Each loss type of :func:`dpo_loss` is one small function below, in :data:`LOSS_TYPES`; to add one, write it and list it there.
 
-Answers come as summed log-probabilities ``(B,)``, what :func:`sequence_log_probs` returns for padded and packed rows, or
-per token ``(B, S)`` with a mask; the reference may come in the other form. What depends on lengths takes token counts
-with sums. An answer without tokens has log-probability 0, total and mean, and moves nothing.
+Answers come as summed log-probabilities ``(B,)``, as :func:`sequence_log_probs` returns for padded and packed rows, or
+per token ``(B, S)`` with a mask; the reference may come in the other form. Losses that depend on lengths need token counts
+beside sums. An answer without tokens has log-probability 0, as a sum and as a mean, and trains nothing.
 
 ==============================================  =================================================================
 elsewhere                                       here
@@ -55,7 +55,7 @@ Reduction = Literal["mean", "sum", "none"]
 
 @dataclass(frozen=True)
 class Pairs:
-    """What a loss type sees of a batch of pairs; tensors are ``(B,)`` in fp32 or float64."""
+    """A batch of pairs as a loss type sees it; tensors are ``(B,)`` in fp32 or float64."""
 
     policy_chosen: Tensor
     policy_rejected: Tensor
@@ -91,7 +91,7 @@ class Pairs:
 
 def _smoothed_logistic(x: Tensor, label_smoothing: float) -> Tensor:
     loss = -F.logsigmoid(x)
-    # Unsmoothed where a rejected answer is impossible and x is inf: the other term is 0 · inf.
+    # Without smoothing the second term is left out: where a rejected answer is impossible, x is inf and the term 0 · inf.
     return loss * (1 - label_smoothing) - F.logsigmoid(-x) * label_smoothing if label_smoothing else loss
 
 
@@ -102,7 +102,7 @@ def _half_over(beta: float) -> float:
 
 
 def sigmoid(p: Pairs) -> Tensor:
-    """−(1−e)·ls(βd) − e·ls(−βd). DPO (2305.18290); with e > 0 conservative DPO, a share e of the labels is wrong."""
+    """−(1−e)·ls(βd) − e·ls(−βd). DPO (2305.18290); with e > 0 conservative DPO, where a share e of the labels is wrong."""
     return _smoothed_logistic(p.beta * p.margin, p.label_smoothing)
 
 
@@ -142,7 +142,7 @@ def discopop(p: Pairs) -> Tensor:
     """−ls(x)(1−q) + e^{−x}q, x = βd, q = σ(x/τ): found by search over programs. DiscoPOP (2406.08414)."""
     x = p.beta * p.margin
     log_q = F.logsigmoid(x / p.discopop_tau)
-    # e^{−x}q as one exponential: apart they are inf · 0.
+    # e^{−x}q as one exponential: as two factors it is inf · 0.
     return -F.logsigmoid(x) * (1 - log_q.exp()) + (log_q - x).exp()
 
 
@@ -175,7 +175,7 @@ def aot(p: Pairs) -> Tensor:
 
 
 def aot_unpaired(p: Pairs) -> Tensor:
-    """DPO on sort(lr_w) − sort(lr_l): the chosen as a crowd over the rejected as a crowd. AOT (2406.05882)."""
+    """DPO on sort(lr_w) − sort(lr_l): the distribution of the chosen over that of the rejected. AOT (2406.05882)."""
     return _smoothed_logistic(p.beta * (_sorted(p.chosen) - _sorted(p.rejected)), p.label_smoothing)
 
 
@@ -205,7 +205,7 @@ _ALLOW_F_DIVERGENCE = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "ipo_norm", "e
 
 
 def _score(log_ratio: Tensor, f_divergence_type: str, alpha: float) -> Tensor:
-    """f′ of the probability ratio: what replaces the log-ratio when the policy is held near by another divergence."""
+    """f′ of the probability ratio: replaces the log-ratio when another divergence holds the policy near the reference."""
     if f_divergence_type == "forward_kl":
         return -torch.expm1(-log_ratio)
     if f_divergence_type == "js_divergence":
@@ -290,7 +290,7 @@ def _answers(
     reference_rejected: Tensor | None = None,
     **scalars: Tensor | float | None,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Sums ``(B,)`` and token counts of the chosen, then of the rejected answers, once everything fits."""
+    """Sums ``(B,)`` and token counts of the chosen, then of the rejected answers, after checking that all shapes fit."""
     check_tensors(chosen=chosen, rejected=rejected)
     if chosen.dim() not in (1, 2) or rejected.dim() not in (1, 2) or chosen.shape[0] != rejected.shape[0]:
         raise ValueError(
@@ -304,7 +304,7 @@ def _answers(
 
 
 def _log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
-    """``(B,)`` of answers that are not pairs, whose log-probs come summed."""
+    """Log-ratios ``(B,)`` of unpaired answers, whose log-probs must be sums."""
     check_tensors(policy=policy, reference=reference)
     if policy.dim() != 1 or policy.shape != reference.shape:
         raise ValueError(
@@ -352,7 +352,7 @@ def dpo_loss(
     ``aux_loss_coef`` times ``aux_loss``.
 
     Source: Rafailov et al., "Direct Preference Optimization" (2305.18290); each loss type's function names its own. As in
-    TRL 1.16 and OpenRLHF 0.11; where they differ, the module's docstring lists whose numbers which arguments give.
+    TRL 1.16 and OpenRLHF 0.11; where they differ, the module's docstring lists which arguments give whose numbers.
 
     Args:
         policy_chosen_logps: log-probabilities of the chosen answers, nats: sums ``(B,)`` or per token ``(B, S)``.
@@ -365,27 +365,27 @@ def dpo_loss(
         label_smoothing: the share ``e`` of labels taken to be wrong, one for all loss types or one for each. Used by
             ``sigmoid``, ``aot``, ``aot_unpaired``, ``robust`` (``e < ½``) and ``exo_pair`` (``e > 0``).
         reference_free: leave the reference out of the loss. Rewards still subtract it where it is given.
-        f_divergence_type: the divergence that holds the policy near, which maps each log-ratio before they are
-            subtracted; not for ``nca_pair``, ``bco_pair``, ``sppo_hard``, ``aot*`` and ``apo*``. Scores are ``lr``
+        f_divergence_type: the divergence that holds the policy near the reference; it maps each log-ratio before they
+            are subtracted; not for ``nca_pair``, ``bco_pair``, ``sppo_hard``, ``aot*`` and ``apo*``. Scores are ``lr``
             (reverse KL), ``1 − e^{−lr}`` (forward KL), ``log 2 + ls(lr)`` (JS) and ``(e^{(α−1)lr} − 1)/(α − 1)``, the
             exponent at most 80 (alpha). Rewards stay ``beta·lr``.
         f_alpha_divergence_coef: ``α``; 1 is reverse KL. TRL 0.25 has ``1 − α``, default 1.
-        chosen_mask: ``(B, S)``, nonzero for the tokens that count, where log-probs are per token; default all, those too that
-            :func:`~fused_losses.selective_log_softmax` made 0.
+        chosen_mask: ``(B, S)``, nonzero for the tokens that count, where log-probs are per token; default all, including
+            those for which :func:`~fused_losses.selective_log_softmax` gave 0.
         rejected_mask: as ``chosen_mask``.
         chosen_lengths: token counts ``(B,)``, only where log-probs are sums. ``ipo_norm`` and ``sigmoid_norm`` need both
             counts, ``sft`` and ``rpo_alpha`` the chosen's.
         rejected_lengths: as ``chosen_lengths``.
-        ld_alpha: LD-DPO (2409.06411): tokens beyond the shorter answer's length count ``ld_alpha``, under policy and
-            reference (TRL 1.16; TRL 0.25: pass the reference as sums, which are taken as they are). Needs the policy
+        ld_alpha: LD-DPO (2409.06411): weight of the tokens beyond the shorter answer's length, under policy and
+            reference (TRL 1.16; TRL 0.25: pass the reference as sums, which are not weighted). Needs the policy
             per token.
-        rpo_alpha: RPO (2404.19733): share of the chosen's negative log-likelihood added to each pair.
+        rpo_alpha: RPO (2404.19733): coefficient of the chosen's negative log-likelihood added to each pair.
         nll_loss: that negative log-likelihood, for ``rpo_alpha`` and ``sft``; default the mean over all chosen tokens.
         weight: ``(B,)``, multiplies each pair's loss: :func:`wpo_weight`. Not with ``aot`` and ``aot_unpaired``, whose
             terms belong to no pair.
         aux_loss: scalar, a mixture of experts' load balancing loss.
-        aux_loss_coef: its share.
-        running_mean: δ of ``bco_pair``: a :class:`RunningMean`, which this batch's rewards enter first. Default δ = 0.
+        aux_loss_coef: its coefficient.
+        running_mean: δ of ``bco_pair``: a :class:`RunningMean`, which adds this batch's rewards first. Default δ = 0.
         discopop_tau: temperature ``τ`` of ``discopop``.
         weighted_rewards: multiply rewards by the sum of ``loss_weights``, as TRL 0.25; default ``beta·lr``.
         reduction: over pairs: ``"mean"``, ``"sum"`` or ``"none"``.
@@ -396,9 +396,9 @@ def dpo_loss(
 
     Raises:
         ValueError: an unknown name; smoothing, ``weight``, ``running_mean``, ``nll_loss`` or an f-divergence that no loss
-            type of the call uses, or a number or tensor that one lacks; one side's reference alone; a mask without
-            log-probs per token, lengths with them, or shapes that do not match. Lengths, coefficients and ``discopop_tau``
-            may be given for nothing.
+            type of the call uses; a missing number or tensor that a loss type needs; the reference of one side only; a mask
+            without log-probs per token; lengths with them; or shapes that do not match. Lengths, coefficients and
+            ``discopop_tau`` may be given without effect.
 
     Example:
         >>> policy_w, policy_l = torch.tensor([-10.0, -12.0]), torch.tensor([-11.0, -10.0])
@@ -534,7 +534,7 @@ def wpo_weight(
     *,
     max_weight: float | None = None,
 ) -> Tensor:
-    r"""WPO's weight of each pair: how likely the policy is to write these two answers, against what it could expect.
+    r"""WPO's weight of each pair: how likely the policy is to write these two answers, relative to what it would expect.
 
     .. math:: \exp(\bar a_w)\exp(\bar a_l), \qquad a_t = \log\pi(y_t) - \log\sum_v \pi(v)^2
 
@@ -571,9 +571,9 @@ def wpo_weight(
 class RunningMean(nn.Module):
     """Mean of all rewards given to it so far: the baseline δ of BCO.
 
-    Called in training mode it takes the rewards in first, from all ranks where a process group is initialised; in
-    evaluation mode it only answers. Where the model it is in is cast, it stays in float64. TRL 0.25's ``bco_pair`` gives
-    each batch's mean the same weight, which differs where batches differ in size.
+    A call in training mode first adds the rewards, those of all ranks where a process group is initialised; in evaluation
+    mode it only returns the mean. It stays in float64 when the model that contains it is cast. TRL 0.25's ``bco_pair``
+    gives each batch's mean the same weight, which differs where batches differ in size.
 
     Source: Jung et al., "Binary Classifier Optimization" (2404.04656); ``RunningMoments`` of TRL 0.25, not in 1.16.
 
@@ -592,7 +592,7 @@ class RunningMean(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RunningMean:
-        """Moves with the model it is in, and is not cast with it: in bfloat16 a count stops at 256."""
+        """Move with the model that contains it, but do not cast: in bfloat16 a count stops at 256."""
 
         def moved(buffer: Tensor) -> Tensor:
             result = fn(buffer)
@@ -601,7 +601,7 @@ class RunningMean(nn.Module):
         return super()._apply(moved, recurse)
 
     def forward(self, rewards: Tensor) -> Tensor:
-        """The mean so far, ``()`` in the dtype of ``rewards``, detached; ``rewards`` of any shape enter first."""
+        """The mean so far, ``()`` in the dtype of ``rewards``, detached; in training ``rewards``, of any shape, count first."""
         rewards = rewards.detach()
         if self.training:
             batch = torch.stack([rewards.double().sum(), self.count.new_full((), rewards.numel())])
@@ -647,20 +647,20 @@ def cpo_loss(
         beta: scale of the difference.
         loss_type: ``"sigmoid"``, ``"hinge"``, ``"ipo"`` or ``"simpo"``.
         label_smoothing: share of labels taken to be wrong; ``sigmoid`` and ``simpo`` only.
-        cpo_alpha: share of the negative log-likelihood; default 1, TRL's.
-        alpha: AlphaPO's exponent; default 0, log-probabilities as they are.
-        simpo_gamma: the margin ``simpo`` asks for.
+        cpo_alpha: coefficient of the negative log-likelihood; default 1, TRL's.
+        alpha: AlphaPO's exponent; default 0, which leaves log-probabilities as they are.
+        simpo_gamma: the margin that ``simpo`` asks for.
         chosen_mask, rejected_mask, chosen_lengths, rejected_lengths: as for :func:`dpo_loss`; ``ipo`` and ``simpo`` need
             both counts, ``cpo_alpha`` the chosen's unless ``nll_loss`` is given.
         nll_loss: scalar, the negative log-likelihood; default the mean over all chosen tokens of the batch.
         reduction: over pairs: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        ``(loss, chosen_rewards, rejected_rewards)``: scalar or ``(B,)``, and two ``(B,)``, detached: β times what the loss
-        subtracts, before the margin. fp32 (float64 for float64).
+        ``(loss, chosen_rewards, rejected_rewards)``: scalar or ``(B,)``, and two ``(B,)``, detached: β times each term of the
+        difference :math:`d`, before the margin. fp32 (float64 for float64).
 
     Raises:
-        ValueError: an unknown name, smoothing where it has no effect, counts that are missing, or as :func:`dpo_loss`.
+        ValueError: an unknown name, smoothing where it has no effect, missing counts, or as for :func:`dpo_loss`.
 
     Example:
         >>> chosen, rejected = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-2.0, -2.0]])
@@ -710,7 +710,7 @@ def simpo_loss(
     nll_loss: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    r"""SimPO: the mean log-probability is the reward, a margin is asked for, and no reference is needed.
+    r"""SimPO: the mean log-probability is the reward, with a margin and without a reference.
 
     .. math:: -\log\sigma(\beta(\bar\pi_w - \bar\pi_l) - \gamma) + \alpha_{cpo}\,NLL_w
 
@@ -772,7 +772,7 @@ def orpo_loss(
         policy_rejected_logps: of the rejected answers.
         nll_loss: scalar, the chosen rows' negative log-likelihood. In ORPO the mean over prompt *and* answer, e.g.
             ``-masked_mean(chosen_token_logps, chosen_attention_mask)``.
-        beta: share of the preference term.
+        beta: coefficient of the preference term.
         chosen_mask, rejected_mask, chosen_lengths, rejected_lengths: as for :func:`dpo_loss`; counts are needed.
         reduction: over pairs: ``"mean"``, ``"sum"`` or ``"none"``; ``nll_loss`` is part of each pair's loss.
 
@@ -782,7 +782,7 @@ def orpo_loss(
         detached. fp32 (float64 for float64).
 
     Raises:
-        ValueError: counts that are missing, or as :func:`dpo_loss`.
+        ValueError: missing counts, or as for :func:`dpo_loss`.
 
     Example:
         >>> chosen, rejected = torch.tensor([[-0.5, -1.0]]), torch.tensor([[-2.0, -2.0]])
@@ -835,14 +835,14 @@ def kto_loss(
         \lambda_D\,(1 - \sigma(\beta(lr_w - KL))), \qquad \lambda_U\,(1 - \sigma(\beta(KL - lr_l))), \qquad
         KL = \max(\operatorname{mean}(\log\pi_{KL} - \log\pi_{ref,KL}), 0)
 
-    one mean over both sides together. ``apo_zero_unpaired`` is the same against 0 instead of KL.
+    with one mean over both sides together. ``apo_zero_unpaired`` is the same with 0 instead of KL.
 
     Source: Ethayarajh et al., "KTO" (2402.01306); D'Oosterlinck et al., "APO" (2408.06266); TRL 1.16, OpenRLHF 0.8.
 
     Args:
         policy_chosen_logps: summed log-probabilities ``(B_w,)`` of desirable answers, nats; may be empty.
         policy_rejected_logps: of undesirable answers ``(B_l,)``; may be empty.
-        policy_KL_logps: of prompts with another prompt's answer ``(B_KL,)``; ``None`` for ``apo_zero_unpaired``.
+        policy_KL_logps: of prompts, each with another prompt's answer, ``(B_KL,)``; ``None`` for ``apo_zero_unpaired``.
         reference_chosen_logps, reference_rejected_logps, reference_KL_logps: the same three under the reference.
         beta: how closely the policy is held to the reference.
         loss_type: ``"kto"`` or ``"apo_zero_unpaired"``.
@@ -857,7 +857,7 @@ def kto_loss(
         rows.
 
     Raises:
-        ValueError: an unknown name, KL log-probabilities that are missing, or log-probabilities that are not sums
+        ValueError: an unknown name, missing KL log-probabilities, or log-probabilities that are not sums
             ``(B,)`` of one shape under policy and reference: :func:`sequence_log_probs` sums tokens.
 
     Example:
@@ -900,7 +900,7 @@ def vanilla_kto_loss(
     .. math::
         1 - \sigma(\beta(lr_w - KL_l)), \qquad 1 - \sigma(\beta(KL_w - lr_l)), \qquad KL = \max(\operatorname{mean}(lr), 0)
 
-    one mean over both sides together; this rank's KL alone, no weights.
+    with one mean over both sides together, the KL of this rank only, and no weights.
 
     Source: Ethayarajh et al., "KTO" (2402.01306), their code's ``KTO`` for paired data; OpenRLHF 0.8's ``VanillaKTOLoss``.
 
@@ -916,7 +916,7 @@ def vanilla_kto_loss(
         (float64 for float64). An empty side has no KL: nan.
 
     Raises:
-        ValueError: shapes, as :func:`kto_loss`.
+        ValueError: wrong shapes, as for :func:`kto_loss`.
 
     Example:
         >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-11.0])
@@ -946,8 +946,8 @@ def bco_loss(
 
     .. math:: -\log\sigma(\beta\,lr_w - \delta), \qquad -u\log\sigma(\delta - \beta\,lr_l)
 
-    one mean over both sides together; :math:`\delta` is the mean of all rewards so far, this batch's included; :math:`u` is 1,
-    or how much more likely the prompt is among desirable answers than among undesirable ones.
+    with one mean over both sides together; :math:`\delta` is the mean of all rewards so far, this batch's included; :math:`u`
+    is 1, or how much more likely the prompt is among desirable answers than among undesirable ones.
 
     Source: Jung et al., "Binary Classifier Optimization" (2404.04656); the ``BCOTrainer`` of TRL 0.25 to 1.9
     (1.16 has none), whose density ratio is ``rejected_weight``.
@@ -958,8 +958,8 @@ def bco_loss(
         reference_chosen_logps, reference_rejected_logps: the same under the reference.
         beta: how closely the policy is held to the reference.
         running_mean: keeps δ between calls; default δ = 0.
-        rejected_weight: ``u`` ``(B_l,)``, which gets no gradient: with a classifier's probability ``p`` that a prompt is a
-            desirable answer's, ``p/(1 − p)``; default 1.
+        rejected_weight: ``u`` ``(B_l,)``, which gets no gradient: ``p/(1 − p)`` for a classifier's probability ``p`` that the
+            prompt belongs to a desirable answer; default 1.
         reduction: over both sides concatenated: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
@@ -967,7 +967,7 @@ def bco_loss(
         and δ ``()``. fp32 (float64 for float64).
 
     Raises:
-        ValueError: shapes, as :func:`kto_loss`.
+        ValueError: wrong shapes, as for :func:`kto_loss`.
 
     Example:
         >>> chosen, rejected = torch.tensor([-10.0]), torch.tensor([-11.0])
@@ -999,10 +999,10 @@ def preference_metrics(
 ) -> dict[str, Tensor]:
     """What trainers log beside a preference loss, as detached scalars on the device.
 
-    ``rewards/chosen``, ``rewards/rejected``, their difference ``rewards/margins`` and, for pairs, the share
-    ``rewards/accuracies`` where the chosen is strictly ahead; with log-probs, ``logps/*``; with token statistics, as far
-    as they were computed, ``logits/*``, ``entropy`` and, over the chosen answers, ``mean_token_accuracy`` and
-    ``nll_loss``: all means over the tokens that count.
+    ``rewards/chosen``, ``rewards/rejected``, their difference ``rewards/margins`` and, for pairs, ``rewards/accuracies``,
+    the share where the chosen reward is strictly larger; with log-probs, ``logps/*``; with token statistics, where they
+    were computed, ``logits/*``, ``entropy`` and, over the chosen answers, ``mean_token_accuracy`` and ``nll_loss``: all
+    means over the tokens that count.
 
     Source: TRL 1.16's names.
 

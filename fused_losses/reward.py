@@ -75,11 +75,11 @@ def pairwise_reward_loss(
 
 
 def log_exp_loss(chosen_rewards: Tensor, rejected_rewards: Tensor, margin: Tensor | float | None = None) -> Tensor:
-    r"""The pairwise loss as first written down; ``margin`` is taken and ignored, as in OpenRLHF.
+    r"""The pairwise loss as first written down; ``margin`` is accepted and ignored, as in OpenRLHF.
 
     .. math:: L = \frac{1}{B}\sum_i \log(1 + e^{r^l_i - r^w_i})
 
-    Which is :func:`pairwise_reward_loss` without a margin, and computed as such: it does not overflow where the
+    This equals :func:`pairwise_reward_loss` without a margin and is computed as that, which does not overflow where the
     exponential would.
 
     Source: Bai et al., "Training a Helpful and Harmless Assistant" (2022); OpenRLHF's ``LogExpLoss``.
@@ -151,16 +151,16 @@ def divergence_pairwise_loss(
     :math:`s_i` is the first column whose ids differ; :math:`e_i` the later of the two ends, so that pads of the shorter
     answer count. An answer ends at its pad number ``num_padding_at_beginning + 1``, or else at ``S``. Two identical
     answers are compared in the last column, and both end where the chosen one does. A pair that ends before it diverges
-    is a mean over nothing, nan, as it is in DeepSpeed-Chat (left padding needs ``num_padding_at_beginning``).
+    gives the mean over nothing, nan, as in DeepSpeed-Chat (left padding needs ``num_padding_at_beginning``).
 
-    Source: DeepSpeed-Chat's ``RewardModel.forward``, whose loop over pairs this is without the loop.
+    Source: DeepSpeed-Chat's ``RewardModel.forward``, here without its loop over pairs.
 
     Args:
         rewards: ``(2B, S)`` reward per token, chosen answers over rejected ones.
         input_ids: ``(2B, S)`` their token ids.
         pad_id: the id that ends an answer.
-        num_padding_at_beginning: pads each row starts with (1 for OPT's tokenizer).
-        compute_fp32_loss: ``False`` computes in the rewards' dtype, as DeepSpeed-Chat does unless told.
+        num_padding_at_beginning: number of pads that each row starts with (1 for OPT's tokenizer).
+        compute_fp32_loss: ``False`` computes in the rewards' dtype, as DeepSpeed-Chat does by default.
 
     Returns:
         A dict: ``loss``, a scalar; ``chosen_mean_scores`` and ``rejected_mean_scores``, ``(B,)``, the reward before
@@ -169,7 +169,7 @@ def divergence_pairwise_loss(
     Raises:
         ValueError: shapes that are not ``(2B, S)``.
         RuntimeError: a pair differs in its first column already: there is no prompt in front. On a GPU the check does
-            not wait, and fails the next synchronisation.
+            not wait, and makes the next synchronisation fail.
 
     Example:
         >>> ids = torch.tensor([[5, 1, 2, 0], [5, 1, 3, 4]])
@@ -198,7 +198,7 @@ def divergence_pairwise_loss(
     column = torch.arange(S, device=rewards.device)
     compared = (column >= start.unsqueeze(-1)) & (column < end.unsqueeze(-1))
     difference = upcast(chosen) - upcast(rejected) if compute_fp32_loss else chosen - rejected
-    # Hidden before the logsigmoid too, whose derivative would carry a nan back.
+    # Masked before the logsigmoid too, whose derivative would carry a nan back.
     losses = -F.logsigmoid(difference.masked_fill(~compared, 0))
     per_pair = masked_sum(losses, compared, -1) / compared.sum(-1)
     return {
@@ -211,7 +211,7 @@ def divergence_pairwise_loss(
 def end_scores(values: Tensor, input_ids: Tensor, pad_id: int, prompt_length: int) -> Tensor:
     r"""Value at the last token of each answer: before the first pad at or after ``prompt_length``, or else the last.
 
-    Pads before ``prompt_length``, those of a left-padded prompt, are passed over.
+    Pads before ``prompt_length``, those of a left-padded prompt, are ignored.
 
     Source: DeepSpeed-Chat's ``RewardModel.forward_value``, there ``chosen_end_scores``.
 
@@ -219,7 +219,7 @@ def end_scores(values: Tensor, input_ids: Tensor, pad_id: int, prompt_length: in
         values: ``(B, S)``, one number per token.
         input_ids: ``(B, S)`` token ids, prompt and answer.
         pad_id: the id that ends an answer.
-        prompt_length: columns the (padded) prompts take up, at least 2.
+        prompt_length: number of columns that the (padded) prompts take up, at least 2.
 
     Returns:
         ``(B,)`` in the dtype of ``values``, differentiable in them.
@@ -255,20 +255,20 @@ def prm_loss(
 
     .. math:: L = \frac{1}{P} \sum_{(b,t):\ \text{input}_{b,t} = \text{placeholder}} -\sum_c q_{b,t,c} \log p_{b,t,c}
 
-    :math:`p` is the softmax over ``reward_token_ids``, over the whole vocabulary without them. :math:`q` is one-hot at a
-    hard label; a soft label :math:`q` is the probability of the first of two reward tokens. Nothing is shifted. Over
-    :class:`LinearLogits`, only the positions that count and only those rows of the head are multiplied.
+    :math:`p` is the softmax over ``reward_token_ids``, or over the whole vocabulary if they are None. :math:`q` is one-hot at
+    a hard label; a soft label is the probability of the first of two reward tokens. Nothing is shifted. With
+    :class:`LinearLogits`, only the positions that count and the reward tokens' rows of the head are multiplied.
 
-    Source: OpenRLHF's ``PRMLoss``. Two corners differ on purpose: all labels are mapped to reward tokens at once (there
+    Source: OpenRLHF's ``PRMLoss``. Two corner cases differ on purpose: all labels are mapped to reward tokens at once (there
     a label mapped to an index can be mapped again), and a soft label of −100 is ignored (there it is the target (−100, 101)).
 
-    How many positions count is a number on the device, so selecting them waits for it, and ``torch.compile`` breaks the
+    The number of positions that count is on the device, so selecting them waits for it, and ``torch.compile`` breaks the
     graph here.
 
     Args:
-        inputs: ``(B, S)`` token ids, in which the placeholders stand.
+        inputs: ``(B, S)`` token ids, which contain the placeholders.
         logits: ``(B, S, V)``.
-        labels: ``(B, S)``: token ids, or of any floating dtype the soft labels in [0, 1].
+        labels: ``(B, S)``: token ids, or soft labels in [0, 1] of any floating dtype.
         placeholder_token_id: the id that marks a step's end.
         reward_token_ids: ids of the judgements, say of ``+`` and ``-``; soft labels need exactly two.
         ignore_index: the label of a placeholder that does not count.
@@ -280,8 +280,8 @@ def prm_loss(
         detached; those without a label count as wrong.
 
     Raises:
-        ValueError: soft labels without two reward tokens, a hard label that is none of the reward tokens, or labels that are
-            not shaped like ``inputs``.
+        ValueError: soft labels without two reward tokens, a hard label that is not a reward token, or labels that are not
+            shaped like ``inputs``.
 
     Example:
         >>> inputs, labels = torch.tensor([[5, 9, 6, 9]]), torch.tensor([[-100, 1, -100, 2]])

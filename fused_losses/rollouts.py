@@ -1,4 +1,4 @@
-"""What is known of sampled sequences before the loss: how much better than expected each was, and which of it to train on."""
+"""Sampled sequences before the loss: how much better than expected each was, which tokens train, and with what weight."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sharded_weight import is_distributed
 
 
 def _nanstd(x: Tensor) -> Tensor:
-    """Unbiased, along dimension 1, over what is not nan; of a single number 0."""
+    """Unbiased standard deviation along dimension 1, over the numbers that are not nan; 0 for a single number."""
     deviation = (x - x.nanmean(1, keepdim=True)).square().nansum(1, keepdim=True)
     return (deviation / ((~x.isnan()).sum(1, keepdim=True) - 1).clamp(min=1)).sqrt()
 
@@ -35,19 +35,19 @@ def group_advantages(
 
     .. math:: A = \frac{R - \mathrm{mean}_{group} R}{\mathrm{std} R + \epsilon}
 
-    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) scales every reward
-    function by its own group before they are summed, and the sum by the batch, mean and std. nan rewards (a function
-    that does not apply) are left out of sums, means and stds; a sequence without any reward gets 0, as does a group of
-    one.
+    with the unbiased std of the group, of the whole batch, or none. ``normalize_then_sum`` (GDPO) normalises each reward
+    function by its mean and std in the group, sums the functions, and normalises the sum by its mean and std in the batch.
+    nan rewards (a function that does not apply) are left out of sums, means and stds; a sequence without any reward gets
+    0, as does a group of one.
 
     Source: GRPO (2402.03300), Dr. GRPO (2503.20783) ``scale="none"``, RLOO (2402.14740) ``leave_one_out``, GDPO
     (2601.05242); TRL 1.16's ``scale_rewards`` (True is ``group``, False is ``none``) and ``multi_objective_aggregation``.
 
     Args:
-        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings stand together.
+        rewards: ``(B,)``, or ``(B, K)`` of K reward functions; the ``num_generations`` siblings are adjacent.
         num_generations: sequences per prompt; divides B.
         scale: ``"group"`` (default), ``"batch"``, ``"none"`` or ``"normalize_then_sum"``.
-        weights: ``(K,)`` of the reward functions; ``None``: all 1.
+        weights: ``(K,)``, one per reward function; ``None``: all 1.
         leave_one_out: the mean of the *other* siblings instead of all of them, i.e. :math:`R - \mathrm{mean}` times
             :math:`G/(G-1)`. RLOO has ``scale="none"``; not with ``normalize_then_sum``.
         eps: added to the std. Default 1e-4, TRL's; verl has 1e-6, OpenRLHF 1e-9.
@@ -56,7 +56,7 @@ def group_advantages(
         ``(B,)``, fp32 (float64 for float64).
 
     Raises:
-        ValueError: B is no multiple of ``num_generations``, weights that are not ``(K,)``, or an unknown ``scale``.
+        ValueError: B is not a multiple of ``num_generations``, ``weights`` are not ``(K,)``, or an unknown ``scale``.
 
     Example:
         >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
@@ -105,15 +105,15 @@ def optimal_values(rewards: Tensor, num_generations: int, *, beta: float = 0.5) 
     Source: Brantley et al., "A*-PO" (2505.20686); TRL 1.16's ``A2POTrainer``, whose ``beta1`` this is.
 
     Args:
-        rewards: ``(B,)``; the ``num_generations`` answers to a prompt stand together.
+        rewards: ``(B,)``; the ``num_generations`` answers to a prompt are adjacent.
         num_generations: answers per prompt; divides B.
-        beta: how far the best policy may be from the reference: near 0 the largest reward, far from it their mean.
+        beta: how close the best policy stays to the reference: near 0 the value is the largest reward, far from 0 their mean.
 
     Returns:
         ``(B / num_generations,)``, fp32 (float64 for float64).
 
     Raises:
-        ValueError: B is no multiple of ``num_generations``, or ``beta`` is not positive.
+        ValueError: B is not a multiple of ``num_generations``, or ``beta`` is not positive.
 
     Example:
         >>> optimal_values(torch.tensor([1.0, 0.0, 0.0, 0.0]), 2)
@@ -136,7 +136,7 @@ def off_policy_mask(
     *,
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    r"""Keep a sequence that was worth sampling, or that the policy has not moved far from since.
+    r"""Keep a sequence that was worth sampling, or from which the policy has not moved far since.
 
     .. math:: A \ge 0 \;\lor\; \mathrm{mean}_t(\log\pi_{sampling} - \log\pi) \le threshold
 
@@ -182,8 +182,8 @@ def entropy_mask(
         entropy: ``(B, S)`` per token, nats.
         top_entropy_quantile: the share to keep, 0 to 1: 0.2 keeps the fifth with the highest entropy.
         mask: ``(B, S)``, nonzero for the tokens that count; ``None``: all.
-        group: the ranks among whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
-            Several ranks tell each other their numbers of tokens, which waits for the device.
+        group: the ranks over whose tokens the quantile is taken; ``None``: all, where ``torch.distributed`` runs.
+            Several ranks exchange their numbers of tokens, which waits for the device.
 
     Returns:
         bool ``(B, S)``, False where masked.
@@ -199,15 +199,15 @@ def entropy_mask(
     values = F.pad(entropy.masked_fill(~shown, nan).flatten(), (0, 1), value=nan)  # never empty
     if is_distributed() and dist.get_world_size(group) > 1:
         longest = on_device(len(values), values.device, torch.int64)
-        dist.all_reduce(longest, dist.ReduceOp.MAX, group)  # of tensors: no compiler traces a collective of objects
+        dist.all_reduce(longest, dist.ReduceOp.MAX, group)  # torch.compile traces no collective of objects
         values = F.pad(values, (0, int(longest) - len(values)), value=nan)
         everyone = [torch.empty_like(values) for _ in range(dist.get_world_size(group))]
         dist.all_gather(everyone, values, group)
         values = torch.cat(everyone)
-    # torch.nanquantile, which older compilers do not trace: between the two values around the rank.
+    # torch.nanquantile by hand, as older versions of torch.compile do not trace it: interpolate the values around the rank.
     rank = (1 - top_entropy_quantile) * ((~values.isnan()).sum() - 1).clamp(min=0).to(wide_dtype(values.device))
     around = torch.stack([rank.floor(), rank.ceil()]).long()
-    low, high = values.sort().values.gather(0, around)  # nan last
+    low, high = values.sort().values.gather(0, around)  # nan sorts last
     return (entropy >= torch.lerp(low, high, (rank - rank.floor()).to(low.dtype))) & shown
 
 
@@ -223,11 +223,11 @@ def mismatch_weight(
     high: float | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    r"""Importance weight that makes up for an inference engine whose probabilities differ.
+    r"""Importance weight that corrects for an inference engine whose probabilities differ from the trainer's.
 
     .. math:: \pi_{old} / \pi_{rollout}
 
-    A statistic is kept within ``[low, high]``: by truncating the weight itself, or by giving 0 to whatever is outside.
+    A statistic is kept within ``[low, high]``: the weight itself is truncated, or a weight whose statistic is outside is 0.
 
     ====================================================  ==============================================================
     elsewhere                                             here
@@ -256,12 +256,12 @@ def mismatch_weight(
             decides, the weights stay per token).
         mode: ``"truncate"`` or ``"mask"``.
         gate: which statistic: the ``"ratio"``, or with ``mode="mask"`` the divergence between the two
-            probabilities of the sampled token, as a coin's (``"binary_kl"``) or as ``"tv"`` their distance.
+            probabilities of the sampled token: the binary KL (``"binary_kl"``) or the absolute difference (``"tv"``).
         low, high: the bounds; ``None``: no bound. Exponents are kept within ±20 in any case.
         cu_seqlens: ``(n + 1,)``, the borders of a packed row's sequences.
 
     Returns:
-        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); to be passed as
+        The weight, detached, ``(B, S)``, for ``"sequence_sum"`` ``(B,)``; fp32 (float64 for float64); pass it as
         ``mismatch_weight``; and metrics: ``mismatch_kl``, the token mean of :math:`\log\pi_{rollout} - \log\pi_{old}`,
         and ``filter_fraction``, the share of tokens, or of sequences, outside the bounds.
 

@@ -1,12 +1,12 @@
 """From tokens to sequences: which tokens count, where a document ends, and what a sequence sums to.
 
-What a mask hides is replaced before it is summed, never multiplied by zero: a nan or inf there reaches neither the
+Masked values are replaced by 0 before the sum, never multiplied by zero: a nan or inf among them reaches neither the
 value nor the gradient.
 
 Two layouts hold a batch. Padded: ``(B, S)`` and a mask. Packed: ``(1, total)``, documents end to end, where either
-``cu_seqlens`` ``(n + 1,)`` holds the documents' borders ``0 … total``, or ``position_ids`` starts again at 0 with each.
+``cu_seqlens`` ``(n + 1,)`` holds the documents' borders ``0 … total``, or ``position_ids`` restarts at 0 with each document.
 Packed rows are never unpacked here. Nothing waits for the device, except where ``position_ids`` come without
-``num_sequences``: the number of documents is then a number on the device, and shapes are needed on the host.
+``num_sequences``: only the device then has the number of documents, and the host needs it as a shape.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .token_statistics import integer_ids
 
 
 def same_shape(**tensors: Tensor | None) -> None:
-    """Raise ValueError unless all have one shape, where broadcasting would quietly make another loss, and what is named a
-    mask is one; None is left out.
+    """Raise ValueError unless all tensors have one shape, as broadcasting would quietly give another loss, and each one
+    named a mask is a mask; None is left out.
 
     Example:
         >>> same_shape(chosen=torch.ones(3), rejected=torch.ones(3, 1))
@@ -42,7 +42,7 @@ def same_shape(**tensors: Tensor | None) -> None:
 
 
 def check_tensors(**given: Any) -> None:
-    """Raise TypeError for what is no tensor."""
+    """Raise TypeError for an argument that is not a tensor."""
     for name, x in given.items():
         if not isinstance(x, Tensor):
             what = f"{type(x).__name__}: unpack it" if isinstance(x, tuple) else f"{x!r:.40}"
@@ -52,7 +52,7 @@ def check_tensors(**given: Any) -> None:
 
 
 def if_logits(x: Tensor) -> str:
-    """The end of an error about the shape of log-probabilities, which ``x`` may not be."""
+    """The end of an error about the shape of log-probabilities: a hint where ``x`` has the shape of logits."""
     return ": of logits, pass selective_log_softmax(logits, ids)" if x.dim() == 3 else ""
 
 
@@ -62,7 +62,7 @@ def _one_packing(cu_seqlens: Tensor | None, position_ids: Tensor | None) -> None
 
 
 def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Sum of ``x`` where ``mask``, of its shape, is nonzero (everywhere without one), over ``dim`` or over everything.
+    """Sum of ``x`` over ``dim`` or over everything, where ``mask``, of the same shape, is nonzero; ``None``: everywhere.
 
     Example:
         >>> masked_sum(torch.tensor([1.0, float("nan"), 2.0]), torch.tensor([1, 0, 1]))
@@ -75,7 +75,7 @@ def masked_sum(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor
 
 
 def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask``, of its shape, is nonzero; 0 where nothing is selected.
+    """Mean of ``x`` where ``mask``, of the same shape, is nonzero; 0 where nothing is selected.
 
     Example:
         >>> masked_mean(torch.tensor([[1.0, 3.0], [5.0, 7.0]]), torch.tensor([[1, 1], [0, 0]]), dim=-1)
@@ -87,7 +87,7 @@ def masked_mean(x: Tensor, mask: Tensor | None, dim: int | None = None) -> Tenso
 
 
 def at_least_one(count: Any) -> Any:
-    """``count``, which may be a fraction, or 1 where it is 0: what a sum over nothing is divided by."""
+    """``count``, which may be a fraction, or 1 where it is 0: the divisor of a sum that may be empty."""
     return count + (count == 0)
 
 
@@ -98,8 +98,8 @@ def document_borders(position_ids: Tensor, num_sequences: int | None = None) -> 
 
     Args:
         position_ids: ``(1, total)``, or ``(B, S)``, rows that each hold whole documents and count as one long row.
-        num_sequences: how many documents there are. What follows them (padding, each token of which has position 0) is
-            left out; documents that are missing count as empty. ``None`` counts them, which waits for the device.
+        num_sequences: how many documents there are. Tokens behind them (padding, where every position is 0) are left
+            out; missing documents count as empty. ``None`` counts the documents, which waits for the device.
 
     Returns:
         ``(num_sequences + 1,)`` int64, on the device of ``position_ids``.
@@ -148,10 +148,9 @@ def sums_and_counts(
     position_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum of ``x`` over unmasked tokens of each sequence, and their number.
+    """The sum of ``x`` over the unmasked tokens of each sequence, and their number.
 
-    The sums of a packed row are made without unpacking it, in float64 and in one order, so that the same bits come out
-    of every run.
+    A packed row is summed without unpacking it, in float64 and in one order, so that every run gives the same bits.
 
     Args:
         x: ``(B, S)``, whose rows are the sequences; packed: ``(1, total)``, one number per token, or ``(B, S)``, rows that
@@ -159,7 +158,7 @@ def sums_and_counts(
         mask: as ``x``, nonzero for the tokens that count; ``None``: all.
         cu_seqlens: ``(n + 1,)`` integers, the borders of a packed row's documents, rising from 0. Tokens behind the last
             border belong to no document.
-        position_ids: as ``x``, instead of ``cu_seqlens``; see :func:`document_borders`, as for ``num_sequences``.
+        position_ids: as ``x``, instead of ``cu_seqlens``; see :func:`document_borders`, also for ``num_sequences``.
 
     Returns:
         Two tensors ``(B,)``, packed ``(n,)``: sums in fp32 (float64 for float64), differentiable in ``x`` (packed: once), and
@@ -168,7 +167,7 @@ def sums_and_counts(
     Raises:
         ValueError: both ``cu_seqlens`` and ``position_ids`` are given, the shape of the mask or of ``position_ids`` is not
             that of ``x``, or ``cu_seqlens`` on the CPU do not rise from 0 to at most the number of tokens. On a GPU they
-            are not looked at, and end with the tokens.
+            are not checked, but clamped to the number of tokens.
 
     Example:
         >>> sums_and_counts(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[0, 1, 1]]))
@@ -187,7 +186,7 @@ def sums_and_counts(
     borders = checked_borders(cu_seqlens, x.numel())
 
     def per_document(values: Tensor) -> Tensor:
-        # `unsafe` leaves the borders unchecked, which would wait for the device.
+        # `unsafe` skips the check of the borders, which would wait for the device.
         return torch.segment_reduce(
             values.flatten().to(wide_dtype(values.device)), "sum", offsets=borders, initial=0, unsafe=True
         )
@@ -235,7 +234,7 @@ class Sequences:
             self.document = torch.searchsorted(cu_seqlens[1:-1], place, right=True)
 
     def hide(self, name: str, x: Tensor, or_per_sequence: bool = False) -> Tensor:
-        """fp32 or float64, 0 at every token that does not count."""
+        """``x`` in fp32 or float64, 0 at every token that does not count."""
         if x.shape != self.mask.shape:
             otherwise = f"one per sequence ({self.number},) or " if or_per_sequence else ""
             raise ValueError(f"{name} must be {otherwise}one per token {tuple(self.mask.shape)}, got {tuple(x.shape)}")
@@ -255,19 +254,19 @@ class Sequences:
         return packed_mean(x, mask, cu_seqlens=self.cu_seqlens)
 
     def constant(self, name: str, x: Tensor) -> Tensor:
-        """Detached and fp32 or float64: ``(B,)`` if it came with one number per sequence, else per token."""
+        """``x`` detached, in fp32 or float64: ``(B,)`` if it has one number per sequence, else one per token."""
         x = upcast(x.detach())
         if self.cu_seqlens is None and x.shape == (self.number, 1):
             x = x.squeeze(1)
         return x if x.shape == (self.number,) else self.hide(name, x, or_per_sequence=True)
 
     def spread(self, x: Tensor) -> Tensor:
-        """What broadcasts with the tokens: from ``(B,)``, ``(B, 1)``, packed ``(1, total)``; token tensors as they are."""
+        """``x`` broadcastable with the tokens: ``(B,)`` as ``(B, 1)``, packed ``(1, total)``; a token tensor as it is."""
         if x.dim() == 2:
             return x
         if self.cu_seqlens is None:
             return x.unsqueeze(1)
-        x = x if len(x) else F.pad(x, (0, 1))  # of no document, where every token is behind the last border
+        x = x if len(x) else F.pad(x, (0, 1))  # no documents: every token is behind the last border
         return x[self.document].unsqueeze(0)
 
     def nonempty(self) -> Tensor:
@@ -275,7 +274,7 @@ class Sequences:
         return self.sum(self.mask.float()) > 0
 
     def average(self, x: Tensor, per_sequence: bool = False, count_empty: bool = False) -> Tensor:
-        """Mean over the tokens that count, or over the sequences that have any, or all, in one without tokens 0."""
+        """Mean over the tokens that count, or over sequences: those with any, or with ``count_empty`` all, empty ones as 0."""
         x = upcast(x).expand_as(self.mask)
         if per_sequence and count_empty:
             return self.mean(x).sum() / max(self.number, 1)
@@ -291,14 +290,14 @@ def sequence_log_probs(
     position_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor:
-    r"""Log-probability of each sequence: the sum of its tokens', or with ``average`` their mean.
+    r"""Log-probability of each sequence: the sum over its tokens, or with ``average`` the mean.
 
     .. math:: \log\pi(y) = \sum_t m_t \log\pi(y_t \mid y_{<t}) \quad (\,/ \sum_t m_t\,)
 
-    Nothing is shifted: ``token_logps[b, t]`` is hidden or shown by ``mask[b, t]``.
+    Nothing is shifted: ``mask[b, t]`` decides whether ``token_logps[b, t]`` counts.
 
-    Source: TRL 1.16's and OpenRLHF's ``average_log_prob``. As there, the average over no token is 0/0, nan; the sum is
-    0.
+    Source: TRL 1.16's and OpenRLHF's ``average_log_prob``. As there, the average over no tokens is 0/0, so nan; the sum
+    is 0.
 
     Args:
         token_logps: ``(B, S)`` log-probabilities in nats; packed: ``(1, total)``.
@@ -310,7 +309,7 @@ def sequence_log_probs(
         ``(B,)``, packed ``(n,)``; fp32 (float64 for float64), differentiable in ``token_logps``.
 
     Raises:
-        ValueError: ``token_logps`` that are sums already, or as :func:`sums_and_counts`.
+        ValueError: ``token_logps`` are sums already, or as for :func:`sums_and_counts`.
 
     Example:
         >>> sequence_log_probs(torch.tensor([[-1.0, -2.0, -9.0]]), torch.tensor([[1, 1, 0]]))
@@ -341,30 +340,30 @@ def shift_labels(
 ) -> Tensor:
     """Labels moved one place to the left: at each position the token that follows it in the same document.
 
-    Logits then stay whole. To slice the last position off them would cost a logits-sized copy in backward.
+    Logits then stay whole. Slicing off their last position would cost a logits-sized copy in backward.
 
     Where ranks share the sequence (context parallelism), the token that follows a part's last one is the first of another
-    rank's part: the ranks tell each other the first label of each of their parts, one or two numbers per row. Who holds whole
-    labels can shift them first and split them afterwards instead, with the same result.
+    rank's part: the ranks all-gather the first label of each of their parts, one or two numbers per row. A caller with whole
+    labels can instead shift them first and split them afterwards, with the same result.
 
     Args:
         labels: ``(B, S)`` or packed ``(1, total)`` token ids; this rank's part of them.
-        ignore_index: what stands where no token follows: at the end of each row and of each document.
+        ignore_index: the label where no token follows: at the end of each row and of each document.
         cu_seqlens: borders of a packed row's documents, as for :func:`sums_and_counts`; several rows count as one long row.
-            Ranks that share the row need those of the whole row, and equal parts of it.
+            Ranks that share the row pass the borders of the whole row, and hold equal parts of it.
         position_ids: as ``labels``, instead of ``cu_seqlens``: a document starts at every 0.
         context_group: the ranks that share the sequences; each holds at least one token of every row.
-        zigzag: of ``2R`` equal chunks, rank ``r`` of ``R`` holds ``r`` and ``2R − 1 − r``, one behind the other, so that causal
+        zigzag: of ``2R`` equal chunks, rank ``r`` of ``R`` holds chunks ``r`` and ``2R − 1 − r``, concatenated, so that causal
             attention costs all ranks the same (ring attention's zigzag, PyTorch's ``context_parallel`` with load balancing);
-            otherwise the ranks hold consecutive parts, in their order.
+            otherwise the ranks hold consecutive parts, in rank order.
 
     Returns:
         int64 in the shape of ``labels``.
 
     Raises:
-        TypeError: labels that are no integers.
-        ValueError: ``position_ids`` are not shaped like ``labels``, ``cu_seqlens`` as for :func:`sums_and_counts`, both
-            of them, zigzag parts of odd length, or a part without tokens.
+        TypeError: ``labels`` are not integers.
+        ValueError: ``position_ids`` are not shaped like ``labels``, wrong ``cu_seqlens`` as for :func:`sums_and_counts`, both
+            are given, a zigzag part has an odd length, or a part has no tokens.
 
     Example:
         >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
@@ -414,20 +413,20 @@ def concatenate_pairs(
 ) -> Tensor:
     """Chosen over rejected in one batch, the shorter side padded, so that one forward serves both.
 
-    Used for ids (``pad_value`` the pad id), masks (0) and labels (-100) alike. :func:`split_pairs` takes the two halves
-    of whatever comes out of the model apart again; reference log-probs computed beforehand are such halves already.
+    Used for ids (``pad_value`` is the pad id), masks (0) and labels (-100) alike. :func:`split_pairs` splits whatever the
+    model returns into the two halves again; reference log-probs computed beforehand are such halves already.
 
     Args:
         chosen: ``(B, S_w)``.
         rejected: ``(B, S_l)``.
         pad_value: what fills the shorter side.
-        padding_side: where it is filled.
+        padding_side: the end at which it is filled.
 
     Returns:
         ``(2B, max(S_w, S_l))``.
 
     Raises:
-        ValueError: the sides differ in more than their length, or an unknown side.
+        ValueError: ``chosen`` and ``rejected`` differ in more than their length, or an unknown ``padding_side``.
 
     Example:
         >>> concatenate_pairs(torch.tensor([[1, 2, 3]]), torch.tensor([[1, 4]]))
@@ -450,7 +449,7 @@ def concatenate_pairs(
 
 
 def split_pairs(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen and the rejected half, views of ``(2B, …)`` made by :func:`concatenate_pairs`; lazy for lazy logits.
+    """The chosen and the rejected half of a ``(2B, …)`` batch from :func:`concatenate_pairs`: views; lazy for lazy logits.
 
     Raises:
         ValueError: the first dimension is odd.

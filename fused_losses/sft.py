@@ -1,10 +1,10 @@
 r"""Supervised fine-tuning: the next-token cross entropy over the tokens that have a label.
 
 The logits at a position predict the token that follows it, so labels are shifted by one against them. Here the labels
-move and the logits stay whole, in place and uncopied: what cannot be predicted (a row's first token, and with packed
-rows every document's) is simply nobody's label.
+move and the logits stay whole, in place and uncopied: a token that cannot be predicted (the first of a row, and with
+packed rows the first of every document) is simply no position's label.
 
-What is averaged over changes the gradient of a batch and nothing else: ``"token"`` weighs every token the same, so long
+The choice of average changes the gradient of a batch and nothing else: ``"token"`` weighs every token the same, so long
 answers pull more; ``"sequence"`` weighs every answer the same. With gradient accumulation a mean per micro-batch is not
 the mean of the batch: trainers count the whole batch's tokens first and pass ``num_items_in_batch``.
 """
@@ -25,7 +25,7 @@ from .token_statistics import selective_log_softmax, target_ids
 
 
 def dft(log_probs: Tensor) -> Tensor:
-    r"""Dynamic fine-tuning's loss of a token: its nll, weighed by the probability it already has.
+    r"""Dynamic fine-tuning's loss per token: the nll, weighted by the probability the token already has.
 
     .. math:: -\operatorname{sg}(e^{\log p}) \log p
 
@@ -75,27 +75,27 @@ def sft_loss(
     Args:
         logits: ``(B, S, V)``, or ``(S, V)``.
         labels: ``(B, S)``, or ``(S,)``: token ids, not shifted.
-        ignore_index: the label of what is not trained on.
-        num_items_in_batch: replaces :math:`n`, for a batch spread over several calls: summed over them, the losses are then
-            the batch's. Spread over ranks whose gradients are averaged: :func:`count_per_rank` of the labels counted.
+        ignore_index: the label of tokens that are not trained on.
+        num_items_in_batch: replaces :math:`n` for a batch split over several calls: the sum of their losses is then the
+            batch's loss. Over ranks whose gradients are averaged, pass :func:`count_per_rank` of the labels counted.
         average: see above.
         loss_type: ``"dft"`` weighs each token as :func:`dft` does.
         nan_when_empty: nan instead of 0 where :math:`n` is 0.
         cu_seqlens: for packed rows ``(1, total)``, see :func:`fused_losses.sequences.sums_and_counts`: labels never cross a
-            document's end, and a document is a sequence.
+            document's end, and each document is a sequence.
         position_ids: as ``labels``, instead of ``cu_seqlens``. Rows ``(B, S)`` hold whole documents, and count as one long row.
-        num_sequences: with ``position_ids`` and ``average="sequence"``: the number of documents, so that it need not be
-            waited for.
+        num_sequences: with ``position_ids`` and ``average="sequence"``: the number of documents, so that the host need not
+            wait for the device to count them.
         context_group: the ranks that each hold a part of every sequence, in ``logits`` and ``labels`` alike, see
-            :func:`shift_labels`; :math:`n` and :math:`w_b` are then those of whole sequences, and the loss is this rank's
-            share: the sum over ranks is the loss. Packed rows have no ``average="sequence"`` then.
-        zigzag: which parts those are.
+            :func:`shift_labels`; :math:`n` and :math:`w_b` are then those of whole sequences, and the result is this rank's
+            share of the loss: the sum over ranks is the loss. Packed rows do not support ``average="sequence"`` then.
+        zigzag: which parts those are, see :func:`shift_labels`.
 
     Returns:
         Scalar, fp32 (float64 for float64), differentiable in ``logits``.
 
     Raises:
-        ValueError: ``labels`` are not shaped like the tokens of ``logits``, an unknown name, or as :func:`shift_labels`.
+        ValueError: ``labels`` are not shaped like the tokens of ``logits``, an unknown name, or as for :func:`shift_labels`.
 
     Example:
         >>> sft_loss(torch.zeros(1, 4, 10), torch.tensor([[7, 8, -100, 9]]))
@@ -124,7 +124,7 @@ def sft_loss(
     elif context_group is not None and average == "token":
         dist.all_reduce(count, group=context_group)
     if average == "token" and loss_type == "nll" and not isinstance(logits, Tensor):
-        # A sum over tokens has its gradients made in forward, and divided there; in fp32, which costs lazy logits nothing.
+        # A sum over tokens makes its gradients in forward and divides them there. fp32 costs lazy logits nothing.
         wide = logits.to(statistics_dtype(logits.dtype))
         share = at_least_one(count).to(wide.dtype).reciprocal().expand(target.shape)
         how: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "token_weights": share}
