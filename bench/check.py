@@ -1,7 +1,7 @@
 """``fused-losses check``: every primitive on this device against float64, over dtypes, odd shapes and options.
 
-A check is a function of ours, the same in plain PyTorch by ``fused_losses.reference``, and inputs. Plain PyTorch runs twice:
-in the dtype under test with its logits upcast, the yardstick of the tolerance rule, and in float64, the truth.
+A check has a function of ours, the same function in plain PyTorch by ``fused_losses.reference``, and inputs. Plain PyTorch
+runs twice: in the dtype under test with its logits upcast, the yardstick of the tolerance rule, and in float64, the truth.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from .problem import Inputs
 
 Function = Callable[[Inputs], Any]
 STATISTICS = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
-# (N, V) and (N, V, H) around every tile: prime V, odd H / 8, a real vocabulary. The last of each is for a GPU.
+# (N, V) and (N, V, H) around every tile size: prime V, odd H / 8, a real vocabulary. The last of each is for a GPU.
 ROW_SHAPES = ((1, 1), (3, 17), (37, 129), (5, 4097), (2, 50_257), (130, 50_257))
 HEAD_SHAPES = ((1, 5, 8), (37, 129, 24), (19, 1031, 72), (67, 4097, 136))
-POOLED, FEWEST_DRAWS, MOST_DRAWS = 2**18, 4, 64  # logits that a check sees, over so many draws of its inputs
-LARGEST = {"cuda": 2**23, "cpu": 110_000, "interpreter": 21_000}  # logits of a check
+POOLED, FEWEST_DRAWS, MOST_DRAWS = 2**18, 4, 64  # logits of a check over all draws of its inputs; how many draws
+LARGEST = {"cuda": 2**23, "cpu": 110_000, "interpreter": 21_000}  # most logits of a check
 
 
 class Check(NamedTuple):
     primitive: str
     name: str
-    logits: int  # how many
+    logits: int  # their number
     inputs: Callable[[], Inputs]
     leaves: tuple[str, ...]
     ours: Function
@@ -52,7 +52,7 @@ class Check(NamedTuple):
         primitive: str,
         name: str,
         inputs: Callable[..., Inputs],
-        sizes: tuple[int, ...],  # what inputs takes: N, V, …
+        sizes: tuple[int, ...],  # arguments of inputs: N, V, …
         leaves: tuple[str, ...],
         *pair: Callable[..., Any],  # ours, plain
         **how: Any,
@@ -113,7 +113,7 @@ def row_checks() -> Iterator[Check]:
 
     for N, V in ROW_SHAPES:
         for name, how in options.items():
-            # A gradient of what roundings leave of 0, where plain PyTorch's happen to cancel.
+            # With one class the gradient is 0 but for rounding errors, which happen to cancel in plain PyTorch.
             if V == 1 and len(how) > 1:
                 continue
             yield Check.of("cross_entropy", f"({N}, {V}), {name}", rows, (N, V), ("logits",), ours, plain, **how)
@@ -254,7 +254,8 @@ def verdict(
 ) -> tuple[float, float, str]:
     """The largest relative errors against float64, ours and plain PyTorch's, and what is wrong, if anything.
 
-    Over several draws, small shapes ``most``: on a few numbers plain PyTorch can be exact by luck, and is no yardstick then.
+    They are over several draws, for small shapes ``most``: on a few numbers plain PyTorch can be exact by luck, and is then no
+    yardstick.
     """
     pooled: dict[str, list[tuple[Tensor, ...]]] = {}
     try:
@@ -282,7 +283,7 @@ def verdict(
 
 
 def large_check(device: str, backend: settings.Backend, N: int = 2**31 // 128_256 + 65, V: int = 128_256) -> str:
-    """More than 2³¹ logits: the first and the last rows, where a 32-bit offset wraps; what is wrong, if anything."""
+    """Check the first and last rows of more than 2³¹ logits, where a 32-bit offset wraps; returns what is wrong, if any."""
     logits = torch.empty(N, V, device=device, dtype=torch.bfloat16).normal_().requires_grad_()
     target = torch.randint(V, (N,), device=device)
     with settings.backend(backend):

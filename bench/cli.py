@@ -41,14 +41,14 @@ DISTRIBUTIONS = ("random", "peaked", "zipf")
 CPU_SHAPES, CPU_TOKENS = "smollm2-135m", 1024
 QUICK_SHAPES, QUICK_TOKENS = "stories15m", 64
 GPU_SHAPES = "llama3-8b,gemma2-2b,qwen3-1.7b"
-# TFLOP/s of products, GB/s of copies. Of 32-bit products by its specification, without TF32.
+# TFLOP/s of products, GB/s of copies. The rate of 32-bit products is from the specification, without TF32.
 H200 = {torch.bfloat16: 790.0, torch.float16: 790.0, torch.float32: 67.0}, 4300.0
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status."""
-    if argv is None:  # as a command: `timeout` interrupts it as Ctrl-C does, and what is done is kept
+    if argv is None:  # as a command: `timeout` interrupts it as Ctrl-C does, and finished rows are kept
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         argv = sys.argv[1:]
     argv = list(argv)
@@ -179,7 +179,7 @@ def one_of(option: str, text: str, choices: Sequence[str]) -> list[str]:
 
 
 def problems(args: argparse.Namespace, device: str) -> list[Problem]:
-    """Every shape, number of tokens, dtype and distribution that is asked for, with each other."""
+    """Every combination of the shapes, numbers of tokens, dtypes and distributions asked for."""
     cpu = device == "cpu"
     return [
         Problem(shape, tokens, DTYPES[dtype], distribution, device)
@@ -191,7 +191,7 @@ def problems(args: argparse.Namespace, device: str) -> list[Problem]:
 
 
 def begun(args: argparse.Namespace, device: str) -> dict[str, Any]:
-    """A result without rows; with ``--resume`` those of the file that were measured to the end."""
+    """A result without rows; with ``--resume``, with the rows of the file that were measured to the end."""
     if args.resume and args.json is None:
         raise ValueError("--resume needs --json FILE")
     result: dict[str, Any] = {"command": "fused-losses " + shlex.join(args.argv), **environment(device)}
@@ -273,7 +273,7 @@ def is_red(row: Row) -> bool:
 
 
 def save(result: dict[str, Any], file: Path | None) -> None:
-    """Whole or not at all: an interrupt while it writes leaves the last version."""
+    """Write the file whole or not at all: an interrupt during the write leaves the previous version."""
     if file is None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -337,7 +337,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 
 def rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[tuple[float, float], str]:
-    """TFLOP/s and GB/s, and of which device."""
+    """TFLOP/s and GB/s, and the device they belong to."""
     if args.tflops and args.gbps:
         return (args.tflops, args.gbps), "a device of these rates"
     if torch.cuda.is_available():
@@ -349,8 +349,8 @@ def rates(args: argparse.Namespace, dtype: torch.dtype) -> tuple[tuple[float, fl
 
 
 def moved_bytes(found: Plan) -> int:
-    """Beside the products: a pass in place over the logits, adding up, and rounding the sum; or a pass over saved logits and
-    the sums of ``d_hidden``. The upstream gradient is 1."""
+    """Bytes moved beside the products: an in-place pass over the logits, the sum of the weight's gradient over chunks and its
+    rounding; or, to recompute, a pass over saved logits and the sums of ``d_hidden``. The upstream gradient is 1."""
     N, V, H, own = found.tokens, found.vocab, found.hidden, found.dtype.itemsize
     if found.route == "recompute":
         return 2 * found.chunks * N * H * 4 + N * found.saved * (2 * 4 + own)
@@ -416,7 +416,7 @@ def run_check(args: argparse.Namespace) -> int:
         check_backend(backend, device)
         slow = interpreted and backend == "triton"
         dtypes = [torch.float32, torch.float16]
-        dtypes += [] if slow else [torch.bfloat16]  # about which the interpreter is wrong
+        dtypes += [] if slow else [torch.bfloat16]  # which the interpreter gets wrong
         largest = min(LARGEST["interpreter" if slow else device], args.largest or 2**63)
         draws = FEWEST_DRAWS if args.largest or slow else MOST_DRAWS  # a sanitizer is slow too
         todo += [(check, dtype, backend, draws) for check in everything if check.logits <= largest for dtype in dtypes]

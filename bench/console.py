@@ -12,7 +12,7 @@ RICH = importlib.util.find_spec("rich") is not None
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], red: Sequence[bool]) -> None:
-    """Print ``rows``; those of ``red`` stand out: in colour in a terminal, and by their words everywhere."""
+    """Print ``rows``, those marked in ``red`` in colour where this is a terminal; their words tell them apart everywhere."""
     if RICH and sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
@@ -36,7 +36,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 
 class Progress:
-    """A bar over problems with what is being done now, on stderr; nothing where stderr is not a terminal."""
+    """A bar over problems with the current step, on stderr; nothing where stderr is not a terminal."""
 
     def __init__(self, total: int) -> None:
         self.total, self.done = total, 0
@@ -46,7 +46,7 @@ class Progress:
             from rich.console import Console
             from rich.progress import Progress as Bar
 
-            # Rich would otherwise send what is printed to a file or a pipe to the terminal of the bar.
+            # Rich would otherwise send output meant for a file or a pipe to the terminal of the bar.
             self.bar = Bar(console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
             self.task = self.bar.add_task("", total=total)
 
@@ -63,7 +63,7 @@ class Progress:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """While something else is printed."""
+        """Hide the bar while something else is printed."""
         self.__exit__()
         yield
         self.__enter__()

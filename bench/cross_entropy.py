@@ -1,4 +1,4 @@
-"""Cases of ``cross_entropy``: loss and gradient of logits that are there already. Bound by memory bandwidth."""
+"""Cases of ``cross_entropy``: loss and gradient of logits that exist already. Bound by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def reference(rows: Inputs, whole: Inputs) -> Any:
 
 
 def work(problem: Problem) -> tuple[Work, Work]:
-    """Forward reads the logits once; backward reads them once more and writes as much. (Targets, losses: 20 bytes a row.)
+    """Forward reads the logits once; backward reads them once more and writes as much. (Targets, losses: 20 bytes per row.)
 
     Operations: an exponential, a comparison and a sum per logit, and about as many in backward.
     """

@@ -1,7 +1,7 @@
 """What sharing a head's vocabulary costs each rank: memory, and bytes for each token.
 
-python -m fused_losses.bench.distributed measures both in processes on this machine, beside the formulas, and works the
-formulas out for a real head on up to 1024 ranks. It prints Markdown.
+python -m fused_losses.bench.distributed measures both in processes on this machine, beside the formulas, and evaluates the
+formulas for a real head on up to 1024 ranks. It prints Markdown.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .ranks import collectives, run
 from .shapes import SHAPES, Shape
 
 MiB = 2**20
-NUMBER = 8  # bytes of one number of a token: they are exchanged in float64
-CALL = 64  # bytes that say what is called, once for a chunk of tokens: here there is one
-SUM = 4  # bytes of one number of the gradient of hidden while it is summed
+NUMBER = 8  # bytes per number of a token: they are exchanged in float64
+CALL = 64  # bytes that describe the call, once per chunk of tokens: here there is one
+SUM = 4  # bytes per number of the gradient of hidden while it is summed
 
 
 def mean(logits: LinearLogits, target: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def log_probs_and_entropy(logits: LinearLogits, target: Tensor) -> Tensor:
     return (found.log_probs + found.entropy).mean()
 
 
-LOSSES = {  # and how many numbers of a token each rank sends
+LOSSES = {  # and how many numbers per token each rank sends
     "cross entropy": (mean, 2),
     "cross entropy, smoothed": (smoothed, 4),
     "log-probs": (log_probs, 2),
@@ -90,7 +90,7 @@ def of_both(device: torch.device, tokens: int, vocab: int, hidden: int) -> list[
 
 
 def formulas(tokens: int, vocab: int, hidden: int, ranks: int) -> list[float]:
-    """MiB of a rank's weight and its gradient, of all else at the peak, bytes a token on the wire, GFLOP a token."""
+    """MiB of a rank's weight and its gradient, and of all else at the peak; bytes a token of gather and sum; GFLOP a token."""
     rows = -(-vocab // ranks)
     share = rows * hidden * 2
     rest = plan(tokens, rows, hidden, shared=ranks > 1).peak - share

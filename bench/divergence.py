@@ -19,7 +19,8 @@ FLOOR, PARTS = "flops", True
 
 
 def inputs(problem: Problem) -> Inputs:
-    """The teacher has a head of its own, of the student's size; its hidden states are the student's and a tenth of noise."""
+    """The teacher has a head of its own, of the student's size; head and hidden states are the student's plus a tenth of
+    noise."""
     x = head_inputs(problem, (problem.tokens,))
     generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
     for name, of in (("teacher_hidden", "hidden"), ("teacher_weight", "weight")):

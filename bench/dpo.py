@@ -22,13 +22,13 @@ ANSWER = 1024  # tokens, and at least four pairs
 
 
 def pairs(problem: Problem) -> tuple[int, int]:
-    """How many pairs, and tokens of an answer: all tokens together, rounded down to whole pairs."""
+    """The number of pairs and of tokens per answer: the problem's tokens, rounded down to whole pairs."""
     count = max(4, problem.tokens // (2 * ANSWER))
     return count, max(1, problem.tokens // (2 * count))
 
 
 def inputs(problem: Problem) -> Inputs:
-    """Hidden states ``(B, 2, S, H)``, chosen and rejected; the reference's are the policy's and a tenth of noise."""
+    """Hidden states ``(B, 2, S, H)``, chosen and rejected; the reference's are the policy's plus a tenth of noise."""
     count, length = pairs(problem)
     x = head_inputs(problem, (count, 2, length))
     generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)

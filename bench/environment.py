@@ -94,7 +94,7 @@ def commit() -> dict[str, Any]:
     revision = _output("git", "-C", root, "rev-parse", "HEAD").strip()
     if not revision:
         return {"commit": None, "modified": None}
-    # New results are no change.
+    # New results do not count as changes.
     changed = _output("git", "-C", root, "status", "--porcelain", "-uno", "--", ".", ":!bench/results")
     return {"commit": revision, "modified": bool(changed.strip())}
 

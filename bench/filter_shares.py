@@ -17,7 +17,7 @@ from .shapes import find
 
 
 def share(problem: Problem, gradient_filter: float) -> tuple[int, float]:
-    """Tokens of a chunk, and the share; 1 where no filter is used since more than half of the columns are large."""
+    """Tokens per chunk, and the share; 1 where no filter is used because more than half of the columns are large."""
     shape, dtype = problem.shape, problem.dtype
     tokens = plan(problem.tokens, shape.vocab, shape.hidden, dtype, gradient_filter=gradient_filter).chunk
     x = head_inputs(problem, (tokens,))

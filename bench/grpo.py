@@ -29,8 +29,8 @@ def answers(problem: Problem) -> tuple[int, int]:
 
 
 def inputs(problem: Problem) -> Inputs:
-    """Hidden states ``(B, S, H)``; old log-probabilities are the present ones and N(0, 0.3²), so that both clips act on tokens;
-    advantages alternate in sign."""
+    """Hidden states ``(B, S, H)``; old log-probabilities are the present ones plus N(0, 0.3²), so that both clips act on some
+    tokens; advantages alternate in sign."""
     count, length = answers(problem)
     x = head_inputs(problem, (count, length))
     generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
@@ -86,7 +86,7 @@ OURS = (
 
 
 def reference(rows: Inputs, whole: Inputs) -> Any:
-    """Log-probabilities where the logits are, the loop over tokens on the CPU."""
+    """Log-probabilities on the device of the logits, the loop over tokens on the CPU."""
     log_probs = reference_log_probs(linear_logits(rows["hidden"], rows["weight"]), rows["target"]).cpu()
     return specification.grpo_loss(
         log_probs,

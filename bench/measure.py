@@ -3,7 +3,7 @@
 A row is a plain dict, ready for JSON. Its ``status``:
 
 - ``ok``;
-- ``failed``: ours not within the tolerance rule, or another function; red, never timed;
+- ``failed``: ours outside the tolerance rule, or any that computes another function; red, never timed;
 - ``inaccurate``: a peer, or ours with a gradient filter, outside our tolerance that still computes the same function (within
   ``SAME_FUNCTION``): timed anyway;
 - ``oom``, ``error``, ``skipped``: with a ``reason``;
@@ -34,7 +34,7 @@ from .timing import Run, Sample, interleave, quartiles
 SAME_FUNCTION = 1e-2
 TIMED = ("ok", "inaccurate")
 MODES = ("forward", "full", "memory")
-DRAWS, DRAWN_VOCAB, DRAWN_HIDDEN = 8, 1024, 256  # beside the problem itself, to judge a loss by
+DRAWS, DRAWN_VOCAB, DRAWN_HIDDEN = 8, 1024, 256  # small problems beside the real one, to judge a loss by
 EXACT_ELEMENTS = 2**25  # logits at a time in float64
 COMPARED_ELEMENTS = 2**22  # of each tensor; of a larger one, evenly spaced rows
 FLOOR_ELEMENTS = 2**30  # logits in the bare products that measure the floor
@@ -49,7 +49,7 @@ def measure(
     rows: list[Row],
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Append one row per mode and contender to ``rows``, as they come: what was done before an exception stays there."""
+    """Append one row per mode and contender to ``rows`` as each begins, so that an exception leaves those done before it."""
     device = problem.device
     with out_of_memory():
         progress("inputs")
@@ -110,7 +110,7 @@ class Draw(NamedTuple):
 def small_draws(case: ModuleType, problem: Problem, most_tokens: int) -> list[Draw]:
     """More losses to judge one by: on a single number eager PyTorch can be exact by luck.
 
-    Of as many tokens where that many are checked: a sum over more is rounded more, and the largest error is what counts.
+    Each is over as many tokens as are checked: a sum over more is rounded more, and the largest error is what counts.
     """
     shape = problem.shape
     shape = shape._replace(vocab=min(shape.vocab, DRAWN_VOCAB), hidden=min(shape.hidden, DRAWN_HIDDEN))
@@ -130,7 +130,7 @@ def loss(case: ModuleType, contender: Contender, x: Inputs, with_gradients: bool
 
 
 def pooled(found: dict[str, Tensor], more: list[Tensor]) -> dict[str, Tensor]:
-    """With the losses of the small draws beside the loss."""
+    """``found``, with the losses of the small draws beside its loss."""
     return found | {"loss": torch.stack([found["loss"], *more])} if more else found
 
 
@@ -171,7 +171,7 @@ def time_rows(
             for name, sample in round.items():
                 samples[name].append(sample)
     except torch.OutOfMemoryError:
-        for row in group:  # checked alone, each fits; beside the buffers of the floor, one does not
+        for row in group:  # each fit when checked alone; beside the buffers of the floor, one does not
             if row["status"] in TIMED and not samples[row["contender"]]:
                 row |= {"status": "oom", "reason": "out of memory while timed"}
     finally:
@@ -206,7 +206,7 @@ def figures(
     floor_rate: float | None,
     device: str,
 ) -> Row:
-    """What a row says of its samples; on a CPU no time and no rate."""
+    """A row's figures from its samples; on a CPU no time and no rate."""
     times = [getattr(s, part) for s in found]
     seconds = quartiles(times)
     row: Row = {"rounds": len(found)}
@@ -222,7 +222,7 @@ def figures(
 
 
 def floor_run(bound: str, problem: Problem) -> tuple[Run, float]:
-    """The same work and nothing else, and how much of it: three bare products, or a copy."""
+    """A run of the bare work, three products or a copy, and how much work that is."""
     V, H, dtype, device = problem.shape.vocab, problem.shape.hidden, problem.dtype, problem.device
     N = min(problem.tokens, max(1, FLOOR_ELEMENTS // V))
     if bound == "bytes":
@@ -242,7 +242,7 @@ def floor_run(bound: str, problem: Problem) -> tuple[Run, float]:
 
 
 def measured_rates(problem: Problem) -> tuple[float, float]:
-    """TFLOP/s of bare products and GB/s of a copy, as the floor is measured; in a second on a GPU."""
+    """TFLOP/s of bare products and GB/s of a copy, measured as the floor is; takes a second on a GPU."""
     found = []
     for bound in ("flops", "bytes"):
         run, work = floor_run(bound, problem)
@@ -264,7 +264,7 @@ def runnable(case: ModuleType, contender: Contender, x: Inputs, with_gradients: 
 
 
 def gradients(case: ModuleType, x: Inputs, out: Any) -> tuple[Tensor, ...]:
-    """Of all leaves; the upstream gradients are the columns of ``upstream``, one per result, or 1 for a loss."""
+    """Gradients of all leaves; the upstream gradients are the columns of ``upstream``, one per result, or 1 for a loss."""
     upstream = x["upstream"].to(out[0].dtype).unbind(-1) if "upstream" in x else None
     return torch.autograd.grad(out, [x[name] for name in case.LEAVES], upstream)
 
@@ -277,7 +277,7 @@ def step(run: Run, prepared: Inputs) -> Any:
 
 @contextmanager
 def out_of_memory() -> Iterator[None]:
-    """One name for it: the allocator of a CPU raises a plain RuntimeError."""
+    """Raise OutOfMemoryError on every device: the CPU's allocator raises a plain RuntimeError."""
     try:
         yield
     except RuntimeError as failure:
@@ -310,7 +310,7 @@ def cut(case: ModuleType, x: Inputs, start: int, stop: int) -> Inputs:
 
 
 def eager_results(case: ModuleType, x: Inputs) -> tuple[dict[str, Tensor], int]:
-    """What plain PyTorch makes of the first rows, as many as it has the memory for, and how many those are."""
+    """Plain PyTorch's results on the first rows, as many as fit into memory, and how many those are."""
     rows = x[case.ROWS[0]].shape[0]
     while True:
         try:

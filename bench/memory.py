@@ -1,8 +1,8 @@
 """Exact peak memory of a call.
 
 On a CPU every allocation and every free is read from the profiler and summed in the order of time: a dispatch mode would miss
-what is allocated inside custom operators. On CUDA the caching allocator counts what it is asked for and what it gives: blocks
-that may be 1 MiB larger, by what was freed before.
+what is allocated inside custom operators. On CUDA the caching allocator counts the bytes requested and the bytes allocated: a
+block may be 1 MiB larger than requested, depending on what was freed before.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 def peak_bytes(call: Callable[[], Any], device: str = "cpu", counted: str = "requested") -> int:
     """Largest number of bytes ``call`` held at once beyond what was allocated before it, results included.
 
-    On CUDA ``call`` runs once before it is measured, so that library workspaces are there already. ``counted="allocated"`` is
-    what ``torch.cuda.max_memory_allocated`` says there.
+    On CUDA ``call`` runs once before it is measured, so that library workspaces exist already; ``counted="allocated"`` there
+    gives what ``torch.cuda.max_memory_allocated`` reports.
     """
     if device == "cuda":
         call()
-    gc.collect()  # what an earlier call left in cycles, freed during this one, would be taken off its peak
+    gc.collect()  # an earlier call's reference cycles, if freed during this one, would lower its peak
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_stats()[f"{counted}_bytes.all.current"]

@@ -1,7 +1,7 @@
 """Other packages' versions of each case: adapters of a few lines, run side by side with ours in one process.
 
-An adapter imports its package when it is built, so that a missing one is skipped with the reason. Each is given the options
-its package recommends for large heads, and a second line where another choice is faster or smaller.
+An adapter imports its package when it is built, so that a missing package is skipped with the reason. Each gets the options
+that its package recommends for large heads, and a second entry where another choice is faster or smaller.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -57,7 +57,7 @@ def torch_linear_cross_entropy(**chunks: Any) -> Call:
 
 
 def liger_linear_cross_entropy(chunks_of: int = 1) -> Call:
-    """``chunks_of``: how many times the bytes of the hidden states a chunk of logits may take; 1 is Liger's default."""
+    """``chunks_of``: the largest chunk of logits, as a multiple of the hidden states' bytes; 1 is Liger's default."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     return lambda x: liger_fused_linear_cross_entropy(x["hidden"], x["weight"], x["target"], chunk_mem_const=chunks_of)

@@ -49,7 +49,7 @@ def problem(row: Row) -> str:
 
 
 def frontier(rows: Sequence[Row], file: Path) -> list[Path]:
-    """Time against memory, lower left is better; one picture per problem, named by it where there are several."""
+    """Time against memory, lower left is better; one picture per problem, named after it where there are several."""
     if not drawing():
         return []
     found: dict[str, list[Row]] = {}
@@ -94,7 +94,7 @@ def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
     """Per case and head with several numbers of tokens: peaks above inputs, with both gradients."""
     found: dict[tuple[str, str, str], dict[str, dict[int, float]]] = {}
     for row in rows:
-        if row["inputs"] == "zipf":  # the memory is that of any others
+        if row["inputs"] == "zipf":  # its memory is that of other inputs
             continue
         if row["mode"] in ("full", "memory") and "peak_bytes" in row and row["status"] in (*TIMED, "interrupted"):
             lines = found.setdefault((row["case"], row["shape"], row["dtype"]), {})
@@ -106,7 +106,7 @@ def memory_against_tokens(rows: Sequence[Row], file: Path) -> list[Path]:
         figure, ax = axes(f"{case}, {shape}, {dtype}: loss and gradients", "tokens", "peak above inputs, GiB")
         for i, (name, line) in enumerate(lines.items()):
             tokens = sorted(line)
-            # Hollow, each of its own form and size, so that lines that fall together can be told apart.
+            # Hollow markers, each of its own shape and size, so that lines that coincide can be told apart.
             style = f"-{FILLED[i % len(FILLED)]}" if is_ours(name) else "--x"
             ax.plot(tokens, [line[n] for n in tokens], style, fillstyle="none", markersize=5 + i, label=name)
         ax.legend(fontsize=8)

@@ -41,7 +41,7 @@ class Problem:
         return f"{shape}, {self.tokens} tokens, {dtype}, {self.distribution} inputs"
 
     def as_row(self) -> Row:
-        """What a row of results says of it."""
+        """The entries of a row of results that describe the problem."""
         return {
             "shape": self.shape.name,
             "vocab": self.shape.vocab,
@@ -55,12 +55,12 @@ class Problem:
 class Contender(NamedTuple):
     name: str
     call: Callable[[Inputs], Any]  # tensors by name -> a loss, or a tuple of results
-    destroys: tuple[str, ...] = ()  # inputs it writes over: it gets a fresh copy each time, made outside the clock
-    exact: bool = True  # whether the tolerance rule is its promise
+    destroys: tuple[str, ...] = ()  # inputs it overwrites: it gets a fresh copy each time, made outside the clock
+    exact: bool = True  # whether it must keep the tolerance rule
 
 
 class Work(NamedTuple):
-    """The fewest operations and bytes that a correct implementation can do with."""
+    """The fewest operations and bytes that a correct implementation needs."""
 
     flops: float
     bytes: float
@@ -75,7 +75,7 @@ def head_inputs(problem: Problem, tokens: tuple[int, ...]) -> Inputs:
     ``random``: standard normal hidden states and a head with entries N(0, 1/H), so that logits are N(0, 1) and every token is
     about as likely as any other. ``peaked``: the target's row of the head, times N(log V + 2, 4²), is added to the hidden
     state, which raises the target's logit by as much: as in a trained model most targets are likely and some are not, and the
-    mean loss is a few nats. ``zipf``: the same, with tokens as frequent as in a text, ``1/(rank + 2.7)``, in what is likely
+    mean loss is a few nats. ``zipf``: the same, with token frequencies as in a text, ``1/(rank + 2.7)``, in the distributions
     and among the targets: most of the vocabulary is unlikely everywhere.
     """
     V, H = problem.shape.vocab, problem.shape.hidden
@@ -93,7 +93,7 @@ def head_inputs(problem: Problem, tokens: tuple[int, ...]) -> Inputs:
         target = torch.searchsorted(frequency.cumsum(0), drawn).clamp(max=V - 1)
     if problem.distribution != "random":
         hidden += peak(problem, normal(*tokens))[..., None] * weight[target]
-    if problem.distribution == "zipf":  # log frequency, by a component that all tokens share
+    if problem.distribution == "zipf":  # log frequency, through a component that all tokens share
         hidden[..., 0] = math.sqrt(H)
         weight[:, 0] = (frequency / frequency.sum()).log() / math.sqrt(H)
     return {"hidden": hidden.to(problem.dtype), "weight": weight.to(problem.dtype), "target": target}

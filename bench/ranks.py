@@ -1,4 +1,4 @@
-"""Run a function in real processes that form a process group: NCCL where each has a GPU, and gloo for what is on the CPU."""
+"""Run a function in real processes that form a process group: NCCL where each has a GPU, and gloo for tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT = datetime.timedelta(seconds=60)
-# Importing torch takes longer than most functions: without a GPU ranks are forked from one process that has done it. With one,
-# Triton, which it imports too, would not see what ``_process`` sets.
+# Importing torch takes longer than most functions run: without a GPU, ranks are forked from one process that has imported it.
+# With one, Triton, imported there too, would not see what ``_process`` sets.
 START = "spawn" if torch.cuda.is_available() else "forkserver"
 multiprocessing.set_forkserver_preload(["torch._dynamo"])
-SENT = {  # collectives, and which argument is what a rank hands over
+SENT = {  # collectives, and the position of the argument that a rank sends
     "all_gather_single": 1,
     "all_gather_into_tensor": 1,
     "all_gather": 1,
@@ -33,20 +33,20 @@ SENT = {  # collectives, and which argument is what a rank hands over
 
 
 def interpret() -> None:
-    """Let Triton's interpreter run the kernels; before they are imported."""
+    """Let Triton's interpreter run the kernels; call it before they are imported."""
     os.environ["TRITON_INTERPRET"] = "1"  # read when a module with @triton.jit is imported
     with suppress(ImportError):
         import numpy as np
         import triton.language as tl
         from triton.runtime import interpreter
 
-        # As on a GPU, whose maximum of a number and a nan is the number: the interpreter's would be the nan.
+        # As on a GPU, where the maximum of a number and a nan is the number: in the interpreter it would be the nan.
         interpreter.InterpreterBuilder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
         interpreter.InterpreterBuilder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
         splat = interpreter.InterpreterBuilder.create_splat
 
         def splat_mask(self: Any, ret_ty: Any, arg: Any) -> Any:
-            """A comparison's result is bool with its operands' type, which Triton 3.9 gives the numbers spread from it."""
+            """A comparison's result holds bools under its operands' type; Triton 3.9 would splat it to numbers of that type."""
             found = splat(self, ret_ty, arg)
             found.data = found.data.astype(arg.data.dtype)
             return found
@@ -63,7 +63,7 @@ def interpret() -> None:
         patch_lang = interpreter._patch_lang
 
         def patch_once(fn: Any) -> Any:
-            """A launch patches the language, and each call of a helper inside it did so again: half of all the time."""
+            """A launch patches the language; each call of a helper inside it patched again, which took half of all the time."""
             langs = [lang for lang in (tl, tl.core) if any(value is lang for value in fn.__globals__.values())]
             return patch_lang(fn) if any(tl.core.is_builtin(lang.load) for lang in langs) else None
 
@@ -88,8 +88,8 @@ def _process(rank: int, ranks: int, folder: str, fn: Callable[..., Any], args: t
 
 
 def run(fn: Callable[..., Any], ranks: int, *args: Any, together: bool = True) -> list[Any]:
-    """What ``fn(device, *args)``, a function of a module, returns on each of ``ranks`` processes; ``together``: none ends
-    before the others."""
+    """Run ``fn(device, *args)``, ``fn`` being a function of a module, in ``ranks`` processes and return the result of each;
+    ``together``: none ends before the others."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_process, (ranks, folder, fn, args, together), nprocs=ranks, start_method=START)
         return [torch.load(f"{folder}/{rank}", map_location="cpu", weights_only=False) for rank in range(ranks)]

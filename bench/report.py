@@ -1,4 +1,4 @@
-"""Results as text: a row as table cells, whole files as Markdown, two files compared. Every figure comes out of the rows."""
+"""Results as text: a row as table cells, whole files as Markdown, two files compared. Every figure comes from the rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = ("contender", "mode", "time", "rate", "of floor", "peak MiB", "loss er
 BEGIN, END = "<!-- report:begin -->", "<!-- report:end -->"
 WAITING = "not measured yet"
 HEAD = "linear_cross_entropy"
-GOALS = (  # what, case, contender, mode, part, its floor over that of the case, fraction of it that is wanted
+GOALS = (  # label, case, contender, mode, part, its floor over that of the case, wanted fraction of its floor
     ("cross entropy of logits, of 6NV bytes copied", "cross_entropy", "fused_losses", "full", "", 1, 0.92),
     ("gradients in forward, of 6NVH", "linear_cross_entropy", "fused_losses", "full", "", 1, 0.93),
     ("recompute: forward, of 2NVH", "linear_cross_entropy", "fused_losses recompute", "forward", "", 1, 0.90),
@@ -63,12 +63,12 @@ def cells(row: Row) -> list[str]:
 
 
 def reasons(rows: Sequence[Row]) -> list[str]:
-    """Why rows have no figures, or are not as they should be; each once."""
+    """The reasons why rows have no figures or a bad status, each once."""
     return list(dict.fromkeys(f"{r['contender']}: {r['status']}, {r['reason']}" for r in rows if "reason" in r))
 
 
 def load(paths: Iterable[Path]) -> list[dict[str, Any]]:
-    """Result files, and those of folders.
+    """The results in files, and in the files of folders.
 
     Raises:
         ValueError: there are none, or one is not a result of ``fused-losses bench``.
@@ -114,7 +114,7 @@ def heading(result: dict[str, Any]) -> str:
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """One line per problem, on peaked inputs: ours as called by default, the least memory of ours, eager and the fastest peer.
 
-    Problems that were only weighed, not timed, have a table of their own, each with the most tokens.
+    Problems whose memory was measured but not their time have a table of their own, each with the most tokens.
     """
     lines: dict[tuple[Any, ...], list[str]] = {}
     for result in results:
@@ -176,7 +176,7 @@ def speed(row: Row) -> float:
 
 
 def goals(results: Sequence[dict[str, Any]]) -> str:
-    """On shapes A, B and C, peaked bf16: the fractions of the floor that are wanted, and peers no worse in time and memory."""
+    """On shapes A, B and C, peaked bf16: wanted and measured fractions of the floor, and peers no worse in time and memory."""
     tables = []
     for device in dict.fromkeys(r["device"] for r in results if "clocks" in r) or [f"On a GPU: {WAITING}"]:
         timed = {
@@ -202,7 +202,7 @@ def goals(results: Sequence[dict[str, Any]]) -> str:
 
 
 def rivals(rows: Sequence[Row]) -> str:
-    """The peers that are as fast as one of ours and as small."""
+    """The peers at least as fast and as small as one of ours."""
     by_us = [row for row in rows if is_ours(row["contender"])]
     ours = [row for row in by_us if row["status"] == "ok"]
     peers = [row for row in rows if row not in by_us]
@@ -250,7 +250,7 @@ def report(paths: Sequence[Path], out: Path | None, into: Path | None) -> list[P
 
 
 def compare(before: Path, after: Path, threshold: float) -> tuple[list[list[str]], list[bool]]:
-    """Rows of both files side by side, and which of them grew in time or memory by more than ``threshold``, broke, or went.
+    """Rows of both files side by side, and which of them grew in time or memory by more than ``threshold``, broke, or are gone.
 
     Times of a GPU are compared as they are, those of a CPU as ratios to eager.
 

@@ -1,7 +1,7 @@
 """Time of several calls, interleaved: each round runs every call once, so that all of them see the same machine.
 
-On CUDA, events around the call, which the host queued while the GPU overwrote L2 and slept. On a CPU, a clock whose readings
-serve as ratios only: another program's load moves both sides of a ratio, and no absolute figure of a shared machine means
+On CUDA, events around the call are read; the host queues the call while the GPU overwrites L2 and sleeps. On a CPU, a clock is
+read, for ratios only: another program's load moves both sides of a ratio, and no absolute figure of a shared machine means
 anything.
 """
 
@@ -24,12 +24,12 @@ class Sample(NamedTuple):
 
 
 class Run(NamedTuple):
-    """One call, in the parts that are timed apart. ``prepare`` is outside the clock, and its result goes to ``forward``."""
+    """One call, in the parts that are timed separately. ``prepare`` is not timed; its result goes to ``forward``."""
 
     name: str
     prepare: Callable[[], Any]
     forward: Callable[[Any], Any]
-    backward: Callable[[Any, Any], Any] | None  # of prepare's and forward's results
+    backward: Callable[[Any, Any], Any] | None  # takes prepare's and forward's results
 
 
 FLUSH_BYTES = 512 * 2**20  # several times any L2
@@ -51,7 +51,7 @@ def once(run: Run, device: str, flush: torch.Tensor | None) -> Sample:
     assert flush is not None
     start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     flush.zero_()
-    torch.cuda._sleep(HOST_CYCLES)  # so that launches are not what is timed
+    torch.cuda._sleep(HOST_CYCLES)  # so that the time is not that of the launches
     start.record()
     out = run.forward(prepared)
     middle.record()

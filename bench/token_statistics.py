@@ -22,7 +22,7 @@ FLOOR, PARTS = "flops", True
 
 
 def inputs(problem: Problem) -> Inputs:
-    """``upstream`` ``(N, 2)``: standard normal gradients of the two outputs, over the number of tokens."""
+    """``upstream`` ``(N, 2)``: standard normal gradients of the two outputs, divided by the number of tokens."""
     x = head_inputs(problem, (problem.tokens,))
     generator = torch.Generator(problem.device).manual_seed(problem.seed + 1)
     x["upstream"] = torch.randn(problem.tokens, 2, generator=generator, device=problem.device) / problem.tokens
@@ -56,4 +56,4 @@ def reference(rows: Inputs, whole: Inputs) -> Any:
     return found["log_probs"], found["entropy"]
 
 
-work = head_work  # making the logits again in backward, a fourth product, is a choice, not the floor
+work = head_work  # recomputing the logits in backward, a fourth product, is a choice, not the floor

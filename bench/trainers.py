@@ -1,7 +1,7 @@
 """Peak memory of one step inside a library, before and after ``apply``, as a Markdown table.
 
-python -m fused_losses.bench.trainers [transformers|trl|verl|openrlhf] [--tokens 1024] [--vocab V] [--workspace 64MiB]; hidden
-size 64 before the vocabulary, two layers and fp32 where nothing else is said, so that little but logits is held.
+python -m fused_losses.bench.trainers [transformers|trl|verl|openrlhf] [--tokens 1024] [--vocab V] [--workspace 64MiB]; models
+have hidden size 64, two layers and fp32 unless stated otherwise, so that they hold little but logits.
 """
 
 # mypy: disable-error-code="import-not-found,import-untyped"
@@ -32,8 +32,8 @@ HIDDEN = 64
 
 
 class Case(NamedTuple):
-    cells: list[str]  # of the table's row, before what is counted
-    module: nn.Module  # whose parameters get the gradients
+    cells: list[str]  # of the table's row, before the measured ones
+    module: nn.Module  # its parameters get the gradients
     steps: list[Callable[[], Any]]
     target: tuple[Any, ...] = ()  # what `apply` and `unapply` take
 
@@ -64,7 +64,7 @@ def of_transformers(tokens: int, vocab: int | None) -> Iterator[Case]:
 
 
 def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
-    """One loss and its gradients, of four sequences that are all completion, or all but one token where a prompt must be."""
+    """One loss and its gradients, of four sequences: all completion, or all but one token where a prompt is required."""
     import datasets
     import tokenizers
     import trl
@@ -101,7 +101,7 @@ def of_trl(tokens: int, vocab: int | None) -> Iterator[Case]:
         ("GRPO, without its generation", trl.GRPOTrainer, trl.GRPOConfig, "prompt", reward, scored),
     ]
 
-    # A trainer wants a tokenizer and a row of text. What it makes of them is not used: its batches are those above.
+    # A trainer requires a tokenizer and a row of text. What it makes of them is not used: its batches are those above.
     special = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
     words = tokenizers.models.WordLevel({word: i for i, word in enumerate(special.values())}, "<unk>")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words), **special)
@@ -174,12 +174,12 @@ LIBRARIES = {
 
 
 def peaks(case: Case, integration: Any, workspace: str) -> list[int]:
-    """Of each step before and after."""
+    """Peak bytes of each step, before and after ``apply``."""
     found = []
     for step in case.steps:
         for change in (integration.unapply, integration.apply):
             change(*case.target)
-            case.module.zero_grad()  # outside: what it frees would be taken off the peak
+            case.module.zero_grad()  # not measured: what it frees would lower the peak
             with settings.workspace(workspace):
                 found.append(peak_bytes(step))
     integration.unapply(*case.target)

@@ -1,1 +1,1 @@
-"""Inside other people's trainers, one module per library; each imports its library only when called, but for Axolotl's."""
+"""Inside other people's trainers, one module per library; each but Axolotl's imports its library only when called."""

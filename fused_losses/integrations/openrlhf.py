@@ -26,12 +26,12 @@ _patches = Patches()
 
 
 def apply() -> None:
-    """Let OpenRLHF's actors, those made before included, compute log-probs and entropies without logits.
+    """Let OpenRLHF's actors, including those made before, compute log-probs and entropies without logits.
 
-    Called without ``action_mask`` and ``return_logprobs``, an actor returns logits, and goes on making them.
+    An actor called without ``action_mask`` and ``return_logprobs`` returns logits, and still makes them.
 
     Raises:
-        ImportError: OpenRLHF is not installed, or not flash-attn, which it needs.
+        ImportError: OpenRLHF is not installed, or flash-attn, which it needs, is not.
         AttributeError: this version of OpenRLHF has no such functions; nothing is changed then.
 
     Warns:
@@ -53,7 +53,7 @@ def unapply() -> None:
 
 
 def log_probs_from_logits(logits: Tensor | LinearLogits, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """In place of OpenRLHF's function of this name; leaves ``logits`` as they are."""
+    """Replaces OpenRLHF's function of this name; leaves ``logits`` as they are."""
     return selective_log_softmax(logits, labels, temperature=temperature)
 
 

@@ -1,4 +1,4 @@
-"""What the integrations share: versions, attributes that are put back, and heads that return :class:`LinearLogits`."""
+"""What the integrations share: version checks, reversible patches, and heads that return :class:`LinearLogits`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_version(library: str, tested: str) -> None:
 
 
 class Patches:
-    """Attributes of other modules that are replaced until :meth:`undo`; in a ``with`` block all of them, or none."""
+    """Attributes of other modules, replaced until :meth:`undo`; a ``with`` block replaces all of them or none."""
 
     def __init__(self) -> None:
         self._originals: list[tuple[Any, str, Any]] = []
@@ -69,8 +69,8 @@ class Patches:
 def lazy_logits(*models: nn.Module) -> Iterator[None]:
     """Inside, the heads of ``models``, wrapped or not, return :class:`LinearLogits`.
 
-    The model's own scale and softcap then act on those. A head that is not a plain ``nn.Linear`` goes on making logits, with
-    a warning that names it.
+    The model's own scale and softcap then act on them. A head that is not a plain ``nn.Linear`` still makes logits, with a
+    warning that names it.
     """
     with ExitStack() as stack:
         for model in models:
@@ -96,21 +96,21 @@ class _LazyForward:
 
 
 def entropy_from_logits(logits: Tensor | LinearLogits, chunk_size: int | None = None) -> Tensor:
-    """Of each token, differentiable; TRL's ``chunk_size`` is accepted and not needed."""
+    """Entropy of each token, differentiable; TRL's ``chunk_size`` is accepted and ignored."""
     entropy = token_statistics(logits, outputs=("entropy",)).entropy
     assert entropy is not None
     return entropy
 
 
 def trainer_drops_logits() -> bool | None:
-    """Whether the step of a ``Trainer`` that waits for this forward without gradients reads a loss only; None: none waits.
+    """Whether the ``Trainer`` step that runs this forward without gradients reads only a loss; None: no such step runs it.
 
-    In training it may be that of a reference or a teacher, in evaluation it is asked for the loss alone or for logits too.
-    A loss of its own may generate in either, as on-policy ones do: ``generate`` reads logits.
+    In training the forward may be a reference's or a teacher's; in evaluation the step wants the loss alone, or logits too.
+    A custom loss may generate in either, as on-policy losses do: ``generate`` reads logits.
     """
     if torch.is_grad_enabled():
         return None
-    if torch.compiler.is_compiling():  # one graph for all evaluations of a compiled model, those that keep logits too
+    if torch.compiler.is_compiling():  # one graph for all evaluations of a compiled model, also those that keep logits
         return False if _traced_for_a_prediction() else None
     for frame in callers():
         if _is_call(frame, "prediction_step", "prediction_loss_only"):

@@ -2,8 +2,8 @@
 
 :func:`apply` changes two things of a model, and :func:`unapply` takes them back: the head returns
 :class:`~fused_losses.linear_logits.LinearLogits` when it is told to, and a hook on the model tells it. The model's own
-``forward``, its scale or softcap, its loss function, ``Trainer`` and custom losses go on as they were, on logits that are
-not there.
+``forward``, its scale or softcap, its loss function, ``Trainer`` and custom losses work as before, on logits that are
+never made.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ class _Applied(NamedTuple):
 
     @property
     def linears(self) -> list[Any]:
-        """Which of its layers make logits: several where PEFT keeps copies, and it may add one later."""
+        """The layers that make logits: several where PEFT keeps copies, and PEFT may add one later."""
         return [module for module in self.head.modules() if hasattr(module, "lazy")]
 
 
 def apply(model: Any, *, always: bool = False) -> Any:
-    """Let the head of ``model`` return :class:`LinearLogits` where a loss is all that will read its logits.
+    """Let the head of ``model`` return :class:`LinearLogits` where only a loss will read its logits.
 
     That is in every forward with ``labels``, training or evaluation, and, for losses outside the model (``compute_loss_func``,
-    label smoothing, your own loop), in every forward in training mode with gradients, and in every one without gradients
+    label smoothing, your own loop), in every forward in training mode with gradients, and in every forward without gradients
     that a ``Trainer`` runs for a loss alone (a reference's or a teacher's, a loss-only evaluation). All others, among them
     generation, cached steps and predictions that a ``Trainer`` keeps for ``compute_metrics``, get real logits.
 
@@ -48,16 +48,16 @@ def apply(model: Any, *, always: bool = False) -> Any:
     Args:
         model: a causal, masked or encoder-decoder language model of transformers, or a PEFT model around one. LoRA on the
             head becomes a low-rank term of the logits, in the head's dtype.
-        always: also without labels and without gradients, as an RL loop of your own computes the log-probs of the old and of
-            the reference policy. ``generate``, cached steps and predictions that a ``Trainer`` keeps still get real logits.
+        always: also without labels and without gradients, for an RL loop of your own that computes log-probs of the old and
+            of the reference policy. ``generate``, cached steps and predictions that a ``Trainer`` keeps still get real logits.
 
     Returns:
         ``model`` itself, changed.
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError: this model, its head or the adapter on its head is of a kind whose logits are not understood; the message
-            names it, and the model makes its own logits.
+        TypeError: this model, its head or the adapter on its head is of an unsupported kind; the message names it, and the
+            model makes its own logits.
 
     Warns:
         UserWarning: a version of transformers that this was not tested with.
@@ -75,11 +75,11 @@ def apply(model: Any, *, always: bool = False) -> Any:
     linears = _linears(owner, head)
     for linear in linears:
         linear.lazy = False
-        linear.forward = functools.partial(_linear_forward, linear)  # a method does not come back from a pickle
+        linear.forward = functools.partial(_linear_forward, linear)  # a method would not survive pickling
     if head not in linears and hasattr(head, "lora_A"):
         head.forward = functools.partial(_lora_forward, head)
     hooks = []
-    for called in {owner, model if model is owner else model.base_model}:  # peft < 0.21 calls owner.forward, past hooks
+    for called in {owner, model if model is owner else model.base_model}:  # peft < 0.21 calls owner.forward, no hooks
         before = functools.partial(_before, labels_at, always)
         hooks.append(called.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(called.register_forward_hook(_after, always_call=True))
@@ -100,7 +100,7 @@ def unapply(model: Any) -> Any:
     return model
 
 
-# When
+# When the head is lazy
 
 
 def _before(labels_at: int, always: bool, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -124,7 +124,7 @@ def _after(model: Any, args: Any, output: Any) -> None:
         linear.lazy = False
 
 
-# How
+# How the head makes lazy logits
 
 
 def _linear_forward(self: Any, input: Tensor) -> Tensor | LinearLogits:
@@ -148,7 +148,7 @@ def _lora_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | L
 
 
 def _owner_of_weights(head: Any, linear: Any, adapters: list[str]) -> Any:
-    """What gathers the weights that the logits read: ZeRO-3 partitions each, ``lora_B`` too."""
+    """The module that gathers the weights that the logits read: ZeRO-3 partitions each of them, ``lora_B`` too."""
     if not hasattr(linear.weight, "ds_id"):
         return linear
     if getattr(head, "ds_grads_remaining", 0):  # DeepSpeed's hooks of ``head`` gather what its forward read
@@ -157,7 +157,7 @@ def _owner_of_weights(head: Any, linear: Any, adapters: list[str]) -> Any:
     return nn.ParameterList([p for p in read if p is not None])  # not lora_A, which its own hooks gather
 
 
-# Whom not
+# Which models are refused
 
 
 def _owner(model: Any) -> Any:
@@ -173,7 +173,7 @@ def _owner(model: Any) -> Any:
 
 
 def _position_of_labels(owner: Any) -> int:
-    """Where ``labels`` stands among the arguments; raises unless ``owner`` computes its loss from what its head returns."""
+    """Position of ``labels`` among the arguments; raises unless ``owner`` computes its loss from what its head returns."""
     name, forward = type(owner).__name__, inspect.unwrap(type(owner).forward)
     parameters = list(inspect.signature(forward).parameters)[1:]
     kinds = {c.__name__ for c in type(owner).__mro__}

@@ -27,7 +27,7 @@ _patches = Patches()
 
 
 def apply() -> None:
-    """Run TRL's trainers on fused losses, those made before included.
+    """Run TRL's trainers, including those made before, on fused losses.
 
     Raises:
         ImportError: TRL is not installed.
@@ -76,7 +76,7 @@ def unapply() -> None:
 
 
 class ChunkedLogProbFunction:
-    """In place of TRL's autograd function of this name."""
+    """Replaces TRL's autograd function of this name."""
 
     @staticmethod
     def apply(
@@ -98,7 +98,7 @@ class ChunkedLogProbFunction:
 
 
 class ChunkedDivergenceFunction:
-    """In place of TRL's autograd function of this name."""
+    """Replaces TRL's autograd function of this name."""
 
     @staticmethod
     def apply(
@@ -160,7 +160,7 @@ def _with_lazy_model(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_lazy_models(compute_loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A trainer's ``compute_loss`` in which neither the model nor a teacher makes logits, unless someone will get them."""
+    """A trainer's ``compute_loss`` in which neither the model nor a teacher makes logits, unless its caller wants them."""
 
     @functools.wraps(compute_loss)
     def wrapped(

@@ -1,7 +1,7 @@
 """verl's fused head on fused losses: :class:`FusedLinearForPPO`, and :func:`apply` to put it in the place of verl's.
 
-verl's own head takes neither the bias nor the softcap or scale that a model's logits have, and in bf16 it rounds them. After
-:func:`apply` a model's own are used.
+verl's own head leaves out the bias, softcap and scale of a model's logits, and in bf16 it rounds the logits. After
+:func:`apply` the model's bias, softcap and scale are used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .patching import Patches, check_version, lazy_logits
 TESTED = "0.9"
 
 _patches = Patches()
-_head: ContextVar[Callable[[Tensor], Tensor | LinearLogits]] = ContextVar("head")  # of the model that runs
+_head: ContextVar[Callable[[Tensor], Tensor | LinearLogits]] = ContextVar("head")  # head of the running model
 
 
 class FusedLinearForPPO(nn.Module):
@@ -33,7 +33,7 @@ class FusedLinearForPPO(nn.Module):
     Source: verl 0.9's ``FusedLinearForPPO``, which is this for ``bias=None, softcap=None, scale=1``.
 
     Args:
-        chunk_size, impl_backend: verl's, accepted and not needed: ``fused_losses.workspace`` says how much may be held.
+        chunk_size, impl_backend: verl's, accepted and ignored: ``fused_losses.workspace`` bounds the memory.
 
     Example:
         >>> hidden, weight, ids = torch.ones(1, 3, 4), torch.eye(5, 4), torch.tensor([[0, 1, 4]])
@@ -79,9 +79,9 @@ class FusedLinearForPPO(nn.Module):
 def apply() -> None:
     """Put :class:`FusedLinearForPPO` in the place of verl's, with the bias, softcap and scale of the model that calls it.
 
-    Call it before verl builds its workers' models, with ``actor_rollout_ref.model.use_fused_kernels=True`` and
-    ``fused_kernel_options.impl_backend`` ``torch`` or, from verl 0.9.1, ``liger``, which is ours then too: from a module of
-    yours that ``VERL_USE_EXTERNAL_MODULES`` names.
+    Call it before verl builds its workers' models, from a module of yours that ``VERL_USE_EXTERNAL_MODULES`` names. Set
+    ``actor_rollout_ref.model.use_fused_kernels=True`` and ``fused_kernel_options.impl_backend`` to ``torch`` or, from verl
+    0.9.1, to ``liger``, which then runs ours too.
 
     Raises:
         ImportError: verl is not installed.
@@ -112,7 +112,7 @@ def _with_head(forward: Callable[..., Any]) -> Callable[..., Any]:
         softcap = getattr(config, "final_logit_softcapping", None)
 
         def head(hidden: Tensor) -> Tensor | LinearLogits:
-            # Where FSDP2 shards the head by itself, its weight is whole in its own forward alone: called, not read.
+            # Call the head, do not read its weight: where FSDP2 shards it by itself, only its own forward has it whole.
             with lazy_logits(self):
                 logits = self.lm_head(hidden) * _scale(config)
             return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -127,7 +127,7 @@ def _with_head(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _scale(config: Any) -> float:
-    """What a model's logits are multiplied by."""
+    """The factor by which a model multiplies its logits."""
     for name in ("logit_scale", "lm_head_multiplier"):  # Cohere; Falcon-H1
         if getattr(config, name, None) is not None:
             return getattr(config, name)
