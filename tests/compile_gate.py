@@ -1,7 +1,7 @@
 """Compile every shipped kernel configuration for every target, without a GPU, and read what the compilers report.
 
 ``python tests/compile_gate.py [--json FILE] [--only TEXT] [--target TARGET …]`` calls the launchers on a pretended GPU
-(``compile_only.py``), prints a table and exits with 1 where a kernel cannot be launched, spills registers, wants more shared
+(``compile_only.py``), prints a table and exits with 1 where a kernel cannot be launched, spills registers, needs more shared
 memory than the target has, multiplies matrices without the target's matrix instruction, or on sm_90 one product at a time.
 """
 
@@ -30,9 +30,9 @@ from fused_losses.kernels.scale import scale
 from fused_losses.kernels.softmax_rows import softmax_rows_bwd, softmax_rows_fwd, softmax_rows_fwd_bwd
 from fused_losses.row_statistics import RowStatistics
 
-# (case, target) -> bytes it may spill, the most of what Triton 3.6, 3.7 and 3.9 do. Each was looked up in the machine code: one
-# or two registers stored once a program, or once a row tile and split, and loaded once there or once a tile; of softmax_rows
-# two or four, once a program, with which Triton 3.9's assembler stays at 128 or 64 registers.
+# (case, target) -> bytes it may spill: the most that Triton 3.6, 3.7 or 3.9 spills. Each was checked in the machine code: one
+# or two registers, stored once per program, or once per row tile and split, and loaded once there or once per tile; in
+# softmax_rows two or four, once per program, by which Triton 3.9's assembler stays at 128 or 64 registers.
 ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
     ("linear_softmax_fwd all, bias softcap weights low-rank, saving logits", "sm_90"): 8,
@@ -44,14 +44,14 @@ ALLOWED = {
     ("divergence_rows skewed_kl, gradients of both, every option", "sm_120"): 8,
 }
 
-N, V, ODD_V, H, R = 17, 256, 131, 64, 16  # only what they are divisible by is compiled, not how many
+N, V, ODD_V, H, R = 17, 256, 131, 64, 16  # only their divisibility is compiled, not their values
 OUTPUTS = (("log_probs", "logsumexp"), ("log_probs", "logsumexp", "entropy"), RowStatistics._fields)
 WITHOUT_IDS = ("logsumexp", "entropy", "log_sum_sq_probs", "sum_log_probs", "max_logit")
 COEFFICIENTS = ("ac", "abc", "abecd")
 
 
 def cases(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls that between them ask for every kernel shipped for ``target``, by name."""
+    """Calls, by name, that together launch every kernel shipped for ``target``."""
     if TARGETS[target].matrix_instruction:
         yield from _linear_softmax(TARGETS[target].like or target)
     yield from _softmax_rows()
@@ -66,7 +66,7 @@ def _coefficients(used: str, ids: torch.Tensor) -> list[torch.Tensor | None]:
 
 def _linear_softmax(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     def head(options: bool, low_rank: bool, odd_rows: bool, odd_vocab: bool):
-        """What both launchers take first, and what both take by name."""
+        """The first arguments of both launchers, and the keywords that both take."""
         v, h, r = ODD_V if odd_vocab else V, H + 6 * odd_rows, R - 6 * odd_rows
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -84,8 +84,8 @@ def _linear_softmax(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
         ]
         return tensors, {"softcap": 30.0 if options else None}
 
-    # (options, low rank, level of statistics and coefficients). A vocabulary that is no multiple of 16 asks for more registers:
-    # it is what is compiled but for the two plainest. Odd rows are all that pointers are for beside a copy engine.
+    # (options, low rank, level of statistics and coefficients). A vocabulary that is not a multiple of 16 needs more registers:
+    # all but the two plainest are compiled with one. Where there is a copy engine, only odd rows are read through pointers.
     choices = [
         (False, False, 0),
         (False, False, 1),
@@ -120,7 +120,7 @@ def _linear_softmax(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Rows that start anywhere, as those of 50 257 logits do, ask for most registers."""
+    """Unaligned rows, such as those of 50 257 logits, need the most registers."""
     for contiguous, everything in ((True, False), (True, True), (False, True)):
         logits = torch.zeros(N, ODD_V, 1, dtype=torch.bfloat16) if contiguous else torch.zeros(2, ODD_V, N)
         rows = logits.shape[0] * logits.shape[2]
@@ -133,7 +133,7 @@ def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"softmax_rows_fwd {label}", partial(softmax_rows_fwd, *tensors, **named, outputs=outputs)
         yield f"softmax_rows_bwd {label}", partial(softmax_rows_bwd, *tensors, logsumexp, *coefficients, **named)
 
-    # What most call: rows of a vocabulary that is a multiple of 16.
+    # The usual call: rows of a vocabulary that is a multiple of 16.
     logits, ids, row = torch.zeros(N, V, 1, dtype=torch.bfloat16), torch.zeros(N, 1, dtype=torch.int64), torch.zeros(N)
     logsumexp, of_log_probs = torch.zeros(N, dtype=torch.float64), _coefficients("ac", ids)
     plain = [logits, ids, None, None]
@@ -158,7 +158,7 @@ def _softmax_rows() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _divergence_rows() -> Iterator[tuple[str, Callable[[], object]]]:
-    # (kind, step, everything, bits of the logits): every kind, and the steps of jsd, which has most to hold
+    # (kind, step, everything, bits of the logits): every kind, and the steps of jsd, which holds the most
     choices = [(kind, "all", False, 16) for kind in ("forward_kl", "jsd")]
     choices += [(kind, "all", True, 16) for kind in (*KINDS, "cross_entropy", "overlap")]
     choices += [("jsd", step, True, 32) for step in ("all", "normalizers", "sums", "gradients")]
@@ -211,7 +211,7 @@ def judged(report: Report, case: str) -> Report:
     trouble = [report.trouble] if report.trouble else []
     if report.spilled_bytes > ALLOWED.get((case, report.target), 0):
         trouble.append(f"spills {report.spilled_bytes} bytes")
-    # What combines the splits is launched by many cases, and is the same for most.
+    # The kernel that combines the splits is launched by many cases, and is the same in most.
     name = report.kernel if "combine" in report.kernel else case
     return report._replace(kernel=name, trouble="; ".join(trouble))
 
@@ -224,8 +224,8 @@ def run(only: str = "", targets: tuple[str, ...] = SHIPPED) -> list[Report]:
     """The reports of every case whose name contains ``only``."""
     jobs = [(i, target) for target in targets for i, (case, _) in enumerate(cases(target)) if only in case]
     with tempfile.TemporaryDirectory() as scratch:
-        os.environ["TRITON_CACHE_DIR"] = scratch  # of this run alone, so that changes are seen
-        jobs.sort()  # the heaviest kernels are the first cases: no core is left with one at the end
+        os.environ["TRITON_CACHE_DIR"] = scratch  # for this run only, so that changes are seen
+        jobs.sort()  # the first cases are the heaviest kernels: so no core is left with one at the end
         with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
             reports = {report for found in pool.map(check_case, *zip(*jobs, strict=True)) for report in found}
     return sorted(reports, key=lambda r: (r.kernel, list(TARGETS).index(r.target)))

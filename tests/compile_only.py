@@ -1,6 +1,6 @@
-"""A pretended GPU: a launch goes Triton's own way down to machine code for a target, and then nothing runs.
+"""A pretended GPU: Triton itself compiles a launch down to machine code for a target, and then nothing runs.
 
-What is compiled is therefore what the launch asks for, with Triton's own reading of its arguments: which of them are divisible
+So what is compiled is exactly what the launch asks for, as Triton specialises it on the arguments: which of them are divisible
 by 16, which are 1, which are absent. Tensors stay on the CPU. Not for a process with ``TRITON_INTERPRET``.
 """
 
@@ -45,20 +45,20 @@ TARGETS = {
     "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 170, r"\bHMMA\b", like="sm_80"),
 }
 SHIPPED = tuple(name for name, target in TARGETS.items() if not target.like)
-MULTIPLIES = re.compile("_linear_softmax_.*_kernel")  # matrices, so that the machine code must show the instruction
+MULTIPLIES = re.compile("_linear_softmax_.*_kernel")  # matrices: the machine code must contain the instruction
 
 
 class Report(NamedTuple):
     kernel: str
     target: str
-    arguments: str  # which are there, and the values of constants
+    arguments: str  # those present, and the values of constants
     warps: int = 0
     stages: int = 0
     registers: int = 0
     spilled_bytes: int = 0
     shared_bytes: int = 0
-    loops: str = ""  # instructions of each, where CUDA's tools show them
-    matrix_instruction: str = ""  # "" where none was found, "-" where none is wanted
+    loops: str = ""  # number of instructions in each, where CUDA's tools show them
+    matrix_instruction: str = ""  # "" where none was found, "-" where none is needed
     trouble: str = ""  # why it cannot be compiled or launched
 
 
@@ -67,7 +67,7 @@ class CannotLaunch(RuntimeError):
 
 
 class Driver:
-    """What Triton's launch asks a device's driver for."""
+    """The part of a device's driver that Triton's launch uses."""
 
     def __init__(self, name: str) -> None:
         self.name, self.target = name, TARGETS[name]
@@ -77,7 +77,7 @@ class Driver:
         return self.target.gpu
 
     def get_current_device(self) -> str:
-        return self.name  # Triton keeps what it compiled by device
+        return self.name  # Triton caches compiled kernels by device
 
     def get_current_stream(self, device: str) -> int:
         return 0
@@ -93,11 +93,11 @@ class Driver:
 
     def _launch(self, x: int, y: int, z: int, *rest: Any) -> None:
         check_launch(x, y, z, *rest)
-        self.launched = (x, y, z), rest[6:]  # the grid, and what the kernel is given
+        self.launched = (x, y, z), rest[6:]  # the grid, and the kernel's arguments
 
 
 def check_launch(x: int, y: int, z: int, *rest: Any) -> None:
-    """What CUDA would refuse of a grid and of the copy engine's descriptors."""
+    """Raise for a grid, or for descriptors of the copy engine, that CUDA would refuse."""
     if not (0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16):
         raise CannotLaunch(f"grid {x, y, z}")
     for tensor in (t for t in rest if isinstance(t, TensorDescriptor)):
@@ -131,7 +131,7 @@ def pretended_gpu(target: str, launch: Callable[..., Any]) -> Iterator[Driver]:
 
 
 def _product(exact: Callable[..., Any]) -> Callable[..., Any]:
-    """A CPU has no products of 16-bit factors with an fp32 sum."""
+    """``exact`` on upcast factors where ``out_dtype`` is given: a CPU has no products of 16-bit factors with an fp32 sum."""
 
     def multiply(*factors: Any, out_dtype: Any = None, **named: Any) -> Any:
         if out_dtype is not None:
@@ -151,7 +151,7 @@ def launches_compile(target: str, then: Callable[[Report], None]) -> Iterator[No
             kernel = run(fn, *args, **kwargs)
         except Exception as error:
             while error.__cause__ is not None:
-                error = error.__cause__  # below the compiler's listing stands the reason
+                error = error.__cause__  # the reason stands below the compiler's listing
             reason = (str(error).strip().splitlines() or [repr(error)])[-1]
             then(Report(fn.__name__, target, "", trouble=f"{type(error).__name__}: {reason[-200:]}"))
             raise
@@ -217,7 +217,7 @@ def _nvidia(cubin: bytes) -> tuple[int, int]:
 
 
 def _loops(code: str) -> list[int]:
-    """Instructions from the target of each branch backwards to the branch; of the whole kernel, where there is none."""
+    """Number of instructions in each loop, from a backward branch's target to the branch; of the kernel where it has none."""
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", code)
     places = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     branches = [(i, re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)) for i, (_, text) in enumerate(lines)]
@@ -229,5 +229,5 @@ def _amd(assembly: str) -> tuple[int, int]:
     def count(key: str) -> int:
         return int(re.search(rf"\.{key}:\s+(\d+)", assembly)[1])  # type: ignore[index]
 
-    # Scalar registers that do not fit go to lanes of vector registers, which is no memory.
+    # Scalar registers that do not fit go to lanes of vector registers, not to memory.
     return count("vgpr_count"), max(4 * count("vgpr_spill_count"), count("private_segment_fixed_size"))

@@ -1,6 +1,6 @@
 """One set of tests for both backends: PyTorch natively, Triton on a GPU or, without one, in Triton's interpreter.
 
-``EMULATE=sm_90 pytest …`` (or ``sm_80``) runs Triton's alone, in the machine's own code emulated: see ``emulated_gpu.py``.
+``EMULATE=sm_90 pytest …`` (or ``sm_80``) runs only Triton, as emulated code of that GPU: see ``emulated_gpu.py``.
 """
 
 import os
@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-# Read when torch is imported. A cached graph does not notice that an operator beneath it has changed.
+# Read when torch is imported. A cached graph does not notice that an operator it calls has changed.
 os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 import pytest
@@ -27,7 +27,7 @@ if INTERPRETED:
 
 
 def python(*arguments, folder=Path(__file__).parent.parent, **environment):
-    """In a process of its own, without the interpreter that these tests may run kernels in."""
+    """Run Python in a process of its own, without Triton's interpreter, which these tests may run kernels in."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment
     paths = [str(folder), str(folder / "tests"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
@@ -36,7 +36,7 @@ def python(*arguments, folder=Path(__file__).parent.parent, **environment):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """``-n auto``: on a GPU each process holds a context, half a GB, and what it has freed; a large host has 200 cores."""
+    """``-n auto``: on a GPU each process keeps a context, half a GB, and its freed memory; a large host has 200 cores."""
     return min(8, os.cpu_count() or 1) if DEVICE == "cuda" else None
 
 
@@ -63,7 +63,7 @@ def backend(request):
 
 @pytest.fixture
 def no_entries(monkeypatch):
-    """Nothing is answered entry by entry, which is what remains where numbers per token do not suffice, and slower."""
+    """Fail if anything is computed entry by entry, the slower fallback where numbers per token do not suffice."""
     from fused_losses.lazy_elementwise import LazyElementwise
 
     monkeypatch.setattr(
@@ -93,7 +93,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _poison_empty(monkeypatch):
-    """Memory nobody wrote shows up: ``torch.empty`` and its kin come filled with nan (or the largest integer)."""
+    """Make unwritten memory show up: ``torch.empty`` and its kin return nan (or the largest integer)."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

@@ -1,6 +1,6 @@
 """``EMULATE=sm_90 pytest …``: kernels compile for a GPU that is not there, and their PTX runs on the CPU, by ``ptx.py``.
 
-So the tests that were written for a GPU run as on one, bfloat16 included, on what the compiler made for it: ``sm_80`` or
+So the tests written for a GPU run as on one, bfloat16 included, on the code that the compiler made for it: ``sm_80`` or
 ``sm_90``. Not for a process with ``TRITON_INTERPRET``.
 """
 
@@ -31,10 +31,10 @@ def launches_run(target: str) -> Iterator[None]:
 
 
 def _launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> None:
-    """Run it twice, programs and warps in either order, and see that it does the same."""
+    """Run it twice, with programs and warps in opposite orders, and raise unless the results are the same."""
     program = ptx.compiled(kernel.asm["ptx"])
     values, tensors = _values(kernel, args)
-    values += [0] * (len(program.parameters) - len(values))  # scratch memory, which no kernel here asks for
+    values += [0] * (len(program.parameters) - len(values))  # scratch memory, which no kernel here uses
     buffer = ctypes.create_string_buffer(program.parameter_bytes + 64)
     start = ctypes.addressof(buffer) + -ctypes.addressof(buffer) % 64
     for (offset, kind, size), value in zip(program.parameters.values(), values, strict=True):
@@ -69,7 +69,7 @@ def _launch(kernel: Any, grid: tuple[int, int, int], args: tuple[Any, ...]) -> N
 
 
 def _values(kernel: Any, args: tuple[Any, ...]) -> tuple[list[Any], list[torch.Tensor]]:
-    """What the launcher passes, descriptors as ``struct Map`` of ``ptx.c``; and the tensors behind them."""
+    """The values that the launcher passes, with descriptors as ``struct Map`` of ``ptx.c``, and the tensors behind them."""
     values: list[Any] = []
     tensors: list[torch.Tensor] = []
     maps = iter(getattr(kernel.metadata, "tensordesc_meta", None) or ())

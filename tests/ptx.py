@@ -1,13 +1,14 @@
 """Run a kernel's PTX on the CPU: what the compiler made of it, thread by thread, where there is no GPU.
 
 Triton's interpreter runs a kernel's source. It knows no threads, no layouts and no barriers, fuses no multiplication with an
-addition, and its bfloat16 is wrong. Here the PTX of sm_80 and sm_90, matrix instructions and the copy engine's included,
-becomes C: a function for each basic block, in it a loop over the lanes of a warp for each instruction, on what ``ptx.c``
-provides.
+addition, and its bfloat16 is wrong. Here the PTX of sm_80 and sm_90, including the instructions for matrices and for the copy
+engine, becomes C on top of ``ptx.c``: a function for each basic block, and in it, for each instruction, a loop over the lanes
+of a warp.
 
-Errors are an address outside the launch's tensors, a misaligned access, a shuffle among lanes that parted, warps that touch
-one byte of shared memory between two barriers (in kernels without the copy engine's own), and results that depend on the order
-in which warps and programs take turns. Approximate instructions are exact here, but for rounding; PTX allows them about 2⁻²².
+Errors are an address outside the launch's tensors, a misaligned access, a shuffle among diverged lanes, warps that touch the
+same byte of shared memory between two barriers (in kernels without the copy engine's own barriers), and results that depend on
+the order in which warps and programs take turns. Approximate instructions are exact here, but for rounding; PTX allows them an
+error of about 2⁻²².
 """
 
 import ctypes
@@ -33,7 +34,7 @@ STORED = (
     "async.bulk.commit_group",
     "async.bulk.wait_group.read",
     "async.bulk.wait_group",
-)  # at once: nothing to wait for
+)  # stored at once: nothing to wait for
 
 
 class Parameter(NamedTuple):
@@ -59,8 +60,8 @@ class Translation:
             self.parameters[name] = Parameter(self.parameter_bytes, kind, size)
             self.parameter_bytes += size
         self.registers: list[str] = []  # their declarations in C
-        self.scopes: list[dict[str, str]] = [{}]  # what inline assembly calls its registers and labels
-        self.labels: dict[str, int] = {}  # number of the block that a label is in front of
+        self.scopes: list[dict[str, str]] = [{}]  # C names of the registers and labels of inline assembly
+        self.labels: dict[str, int] = {}  # number of the block that a label begins
         self.blocks: list[list[str]] = [[]]
         for statement in self._statements(entry["body"]):
             self._translate(statement)
@@ -134,7 +135,7 @@ class Translation:
         elif re.fullmatch(r"-?\d+|0x[0-9a-f]+", x):
             c = f"{x}ull"
         elif x in self.parameters:
-            c = f"{self.parameters[x].offset}ull"  # where they begin is added at their use
+            c = f"{self.parameters[x].offset}ull"  # their base address is added where they are used
         else:
             c = "0" if x == "global_smem" else SPECIAL.get(x) or self._register(x)
         if kind in ("f32", "f64"):
@@ -142,7 +143,7 @@ class Translation:
         return f"({c} != 0)" if kind == "pred" else f"(({_integer(kind)}){c})"
 
     def _write(self, x: str, kind: str, c: str) -> str:
-        """A statement; ``kind`` says of ``c`` whether it is a float."""
+        """A C statement that writes ``c`` to ``x``; ``kind`` says whether ``c`` is a float."""
         return "" if x == "_" else f"{self._register(x)} = {f'of_{kind}({c})' if kind in ('f32', 'f64') else c};"
 
     def _address(self, x: str) -> str:
@@ -150,7 +151,7 @@ class Translation:
         base = base.strip()
         return f"({self._read(base, 'u64' if base in self.parameters or '%rd' in base else 'u32')} + {offset.strip() or 0})"
 
-    # Of lanes: data
+    # Per lane: data
 
     def lane_mov(self, modifiers: list[str], arguments: list[str]) -> str:
         to, x = arguments
@@ -185,7 +186,7 @@ class Translation:
         return f"uint{BITS[kind]}_t x[] = {{{values}}}; {store}"
 
     def lane_createpolicy(self, modifiers: list[str], arguments: list[str]) -> str:
-        return ""  # a hint to caches, which are not here
+        return ""  # a hint to caches, which do not exist here
 
     def lane_selp(self, modifiers: list[str], arguments: list[str]) -> str:
         to, a, b, which = arguments
@@ -205,7 +206,7 @@ class Translation:
         assert of[0] != "f", modifiers
         return self._write(arguments[0], "", f"({_integer(to)}){x}")
 
-    # Of lanes: arithmetic
+    # Per lane: arithmetic
 
     def _of(self, expression: str, modifiers: list[str], arguments: list[str]) -> str:
         """``expression`` of the operands a, b, c."""
@@ -251,7 +252,7 @@ class Translation:
         return self._of(f"{whole}f{name}(a, b)", modifiers, arguments)
 
     def lane_rcp(self, modifiers: list[str], arguments: list[str]) -> str:
-        # In float64 a first guess, of which the upper half is meant.
+        # In float64 it is a first guess, of which only the upper half counts.
         exact = "f64(of_f64(1 / a) & ~0xffffffffull)" if "approx" in modifiers and "f64" in modifiers else "1 / a"
         return self._of(exact, [m for m in modifiers if m != "ftz" or "f64" not in modifiers], arguments)
 
@@ -282,7 +283,7 @@ class Translation:
             compared = f"{unordered} || {compared}" if how[2:] == "u" else f"!{unordered} && {compared}"
         return self._write(arguments[0], "", compared)
 
-    # Of warps; m are the lanes that take part
+    # Per warp; m is the mask of the lanes that take part
 
     def warp_bar(self, modifiers: list[str], arguments: list[str]) -> str:
         assert arguments == ["0"], arguments
@@ -384,7 +385,7 @@ class Translation:
         return f"int l = 0, over = mbarrier({at})->phase != {parity}; if (!over) wait(w); LANES {{ {over} }}"
 
     def _code(self, checked: bool) -> str:
-        """All of it, with the runtime around it."""
+        """The whole program: the blocks, with the runtime around them."""
         head = "static void block_{}(struct Warp* w, struct Registers* r, uint32_t mask, int* pc) {{\n{}\n}}"
         blocks = [head.format(i, "\n".join(block)) for i, block in enumerate(self.blocks)]
         runtime = (Path(__file__).parent / "ptx.c").read_text()
@@ -408,7 +409,7 @@ def _parts(x: str) -> list[str]:
 class Program(NamedTuple):
     parameters: dict[str, Parameter]
     parameter_bytes: int
-    run: Callable[..., bytes]  # what ptx.c says
+    run: Callable[..., bytes]  # as ``run`` in ptx.c
 
 
 @functools.cache
@@ -421,7 +422,7 @@ def compiled(ptx: str) -> Program:
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             source, made = Path(scratch) / "kernel.c", Path(scratch) / "kernel.so"
             source.write_text(translation.code)
-            # Integers wrap; nothing is fused but where the PTX says so.
+            # Integers wrap; nothing is fused except where the PTX says so.
             flags = ["-Og", "-fwrapv", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-shared", "-fPIC"]
             subprocess.run(["cc", *flags, "-o", str(made), str(source), "-lm"], check=True)
             made.rename(library)
