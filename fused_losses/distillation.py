@@ -379,7 +379,7 @@ def sparse_distillation_loss(
     Args:
         student_logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
         teacher_ids: ``(…, K)``, distinct; −100 for a missing entry.
-        teacher_log_probs: ``(…, K)``, nats, at the teacher's temperature; get a gradient where they require one.
+        teacher_log_probs: ``(…, K)``, nats, already at the temperature wanted; get a gradient where they require one.
         labels: ``(…)``, already shifted; tokens with ``ignore_index`` are not read or projected. None: all count.
         kind, beta: as for :func:`fused_losses.divergence.divergence`.
         temperature: of the student.

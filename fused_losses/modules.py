@@ -1,4 +1,4 @@
-"""The losses as modules, with the names, constructors and forwards of OpenRLHF's.
+"""The losses as modules, with the names, constructors and forwards of OpenRLHF's loss classes.
 
 ``from openrlhf.models import GPTLMLoss`` becomes ``from fused_losses import GPTLMLoss``. Where a module takes ``logits`` it
 takes :class:`~fused_losses.linear_logits.LinearLogits`. The functions behind them document more and can do more.

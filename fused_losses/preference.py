@@ -656,8 +656,8 @@ def cpo_loss(
         reduction: over pairs: ``"mean"``, ``"sum"`` or ``"none"``.
 
     Returns:
-        ``(loss, chosen_rewards, rejected_rewards)``: scalar or ``(B,)``, and two ``(B,)``, detached: β times each term of the
-        difference :math:`d`, before the margin. fp32 (float64 for float64).
+        ``(loss, chosen_rewards, rejected_rewards)``: scalar or ``(B,)``, and two ``(B,)``, detached: β times each side of the
+        difference in the loss, before the margin. fp32 (float64 for float64).
 
     Raises:
         ValueError: an unknown name, smoothing where it has no effect, missing counts, or as for :func:`dpo_loss`.
