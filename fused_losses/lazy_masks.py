@@ -190,7 +190,7 @@ def masked_fill(x: LazyTensor, mask: Any, value: Any) -> Any:
 
 @answers("where", anywhere=True)
 def where(*args: Any, **kwargs: Any) -> Any:
-    """0 for whole tokens; called as a method, the condition is the second argument."""
+    """0 where a mask says so; called as a method, the condition is the second argument."""
     method = len(args) > 0 and is_lazy(args[0]) and not isinstance(args[0], LazyMask)
     names = ("input", "condition", "other") if method else ("condition", "input", "other")
     given: Any = kwargs | dict(zip(names, args, strict=False))

@@ -42,7 +42,7 @@ class Known:
     def __init__(self) -> None:
         self.numbers: _Numbers = {}
         self.places: dict[Any, _Numbers] = {}  # the numbers of all views of one memory, by _place
-        self.reads: dict[str, list[Any]] = {}  # of the logits, or of their softmax: see LazyTensor.remember
+        self.reads: dict[str, list[Any]] = {}  # of the logits, or of a function of them: see LazyTensor.remember
         self._detached: tuple[Tensor, Tensor | None] | None = None
 
     def ask(self, name: str, logits: LinearLogits) -> Tensor | None:

@@ -206,7 +206,7 @@ def _sapo(t: Tokens, *, sapo_temperature_pos: float, sapo_temperature_neg: float
 def _vespo(t: Tokens, *, vespo_pos: tuple[float, float], vespo_neg: tuple[float, float], **_: Any) -> Surrogate:
     """−sg(φ)·A·log π, φ = e^{λ + ks − λe^s}, s = Σ_t ρ and the log of the weight. VESPO (2602.10693).
 
-    φ is 1 where the sequence has not moved, and falls smoothly on both sides, with λ at least 1e-4 (TRL).
+    φ is 1 where the sequence has not moved and falls smoothly on both sides of its peak, e^s = k/λ; λ is at least 1e-4 (TRL).
     """
     floor = log(1e-8)
     s = t.sequences.sum((t.log_probs - t.old_log_probs).detach().clamp(-20, 20))

@@ -150,7 +150,7 @@ def _dppo_tv(tokens: list[Token], **options: Any) -> Surrogate:
 
 
 def _dppo_kl(tokens: list[Token], **options: Any) -> Surrogate:
-    """``_dppo`` with moved = ±KL(q ‖ p) of a coin, negative where p < q."""
+    """``_dppo`` with moved = ±the binary KL(q ‖ p), negative where p < q."""
     moved = []
     for t in tokens:
         p, q = math.exp(t.logp.item()), math.exp(t.old.item())
