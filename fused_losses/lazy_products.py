@@ -68,7 +68,7 @@ def _p_log_p(logp: Tensor) -> Tensor:
 
 
 class Dense:
-    """A tensor that exists, with a number per token and entry or one that broadcasts to that. Eager would have read it at once, so it must not change."""
+    """A tensor that exists and broadcasts to the logits. Eager would have read it at once, so it must not change."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach() if no_gradient() else tensor

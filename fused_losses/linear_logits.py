@@ -155,8 +155,8 @@ class LinearLogits(LazyTensor):
     ``u`` and ``B``. Anything else materialises them, with a warning (under ``fused_losses.strict()``, an error). So does
     adding a bias ``(V,)`` of another dtype to 16-bit logits: it would lose digits in the head's dtype.
 
-    It is a value: once ``hidden``, ``weight``, ``bias``, ``u`` or ``B`` was modified in place, using it raises. Weights swapped through
-    ``.data``, as for an average of weights or in ZeRO-3's step, are not detected: use the logits before the swap. It can be
+    It is a value: once ``hidden``, ``weight``, ``bias``, ``u`` or ``B`` was modified in place, using it raises. Weights
+    swapped through ``.data``, as for an average of weights or in ZeRO-3's step, go unseen: use the logits before. It can be
     pickled and copied: the copy is detached, has no ``module``, and keeps the name of its ``group``. A weight that is sharded
     between uses is gathered for the copy: a collective, which all ranks must call. Built inside reentrant checkpointing,
     or given to the ``apply`` of a ``torch.autograd.Function``, it raises, since no gradient would reach it there; pass
@@ -735,7 +735,7 @@ class LinearLogits(LazyTensor):
         return total.view(self.token_shape)
 
     def topk_ids(self, k: int, largest: bool = True) -> tuple[Tensor, Tensor]:
-        """The ``k`` largest (or smallest) logits and their ids, ``(*token_shape, k)``, from one workspace of logits at a time."""
+        """The ``k`` largest (or smallest) logits and their ids, ``(*token_shape, k)``, a workspace of logits at a time."""
         rows, dtype = self.rows(), statistics_dtype(self.hidden.dtype)
         N, V = len(rows.hidden), self.rest.weight.shape[0]
         workspace = settings.workspace.value
