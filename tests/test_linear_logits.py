@@ -213,7 +213,7 @@ def test_properties_are_those_of_the_logits():
     for name in [*names.split(), "is_sparse", "is_nested", "is_quantized"]:
         for ours, theirs in ((lazy, eager), (lazy.softmax(-1), eager.softmax(-1))):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # grad of what is no leaf
+                warnings.simplefilter("ignore")  # reading .grad of a non-leaf warns
                 assert getattr(ours, name) == getattr(theirs, name), name
     assert not lazy.data.requires_grad
     assert lazy.size() == eager.size()
@@ -349,7 +349,7 @@ def test_what_reads_numbers_per_token_or_none(fn, dtype):
 @pytest.mark.filterwarnings("ignore:.*materialises")
 @pytest.mark.parametrize("join", [torch.cat, torch.stack])
 def test_two_adapters_beside_one_head_are_two_heads(join):
-    """As those of a policy and of its reference."""
+    """Such as the adapters of a policy and of its reference."""
     tensors, found = leaves(), []
     h, w, u = (tensors[name] for name in ("hidden", "weight", "u"))
     for kind in (LinearLogits, linear_logits):

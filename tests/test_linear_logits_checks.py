@@ -1,4 +1,4 @@
-"""What is refused when LinearLogits are made, and when what they stand for has changed since."""
+"""What LinearLogits refuse: when they are made, and when the tensors they are made of have changed since."""
 
 import functools
 import pickle
@@ -46,7 +46,7 @@ def test_a_change_of_hidden_before_a_head_of_inference_mode_raises():
 
 
 class WritingThroughData(torch.optim.SGD):
-    """As optimizers with kernels of their own, which PyTorch does not see write."""
+    """Like optimizers with kernels of their own, whose writes PyTorch does not see."""
 
     def step(self):
         for p in self.param_groups[0]["params"]:
@@ -181,7 +181,7 @@ def test_logits_of_what_was_detached_of_a_parameter_raise_after_a_step(made_of):
 
 
 def test_a_step_while_another_thread_makes_heads(monkeypatch):
-    """Autocast makes a tensor of each weight for each head, and each is watched."""
+    """Autocast makes a new tensor of the weight for each head, and each one joins the watched tensors."""
     head, memory, made = LinearHead(H, V), linear_logits_checks._memory, []
 
     def meanwhile(t):

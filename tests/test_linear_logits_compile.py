@@ -108,7 +108,7 @@ def test_compiled_code_that_materialises_is_right():
 )
 def test_compiled_for_any_length(fn, dynamic, first_given):
     torch._dynamo.reset()
-    given = first_given != bool(dynamic)  # every pair of function, dynamic and given occurs
+    given = first_given != bool(dynamic)  # each two of fn, dynamic and given occur in every combination
     weight = torch.randn(V, H)
     compiled = torch.compile(
         fn if given else lambda h: fn(LinearLogits(h, weight)), fullgraph=True, backend="aot_eager", dynamic=dynamic
@@ -168,9 +168,9 @@ def test_compiled_once_for_any_length(name, dtype):
         results = []
         for loss in (compiled(h, ids), fn(LinearLogits(h, weight), ids)):
             results.append((loss, *torch.autograd.grad(loss, h)))
-        # Compiled products round otherwise.
+        # Compiled products round differently.
         torch.testing.assert_close(*results, **{"rtol": 1e-2, "atol": 1e-2} if dtype == torch.float16 else {})
-    assert counter.frame_count == 2  # for one length, and for any
+    assert counter.frame_count == 2  # one graph for the first length, one for any
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -226,7 +226,7 @@ def test_compiles_what_compares_two_of_one_head(rank):
         z = head(h)
         return F.kl_div(z.log_softmax(-1), (z.detach() / 2).softmax(-1), reduction="sum") + torch.cat([z, z]).mean()
 
-    with settings.strict():  # dynamic: the scale is a number that Dynamo does not know
+    with settings.strict():  # dynamic=True: Dynamo does not know the value of the scale
         torch.testing.assert_close(torch.compile(fn, fullgraph=True, backend="aot_eager", dynamic=True)(h), fn(h))
 
 
@@ -297,7 +297,7 @@ OF_TOKENS = {
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", OF_TOKENS)
 def test_compiles_of_tokens_that_a_mask_takes(name, dynamic):
-    """Their number is known where the function runs: one graph is for all."""
+    """Their number is known only at run time: one graph serves all masks."""
     torch._dynamo.reset()
     tensors = leaves(torch.float32)
     inputs, teacher = (tensors["hidden"], tensors["weight"]), (torch.randn(B, S, 4), torch.randn(V, 4))
@@ -320,7 +320,7 @@ def test_compiles_of_tokens_that_a_mask_takes(name, dynamic):
 
 @pytest.mark.parametrize("name", [name for name in OF_TOKENS if name != "class_probabilities"])
 def test_compiles_of_tokens_that_equal_masks_take(name):
-    """``z[ids != -100], ids[ids != -100]``: to a compiler two numbers of tokens, as it lets tensors have."""
+    """``z[ids != -100], ids[ids != -100]``: the compiler sees two independent numbers of tokens, as it does for tensors."""
     torch._dynamo.reset()
     tensors = leaves(torch.float32)
     inputs, teacher = (tensors["hidden"], tensors["weight"]), (torch.randn(B, S, 4), torch.randn(V, 4))

@@ -43,7 +43,7 @@ class Model(nn.Module):
 
     def forward(self, ids):
         logits = self.head(torch.tanh(self.layer(self.embed(ids))))
-        if self.changed:  # and so made
+        if self.changed:  # the write materialises them
             logits[..., 7:9] = -4.0
         return logits
 
@@ -102,7 +102,7 @@ def fully_shard_head(model):
 
 
 def fully_shard_output_dtype(model):
-    """FSDP2 casts what the model returns: that must reach neither the weight nor the numbers."""
+    """FSDP2 casts the model's output: the cast must change neither the weight nor the numbers."""
     return fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float32))
 
 
@@ -111,13 +111,13 @@ def reshard_root(model):
 
 
 def shard_twice(model):
-    """The unit around the head is not the root, which holds nothing."""
+    """The FSDP2 unit that holds the head is not the root unit, which holds no parameters."""
     fully_shard(model, reshard_after_forward=True)
     return fully_shard(nn.Sequential(model))
 
 
 def predecessor(model):
-    """FSDP1, which keeps what the root holds until backward."""
+    """FSDP1, which keeps the root's parameters whole until backward."""
     return FullyShardedDataParallel(model, device_id=next(model.parameters()).device, use_orig_params=True)
 
 
@@ -139,7 +139,7 @@ WRAPPERS = {
 
 
 def prepare(case, kind=Model, **options):
-    """A model in which every trained parameter is used, unless DDP is asked to find those that are not."""
+    """A model in which every trained parameter is used, unless DDP is asked to find unused ones."""
     model = kind(**options)
     for parameter in model.unused.parameters():
         parameter.requires_grad_(case == "ddp_find_unused")
@@ -172,7 +172,7 @@ def freeze(model, variant):
     return model
 
 
-# The gradient of a mean survives its rounding to fp32.
+# With output_dtype only the mean is tested: its gradient survives being rounded to fp32.
 CASES = [(w, loss, "") for w in WRAPPERS for loss in LOSSES if loss == "mean" or w != "fully_shard_output_dtype"]
 CASES += [
     (w, "mean", v)
@@ -180,7 +180,7 @@ CASES += [
     for v in VARIANTS
     if v not in ("", "linear") and (w, v) != ("fully_shard_head", "tied")
 ]
-CASES += [(w, "sum", "linear") for w in WRAPPERS if w != "fully_shard_output_dtype"]  # what reads more than the weight
+CASES += [(w, "sum", "linear") for w in WRAPPERS if w != "fully_shard_output_dtype"]  # reads more than the weight
 
 
 def batches(rank):
@@ -188,11 +188,11 @@ def batches(rank):
     return ids if rank is None else ids[:, rank * B : (rank + 1) * B]
 
 
-# What is sent, and what is left, in a step
+# What a step sends, and what it leaves whole
 
 
 class Eager(Model):
-    """With logits."""
+    """With logits that exist."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class Eager(Model):
         return 4 * torch.tanh(super().forward(ids) / 4)
 
 
-# Loss and how often it reads the weight in forward. Whoever reads it twice gathers it twice: nothing stays whole between.
+# How often each loss reads the weight in forward. One that reads it twice gathers it twice: it does not stay whole.
 PASSES = {"mean": 1, "per_token": 1, "token_loss": 1, "several": 3, "evaluation": 1}
 TRAINED = [*(loss for loss in PASSES if loss != "evaluation"), "unlabelled", "probabilities", "twice"]
 
@@ -233,7 +233,7 @@ def reading(name, logits, ids):
 
 
 def sent(model, loss, ids, steps=2):
-    """Gathers and reductions of the last step, and how many bytes of the head were whole behind each of its parts."""
+    """Collectives of the last step, and how many bytes of the head were whole after the model, the loss and backward."""
     for _ in range(steps):
         left = []
         with CommDebugMode() as communication, torch.set_grad_enabled(loss != "evaluation"):
@@ -249,7 +249,7 @@ def sent(model, loss, ids, steps=2):
     return counts, left
 
 
-# A weight that is not whole outside of its passes
+# A weight that is whole only while a loss reads it
 
 
 def copies(ids):
@@ -266,7 +266,7 @@ def copies(ids):
 
 
 def beside_a_whole_weight(ids):
-    """Gradients where the weight is computed from parameters, and whole, and what is beside it sharded between uses."""
+    """Gradients where the weight is computed from parameters, so whole, and the rest of the head is sharded between uses."""
     found = {}
     for name, wrap in {"whole": lambda model: model, "head": shard_head, "root": reshard_root}.items():
         model = prepare("", rank=2, softcap=None)
@@ -285,7 +285,7 @@ def beside_a_whole_weight(ids):
 
 
 def not_gathered(ids):
-    """Gathers of the head in backward where FSDP2 leaves them to the losses, and gradients beside those of one process."""
+    """How often backward gathers the head where FSDP2 leaves that to the losses, and gradients with and without FSDP2."""
     found = {}
     for loss, frozen, asked in itertools.product(TRAINED, (False, True), (False, True)):
         gradients = {}
@@ -298,9 +298,9 @@ def not_gathered(ids):
             with settings.route("gradients_in_forward" if asked else None):
                 if loss == "twice":
                     value = reading("per_token", model(ids), ids) + reading("mean", model(ids) / 2, ids)
-                elif loss == "unlabelled":  # on one rank
+                elif loss == "unlabelled":  # one rank has no labels
                     value = reading("token_loss", model(ids), ids if dist.get_rank() else ids * 0 - 100)
-                elif loss == "probabilities":  # of no token on one rank
+                elif loss == "probabilities":  # one rank has no tokens
                     logits = model(ids[: 2 * dist.get_rank()]).flatten(0, 1)
                     value = F.cross_entropy(logits, logits.hidden.new_full(logits.shape, 1 / V), reduction="sum")
                 else:
@@ -320,7 +320,7 @@ def not_gathered(ids):
 
 @contextmanager
 def gathers():
-    """How often the weights of a unit are gathered inside."""
+    """How often the FSDP2 unit that holds the head's weight is gathered inside."""
     count, gather = [0], _fsdp_param_group.foreach_all_gather
 
     def counted(*args):
@@ -333,7 +333,7 @@ def gathers():
 
 
 def teachers(ids):
-    """What is left whole of the head of a teacher, which trains nothing, and what a student learns from it."""
+    """How many bytes of a frozen teacher's head stay whole, and the gradient of the student's head."""
     found = {}
     for loss in (divergence, distillation_loss):
         heads = {}
@@ -351,7 +351,7 @@ def teachers(ids):
 
 
 def by_rows(ids):
-    """Gathers in backward of two heads for a loss of their entries, which are made at once, in parts, or of no token."""
+    """How often backward gathers two heads for a loss of their entries: made at once, in parts, or for no tokens."""
     found = []
     for tokens, room in ((ids, None), (ids, 3000), (ids[:0], None)):
         student, teacher = shard_head(prepare("")), shard_head(Model().requires_grad_(False))
@@ -366,7 +366,7 @@ def by_rows(ids):
 
 
 def of_views(ids):
-    """Gathers of a head for numbers of the same tokens: of views that are copies of several rows, and of labels."""
+    """How often a head is gathered for numbers of the same tokens: with labels, and through views that copy several rows."""
     found = []
     for part, ignored in ((ids, 0), (ids, 1), (ids[:1], 0), (ids[:0], 0)):
         logits = shard_head(prepare(""))(part)[:, :-1]
@@ -380,7 +380,7 @@ def of_views(ids):
 
 
 def apart(ids):
-    """Gradients of two losses of two forwards, one backward after the other: after the first, FSDP2 shards the root again."""
+    """Gradients of two losses of two forwards, with one backward after the other: FSDP2 shards the root again in between."""
     found = {}
     for name, wrap in {"whole": lambda model: model, "kept": fully_shard, "resharded": reshard_root}.items():
         model = wrap(prepare(""))
@@ -393,7 +393,7 @@ def apart(ids):
 
 
 def after_a_step(ids):
-    """What is said of logits that are read when the head has changed."""
+    """The errors for logits that are read after an optimizer step has changed their head."""
     found = {}
     for (shards, wrap), variant in itertools.product(SHARDS.items(), ("", "bias_alone", "fused")):
         model = wrap(freeze(prepare(""), variant))
@@ -415,7 +415,7 @@ def said(fn):
 
 
 def message(ids):
-    """What is said where FSDP2's predecessor wraps the head by itself."""
+    """The error where FSDP1 wraps the head by itself."""
     model = prepare("")
     model.head = predecessor(model.head)
     model = predecessor(model)
@@ -426,7 +426,7 @@ def message(ids):
 
 
 def accumulate_in_fsdp(ids):
-    """FSDP2 with parameters in bf16 sums in the dtype it reduces in."""
+    """With bf16 parameters, FSDP2 sums gradients in its reduce_dtype."""
     model = Model().float()
     model.unused.requires_grad_(False)
     fully_shard(model.head, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
@@ -438,7 +438,7 @@ def accumulate_in_fsdp(ids):
 
 
 def main_grad_of(model, ids):
-    """Megatron's way: a hook moves each bf16 gradient to a sum in fp32, which the ranks reduce themselves."""
+    """Megatron's way: a hook moves each bf16 gradient into an fp32 sum, which the ranks reduce themselves."""
     model = model.bfloat16()
     weight = model.head.weight
     weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)
@@ -516,7 +516,7 @@ def test_gathers_once_for_each_pass_and_reduces_once(trained, shards, loss):
         groups = 1 if shards.startswith("model") else 2
         assert eager.get("_reduce_scatter_base_", 0) == (0 if loss == "evaluation" else groups)
         expected = Counter(eager)
-        kept = shards not in ("head", "model, sharded again")  # until the gradients are reduced
+        kept = shards not in ("head", "model, sharded again")  # the weight stays whole until the gradients are reduced
         expected["_allgather_base_"] += 0 if kept else PASSES[loss]
         assert Counter(counts) == expected
         assert [size > 0 for size in left] == [kept, kept, kept and loss == "evaluation"]
@@ -546,7 +546,7 @@ def test_what_is_beside_a_whole_weight_is_gathered(trained, shards):
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("loss", TRAINED)
 def test_gradients_made_in_forward_need_no_weight_in_backward(trained, loss, frozen, asked):
-    """Where the route is asked for: of its own, a rank with more tokens may take another, and would gather alone."""
+    """Where the route is asked for: left to choose, a rank with more tokens may take another route, and would gather alone."""
     of_ranks = [found["not gathered"][loss, frozen, asked] for found in trained]
     needed = 0 if asked and loss in ("mean", "token_loss", "unlabelled", "probabilities") else 1
     needed += loss == "twice" and not frozen and not asked  # the gradient of one forward is reduced before the other's
@@ -558,7 +558,7 @@ def test_gradients_made_in_forward_need_no_weight_in_backward(trained, loss, fro
 
 @pytest.mark.parametrize("loss", ["divergence", "distillation_loss"])
 def test_the_head_of_a_teacher_is_sharded_again(trained, loss):
-    """Whole, it would be read in the next step as it is now, whatever became of the teacher in between."""
+    """If it stayed whole, the next step would read these values, even if the teacher had changed in between."""
     for found in trained:
         left, grad, expected = found["teachers"][loss]
         assert left == 0
@@ -601,6 +601,6 @@ def test_gradients_of_micro_batches_are_summed_in_fp32(trained):
     for rank, found in enumerate(trained):
         exact = sum(grad.float() for grad in each[rank])
         torch.testing.assert_close(found["main_grad"], exact, rtol=0, atol=0)
-        assert not torch.equal(sum(each[rank]).float(), exact)  # as .grad would sum them
+        assert not torch.equal(sum(each[rank]).float(), exact)  # a bf16 .grad would sum them like this
         mean = sum(grad.float() for grads in each for grad in grads) / RANKS
         torch.testing.assert_close(found["fsdp sum"], mean)

@@ -1,4 +1,4 @@
-"""Labels, arithmetic between dtypes and autocast of LinearLogits: the result has PyTorch's dtype, and the digits stay."""
+"""LinearLogits' dtype labels, arithmetic between dtypes, autocast: the result has PyTorch's dtype and loses no digits."""
 
 import dataclasses
 import warnings
@@ -100,7 +100,7 @@ LAZY_BIASES = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", BIASES)
 def test_a_bias_keeps_its_digits(name, dtype, other, mask):
-    """A trainer's bias in the model's dtype stays lazy; one with more digits or more range than that is added to logits."""
+    """A trainer's bias in the model's dtype stays lazy; one with more digits or more range materialises the logits."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(64, 32, generator=g).to(dtype), torch.randn(100, 32, generator=g).to(dtype)
     bias = torch.randn(100, generator=g) * 5
@@ -156,7 +156,7 @@ def test_class_weights_of_another_dtype():
 
 
 def test_a_cast_of_outputs_reaches_the_label_only():
-    """As FSDP2 casts them, and as DDP replaces them."""
+    """FSDP2 casts outputs in this way, and DDP replaces them in this way."""
     from torch.distributed.utils import _apply_to_tensors
 
     head = LinearHead(H, V, dtype=torch.bfloat16)
@@ -171,7 +171,7 @@ def test_a_cast_of_outputs_reaches_the_label_only():
     parts, spec = torch.utils._pytree.tree_flatten(logits)
     assert [part is logits.hidden for part in parts] == [True]
     assert torch.equal(torch.utils._pytree.tree_unflatten(parts, spec).materialize(), logits.materialize())
-    for x in (logits, logits.log_softmax(-1)):  # as PyTorch 2.11's checkpoint maps what it gets
+    for x in (logits, logits.log_softmax(-1)):  # PyTorch 2.11's checkpoint maps its arguments like this
         assert torch.utils._pytree.tree_map(lambda leaf: None, x) is None
 
 
@@ -267,7 +267,7 @@ def test_the_sum_of_logits_is_as_accurate_as_eager():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_temperature_that_trains_rounds_no_more_than_a_tensor_does(dtype):
-    """In 16 bits it multiplies the hidden states: what was made fp32 before would lose digits, and is made."""
+    """In 16 bits it multiplies the hidden states: logits already cast to fp32 would lose digits, so they are materialised."""
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(n, 64, generator=g, dtype=torch.float64).to(dtype) / 4 for n in (512, 1000))
     ids, results = torch.randint(1000, (512,), generator=g), []

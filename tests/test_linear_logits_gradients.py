@@ -16,7 +16,7 @@ from fused_losses.reference.linear_logits import linear_logits
 
 
 def test_transforms_of_a_head():
-    """Gradients per sample, as ``torch.func`` takes them of a module."""
+    """Per-sample gradients, as ``torch.func`` computes them for a module."""
     head, x, ids = LinearHead(H, V, bias=False), torch.randn(4, H), torch.tensor([1, 0, 4, 2])
 
     def loss(weight, x, y):
@@ -27,7 +27,7 @@ def test_transforms_of_a_head():
         return F.cross_entropy(x[None] @ weight.T, y[None])
 
     weight = head.weight.detach()
-    torch._C._functorch._set_vmap_fallback_enabled(False)  # which loops over the samples, and warns at every call
+    torch._C._functorch._set_vmap_fallback_enabled(False)  # it loops over the samples, and warns at every call
     try:
         of_each = [torch.vmap(torch.func.grad(fn), (None, 0, 0))(weight, x, ids) for fn in (loss, eager)]
     finally:
@@ -120,7 +120,7 @@ def test_what_is_made_without_gradient_has_none_when_read_later(name, options):
         with torch.no_grad(), settings.strict():
             make = MADE_WITHOUT_GRADIENT[name]
             made = make(z, logp) if make.__code__.co_argcount == 2 else make(z)
-        assert not made.requires_grad or kind is linear_logits  # where a view says that it does
+        assert not made.requires_grad or kind is linear_logits  # eager's view says that it does
         total = made.sum(-1) if name == "product" else made.gather(-1, FEW).sum(-1)
         loss = (total * logp.gather(-1, IDS[..., None]).squeeze(-1)).sum()
         results.append((loss, torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)))
@@ -219,7 +219,7 @@ def test_checkpointed_loss_is_recomputed(name):
 @pytest.mark.parametrize("name", ["log_prob", "label_smoother", "entropy", "logsumexp"])
 @pytest.mark.parametrize("read", ["", "before", "after"])
 def test_checkpointed_loss_of_logits_is_recomputed(name, read):
-    """Whatever else was read of the logits, and when."""
+    """The loss is recomputed whatever else is read from the logits, before or after."""
     from torch.utils.checkpoint import checkpoint
 
     def loss(z):
@@ -249,7 +249,7 @@ TIED = {
 
 @pytest.mark.parametrize("name", TIED)
 def test_gradients_to_differentiate_again_of_tensors_made_from_one_another(name):
-    """As hidden states are, of a model whose embeddings are its head: no path may be counted twice."""
+    """With tied embeddings, hidden states are made from the head's weight: no path to it may be counted twice."""
     embedding, ids = torch.randn(V, H, dtype=torch.float64), torch.randint(0, V, (S,))
 
     def derivatives(of):
@@ -371,7 +371,7 @@ def test_transforms_of_a_temperature(transform):
 
 @pytest.mark.parametrize("fn", [lambda z, t: z * t, lambda z, t: z / t, lambda z, t: z.log_softmax(-1) / t])
 def test_forward_mode_of_a_temperature_under_no_grad(fn):
-    """Which says nothing of tangents."""
+    """``no_grad`` does not switch off tangents."""
     tensors, t = leaves(), torch.tensor(1.7, dtype=torch.float64)
     with torch.no_grad():
         found, expected = (

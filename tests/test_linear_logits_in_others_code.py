@@ -187,7 +187,7 @@ def test_trl_helpers(several):
 
 
 def takes_a_pointer_kernel(logits, index):
-    """As TRL decides whether its Triton kernel reads the logits."""
+    """How TRL decides whether its Triton kernel reads the logits."""
     return (
         logits.device.type in ("cuda", "xpu")
         and logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
@@ -216,7 +216,7 @@ def cross_entropy_in_float32(logits, labels):
 
 
 class HandWritten(torch.autograd.Function):
-    """As trainers that split the sequence or the vocabulary have them, with a backward of their own."""
+    """Trainers that split the sequence or the vocabulary have such functions, with a backward of their own."""
 
     @staticmethod
     def forward(ctx, logits, labels):
@@ -268,12 +268,12 @@ def test_reentrant_checkpointing_refuses_logits_alone():
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         checkpoint(loss, lazy, use_reentrant=True)
     assert_same_training(lambda z, _: checkpoint(loss, z, use_reentrant=False), ids)
-    scale = torch.ones((), requires_grad=True)  # whose gradient makes it run again
+    scale = torch.ones((), requires_grad=True)  # its gradient makes the checkpoint run the loss again
     assert_same_training(lambda z, _: checkpoint(loss, z, scale, use_reentrant=True), ids)
 
 
 def mixed_divergence(logits, teacher):
-    """As DistiLLM writes it: sums of softmax and log_softmax, whose gradients cancel but for a small rest."""
+    """As DistiLLM writes it: sums of softmax and log_softmax, whose gradients cancel up to a small remainder."""
     p, log_p = logits.softmax(-1, dtype=torch.float32), logits.log_softmax(-1, dtype=torch.float32)
     q = teacher.softmax(-1, dtype=torch.float32)
     mixed = torch.log(0.1 * q + 0.9 * p)
@@ -283,7 +283,7 @@ def mixed_divergence(logits, teacher):
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
 def test_expressions_of_16_bit_logits_share_one_gradient():
-    """However often they are materialised, what cancels does so before it is rounded."""
+    """However often the logits are materialised, gradients that cancel do so before they are rounded."""
     start, head, _ = batch()
     grads = {}
     for kind in ("exact", "eager", "lazy"):
@@ -339,7 +339,7 @@ def test_trainer_runs_a_model_whose_head_is_lazy(tmp_path, options):
             max_steps=3,
             per_device_train_batch_size=2,
             learning_rate=0.1,
-            optim="sgd",  # Adam would magnify what rounding leaves of a gradient near 0
+            optim="sgd",  # Adam would magnify the rounding error of a gradient near 0
             logging_steps=1,
             report_to=[],
             save_strategy="no",
@@ -364,7 +364,7 @@ def test_trainer_runs_a_model_whose_head_is_lazy(tmp_path, options):
 
 
 def map_fields(fn, x):
-    """As Lightning casts what a module returns: a deep copy, into whose memo the fields go, and these are set after."""
+    """How Lightning casts a module's output: a deep copy, with the fields in its memo; the cast fields are set afterwards."""
     if isinstance(x, torch.Tensor):
         return fn(x)
     if not dataclasses.is_dataclass(x):

@@ -75,7 +75,7 @@ def test_masks_and_counts_that_were_written_into():
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
 def test_rows_written_one_by_one():
-    """Each from views of what the write before has changed."""
+    """Each write reads views of logits that the write before has changed."""
     lazy, eager, tensors = make()
     gradients = []
     for z in (lazy, eager.clone()):
@@ -165,7 +165,7 @@ def test_changed_logits_lose_no_gradient():
         Loss.apply(lazy)
     with pytest.raises(RuntimeError, match=r"would get no gradient.*use_reentrant=False"):
         torch.utils.checkpoint.checkpoint(lambda z: z.logsumexp(-1).sum(), lazy, use_reentrant=True)
-    (leaf,) = torch.utils._pytree.tree_leaves({"logits": lazy})  # which DDP looks for
+    (leaf,) = torch.utils._pytree.tree_leaves({"logits": lazy})  # DDP looks for such leaves
     assert leaf.requires_grad
     doubled = torch.utils._pytree.tree_map(lambda t: t * 2, lazy)
     torch.testing.assert_close(doubled.sum(-1), 2 * lazy.sum(-1))

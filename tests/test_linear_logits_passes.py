@@ -1,4 +1,4 @@
-"""How often a head is multiplied for what is read of its LinearLogits."""
+"""How often a head is multiplied for the numbers read from its LinearLogits."""
 
 import warnings
 from collections import Counter
@@ -14,7 +14,7 @@ from fused_losses.linear_logits import LinearLogits
 
 
 class CountPasses(TorchDispatchMode):
-    """How often a head was multiplied, forward and backward."""
+    """Counts how often a head was multiplied, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -80,7 +80,7 @@ def test_a_monitor_beside_log_probs_costs_no_pass(monitor, trained):
     assert +counted.passes == {"fused_losses::linear_rows": 1}
     assert not watched.requires_grad
     torch.testing.assert_close(watched, monitor(eager), rtol=1e-4, atol=1e-5)
-    watched.zero_()  # which what is known must not notice
+    watched.zero_()  # must not change the numbers already known
     torch.testing.assert_close(monitor(lazy), monitor(eager), rtol=1e-4, atol=1e-5)
     if trained:
         found, expected = (
@@ -105,7 +105,7 @@ def test_a_monitor_beside_log_probs_costs_no_pass(monitor, trained):
     ],
 )
 def test_views_of_the_same_tokens_are_measured_once(first, second, passes, grad):
-    """A sum of log-probabilities of one view, the squared logsumexp of another."""
+    """Log-probabilities are read from one view, logsumexp from another."""
     lazy, eager, tensors = make()
     found = []
     for z in (lazy, eager):

@@ -1,4 +1,4 @@
-"""log_softmax of LinearLogits as losses write it by hand, and what they do to it."""
+"""log_softmax of LinearLogits as hand-written losses call it, and what they compute from it."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_a_normalizer_that_was_written_into_is_a_number_per_token():
     torch.testing.assert_close(*results)
 
 
-@pytest.mark.filterwarnings("ignore:.*materialises")  # for the message, which has the values
+@pytest.mark.filterwarnings("ignore:.*materialises")  # the error message shows the values
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_categorical_distribution_refuses_what_is_no_number(value):
     hidden, weight = torch.randn(3, H), torch.randn(V, H)
