@@ -24,7 +24,7 @@ N, V, H = 2048, 65536, 64
 
 @pytest.fixture
 def gpu():
-    """Whether the plan is of the kernels, as on a GPU that ``memory_plugin.py`` pretends."""
+    """Whether the plan is that of the kernels: on a GPU, also one that ``memory_plugin.py`` simulates."""
     return torch.empty(0, device=DEVICE).is_cuda
 
 
@@ -46,12 +46,12 @@ def test_the_instrument_counts_eager_exactly():
     x = torch.randn(256, 256, requires_grad=True)
 
     def call():
-        y = x.exp()  # kept for backward
+        y = x.exp()  # saved for backward
         z = y * 2
         del y
-        return z + 1  # with exp's result and z
+        return z + 1  # held together with exp's result and z
 
-    assert 0 <= peak_bytes(call) - 3 * 256 * 256 * 4 <= 64  # and a number or two
+    assert 0 <= peak_bytes(call) - 3 * 256 * 256 * 4 <= 64  # and a number or two more
 
 
 def test_what_is_freed_is_subtracted():
@@ -63,10 +63,10 @@ def test_what_is_freed_is_subtracted():
 
 
 def test_garbage_of_earlier_work_is_not_subtracted():
-    def leave():  # inside a measured call: of what was allocated outside all of them no free is told
+    def leave():  # measured: the profiler reports no free of memory allocated outside measured calls
         cycle = [torch.zeros(2000, dtype=torch.uint8)]
         cycle.append(cycle)
-        gc.collect()  # now old: nothing but a full collection frees it
+        gc.collect()  # the cycle is old now: only a full collection frees it
 
     peak_bytes(leave)
 
@@ -78,7 +78,7 @@ def test_garbage_of_earlier_work_is_not_subtracted():
 
 
 def test_on_a_gpu_what_is_asked_for_is_counted(monkeypatch):
-    """Blocks are up to 1 MiB larger: with them no plan of 20 MiB is within 5 %."""
+    """Allocated blocks are up to 1 MiB larger: if they counted, no plan of 20 MiB would be within 5 %."""
     requested = {"requested_bytes.all.current": 100, "requested_bytes.all.peak": 1100}
     stats = requested | {"allocated_bytes.all.current": 512, "allocated_bytes.all.peak": 2**20}
     for name in ("synchronize", "reset_peak_memory_stats"):
@@ -159,7 +159,7 @@ def planned_and_measured(tokens, vocab, hidden, dtype, bias=False, options=None,
 
     def call():
         loss = linear_cross_entropy(h, w, target, linear_bias=b, **how, **(options or {}))
-        return torch.autograd.grad(3 * loss, [t for t in (h, w, b) if t is not None])  # by 1 nothing is multiplied
+        return torch.autograd.grad(3 * loss, [t for t in (h, w, b) if t is not None])  # 3: scaling by 1 is skipped
 
     return plan(tokens, vocab, hidden, dtype, backend="torch", **how), peak_bytes(call)
 
@@ -211,7 +211,7 @@ def test_a_bias_of_many_tokens_is_summed_in_blocks(route):
 @pytest.mark.parametrize("shape", [(512, 3000, 320), (2048, 1000, 512)])
 @pytest.mark.parametrize("workspace", [None, "8MiB"])
 def test_blocks_of_fp32_sums_are_planned(workspace, shape):
-    """Of products in forward, and of the upstream gradient's in backward."""
+    """Blocks for the products in forward, and for those with the upstream gradient in backward."""
     planned, peak = planned_and_measured(*shape, torch.float16, route="gradients_in_forward", workspace=workspace)
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
 
@@ -219,7 +219,7 @@ def test_blocks_of_fp32_sums_are_planned(workspace, shape):
 @pytest.mark.parametrize("workspace", [None, "16MiB"])
 @pytest.mark.parametrize("sizes", [(600, 3000, 4096), (256, 1000, 1024)])
 def test_factors_of_a_tile_are_planned_where_logits_are_made_again(sizes, workspace):
-    """By default all are saved here."""
+    """In the default workspace all logits are saved here."""
     planned, peak = planned_and_measured(*sizes, torch.bfloat16, route="recompute", workspace=workspace)
     assert (planned.saved == sizes[1]) == (workspace is None or sizes[1] == 1000)
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
@@ -232,7 +232,7 @@ def test_scaling_in_place_is_planned_where_gradients_are_most_of_the_memory(size
 
 
 def test_fp16_gradients_of_tokens_are_not_held_twice(gpu):
-    """Forward has them in fp32, backward makes those in fp16."""
+    """Forward holds them in fp32, and backward makes the fp16 ones."""
     hidden = torch.randn(16384, 256, dtype=torch.float16, device=DEVICE).requires_grad_()
     weight = torch.randn(128, 256, dtype=torch.float16, device=DEVICE).requires_grad_()
     target = torch.randint(0, 128, (16384,), device=DEVICE)
@@ -251,7 +251,7 @@ def test_fp16_gradients_of_tokens_are_not_held_twice(gpu):
     ("N", "V", "H"),
     [
         pytest.param(32768, 128, 1, id="numbers_per_token"),
-        # As large as a slice of the logits, which is gone when they are made of their sum in fp32.
+        # These are as large as a slice of the logits, which is freed before they are made from their fp32 sum.
         pytest.param(16384, 512, 256, id="sixteen_bit_gradients"),
     ],
 )
@@ -274,7 +274,7 @@ def test_what_many_tokens_hold_beside_logits_is_as_planned(N, V, H, gpu):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("ignored", [1, 1024, None])
 def test_copies_of_hidden_states_are_as_planned(ignored, dtype, per_token, gpu):
-    """Of those that are not ignored, or of all with the ignored zeroed."""
+    """Copies of the states that are not ignored, or of all with the ignored ones zeroed."""
     if gpu and dtype == torch.bfloat16 and not per_token and DEVICE == "cpu":
         pytest.skip("a pretended GPU holds in fp32 what it scales")
     hidden, weight = (torch.randn(n, 512, dtype=dtype, device=DEVICE).requires_grad_() for n in (2048, 4096))
@@ -290,7 +290,7 @@ def test_copies_of_hidden_states_are_as_planned(ignored, dtype, per_token, gpu):
     planned = plan(2048 - (ignored or 0), 4096, 512, dtype, ignored=ignored, **options)
     peak = peak_bytes(call, DEVICE)
     assert abs(peak - planned.peak) <= 0.05 * planned.peak, (peak / MiB, str(planned))
-    with_tile = gpu and dtype == torch.float32 and per_token  # which has a size of its own
+    with_tile = gpu and dtype == torch.float32 and per_token  # logits are made in a tile of fixed size
     assert ("taken anyway" in str(planned)) == with_tile
     if not with_tile:
         assert peak <= hidden.nbytes + weight.nbytes + 16 * MiB, (peak / MiB, str(planned))
@@ -317,7 +317,7 @@ def test_forward_holds_no_tile_beside_the_next(names):
     h, w, ids = torch.randn(2048, 16), torch.randn(8192, 16), torch.randint(0, 8192, (2048,))
     peak = peak_bytes(lambda: token_statistics(LinearLogits(h, w), ids, names, backend="torch"))
     tile = 4 * TILE * TILE
-    assert peak < (1.25 if names == ("log_probs",) else 2.4) * tile  # with numbers per token; an entropy's with a mask
+    assert peak < (1.25 if names == ("log_probs",) else 2.4) * tile  # a tile and numbers per token; entropy adds a mask
 
 
 @pytest.mark.parametrize("workspace", ["8MiB", "40MiB", "200MiB"])
@@ -326,7 +326,7 @@ def test_forward_holds_no_tile_beside_the_next(names):
 def test_saved_logits_are_planned(dtype, workspace, ignored, gpu, monkeypatch):
     monkeypatch.setattr(
         planning, "RECOMPUTE_BUDGET", 6 * MiB
-    )  # a slice's room: 16-bit heads save logits in what is beyond
+    )  # room for a slice: 16-bit heads save logits in the workspace beyond it
     hidden = torch.randn(512, 32, dtype=dtype, device=DEVICE).requires_grad_()
     weight = torch.randn(30000, 32, dtype=dtype, device=DEVICE).requires_grad_()
     target = torch.randint(0, 30000, (512,), device=DEVICE)
@@ -364,14 +364,14 @@ def test_the_entropy_of_probabilities_that_exist_is_summed_in_no_copy_of_them(kl
     p = torch.rand(256, V, device=DEVICE)  # 64 MiB
     with workspace("4MiB"):
         peak = peak_bytes(lambda: kl(LinearLogits(hidden, weight).log_softmax(-1), p).backward(), DEVICE)
-    assert peak < 2.5 * p.nbytes  # p log p, and log p by hand; a float64 copy is two more
+    assert peak < 2.5 * p.nbytes  # p log p, and log p where written by hand; a float64 copy would add two
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_class_probabilities_are_within_the_workspace(reduction, dtype, label_smoothing):
-    """Their weight's gradient is summed over chunks in place."""
+    """The gradient of the head's weight is summed over chunks in place."""
     hidden = torch.randn(1024, 512, dtype=dtype).requires_grad_()
     weight = torch.randn(8192, 512, dtype=dtype).requires_grad_()
     p, class_weight = torch.rand(1024, 8192).softmax(-1).to(dtype), torch.rand(8192, dtype=dtype)
@@ -387,7 +387,7 @@ def test_class_probabilities_are_within_the_workspace(reduction, dtype, label_sm
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_class_probabilities_train_a_few_rows_at_a_time(dtype):
-    """Their gradient's copies in fp32 and float64 are not those of a chunk."""
+    """The fp32 and float64 copies of their gradient hold a few rows, not a chunk."""
     hidden, weight = torch.randn(1024, 64, dtype=dtype), torch.randn(16384, 64, dtype=dtype)
     p = torch.rand(1024, 16384).softmax(-1).to(dtype).requires_grad_()
     class_weight = torch.rand(16384, dtype=dtype).requires_grad_()
@@ -424,7 +424,7 @@ def test_backward_holds_no_wide_copy_of_probabilities_of_16_bits(loss, head):
 
     def call():
         found = loss(LinearLogits(hidden, weight).log_softmax(-1), p)
-        before = torch.zeros(256 * MiB, dtype=torch.uint8, device=DEVICE)  # what backward holds now shows in the peak
+        before = torch.zeros(256 * MiB, dtype=torch.uint8, device=DEVICE)  # so that the peak shows what backward holds
         found.backward()
         return before
 
@@ -445,7 +445,7 @@ def test_gradients_move_into_grad_without_a_copy(head, retain_graph):
 
     def call():
         loss = linear_cross_entropy(hidden, weight, target, workspace="32MiB")
-        before = torch.zeros(64 * MiB, dtype=torch.uint8)  # what is held in backward now shows in the peak
+        before = torch.zeros(64 * MiB, dtype=torch.uint8)  # so that the peak shows what backward holds
         loss.backward(retain_graph=retain_graph)
         return before
 
@@ -455,7 +455,7 @@ def test_gradients_move_into_grad_without_a_copy(head, retain_graph):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_compiled_gradients_are_scaled_in_place(dtype):
-    """Inductor writes what backward makes of them over what forward made."""
+    """Inductor writes the scaled gradients of backward over those that forward made."""
     hidden, weight = (torch.randn(n, 512, dtype=dtype).requires_grad_() for n in (256, 8192))
     target = torch.randint(0, 8192, (256,))
 
@@ -482,7 +482,7 @@ def test_cheaper_than_eager_on_a_cpu(head):
 
     spent = {"ours": 0.0, "eager": 0.0}
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # with more, waiting for another is time spent too, and on a busy machine most of it
+    torch.set_num_threads(1)  # more threads would wait for one another: on a busy machine, most of the time spent
     for _ in range(3):  # in turns, so that whatever else runs here slows both
         for name, call in (("eager", eager), ("ours", lambda: step("mean", head))):
             start = time.process_time()

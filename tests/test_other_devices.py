@@ -1,7 +1,7 @@
-"""Losses of lazy logits elsewhere than in chunks on a CPU: by the kernels, on a GPU if there is one, and on ``meta``.
+"""Losses of lazy logits other than in chunks on a CPU: by the kernels, on a GPU if there is one, and on ``meta``.
 
-A tensor on ``meta`` has a device and no numbers. To wait for one of them raises there, as it would hold a GPU up, and so do a
-tensor that was made on the CPU beside it and a copy of the host's numbers, for which the host waits too.
+A tensor on ``meta`` has a device and no numbers. Reading a number on the host raises there, where on a GPU the host would wait.
+So does using a CPU tensor beside it, and so does a copy of numbers from the host, for which the host would wait too.
 """
 
 import doctest
@@ -34,7 +34,7 @@ from fused_losses.token_statistics import _at_temperature
 
 ONE = test_lazy_views.VIEWS | test_lazy_views.UNCAPPED | test_lazy_views.EDGES | test_linear_logits.SPELLINGS | NUMBERS
 TWO = {loss.__name__: loss for loss in test_lazy_products.LOSSES}
-# What asks for numbers, in eager too: masks as indices, and indices and counts that are tensors.
+# Cases that read numbers on the host, in eager too: masks as indices, and indices and counts that are tensors.
 WAITS = """
 mask mask_row mask_second index_numpy index_tensor_scalar vocab_mask log_softmax_mask logits_indexed_mask
 repeat_interleave_counts between_indices_first jensen_shannon_of_logs
@@ -57,30 +57,30 @@ def _no_copy_from_the_host(monkeypatch):
 
         return made
 
-    torch.utils._device._device_constructors()  # which torch.device("meta") knows by those that are replaced here
+    torch.utils._device._device_constructors()  # torch.device("meta") caches these before they are replaced here
     for name in ("tensor", "as_tensor"):
         monkeypatch.setattr(torch, name, refusing(getattr(torch, name)))
 
 
 @pytest.fixture
 def place(request, monkeypatch):
-    """Where the losses find their own tensors."""
+    """The device to which the losses' own tensors are moved."""
     for module in (test_lazy_elementwise, test_lazy_products, test_lazy_views, test_linear_logits, lazy_logits):
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 monkeypatch.setattr(module, name, moved(value, request.param))
-    monkeypatch.setattr("fused_losses.lazy_elementwise.traced", lambda t: False)  # which then takes rows, as on a GPU
+    monkeypatch.setattr("fused_losses.lazy_elementwise.traced", lambda t: False)  # so it works by rows, as on a GPU
     with settings.backend("triton" if request.param == DEVICE else None):
         yield request.param
 
 
 def moved(t, place):
-    """In fp32, which the kernels compute in."""
+    """``t`` on ``place``, in fp32, which the kernels compute in, if it is of a floating dtype."""
     return t.detach().to(place, torch.float32 if t.is_floating_point() else t.dtype)
 
 
 def compare(fn, inputs, place):
-    """``fn`` of either kind of head: the same numbers and gradients, and on ``meta`` tensors that are alike."""
+    """``fn`` gives equal numbers and gradients for both kinds of head; on ``meta``, equal shapes, dtypes and devices."""
     found = []
     for kind in (LinearLogits, linear_logits):
         given = [moved(t, place).requires_grad_(t.requires_grad) for t in inputs]
@@ -122,13 +122,13 @@ def test_of_two_heads_and_probabilities(name, workspace, place):
         compare(lambda kind, t: loss(kind(*t[:3]), kind(*t[3:6]), t[6]), [*test_lazy_elementwise.leaves(), p], place)
 
 
-# These count tokens with a label, or documents, for the size of a tensor; the last one's example reads its numbers.
+# These count labelled tokens or documents to size a tensor; the last one's example reads its numbers.
 COUNTS = {"prm_loss", "PRMLoss", "document_borders", "aggregate"}
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_no_loss_waits_for_the_device(name):
-    """Every example of its docstrings, on ``meta``."""
+    """Runs every example of the module's docstrings on ``meta``."""
     module = importlib.import_module(name)
     for test in doctest.DocTestFinder().find(module):
         scope = vars(module) | {"torch": torch, "fused_losses": fused_losses}
@@ -148,7 +148,7 @@ def test_a_temperature_on_the_host():
 
 
 def test_whether_a_graph_is_captured_is_not_asked_while_compiling(monkeypatch):
-    """Dynamo compiles no call of ``is_current_stream_capturing``."""
+    """Dynamo cannot compile a call of ``is_current_stream_capturing``."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: pytest.fail("asked"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert not host_may_read(types.SimpleNamespace(is_cuda=True))
@@ -163,7 +163,7 @@ class CountOperators(TorchDispatchMode):
 
 
 def test_pytorch_elsewhere_than_on_a_cpu_takes_larger_pieces():
-    """Whose size is chosen for a CPU's cache; a GPU would wait for launches."""
+    """On a CPU their size is chosen for its cache; with such small pieces, a GPU would wait for launches."""
     counts = {}
     for device in ("cpu", "meta"):
         hidden, weight = torch.randn(64, 4, device=device), torch.randn(2**16, 4, device=device)
@@ -186,14 +186,14 @@ class CopiesFromTheHost(TorchDispatchMode):
 
 
 def test_only_a_cpu_is_asked_whether_the_upstream_gradient_is_1():
-    """Here the host would have to wait for the answer, and of this device there is none."""
+    """On another device the host would have to wait for the answer, and ``meta`` has none."""
     gradient = torch.randn(3, 4, device="meta")
     scale(gradient, torch.ones((), device="meta"), gradient)
 
 
 @pytest.mark.parametrize("t", [torch.tensor(0.7), torch.tensor(2)])
 def test_one_number_on_the_host_is_not_copied(t):
-    """As PyTorch takes it beside a tensor of a GPU."""
+    """PyTorch too takes such a number as it is beside a tensor on a GPU."""
     z = LinearLogits(torch.randn(3, 4, device="meta"), torch.randn(V, 4, device="meta"))
     with CopiesFromTheHost() as copies:
         for scaled in (z / t, z * t, (z / t).log_softmax(-1) * t):
@@ -202,7 +202,7 @@ def test_one_number_on_the_host_is_not_copied(t):
 
 
 def test_references_make_tensors_where_their_inputs_are():
-    """The tests compare with them on a GPU."""
+    """On a GPU, the tests compare with them there."""
     x, w, ids, mask = torch.randn(2, 4), torch.randn(5, 4), torch.tensor([[0, 3], [2, 1]]), torch.zeros(2, 4)
     with torch.device("meta"):
         found = [

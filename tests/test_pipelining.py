@@ -1,4 +1,4 @@
-"""``torch.distributed.pipelining``: stages hand on tensors alone, so the last one's loss makes the lazy logits."""
+"""``torch.distributed.pipelining``: stages pass on tensors only, so the last stage's loss makes the lazy logits."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def test_peak_is_gradients_and_at_most_the_budget(shape, dtype, backend, workspa
 
 
 def test_logits_are_saved_in_what_many_tokens_leave_of_the_budget():
-    """At the end their gradient of hidden stands beside its sum in fp32, and beside the saved logits."""
+    """At the end the gradient of hidden, its fp32 sum and the saved logits are held at once."""
     p = plan(65536, *LLAMA[1:], per_token=True, workspace="4GiB")
     assert 0 < p.saved < LLAMA[1]
     assert p.peak <= (65536 + LLAMA[1]) * LLAMA[2] * 2 + p.budget
@@ -75,7 +75,7 @@ def test_a_larger_budget_recomputes_less(dtype):
         assert held <= p.budget
         assert (f"logits of {p.saved} vocabulary entries" in str(p)) == (p.saved > 0)
     assert plan(2048, 49152, 576, dtype, per_token=True).saved == (49152 if dtype == torch.float32 else 0)
-    assert (plans[0].saved > 0) == (dtype == torch.float32)  # there its room is that of the first slice's gradient
+    assert (plans[0].saved > 0) == (dtype == torch.float32)  # in fp32, in the buffer of a slice's gradient
     assert plan(*LLAMA, dtype, per_token=True, workspace=1).saved == 0
 
 
@@ -101,7 +101,7 @@ def test_fp32_sums_are_counted():
 @pytest.mark.parametrize(("dtype", "accumulate"), [(torch.float16, None), (torch.bfloat16, "fp32")])
 @pytest.mark.parametrize("part", [0.6, 0.75, 0.9, 0.99, 1.01, 1.25])
 def test_fp32_sums_fit_the_budget(part, dtype, accumulate, shape):
-    """They stand beside the gradients that are made of them."""
+    """They are held together with the gradients that are made from them."""
     N, V, H = shape
     sums = V * H * 4 + (N * H * 4 if dtype == torch.float16 else 0)
     p = plan(*shape, dtype, workspace=int(part * sums), accumulate=accumulate)
@@ -117,7 +117,7 @@ def test_fp16_gradients_wait_for_their_scale_in_fp32():
 
 
 def test_blocks_of_fp32_sums_are_counted():
-    """Upcast on a CPU: 4 MiB of the logits' gradient beside rows of the hidden states. In backward: rows of the sum."""
+    """Upcast on a CPU: in forward 4 MiB of the logits' gradient and rows of the hidden states, in backward rows of the sum."""
     how = {"route": "gradients_in_forward", "workspace": "30MiB"}
     forward, on_gpu = (plan(8192, 4096, 16, torch.float16, backend=b, **how) for b in ("torch", "triton"))
     assert forward.parts["at a time"] == 4 * 1024 * (1024 + 16)

@@ -1,4 +1,4 @@
-"""Every policy loss, modifier and aggregation against loops in float64; and nothing an option does may go unseen."""
+"""Every policy loss, modifier and aggregation against loops in float64; and every option must change the result."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ from fused_losses.rollouts import entropy_mask, group_advantages, mismatch_weigh
 
 NAN = float("nan")
 CLIPPED = ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo"]  # one equation; only their aggregation differs
-# Arguments by modifier; a string that names a tensor of the batch stands for it.
+# Arguments by modifier; a string that names a tensor of the batch stands for that tensor.
 MODIFIERS = {
     "plain": {},
     "token_advantages": {"advantages": "token_advantages"},
@@ -124,7 +124,7 @@ def run(loss_fn, data, **options):
         leaves["entropy"] = options["entropy"] = options["entropy"].detach().clone().requires_grad_()
     loss, metrics = loss_fn(leaves["log_probs"], options.pop("old_log_probs"), **options)
     gradients = [None] * len(leaves)
-    if loss.requires_grad:  # where a clip holds every token, the reference is a constant
+    if loss.requires_grad:  # if a clip holds every token, the reference is a constant
         gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
     return loss.detach(), metrics, dict(zip(leaves, gradients, strict=True))
 
@@ -144,7 +144,7 @@ def assert_same(ours, expected, **tolerance):
 
 
 def fingerprint(result):
-    """What two configurations may not share: the loss and its gradients."""
+    """What must differ between two configurations: the loss and its gradients."""
     loss, _, gradients = result
     return torch.cat([loss.reshape(1), *(g.flatten() for g in gradients.values() if g is not None)])
 
@@ -200,7 +200,7 @@ def test_every_option_changes_the_number(loss_type):
         "gpg": {"clamp", "sequence_level", "no_old"},
         "dro": {"sequence_level"},
         "gspo": {"sequence_level"},
-        "gspo-token": {"sequence_level"},  # gspo, for advantages per sequence
+        "gspo-token": {"sequence_level"},  # equals gspo for advantages per sequence
     }.get(loss_type, set())
     expected = [{"plain"} | same_as_plain] if same_as_plain else []
     same_kl = {"kl", "kl_token_mean"} if LOSS_TYPES[loss_type].aggregation == "token_mean" else set()
@@ -219,7 +219,7 @@ def test_no_two_loss_types_agree(aggregation):
     results = {
         t: run(grpo_loss, DATA, loss_type=t, aggregation=aggregation, advantages="token_advantages") for t in LOSS_TYPES
     }
-    assert coinciding(results) == [clipped, *plain]  # per token, gspo-token is its own
+    assert coinciding(results) == [clipped, *plain]  # with advantages per token, gspo-token differs from gspo
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -239,7 +239,7 @@ def test_aggregations_differ(loss_type):
     "loss_type", ["ppo", "gspo", "gspo-token", "rloo", "gmpo", "cispo", "dppo_tv", "dppo_kl", "clip_cov"]
 )
 def test_clip_gates_act(loss_type):
-    """A token that a gate holds takes no gradient, on both sides; and each gate holds some token and not every one."""
+    """A token that a gate holds gets no gradient, on both sides; and each gate holds some tokens and not all."""
     options = {} if loss_type in ("gmpo", "cispo") else {"dual_clip": 1.3}
     if loss_type.startswith("dppo"):
         options = {"eps_low": 0.02, "eps_high": 0.02}
@@ -317,7 +317,7 @@ def test_clip_cov_repeats_with_its_generator():
 
 
 def test_clip_cov_bounds_are_not_candidates():
-    log_probs, advantages = torch.tensor([[-1.0, -3.0]]), torch.tensor([[1.0, -1.0]])  # both covariances 1
+    log_probs, advantages = torch.tensor([[-1.0, -3.0]]), torch.tensor([[1.0, -1.0]])  # both covariances are 1
     for low, high, drawn in ((0.5, 1.5, 1.0), (1.0, 1.5, 0.0), (0.5, 1.0, 0.0)):
         bounds = {"clip_cov_ratio": 1.0, "clip_cov_lb": low, "clip_cov_ub": high}
         _, metrics = grpo_loss(log_probs, log_probs, advantages, loss_type="clip_cov", **bounds)
@@ -332,7 +332,7 @@ def test_clip_ratios_of_one_sequence():
 @pytest.mark.parametrize("count_empty", [True, False])
 @pytest.mark.parametrize("loss_type", ["ppo", "rloo"])
 def test_clip_ratios_of_empty_sequences(loss_type, count_empty):
-    """Of tokens they have none; one ratio of a sequence is 1 there, which is held by no clip and counts where they do."""
+    """They have no token ratios. A ratio per sequence is 1 there: no clip holds it, and it counts if empty sequences count."""
     old = torch.zeros(3, 4)
     mask = torch.tensor([[1, 1, 1, 1], [0, 0, 0, 0], [1, 1, 0, 0]])
     sequences = 3 if count_empty else 2
@@ -376,7 +376,7 @@ def test_two_sided_and_dual_clip_are_the_same_bound():
 
 
 def test_sequence_ratio_equals_its_token_form():
-    """GSPO's gradient through the mean is that of the token form, for an advantage per sequence; not otherwise."""
+    """With an advantage per sequence, GSPO's gradient through the mean is that of the token form; otherwise it is not."""
     gspo, token = (run(grpo_loss, DATA, loss_type=t) for t in ("gspo", "gspo-token"))
     torch.testing.assert_close(gspo[2]["log_probs"], token[2]["log_probs"])
     gspo, token = (run(grpo_loss, DATA, loss_type=t, advantages="token_advantages") for t in ("gspo", "gspo-token"))
@@ -425,7 +425,7 @@ def test_nothing_to_train_on_is_zero(loss_type):
 def test_no_token_has_no_extreme_clip_ratio(loss_type, count_empty, rows):
     data = {k: v[:rows] for k, v in DATA.items()} | {"mask": torch.zeros_like(DATA["mask"][:rows])}
     _, metrics, _ = run(grpo_loss, data, loss_type=loss_type, count_empty=count_empty)
-    counted = loss_type == "gspo" and count_empty and rows > 0  # sequences that no clip holds
+    counted = loss_type == "gspo" and count_empty and rows > 0  # empty sequences count, and no clip holds them
     for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
         assert metrics[name] == 0 if counted else metrics[name].isnan()
 
@@ -445,7 +445,7 @@ def test_computed_in_fp32(loss_type, dtype):
     data = batch(dtype)
     cases = {
         "gradient": (data, {**MODIFIERS["kl"], **MODIFIERS["bonus"]}),
-        # Terms of one sign: where they cancel, nothing but their rounding is left.
+        # Terms of one sign: if they cancelled, nothing but their rounding would be left.
         "loss": (data | {"advantages": data["advantages"].abs()}, {}),
     }
     for name, (inputs, options) in cases.items():
@@ -481,7 +481,7 @@ def test_huge_ratios_stay_finite(loss_type, level):
 
 @pytest.mark.parametrize("loss_type", ["ppo", "sapo", "rloo", "gspo-token"])
 def test_log_ratio_clamp(loss_type):
-    """At the bound the ratio is e^20 and takes no gradient; without it, more."""
+    """At the bound the ratio is e^20 and gets no gradient; without a bound the ratio is larger."""
     log_probs = torch.tensor([[-1.0]], dtype=torch.float64, requires_grad=True)
     losses = []
     for bounds in ((-20.0, 20.0), (None, 10.0), None):
@@ -520,7 +520,7 @@ PACKED = ("plain", "sequence_level", "off_policy_rollout", "sequence_weight", "a
 )
 def test_packed_rows_are_padded_rows(loss_type, name):
     options = MODIFIERS[name] | {"loss_scale_factor": 7.0}
-    if loss_type == "clip_cov":  # another shape draws other tokens: all
+    if loss_type == "clip_cov":  # another shape would draw other tokens: draw all
         options["clip_cov_ratio"] = 1.0
     packed, borders, kept = pack(DATA)
     ours = run(grpo_loss, packed, loss_type=loss_type, cu_seqlens=borders, **options)
@@ -573,14 +573,14 @@ def test_two_ranks_are_one_process(loss_type, aggregation, count_empty):
 @pytest.mark.parametrize(("aggregation", "count_empty"), [(a, e) for a in AGGREGATIONS for e in (True, False)])
 def test_the_bonus_of_kept_tokens_is_the_same_with_its_count_and_without(aggregation, count_empty):
     options = {"entropy_aggregation": aggregation, "count_empty": count_empty, "loss_type": "dapo"}
-    options |= {"entropy": "entropy", "entropy_coef": 0.2, "top_entropy_quantile": 0.15}  # of some sequences, no token
+    options |= {"entropy": "entropy", "entropy_coef": 0.2, "top_entropy_quantile": 0.15}  # drops some whole sequences
     counts = {"batch_num_tokens": DATA["mask"].sum(), "global_batch_size": 6 if count_empty else 5}
     assert_same(run(grpo_loss, DATA, **options, **counts), run(grpo_loss, DATA, **options))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_upstream_gradient_layout_and_inputs(loss_type):
-    """``loss * 3`` back-propagates 3; strided inputs give the same; inputs are left as they were."""
+    """``loss * 3`` triples the gradients; strided inputs give the same ones; inputs are not changed."""
     options = {"loss_type": loss_type} | MODIFIERS["all"]
     data = batch(garbage=0.0)
     before = {k: v.clone() for k, v in data.items()}
@@ -618,7 +618,7 @@ def test_compiles_once_for_any_batch(per_token):
         log_probs, advantages = -torch.rand(2, B, B + 3), torch.randn(B, B + 3)
         args = (*log_probs, advantages if per_token else advantages[:, 0])
         torch.testing.assert_close(compiled(*args), grpo_loss(*args))
-    assert counter.frame_count == 2  # for one batch, and for any
+    assert counter.frame_count == 2  # one graph for the first batch, one for any
 
 
 def test_the_rest_compiles_to_one_graph():
@@ -755,7 +755,7 @@ def test_on_policy_a_clip_of_0_holds_nothing(loss_type):
 
 
 def test_dppo_kl_of_a_token_that_is_certain():
-    """Its rounded log-probability is 0, or above; it has risen, and its advantage is negative: the gate trusts it."""
+    """Its rounded log-probability is 0 or above. It has risen and its advantage is negative, so the gate lets it train."""
     log_probs, old = torch.tensor([[0.0, 1e-7]], requires_grad=True), torch.full((1, 2), 0.9).log()
     loss, metrics = grpo_loss(log_probs, old, -torch.ones(1), loss_type="dppo_kl")
     (gradient,) = torch.autograd.grad(loss, log_probs)
@@ -840,7 +840,7 @@ def test_vespo_bounds_a_sequence_that_moved_far():
         torch.tensor([[-31.0, -1.0]]),
         torch.tensor([[-1.0, -16.0]]),
         torch.tensor([1.0]),
-    )  # −30, of which −20, and 15
+    )  # log-ratios: −30, clamped to −20, and 15
     torch.testing.assert_close(
         grpo_loss(*tokens, loss_type="vespo")[0],
         reference.grpo_loss(*tokens, loss_type="vespo")[0],
@@ -910,7 +910,7 @@ def test_value_losses_differ():
 
 
 def test_value_clip_holds_the_gradient():
-    """Moved further than the clip, away from the return: plain is worse and trains; towards it: held, no gradient."""
+    """Moved beyond the clip away from the return, the unclipped loss is larger and trains; towards it, no gradient."""
     values = torch.tensor([[1.0, 1.0]], requires_grad=True)
     loss, metrics = value_loss(values, torch.zeros(1, 2), torch.tensor([[-1.0, 2.0]]), clip_eps=0.2)
     (gradient,) = torch.autograd.grad(loss, values)
@@ -944,7 +944,7 @@ A2PO = {
 
 
 def a2po_case(loss_fn, data=DATA, **options):
-    """Without a mask: what the mask of the others hides is nan."""
+    """Without a mask, nan is replaced first: it is what the batch has where the mask is 0."""
     mask = data[options.pop("mask")] if "mask" in options else None
     log_probs, ref = (data[k] if mask is not None else data[k].nan_to_num() for k in ("log_probs", "ref_log_probs"))
     log_probs = log_probs.detach().clone().requires_grad_()
@@ -971,7 +971,7 @@ def test_a2po_loss():
         a2po_loss, packed, mask="mask", beta=0.8, cu_seqlens=borders, global_batch_size=len(DATA["advantages"])
     )
     expected = results["masked"][2]["log_probs"][kept]
-    torch.testing.assert_close(in_one_row[2]["log_probs"].squeeze(0), expected)  # the empty sequence moves nothing
+    torch.testing.assert_close(in_one_row[2]["log_probs"].squeeze(0), expected)  # the empty sequence changes nothing
 
 
 def test_a2po_advantages_are_one_per_sequence():

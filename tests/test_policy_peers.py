@@ -142,7 +142,7 @@ def compare(theirs, ours):
 def test_trl_grpo(loss_type, setting):
     trainer = pytest.importorskip("trl").GRPOTrainer
     (theirs, ours), (their_setting, our_setting) = TRL[loss_type], TRL_SETTINGS[setting]
-    if loss_type in ("cispo", "sapo", "vespo"):  # TRL ignores it there, here it is refused
+    if loss_type in ("cispo", "sapo", "vespo"):  # TRL ignores delta here, ours refuses it
         our_setting = {k: v for k, v in our_setting.items() if k != "delta"}
     metrics, theirs = compare(
         lambda logp, entropy: trl_loss(trainer, logp, entropy, loss_type=loss_type, **their_setting, **theirs),
@@ -285,7 +285,7 @@ def test_verl(name, mode, weighted):
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("ratio", [0.0002, 0.1, 0.15, 1.0])
 def test_verl_clip_cov_draw(ratio, order, monkeypatch):
-    """verl shuffles the candidates, we all places: in the order they stand in, or its reverse, both take the same."""
+    """verl shuffles the candidates, ours all positions: with order kept or reversed, both draw the same tokens."""
     core_algos = pytest.importorskip("verl.trainer.ppo.core_algos")
     from verl.workers.config import ActorConfig, PolicyLossConfig
 

@@ -32,7 +32,7 @@ PAIR_WEIGHT = torch.tensor([0.5, 1.5, 0.25, 1.0, 2.0, 0.75], dtype=torch.float64
 
 
 def token_logps(seed=7, rows=B):
-    """Policy and reference log-probs per token, (rows, S_W) or (rows, S_L): float64, and exact in fp32 with their sums."""
+    """Policy and reference log-probs per token, (rows, S_W) or (rows, S_L): float64; they and their sums are exact in fp32."""
     generator = torch.Generator().manual_seed(seed)
     policy = [-torch.rand(rows, s, generator=generator) * 4 for s in (S_W, S_L)]
     moved = [p + torch.randn(p.shape, generator=generator) * 1.5 for p in policy]
@@ -58,7 +58,7 @@ def run(module, name, inputs, dtype, options, upstream=3.0):
         call(*(x.to(dtype) + 1 for x in inputs[:2]), *(x.to(dtype) for x in inputs[2:]), **options)  # an earlier batch
     leaves = [x.to(dtype).requires_grad_() for x in inputs]
     loss, *rest = getattr(module, name)(*leaves, **options)
-    root = (loss * upstream).sum() + sum(0 * leaf.sum() for leaf in leaves)  # some losses do not depend on any
+    root = (loss * upstream).sum() + sum(0 * leaf.sum() for leaf in leaves)  # some losses depend on no leaf
     grads = torch.autograd.grad(root, leaves)
     return [loss, *grads, *rest]
 
@@ -106,7 +106,7 @@ LOSS_TYPES = {
     "sft": {},
 }
 LOSS_TYPES = {key: {"loss_type": key.split(",")[0], "beta": 0.5, **value} for key, value in LOSS_TYPES.items()}
-EQUAL_BY_DEFINITION = {frozenset({"sigmoid", "robust"})}  # robust without smoothing
+EQUAL_BY_DEFINITION = {frozenset({"sigmoid", "robust"})}  # robust without smoothing is sigmoid
 F_DIVERGENCES = {
     "reverse": {},
     "forward": {"f_divergence_type": "forward_kl"},
@@ -207,7 +207,7 @@ def test_every_modifier_changes_the_number(case):
             continue
         if name not in ("plain", "reverse") and not ("aot" in case and "weight" in options):
             results[name] = fingerprint(options)
-    # What adds a constant moves the value, not the gradient.
+    # A modifier that adds a constant changes the value, not the gradient.
     same_gradient = {frozenset(p) for p in itertools.combinations(("plain", "aux", "rpo, given"), 2)}
     assert_all_differ(results, same_gradient=same_gradient | {frozenset({"weight", "aux, weight"})})
 
@@ -267,13 +267,13 @@ def test_rewards():
         _, chosen, rejected = preference.dpo_loss(policy_w, policy_l, ref_w, ref_l, **both, **extra)
         torch.testing.assert_close(chosen, 0.3 * times * (policy_w - ref_w))
         torch.testing.assert_close(rejected, 0.3 * times * (policy_l - ref_l))
-    # Without a reference in the loss, rewards subtract it if it is there.
+    # Rewards subtract the reference if it is given, even where the loss does not use it.
     with_ref = preference.dpo_loss(policy_w, policy_l, ref_w, ref_l, reference_free=True)
     without = preference.dpo_loss(policy_w, policy_l, reference_free=True)
     assert torch.equal(with_ref[0], without[0])
     torch.testing.assert_close(with_ref[1], 0.1 * (policy_w - ref_w))
     torch.testing.assert_close(without[2], 0.1 * policy_l)
-    # A divergence maps the loss, not the rewards.
+    # A divergence changes the loss, not the rewards.
     mapped = preference.dpo_loss(policy_w, policy_l, ref_w, ref_l, f_divergence_type="forward_kl")
     torch.testing.assert_close(mapped[1], 0.1 * (policy_w - ref_w))
 
@@ -496,7 +496,7 @@ def test_vanilla_kto(reduction, flip):
     outputs = assert_matches("vanilla_kto_loss", inputs, {"beta": 0.8, "reduction": reduction})
     kl = [(inputs[i] - inputs[i + 2]).mean() for i in (0, 1)]
     assert all((k < 0) == flip for k in kl), "both KLs positive, or both clamped"
-    # The KLs take gradient: with them, an answer's gradient depends on the other side.
+    # The KLs have gradients: through them, an answer's gradient depends on the other side.
     moved = [inputs[0], inputs[1] + 0.1, *inputs[2:]]
     other = run(preference, "vanilla_kto_loss", moved, torch.float64, {"beta": 0.8, "reduction": reduction})
     assert torch.allclose(outputs[1], other[1]) == flip
@@ -544,7 +544,7 @@ def test_running_mean_takes_rewards_in_training_only_and_is_saved():
     first = alone(torch.tensor([3.0]).double())
     assert first == 3
     alone(torch.tensor([5.0]).double())
-    assert first == 3  # a copy
+    assert first == 3  # the result is a copy
 
 
 @pytest.mark.parametrize(
@@ -558,7 +558,7 @@ def test_a_model_that_is_cast_leaves_its_running_mean_exact(cast):
         delta(seen)
     model = copy.deepcopy(cast(model))
     assert model["head"].weight.dtype in (torch.bfloat16, torch.float16)
-    for rewards in torch.randn(8, 3):  # in bfloat16 a count of 3000 and more stands still
+    for rewards in torch.randn(8, 3):  # a bfloat16 count of 3000 or more would not grow
         assert torch.equal(model["delta"](rewards), same(rewards))
     other = cast(torch.nn.ModuleDict({"head": torch.nn.Linear(2, 2), "delta": preference.RunningMean()}))
     other.load_state_dict(model.state_dict())
@@ -575,7 +575,7 @@ def on_two_ranks(_):
     inputs = [chosen, rejected, reference_logps[-1] + moved, *reference_logps]
     everyone, alone = torch.distributed.group.WORLD, [torch.distributed.new_group([i]) for i in range(2)]
     kl = [preference.kto_loss(*inputs, group=group)[3] for group in (None, everyone, alone[rank])]
-    # Clamped first, the average would be 0.5.
+    # If each rank clamped first, the average would be 0.5.
     assert [k.item() for k in kl] == pytest.approx([0.3, 0.3, max(moved.item(), 0)])
     delta = preference.RunningMean()
     assert delta(torch.full((rank + 1,), float(rank))).item() == pytest.approx(2 / 3)
@@ -612,7 +612,7 @@ def test_metrics():
         "rewards/chosen": chosen.mean(),
         "rewards/rejected": rejected.mean(),
         "rewards/margins": (chosen - rejected).mean(),
-        "rewards/accuracies": torch.tensor(3 / 6),  # 1 > 1 is not ahead
+        "rewards/accuracies": torch.tensor(3 / 6),  # equal rewards are not a win
         "logps/chosen": (policy_w * CHOSEN_MASK).sum(-1).mean(),
         "logps/rejected": (policy_l * REJECTED_MASK).sum(-1).mean(),
         "logits/chosen": w.mean_logits[on_w].mean(),
@@ -965,7 +965,7 @@ def test_wpo_weight_does_not_broadcast():
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo"])
 def test_beta_may_be_a_tensor(loss_type):
-    """Of a schedule, say: nobody looks into it, under ``torch.compile`` either."""
+    """Such as a schedule's: its value is not read on the host, under ``torch.compile`` either."""
     chosen, rejected = -torch.rand(2, 4)
 
     def loss(beta):

@@ -13,7 +13,7 @@ trl = pytest.importorskip("trl", reason="as is OpenRLHF, not part of the test ex
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 B, S = 4, 6
-# The prompt is the first token; chosen over rejected, as TRL's batches are.
+# The first token is the prompt; chosen rows come before rejected ones, as in TRL's batches.
 COMPLETION_MASK = torch.tensor(
     [[0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 0, 0, 0, 0], [0, 1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 0, 0, 0]]
 )
@@ -53,7 +53,7 @@ def statistics(rows):
 
 
 def trainer(**settings):
-    """As much of a trainer as its loss reads."""
+    """The parts of a trainer that its loss reads."""
     return SimpleNamespace(
         model=SimpleNamespace(training=True),
         ref_model=None,
@@ -166,7 +166,7 @@ def test_dpo_f_divergences(loss_type, divergence):
 def test_dpo_several_loss_types():
     weights = {"loss_weights": [0.8, 0.2, 1.0]}
     compare(["sigmoid", "bco_pair", "sft"], weights, weights)
-    # TRL smooths exo_pair and not the sigmoid beside it.
+    # TRL applies label smoothing to exo_pair, but not to the sigmoid beside it.
     compare(["sigmoid", "exo_pair"], {"label_smoothing": 0.1}, {"label_smoothing": [0.0, 0.1]})
 
 

@@ -18,7 +18,7 @@ README = README_FILE.read_text()
 
 
 def test_before_and_after_are_equal():
-    """The code at the top, as it stands: one of its first two lines, then the rest."""
+    """Runs the code at the top as it is: one of its first two lines, then the rest."""
     block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
     before, after, *rest = (line for line in block.splitlines() if line)
     results = []

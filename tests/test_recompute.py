@@ -33,8 +33,8 @@ def head(dtype=torch.float32, device="cpu", **options):
 def some_ids(device="cpu"):
     ids = torch.randint(0, V, (N, K), device=device)
     ids[1::4] = -100
-    ids[0, 1] = -100  # beside another
-    ids[2] = 5  # twice the same
+    ids[0, 1] = -100  # one ignored id beside another id
+    ids[2] = 5  # the same id twice
     return ids
 
 
@@ -47,7 +47,7 @@ def some_top1(h, ids):
 
 
 def plain_statistics(h, ids, u):
-    """From whole logits, in the precision of the head or fp32."""
+    """Statistics from whole logits, in the precision of the head and at least fp32."""
     dtype = torch.promote_types(h.hidden.dtype, torch.float32)
     x = (h.hidden @ h.weight.T + h.u @ h.B.T + h.bias).to(dtype) * h.scale
     if h.softcap is not None:
@@ -68,7 +68,7 @@ def plain_statistics(h, ids, u):
 
 
 def differentiated(statistics, h):
-    """Weighted sum of all differentiable statistics, of both signs, and gradients of the head's inputs."""
+    """Gradients of the head's inputs from a sum of all differentiable statistics, with weights of both signs."""
     generator = torch.Generator().manual_seed(2)
     total = 0
     for name in DIFFERENTIABLE:
@@ -141,7 +141,7 @@ def test_where_triton_has_no_matrix_instructions_the_library_multiplies(monkeypa
 @pytest.mark.parametrize(("saved", "made"), [(0, 41), (16, 25), (32, 9), (41, 0)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_what_forward_saves_is_not_made_again(saved, made, dtype, backend, device, monkeypatch):
-    """The same values bit for bit, and gradients from the saved logits for as many columns."""
+    """The values are the same bit for bit, and gradients of as many columns come from the saved logits."""
     h, u, ids = head(dtype, device, scale=0.5, softcap=3.0), torch.randn(V, device=device), some_ids(device)
     tile_of = recompute.linear_module(backend, h.hidden)
     d_logits, columns = tile_of.linear_softmax_d_logits, []
@@ -207,7 +207,7 @@ def test_where_saved_tensors_may_be_mutated(backend, device):
 
 
 def test_hooks_see_no_logits(backend, device):
-    """They would be moved to another memory and back."""
+    """Hooks could move logits to other memory and back."""
     h, ids = head(device=device), some_ids(device)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
@@ -309,7 +309,7 @@ def test_sums_over_slices_of_the_vocabulary_are_wide(dtype, device):
 
 
 def test_entropy_of_huge_logits(backend, device):
-    """Further from the least number than numbers go."""
+    """Their distance from the least fp32 number is beyond fp32."""
     hidden, weight = torch.ones(3, 1, device=device), torch.full((V, 1), 1e35, device=device)
     found = linear_statistics(Head(hidden, weight), None, outputs=("entropy", "log_sum_sq_probs"), backend=backend)
     uniform = torch.full((3,), V, device=device).double().log()
@@ -327,7 +327,7 @@ def test_statistics_where_a_tile_moves_the_maximum_beyond_fp32(dtype, backend, d
 @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, 1e38])
 @pytest.mark.parametrize("u", [None, torch.full((V,), 4.0)])
 def test_sums_of_huge_logits(value, u):
-    """A tile's is beyond fp32."""
+    """The sum over one tile is beyond fp32."""
     hidden, weight = torch.ones(3, 1), torch.full((V, 1), value)
     found = linear_statistics(Head(hidden, weight), None, u, outputs=("sum_log_probs",), backend="torch")
     mean = found.sum_log_probs / (V if u is None else u.sum()) + found.logsumexp
@@ -427,12 +427,12 @@ def test_kept_tokens():
     assert kept_tokens(None, True) == (None, False)
 
 
-# The operators as PyTorch checks them
+# The operators, checked by PyTorch's opcheck
 
 
 @pytest.fixture
 def out_of_place(monkeypatch):
-    """opcheck compares outputs after a backward, which writes over the gradients and logits among them."""
+    """opcheck compares outputs after a backward, which overwrites the gradients and logits among them."""
     monkeypatch.setattr(recompute, "read_again", lambda saved: True)
 
 

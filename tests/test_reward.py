@@ -106,7 +106,7 @@ def row(left, prompt, answer, right):
     return [PAD] * left + prompt + answer + [PAD] * right
 
 
-# Each a pair of (left pads, prompt, answer), filled up on the right.
+# A pair of (left pads, prompt, answer), padded on the right, and num_padding_at_beginning.
 PAIRS = {
     "ragged": (((0, [5, 6], [1, 2, 3]), (0, [5, 6], [1, 4])), 0),
     "rejected longer": (((0, [5, 6], [1]), (0, [5, 6], [2, 4, 3, 3])), 0),
@@ -212,7 +212,7 @@ def test_divergence_in_fp32_or_as_deepspeed_without_it(dtype):
 def test_divergence_refuses():
     with pytest.raises(RuntimeError, match="column 0"):
         reward.divergence_pairwise_loss(torch.zeros(2, 3), torch.tensor([[1, 2, 3], [2, 2, 3]]), PAD)
-    with pytest.raises(RuntimeError, match="column 0"):  # of the second pair
+    with pytest.raises(RuntimeError, match="column 0"):  # in the second pair
         reward.divergence_pairwise_loss(torch.zeros(4, 2), torch.tensor([[1, 2], [1, 2], [1, 3], [2, 2]]), PAD)
     with pytest.raises(ValueError, match=r"\(4,\) and \(4,\)"):
         reward.divergence_pairwise_loss(torch.zeros(4), torch.zeros(4), PAD)
@@ -290,7 +290,7 @@ def test_prm_projects_what_it_reads(kind, dtype):
 
     def losses(kind, logits, loss):
         h, w = hidden.to(kind), weight.to(kind)
-        if logits is LinearLogits:  # what is not read may hold anything
+        if logits is LinearLogits:  # parts that are not read may hold anything
             h, w = h.masked_fill(~read.unsqueeze(-1), NAN), w.masked_fill(~rows.unsqueeze(-1), NAN)
         h, w = h.requires_grad_(), w.requires_grad_()
         value, accuracy = loss(INPUTS, logits(h, w), labels, **kwargs)
@@ -331,7 +331,7 @@ def test_prm_takes_labels_of_any_width():
         reward.prm_loss(inputs, logits[:1, :1].repeat(1, 2, 20), x, placeholder_token_id=PLACEHOLDER)
         for x in (labels, labels.long())
     )
-    assert torch.equal(ours, wide)  # in uint8 −100 is 156
+    assert torch.equal(ours, wide)  # in uint8 −100 would be 156
 
 
 def test_prm_labels_are_mapped_at_once():

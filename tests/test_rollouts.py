@@ -35,8 +35,8 @@ def test_off_policy_mask_drops_and_keeps():
     assert torch.equal(keep.expand(6, 7), reference.off_policy_mask(*args))
     assert not keep.all()
     assert (keep[DATA["advantages"] < 0]).any()
-    assert off_policy_mask(args[0], args[0], -torch.ones(6), 0.0, DATA["mask"]).all()  # at most, and not below
-    assert off_policy_mask(args[0], args[0] + 1, torch.zeros(6), 0.05, DATA["mask"]).all()  # nothing held against them
+    assert off_policy_mask(args[0], args[0], -torch.ones(6), 0.0, DATA["mask"]).all()  # the bound itself is kept
+    assert off_policy_mask(args[0], args[0] + 1, torch.zeros(6), 0.05, DATA["mask"]).all()  # no advantage is negative
     unscored = DATA["old_log_probs"].clone()
     near = (keep[:, 0] & (DATA["advantages"] < 0)).nonzero()[0, 0]
     unscored[near] = float("nan")
@@ -70,7 +70,7 @@ def _entropy_mask_of_a_rank(device, entropy, mask):
 
 @needs_ranks
 def test_entropy_mask_over_all_ranks():
-    """Ranks of different batch and length share one quantile."""
+    """Ranks with different batch sizes and lengths share one quantile."""
     entropy, mask = DATA["entropy"].clone(), DATA["mask"].clone()
     entropy[:2] += 1
     mask[2:, 6] = 0
@@ -167,7 +167,7 @@ def test_mismatch_weight_of_a_huge_difference_is_finite():
 
 @pytest.mark.parametrize("level", ["token", "sequence_sum"])
 def test_weights_of_mean_one(level):
-    """verl's ``rollout_is_batch_normalize``, as the table of mismatch_weight has it."""
+    """verl's ``rollout_is_batch_normalize``, as in mismatch_weight's table."""
     mask = DATA["mask"]
     weight, _ = mismatch_weight(DATA["old_log_probs"], DATA["rollout_log_probs"], mask, level=level, high=2.0)
     each = mask if level == "token" else mask.sum(-1)
@@ -176,7 +176,7 @@ def test_weights_of_mean_one(level):
     torch.testing.assert_close(
         (weight / masked_mean(weight, each).clamp(min=1e-8))[each != 0], counted / counted.mean()
     )
-    nothing = weight * 0  # every token was outside the bounds
+    nothing = weight * 0  # as if every token were outside the bounds
     assert (nothing / masked_mean(nothing, each).clamp(min=1e-8) == 0).all()
 
 
@@ -224,11 +224,11 @@ def test_group_advantages_differ():
     ]
     assert len({tuple(r.tolist()) for r in results}) == len(results)
     assert (group_advantages(REWARDS["one"], 1) == 0).all()
-    assert (group_advantages(REWARDS["one"], 4)[4:8] == 0).all()  # a group of equals
+    assert (group_advantages(REWARDS["one"], 4)[4:8] == 0).all()  # a group of equal rewards
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none", "normalize_then_sum"])
-@pytest.mark.parametrize("eps", [1e-4, 1e-6, 1e-9])  # of TRL, verl and OpenRLHF
+@pytest.mark.parametrize("eps", [1e-4, 1e-6, 1e-9])  # those of TRL, verl and OpenRLHF
 def test_equal_rewards_have_no_advantage(scale, eps):
     for reward in (0.1, 0.7, 1 / 3, -2.3):
         for group in (3, 6, 7, 12):
