@@ -26,7 +26,7 @@ def borders(lengths):
 def value_and_grad(f, x, weights):
     x = x.clone().requires_grad_()
     out = f(x)
-    # The second term ties x to a result that took nothing of it.
+    # The second term makes the result depend on x where it reads nothing of x.
     (grad,) = torch.autograd.grad((out * weights).sum() + 0 * x.sum(), x)
     return out.detach(), grad
 
@@ -59,7 +59,7 @@ def test_borders_of_position_ids():
     lengths = [3, 1, 4]
     row = positions(lengths)
     assert sequences.document_borders(row).tolist() == reference.borders_of(row[0].tolist()) == [0, 3, 4, 8]
-    # Padding behind the documents has position 0 throughout; rows start anew even where a position is not 0.
+    # Padding after the documents has position 0 throughout; a row starts a document even where its position is not 0.
     padded = torch.cat([row, torch.zeros(1, 5, dtype=torch.long)], -1)
     assert sequences.document_borders(padded, 3).tolist() == [0, 3, 4, 8]
     assert sequences.document_borders(row, 5).tolist() == [0, 3, 4, 8, 8, 8]
@@ -174,7 +174,7 @@ def test_borders_that_are_not_of_these_tokens(cu_seqlens):
 
 
 def test_borders_beyond_the_tokens_read_and_write_nothing_there(device):
-    """Where nobody looks at them, on a GPU and in compiled code, they end with the tokens."""
+    """Where borders are not checked, on a GPU and in compiled code, they are cut off at the last token."""
     x = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]], device=device, requires_grad=True)
     loose = torch.tensor([0, 2, 7, 10**8], device=device)
     f = sequences.sums_and_counts
@@ -254,20 +254,20 @@ def test_shift_labels_of_rows():
     assert torch.equal(sequences.shift_labels(labels, -1), reference.shift_labels(labels, -1))
     assert torch.equal(
         sequences.shift_labels(labels, -1, zigzag=True), reference.shift_labels(labels, -1)
-    )  # of one rank
+    )  # on one rank zigzag changes nothing
     rows = torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [5, 6, 0, 0, 1, 2, 0]])
     expected = torch.cat(
         [reference.shift_labels(labels[b : b + 1], -1, reference.borders_of(rows[b].tolist())) for b in range(3)]
     )
     assert torch.equal(sequences.shift_labels(labels, -1, position_ids=rows), expected)
-    # The borders of several rows are those of the rows one behind the other.
+    # The borders of several rows are those of the rows joined into one.
     flat = {"cu_seqlens": sequences.document_borders(rows)}
     assert torch.equal(sequences.shift_labels(labels, -1, **flat), expected)
     x = torch.randn(3, 7)
     ours = sequences.sums_and_counts(x, **flat)
     torch.testing.assert_close(ours, sequences.sums_and_counts(x, position_ids=rows))
     torch.testing.assert_close(ours, sequences.sums_and_counts(x.view(1, -1), **flat))
-    # Empty documents in front, in the middle and at the end move nothing; a tail behind the last border stands alone.
+    # Empty documents in front, in the middle and at the end change nothing; a tail after the last border stands alone.
     assert sequences.shift_labels(labels[:1, :5], cu_seqlens=torch.tensor([0, 0, 2, 2, 4])).tolist() == [
         [labels[0, 1].item(), -100, labels[0, 3].item(), -100, -100]
     ]

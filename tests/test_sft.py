@@ -83,7 +83,7 @@ def test_packed_equals_padded():
 
 @pytest.mark.parametrize("average", ["token", "sequence"])
 def test_rows_of_whole_documents(average):
-    """Borders count the rows as one long row, as position_ids do."""
+    """Borders count the rows as one long row, and so do those made from position_ids."""
     logits, labels = torch.randn(2, 6, V, dtype=torch.float64), torch.randint(0, V, (2, 6))
     positions, flat = (
         torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3]]),
@@ -144,7 +144,7 @@ def test_calls_of_one_batch_add_up():
 @pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
 def test_nothing_to_train_on(options):
     logits, labels = torch.randn(B, S, V), torch.full((B, S), -100)
-    labels[:, 0] = 3  # which nobody predicts
+    labels[:, 0] = 3  # no token predicts the first label
     loss, grad = value_and_grad(lambda z: sft.sft_loss(z, labels, **options), logits)
     assert loss == 0
     assert not grad.any()
@@ -230,7 +230,7 @@ def test_logits_are_not_copied(options, device):
 @pytest.mark.parametrize("options", [{}, {"average": "sequence"}, {"loss_type": "dft"}])
 @pytest.mark.parametrize("kind", [lambda h, w: h @ w.T, LinearLogits], ids=["tensor", "lazy"])
 def test_refuses_what_is_neither_ignored_nor_an_id(kind, options):
-    """As F.cross_entropy does: counted, and without a loss, it would change the mean."""
+    """As F.cross_entropy does: such a label would be counted, without a loss, and change the mean."""
     with pytest.raises(IndexError, match="Target -100 is out of bounds"):
         sft.sft_loss(kind(torch.randn(B, S, 4), torch.randn(V, 4)), LABELS, ignore_index=-1, **options)
 

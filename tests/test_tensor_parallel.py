@@ -39,7 +39,7 @@ def inputs():
 
 
 def loss_of(logits, target):
-    """Sums, so that the sums over data-parallel ranks are those over the batch."""
+    """Sums over tokens, so that adding up data-parallel ranks gives the sum over the batch."""
     mean = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="sum", label_smoothing=0.1)
     found = fused_losses.token_statistics(logits, target, ("log_probs", "entropy"))
     return mean + (found.log_probs.exp() + found.entropy * torch.linspace(0, 1, S, device=target.device)).sum()
@@ -163,7 +163,7 @@ def test_placements_equal_one_process():
 
 
 def sums_of_gradients(device):
-    """How the gradient of hidden states that are sharded by tokens is summed, while the product for the weight runs."""
+    """The collectives that sum the gradient of hidden states sharded by tokens, while the product for the weight runs."""
     mesh = init_device_mesh(device.type, (4,))
     tensors, _ = inputs()
     target = torch.randint(0, V, (B, 8), device=device, generator=torch.Generator(device).manual_seed(1))
@@ -233,7 +233,7 @@ def test_what_cannot_be_is_refused():
 
 
 def read_after_a_step(device):
-    """Logits of a head of DTensors, also where FSDP2 shards those again, once an optimizer has changed them."""
+    """Reads logits after an optimizer changed their head of DTensors, with and without FSDP2 sharding these again."""
     mesh = init_device_mesh(device.type, (2, 1), mesh_dim_names=("dp", "tp"))
     for sharded, fused in itertools.product((False, True), repeat=2):
         head = parallelize_module(LinearHead(H, V, device=device), mesh["tp"], VocabParallelHead())
@@ -339,7 +339,7 @@ def objective(name, logits, target, count):
 
 
 def train(model, name, rank=0, ranks=1, trained=None):
-    """Each of ``ranks`` has its part of the batch, whose losses add up to the batch's: gradients are averaged after."""
+    """Each of ``ranks`` has its part of the batch, and the losses add up to the batch's. Gradients are averaged afterwards."""
     optimizer = torch.optim.AdamW((trained or model).parameters(), lr=1e-2)
     losses = []
     device = next(model.parameters()).device
@@ -374,7 +374,7 @@ def trained_on_a_mesh(device):
     found = {}
     for wrapper, sequence, name in SETTINGS:
         if wrapper == "ddp" and sequence:
-            continue  # DDP leaves DTensor parameters alone; one case shows it
+            continue  # DDP ignores DTensor parameters, so its model is not sharded: one case is enough
         model = tensor_parallel(Transformer().to(device), mesh["tp"], sequence)
         ranks = 1 if wrapper == "plain" else 2
         if wrapper == "fully_shard":
@@ -392,7 +392,7 @@ def trained_on_a_mesh(device):
 
 
 def largest_allocation(call):
-    """What ``call`` returns, and the most bytes that it took at once, inside operators too."""
+    """What ``call`` returns, and its largest single allocation in bytes, inside operators too."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         found = call()
     events = profiler.profiler.kineto_results.events()
@@ -401,7 +401,7 @@ def largest_allocation(call):
 
 @needs_ranks
 def test_a_transformer_trains_as_in_one_process(device):
-    """Logits and weight, whole, are on no rank: the largest allocation is smaller."""
+    """No rank holds the whole logits or the whole weight: its largest allocation is smaller."""
     logits = functools.partial(
         F.linear, torch.randn(BATCH * LENGTH, WIDTH).double(), torch.randn(VOCAB, WIDTH).double()
     )

@@ -38,7 +38,7 @@ def advantages(device="cpu"):
 
 
 def old_log_probs(logits, index):
-    """Of a policy not far away, so that ratios leave the clip on both sides."""
+    """Log-probs of a nearby policy, whose ratios leave the clip on both sides."""
     chosen = torch.log_softmax(logits.detach(), -1).gather(1, index.clamp(min=0)[:, None])[:, 0]
     return chosen + torch.linspace(-0.8, 0.8, N, device=logits.device).roll(7)
 
@@ -117,7 +117,7 @@ def test_lazy_logits(name, dtype, backend, device):
     problems = [problem(dtype, device)[:3] for _ in range(12)]
     index = problem(dtype, device)[3]
     per_token = {id(p[0]): per_token_of(name, capped(*p), index) for p in problems}
-    current = iter([p for p in problems for _ in range(3)])  # ours, plain, plain in float64
+    current = iter([p for p in problems for _ in range(3)])  # each problem for ours, plain, and plain in float64
 
     def extra():
         return per_token[id(next(current)[0])]
@@ -184,7 +184,7 @@ def test_losses_are_told_apart():
 @pytest.mark.parametrize("K", [1, 3])
 def test_several_ids_per_token(K, backend, device):
     hidden, weight, bias, index = problem(K=K, device=device)
-    index[0, -1] = -100  # beside others, where there are others
+    index[0, -1] = -100  # beside other ids where K > 1
     targets = torch.rand(N, K, device=device)
 
     def fn(s, t):
@@ -270,7 +270,7 @@ def test_all_ignored_and_empty(backend, device):
         assert torch.equal(aux["dft"], torch.zeros(n, device=device))  # there for logging, though fn has seen no token
         for g in torch.autograd.grad(loss, leaves, retain_graph=True):
             assert not g.any()
-        for g in torch.autograd.grad(loss / (index != -100).sum(), leaves):  # which counts nothing
+        for g in torch.autograd.grad(loss / (index != -100).sum(), leaves):  # divides by a count of 0
             assert not g.any()
 
 
@@ -297,7 +297,7 @@ def test_frozen_weight_costs_no_product(monkeypatch):
 
 @pytest.mark.parametrize("how", ["checkpoint", "save_on_cpu"])
 def test_under_saved_tensor_hooks(how):
-    """Which the gradient of fn in forward does not bear."""
+    """Under such hooks, forward cannot take the gradient of fn."""
     hidden, weight, bias, index = problem()
 
     def of(hidden):
@@ -313,7 +313,7 @@ def test_under_saved_tensor_hooks(how):
 
 
 def test_a_compiled_checkpoint():
-    """Whose hooks are not there yet when it is traced."""
+    """The checkpoint's hooks are not installed yet while it is traced."""
     hidden, weight, bias, index = problem()
 
     def of(hidden):
@@ -324,7 +324,7 @@ def test_a_compiled_checkpoint():
     try:
         found = torch.autograd.grad(twice(hidden), hidden)
     finally:
-        torch._C._autograd._saved_tensors_hooks_enable()  # which torch.func leaves disabled where it raises
+        torch._C._autograd._saved_tensors_hooks_enable()  # torch.func leaves the hooks disabled when it raises
     torch.testing.assert_close(found[0], 2 * expected[0])
 
 
@@ -388,7 +388,7 @@ def test_fullgraph(monkeypatch):
 
 
 def test_fullgraph_of_16_bit_heads_summed_in_fp32(device):
-    """On a GPU through the library's product to another dtype, which a compiled graph must know how to lower."""
+    """A GPU uses the library's product with another output dtype, which a compiled graph must be able to lower."""
     torch._dynamo.reset()
     hidden, weight, bias, index = problem(torch.bfloat16, device)
 
@@ -405,7 +405,7 @@ def test_fullgraph_of_16_bit_heads_summed_in_fp32(device):
 def test_under_a_loss_scale_in_fp16(backend, device):
     problems = [problem(torch.float16, device)[:3] for _ in range(12)]
     index = problem(device=device)[3]
-    tiny = torch.full((N,), 2.0**-20, device=device)  # as a mean over a million tokens has
+    tiny = torch.full((N,), 2.0**-20, device=device)  # like the weights of a mean over a million tokens
 
     def ours(h, w, b):
         loss, aux = token_loss(
@@ -442,7 +442,7 @@ def test_coefficients_that_grow_from_chunk_to_chunk_in_fp16(backend, device):
 def test_many_tokens_are_summed_in_float64(route):
     hidden, weight, bias, index = problem()
     values = torch.ones(N)
-    values[0], values[-1] = 2.0**25, -(2.0**25)  # in fp32 the ones beside it are lost
+    values[0], values[-1] = 2.0**25, -(2.0**25)  # in fp32 the ones added to it are lost
     index = index.clamp(min=0)
     with settings.route(route):
         loss, _ = token_loss(

@@ -48,7 +48,7 @@ def test_values_and_gradients(temperature, K, dtype, backend, device):
         return leaf, fn(leaf, ids, temperature=T, **kwargs)
 
     leaf, found = run(token_statistics, x, T, outputs=NAMES, backend=backend)
-    # The logits are data: what is exact is the maths on the rounded logits, and what eager does with them is fp32.
+    # The rounded logits are the input: the exact result is float64 maths on them, and eager's is fp32 maths on them.
     eager_leaf, eager = run(reference.token_statistics, x.float(), T)
     exact_leaf, exact = run(reference.token_statistics, x.double(), T.double() if isinstance(T, torch.Tensor) else T)
     upstream = {}
@@ -118,7 +118,7 @@ def test_row_mask(K, backend, device):
 
 
 def test_ids_of_any_strides(backend, device):
-    """As of a batch that was transposed; the kernels read them row by row."""
+    """Such as those of a transposed batch; the kernels read the ids row by row."""
     hidden, weight = torch.randn(6, 8, device=device), torch.randn(40, 8, device=device)
     ids = torch.randint(0, 40, (3, 6), device=device).T
     for x in (hidden @ weight.T, LinearLogits(hidden, weight)):
@@ -136,7 +136,7 @@ def test_special_logits(bad, backend, device):
     expected = reference.token_statistics(x.double(), ids)
     for name in NAMES:
         if name == "is_top1" or (bad == math.inf and name in ("logsumexp", "mean_logits")):
-            continue  # argmax finds nan largest; beside +inf we give nan for every statistic of the row, as log_softmax does
+            continue  # argmax takes nan for the largest; beside +inf, every statistic of ours is nan, as in log_softmax
         torch.testing.assert_close(
             getattr(found, name).double(), expected[name], rtol=1e-5, atol=1e-5, equal_nan=True, msg=name
         )
@@ -155,7 +155,7 @@ def test_nothing_but_minus_infinity(lazy, backend, device):
 
 
 def test_gradients_beside_logits_of_minus_infinity(backend, device):
-    """They are those of the columns that are left, and 0."""
+    """They are those of the finite columns alone, and 0 in the other columns."""
     x, _ = logits_and_ids(device, tokens=(2, 60))
     x[..., ::3] = -math.inf
     left, upstream = x[0, 0] > -math.inf, torch.randn(2, 2, 60, device=device)
@@ -173,7 +173,7 @@ def test_gradients_beside_logits_of_minus_infinity(backend, device):
 
 @pytest.mark.parametrize("value", [torch.finfo(torch.float32).min, -1e31, 1e38])
 def test_rows_of_one_huge_value_are_uniform(value, backend, device):
-    """Trainers mask with the least number of a dtype, now and then a whole row."""
+    """Trainers mask with the least number of a dtype, sometimes a whole row."""
     x, ids = torch.full((2, 5000), value, device=device), torch.tensor([3, 4999], device=device)
     found = token_statistics(x, ids, NAMES, backend=backend)
     uniform = torch.full((2,), math.log(5000), device=device)
@@ -203,7 +203,7 @@ def test_peaked_rows(backend, device):
 
 def test_first_of_equal_maxima(backend, device):
     x = torch.zeros(4, 9000, device=device)
-    x[:, 4100] = x[:, 17] = x[:, 4000] = x[:, 17 + 8192] = 2.0  # the last at the first's place in any tile
+    x[:, 4100] = x[:, 17] = x[:, 4000] = x[:, 17 + 8192] = 2.0  # in any tile, the last is at the first's place
     ids = torch.tensor([17, 4000, 4100, 17 + 8192], device=device)
     assert token_statistics(x, ids, ("is_top1",), backend=backend).is_top1.tolist() == [True, False, False, False]
 
@@ -341,7 +341,7 @@ def test_a_temperature_of_one_number_in_a_tensor(number, lazy, device):
     T = torch.tensor(number, device=device)
     expected = reference.selective_log_softmax(hidden @ weight.T, ids, number)
     torch.testing.assert_close(selective_log_softmax(x, ids, temperature=T), expected)
-    with pytest.raises(RuntimeError, match="derivative for temperature"):  # at 1 too
+    with pytest.raises(RuntimeError, match="derivative for temperature"):  # at a temperature of 1 too
         selective_log_softmax(hidden @ weight.T, ids, temperature=T.requires_grad_())
 
 

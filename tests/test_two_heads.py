@@ -1,4 +1,4 @@
-"""How two heads' tokens are cut into chunks, in what their gradients are summed, and that the memory is as planned."""
+"""How the tokens of two heads are cut into chunks, the dtype their gradients are summed in, and that memory is as planned."""
 
 import itertools
 
@@ -78,7 +78,7 @@ def test_the_largest_chunk_that_fits(dtype, wanted, of_token):
 def test_chunks_are_even_and_few():
     heads = (head(1000, 100), head(1000, 100))
     of_token = 2 * per_token(100, torch.float32, True)
-    assert chunks_of(heads, 1000, ALL, of_token * 600, "triton").tokens == 512  # 600 and 400 would be 2 as well
+    assert chunks_of(heads, 1000, ALL, of_token * 600, "triton").tokens == 512  # 600 and 400 would be 2 chunks as well
     assert chunks_of(heads, 1000, ALL, of_token * 501, "triton").tokens == 500  # 512 do not fit
     assert chunks_of(heads, 1000, ALL, 1, "triton").tokens == FEWEST_TOKENS
     assert chunks_of(heads, 5, ALL, 1, "triton").tokens == 5
@@ -86,7 +86,7 @@ def test_chunks_are_even_and_few():
 
 
 def test_what_is_held_beside_logits_takes_room():
-    """Where some are ignored, copies of hidden states and their gradients; that of all in fp32 where ranks sum it up."""
+    """Copies of hidden states and their gradients where tokens are ignored; the fp32 gradient of all where ranks sum it."""
     few, H = 100, 64
     heads = (head(4096, few, H), head(4096, few, H))
     of_token = 2 * per_token(few, torch.float32, True) + 3 * 4 * H
@@ -117,7 +117,7 @@ def test_tensors_of_logits_take_no_room():
 
 
 def test_a_shard_is_compared_without_its_padding():
-    """The smaller vocabulary's may be a tensor's, beside a head's rows that go on."""
+    """The padding of the smaller vocabulary may be a tensor's, while the head beside it has further rows."""
     shard = VocabShard("group", 26, 48, 48, 2)
     assert compared_vocab(head(4, 50, shard=shard._replace(stop=50))._replace(shard=shard), logits(4, 26)) == 22
 
@@ -159,7 +159,7 @@ def test_a_filter_takes_room_for_the_columns_it_gathers():
     plain = (head(4096, 2000), head(4096, 2000))
     filtered = tuple(h._replace(gradient_filter=1e-3) for h in plain)
     room = 2**24
-    less = gathered_bytes(room // (2000 * 4), 2000, 8, torch.float32, torch.float32, True)  # of one side at a time
+    less = gathered_bytes(room // (2000 * 4), 2000, 8, torch.float32, torch.float32, True)  # for one side at a time
     for wanted in (ALL, STUDENT, NONE):
         held = less if wanted is not NONE else 0
         expected = chunks_of(plain, 4096, wanted, room - held, "triton")
@@ -168,7 +168,7 @@ def test_a_filter_takes_room_for_the_columns_it_gathers():
 
 @pytest.mark.parametrize(("dtype", "held"), [(torch.float16, 2 * 100 * 512 * 4), (torch.bfloat16, 0)])
 def test_what_sums_a_weights_gradient_in_fp32_takes_room(dtype, held):
-    """In float16 however few the chunks are."""
+    """In float16, gradients are summed in fp32 however few the chunks are."""
     heads = tuple(head(4096, 100, 512, dtype) for _ in range(2))
     room = 1024 * 2 * per_token(100, dtype, True, 512) + TILE * 512 * 4
     trained = [False, True, True, True, True] * 2  # hidden takes room of its own
@@ -197,7 +197,7 @@ def test_budget():
 
 
 def test_ranks_plan_alike():
-    """However uneven their shards: they exchange numbers chunk by chunk."""
+    """However uneven their shards are, because they exchange numbers chunk by chunk."""
     ends, V, N = (0, 0, 3_000_000, 3_000_010, 4_000_000), 4_000_000, 4096
     found = set()
     for start, stop in itertools.pairwise(ends):
@@ -269,7 +269,7 @@ def test_a_factor_leaves_room_for_slopes_without_bound_alone(kind, trained, stee
 
 @pytest.mark.parametrize("size", [1e-7, 1e7])
 def test_float16_gradients_neither_vanish_nor_overflow(size, monkeypatch):
-    """An upstream gradient of any size: the gradients are made at a power of two where float16 holds them."""
+    """For an upstream gradient of any size, the gradients are scaled by a power of two so that float16 holds them."""
     monkeypatch.setattr(two_heads, "FEWEST_TOKENS", 8)
     torch.manual_seed(0)
     heads = (head(24, 60, dtype=torch.float16), head(24, 60, dtype=torch.float16))
@@ -321,7 +321,7 @@ def test_what_forward_saves_backward_multiplies(fewest, wanted, dtype, size, mon
 
 
 def test_nothing_is_saved_where_it_cannot_be_used():
-    """Not where a token has two upstream gradients, no side trains, logits that are given or float16 train, or hooks save."""
+    """Namely where a token has two upstream gradients, no side trains, given logits or float16 train, or hooks save tensors."""
     heads = (head(40, 60), head(40, 60))
     assert saved_tokens(heads, 40, STUDENT, False, 2**30, "torch") == 40
     assert saved_tokens(heads, 30, STUDENT, False, 1, "torch") == 30
@@ -340,7 +340,7 @@ def test_nothing_is_saved_where_it_cannot_be_used():
 
 
 def test_what_is_found_beside_a_loss_has_no_gradient():
-    """It would be lost."""
+    """Such a gradient would be lost."""
     heads = tuple(h.with_inputs(None if t is None else t.requires_grad_() for t in h.inputs) for h in [head(6, 9)] * 2)
     problem = Problem(*heads, torch.arange(6), None, False, Divergence("jsd", 0.5, 1.0)).packed()
     how = {"wanted": [True, True, False, False, False] * 2, "workspace": 2**20, "backend": "torch"}
@@ -360,4 +360,4 @@ def test_memory_is_the_workspace(kind, dtype, options):
     results = sum(t.numel() * t.element_size() for h in heads for t in h.inputs[:2]) + N * 4
     peak = peak_bytes(lambda: of_heads(heads, soft, ALL, room, kind))
     assert peak < room + results + 2**20, f"{peak / 2**20:.1f} MiB"
-    assert peak > 0.7 * room  # which is used, too
+    assert peak > 0.7 * room  # and the workspace is used

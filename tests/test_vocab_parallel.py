@@ -21,7 +21,7 @@ from fused_losses.settings import workspace
 from fused_losses.vocab_parallel import _whole
 
 pytestmark = pytest.mark.xdist_group("vocab_parallel")  # its processes are started once
-N, V, H, R = 67, 50, 24, 3  # R: of the low-rank update
+N, V, H, R = 67, 50, 24, 3  # R: rank of the low-rank update
 SOFTCAP, SCALE = 6.0, 0.7
 SPLITS = {  # where each rank's part of the vocabulary begins
     2: {"even": (0, 25), "uneven": (0, 7), "empty": (0, 50)},
@@ -147,7 +147,7 @@ def of_shard(tensors, x, part):
 
 
 def runs(ranks, split, number):
-    """The interpreter is slow, and 4 processes are many for 2 cores."""
+    """Not every case: the interpreter is slow, and 4 processes are many for 2 cores."""
     _, dtype, kind, options = CASES[number]
     if options.get("backend") == "triton":
         return (ranks, split) == (2, "uneven")
@@ -278,7 +278,7 @@ def other_answers(device, ranks):
     )
     torch.testing.assert_close(ours.detach(), theirs)
 
-    # Padding: beyond its ids a shard may hold rows, which are never read.
+    # Padding: a shard may hold rows beyond its ids; they are never read.
     per_rank = 16 if ranks == 4 else 32
     padded = {name: F.pad(tensors[name].T, (0, per_rank * ranks - V), value=torch.nan).T for name in ("weight", "B")}
     padded["bias"] = F.pad(tensors["bias"], (0, per_rank * ranks - V), value=torch.nan)
@@ -326,7 +326,7 @@ def test_other_answers(ranks):
 
 
 def bytes_sent(device):
-    """What a rank puts on the wire, by collective, over vocabularies of different sizes."""
+    """The bytes that a rank sends, by collective, for vocabularies of different sizes."""
     sent = {}
     for vocab in (V, 8 * V):
         for name in ("mean", "none", "token_loss"):
@@ -404,7 +404,7 @@ def test_a_bad_shard_is_an_error_on_every_rank():
 
 
 def different_calls(device):
-    """What each rank raises where the ranks call differently."""
+    """The error that each rank raises where the ranks call differently."""
     rank = dist.get_rank()
     tensors, x = inputs(torch.float64)
     mine, _ = of_shard(tensors, x, slice(rank * V // 2, (rank + 1) * V // 2))
@@ -429,7 +429,7 @@ def different_calls(device):
         "size": [functools.partial(fused_losses.divergence, z, z.detach())] * 2,
     }
     cases["teacher"] = [functools.partial(fused_losses.divergence, z, t) for t in (z / 2, z.detach() / 2)]
-    # Here one rank alone trains its rows, or its columns of logits that exist: the gradient takes numbers of all ranks.
+    # Here only one rank trains its rows, or its columns of logits that exist: the gradient needs numbers from all ranks.
     rows = [leaves | {"hidden": mine["hidden"], "u": mine["u"]}, mine]
     cases["weight"] = [functools.partial(fused_losses.divergence, lazy(t, dist.group.WORLD), z.detach()) for t in rows]
     columns, group = exists.detach(), {"group": dist.group.WORLD}
@@ -448,8 +448,8 @@ def different_calls(device):
         with within(different.get(name, [{}, {}])[rank]), pytest.raises(ValueError, match="must call alike") as error:
             calls[rank]()
         found[name] = str(error.value).split("rank by rank, ")[1]
-    found["topk"] = lazy(rows[rank], dist.group.WORLD).topk(2).values.detach()  # of rows that rank 0 alone trains
-    # Another slice of the vocabulary in backward changes nothing that is sent.
+    found["topk"] = lazy(rows[rank], dist.group.WORLD).topk(2).values.detach()  # only rank 0 trains its rows
+    # A different slice of the vocabulary in backward does not change what is sent.
     with within({"route": "recompute", "workspace": (None, 1)[rank]}):
         found["d_hidden"] = gradients(ce, functools.partial(lazy, group=dist.group.WORLD), mine, x)["hidden"]
     return found
@@ -510,7 +510,7 @@ def test_parts_of_a_row_make_the_whole(hole):
         z[:5, :10] = -torch.inf  # a whole part of some rows
         z[5:, 3] = -torch.inf
     ids = torch.randint(0, 30, (9, 2))
-    z[7:, [4, 20]], ids[7:, 0] = 40.0, torch.tensor([4, 20])  # of equals in two parts the first is on top
+    z[7:, [4, 20]], ids[7:, 0] = 40.0, torch.tensor([4, 20])  # of equal maxima in two parts, the first is top1
     names = ["entropy", "log_sum_sq_probs", "max_logit", "is_top1", "sum_log_probs"]
     exact = row_statistics(z, ids, None, names)
     assert exact.is_top1[7:].tolist() == [True, False]
@@ -529,7 +529,7 @@ def test_parts_of_a_row_make_the_whole(hole):
 
 
 def peaks_on_a_rank(device, dtype):
-    """Planned, measured, and the bound, by how many tokens are ignored."""
+    """The planned peak, the measured one and the bound, for each number of ignored tokens."""
     N, rows, H, room = 4096, 2048, 512, 16 * MiB
     hidden, weight = (torch.randn(n, H, dtype=dtype, device=device).requires_grad_() for n in (N, rows))
     found = []

@@ -1,4 +1,4 @@
-"""A shared vocabulary where something is missing, padded, copied, moved or cut twice: as in one process, on every rank."""
+"""A shared vocabulary where something is missing, padded, copied, moved or cut twice: every rank gets what one process gets."""
 
 import copy
 import functools
@@ -40,7 +40,7 @@ def with_class_weights(whole, shared, **of):
 
 
 def of_tokens(whole, shared, **of):
-    """What differs by token."""
+    """With options that differ by token."""
     per_token = randn(N, seed=8).abs() + 0.5
     loss, found = linear_cross_entropy(
         whole["hidden"], shared["weight"], targets(N), linear_bias=shared["bias"], scale=0.7, temperature=per_token,
@@ -50,7 +50,7 @@ def of_tokens(whole, shared, **of):
 
 
 def of_logits(whole, shared, **of):
-    """Softcap and all, with probabilities and with classes."""
+    """Logits that exist, with a softcap and all options, for probabilities and for classes."""
     logits, classes = shared["logits"], whole["classes"]
     soft = fused_losses.cross_entropy(logits, shared["target"], classes, softcap=3.0, **OPTIONS, **of)
     loss, found = fused_losses.cross_entropy(
@@ -158,7 +158,7 @@ def answers(device):
         assert other.vocab_range == z.vocab_range
         same(other.logsumexp(-1), x[-len(other) :].logsumexp(-1))
         assert torch.equal(other.argmax(-1), x[-len(other) :].argmax(-1))
-    # Entries of −inf are entries still, and a shard has fewer of them than are asked for.
+    # Entries of −inf still count as entries, and a shard has fewer entries than are asked for.
     bias = torch.zeros(V, dtype=torch.float64).index_fill_(0, torch.tensor([0, 7]), -torch.inf)
     holed = LinearLogits(hidden, weight.chunk(2)[rank], bias.chunk(2)[rank], group=group)
     for largest in (True, False):
@@ -192,7 +192,7 @@ def answers(device):
     same(mine.grad, one.grad.chunk(2, 1)[rank])
     assert mine.grad.data_ptr() == mine.data_ptr()
 
-    # Padded as the head is: its main_grad, and class probabilities.
+    # main_grad and class probabilities are padded as the head is.
     padding = VocabParallel(group, vocab_size=V - 2)
     shard, main_grad = weight.chunk(2)[rank].requires_grad_(), torch.zeros(V // 2, H, dtype=torch.float64)
     probabilities = F.pad(randn(3, 4, V - 2, seed=2).softmax(-1), (0, 2), value=torch.nan)
@@ -241,7 +241,7 @@ def tokens_on_meshes(device):
     """The gradient of hidden states that are sharded by tokens, and of class weights, on meshes of one and two dimensions."""
     hidden, weight, ids = randn(B, S, H), randn(TOKENS, H, seed=1), targets(B, S, vocab=TOKENS)
     factors = torch.linspace(-1, 1, B * S, dtype=torch.float64).view(B, S)
-    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))  # as what is put on them
+    line, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))  # cpu, as the tensors are
 
     def compare(use, mesh, of_hidden, of_weight, whole=hidden, part=lambda t: t):
         leaf = distribute_tensor(whole, mesh, of_hidden).requires_grad_()
@@ -258,7 +258,7 @@ def tokens_on_meshes(device):
     def rolled(times):
         def use(make, part):
             z = make()
-            for _ in range(times):  # each frees the one before, and may come to lie where hidden lay
+            for _ in range(times):  # each frees the one before, and may reuse hidden's memory
                 z = z.roll(1, 1)
             return log_probs(lambda: z, part)
 
@@ -271,7 +271,7 @@ def tokens_on_meshes(device):
         compare(log_probs, square, [cut, cut], [Replicate(), Shard(0)], part=lambda t, d=cut.dim: half(t, d, square, 0))
         compare(log_probs, square, [cut, cut], [Shard(0), Replicate()], part=lambda t, d=cut.dim: half(t, d, square, 1))
 
-    # An update whose input is not placed as hidden is.
+    # A low-rank update whose input has other placements than hidden.
     u, B_of = randn(B, S, 3, seed=5), randn(TOKENS, 3, seed=6)
     for of_hidden, of_u in ((Shard(1), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1))):
         leaf, mine = (distribute_tensor(t, line, [p]).requires_grad_() for t, p in ((hidden, of_hidden), (u, of_u)))

@@ -1,4 +1,4 @@
-"""A device that has no float64, Apple's: nothing asks for it, and the numbers are those of other devices."""
+"""A device without float64 (Apple's): nothing asks for float64, and the numbers are those of other devices."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ STATISTICS = ("log_probs", "logsumexp", "entropy", "log_sum_sq_probs", "mean_log
 
 
 class NoFloat64(TorchDispatchMode):
-    """Looks into the package's own operators too, which to a dispatch mode are closed."""
+    """Looks into the package's own operators too, which a dispatch mode does not see inside."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -72,7 +72,7 @@ CASES |= OF_LOG_PROBS
 
 
 def outcome(fn):
-    """Values, and gradients of what else it made."""
+    """The values that ``fn`` returns, after a backward from each that requires a gradient."""
     torch.manual_seed(0)
     found = [t for t in tree_leaves(fn()) if isinstance(t, torch.Tensor)]
     for t in found:
