@@ -30,16 +30,24 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
+LEAVES = []  # the tensors that a case made and trains
+
+
+def leaf(*shape, make=torch.randn):
+    LEAVES.append(make(*shape, requires_grad=True))
+    return LEAVES[-1]
+
+
 def lazy():
-    return fl.LinearLogits(*(torch.randn(shape, requires_grad=True) for shape in ((B, S, H), (V, H), (V,))))
+    return fl.LinearLogits(leaf(B, S, H), leaf(V, H), leaf(V))
 
 
 def dense():
-    return torch.randn(B, S, V, requires_grad=True)
+    return leaf(B, S, V)
 
 
 def log_probs():
-    return -torch.rand(B, S, requires_grad=True)
+    return -leaf(B, S, make=torch.rand)
 
 
 OF_LOGITS = {
@@ -72,13 +80,16 @@ CASES |= OF_LOG_PROBS
 
 
 def outcome(fn):
-    """The values that ``fn`` returns, after a backward from each that requires a gradient."""
+    """The values that ``fn`` returns, and the gradients of their sum."""
     torch.manual_seed(0)
+    LEAVES.clear()
     found = [t for t in tree_leaves(fn()) if isinstance(t, torch.Tensor)]
     for t in found:
         if t.requires_grad:
             t.sum().backward(retain_graph=True)
-    return [t.detach().float() for t in found]
+    gradients = [t.grad for t in LEAVES if t.grad is not None]
+    assert gradients or not any(t.requires_grad for t in found)
+    return [t.detach().float() for t in found] + gradients
 
 
 @pytest.mark.parametrize("name", CASES)
