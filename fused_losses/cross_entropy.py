@@ -1,7 +1,7 @@
 """Cross entropy with ``torch.nn.functional.cross_entropy``'s whole contract, in one pass over the logits.
 
 The loss of a row is a short function of a few of its statistics, so the row operator of :mod:`fused_losses.token_statistics`
-does the work and what stands here is PyTorch's contract.
+does the work, and this module implements PyTorch's contract.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def row_shares(ids: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """What each row ``(N,)`` counts for under ``mean``: its target's weight or 1, and 0 where its id is −100."""
+    """The weight ``(N,)`` of each row under ``mean``: that of its target class, or 1; 0 where the id is −100."""
     counted = ids != -100
     if weight is None:
         return counted.to(dtype)
@@ -35,16 +35,16 @@ def row_shares(ids: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor
 def denominators(
     shares: Tensor, counted: Tensor, weight: Tensor | None, z_loss: float, reduction: str
 ) -> tuple[Tensor, float | Tensor]:
-    """What a mean divides by, and the z-loss with a denominator of its own taken in."""
+    """What a mean divides by, and the z-loss factor, rescaled where its own mean has another denominator."""
     total = shares.sum(dtype=wide_dtype(shares.device))
-    total = total.where(total != 0, torch.nan)  # of targets without weight 0/0, and not what is smoothed over 0
+    total = total.where(total != 0, torch.nan)  # where all targets have weight 0: 0/0, not the smoothing term over 0
     if z_loss and weight is not None and reduction == "mean":
         return total, z_loss * total / counted.sum()
     return total, z_loss
 
 
 def hard_label_statistics(label_smoothing: float) -> tuple[str, ...]:
-    """The row statistics that :func:`hard_label_loss` reads beside ``logsumexp``."""
+    """The row statistics that :func:`hard_label_loss` reads besides ``logsumexp``."""
     return ("log_probs", "sum_log_probs") if label_smoothing else ("log_probs",)
 
 
@@ -102,10 +102,10 @@ def cross_entropy(
         \ell_n = (1-ε)\,w_{y_n}\,(lse_n - z_{n,y_n}) + \frac{ε}{C} \sum_c w_c\,(lse_n - z_{n,c}) + z\_loss·lse_n^2
 
     with class indices ``y``, or :math:`\sum_c w_c ((1-ε) t_{n,c} + ε/C)(lse_n - z_{n,c})` with class probabilities ``t``.
-    Source: PyTorch 2.13, whose values, gradients, dtypes and errors it has; z-loss as in PaLM (arXiv:2204.02311) and Liger's
-    ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118).
+    Source: PyTorch 2.13, whose values, gradients, dtypes and errors it matches; z-loss as in PaLM (arXiv:2204.02311) and
+    Liger's ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118).
 
-    Where it differs: a row whose target is ``ignore_index`` gets the gradient 0 even where its logits are nan.
+    One difference: a row whose target is ``ignore_index`` gets the gradient 0 even where its logits are nan.
 
     Args:
         input: logits ``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)``, any strides, float64, float32, bfloat16 or float16; or a
@@ -119,16 +119,16 @@ def cross_entropy(
         reduce: deprecated, see ``reduction``.
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. A mean over nothing is nan.
         label_smoothing: ε in [0, 1].
-        z_loss: adds ``z_loss·lse²`` of each position that is not ignored, not weighted by class: under ``mean`` that part
-            is divided by their number.
+        z_loss: adds ``z_loss·lse²`` for each position that is not ignored. It is not weighted by class: under ``mean`` this
+            term is divided by the number of those positions.
         softcap: the logits become ``softcap·tanh(input/softcap)`` first.
-        out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
-        inplace_backward: write the gradient over the logits. Anything else that still needs them in backward, a second
-            backward of this loss too, then raises. Ignored under ``torch.compile``.
+        out_dtype: dtype of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast).
+        inplace_backward: write the gradient over the logits. Anything else that still needs the logits in backward then
+            raises, and so does a second backward of this loss. Ignored under ``torch.compile``.
         return_statistics: also return :class:`CrossEntropyStatistics`, for accuracy and perplexity without a second pass.
         group: the ranks that share the classes, a process group or a :class:`VocabParallel`; ``input`` (and class
-            probabilities) are then this rank's shard along the class dimension, all else is that of the whole.
-        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
+            probabilities) are then this rank's shard along the class dimension; everything else is that of all classes.
+        backend: ``"triton"`` or ``"torch"``; by default the one that serves the device.
 
     Returns:
         The loss, or ``(loss, CrossEntropyStatistics)``.
@@ -146,7 +146,7 @@ def cross_entropy(
     class_dim, given = 0 if input.ndim == 1 else 1, input.shape
     input, shard = local_part(input, group, class_dim)
     target = local_target(target)
-    if shard is not None and group is not None and target.shape == given:  # padded as the input
+    if shard is not None and group is not None and target.shape == given:  # padded like the input
         target = target.narrow(class_dim, 0, shard.size)
     options: dict[str, Any] = {
         "ignore_index": ignore_index,
@@ -229,7 +229,7 @@ def cross_entropy(
 
 
 def flatten_positions(x: Tensor) -> Tensor:
-    """``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)`` as ``(B, V, S)``: a view wherever strides allow."""
+    """``(C)``, ``(N, C)`` or ``(N, C, d1, …, dk)`` as ``(B, V, S)``: a view if the strides allow it."""
     if x.ndim == 1:
         return x[None, :, None]
     return x.unsqueeze(-1) if x.ndim == 2 else x.flatten(2)
@@ -244,7 +244,7 @@ def _understood(
     reduction: str,
     label_smoothing: float,
 ) -> bool:
-    """Whether the shapes and dtypes are those of the documented contract."""
+    """Whether the shapes and dtypes satisfy the documented contract."""
     if reduction not in ("none", "mean", "sum") or not 0.0 <= label_smoothing <= 1.0:
         return False
     if input.ndim == 0 or not input.is_floating_point() or input.device != target.device:
@@ -256,7 +256,7 @@ def _understood(
     if target.shape == input.shape:
         return target.is_floating_point() and ignore_index < 0
     positions = input.shape[:0] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
-    # Under autocast PyTorch takes an fp32 weight beside 16-bit logits.
+    # Under autocast PyTorch accepts an fp32 weight with 16-bit logits.
     same_dtype = weight is None or result_dtype(weight, target) == result_dtype(input, target)
     return same_sizes(target.shape, positions) and target.dtype in (torch.int64, torch.uint8) and same_dtype
 
@@ -264,7 +264,7 @@ def _understood(
 def _pytorchs_own(
     input: Tensor, target: Tensor, weight: Tensor | None, shard: VocabShard | None, extras: bool, **options: Any
 ) -> Tensor:
-    """What is outside the documented contract: PyTorch's error, or, where it does accept this, PyTorch's answer."""
+    """For input outside the documented contract: PyTorch's error or, if PyTorch accepts the input, PyTorch's result."""
     if shard is not None:
         raise ValueError(
             f"a shard of {shard.size} of {shard.vocab} classes needs input (C_r), (N, C_r) or (N, C_r, d1, …), class "
@@ -283,14 +283,14 @@ def _pytorchs_own(
 
 
 def result_dtype(input: Any, target: Any, weight: Tensor | None = None) -> torch.dtype:
-    """What PyTorch returns: the promoted dtype, where autocast lifts 16-bit tensors to fp32 first."""
+    """The dtype that PyTorch returns: the promoted one, where autocast upcasts 16-bit tensors to fp32 first."""
     autocast = autocast_dtype(input.device) is not None
     dtypes = [t.dtype for t in (input, target, weight) if t is not None and t.is_floating_point()]
     return functools.reduce(torch.promote_types, (statistics_dtype(d) if autocast else d for d in dtypes))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
-    """``torch.nn.CrossEntropyLoss`` on :func:`cross_entropy`, whose keyword-only extras it takes but ``return_statistics``.
+    """``torch.nn.CrossEntropyLoss`` on :func:`cross_entropy`, with its keyword-only extras except ``return_statistics``.
 
     Example:
         >>> CrossEntropyLoss(label_smoothing=0.1)(torch.zeros(2, 4), torch.tensor([1, 3]))

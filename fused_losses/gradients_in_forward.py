@@ -1,12 +1,12 @@
 """Route ``gradients_in_forward``: a loss that is a sum over tokens, and its gradients, in one pass over the tokens.
 
-A chunk of tokens at a time: logits, statistics, loss, gradient of the logits written over the logits, and its products with
-weight and hidden. Backward multiplies by the upstream gradient, where that is not 1. With ``N`` tokens, ``V`` vocabulary and
-``H`` hidden that is ``6NVH`` floating point operations, as eager PyTorch's. Recomputing the forward (activation
-checkpointing) doubles its cost.
+For one chunk of tokens at a time it computes the logits, their statistics, the loss, the gradient of the logits (written over
+the logits), and the products of that gradient with weight and hidden. Backward multiplies by the upstream gradient, unless that
+is 1. With ``N`` tokens, ``V`` vocabulary and ``H`` hidden this costs ``6NVH`` floating point operations, as in eager PyTorch.
+Recomputing the forward (activation checkpointing) doubles the cost.
 
 :func:`loss_and_gradients` is the pass, :func:`linear_loss` the operator for losses that are linear in the log-probabilities and
-quadratic in the logsumexp, :func:`with_gradients` for gradients that something else made in forward.
+quadratic in the logsumexp, :func:`with_gradients` the operator for gradients that other code has made in forward.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from .row_statistics import Coefficients, RowStatistics, coefficients, empty_sta
 from .token_statistics import rows_module, softmax_rows, softmax_rows_grad
 from .vocab_parallel import VocabShard, packed, with_weight_sum
 
-HEADROOM = 2.0**10  # of a float16 gradient of the logits: far above its smallest numbers, far below its largest
+HEADROOM = 2.0**10  # target for float16 gradients of the logits: far above the smallest number, far below the largest
 
 
 def per_token_dtype(dtype: torch.dtype, shard: VocabShard | None) -> torch.dtype:
-    """Of a token's gradient made in forward: wide for float16, whose scale is not known yet, and where ranks sum it up."""
+    """The dtype of a per-token gradient made in forward: wide for float16 (scale not known yet) and where ranks sum it."""
     return statistics_dtype(dtype) if dtype == torch.float16 or shard is not None else dtype
 
 
 def total_dtypes(head: Head, sums: torch.dtype | None) -> tuple[torch.dtype, ...]:
-    """In what the gradients of a head's inputs are made, those of weight and B summed over chunks in ``sums``, or None."""
+    """The dtypes in which a head's input gradients are made; ``sums``: of weight's and B's over chunks (None: their own)."""
     dtype = head.hidden.dtype
     wide = statistics_dtype(dtype)
     per_token = dtype if head.weight is None else per_token_dtype(dtype, head.shard)
@@ -58,7 +58,7 @@ def total_dtypes(head: Head, sums: torch.dtype | None) -> tuple[torch.dtype, ...
 
 
 # Turns a chunk's logits (n, V) into their gradient, in place: (logits, chunk, ids, rows, factor) → factor. In float16 the
-# gradient is multiplied by a factor that keeps it in range, no larger than that of the chunks before.
+# gradient is multiplied by a factor that keeps it in range; the factor never grows from one chunk to the next.
 OverLogits = Callable[[Tensor, Head, Tensor | None, slice | Tensor, Tensor | None], Tensor | None]
 
 
@@ -69,7 +69,7 @@ def by_coefficients(
     backend: str,
     in_float16: bool,
 ) -> OverLogits:
-    """For any loss: ``of_chunk(statistics, rows)`` says how it depends on a chunk's statistics, the ``outputs``."""
+    """For any loss: ``of_chunk(statistics, rows)`` gives a chunk's gradient coefficients; ``outputs`` names its statistics."""
 
     def over_logits(
         logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
@@ -91,7 +91,7 @@ def by_coefficients(
 
 
 class Factors(NamedTuple):
-    """What :func:`linear_loss` multiplies each token's numbers by."""
+    """The factors by which :func:`linear_loss` multiplies each token's statistics."""
 
     of_log_probs: Tensor  # (N,)
     of_sum_log_probs: Tensor | None  # (N,)
@@ -103,9 +103,9 @@ def in_one_pass(
     outputs: Sequence[str],
     column_weight: Tensor | None,  # (V,)
     backend: str,
-    found: RowStatistics,  # of all tokens, written
+    found: RowStatistics,  # of all tokens, written to
 ) -> OverLogits:
-    """For :func:`linear_loss`: a row of logits is read and written in one go."""
+    """For :func:`linear_loss`: one kernel reads a row of logits and writes its gradient."""
 
     def over_logits(
         logits: Tensor, chunk: Head, ids: Tensor | None, rows: slice | Tensor, factor: Tensor | None
@@ -126,9 +126,10 @@ def in_one_pass(
 
 
 class HeadGradients:
-    """The gradients of a head's inputs, each None if not ``wanted``, to which chunks of tokens add theirs.
+    """The gradients of a head's inputs, each None if not ``wanted``; every chunk of tokens adds its share.
 
-    ``all_tokens`` and ``all_columns`` will be in the chunks, so that what is first written need not be 0 before.
+    ``all_tokens`` and ``all_columns`` say that the chunks cover every token and every column: then the first write covers the
+    whole buffer, which need not be zeroed.
     """
 
     def __init__(
@@ -143,14 +144,14 @@ class HeadGradients:
         self.head, self.main_grad = head, main_grad
         written = (all_tokens, all_columns, False, all_tokens, all_columns)
         self.totals = head.empty_gradients(wanted, dtypes, written)
-        # Sums over ranks, of the last chunk: of a product, for total[rows].
+        # The last chunk's all-reduces in flight: how to end one, the total, the rows of it, and the product being summed.
         self.begun: list[tuple[Callable[[], Any], Tensor, slice | Tensor, Tensor]] = []
 
     def add(
         self, d_logits: Tensor, chunk: Head, rows: slice | Tensor, first: bool, factor: Tensor | None = None
     ) -> None:
-        """Those of a chunk from the gradient of its logits ``(n, V)``, in float16 multiplied by ``factor``."""
-        self.finished()  # or the products of all chunks would be held
+        """Add a chunk's gradients, from the gradient ``(n, V)`` of its logits, which in float16 is multiplied by ``factor``."""
+        self.finished()  # otherwise the products of all chunks would be held
         d_hidden, d_weight, d_bias, d_u, d_B = self.totals
         V, few = d_logits.shape[1], few_columns(d_logits, self.head.gradient_filter)
         for total, matrix in ((d_hidden, chunk.weight), (d_u, chunk.B)):
@@ -172,7 +173,7 @@ class HeadGradients:
             d_bias[:V] += column_sums(d_logits, d_bias.dtype)
 
     def finished(self) -> list[Tensor | None]:
-        """Once all ranks have added theirs of the chunks so far."""
+        """The totals, once the pending all-reduces have ended."""
         for end_sum, total, rows, product in self.begun:
             end_sum()
             if not isinstance(rows, slice):
@@ -185,14 +186,14 @@ def loss_and_gradients(
     head: Head,
     ids: Tensor | None,  # (N, K)
     keep: Tensor | None,  # (M,) tokens to project; None: all
-    zero_ignored: bool,  # hidden of skipped tokens counts as 0, since a nan there would reach d_weight
+    zero_ignored: bool,  # hidden states of skipped tokens are zeroed, since a nan there would reach d_weight
     over_logits: OverLogits,
     wanted: Sequence[bool],  # gradients of head.inputs
     workspace: int | str | None,
     accumulate: str | None,
     backend: str,
-    main_grad: Tensor | None = None,  # (V, H) fp32, the gradient of the weight is added here
-    with_logits: bool = True,  # or over_logits makes them itself
+    main_grad: Tensor | None = None,  # (V, H) fp32, to which the gradient of the weight is added
+    with_logits: bool = True,  # False: over_logits computes the logits itself
 ) -> list[Tensor | None]:
     """Route ``gradients_in_forward``: the gradient of each of ``head.inputs``, or None, in its own dtype or a wider one.
 
@@ -211,21 +212,21 @@ def loss_and_gradients(
     for part in slices(M, max(planned.chunk, 1)):
         rows: slice | Tensor = part if keep is None else keep[part]
         of_ids = part_of(local_ids, rows)
-        # The head with a chunk's tokens; planned.chunk is how many.
+        # The head with this chunk's tokens, at most planned.chunk of them.
         chunk = head.tokens(rows, skipped(of_ids) if zero_ignored else None)
         logits = logits_buffer[: part.stop - part.start]
-        # On a CPU a third faster: the result stays in cache.
+        # On a CPU the logits are made in pieces, a third faster: each piece stays in cache.
         whole = logits.is_cuda or torch.compiler.is_compiling()
         width = max(V, 1) if whole else max(BLOCK, CHUNK_ELEMENTS // len(logits))
         for piece in slices(V, width) if with_logits else ():
             chunk.columns(piece).write_logits(logits[:, piece])
         before, factor = factor, over_logits(logits, chunk, of_ids, rows, factor)
-        if before is not None and factor is not None:  # what was summed so far is brought to the new factor
+        if before is not None and factor is not None:  # rescale the sums so far to the new factor
             for total in summed:
                 if total is not None:
                     total *= factor / before
         gradients.add(logits, chunk, rows, part.start == 0, factor)
-        del chunk  # before the next copies its tokens
+        del chunk  # frees its copy of the tokens before the next chunk makes one
     if factor is not None:
         for total in summed:
             if total is not None:
@@ -234,8 +235,8 @@ def loss_and_gradients(
 
 
 def in_range(factors: Iterable[Tensor | None]) -> Tensor:
-    """The power of two at which float16 gradients with these factors neither vanish nor overflow; what is not finite is so of
-    its token alone."""
+    """The power of two at which float16 gradients with these factors neither underflow nor overflow. A factor that is not
+    finite does not count: it spoils its own token alone."""
     finite = [t.abs().nan_to_num(0.0, 0.0).amax() for t in factors if t is not None]
     largest = torch.stack(finite).amax().clamp(2.0**-60, 2.0**60)
     return HEADROOM * torch.exp2(-torch.ceil(torch.log2(largest)))
@@ -263,8 +264,8 @@ def loss_of_head(
     backend: str,
     main_grad: Tensor | None = None,
 ) -> tuple[Tensor, RowStatistics, list[Tensor | None]]:
-    """The loss of :func:`linear_loss`, what was found of its rows, and the gradient of each of ``head.inputs`` or None; with
-    ``main_grad`` ``(V, H)`` that of the weight is added there."""
+    """The loss of :func:`linear_loss`, the statistics of its rows, and the gradient of each of ``head.inputs`` or None; where
+    ``main_grad`` ``(V, H)`` is given, the gradient of the weight is added to it."""
     of_log_probs, of_sum_log_probs, of_square = of
     dtype = statistics_dtype(head.hidden.dtype)
     outputs = ["log_probs"] + ["sum_log_probs"] * (of_sum_log_probs is not None) + ["is_top1"] * top1
@@ -376,7 +377,7 @@ def _linear_loss_setup(
     *tensors, _keep = inputs
     (N, _), (V, _), dtype = inputs[0].shape, inputs[1].shape, inputs[0].dtype
     ctx.of_logits = (N, V, dtype)
-    # A second derivative starts again from the inputs, so they are saved where it is offered.
+    # A second derivative is computed from the inputs, so they are saved where one is supported.
     ctx.save_for_backward(*gradients, *(tensors if differentiable_again(*ctx.of_logits) else ()))
 
 
@@ -409,8 +410,8 @@ linear_loss.register_autograd(_linear_loss_backward, setup_context=_linear_loss_
 
 
 def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool, backend: str) -> Tensor:
-    """``gradient·scale`` in ``dtype``, rounded once; over ``gradient`` if ``in_place``, where by 1 nothing is multiplied."""
-    gradient = gradient.contiguous()  # as it was saved, unless a hook changed that
+    """``gradient·scale`` in ``dtype``, rounded once; ``in_place`` writes over ``gradient``, and does nothing if scale is 1."""
+    gradient = gradient.contiguous()  # it was saved contiguous, but a hook may have changed that
     out = gradient if in_place and gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
     if backend == "triton":
         from .kernels.scale import scale as multiply  # Triton is imported only where it runs
@@ -421,16 +422,16 @@ def scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype, in_place: bool, 
 
 
 def traced_scaled(gradient: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same as pointwise operations: Inductor makes them one, written over ``gradient`` where nothing reads that again."""
+    """The same in pointwise operations: Inductor fuses them, and writes over ``gradient`` if nothing reads that again."""
     return (gradient.to(statistics_dtype(gradient.dtype)) * scale).to(dtype)
 
 
 def scale_gradients(
     gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], upstream: Tensor, backend: str
 ) -> list[Tensor | None]:
-    """Gradients that a forward made, times the upstream gradient, in their dtypes; None where the dtype is None.
+    """Gradients made in forward, times the upstream gradient, in the given dtypes; None where the dtype is None.
 
-    In place where the graph is about to be freed: they are read this once, and memory is not doubled.
+    This happens in place where the graph is about to be freed: nothing reads them again, and memory is not doubled.
     """
     eager = functools.partial(scaled, in_place=not read_again(upstream), backend=backend)
     multiply = traced_scaled if traced(upstream) or batched(upstream) else eager
@@ -471,6 +472,6 @@ _with_gradients.register_autograd(_with_gradients_backward, setup_context=_with_
 def with_gradients(
     loss: Tensor, gradients: Sequence[Tensor | None], inputs: Sequence[Tensor | None], backend: str
 ) -> Tensor:
-    """``loss ()``, whose gradient for each of ``inputs`` is the given one, if any, times the upstream gradient."""
+    """``loss ()``, whose gradient for each of ``inputs`` is the given gradient, if any, times the upstream gradient."""
     pairs = [(g, t) for g, t in zip(gradients, inputs, strict=True) if g is not None and t is not None]
     return _with_gradients(loss, [g for g, _ in pairs], [t for _, t in pairs], backend)

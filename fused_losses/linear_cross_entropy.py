@@ -1,8 +1,8 @@
 """Cross entropy of a linear head, without its logits: ``cross_entropy(linear(input, weight, bias), target)``.
 
-Sums and means make their gradients in forward, a chunk of tokens at a time; ``reduction="none"`` recomputes the logits in
-backward: :mod:`fused_losses.gradients_in_forward`, :mod:`fused_losses.recompute`, and with class probabilities
-:mod:`fused_losses.class_probabilities`. :func:`fused_losses.plan` says what either will hold.
+Sums and means make their gradients in forward, a chunk of tokens at a time (:mod:`fused_losses.gradients_in_forward`);
+``reduction="none"`` recomputes the logits in backward (:mod:`fused_losses.recompute`). Class probabilities take
+:mod:`fused_losses.class_probabilities`. :func:`fused_losses.plan` predicts the memory of both routes.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ def linear_cross_entropy(
         \ell_n = τ_n \Big[ (1-ε)\,w_{y_n}\,(lse_n - z_{n,y_n}) + \frac{ε}{C} \sum_c w_c\,(lse_n - z_{n,c})
         + z\_loss·lse_n^2 \Big], \qquad z = softcap·\tanh(scale·(h W^\top + b)/softcap)/T
 
-    Source: PyTorch 2.13 to 2.15, whose values, gradients, dtypes and errors it has; z-loss as in PaLM (arXiv:2204.02311) and
-    Liger's ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118). What PyTorch's chunked path refuses works:
-    smoothing, class probabilities (refused before 2.15), K dimensions, double use of the graph, ``torch.compile`` without a
-    break.
+    Source: PyTorch 2.13 to 2.15, whose values, gradients, dtypes and errors it matches; z-loss as in PaLM (arXiv:2204.02311)
+    and Liger's ``lse_square_scale``; softcap as in Gemma 2 (arXiv:2408.00118). It supports what PyTorch's chunked path refuses:
+    smoothing, class probabilities (refused before 2.15), K dimensions, a second backward through the graph, and
+    ``torch.compile`` without a graph break.
 
-    Under ``mean`` and ``sum`` the gradients are made in forward where :func:`fused_losses.plan` finds room, so that activation
-    checkpointing around this call doubles its cost, and ``no_grad`` costs one product. Ignored tokens are not projected, which
-    needs their count on the host: the one synchronisation, see ``drop_ignored``.
+    Under ``mean`` and ``sum`` the gradients are made in forward if :func:`fused_losses.plan` finds room. Activation
+    checkpointing around this call then doubles its cost; under ``no_grad`` it costs one product. Ignored tokens are not
+    projected. That needs their count on the host, which is the one synchronisation: see ``drop_ignored``.
 
     Args:
         input: hidden states ``(H)``, ``(N, H)`` or ``(…, H)``, float64, float32, bfloat16 or float16.
@@ -98,29 +98,29 @@ def linear_cross_entropy(
         reduction: ``"mean"``, ``"sum"`` or ``"none"``. A mean over nothing is nan.
         ignore_index: a class index that contributes nothing; None is −100. An error with class probabilities.
         label_smoothing: ε in [0, 1].
-        options: PyTorch's chunking options, accepted and not needed: :func:`fused_losses.plan` chunks.
+        options: PyTorch's chunking options, accepted and ignored: :func:`fused_losses.plan` chooses the chunks.
         scale: multiplies the products.
         softcap: bound of the logits; None: no bound.
         temperature: a number, or one per token shaped ``input.shape[:-1]``; gets no gradient.
-        z_loss: adds ``z_loss·lse²`` of each position that is not ignored, not weighted by class: under ``mean`` that part is
-            divided by their number.
-        token_weights: τ, one factor per position, shaped like class indices. ``mean`` divides by the same number as without.
-        out_dtype: of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast). A sum or
-            mean that trains reads a 16-bit head's logits in 16 bits, as eager does; by ``route="recompute"`` in fp32.
+        z_loss: adds ``z_loss·lse²`` for each position that is not ignored. It is not weighted by class: under ``mean`` this
+            term is divided by the number of those positions.
+        token_weights: τ, one factor per position, shaped like class indices. They do not change what ``mean`` divides by.
+        out_dtype: dtype of the result; None is PyTorch's: ``input.dtype``, rounded once, at the end (fp32 under autocast). A
+            sum or mean that trains reads a 16-bit head's logits in 16 bits, as eager does; on ``route="recompute"`` in fp32.
         return_statistics: also return :class:`CrossEntropyStatistics`.
         group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; ``linear_weight`` and
-            ``linear_bias`` (and class probabilities) are then this rank's shard, all else is that of the whole. Where
-            ``input`` and head are DTensors their placements say it: see :mod:`fused_losses.tensor_parallel`.
-        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
+            ``linear_bias`` (and class probabilities) are then this rank's shard; everything else is that of the whole
+            vocabulary. For DTensors the placements give the group: see :mod:`fused_losses.tensor_parallel`.
+        backend: ``"triton"`` or ``"torch"``; by default the one that serves the device.
         route: ``"gradients_in_forward"`` or ``"recompute"``; by default the fastest that fits.
         workspace: bytes or ``"256MiB"`` that may be held beside inputs, outputs and gradients.
         drop_ignored: take ignored tokens out before the products (True), or zero them, without a synchronisation (False).
-        accumulate: ``"fp32"`` sums the weight's gradient over chunks in fp32 however few they are.
+        accumulate: ``"fp32"`` sums the weight's gradient over chunks in fp32, however few the chunks.
         main_grad: fp32 ``(C, H)``; the weight's gradient is added to it in backward instead of being returned. Route
             ``recompute``, unless ``grad_scale`` is given.
-        grad_scale: the upstream gradient of the result, promised: with it route ``gradients_in_forward`` adds to ``main_grad``
-            in forward, and backward does not look at the upstream gradient for it. In float16 it should hold the loss scale,
-            without which small gradients vanish. A tensor may not be 0.
+        grad_scale: a promise of what the upstream gradient of the result will be. Route ``gradients_in_forward`` can then add
+            to ``main_grad`` in forward, and backward does not apply the upstream gradient to it. In float16 it should include
+            the loss scale, without which small gradients underflow. A tensor may not be 0.
 
     Returns:
         The loss, or ``(loss, CrossEntropyStatistics)``.
@@ -143,7 +143,7 @@ def linear_cross_entropy(
     _check_shapes(input, linear_weight, linear_bias)
     tokens, C, dims = input.shape[:-1], linear_weight.shape[0], linear_weight.shape[1:-1]
     shard = vocab_shard(group, C)
-    if shard is not None:  # what is beyond is padding
+    if shard is not None:  # rows beyond shard.size are padding
         if target.shape == (*tokens, C, *dims):
             target = target.narrow(len(tokens), 0, shard.size)
         main_grad = None if main_grad is None else main_grad[: shard.size]
@@ -239,7 +239,7 @@ def linear_logits_cross_entropy(
     token_weights: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Any:
-    """:func:`fused_losses.cross_entropy` of logits that do not exist, wherever their vocabulary dimension stands."""
+    """:func:`fused_losses.cross_entropy` of lazy logits, whichever dimension is their vocabulary."""
     if softcap is not None and logits.softcap is not None:
         raise ValueError(f"the logits already have a softcap of {logits.softcap}; got another, {softcap}")
     if softcap is not None and logits.rows().temperature is not None:
@@ -255,7 +255,7 @@ def linear_logits_cross_entropy(
     bare = weight is None and softcap is None and not (label_smoothing or z_loss or return_statistics or backend)
     if bare and reduction == "none" and not target.is_floating_point() and same_sizes(target.shape, logits.token_shape):
         log_probs = logits.log_probs_at(target.unsqueeze(-1), ignore_index).squeeze(-1)
-        return (0 - log_probs).to(out_dtype or logits.dtype)  # and not −0
+        return (0 - log_probs).to(out_dtype or logits.dtype)  # 0 − x, since negating a 0 gives −0
     with logits.gathered():
         head = head_of(logits)._replace(softcap=softcap or logits.softcap)
         loss, statistics, made = heads_cross_entropy(
@@ -297,8 +297,8 @@ def heads_cross_entropy(
     main_grad: Tensor | None = None,
     grad_scale: float | Tensor | None = None,
 ) -> tuple[Tensor, CrossEntropyStatistics | None, bool]:
-    """The loss in fp32 or wider, reduced, its statistics, and whether its gradients were made in forward because that route
-    was asked for: of its own, a rank with more tokens may plan another."""
+    """The reduced loss in fp32 or wider, its statistics, and whether its gradients were made in forward on a route that the
+    user asked for. A route that was only planned does not count: a rank with more tokens may plan the other one."""
     hidden, C = heads[0].hidden, heads[0].vocab
     N, D, dtype = hidden.shape[0], len(heads), statistics_dtype(hidden.dtype)
     _check_arguments(
@@ -307,7 +307,7 @@ def heads_cross_entropy(
     if token_weights is not None:
         token_weights = token_weights.to(dtype).reshape(N, D)
     if isinstance(grad_scale, (int, float)) and grad_scale == 0:
-        grad_scale = None  # the loss could not be divided by it again
+        grad_scale = None  # the loss, multiplied by it, could not be divided by it again
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
@@ -358,7 +358,7 @@ def heads_cross_entropy(
     loss = torch.stack(values, -1)
     if reduction == "none":
         loss = loss.view(positions)
-    else:  # of nothing 0 or nan, whose gradient is 0 and not 0·∞: callers divide by a count
+    else:  # without tokens 0 or nan, with gradient 0 and not 0·∞: callers divide by a count
         loss = torch.where(some, loss.sum(), torch.nan if reduction == "mean" else 0)
     made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
     if not return_statistics:
@@ -430,24 +430,24 @@ def _of_probabilities(
     workspace: int | str | None,
     backend: Backend | None,
 ) -> tuple[Tensor, Tensor, bool]:
-    """The loss with class probabilities, reduced or ``(N, D)``, ``logsumexp (N, D)``, and whether gradients are made."""
+    """The loss with class probabilities, reduced or ``(N, D)``; ``logsumexp (N, D)``; whether forward made the gradients."""
     head, shard = heads[0], heads[0].shard
     N, D, V = head.hidden.shape[0], len(heads), head.weight.shape[0]
-    # Of one, backward of unbind() would copy the gradient.
+    # If D is 1, unbind() is avoided: its backward would copy the gradient.
     targets = target.reshape(N, D, V).unbind(1) if D > 1 else [target.reshape(N, V)]
     weight = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
     backend = resolve_backend(head.hidden, backend)
     planned = head.plan(
         per_token=reduction == "none", route=route, workspace=workspace, accumulate=accumulate, backend=backend
     )
-    # Of what may be differentiated again, only where it is asked for: gradients made in forward may not.
+    # Gradients made in forward cannot be differentiated again: where that is supported, the route must be asked for.
     asked = route_setting.chosen(route) == "gradients_in_forward" or shard is not None
     alone = any(head.trained) and not any(trains(t) for t in (target, weight, token_weights))
     in_forward = planned.route == "gradients_in_forward" and alone and not transforms_active()
     in_forward = in_forward and (asked or not differentiable_again(N, V, head.hidden.dtype))
     if token_weights is None:
         token_weights = head.hidden.new_ones(N, D, dtype=statistics_dtype(head.hidden.dtype))
-    if in_forward and reduction == "mean":  # as for class indices
+    if in_forward and reduction == "mean":  # divided now, as for class indices
         token_weights = token_weights / max(N * D, 1)
     losses, logsumexps = [], []
     for of_head, t, tau in zip(heads, targets, token_weights.unbind(1), strict=True):
@@ -467,7 +467,7 @@ def _of_probabilities(
     loss = torch.stack(losses, -1)
     if reduction != "none":
         loss = loss.sum()
-        if in_forward and N == 0:  # nan or 0, whose gradient is 0 and not 0·∞
+        if in_forward and N == 0:  # nan or 0, with gradient 0 and not 0·∞
             loss = loss.masked_fill(loss == 0, torch.nan if reduction == "mean" else 0)
         elif reduction == "mean" and not in_forward:
             loss = loss / (N * D)
@@ -479,7 +479,7 @@ def _hard(
     ids: Tensor,  # (N, 1)
     shares: Tensor,  # (N,)
     token_weights: Tensor | None,  # (N,)
-    column_weight: Tensor | None,  # (V,), where labels are smoothed: shares have those of the targets
+    column_weight: Tensor | None,  # (V,), only with label smoothing: shares already include the targets' weights
     label_smoothing: float,
     z_loss: float | Tensor,
     *,
@@ -494,10 +494,10 @@ def _hard(
     divisor: Tensor | int,
     promised: float | Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], bool]:
-    """The loss with class indices, over ``divisor``, summed or per token, ``(log_probs, logsumexp, is_top1)``, and whether
-    gradients are made.
+    """The loss with class indices, summed or per token, the sum divided by ``divisor``; ``(log_probs, logsumexp, is_top1)``;
+    and whether gradients were made in forward.
 
-    ``promised``: the upstream gradient of the loss, where the caller vouches for it.
+    ``promised``: the upstream gradient of the loss, if the caller promises it.
     """
     C = head.vocab
     wanted = head.trained
@@ -510,20 +510,20 @@ def _hard(
         backend=chosen_backend,
     )
     known = token_weights is None or not token_weights.requires_grad
-    if main_grad is not None:  # of a weight that trains alone, backward must find something to do
+    if main_grad is not None:  # if only the weight trains, no gradient would be left for backward
         known = known and promised is not None and (wanted[0] or any(wanted[2:]))
     known = known and not transforms_active()
     if chosen.route == "gradients_in_forward" and known and any(wanted):
         head, column_weight = ready(head, column_weight)
         keep, zero_ignored = kept_tokens(ids, drop_ignored)
         tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
-        tau = tau / divisor  # now, so that the upstream gradient is 1 and backward has nothing to multiply
+        tau = tau / divisor  # divided now, so that the upstream gradient is 1 and backward has nothing to multiply
         of = Factors(
             -(1 - label_smoothing) * shares * tau,
             -label_smoothing / C * tau if label_smoothing else None,
             z_loss * tau if isinstance(z_loss, Tensor) or z_loss else None,
         )
-        # The route may not depend on how many tokens are ignored, which other ranks count for themselves.
+        # The route was chosen before this: it may not depend on the number of ignored tokens, which differs between ranks.
         room = head.plan(keep, zero_ignored, route=chosen.route, workspace=workspace, backend=chosen_backend).budget
         how: dict[str, Any] = {
             "ids": ids.contiguous(),
@@ -567,7 +567,7 @@ def _hard(
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    r"""A linear head and :func:`linear_cross_entropy` of its output, as ``torch.nn.LinearCrossEntropyLoss``.
+    r"""A linear head and :func:`linear_cross_entropy` of its output, like ``torch.nn.LinearCrossEntropyLoss``.
 
     Args:
         in_features: ``H``.
@@ -575,12 +575,12 @@ class LinearCrossEntropyLoss(nn.Module):
         out_features: ``(d1, …, dk)`` positions per token.
         bias: whether the head has one.
         weight: one weight per class.
-        reduction, ignore_index, label_smoothing, options: as the function's.
+        reduction, ignore_index, label_smoothing, options: as for the function.
         device, dtype: of the head.
-        extras: the function's keyword-only extras.
+        extras: further keyword-only arguments of the function.
 
     Raises:
-        TypeError: an extra that the function does not have.
+        TypeError: an extra that the function does not take.
 
     Example:
         >>> loss = LinearCrossEntropyLoss(4, 7)
@@ -613,7 +613,7 @@ class LinearCrossEntropyLoss(nn.Module):
         self.weight: Tensor | None
         self.register_buffer("weight", weight)
         self.num_classes, self.out_features = num_classes, out_features
-        # One matrix, as torch.nn.LinearCrossEntropyLoss stores it, so that checkpoints fit.
+        # One matrix, as in torch.nn.LinearCrossEntropyLoss, so that checkpoints are compatible.
         rows = math.prod(out_features, start=num_classes)
         self.linear = nn.Linear(in_features, rows, bias=bias, device=device, dtype=dtype)
         self.reduction, self.ignore_index, self.label_smoothing = reduction, ignore_index, label_smoothing

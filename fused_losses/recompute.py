@@ -1,8 +1,8 @@
-"""Route ``recompute``: statistics of each token, whose backward makes the logits again.
+"""Route ``recompute``: per-token statistics, whose backward recomputes the logits.
 
-Forward saves a few numbers per token; backward makes the gradient of the logits, a slice of the vocabulary at a time, and its
-products with weight and hidden: ``8NVH`` floating point operations for ``N`` tokens, ``V`` vocabulary and ``H`` hidden. As
-many logits as the workspace holds are saved by forward, and not made again.
+Forward saves a few numbers per token. Backward takes one slice of the vocabulary at a time, and computes the gradient of its
+logits and the products of that with weight and hidden. In all: ``8NVH`` floating point operations for ``N`` tokens, ``V``
+vocabulary and ``H`` hidden. Forward saves as many logits as the workspace holds, and these are not recomputed.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ if TYPE_CHECKING:
 
 
 def linear_module(backend: str, hidden: Tensor) -> ModuleType:
-    """Where ``linear_softmax_fwd`` and ``linear_softmax_d_logits`` come from."""
+    """The module that implements ``linear_softmax_fwd`` and ``linear_softmax_d_logits``."""
     if backend == "torch":
         return chunked_linear_softmax
     if hidden.dtype.itemsize > 2:
         return library_tiles
     from .kernels import configurations, linear_softmax  # Triton is imported only where it runs
 
-    # Where Triton knows no matrix instruction the library's products of a tile do.
+    # Where Triton has no matrix instructions, the library multiplies the tiles.
     return linear_softmax if configurations.multiplies_matrices(hidden.device) else chunked_linear_softmax
 
 
 def saved_columns(head: Head, keep: Tensor | None, zero_ignored: bool, workspace: int, backend: str) -> int:
-    """How many columns of logits forward saves; none where no backward follows."""
+    """How many columns of logits forward saves; 0 if no backward follows."""
     if not any(head.trained) or not may_save(head.hidden):
         return 0
     planned = head.plan(keep, zero_ignored, route="recompute", workspace=workspace, backend=backend)
@@ -89,19 +89,19 @@ def linear_rows(
     ids: Tensor | None,  # (N, K)
     column_weight: Tensor | None,  # (V,)
     keep: Tensor | None,  # (M,)
-    main_grad: Tensor | None,  # (V, H) fp32, backward adds the gradient of the weight to it
+    main_grad: Tensor | None,  # (V, H) fp32, to which backward adds the gradient of the weight
     *,
     scale: float,
     softcap: float | None,
     shard: str,  # a VocabShard; ids are local to it
-    gradient_filter: float,  # of backward
+    gradient_filter: float,  # used in backward
     zero_ignored: bool,
     outputs: str,  # names of RowStatistics, separated by commas
-    columns: int,  # of logits that are saved for backward
+    columns: int,  # how many columns of logits are saved for backward
     workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:class:`RowStatistics`, and the first ``columns`` or a few more of the logits; 0-dim where not asked for."""
+    """:class:`RowStatistics`, and the first ``columns`` of the logits (padded: a few more); 0-dim where not asked for."""
     head = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard))
     head, ids_kept = _projected(head, ids, keep, zero_ignored)
     M = head.hidden.shape[0]
@@ -164,7 +164,7 @@ def linear_rows_grad(
     column_weight: Tensor | None,
     keep: Tensor | None,
     main_grad: Tensor,  # (V, H) fp32, or 0-dim
-    saved_logits: Tensor,  # (M, v) the first logits of each row, written over, or 0-dim
+    saved_logits: Tensor,  # (M, v) the first v logits of each row, overwritten; or 0-dim
     logsumexp: Tensor,  # (N,) float64
     a: Tensor | None,  # (N,)
     b: Tensor | None,  # (N,)
@@ -181,7 +181,7 @@ def linear_rows_grad(
     workspace: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the first five arguments, 0-dim where absent or not ``wanted``: slices of the vocabulary in turn."""
+    """The gradients of the first five arguments, 0-dim where absent or not ``wanted``; a slice of the vocabulary at a time."""
     N, V, dtype = hidden.shape[0], weight.shape[0], hidden.dtype
     wide = statistics_dtype(dtype)
     whole = Head(hidden, weight, bias, u, B, temperature, scale, softcap, VocabShard.unpacked(shard), gradient_filter)
@@ -222,7 +222,7 @@ def linear_rows_grad(
             for total, matrix in ((d_hidden, piece.weight), (d_u, piece.B)):
                 if total is not None and matrix is not None:
                     add_over_columns(total, d_logits, matrix, few, first=part.start == 0)
-            if head.shard is not None and part.stop == V:  # while the products below run
+            if head.shard is not None and part.stop == V:  # start the all-reduces, which overlap the products below
                 pending = begin_sums(head.shard, d_hidden, d_u)
             for total, matrix in ((d_weight, piece.hidden), (d_B, piece.u)):
                 if total is not None and matrix is not None:
@@ -235,7 +235,7 @@ def linear_rows_grad(
         end_sum()
     if M and V:
         del d_logits, piece
-    del slice_buffer, head  # before d_hidden is made in its own dtype, and of all tokens
+    del slice_buffer, head  # freed before d_hidden is made in its own dtype, for all tokens
 
     def returned(t: Tensor | None) -> Tensor:
         if t is None:
@@ -264,7 +264,7 @@ def _linear_rows_setup(
     *statistics, saved_logits = output
     found = RowStatistics(*statistics)
     ctx.mark_non_differentiable(found.weight_sum, found.max_logit, found.is_top1, saved_logits)
-    # main_grad is not a saved tensor: other backwards add to it in between.
+    # main_grad is not saved for backward: other backward passes may modify it in between.
     *tensors, ctx.main_grad = inputs
     ctx.outputs = keyword_only_inputs["outputs"].split(",")
     ctx.how = {name: x for name, x in keyword_only_inputs.items() if name not in ("outputs", "columns")}
@@ -290,10 +290,10 @@ def _linear_rows_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | Non
             return [present(s, logsumexp) for s in statistics]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
-    upstream = only(grads, ctx.outputs, ids is not None)  # a compiled graph sends zeros for the others
+    upstream = only(grads, ctx.outputs, ids is not None)  # a compiled graph passes zeros for the other outputs
     terms = coefficients(without_ignored(upstream, ids), found, V, column_weight, dtype)
     if saved_logits.ndim == 0:
-        saved_logits = absent(saved_logits)  # no tensor of forward, which a compiler would think is written over
+        saved_logits = absent(saved_logits)  # a new tensor: the compiler would take forward's for overwritten
     elif read_again(saved_logits):
         saved_logits = saved_logits.clone()
     gradients = linear_rows_grad(
@@ -328,8 +328,8 @@ def linear_statistics(
 ) -> RowStatistics:
     """Differentiable :class:`RowStatistics` of the tokens of a head, on route ``recompute``; ids ``(N, K)``.
 
-    ``kept``: what :func:`kept_tokens` says of the ids, if known. Of a shard, column weights are its columns' and ids those of
-    the whole vocabulary.
+    ``kept``: the result of :func:`kept_tokens` for the ids, if known. If the head is a shard, the column weights are those of
+    its columns, and the ids are those of the whole vocabulary.
     """
     if transforms_active():
         refuse_shard(packed(head.shard), head.hidden.shape)
@@ -362,5 +362,5 @@ def linear_logits_statistics(logits: LinearLogits, ids: Tensor | None, **options
     with logits.gathered():
         found = linear_statistics(head_of(logits), ids, **options)
     assert found.logsumexp is not None
-    logits.gather_in_backward(found.logsumexp)  # every output comes from one node
+    logits.gather_in_backward(found.logsumexp)  # all outputs come from the same autograd node
     return found

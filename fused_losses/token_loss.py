@@ -1,7 +1,7 @@
 """Any loss that is a sum over tokens of a function of a few numbers per token, with its gradients made in forward.
 
-Over a :class:`LinearLogits` that costs three products instead of the four of :func:`token_statistics`: a chunk of tokens at a
-time, statistics, the user's function and its derivative, the gradient of the logits, and its products.
+Over a :class:`LinearLogits` this costs three products, where :func:`token_statistics` costs four. For a chunk of tokens at a
+time it computes statistics, the user's function and its derivative, the gradient of the logits, and its products.
 """
 
 from __future__ import annotations
@@ -51,28 +51,28 @@ def token_loss(
     .. math:: L = \sum_n fn(\log p_n, H_n, …;\ x_n)
 
     It equals ``fn(token_statistics(logits, index, statistics), *per_token).sum()`` over the tokens that have an index, and is
-    cheaper: ``6NVH`` floating point operations for loss and gradients instead of ``8NVH``. A mean goes in as a weight per
-    token. Recomputing the forward (activation checkpointing) doubles the cost; where no chunk fits the workspace, it is
-    :func:`token_statistics` after all, and so it is, compiled, within a checkpoint or under ``detect_anomaly``.
+    cheaper: ``6NVH`` floating point operations for loss and gradients instead of ``8NVH``. Express a mean as a weight per
+    token. Recomputing the forward (activation checkpointing) doubles the cost. It falls back to :func:`token_statistics` if no
+    chunk fits the workspace and, when compiled, within a checkpoint or under ``detect_anomaly``.
 
     Args:
         fn: ``fn(statistics, *per_token) -> (n,)``, or ``((n,), {name: (n,)})``: PyTorch on ``n`` tokens at a time, each token
-            on its own. ``statistics`` is a :class:`TokenStatistics` with what was asked for, ``log_probs`` ``(n,)`` or
-            ``(n, K)``. What else it reads may not require grad where ``logits`` are lazy.
+            on its own. ``statistics`` is a :class:`TokenStatistics` with the fields asked for, ``log_probs`` ``(n,)`` or
+            ``(n, K)``. If ``logits`` are lazy, no other tensor that it reads may require grad.
         logits: ``(…, V)``, a Tensor or a :class:`LinearLogits`.
-        index: ids in ``[0, V)``, ``(…)`` or ``(…, K)``. Tokens whose ids are all −100 do not reach ``fn`` (with
-            ``drop_ignored=False`` and under ``torch.compile`` they do, with statistics of 0, and count 0).
-        per_token: tensors ``(…)`` or ``(…, m)``, cut to the tokens ``fn`` sees. They get no gradient.
+        index: ids in ``[0, V)``, ``(…)`` or ``(…, K)``. Tokens whose ids are all −100 do not reach ``fn``. (With
+            ``drop_ignored=False`` and under ``torch.compile`` they do, with statistics of 0, and their loss counts as 0.)
+        per_token: tensors ``(…)`` or ``(…, m)``, indexed by the tokens that ``fn`` sees. They get no gradient.
         statistics: names of :class:`TokenStatistics`.
         group: as for :func:`token_statistics`.
         backend, workspace, drop_ignored, accumulate: as for :func:`linear_cross_entropy`.
 
     Returns:
-        ``(loss, aux)``: the scalar, fp32 or wider, differentiable in the logits, and ``fn``'s dictionary, detached, each
-        ``(…)`` with 0 where there is no index.
+        ``(loss, aux)``: the scalar loss, fp32 or wider, differentiable in the logits; and ``fn``'s dictionary, detached, each
+        entry ``(…)`` with 0 where there is no index.
 
     Raises:
-        TypeError: an index or ``per_token`` that is no tensor, or an ``fn`` that returns none.
+        TypeError: an index or ``per_token`` that is not a tensor, or an ``fn`` that does not return one.
         ValueError: ``per_token`` of another shape, or that requires grad; an ``fn`` that reads another tensor that does.
 
     Example:
@@ -111,7 +111,7 @@ def token_loss(
             head = head_of(logits)
             backend = resolve_backend(head.hidden, backend)
             planned = head.plan(workspace=workspace, accumulate=accumulate, backend=backend)
-            # torch.func, which fn's gradient comes from, refuses saved-tensor hooks, and torch.export does not see it.
+            # torch.func, which differentiates fn, refuses saved-tensor hooks, and torch.export does not trace it.
             in_forward = planned.route == "gradients_in_forward" and not exporting() and not hooks_on_saved()
             in_forward = in_forward and not (torch.compiler.is_compiling() and seeks_nan())
             if in_forward:
@@ -120,7 +120,7 @@ def token_loss(
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)
         if in_forward:
-            asked = route_setting.value == "gradients_in_forward"  # else a rank with more tokens may plan another
+            asked = route_setting.value == "gradients_in_forward"  # otherwise a rank with more tokens may plan another
             return logits.gather_in_backward(loss, made=asked), loss_of.aux_at(tokens)
     else:
         group = shard if isinstance(logits, Tensor) else None
@@ -148,16 +148,16 @@ def _made_in_forward(
         gradients = loss_and_gradients(
             head.detached(), ids, keep, zero_ignored, over_logits, wanted, workspace, accumulate, backend
         )
-        if loss_of.loss is None:  # there was no token; to know what fn returns
+        if loss_of.loss is None:  # there was no token: call fn on none, to learn what it returns
             nothing = empty_statistics(head.hidden, 0, ids[:0], loss_of.outputs)
             loss_of.coefficients(nothing, slice(0, 0))
     assert loss_of.loss is not None
     loss = with_gradients(sum_of_losses(loss_of.loss), gradients, head.inputs, backend)
-    return torch.where((ids != -100).any(), loss, 0)  # of nothing, whose gradient is 0 and not 0·∞
+    return torch.where((ids != -100).any(), loss, 0)  # without tokens 0, with gradient 0 and not 0·∞
 
 
 class _PerToken:
-    """The user's function, applied to some tokens at a time, and what it returned for all."""
+    """The user's function, applied to some tokens at a time, and the losses and aux that it returned for all of them."""
 
     def __init__(
         self,
@@ -184,7 +184,7 @@ class _PerToken:
 
     def cut(self, rows: slice | Tensor) -> list[Tensor]:
         parts = []
-        for x in self.per_token:  # no comprehension: Dynamo would take the rows that it closes over for constants
+        for x in self.per_token:  # no comprehension: Dynamo would treat the rows it closes over as constants
             parts.append(x[rows])
         return parts
 
@@ -216,7 +216,7 @@ class _PerToken:
             self.aux[name][rows] = x
 
     def coefficients(self, found: RowStatistics, rows: slice | Tensor) -> Coefficients:
-        """How the loss of a chunk depends on its logits; keeps the loss and aux."""
+        """The coefficients of the gradient of a chunk's logits; keeps the loss and aux."""
         assert found.logsumexp is not None
         assert found.log_probs is not None
         dtype = found.log_probs.dtype
@@ -230,7 +230,7 @@ class _PerToken:
             return self.split(seen._replace(**dict(zip(names, differentiable, strict=True))), per_token)
 
         primals = [getattr(seen, name) for name in names]
-        with torch.enable_grad():  # else a tensor of fn's own that requires grad would go unseen
+        with torch.enable_grad():  # otherwise a tensor that fn closes over and that requires grad would go unnoticed
             value, pullback, aux = torch.func.vjp(of, *primals, has_aux=True)  # type: ignore[misc]
             if value.requires_grad:
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""Numbers per token of logits: log-probabilities of given ids, entropy and more, differentiable.
+"""Per-token statistics of logits: log-probabilities of given ids, entropy and more, differentiable.
 
-The primitive most losses stand on. Over logits that exist it is one read of them forward and one read and one write
-backward; over a :class:`LinearLogits` no logits exist at all.
+Most losses are built on this primitive. Forward reads a tensor of logits once; backward reads it once and writes its gradient
+once. The logits of a :class:`LinearLogits` are never made.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class TokenStatistics(NamedTuple):
-    """One number per token each (``log_probs`` one per id), ``None`` where not asked for."""
+    """Each field has one number per token (``log_probs``: one per id), or is ``None`` where not asked for."""
 
     log_probs: Tensor | None = None
     entropy: Tensor | None = None
@@ -70,19 +70,19 @@ def with_ids(tokens: torch.Size) -> str:
 
 
 def row_names(names: Collection[str]) -> list[str]:
-    """The :class:`RowStatistics` that :func:`of_rows` reads for these names."""
+    """The names of the :class:`RowStatistics` that :func:`of_rows` needs to compute ``names``."""
     return ["sum_log_probs" if name == "mean_logits" else name for name in names]
 
 
 def of_rows(found: RowStatistics, names: Collection[str], vocab: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Numbers of :class:`TokenStatistics`, ``(N,)`` or ``(N, K)``, in ``dtype``."""
+    """Values of :class:`TokenStatistics`, ``(N,)`` or ``(N, K)``, in ``dtype``, computed from row statistics."""
 
     def value(name: str) -> Tensor:
         if name != "mean_logits":
             return getattr(found, name)
         assert found.sum_log_probs is not None
         assert found.logsumexp is not None
-        return (found.sum_log_probs / vocab + found.logsumexp).detach()  # the mean log-probability, and what it is less
+        return (found.sum_log_probs / vocab + found.logsumexp).detach()  # mean logit = mean log-probability + logsumexp
 
     values = {name: value(name) for name in names}
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in values.items()}
@@ -109,7 +109,7 @@ def check_vocab_last(name: str, logits: Tensor | LinearLogits) -> None:
 
 
 def rows_module(backend: str) -> ModuleType:
-    """Where ``softmax_rows_fwd`` and ``softmax_rows_bwd`` come from."""
+    """The module that implements ``softmax_rows_fwd`` and ``softmax_rows_bwd``."""
     if backend == "torch":
         return chunked_softmax_rows
     from .kernels import softmax_rows  # Triton is imported only where it runs
@@ -118,7 +118,7 @@ def rows_module(backend: str) -> ModuleType:
 
 
 def integer_ids(target: Tensor) -> Tensor:
-    """``target`` as int64, which no fraction is cut off for."""
+    """``target`` as int64; raises rather than truncate a floating point or bool tensor."""
     if target.is_floating_point() or target.dtype == torch.bool:
         raise TypeError(f"token ids must be an integer tensor, got {target.dtype} {tuple(target.shape)}")
     return target.to(torch.int64)
@@ -147,7 +147,7 @@ def _(target: Tensor, vocab: int, ignore_index: int) -> Tensor:
 
 @target_ids.register_vmap
 def _(info: Any, in_dims: Any, target: Tensor, vocab: int, ignore_index: int) -> tuple[Tensor, int]:
-    # Each id for itself; without this PyTorch loops over the samples, and warns at every call.
+    # Elementwise, so one call does; without this rule PyTorch loops over the samples, and warns at every call.
     return target_ids(target, vocab, ignore_index), in_dims[0]
 
 
@@ -166,7 +166,7 @@ def softmax_rows(
     backend: str,
     shard: str,  # a VocabShard; ids are local to it
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """:class:`RowStatistics`; an empty tensor stands for what was not asked for, and takes no kernel to make."""
+    """:class:`RowStatistics`; an empty tensor stands for one that was not asked for, and needs no kernel to make."""
 
     def statistics_of(outputs: Collection[str]) -> RowStatistics:
         return rows_module(backend).softmax_rows_fwd(
@@ -255,7 +255,7 @@ def differentiable_softmax_rows(
         return t.transpose(1, 2).reshape(-1, V).to(statistics_dtype(logits.dtype))
 
     x, skip = rows(logits), skipped(ids)
-    if skip is not None:  # a nan there must not reach a gradient
+    if skip is not None:  # a nan in a skipped row must not reach a gradient
         x = x.masked_fill(skip[:, None], 0)
     z, _ = chunked_softmax_rows.transform(x, temperature, scale, softcap)
     w = label_weights(column_weight, None if probabilities is None else rows(probabilities), label_smoothing, V)
@@ -282,8 +282,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def shares_memory(x: Tensor) -> bool:
-    """Whether two elements may stand at one place: those of an expanded tensor, or of overlapping windows."""
-    reach = 1  # of the dimensions with smaller strides
+    """Whether two elements may share one memory location, as in an expanded tensor or overlapping windows."""
+    reach = 1  # extent of the dimensions with smaller strides
     for stride, n in sorted((stride, n) for n, stride in zip(x.shape, x.stride(), strict=True) if n > 1):
         if stride < reach:
             return True
@@ -307,7 +307,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return for_inputs(ctx, d_logits, None, None, None, d_probabilities)
     dtype = statistics_dtype(logits.dtype)
     found, logsumexp = RowStatistics.saved(copies), copies[0]
-    upstream = only(grads, outputs.split(","), ids is not None)  # a compiled graph sends zeros for the others
+    upstream = only(grads, outputs.split(","), ids is not None)  # a compiled graph passes zeros for the other outputs
     terms = coefficients(without_ignored(upstream, ids), found, logits.shape[1], column_weight, dtype)
     d_logits = d_probabilities = None
     if ctx.needs_input_grad[4] and upstream.sum_log_probs is not None:
@@ -319,7 +319,7 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         d_probabilities = d_t.to(probabilities.dtype).view(B, S, V).transpose(1, 2)
     if ctx.needs_input_grad[0]:
         d_logits = logits.detach() if ctx.inplace_backward and not shares_memory(logits) else torch.empty_like(logits)
-        if logits.shape[1]:  # not of an empty shard
+        if logits.shape[1]:  # an empty shard has no gradient to write
             softmax_rows_grad(
                 logits, ids, column_weight, temperature, logsumexp, *terms, probabilities, label_smoothing, scale, softcap,
                 ctx.backend, d_logits,
@@ -335,7 +335,7 @@ def d_label_weights(
     logsumexp: Tensor,  # (n,) float64
     d_sum: Tensor,  # (n,)
 ) -> Tensor:
-    """The gradient ``(n, V)`` of the weights ``w`` of ``Σ_j w_j logp_j`` from that of the sum, in its dtype."""
+    """The gradient ``(n, V)`` of the weights ``w`` in ``Σ_j w_j logp_j``, from ``d_sum``, the sum's gradient, in its dtype."""
     z, _ = chunked_softmax_rows.transform(logits.to(d_sum.dtype), temperature, scale, softcap, with_slope=False)
     return d_sum[:, None] * (z - logsumexp[:, None]).to(d_sum.dtype)
 
@@ -360,14 +360,14 @@ def rows_statistics(
 ) -> RowStatistics:
     """Differentiable :class:`RowStatistics` of logits ``(B, V, S)``; rows are ``n = b·S + s``, ids ``(N, K)``.
 
-    With a ``shard`` the logits, column weights and probabilities are its columns, ids are those of the whole vocabulary, and
-    so are the statistics.
+    With a ``shard`` the logits, column weights and probabilities are those of its columns; the ids and the statistics are those
+    of the whole vocabulary.
 
     With class probabilities ``(B, V, S)``, ``w`` is ``column_weight·((1 − label_smoothing)·probabilities + label_smoothing/V)``
     in each row, and ``weight_sum`` is returned too.
     """
     if probabilities is not None and (differentiated(column_weight) or (shard is not None and label_smoothing)):
-        # PyTorch differentiates class weights here, and only here; the kernels smooth over the columns they see.
+        # PyTorch differentiates class weights only with class probabilities; kernels smooth over a shard's columns alone.
         vocab = logits.shape[1] if shard is None else shard.vocab
         w = None if column_weight is None else column_weight[:, None]
         probabilities = label_weights(w, probabilities, label_smoothing, vocab)
@@ -413,7 +413,7 @@ def token_statistics(
     backend: Backend | None = None,
     workspace: int | str | None = None,
 ) -> TokenStatistics:
-    r"""Numbers per token of ``logits``; only what is asked for is computed.
+    r"""Per-token statistics of ``logits``; only those asked for are computed.
 
     With :math:`z` the logits over the temperature, :math:`lse = \log\sum_j e^{z_j}` and :math:`p = softmax(z)`:
 
@@ -434,18 +434,19 @@ def token_statistics(
     Args:
         logits: ``(…, V)``, any strides, a Tensor or a :class:`LinearLogits`.
         index: ids in ``[0, V)``, ``(…)`` or ``(…, K)`` for K ids per token. A token whose ids are all −100 is not read and,
-            of a :class:`LinearLogits`, not projected: it gives 0 with gradient 0, whatever stands there. Another −100 among
-            K ids gives 0. Without an index, ``log_probs`` and ``is_top1`` cannot be asked for.
+            for a :class:`LinearLogits`, not projected: it gives 0 with gradient 0, whatever its logits are. A −100 beside other
+            ids gives 0 in its place. Without an index, ``log_probs`` and ``is_top1`` cannot be asked for.
         outputs: names from the table.
         temperature: a number, or one number per token ``(…)``; it gets no gradient.
         group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; ``logits`` is then this
-            rank's shard ``(…, V_r)``, index and results are those of the whole. A :class:`LinearLogits` has its own.
-        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
-        workspace: bytes to use beside inputs and results, for a :class:`LinearLogits`.
+            rank's shard ``(…, V_r)``; index and results are those of the whole vocabulary. A :class:`LinearLogits` has its own
+            group.
+        backend: ``"triton"`` or ``"torch"``; by default the one that serves the device.
+        workspace: bytes that may be held beside inputs and results, for a :class:`LinearLogits`.
 
     Returns:
-        A named tuple of tensors ``(…)``, ``log_probs`` shaped like ``index``, ``is_top1`` bool (of the first of K ids); fp32,
-        or float64 for float64 logits; None where not asked for.
+        A named tuple of tensors ``(…)``; ``log_probs`` is shaped like ``index``. They are fp32, or float64 for float64 logits,
+        except ``is_top1``, which is bool (for the first of K ids). None where not asked for.
 
     Raises:
         IndexError: an id outside ``[0, V)``, on a CPU; on a GPU the device's next synchronisation fails.
@@ -472,7 +473,7 @@ def token_statistics(
             rows_of(logits), ids, None, per_token, outputs=row_names(outputs), backend=backend, shard=shard
         )
     else:
-        from .recompute import linear_logits_statistics  # which is made of the operators above
+        from .recompute import linear_logits_statistics  # a circular import: it uses the operators above
 
         found = linear_logits_statistics(logits, ids, outputs=row_names(outputs), backend=backend, workspace=workspace)
     values = of_rows(found, outputs, V, statistics_dtype(logits.dtype))
@@ -529,7 +530,7 @@ def selective_log_softmax(
 
 
 def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:
-    """``logits`` and one temperature per row ``(N,)``; a :class:`LinearLogits` takes it in."""
+    """``logits`` and one temperature per row ``(N,)``; a :class:`LinearLogits` absorbs it instead."""
     if isinstance(temperature, Tensor) and temperature.ndim > 0:
         if not same_sizes(temperature.shape, tokens):
             raise ValueError(
@@ -543,7 +544,7 @@ def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size
 
 
 def rows_of(logits: Tensor) -> Tensor:
-    """``(…, V)`` as ``(B, V, S)``: a view wherever strides allow."""
+    """``(…, V)`` as ``(B, V, S)``: a view if the strides allow it."""
     if logits.ndim <= 2:
         return logits.reshape(logits.shape[:-1].numel(), logits.shape[-1]).unsqueeze(-1)
     return logits.flatten(0, -3).transpose(1, 2)

@@ -1,18 +1,18 @@
-"""From a student's and a teacher's hidden states and heads to the divergence of their logits, a chunk of tokens at a time.
+"""The divergence of a student's and a teacher's logits, from their hidden states and heads, a chunk of tokens at a time.
 
-Both chunks of logits are made by the library's products, in fp32 for 16-bit heads, and met by one pass over the rows
-(``kernels/divergence_rows.py``), which can also write the gradient of either. With ``2NVH`` floating point operations for one
-product over a side's logits:
+The library multiplies both chunks of logits, in fp32 for 16-bit heads. One call of the row primitive
+(``kernels/divergence_rows.py``) compares them, and can also write the gradient of either. With ``2NVH`` floating point
+operations for one product over a side's logits:
 
 - a sum over tokens (:func:`two_heads_loss`) makes its gradients in forward: ``6NVH`` for a side that trains, ``2NVH`` for one
   that does not. Backward multiplies by the upstream gradient.
-- per-token results (:func:`two_heads_rows`) make the logits again in backward, ``2NVH`` more for each side. But of one
-  chunk forward saves the logits' gradient, as if each token's upstream gradient were 1, which backward only multiplies.
+- per-token results (:func:`two_heads_rows`) recompute the logits in backward, ``2NVH`` more for each side. For one chunk,
+  forward instead saves the gradient of the logits for upstream gradients of 1, and backward only multiplies it.
 
-A side may also be a tensor of logits: a :class:`Head` whose ``hidden`` is them and whose ``weight`` is None.
+A side may also be a tensor of logits: a :class:`Head` whose ``hidden`` holds the logits and whose ``weight`` is None.
 
-Where ranks share the vocabulary each makes its own slice of the logits, and they exchange the normalizers and the sums of each
-token's slices (:func:`~fused_losses.row_divergence.compare_rows`), and sum up the gradients of hidden and u.
+Where ranks share the vocabulary, each makes its own slice of the logits. They exchange the normalizers and sums of each token's
+slices (:func:`~fused_losses.row_divergence.compare_rows`), and all-reduce the gradients of hidden and u.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from .row_statistics import part_of, slices
 from .settings import workspace as workspace_setting
 from .vocab_parallel import VocabShard, packed
 
-# Their slope in the teacher has no bound, nor reverse_kl's in the student.
+# The slope of these in the teacher's logits is unbounded, and so is that of reverse_kl in the student's.
 LOG_OF_STUDENT = ("forward_kl", "cross_entropy")
-STEEPEST = 64.0  # what float16 leaves room for there
-TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits are scaled, capped or over a temperature
+STEEPEST = 64.0  # the slope that float16 leaves room for there
+TRANSFORM_TEMPORARIES = 7  # further copies of a chunk of rows, where logits have a scale, a softcap or a temperature
 
 
 def compared_vocab(student: Head, teacher: Head) -> int:
-    """How many columns of logits are compared here."""
+    """How many columns of logits this rank compares."""
     return min(student.columns_here, teacher.columns_here) if student.shard is None else student.shard.size
 
 
@@ -86,7 +86,7 @@ class Problem(NamedTuple):
         return self.student.inputs + self.teacher.inputs
 
     def packed(self) -> tuple[Any, ...]:
-        """As the operators take it: see ``ARGUMENTS``."""
+        """The arguments of the operators: see ``ARGUMENTS``."""
         s, t = self.heads
         return (
             *s.inputs,
@@ -110,7 +110,7 @@ class Problem(NamedTuple):
         return cls(student, teacher, ids, keep, zero_ignored, Divergence(kind, beta, temperature))
 
     def differentiable(self, inputs: Sequence[Tensor | None], with_nll: bool) -> tuple[Tensor, Tensor | None]:
-        """Divergence and −log p of other inputs, as :func:`differentiable_two_heads`."""
+        """Divergence and −log p for other ``inputs``, by :func:`differentiable_two_heads`."""
         student, teacher = self.student.with_inputs(inputs[:INPUTS]), self.teacher.with_inputs(inputs[INPUTS:])
         return differentiable_two_heads(student, teacher, self.ids, with_nll, self.which)
 
@@ -127,7 +127,7 @@ OF_BOTH = 2 * INPUTS
 
 class Chunks(NamedTuple):
     tokens: int  # in a chunk
-    sums: tuple[torch.dtype, torch.dtype]  # of each side's weight gradient over the chunks
+    sums: tuple[torch.dtype, torch.dtype]  # in which each side's weight gradient is summed over the chunks
 
 
 def budget(heads: Sequence[Head], workspace: int | str | None) -> int:
@@ -158,7 +158,7 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
         wide, made = statistics_dtype(dtype), per_token_dtype(dtype, head.shard)
         of_hidden = int(side[0])  # PyTorch 2.11 multiplies no symbolic size by a truth value
         per_token += padded(V) * wide.itemsize
-        if M < N:  # a copy of a chunk's hidden states, and their gradient before it goes to where the tokens are
+        if M < N:  # a copy of a chunk's hidden states, and their gradient before it is scattered to the tokens' rows
             per_token += H * (dtype.itemsize + made.itemsize * of_hidden)
         fixed += N * H * (made.itemsize - dtype.itemsize) * of_hidden
         if any(side) and head.gradient_filter:
@@ -167,7 +167,7 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
             at_a_time = max(at_a_time, gathered)
         if wide != dtype:
             per_token += padded(V) * dtype.itemsize * any(side)
-            extra += V * H * wide.itemsize * side[1]  # the gradient of the weight is summed in fp32 beside itself
+            extra += V * H * wide.itemsize * side[1]  # the weight's gradient is summed in an fp32 copy
             if not head.hidden.is_cuda:
                 per_token += (H + TILE) * wide.itemsize
                 at_a_time = max(at_a_time, TILE * H * wide.itemsize)  # a tile of the weight, upcast
@@ -200,7 +200,7 @@ def chunks_of(heads: tuple[Head, Head], M: int, wanted: Sequence[bool], workspac
 class _Side:
     """One head: buffers for a chunk of its logits and their gradient, and the gradients of its inputs."""
 
-    buffer: Tensor | None = None  # (n, padded V): a chunk's logits, once there are any
+    buffer: Tensor | None = None  # (n, padded V): a chunk's logits, allocated at first use
     d_buffer: Tensor | None = None
 
     def __init__(self, head: Head, V: int, n: int, wanted: Sequence[bool], sums: torch.dtype) -> None:
@@ -212,7 +212,7 @@ class _Side:
 
     @functools.cached_property
     def gradients(self) -> HeadGradients:
-        """Made where one is added: a forward that saves has none."""
+        """Allocated when the first one is added: a forward that only saves for backward needs none."""
         dtypes, all_columns = total_dtypes(self.head, self.sums), self.n > 0 and self.cut is self.head
         return HeadGradients(self.head, self.wanted, dtypes, False, all_columns)
 
@@ -228,7 +228,7 @@ class _Side:
         return self.chunk.write_logits(self.buffer[: len(hidden), : self.V])
 
     def d_logits(self, logits: Tensor) -> Tensor | None:
-        """Where the gradient of ``logits`` is to be written, ``(n, V)``."""
+        """The tensor ``(n, V)`` to write the gradient of ``logits`` to, or None."""
         if not self.trains:
             return None
         if self.direct:
@@ -241,7 +241,7 @@ class _Side:
         return self.d_buffer[: len(logits), : self.V]
 
     def add(self, d_logits: Tensor | None, first: bool) -> None:
-        """Take a chunk's gradient into the gradients of the inputs."""
+        """Add a chunk's gradient to the gradients of the inputs."""
         if d_logits is None:
             return
         if not self.direct:
@@ -251,7 +251,7 @@ class _Side:
 
 
 def float16_factor(sides: list[_Side], which: Divergence, soft: Tensor | None, hard: Tensor | None) -> Tensor | None:
-    """At which float16 gradients neither vanish nor overflow; None where there are none."""
+    """The factor at which float16 gradients neither underflow nor overflow; None if there are no such gradients."""
     if not any(side.trains and side.n and side.head.hidden.dtype == torch.float16 for side in sides):
         return None
     student, teacher = sides
@@ -261,7 +261,7 @@ def float16_factor(sides: list[_Side], which: Divergence, soft: Tensor | None, h
 
 
 class BothHeads:
-    """A pass over the tokens of both heads, a chunk at a time: one of the last three methods."""
+    """A pass over the tokens of both heads, a chunk at a time; each of the last three methods is one."""
 
     def __init__(
         self,
@@ -281,12 +281,12 @@ class BothHeads:
         self.parts = [*slices(M, max(cut.tokens, 1))]
         sides = zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), cut.sums, strict=True)
         self.sides = [_Side(head, V, min(cut.tokens, M), of_inputs, sums) for head, of_inputs, sums in sides]
-        # What is found: the divergence and the student's −log p (N,).
+        # The results: the divergence and the student's −log p (N,).
         self.divergence = hidden.new_zeros(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
         self.nll = torch.zeros_like(self.divergence) if with_nll else None
 
     def take(self, part: slice) -> None:
-        """The chunk that ``compare`` and ``add`` are about."""
+        """Set the chunk that ``compare`` and ``add`` work on."""
         keep = self.problem.keep
         self.first, self.rows = part.start == 0, part if keep is None else keep[part]
         self.of_ids = part_of(self.ids, self.rows)
@@ -295,7 +295,7 @@ class BothHeads:
             side.take(self.rows, ignored)
 
     def compare(self, soft: Tensor | None, hard: Tensor | None = None) -> list[Tensor | None]:
-        """Make the chunk's numbers, and with ``soft`` ``(N,)`` the gradients of its logits ``(n, V)`` where wanted."""
+        """Compute the chunk's results, and with ``soft`` ``(N,)`` the gradients of its logits ``(n, V)`` where wanted."""
         logits = [side.logits() for side in self.sides]
         d_logits = [None if soft is None else side.d_logits(x) for side, x in zip(self.sides, logits, strict=True)]
         d_student, d_teacher = (None if d is None else d.unsqueeze(-1) for d in d_logits)
@@ -326,7 +326,7 @@ class BothHeads:
         return [total for side in self.sides for total in side.gradients.finished()]
 
     def gradients(self, soft: Tensor | None, hard: Tensor | None) -> list[Tensor | None]:
-        """With ``(N,)`` factors of the divergences' gradients and of those of −log p."""
+        """Those of the inputs; ``soft`` and ``hard`` ``(N,)`` multiply the gradients of the divergences and of −log p."""
         factor = float16_factor(self.sides, self.problem.which, soft, hard)
         if factor is not None:
             soft, hard = (None if t is None else t * factor for t in (soft, hard))
@@ -338,8 +338,8 @@ class BothHeads:
         return found if factor is None else [None if t is None else t.div_(factor) for t in found]
 
     def saved(self) -> list[Tensor | None]:
-        """Of each side that trains, the gradient of the first chunk's logits, as if the upstream gradients were 1: not in
-        float16, see :func:`saved_tokens`."""
+        """For each side that trains, the gradient of the first chunk's logits, for upstream gradients of 1; not in float16, see
+        :func:`saved_tokens`."""
         unit = torch.ones_like(self.divergence)
         with full_precision(unit.device):
             for part in reversed(self.parts):  # the first chunk last: its gradient is what is left in the buffers
@@ -348,8 +348,8 @@ class BothHeads:
         return [side.d_buffer if side.trains else None for side in self.sides]
 
     def gradients_from(self, saved: Sequence[Tensor | None], soft: Tensor) -> list[Tensor | None]:
-        """Those of :meth:`gradients` from what :meth:`saved` gave, which is written over; the other chunks' logits are made
-        again."""
+        """The gradients of :meth:`gradients`, from the result of :meth:`saved`, which is overwritten; the other chunks' logits
+        are recomputed."""
         for side, d in zip(self.sides, saved, strict=True):
             side.buffer, side.d_buffer = (d, None) if side.in_place else (None, d)
         with full_precision(soft.device):
@@ -364,8 +364,8 @@ class BothHeads:
 
 
 def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
-    """``x (n, V)`` times ``by (n,)``, in place, a row of zeros staying zeros whatever its factor: nan where what follows is
-    masked. A few rows at a time, since a CPU copies 16-bit factors."""
+    """``x (n, V)`` times ``by (n,)``, in place. A row of zeros stays zero whatever its factor, which is nan where a later
+    operation is masked. A few rows at a time, since a CPU copies 16-bit factors."""
     n = len(x) if x.is_cuda else max(1, CHUNK_ELEMENTS // max(x.shape[1], 1))
     for part, factors in zip(x.split(max(n, 1)), by.split(max(n, 1)), strict=True):
         zero = torch.linalg.vector_norm(part, 1, dim=1) == 0
@@ -376,9 +376,9 @@ def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
 def saved_tokens(
     heads: tuple[Head, Head], M: int, wanted: Sequence[bool], with_nll: bool, workspace: int, backend: str
 ) -> int:
-    """How many tokens' gradients of the logits forward saves: none where a row has two upstream gradients, or where no
-    backward follows, or where the gradient is itself a result, or in float16, whose range takes knowing the upstream
-    gradient."""
+    """For how many tokens forward saves the gradient of the logits. None if a row has two upstream gradients, if no backward
+    follows, if that gradient is itself a result, or in float16, which can be kept in range only with the upstream gradient
+    known."""
     if with_nll or not any(wanted) or not may_save(heads[0].hidden):
         return 0
     trained = [head for head, side in zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), strict=True) if any(side)]
@@ -412,8 +412,8 @@ def differentiable_two_heads(
     f"({', '.join(['Tensor'] * (3 + OF_BOTH))})",
 )
 def two_heads_loss(*arguments: Any, wanted: list[bool], workspace: int, backend: str) -> tuple[Tensor, ...]:
-    """``Σ_n soft·divergence + hard·(−log p)``, both numbers ``(N,)``, the second 0-dim without ``hard``, and the gradient of
-    each of the inputs, 0-dim where absent or not ``wanted``. ``soft`` and ``hard`` are 0-dim."""
+    """``Σ_n soft·divergence + hard·(−log p)``; divergence and −log p, ``(N,)`` each, the latter 0-dim without ``hard``; and the
+    gradient of each input, 0-dim where absent or not ``wanted``. ``soft`` and ``hard`` are 0-dim."""
     *of_problem, soft, hard = arguments
     problem = Problem.unpacked(of_problem)
     both = BothHeads(problem, hard is not None, wanted, workspace, backend)
@@ -449,7 +449,7 @@ def _loss_setup(
     ctx.shard, ctx.backend = packed(problem.student.shard), keyword_only_inputs["backend"]
     wanted = keyword_only_inputs["wanted"]
     ctx.dtypes = [None if t is None or not want else t.dtype for t, want in zip(problem.inputs, wanted, strict=True)]
-    # A second derivative starts again from the inputs, so they are saved where it is offered.
+    # A second derivative is computed from the inputs, so they are saved where one is supported.
     small = problem.student.hidden.dtype == torch.float64
     _loss, _divergence, _nll, *gradients = output
     save_for_backward(ctx, *gradients, *(inputs if small else ()))
@@ -481,7 +481,7 @@ def _loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tuple[Any, 
 two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
 
 
-# Per-token results: backward makes the logits again.
+# Per-token results: backward recomputes the logits.
 
 
 @torch.library.custom_op(
@@ -493,7 +493,7 @@ two_heads_loss.register_autograd(_loss_backward, setup_context=_loss_setup)
 def two_heads_rows(
     *arguments: Any, with_nll: bool, wanted: list[bool], tokens: int, workspace: int, backend: str
 ) -> tuple[Tensor, ...]:
-    """``divergence (N,)`` and ``−log p (N,)``, 0-dim without with_nll, and what backward needs of the first ``tokens``."""
+    """``divergence (N,)``; ``−log p (N,)``, 0-dim without with_nll; and the saved gradients of the first ``tokens``' logits."""
     problem = Problem.unpacked(arguments)
     both = BothHeads(problem, with_nll, wanted if tokens else [False] * OF_BOTH, workspace, backend)
     if tokens:
@@ -523,9 +523,9 @@ def _(*arguments: Any, with_nll: bool, wanted: list[bool], tokens: int, **_: Any
     f"int workspace, str backend) -> ({', '.join(['Tensor'] * OF_BOTH)})",
 )
 def two_heads_rows_grad(
-    soft: Tensor,  # (N,) factors of the divergences
-    hard: Tensor | None,  # (N,) and of −log p
-    s_saved: Tensor,  # what forward saved, written over, or 0-dim
+    soft: Tensor,  # (N,) factors of the divergences' gradients
+    hard: Tensor | None,  # (N,) and of those of −log p
+    s_saved: Tensor,  # what forward saved, overwritten; or 0-dim
     t_saved: Tensor,
     *arguments: Any,
     wanted: list[bool],
@@ -550,7 +550,7 @@ def _(soft: Tensor, _hard: Any, _s: Any, _t: Any, *arguments: Any, wanted: list[
 
 
 def row_factors(d_divergence: Tensor | None, d_nll: Tensor | None, with_nll: bool) -> tuple[Tensor, Tensor | None]:
-    """What the gradients of the divergences and of −log p are multiplied by: the upstream gradients, not both None."""
+    """The factors of the gradients of the divergences and of −log p: the upstream gradients, of which at most one is None."""
     hard = d_nll.contiguous() if with_nll and d_nll is not None else None
     if d_divergence is not None:
         return d_divergence.contiguous(), hard
@@ -583,7 +583,7 @@ def _rows_backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None, 
         return for_inputs(ctx, *differentiable_gradients(fn, problem.inputs, (d_divergence, d_nll)))
     soft, hard = row_factors(d_divergence, d_nll, with_nll)
     wanted = list(ctx.needs_input_grad[:OF_BOTH])
-    same = wanted == list(ctx.how["wanted"])  # else the chunks are not those of forward
+    same = wanted == list(ctx.how["wanted"])  # otherwise the chunks differ from forward's
     saved = (absent(soft) if t.ndim == 0 or not same else t.clone() if read_again(t) else t for t in (s_saved, t_saved))
     how = {name: ctx.how[name] for name in ("workspace", "backend")}
     gradients = two_heads_rows_grad(soft, hard, *saved, *arguments, wanted=wanted, **how)
