@@ -1,7 +1,7 @@
 """What the derivatives of the fused operators share, and when an operator must give way to plain differentiable PyTorch.
 
-The operators know their first derivative in reverse mode. Second derivatives, forward-mode AD and functorch transforms
-go through plain PyTorch on whole logits: right for float64 and small inputs, which is where they are used, and refused
+The operators implement their first derivative in reverse mode. Second derivatives, forward-mode AD and functorch transforms
+go through plain PyTorch on whole logits. That suits float64 and small inputs, which is where they are used; it is refused
 for inputs whose logits the caller meant never to hold.
 """
 
@@ -19,14 +19,14 @@ SMALL = 2**22  # logits
 
 
 def exporting() -> bool:
-    """``torch.compiler.is_exporting()``, which PyTorch 2.11 takes for True in all that it compiles."""
+    """``torch.compiler.is_exporting()``, which is always True in what PyTorch 2.11 compiles."""
     return torch.compiler._is_exporting_flag
 
 
 def while_compiling(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """``fn`` runs, when a function that calls it is compiled, at that time only, and its result is a constant of the graph.
+    """When a function that calls ``fn`` is compiled, ``fn`` runs once, at compile time, and its result is a graph constant.
 
-    As ``torch.compiler.assume_constant_result``, which would import the compiler.
+    Like ``torch.compiler.assume_constant_result``, which would import the compiler.
     """
     fn._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return fn
@@ -34,41 +34,41 @@ def while_compiling(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 @while_compiling
 def transforms_active() -> bool:
-    """Forward-mode AD or a functorch transform is running; a custom operator would drop its tangents without a word. Dynamo
+    """Whether forward-mode AD or a functorch transform is active: a custom operator would silently drop its tangents. Dynamo
     runs the transforms that it compiles."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def in_plain_pytorch(*grads: Tensor | None) -> bool:
-    """Whether a backward must run in plain PyTorch: it is differentiated again, or gradients come batched."""
+    """Whether a backward must run in plain PyTorch: it is differentiated again, or the gradients are batched."""
     if torch.compiler.is_compiling():
         return False
     return any(map(batched, grads)) or torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
 def batched(g: Tensor | None) -> bool:
-    """Whether it stands for several gradients (``is_grads_batched=True``), which no operator of ours takes."""
+    """Whether ``g`` is a batch of gradients (``is_grads_batched=True``), which none of our operators takes."""
     return g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
 
 
 def trains(t: Tensor | None) -> bool:
-    """Whether a gradient is asked of ``t``."""
+    """Whether autograd will compute a gradient for ``t``."""
     return t is not None and t.requires_grad and torch.is_grad_enabled()
 
 
 def differentiated(t: Tensor | None) -> bool:
-    """Whether a derivative is asked of ``t``, in forward mode too."""
+    """Whether a derivative for ``t`` will be computed, in forward mode too."""
     dual = t is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(t).tangent is not None
     return dual or trains(t)
 
 
 def no_gradient() -> bool:
-    """Whether what is made now has no gradient. Of forward-mode AD ``no_grad`` says nothing, and ``detach`` drops tangents."""
+    """Whether results made now have no gradient. ``no_grad`` does not stop forward-mode AD, and ``detach`` drops tangents."""
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)
 
 
 def differentiable_again(tokens: int, vocab: int, dtype: torch.dtype) -> bool:
-    """Whether logits ``(tokens, vocab)`` may be held whole for a derivative the fused operators do not have."""
+    """Whether whole logits ``(tokens, vocab)`` may be held for a derivative that the fused operators lack."""
     return dtype == torch.float64 or tokens * vocab <= SMALL
 
 
@@ -82,7 +82,7 @@ def check_differentiable(tokens: int, vocab: int, dtype: torch.dtype) -> None:
 
 
 def refuse_shard(shard: str, shape: Sequence[int]) -> None:
-    """Raise if the logits whose derivative these would be are shared out over ranks."""
+    """Raise if the logits to differentiate are sharded over ranks."""
     if shard:
         raise RuntimeError(
             f"double backward, forward-mode AD and functorch transforms hold whole logits, and {tuple(shape)} is a shard "
@@ -93,11 +93,11 @@ def refuse_shard(shard: str, shape: Sequence[int]) -> None:
 def differentiable_gradients(
     fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Gradients of plain-PyTorch ``fn(*inputs)``, which can be differentiated again under ``enable_grad``: one per input, or
-    None."""
+    """Gradients of ``fn(*inputs)`` in plain PyTorch: one per input, or None. Under ``enable_grad`` they can be differentiated
+    again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
-        # As tensors of their own: where one input was made from another, autograd itself follows that path.
+        # As separate tensors: where one input was computed from another, autograd itself follows that path.
         inputs = [None if x is None else x.view_as(x) for x in inputs]
         outputs = fn(*inputs)
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
@@ -119,7 +119,7 @@ def traced(t: Tensor) -> bool:
 
 
 def unknown(size: int) -> bool:
-    """Whether it is a number of tokens that a mask takes in a compiled function, known only where that runs."""
+    """Whether ``size`` is a number of tokens that a mask selects in a compiled function, known only when that runs."""
     if not torch.compiler.is_compiling():
         return False
     from torch.fx.experimental.symbolic_shapes import guard_or_true
@@ -128,7 +128,7 @@ def unknown(size: int) -> bool:
 
 
 def same_sizes(a: torch.Size, b: torch.Size) -> bool:
-    """``a == b``; of a size that is :func:`unknown`, a check where the compiled function runs."""
+    """``a == b``; for a size that is :func:`unknown`, a check when the compiled function runs."""
     if not torch.compiler.is_compiling():
         return a == b
     from torch.fx.experimental.symbolic_shapes import guard_or_true
@@ -141,20 +141,20 @@ def same_sizes(a: torch.Size, b: torch.Size) -> bool:
 
 
 def host_may_read(t: Tensor) -> bool:
-    """Whether the host may wait for what ``t`` holds: not while tracing or capturing a graph, nor under a transform."""
-    if traced(t) or transforms_active():  # asked first: Dynamo does not compile the question below
+    """Whether the host may wait for the values of ``t``: not while tracing or capturing a graph, nor under a transform."""
+    if traced(t) or transforms_active():  # checked first: Dynamo does not compile the query below
         return False
     return not (t.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @while_compiling
 def hooks_on_saved() -> bool:
-    """Whether saved-tensor hooks, of a checkpoint say, see what is saved now. :mod:`torch.func` refuses them."""
+    """Whether saved-tensor hooks, such as a checkpoint's, see tensors saved now. :mod:`torch.func` refuses them."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None or _compiles_checkpoint()
 
 
 def _compiles_checkpoint() -> bool:
-    """Whether Dynamo, which sets no hooks, is inside a checkpoint: the compiled graph will run under them."""
+    """Whether Dynamo is tracing inside a checkpoint: it sets no hooks, but the compiled graph will run under them."""
     dynamo = sys.modules.get("torch._dynamo.symbolic_convert")
     translator = getattr(dynamo.tls, "current_tx", None) if dynamo is not None else None
     tracer = None if translator is None else translator.output.current_tracer
@@ -165,8 +165,8 @@ def _compiles_checkpoint() -> bool:
 
 @while_compiling
 def seeks_nan() -> bool:
-    """Whether autograd asks each gradient for a nan (:func:`torch.autograd.detect_anomaly`), as it cannot of those that are
-    traced."""
+    """Whether autograd checks each gradient for nan (:func:`torch.autograd.detect_anomaly`), which it cannot do with traced
+    ones."""
     return torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled()
 
 
@@ -180,14 +180,14 @@ def may_save(t: Tensor) -> bool:
 
 
 def save_for_backward(ctx: Any, *values: Any) -> None:
-    """``ctx.save_for_backward`` of what it takes. It refuses numbers, strings, and what ``torch.inference_mode`` made: a
-    teacher's logits, say."""
+    """``ctx.save_for_backward`` for any values. That method itself refuses numbers, strings, and tensors made under
+    ``torch.inference_mode``, such as a teacher's logits: these are stored on ``ctx``."""
     ctx.others = {i: x for i, x in enumerate(values) if not isinstance(x, Tensor) or x.is_inference()}
     ctx.save_for_backward(*(None if i in ctx.others else x for i, x in enumerate(values)))
 
 
 def saved_values(ctx: Any) -> list[Any]:
-    """What :func:`save_for_backward` saved; to be read once, since checkpointing unpacks once."""
+    """The values that :func:`save_for_backward` saved; read them only once, since checkpointing unpacks once."""
     return [ctx.others.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
 
 
@@ -197,7 +197,7 @@ def read_again(saved: Tensor) -> bool:
 
 
 def absent(like: Tensor) -> Tensor:
-    """What stands for None: an operator returns tensors."""
+    """A tensor that stands for None, since an operator must return tensors."""
     return like.new_zeros(())
 
 

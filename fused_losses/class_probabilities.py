@@ -1,9 +1,9 @@
-"""What a head's logits say of class probabilities, which are as large as they are: a chunk of tokens at a time.
+"""Cross entropy of a head with class probabilities, which are as large as its logits: a chunk of tokens at a time.
 
-``Σ_j w_j logp_j`` of each token, ``w`` of its row of probabilities. :func:`label_loss` is a sum over tokens, and makes the
-gradients of the head in forward: ``6NVH`` floating point operations. :func:`label_statistics` are numbers per token, of which
-the labels train too: backward makes a chunk's logits again, ``8NVH`` in all. Either writes a chunk's gradient over its logits
-and adds its products, as :mod:`fused_losses.gradients_in_forward` does.
+It needs ``Σ_j w_j logp_j`` for each token, with ``w`` from the token's row of probabilities. :func:`label_loss` is a sum over
+tokens, and makes the gradients of the head in forward: ``6NVH`` floating point operations. :func:`label_statistics` returns
+numbers per token, differentiable in the labels too: backward recomputes a chunk's logits, ``8NVH`` in all. Both write a chunk's
+gradient over its logits and add its products, as :mod:`fused_losses.gradients_in_forward` does.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def label_loss(
     accumulate: str | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """``Σ_n of_sum_log_probs·sum_log_probs + of_square·logsumexp²`` with the gradients of the head's inputs, and ``logsumexp``
+    """``Σ_n of_sum_log_probs·sum_log_probs + of_square·logsumexp²``, with gradients for the head's inputs; and ``logsumexp``
     ``(N,)``."""
     head, column_weight = ready(head, column_weight)
     dtype, wanted = statistics_dtype(head.hidden.dtype), head.trained
@@ -119,7 +119,7 @@ def label_loss(
 def _differentiable(
     head: Head, column_weight: Tensor | None, probabilities: Tensor, label_smoothing: float
 ) -> RowStatistics:
-    """The same as plain differentiable PyTorch on whole logits."""
+    """The same in plain differentiable PyTorch on whole logits."""
     return differentiable_softmax_rows(
         differentiable_product(head).unsqueeze(-1), None, column_weight, head.temperature, probabilities.unsqueeze(-1),
         label_smoothing, head.scale, head.softcap, OUTPUTS,
@@ -127,7 +127,7 @@ def _differentiable(
 
 
 class _Chunks(NamedTuple):
-    """What is made of a chunk's logits ``(n, V)``, those of the tokens at ``rows``."""
+    """Computes statistics and gradient of a chunk's logits ``(n, V)``, those of the tokens at ``rows``."""
 
     column_weight: Tensor | None  # (V,)
     probabilities: Tensor  # (N, V)
@@ -135,9 +135,9 @@ class _Chunks(NamedTuple):
     backend: str
 
     def of(self, rows: slice, shard: VocabShard | None) -> tuple[Tensor, Tensor | None, float]:
-        """What kernels take of a chunk's ``w``: probabilities ``(n, V, 1)``, column weights, smoothing."""
+        """A chunk's ``w`` as the kernels take it: probabilities ``(n, V, 1)``, column weights, smoothing."""
         p, column_weight, smoothing = self.probabilities[rows], self.column_weight, self.label_smoothing
-        if shard is not None and smoothing:  # they smooth over the columns they see
+        if shard is not None and smoothing:  # kernels would smooth over the shard's columns
             w = label_weights(column_weight, p, smoothing, shard.vocab)
             assert w is not None
             p, column_weight, smoothing = w, None, 0.0
@@ -151,7 +151,7 @@ class _Chunks(NamedTuple):
     def write_gradient(
         self, logits: Tensor, chunk: Head, rows: slice, logsumexp: Tensor, terms: Coefficients, factor: Tensor | None
     ) -> Tensor | None:
-        """Over the logits, in float16 times a factor no larger than that of the chunks before, which is returned."""
+        """Write the gradient over the logits, in float16 times a factor, which is returned and no larger than the last one."""
         if logits.dtype == torch.float16:
             terms, factor = times_factor(terms, chunk, factor)
         if logits.shape[1]:
@@ -177,7 +177,7 @@ def linear_probabilities(
     scale: float,
     softcap: float | None,
     shard: str,  # a VocabShard
-    gradient_filter: float,  # of backward
+    gradient_filter: float,  # used in backward
     label_smoothing: float,
     workspace: int,
     backend: str,
@@ -237,7 +237,7 @@ def linear_probabilities_grad(
 
     def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, factor: Tensor | None) -> Tensor | None:
         of_labels = d_column_weight is not None or d_probabilities is not None
-        # Few rows, whose copies are wide; more on a GPU, for fewer launches.
+        # A few rows at a time, since their copies are fp32 or wider; more rows on a GPU, for fewer launches.
         few = max(1, CHUNK_ELEMENTS * (1 if logits.is_cpu else 8) // max(logits.shape[1], 1))
         for part in slices(len(logits) if of_labels else 0, few):
             some = slice(rows.start + part.start, rows.start + part.stop)
@@ -273,7 +273,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any
     _, weight_sum, logsumexp = output
     ctx.mark_non_differentiable(weight_sum)
     ctx.how = keyword_only_inputs
-    # A copy: the caller may write into what it was given.
+    # A copy: the caller may modify the tensor it was given.
     ctx.save_for_backward(*inputs, weight_sum, logsumexp.clone())
 
 

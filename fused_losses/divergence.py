@@ -12,8 +12,8 @@ kind            value                                              what the stud
 ``tvd``         :math:`\tfrac12 \sum_j |t_j - s_j|`                the largest gap in the probability of an event
 =============== ================================================== ==============================================
 
-A divergence reads two sets of logits, each ``tokens × vocabulary``: the memory of distillation. Here both may be
-:class:`~fused_losses.linear_logits.LinearLogits`, each with its own hidden size and head, and neither is made whole.
+A divergence reads two sets of logits, each ``tokens × vocabulary``, which take most of distillation's memory. Here both may be
+:class:`~fused_losses.linear_logits.LinearLogits`, each with its own hidden size and head, and neither is materialised.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from .linear_logits import LinearLogits
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skewed_kl", "tvd")
-MOST_PADDING = 1024  # of a vocabulary: to a multiple of 64 or of 512, for each of a few ranks
+MOST_PADDING = 1024  # vocabulary entries: padding is to a multiple of 64 or of 512, for each of a few ranks
 
 
 # Two tensors of logits, read where they are.
@@ -78,7 +78,7 @@ def divergence_rows(
     beta: float,
     temperature: float,
     backend: str,
-    shard: str,  # a VocabShard: columns [0, size) of the logits are its, ids are those of the whole vocabulary
+    shard: str,  # a VocabShard that owns columns [0, size) of the logits; ids are those of the whole vocabulary
 ) -> tuple[Tensor, Tensor]:
     """``divergence (N,)`` and the student's ``−log p (N,)`` at ids, 0-dim without with_nll."""
     found, nll = compare_rows(
@@ -180,11 +180,11 @@ def _differentiable(
     return differentiable_two_heads(first, second, ids, with_nll, which)
 
 
-# Whatever the sides are.
+# Tensors or lazy logits on either side.
 
 
 def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> Head:
-    """The tokens of logits of which the columns of the shard are meant."""
+    """Logits as a :class:`Head`; with a ``shard``, they are the columns of that shard."""
     if isinstance(logits, Tensor):
         rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
         return Head(rows, None, shard=shard)  # type: ignore[arg-type]
@@ -196,7 +196,7 @@ Shards = tuple[VocabShard | None, VocabShard | None]
 
 
 def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, group: Any) -> Shards:
-    """The part of the vocabulary that either side holds, cut to the smaller vocabulary; None where they hold all of it."""
+    """The shard of the vocabulary that each side holds, cut to the smaller vocabulary; None where they hold all of it."""
     sides = (student, teacher)
     some_tensor = isinstance(student, Tensor) or isinstance(teacher, Tensor)
     found = [local_part(x, group if isinstance(x, Tensor) or not some_tensor else None)[1] for x in sides]
@@ -212,7 +212,7 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
     if first is not None and second is not None:
         V = min(first.vocab, second.vocab)
         first, second = (s._replace(start=min(s.start, V), stop=min(s.stop, V), vocab=V) for s in (first, second))
-        if first[:5] == second[:5]:  # whatever becomes of the gradient of hidden
+        if first[:5] == second[:5]:  # the other fields, on the gradient of hidden, may differ
             return first.of_sides(student, teacher), second
     names = [
         f"{name} {tuple(x.shape)} "
@@ -226,7 +226,7 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
 
 
 def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
-    """The divergence meant: at the ends of its mixture ``jsd`` is one of the KLs."""
+    """The divergence, checked; at the ends of its mixture ``jsd`` becomes one of the KLs."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if not 0 <= beta <= 1:
@@ -253,7 +253,7 @@ def check_logits(name: str, logits: Any) -> None:
 def check_sides(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, tokens: torch.Size | None
 ) -> torch.Size:
-    """The shape of the tokens of both; raises where they do not fit each other or ``tokens``."""
+    """The token shape of both sides; raises if they do not match each other or ``tokens``."""
     check_logits("student_logits", student)
     check_logits("teacher_logits", teacher)
     found = student.shape[:-1]
@@ -279,7 +279,7 @@ def token_divergence(
     workspace: int | str | None = None,
     drop_ignored: bool | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(N,)`` divergences, and with ``with_nll`` the student's ``−log p`` at ids, differentiable in both sides."""
+    """Divergences ``(N,)`` and, with ``with_nll``, the student's ``−log p`` at ids; differentiable in both sides."""
     if transforms_active():
         refuse_shard(packed(shards[0]), student.shape)
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
@@ -309,7 +309,7 @@ def token_divergence(
 
 
 def left_out(weight: float | Tensor) -> bool:
-    """Whether a term so weighted is not made: one that is learned has a gradient at 0 too."""
+    """Whether a term with this weight is left out: not if the weight is learned, since it has a gradient at 0 too."""
     return not weight and not (isinstance(weight, Tensor) and differentiated(weight))
 
 
@@ -328,11 +328,11 @@ def summed_divergence(
     drop_ignored: bool | None = None,
     route: Route | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """``Σ_n soft·divergence + hard·(−log p)`` over ``divisor``, of a head with the gradients made in forward, and both numbers
-    ``(N,)``, the second None where it has no weight."""
+    """``Σ_n soft·divergence + hard·(−log p)`` over ``divisor``, for a head with gradients made in forward; the divergences
+    ``(N,)``; and −log p ``(N,)``, None where it has no weight."""
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
-    learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights, which may want gradients too
+    learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights that may require grad
     recompute = route_setting.chosen(route) == "recompute" or unknown(math.prod(student.shape[:-1]))
     if tensors or learned or recompute or transforms_active():
         found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)
@@ -341,8 +341,8 @@ def summed_divergence(
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
-        # Divided now, so that the upstream gradient is 1 and backward has nothing to multiply; but for float16 gradients of
-        # logits, which would vanish before a scaled loss multiplies them.
+        # Divided now, so that the upstream gradient is 1 and backward has nothing to multiply; but not in float16, where the
+        # gradients of the logits would underflow before the loss scale multiplies them.
         now, later = (1, divisor) if torch.float16 in (student.dtype, teacher.dtype) else (divisor, 1)
         share = on_device(now, student.device).to(statistics_dtype(heads[0].hidden.dtype)).reciprocal()
         loss, found, nll, *_ = two_heads_loss(
@@ -384,34 +384,34 @@ def divergence(
 
     .. math:: KL(t‖s),\quad KL(s‖t),\quad β\,KL(t‖m) + (1-β)\,KL(s‖m),\quad KL(t‖m),\quad \tfrac12\sum_j|t_j - s_j|
 
-    with :math:`t, s` the softmax of the logits over the temperature and :math:`m = βt + (1-β)s`. Where both are tensors they
-    are read where they are; of a :class:`LinearLogits` a workspace of logits exists at a time, and backward makes them
-    again. The teacher gets a gradient where it requires one.
+    with :math:`t, s` the softmax of the logits over the temperature and :math:`m = βt + (1-β)s`. Two tensors are read in place,
+    without a copy. The logits of a :class:`LinearLogits` exist only as far as the workspace holds them, and backward recomputes
+    them. The teacher gets a gradient if it requires one.
 
     Source: Hinton et al. (arXiv:1503.02531); generalised JSD: Agarwal et al. (arXiv:2306.13649), TRL 1.16, Liger; skewed KL:
     Ko et al. (arXiv:2402.03898). As in TRL and Liger, ``jsd`` is the forward KL at ``beta=0`` and the reverse KL at ``beta=1``.
 
     Args:
         student_logits: ``(…, V)``, any strides, a Tensor or a :class:`LinearLogits`.
-        teacher_logits: ``(…, V')`` of the same tokens, with a dtype, hidden size and head of its own. Where the vocabularies
-            are padded to different sizes both are cut to the smaller before the softmax.
+        teacher_logits: ``(…, V')`` of the same tokens, with a dtype, hidden size and head of its own. If the vocabularies are
+            padded to different sizes, both are cut to the smaller before the softmax.
         kind: from the table at the top of the module.
         beta: the teacher's share of the mixture, for ``jsd`` and ``skewed_kl``.
-        temperature: of both sides; the gradient's factor ``temperature²`` is not put back.
+        temperature: of both sides; the result is not multiplied by ``temperature²`` to undo its effect on the gradient.
         mask: ``(…)``; tokens where it is 0 are neither read nor projected and give 0.
         group: the ranks that share the vocabulary, a process group or a :class:`VocabParallel`; tensors of logits are then
-            this rank's columns. A :class:`LinearLogits` was given its own. Both sides must be shared out alike; ranks
-            exchange a few numbers per token, and every result is the same on all of them.
-        backend: ``"triton"`` or ``"torch"``; by default what serves the device.
-        workspace: bytes to use beside inputs and results, for a :class:`LinearLogits`.
+            this rank's columns. A :class:`LinearLogits` has its own group. Both sides must be sharded alike; ranks exchange
+            a few numbers per token, and every result is the same on all of them.
+        backend: ``"triton"`` or ``"torch"``; by default the one that serves the device.
+        workspace: bytes that may be held beside inputs and results, for a :class:`LinearLogits`.
         drop_ignored: take masked tokens out before the products (True), or zero them, without a synchronisation (False).
 
     Returns:
-        ``(…)``, nats (``tvd``: in [0, 1]), fp32, or float64 for a float64 student; never negative. A KL is infinite where the
-        other side is −inf and this one is not; then the gradient of the side that has mass there is 0 in that row.
+        ``(…)``, nats (``tvd``: in [0, 1]), fp32, or float64 for a float64 student; never negative. A KL is infinite if the
+        second side's logit is −inf where the first has mass; then the gradient of the first side is 0 in that row.
 
     Raises:
-        ValueError: shapes, devices or shares of the vocabulary that do not fit, an unknown kind, ``beta`` outside [0, 1].
+        ValueError: shapes, devices or shards that do not fit each other, an unknown kind, ``beta`` outside [0, 1].
 
     Example:
         >>> student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, 1.0]])
@@ -441,7 +441,7 @@ def masked_divergence(
     workspace: int | str | None,
     **how: Any,
 ) -> Tensor:
-    """``(…)``, of any kind that the kernels know; 0 where the mask is."""
+    """The divergence ``(…)``, of any kind that the kernels support; 0 where the mask is 0."""
     tokens = check_sides(student_logits, teacher_logits, None if mask is None else mask.shape)
     check_masks(mask=mask)
     ids = None if mask is None else torch.where(mask.reshape(-1) != 0, 0, -100)

@@ -1,4 +1,4 @@
-"""Tokens and the head that would turn them into logits, as both routes and the comparison of two heads read them."""
+"""Tokens and the head that would turn them into logits: the input of both routes and of the comparison of two heads."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
     from .linear_logits import LinearLogits
 
 
-INPUTS: Final = 5  # of a head, its first fields: what a gradient may be asked of
+INPUTS: Final = 5  # the first fields of a head, those that may get a gradient
 
 
 class Head(NamedTuple):
     """Tokens and the head that would turn them into logits ``softcap·tanh(scale·(h Wᵀ + u Bᵀ + bias)/softcap)/temperature``."""
 
     hidden: Tensor  # (N, H)
-    weight: Tensor  # (V, H); None: hidden are logits (N, V)
+    weight: Tensor  # (V, H); None: hidden holds logits (N, V)
     bias: Tensor | None = None  # (V,)
     u: Tensor | None = None  # (N, R)
     B: Tensor | None = None  # (V, R)
     temperature: Tensor | None = None  # (N,)
     scale: float = 1.0
     softcap: float | None = None
-    shard: VocabShard | None = None  # whose rows weight, bias and B are; None: the whole vocabulary's
+    shard: VocabShard | None = None  # the part of the vocabulary that weight, bias and B hold; None: all of it
     gradient_filter: float = 0.0  # see the setting
 
     @property
@@ -53,12 +53,12 @@ class Head(NamedTuple):
 
     @property
     def planned_vocab(self) -> int:
-        """The rows that a plan counts on; all ranks that share a vocabulary must plan alike."""
+        """The vocabulary size to plan with, the same on all ranks that share a vocabulary: they must plan alike."""
         return self.columns_here if self.shard is None else self.shard.even_size
 
     @property
     def steepest(self) -> Tensor | float:
-        """The most that a final logit changes by where the product of hidden and weight changes by 1."""
+        """The largest change of a final logit when the product of hidden and weight changes by 1."""
         return abs(self.scale) if self.temperature is None else (self.scale / self.temperature).abs().amax()
 
     @property
@@ -67,7 +67,7 @@ class Head(NamedTuple):
 
     @property
     def trained(self) -> list[bool]:
-        """Which of the inputs a gradient is asked of."""
+        """Which of the inputs need a gradient."""
         return [trains(t) for t in self.inputs]
 
     @property
@@ -79,7 +79,7 @@ class Head(NamedTuple):
         return self._replace(**values)
 
     def packed(self) -> dict[str, Any]:
-        """As operators take it, by the names of its fields."""
+        """The operators' keyword arguments, by the names of its fields."""
         return self._replace(shard=packed(self.shard))._asdict()  # type: ignore[arg-type]
 
     def detached(self) -> Head:
@@ -88,16 +88,16 @@ class Head(NamedTuple):
     def empty_gradients(
         self, wanted: Sequence[bool], dtypes: Sequence[torch.dtype], written: Sequence[bool]
     ) -> list[Tensor | None]:
-        """Room for the gradients of the inputs, None if not ``wanted``: 0 where not all of it will be ``written`` at first."""
+        """Buffers for the inputs' gradients, None if not ``wanted``; zeroed unless the first write covers all (``written``)."""
         return [
             None if t is None or not want else (t.new_empty if all_of else t.new_zeros)(t.shape, dtype=dtype)
             for t, want, dtype, all_of in zip(self.inputs, wanted, dtypes, written, strict=True)
         ]
 
     def tokens(self, rows: slice | Tensor, ignored: Tensor | None = None) -> Head:
-        """The tokens at ``rows``, those that are ``ignored`` ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
+        """The tokens at ``rows``, with ``ignored`` ones ``(n,)`` zeroed: a nan there must not reach ``d_weight``."""
 
-        # No function for the three: Dynamo would take the rows that it closes over for constants.
+        # No helper function for the three: Dynamo would treat the rows it closes over as constants.
         hidden, u = self.hidden[rows], None if self.u is None else self.u[rows]
         temperature = None if self.temperature is None else self.temperature[rows]
         if ignored is not None:
@@ -126,10 +126,10 @@ class Head(NamedTuple):
         )
 
     def write_logits(self, out: Tensor) -> Tensor:
-        """The logits before scale, softcap and temperature: ``out (n, V)``, not rounded to 16 bits where that is wider."""
+        """Write the logits before scale, softcap and temperature to ``out (n, V)``; not rounded to 16 bits if it is wider."""
         hidden, weight, bias = self[:3]
         if out.dtype == hidden.dtype:
-            if torch.compiler.is_compiling():  # which takes no out= whose rows are apart
+            if torch.compiler.is_compiling():  # compiled, out= may not have padded rows
                 out.copy_(F.linear(hidden, weight, bias))
             elif bias is None:
                 torch.mm(hidden, weight.t(), out=out)
@@ -182,7 +182,7 @@ def check_head(head: Head) -> None:
 
 
 def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
-    """The head and the column weights as the operators read them."""
+    """The head and the column weights as the operators need them: contiguous, constants detached and upcast."""
     for name, constant in (("weight", column_weight), ("temperature", head.temperature)):
         if constant is not None and trains(constant):
             raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
@@ -196,8 +196,8 @@ def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None
 def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:
     """Which tokens to project, and whether ignored ones among them must be zeroed.
 
-    Counting them is a host synchronisation; where that cannot be (``torch.compile``, ``vmap``, graph capture) or must not
-    (``drop_ignored=False``) every token is projected.
+    Counting them is a host synchronisation; where that is impossible (``torch.compile``, ``vmap``, graph capture) or unwanted
+    (``drop_ignored=False``), every token is projected.
     """
     if ids is None:
         return None, False
@@ -208,14 +208,14 @@ def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor |
 
 
 def differentiable_product(head: Head) -> Tensor:
-    """Logits ``(N, V)`` before scale, softcap and temperature, by autograd, in the dtype of the inputs under any autocast."""
+    """Logits ``(N, V)`` before scale, softcap and temperature, recorded by autograd; in the inputs' dtype despite autocast."""
     with full_precision(head.hidden.device):
         x = head.hidden if head.weight is None else F.linear(head.hidden, head.weight, head.bias)
         return x if head.low_rank is None else x + head.low_rank[0] @ head.low_rank[1].t()
 
 
 def whole_logits(head: Head, skip: Tensor | None) -> Tensor:
-    """Plain differentiable PyTorch, in fp32 or wider; ``skip`` ``(N,)``: tokens of which a nan must reach nothing."""
+    """Final logits in plain differentiable PyTorch, fp32 or wider; ``skip`` ``(N,)``: tokens to zero, since they may be nan."""
     dtype = statistics_dtype(head.hidden.dtype)
     head = head.tokens(slice(None), skip)
     head = head.with_inputs(None if t is None else t.to(dtype) for t in head.inputs)
@@ -225,6 +225,6 @@ def whole_logits(head: Head, skip: Tensor | None) -> Tensor:
 def differentiable_statistics(
     head: Head, ids: Tensor | None, column_weight: Tensor | None, outputs: Sequence[str]
 ) -> RowStatistics:
-    """The statistics as plain differentiable PyTorch on whole logits."""
+    """The statistics in plain differentiable PyTorch on whole logits."""
     check_differentiable(head.hidden.shape[0], head.weight.shape[0], head.hidden.dtype)
     return row_statistics(whole_logits(head, skipped(ids)), ids, column_weight, outputs)

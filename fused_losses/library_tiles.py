@@ -1,6 +1,6 @@
-"""``kernels/linear_softmax.py`` for 32-bit heads on a GPU: the library's product of a tile, then the kernels for rows.
+"""``kernels/linear_softmax.py`` for 32-bit heads on a GPU: the library multiplies a tile, then the row kernels read it.
 
-Matrix instructions take fp32 as TF32, which is wrong here; the library's IEEE product is as fast as any.
+Matrix instructions take fp32 as TF32, which is too coarse here; the library's IEEE product is as fast as any.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def linear_softmax_fwd(
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Collection[str],
-    saved_logits: Tensor | None = None,  # (N, v), written: the first v logits of each row
+    saved_logits: Tensor | None = None,  # (N, v), written to: the first v logits of each row
 ) -> RowStatistics:
     from .kernels.softmax_rows import softmax_rows_fwd
 

@@ -1,4 +1,4 @@
-"""What all losses agree on: the precision they compute in, and what the options that they share may be."""
+"""What all losses have in common: the precision they compute in, and the checks of the options they share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .autodiff import host_may_read
 
-SUM_ELEMENTS = 2**15  # of fp32 rows that are summed in float64
-SUM_OF_MANY = 2**21  # … of what is as large as logits: 16 MiB of float64; 8 times as many on a GPU, for fewer launches
+SUM_ELEMENTS = 2**15  # elements of fp32 rows that are summed in float64 at a time
+SUM_OF_MANY = 2**21  # … of tensors as large as logits: 16 MiB of float64; 8 times as many on a GPU, for fewer launches
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -21,12 +21,12 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
-    """float64, in which what is left of a row after its pass is put together; fp32 on a device that has no float64."""
+    """float64, in which a row's partial results are combined after the pass over it; fp32 on a device without float64."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 def wide_sums(x: Tensor, w: Tensor | None, elements: int = SUM_ELEMENTS) -> Tensor:
-    """``Σ_j w_j x_j`` of rows ``(n, V)`` in float64, a few rows at a time: PyTorch sums a copy in that dtype."""
+    """``Σ_j w_j x_j`` of rows ``(n, V)`` in float64, a few rows at a time: PyTorch makes a copy in that dtype."""
     wide, size = wide_dtype(x.device), max(1, elements // max(x.shape[1], 1))
     parts = x.split(size)
     if w is None:
@@ -36,7 +36,7 @@ def wide_sums(x: Tensor, w: Tensor | None, elements: int = SUM_ELEMENTS) -> Tens
 
 
 def wide_sum(x: Tensor, dim: int) -> Tensor:
-    """:func:`wide_sums` over any dimension of what is as large as logits."""
+    """:func:`wide_sums` over any dimension of a tensor as large as logits."""
     dtype = wide_dtype(x.device)
     if x.dtype == dtype or x.numel() == 0 or torch.compiler.is_compiling():
         return x.sum(dim, dtype=dtype)
@@ -46,30 +46,30 @@ def wide_sum(x: Tensor, dim: int) -> Tensor:
 
 
 def sum_of_losses(losses: Tensor) -> Tensor:
-    """Their sum, in float64 and rounded once."""
+    """The sum of ``losses``, in float64 and rounded once."""
     return losses.sum(dtype=wide_dtype(losses.device)).to(losses.dtype)
 
 
 def upcast(x: Tensor) -> Tensor:
-    """``x`` in the precision statistics are computed in; no copy where it already is."""
+    """``x`` in the precision in which statistics are computed; not copied if it already has that."""
     return x.to(statistics_dtype(x.dtype))
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast casts to on ``device``; None where it is off, or unknown as on ``meta``."""
-    # Asked of the type's name and not of PyTorch: its older compilers do not trace torch.amp.is_autocast_available.
+    """The dtype that autocast casts to on ``device``; None where autocast is off, or unknown, as on ``meta``."""
+    # Compares the device's type: older versions of Dynamo do not trace torch.amp.is_autocast_available.
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
 
 def full_precision(device: torch.device) -> contextlib.AbstractContextManager[None]:
-    """Inside it autocast has nothing to decide."""
+    """A context in which autocast is off."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def check_scaling(softcap: float | None = None, temperature: float | Tensor | None = None) -> None:
-    """Raise where logits would have no distribution. Into a tensor nobody looks, which would wait for the device."""
+    """Raise if the logits would have no distribution. A tensor's value is not checked: that would wait for the device."""
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive, or None for no bound, got {softcap}")
     if temperature is not None and not isinstance(temperature, Tensor) and not temperature > 0:
@@ -77,7 +77,7 @@ def check_scaling(softcap: float | None = None, temperature: float | Tensor | No
 
 
 def reduction_of(reduction: str, size_average: Any, reduce: Any) -> str:
-    """What PyTorch's older arguments say, where they are given."""
+    """The reduction, from PyTorch's deprecated arguments if one is given."""
     older = size_average is not None or reduce is not None
     return nn._reduction.legacy_get_string(size_average, reduce) if older else reduction
 
@@ -93,8 +93,8 @@ def check_label_smoothing(label_smoothing: float) -> None:
 
 
 def check_masks(**masks: Tensor | None) -> None:
-    """Raise where an entry is below 0, as in labels and in what is added to logits: each would count as a token. On a GPU the
-    device's next synchronisation fails."""
+    """Raise if an entry is below 0, as in labels or an additive mask: each would count as a token. On a GPU the device's next
+    synchronisation fails instead."""
     for name, mask in masks.items():
         if mask is None or mask.dtype in (torch.bool, torch.uint8) or not host_may_read(mask):
             continue
@@ -108,14 +108,14 @@ def check_masks(**masks: Tensor | None) -> None:
 
 
 def check_between(low: float, high: float, /, **options: float | None) -> None:
-    """Raise where an option is out of range. Into a tensor nobody looks, which would wait for the device."""
+    """Raise if an option is out of range. A tensor's value is not checked: that would wait for the device."""
     for name, x in options.items():
         if x is not None and not isinstance(x, Tensor) and not low <= x <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {x}")
 
 
 def on_device(x: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A number as a tensor there, filled there: a copy from the host would wait for the device."""
+    """``x`` as a tensor on ``device``; a number is filled in there, since a copy from the host would wait for the device."""
     return x.to(device, dtype) if isinstance(x, Tensor) else torch.full((), x, dtype=dtype, device=device)
 
 

@@ -1,12 +1,12 @@
-"""Which route a head's gradients take, in chunks of what size, and what that costs in memory.
+"""Chooses the route for a head's gradients and the chunk size, and predicts the memory.
 
 With ``N`` tokens, ``V`` vocabulary and ``H`` hidden, one product over the logits is ``2NVH`` floating point operations.
 
-- ``gradients_in_forward`` (``6NVH``): a chunk of tokens at a time, logits, loss and gradients in one go. It needs to know the
+- ``gradients_in_forward`` (``6NVH``): a chunk of tokens at a time, logits, loss and gradients in one pass. It needs to know the
   loss of each token up to one common factor, so it serves sums and means.
-- ``recompute`` (``8NVH``): forward saves a few numbers per token; backward makes the logits again, a slice of the vocabulary
-  at a time. It serves any upstream gradient per token, and it needs the least memory. Logits of as many vocabulary entries as
-  the budget holds are saved for backward and not made again: down to ``6NVH``.
+- ``recompute`` (``8NVH``): forward saves a few numbers per token; backward recomputes the logits, a slice of the vocabulary at
+  a time. It serves any upstream gradient per token, and it needs the least memory. Forward saves the logits of as many
+  vocabulary entries as the budget holds, which backward does not recompute: down to ``6NVH``.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from .settings import workspace as workspace_setting
 
 MiB = 2**20
 DEFAULT_BUDGET = 512 * MiB  # or the two gradients, whichever is larger
-RECOMPUTE_BUDGET = 256 * MiB  # of 16-bit heads: larger slices are not faster, and logits are saved in fp32
+RECOMPUTE_BUDGET = 256 * MiB  # for 16-bit heads: larger slices are not faster, and logits are saved in fp32
 ROW_TEMPORARIES = 1  # copies of a chunk of rows that the PyTorch row primitive holds at once
-MANY_CHUNKS = 8  # beyond it a 16-bit sum over chunks loses too much
+MANY_CHUNKS = 8  # with more chunks than this, a 16-bit sum over them loses too much precision
 ACCUMULATION_PAYS = 1024  # tokens a chunk needs before an fp32 sum over chunks is cheaper than recomputing the logits
 FEWEST_TOKENS, FEWEST_COLUMNS = 32, 512  # in a chunk, in a slice
 NUMBERS_PER_TOKEN = 60  # bytes of statistics, their copies for backward and the coefficients of a gradient
-NUMBERS_IN_FORWARD = 33  # while chunks are made: of ids, statistics and what the loss has of each
-TILE_BYTES = 32 * MiB  # of logits that library_tiles.py makes at a time, forward
+NUMBERS_IN_FORWARD = 33  # bytes per token while the chunks run: ids, statistics, and the loss's numbers for each
+TILE_BYTES = 32 * MiB  # of logits that library_tiles.py makes at a time in forward
 
 
 def padded(columns: int) -> int:
-    """The length of a row of logits that kernels can write in whole words, and products alike wherever they write."""
+    """The padded length of a row of logits: kernels can write it in whole words, products alike wherever they write it."""
     return math.ceil(columns / 16) * 16
 
 
@@ -115,36 +115,36 @@ def plan(
 
     .. math:: \text{workspace} \le \max(\text{bytes of } d\_hidden + d\_weight,\ 512\,\text{MiB}) \quad\text{by default}
 
-    Route ``recompute`` holds what logits it saves from forward to backward, once per call. Heads of 16 bits, which would save
-    them in fp32, take 256 MiB there by default. A default has room beside that for a copy of the hidden states, where tokens
-    are ignored, and for their gradient in fp32, where ranks sum it up.
+    Route ``recompute`` holds the logits that it saves from forward to backward, once per call. 16-bit heads, which save them in
+    fp32, take 256 MiB there by default. Defaults leave additional room for a copy of the hidden states, where tokens are
+    ignored, and for their gradient in fp32, where ranks sum it.
 
-    On route ``gradients_in_forward`` ``d_weight`` is written once where one chunk fits; else summed over chunks, in its own
-    16-bit dtype for up to 8 of them and in fp32 beyond.
+    On route ``gradients_in_forward`` ``d_weight`` is written once if one chunk fits; otherwise it is summed over chunks, in its
+    own 16-bit dtype for up to 8 of them and in fp32 beyond.
 
-    It plans for a head in ``dtype``: under autocast the cast weight and, of an fp32 head, its gradient in fp32 come on top.
+    The plan is for a head in ``dtype``: under autocast the cast weight and, for an fp32 head, its gradient in fp32 are extra.
 
     Args:
         tokens: ``N``, those that are not ignored.
         vocab: ``V``.
         hidden: ``H``.
         dtype: of hidden and weight.
-        ignored: how many tokens beside ``N`` are ignored. Where any is, the hidden states of the others are copied. None: they
+        ignored: how many tokens beside ``N`` are ignored. If any is, the hidden states of the others are copied. None: they
             are not taken out but zeroed in a copy of all ``N`` (``drop_ignored=False``, ``torch.compile``).
-        shared: ``V`` is what one rank holds of a vocabulary that ranks share: they sum up the gradient of hidden in fp32.
+        shared: ``V`` is one rank's part of a vocabulary that ranks share: they all-reduce the gradient of hidden in fp32.
         per_token: each token has an upstream gradient of its own (log-probabilities, ``reduction="none"``).
         route: ``"gradients_in_forward"`` or ``"recompute"``; None is the fastest that fits.
         workspace: bytes, or a string such as ``"256MiB"``, beside inputs, outputs and gradients; None is the setting's.
-        accumulate: ``"fp32"`` sums ``d_weight`` over chunks in fp32 however few they are.
+        accumulate: ``"fp32"`` sums ``d_weight`` over chunks in fp32, however few the chunks.
         backend: ``"torch"`` also holds a few chunks of rows of a fixed size.
-        gradient_filter: where it is not 0, room for the columns that are multiplied is planned; None is the setting's.
+        gradient_filter: if it is not 0, the plan includes room for the gathered columns; None is the setting's.
 
     Returns:
         A :class:`Plan`.
 
     Raises:
-        ValueError: ``per_token`` with route ``"gradients_in_forward"``, a size that is negative or no integer, or an unknown
-            choice.
+        ValueError: ``per_token`` with route ``"gradients_in_forward"``, a size that is negative or not an integer, or an
+            unknown choice.
         TypeError: ``dtype`` is not a ``torch.dtype``.
 
     Example:
@@ -178,7 +178,7 @@ def plan(
     route = route_setting.chosen(route)
     filters = gradient_filter_setting.chosen(gradient_filter) > 0
     given = workspace_setting.chosen(workspace)
-    if unknown(tokens):  # the dtype of sums over chunks, and what logits are saved, would depend on it
+    if unknown(tokens):  # the dtype of sums over chunks, and how many logits are saved, would depend on it
         room = RECOMPUTE_BUDGET if given is None else given
         why = ("how many tokens a mask takes is known after compiling",)
         return Plan(tokens, vocab, hidden, dtype, "recompute", vocab, 1, 0, None, room, {}, why)
@@ -222,7 +222,7 @@ class _Sizes:
 
     @property
     def gradients(self) -> int:
-        """Bytes of those that are returned."""
+        """Bytes of the gradients that are returned."""
         return self.d_hidden(self.all_tokens, self.dtype) + self.d_weight(self.dtype)
 
     def d_hidden(self, tokens: int, dtype: torch.dtype) -> int:
@@ -232,27 +232,27 @@ class _Sizes:
         return self.vocab * self.hidden * dtype.itemsize
 
     def copied(self, tokens: int) -> int:
-        """The hidden states of ``tokens`` that are projected, where others are left out or zeroed."""
+        """Bytes of a copy of the projected ``tokens``' hidden states, made where others are left out or zeroed."""
         return 0 if self.ignored == 0 else tokens * self.hidden * self.dtype.itemsize
 
     def row_temporaries(self, elements: int) -> int:
-        """What the row primitive holds beside ``elements`` logits."""
+        """Bytes that the row primitive holds beside ``elements`` logits."""
         if self.backend == "triton":
             return 0
         return ROW_TEMPORARIES * self.statistics_dtype.itemsize * min(elements, max(CHUNK_ELEMENTS, self.vocab))
 
     def upcast(self, tokens: int, columns: int) -> int:
-        """What products of 16-bit factors that are summed in fp32 hold."""
+        """Bytes of the upcast blocks in products of 16-bit factors that are summed in fp32."""
         return 0 if self.backend == "triton" else upcast_bytes(tokens, columns, self.hidden, self.dtype)
 
     def gathered(self, tokens: int, columns: int, d_hidden: torch.dtype) -> int:
-        """What is held where a gradient filter multiplies few of so many columns."""
+        """Bytes held where a gradient filter multiplies few of ``columns``."""
         if not self.filters:
             return 0
         return gathered_bytes(tokens, columns, self.hidden, self.dtype, d_hidden, on_cpu=self.backend == "torch")
 
     def tile(self, columns: int) -> int:
-        """What the PyTorch head holds on route "recompute": a tile of logits, and its factors that are upcast, or rows."""
+        """Bytes that the PyTorch head holds on route "recompute": a tile of logits and its upcast factors, or its rows."""
         if self.backend == "triton":
             return 0
         rows, columns = min(self.tokens, TILE), min(columns, TILE)
@@ -262,7 +262,7 @@ class _Sizes:
         return self.statistics_dtype.itemsize * (elements + max(factors, ROW_TEMPORARIES * rows_at_once))
 
     def scaled(self, *dtypes: torch.dtype) -> int:
-        """What the PyTorch head holds where it multiplies gradients, made in these dtypes, by the upstream gradient."""
+        """Bytes that the PyTorch head holds to multiply gradients, made in these dtypes, by the upstream gradient."""
         if self.backend == "triton" or self.dtype.itemsize > 2:
             return 0
         held = 0
@@ -286,8 +286,8 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
 
     def at_a_time(tokens: int, sums: torch.dtype) -> int:
         upcast = sizes.upcast(tokens, V) if per_token != dtype or sums != dtype else 0
-        product = sizes.d_hidden(tokens, per_token) if sizes.ignored else 0  # before it goes to where the tokens are
-        rows = sizes.row_temporaries(tokens * V) + (product if sizes.shared else 0)  # which ranks sum up meanwhile
+        product = sizes.d_hidden(tokens, per_token) if sizes.ignored else 0  # before it goes to the tokens' rows
+        rows = sizes.row_temporaries(tokens * V) + (product if sizes.shared else 0)  # all-reduced meanwhile
         return max(rows, product + max(sizes.gathered(tokens, V, per_token), upcast))
 
     def most_tokens(sums: torch.dtype, numbers: int) -> int:
@@ -314,7 +314,7 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
             beside = " and fp32 sums" if rounded else ""
             return None, f"the workspace does not hold a chunk of {FEWEST_TOKENS} tokens{beside}"
         if sums != dtype and n < min(N, ACCUMULATION_PAYS) and not accumulate:
-            of = "" if torch.compiler.is_compiling() else f" of {n} tokens"  # printed, a number is a constant to Dynamo
+            of = "" if torch.compiler.is_compiling() else f" of {n} tokens"  # Dynamo makes a printed number a constant
             return None, f"{note}, and fp32 sums over chunks{of} cost more than recomputing"
     n = _even(N, max(most_tokens(sums, numbers), min(N, FEWEST_TOKENS)))
     chunks = max(1, -(-N // max(n, 1)))
@@ -345,7 +345,7 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
         rows = max(sizes.tile(columns) if made else 0, sizes.row_temporaries(N * columns))  # or saved
         return max(rows, sizes.gathered(N, columns, wide), sizes.upcast(N, columns))
 
-    # At the end the gradient of hidden is made of its sum: where that is wider, or of fewer tokens.
+    # At the end the gradient of hidden is made from its sum, if that is wider or covers fewer tokens.
     rounded = sizes.d_hidden(N, dtype) if wide != dtype and sizes.ignored else 0
     beside_gradients = d_hidden_sum + rounded if wide != dtype or sizes.ignored else 0
     at_end = budget - numbers - beside_gradients
@@ -356,12 +356,12 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
         most = min(free, RECOMPUTE_BUDGET) // max(N * dtype.itemsize, 1)
     fits = most >= min(V, FEWEST_COLUMNS)
     most = max(most, FEWEST_COLUMNS)
-    if wide == dtype:  # one buffer: from forward on of the first slice's logits, then of every slice's gradient
+    if wide == dtype:  # one buffer: it holds the first slice's logits from forward on, then every slice's gradient
         v = min(V, most // FEWEST_COLUMNS * FEWEST_COLUMNS)
-        saved = v if fits else 0  # calls may be many before one backward
+        saved = v if fits else 0  # there may be many calls before one backward
         held = N * padded(saved) * dtype.itemsize
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize}
-    else:  # logits are never rounded to 16 bits, so that they have another
+    else:  # logits are never rounded to 16 bits, so they have a buffer of their own
         v = _even(V, most)
         rest = min(free - N * v * dtype.itemsize, at_end)
         slices_saved = max(0, rest) // max(N * v * wide.itemsize, 1)
@@ -369,7 +369,7 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
         held = N * padded(saved) * wide.itemsize
         buffers = {"d_logits of a slice": N * padded(v) * dtype.itemsize, "logits saved": held}
     forward = {"logits saved": held, "hidden kept": copied, "numbers per token": numbers}
-    if sizes.backend == "triton" and wide == dtype and saved < V:  # 32-bit heads make their logits with the library
+    if sizes.backend == "triton" and wide == dtype and saved < V:  # library_tiles.py makes 32-bit logits
         forward["logits of a tile"] = min(N, tile_rows(V, dtype.itemsize)) * padded(V) * dtype.itemsize
     slices = {
         "d_weight": sizes.d_weight(dtype),
@@ -390,11 +390,11 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
 
 
 def _even(total: int, most: int) -> int:
-    """The size of equal pieces of ``total`` no larger than ``most``, a multiple of what matrix products like."""
+    """The size of equal pieces of ``total``, at most ``most``; a multiple that suits matrix products."""
     if most >= total:
         return total
     size = math.ceil(total / math.ceil(total / most))
-    # No branch, which a compiler would have another graph for.
+    # No branch: each side of one would be a graph of its own when compiled.
     return min(math.ceil(size / 128) * 128, most // 32 * 32 or size)
 
 
@@ -405,11 +405,11 @@ def _plan(
     chunk: int,
     chunks: int,
     accumulate: torch.dtype | None,
-    phases: Sequence[dict[str, int]],  # what each holds
+    phases: Sequence[dict[str, int]],  # bytes that each phase holds
     why: Sequence[str],
     saved: int = 0,
 ) -> Plan:
-    # Compiled, nobody reads the parts, and which are the largest would be another graph.
+    # Nobody reads the parts of a compiled plan, and a branch on which are the largest would be another graph.
     parts = {} if torch.compiler.is_compiling() else max(phases, key=lambda phase: sum(phase.values()))
     if sum(parts.values()) > sizes.gradients + budget:
         why = (*why, "the workspace does not hold the least that this needs, which is taken anyway")

@@ -1,4 +1,4 @@
-"""Products with a head's matrices, summed in fp32 or wider; of a gradient of the logits by all its columns, or by few."""
+"""Products with a head's matrices, summed in fp32 or wider; those of the logits' gradient take all its columns, or a few."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .kernels.configurations import multiplies_matrices
 from .numerics import statistics_dtype
 from .row_statistics import slices
 
-GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes of columns of the logits' gradient and rows of the weight at a time
-MOST = 0.5  # of the columns: beyond it gathering them may cost what it saves
-BLOCK = 1024  # of a 16-bit matrix that is upcast, or of the vocabulary that is multiplied, at a time on a CPU
+GATHERED = {"cpu": 2**22, "cuda": 2**25}  # bytes gathered at a time, of the logits' gradient and the weight
+MOST = 0.5  # share of the columns beyond which gathering them may cost what it saves
+BLOCK = 1024  # entries along a dimension that a CPU upcasts from 16 bits, or multiplies, at a time
 
 
 def gives_fp32(x: Tensor) -> bool:
-    """Whether PyTorch has a product of 16-bit factors as ``x`` in fp32: on no CPU, in bfloat16 from sm_80 on, and in float16
-    unless it is told to sum that in float16."""
+    """Whether PyTorch can multiply 16-bit factors like ``x`` with an fp32 result: on no CPU; in bfloat16 from sm_80 on; in
+    float16 unless PyTorch is told to accumulate in float16."""
     if not x.is_cuda or traced(x):
         return x.is_cuda
     if x.dtype == torch.float16:
@@ -38,7 +38,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``out = a b`` if ``first``, else ``out += a b``; an fp32 ``out`` of 16-bit factors sees no rounded product."""
+    """``out = a b`` if ``first``, else ``out += a b``; 16-bit factors with an fp32 ``out``: no product is rounded to 16 bits."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
     elif (in_fp32 := gives_fp32(a)) and first:
@@ -56,18 +56,18 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 class FewColumns(NamedTuple):
-    """A gradient of the logits as its large columns, and what stands for the others: ``size · rows sharesᵀ``."""
+    """A gradient of the logits as its large columns, and a rank-1 term in place of the others: ``size · rows sharesᵀ``."""
 
-    columns: Tensor  # (k,), where some row has a large gradient
-    rows: Tensor  # (n,) the sum of a row's small columns, over the largest such sum
-    shares: Tensor  # (V,) the sizes in a small column, over the largest such column; 0 at ``columns``
+    columns: Tensor  # (k,), those in which some row has a large gradient
+    rows: Tensor  # (n,) each row's sum over the small columns, divided by the largest such sum
+    shares: Tensor  # (V,) each small column's sum of absolute values, divided by the largest; 0 at ``columns``
     size: Tensor  # ()
 
 
 def few_columns(d_logits: Tensor, gradient_filter: float) -> FewColumns | None:
-    """``d_logits (n, V)`` by its columns with an element of ``gradient_filter`` times the largest or more; None: by all.
+    """The columns of ``d_logits (n, V)`` with an element of at least ``gradient_filter`` times the largest; None: take all.
 
-    How many those are the host must know, so that it waits for the device.
+    The host must know their number, so it waits for the device.
     """
     n, V = d_logits.shape
     if not gradient_filter or not n or not V or not host_may_read(d_logits):
@@ -81,14 +81,14 @@ def few_columns(d_logits: Tensor, gradient_filter: float) -> FewColumns | None:
     rows = sizes.new_empty(n, 1)
     add_product(rows, d_logits, small.to(d_logits.dtype)[:, None], first=True)
     sizes *= small
-    # Of 1 at most each, since products may take them in 16 bits; the size of both is kept in fp32.
+    # Both are scaled to at most 1, since products may take them in 16 bits; their common size is kept in fp32.
     of_rows, shares = (torch.where(t.any(), t / t.abs().amax(), 0) for t in (rows[:, 0], sizes))
     size = rows.abs().amax() * (sizes.amax() / sizes.sum())
     return FewColumns(columns, of_rows, shares, torch.where(sizes.any(), size, 0))
 
 
 def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest of each column of ``|x|``, and its sum in fp32 or wider."""
+    """The largest element of each column of ``|x|``, and the column's sum in fp32 or wider."""
     wide = statistics_dtype(x.dtype)
     if x.is_cuda:
         return (
@@ -104,7 +104,7 @@ def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def column_bytes(n: int, hidden: int, dtype: torch.dtype) -> int:
-    """Of a gathered column ``(n,)`` of the logits' gradient with its row ``(H,)`` of the weight or of its gradient."""
+    """Bytes of a gathered column ``(n,)`` of the logits' gradient, with its row ``(H,)`` of the weight or of its gradient."""
     return n * dtype.itemsize + hidden * statistics_dtype(dtype).itemsize
 
 
@@ -120,7 +120,7 @@ def add_over_columns(
     few: FewColumns | None,
     first: bool,
 ) -> None:
-    """``out = d_logits matrix`` if ``first``, else ``out += d_logits matrix``; of ``few`` columns where given."""
+    """``out = d_logits matrix`` if ``first``, else ``out += d_logits matrix``; over the ``few`` columns if given."""
     if few is None:
         return add_product(out, d_logits, matrix, first)
     total = out if out.dtype.itemsize > 2 else out.new_empty(out.shape, dtype=torch.float32)
@@ -143,7 +143,7 @@ def add_at_columns(
     few: FewColumns | None,
     first: bool,
 ) -> None:
-    """``out = d_logitsᵀ x`` if ``first``, else ``out += d_logitsᵀ x``; of ``few`` columns where given."""
+    """``out = d_logitsᵀ x`` if ``first``, else ``out += d_logitsᵀ x``; at the ``few`` columns if given."""
     if few is None:
         return add_product(out, d_logits.t(), x, first)
     if first:
@@ -159,7 +159,7 @@ def add_at_columns(
 
 
 def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, d_hidden: torch.dtype, on_cpu: bool) -> int:
-    """What the products of few among ``vocab`` columns hold; ``d_hidden``: the dtype of the sum over them."""
+    """Bytes that products of few among ``vocab`` columns hold; ``d_hidden``: the dtype of the sum over the columns."""
     columns = min(at_a_time(n, hidden, dtype, on_cpu), int(MOST * vocab))
     held = columns * column_bytes(n, hidden, dtype) + 6 * statistics_dtype(dtype).itemsize * vocab
     if d_hidden.itemsize == 2:
@@ -168,7 +168,7 @@ def gathered_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype, d_hidden
 
 
 def upcast_bytes(n: int, vocab: int, hidden: int, dtype: torch.dtype) -> int:
-    """Of the blocks of 16-bit factors that :func:`add_product` has in fp32 at once on a CPU."""
+    """Bytes of the blocks of 16-bit factors that :func:`add_product` upcasts to fp32 at a time on a CPU."""
     if dtype.itemsize > 2:
         return 0
     rows, columns = min(n, BLOCK), min(vocab, BLOCK)
@@ -180,6 +180,6 @@ def column_sums(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x.sum(0, dtype=dtype)
     out = x.new_zeros(x.shape[1], dtype=dtype)
     for columns in slices(x.shape[1], BLOCK):
-        for rows in slices(x.shape[0], BLOCK // 2):  # PyTorch sums a copy of that dtype
+        for rows in slices(x.shape[0], BLOCK // 2):  # PyTorch makes a copy in that dtype
             out[columns] += x[rows, columns].sum(0, dtype=dtype)
     return out

@@ -1,4 +1,4 @@
-"""The divergence of two rows of logits, whichever backend has it and whoever shares the vocabulary; and in plain PyTorch."""
+"""The divergence of two rows of logits, on either backend and over a vocabulary shared by ranks; and in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Divergence(NamedTuple):
 
 
 def divergence_module(backend: str) -> Any:
-    """Where ``divergence_rows`` comes from."""
+    """The module that implements ``divergence_rows``."""
     if backend == "torch":
         from .chunked import divergence_rows
     else:
@@ -45,9 +45,9 @@ def divergence_module(backend: str) -> Any:
 def compare_rows(
     backend: str,
     shard: VocabShard | None,
-    student: Tensor,  # (B, V, S), all of the vocabulary or the shard's slice of it
+    student: Tensor,  # (B, V, S), the whole vocabulary or the shard's slice of it
     teacher: Tensor,  # (B, V, S)
-    ids: Tensor | None,  # (N,), counted from the slice's first column
+    ids: Tensor | None,  # (N,), relative to the slice's first column
     *temperatures: Tensor | None,  # (N,), of student and teacher
     soft: Tensor | None = None,
     hard: Tensor | None = None,
@@ -55,7 +55,7 @@ def compare_rows(
     d_teacher: Tensor | None = None,
     **which: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """``divergence_rows`` of the whole vocabulary."""
+    """``divergence_rows`` over the whole vocabulary, also where ranks share it."""
     rows = functools.partial(divergence_module(backend).divergence_rows, student, teacher, ids, *temperatures, **which)
     gradients = {"soft": soft, "hard": hard, "d_student": d_student, "d_teacher": d_teacher}
     if shard is None:
@@ -107,7 +107,7 @@ def of_log_probs(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> Tensor
 
 
 def differentiable_rows(
-    z_student: Tensor,  # (n, V): final logits but for the temperature
+    z_student: Tensor,  # (n, V): final logits, before the divergence's temperature
     z_teacher: Tensor,  # (n, V)
     ids: Tensor | None,  # (n,)
     *,
@@ -116,7 +116,7 @@ def differentiable_rows(
     temperature: float,
     with_nll: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """The divergence and ``−log p`` as plain PyTorch, for any derivative."""
+    """The divergence and ``−log p`` in plain PyTorch, which has every derivative."""
     skip = None if ids is None else ids == -100
     if skip is not None:
         z_student, z_teacher = (z.masked_fill(skip[:, None], 0) for z in (z_student, z_teacher))

@@ -1,4 +1,4 @@
-"""What one pass over a row of logits yields, and how gradients of those numbers become a gradient of the row.
+"""The statistics that one pass over a row of logits yields, and how their gradients become the gradient of the row.
 
 For a row ``z`` of ``V`` logits, ``logp = z − logsumexp(z)``, ``p = exp(logp)``. Every loss with hard labels is a
 function of a few numbers of the row, and its gradient has one form:
@@ -26,15 +26,15 @@ def part_of(t: Tensor | None, rows: slice | Tensor) -> Tensor | None:
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    for i in range(-(-total // size)):  # a count, which Dynamo keeps for another total
+    for i in range(-(-total // size)):  # over a count, so that Dynamo need not recompile for another total
         yield slice(i * size, min((i + 1) * size, total))
 
 
 class RowStatistics(NamedTuple):
     """Statistics of ``N`` rows; ``None`` where not asked for.
 
-    What a row's gradient is built from is float64: rounded to fp32, ``logsumexp`` alone would cost |logsumexp|·6e-8 of
-    relative error in every probability of the row.
+    The numbers that enter a row's gradient are float64: rounding ``logsumexp`` alone to fp32 would cause a relative error of
+    |logsumexp|·6e-8 in every probability of the row.
     """
 
     log_probs: Tensor | None = None  # (N, K) fp32 (float64 for float64 logits): logp at each id, never positive
@@ -42,30 +42,30 @@ class RowStatistics(NamedTuple):
     entropy: Tensor | None = None  # (N,) float64, −Σ p logp
     log_sum_sq_probs: Tensor | None = None  # (N,) float64, log Σ p²
     sum_log_probs: Tensor | None = None  # (N,) float64, Σ w logp, w the column weights or 1; see label_weights
-    weight_sum: Tensor | None = None  # (N,) float64, Σ w, where it differs by row or is shared out over ranks
+    weight_sum: Tensor | None = None  # (N,) float64, Σ w, where it differs by row or ranks share the vocabulary
     max_logit: Tensor | None = None  # (N,) fp32 (float64 for float64 logits)
-    is_top1: Tensor | None = None  # (N,) bool: the first of the largest logits stands at ids[:, 0]
+    is_top1: Tensor | None = None  # (N,) bool: ids[:, 0] is the first of the largest logits
 
     def put(self, found: RowStatistics, rows: slice | Tensor) -> None:
-        """Write what was ``found`` of some rows."""
+        """Write the statistics ``found`` for the given rows."""
         for total, part in zip(self, found, strict=True):
             if total is not None and part is not None:
                 total[rows] = part
 
     def for_backward(self) -> list[Tensor | None]:
-        """Copies of what backward reads: the caller may write into what it was given."""
+        """Copies of the statistics that backward reads: the caller may modify the tensors it was given."""
         return [None if s is None else s.clone() for s in (getattr(self, name) for name in READ_IN_BACKWARD)]
 
     @classmethod
     def saved(cls, copies: Sequence[Tensor | None]) -> RowStatistics:
-        """What :meth:`for_backward` made copies of."""
+        """The statistics that :meth:`for_backward` copied."""
         return cls(**dict(zip(READ_IN_BACKWARD, copies, strict=True)))
 
 
 def label_weights(
     column_weight: Tensor | None, probabilities: Tensor | None, label_smoothing: float, vocab: int
 ) -> Tensor | None:
-    """``w``: column weights ``(V,)``; with class probabilities ``t`` ``(n, V)`` times ``(1 − ε) t + ε/V``; None for ones."""
+    """``w``: column weights ``(V,)``, with class probabilities ``t`` ``(n, V)`` times ``(1 − ε) t + ε/V``; None means ones."""
     if probabilities is None:
         return column_weight
     w = ((1 - label_smoothing) * probabilities).add_(label_smoothing / vocab) if label_smoothing else probabilities
@@ -78,7 +78,7 @@ def total_weight(column_weight: Tensor | None, vocab: int) -> Tensor | float:
 
 
 def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Collection[str]) -> RowStatistics:
-    """Room for statistics of ``rows`` rows: those in ``outputs``, ``logsumexp``, and ``log_probs`` where there are ids."""
+    """Empty tensors for statistics of ``rows`` rows: ``outputs``, ``logsumexp``, and ``log_probs`` if there are ids."""
     dtype = statistics_dtype(like.dtype)
     dtypes = {"max_logit": dtype, "is_top1": torch.bool}
     found: dict[str, Tensor] = {
@@ -92,13 +92,13 @@ def empty_statistics(like: Tensor, rows: int, ids: Tensor | None, outputs: Colle
 
 
 def only(found: Sequence[Tensor | None], outputs: Collection[str], ids: bool) -> RowStatistics:
-    """What was asked for of a :class:`RowStatistics`, ``logsumexp`` and, with ids, ``log_probs``."""
+    """Those of a :class:`RowStatistics` that were asked for, ``logsumexp`` and, with ids, ``log_probs``."""
     asked = {"logsumexp", "log_probs" if ids else "", *outputs}
     return RowStatistics(*(s if name in asked else None for name, s in zip(RowStatistics._fields, found, strict=True)))
 
 
 class Coefficients(NamedTuple):
-    """The per-row numbers of the gradient's form, ``(N,)`` each and ``c`` ``(N, K)``; ``None`` is zero."""
+    """The per-row coefficients in the form of the gradient, ``(N,)`` each and ``c`` ``(N, K)``; ``None`` is zero."""
 
     a: Tensor | None = None
     b: Tensor | None = None
@@ -113,7 +113,7 @@ def skipped(ids: Tensor | None) -> Tensor | None:
 
 
 def without_ignored(upstream: RowStatistics, ids: Tensor | None) -> RowStatistics:
-    """No gradient for the log-probability of an id of −100 beside others: it is the constant 0."""
+    """Zeroes the gradient of the log-probability of an id −100 that stands beside others: it is the constant 0."""
     if ids is None or ids.shape[-1] == 1 or upstream.log_probs is None:
         return upstream
     return upstream._replace(log_probs=upstream.log_probs.masked_fill(ids == -100, 0))

@@ -1,9 +1,9 @@
-"""Choices that hold for many calls: settings, of which most are arguments of the functions they concern too.
+"""Settings: choices that hold for many calls. Most are also arguments of the functions they concern.
 
-A setting takes effect when it is constructed and is restored when a ``with`` block around it ends:
+A setting takes effect when it is constructed, and its previous value is restored when a ``with`` block around it ends:
 ``workspace("256MiB")`` alone lasts for the process, ``with workspace("256MiB"):`` for the block. All threads see it. An
-argument beats the setting. A checkpoint runs forward again in backward: where it saved what another route or workspace would
-not, it raises there, so keep the block open until then.
+argument overrides the setting. A checkpoint runs forward again in backward, and raises if another route or workspace then makes
+it save other tensors: keep the block open until then.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Route = Literal["gradients_in_forward", "recompute"]
 
 class _Setting:
     value: ClassVar[Any] = None
-    _blocks: ClassVar[list[_Setting]]  # those that are open, in the order they were opened in
+    _blocks: ClassVar[list[_Setting]]  # open blocks, in the order in which they were opened
 
     def __init_subclass__(cls) -> None:
         cls._blocks = []
@@ -42,7 +42,7 @@ class _Setting:
 
     @classmethod
     def chosen(cls, argument: Any) -> Any:
-        """What holds for a call: its argument, else the setting."""
+        """The value for one call: its argument if given, else the setting."""
         return cls.parse(cls.value if argument is None else argument)
 
     def __enter__(self) -> None:
@@ -53,7 +53,7 @@ class _Setting:
         del self._blocks[at]
         if at == len(self._blocks):
             type(self).value = self._previous
-        else:  # another thread's block, opened later, is still open: it will restore what was before this one
+        else:  # another thread's later block is still open: it will restore the value from before this one
             self._blocks[at]._previous = self._previous
 
 
@@ -89,8 +89,8 @@ class workspace(_Setting):
     """Bytes a call may use beside its inputs and results: an int, ``"256MiB"``, ``"1.5GiB"``, or ``None``: as planned.
 
     Per-token results may keep up to this many bytes of logits from forward to backward, so that backward need not recompute
-    them. Those of a 32-bit head on a GPU hold 32 MiB of logits in forward, whatever this is. What is too small for the logits
-    of 32 tokens, or of 512 columns, may be overrun. Called alone it holds for the process, in ``with`` for the block.
+    them. On a GPU, those of a 32-bit head hold 32 MiB of logits in forward, whatever this value. A value too small for the
+    logits of 32 tokens, or of 512 columns, may be exceeded. Called alone it holds for the process, in ``with`` for the block.
 
     Example:
         >>> with workspace("256MiB"):
@@ -117,32 +117,32 @@ def _bytes(text: Any) -> int:
 class gradient_filter(_Setting):
     r"""A head's backward multiplies only the vocabulary entries whose gradient is large somewhere: faster, not exact.
 
-    A trained model gives most of a large vocabulary hardly a chance at any of some thousand tokens. The value is
-    :math:`\epsilon`; 0, the default, multiplies all. With it, for the gradient :math:`dz` of the logits that a product takes
-    at a time (a chunk of tokens on route ``"gradients_in_forward"``, a slice of the vocabulary on ``"recompute"``):
+    A trained model gives most of a large vocabulary almost no probability at any of some thousand tokens. The value is
+    :math:`\epsilon`; 0, the default, multiplies all entries. Otherwise the gradient :math:`dz` of the logits in one product (a
+    chunk of tokens on route ``"gradients_in_forward"``, a slice of the vocabulary on ``"recompute"``) is approximated:
 
     .. math:: dz \approx dz_L + r s^\top, \quad L = \{j : \max_i |dz_{ij}| \ge \epsilon \max_{ik} |dz_{ik}|\}
 
     .. math:: r_i = \sum_{j \notin L} dz_{ij}, \quad s_j = \sum_i |dz_{ij}| \Big/ \sum_{i,\, k \notin L} |dz_{ik}|
         \text{ for } j \notin L, \text{ else } 0
 
-    A row times a column stands for the small entries, which a token gives its probability to much as other tokens do; so
-    the gradient of the hidden states errs several times less than where they are dropped. If L is more than half of
-    the vocabulary, all is multiplied. Losses, statistics and the gradient of a bias are exact, as is what
-    ``create_graph=True`` and ``torch.func`` make.
+    The outer product :math:`r s^\top` stands for the small entries, over which all tokens spread their probability much alike;
+    so the gradient of the hidden states has an error several times smaller than if they were dropped. If L is more than half of
+    the vocabulary, all entries are multiplied. Losses, statistics and the gradient of a bias are exact, and so are the results
+    of ``create_graph=True`` and ``torch.func``.
 
     Called alone it holds for the process, in ``with`` for the block.
 
-    Start with ``2**-14``; ``examples/gradient_filter.py`` trains with a filter and without, and prints the error of both
-    gradients beside that of bf16, ``bench/TUNING.md`` what it gave. What to know:
+    Start with ``2**-14``; ``examples/gradient_filter.py`` trains with and without a filter, and prints the error of both
+    gradients beside that of bf16; ``bench/TUNING.md`` has its results. What to know:
 
-    - It is the sum over tokens that errs little. A token whose gradient is small beside the largest of its chunk (token
+    - Only the sum over tokens has a small error. A token whose gradient is small against the largest of its chunk (token
       weights or advantages far apart) gets a rough one, and so do the rows of rare tokens in the weight's gradient where
       signs differ, in policy losses and distillation.
-    - The result depends on the chunk: on the workspace, the tokens around one, and the part of a shared vocabulary.
+    - The result depends on the chunk: on the workspace, the other tokens, and this rank's part of a shared vocabulary.
     - The value in forward counts. A checkpoint runs forward again in backward: keep the ``with`` open until then.
-    - On CUDA the host waits for the number of entries, once a chunk or slice; a captured graph multiplies all, as does a
-      compiled ``token_loss``. On a CPU, 16-bit products on route ``"gradients_in_forward"`` become slower.
+    - On CUDA the host waits for the number of entries, once per chunk or slice; a captured graph multiplies all entries, as
+      does a compiled ``token_loss``. On a CPU, 16-bit products on route ``"gradients_in_forward"`` become slower.
 
     ``2**-12`` is where the Cut Cross-Entropy paper drops blocks of the gradient (Wijmans et al.,
     https://arxiv.org/abs/2411.09009).
@@ -168,8 +168,8 @@ class drop_ignored(_Setting):
     """Whether ignored tokens are taken out before a head's products.
 
     That needs their count on the host, which waits for the device. ``False`` keeps them in, zeroed. The few other functions
-    that wait (``document_borders``, ``prm_loss``, ``entropy_mask`` over ranks) say so themselves. Called alone it holds for
-    the process, in ``with`` for the block.
+    that wait (``document_borders``, ``prm_loss``, ``entropy_mask`` over ranks) document it. Called alone it holds for the
+    process, in ``with`` for the block.
     """
 
     value: ClassVar[bool] = True
@@ -198,7 +198,7 @@ def resolve_backend(tensor: Tensor, choice: Backend | None = None) -> Backend:
 
     Raises:
         ValueError: no backend has that name.
-        RuntimeError: the named backend cannot run here; says why.
+        RuntimeError: the named backend cannot run here; the message says why.
     """
     choice = backend.chosen(choice)
     if tensor.dtype == torch.float64:
