@@ -38,7 +38,7 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """``out = a b`` if ``first``, else ``out += a b``; 16-bit factors with an fp32 ``out``: no product is rounded to 16 bits."""
+    """``out = a b`` if ``first``, else ``out += a b``; with 16-bit factors and an fp32 ``out`` no product is rounded."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out) if first else out.addmm_(a, b)
     elif (in_fp32 := gives_fp32(a)) and first:

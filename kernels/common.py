@@ -1,9 +1,9 @@
-"""What the kernels share: which rows are skipped, and final logits: scale first, then softcap, then temperature."""
+"""What the kernels share: skipped rows, and final logits (scale first, then softcap, then temperature)."""
 
 import triton
 import triton.language as tl
 
-# The least fp32, with which trainers mask: stands for the maximum of nothing.
+# The least finite fp32, with which trainers also mask: the initial running maximum.
 FLOOR = tl.constexpr(-3.4028234663852886e38)
 SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 
@@ -12,7 +12,7 @@ SKIP = tl.constexpr(-100)  # a row whose ids are all this is skipped
 def rows_skipped(
     ids_ptr,  # (N, K) int64
     row,  # (BLOCK_N,)
-    inside,  # (BLOCK_N,) whether it is a row
+    inside,  # (BLOCK_N,) whether the index is that of a row
     K,
 ):
     skipped = inside
@@ -23,7 +23,7 @@ def rows_skipped(
 
 @triton.jit
 def exp(x):
-    """0 for results below 2⁻¹²⁶, which no sum here can see and on which tl.exp spends three more instructions."""
+    """exp, but 0 for results below 2⁻¹²⁶, which change no sum here; for those tl.exp spends three more instructions."""
     return tl.exp2(x * 1.4426950408889634)
 
 
@@ -48,9 +48,9 @@ def row_scales(
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
-    times=None,  # by what to multiply every temperature
+    times=None,  # a factor for every temperature
 ):
-    """The numbers ``inner`` and ``outer`` of :func:`final_logits_and_tanh`, one a row, so that no logit is divided."""
+    """``inner`` and ``outer`` of :func:`final_logits_and_tanh`, one of each per row, so that no logit needs a division."""
     HAS_TEMPERATURE: tl.constexpr = temperature_ptr is not None or times is not None
     temperature = tl.full(row.shape, 1.0, tl.float32)
     if temperature_ptr is not None:
@@ -72,8 +72,8 @@ def row_scales(
 def final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP: tl.constexpr, offset=0.0):
     """``z = softcap·tanh(scale·x/softcap)/temperature``, or ``scale·x/temperature`` without softcap; and the tanh.
 
-    ``offset`` (0 or −∞) is added, so that the product is rounded here. Compilers fuse a bare product with what they find
-    subtracted from it, in one pass and not in another: a probability would be of another logit than its logsumexp.
+    ``offset`` (0 or −∞) is added, so that the product is rounded here. Compilers fuse a bare product with a later subtraction
+    in one pass and not in another: a probability would then belong to another logit than its logsumexp.
     """
     capped = x
     if HAS_SOFTCAP:
@@ -86,7 +86,7 @@ def final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP: tl.constexpr, offset=0.0
 
 @triton.jit
 def final_logits_and_slope(x, inner, outer, HAS_SOFTCAP: tl.constexpr):
-    """With ``dz/dx``."""
+    """Final logits and their slope ``dz/dx``."""
     z, capped = final_logits_and_tanh(x, inner, outer, HAS_SOFTCAP)
     slope = inner
     if HAS_SOFTCAP:

@@ -1,4 +1,4 @@
-"""The configurations that are shipped: one small function per kernel with its reason, nothing tuned at run time.
+"""The shipped configurations: one small function per kernel with its reason, nothing tuned at run time.
 
 To add a kernel, write its function here and, in ``tests/compile_gate.py``, the calls of its launcher that ask for each.
 """
@@ -18,9 +18,9 @@ class MatrixTile(NamedTuple):
     block_k: int
     num_warps: int
     num_stages: int
-    parts: int = 1  # the epilogue takes the tile in this many halves: fewer registers
+    parts: int = 1  # the epilogue takes the tile in this many equal parts: fewer registers
     group_n: int = 16  # row tiles side by side: 16 of 128 rows and H 4096 are 16 MiB, which L2 keeps
-    splits: int = 1  # of the vocabulary, forward: what one program takes of it at a time
+    splits: int = 1  # into how many the forward kernel cuts the vocabulary; a program takes one at a time
 
 
 # A quarter of the multiprocessors (132, 148, 108; an eighth of 304): row tiles of N = 1024·2^i times splits then fill whole
@@ -29,7 +29,7 @@ SPLITS = {"interpreter": 3, "sm_90": 33, "sm_100": 37, "sm_80": 27, "gfx942": 38
 
 
 def architecture(device: torch.device) -> str:
-    """The target whose configurations ``device`` takes."""
+    """The target whose configurations ``device`` uses."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
@@ -40,12 +40,12 @@ def architecture(device: torch.device) -> str:
 
 
 def multiplies_matrices(device: torch.device) -> bool:
-    """Whether Triton has matrix instructions for it: before sm_80 (T4) ``tl.dot`` becomes single products, and spills."""
+    """Whether Triton has matrix instructions for it: before sm_80 (T4) ``tl.dot`` becomes scalar products, and spills."""
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device, wherever the tensors are: make that the device of the first argument."""
+    """Make the first argument's device current: Triton launches on the current device, wherever the tensors are."""
 
     @functools.wraps(launch)
     def launched(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -63,8 +63,8 @@ def programs(device: torch.device) -> int:
 def rows_in_flight(device: torch.device, row_bytes: int, tile_bytes: int) -> int:
     """Programs of a persistent grid, each of which reads a row, a tile at a time, and then again from its end.
 
-    As many as L2 keeps the rows of, half of which is still to be read again at any time, and 6 a multiprocessor at most; but
-    as many as keep 32 KiB of loads in flight there: an H200's 4.3 TB/s at 0.7 µs take 23.
+    As many as there are rows that fit L2, counting half a row each, since on average half is still to be read again; at most 6
+    per multiprocessor. But at least as many as keep 32 KiB of loads in flight there: an H200's 4.3 TB/s at 0.7 µs take 23.
     """
     each = programs(device)
     room = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
@@ -74,13 +74,12 @@ def rows_in_flight(device: torch.device, row_bytes: int, tile_bytes: int) -> int
 def softmax_rows_fwd_config(
     dtype: torch.dtype, vocabulary_contiguous: bool, options: bool
 ) -> tuple[int, int, int, int]:
-    """``BLOCK_N, BLOCK_V, VEC, num_warps``, also of both at once; ``options``: weights, or statistics beyond
-    log-probabilities and entropy.
+    """``BLOCK_N, BLOCK_V, VEC, num_warps``, also for the kernel that does forward and backward at once; ``options``: weights,
+    or statistics beyond log-probabilities and entropy.
 
-    One row per program where its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any.
-    With options a row that starts anywhere would spill so (112 to 1352 bytes), and takes 8 logits a lane. Where rows are
-    adjacent instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced; every option on 4 warps spills
-    368 bytes.
+    One row per program if its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any. With
+    options such a tile would spill on unaligned rows (112 to 1352 bytes); they take 8 logits per lane. If rows are adjacent
+    instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced; with every option, 4 warps spill 368 bytes.
     """
     if not vocabulary_contiguous:
         return 32, 64, 8, 8
@@ -90,9 +89,9 @@ def softmax_rows_fwd_config(
 
 
 def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool, options: bool) -> tuple[int, int, int]:
-    """``BLOCK_N, BLOCK_V, num_warps``: as forward, with half the tile, since each program writes as much as it reads.
+    """``BLOCK_N, BLOCK_V, num_warps``: as in forward, with half the tile, since each program writes as much as it reads.
 
-    ``options``: coefficients beyond those of log-probabilities. On 4 warps they spill 16 to 160 bytes.
+    ``options``: coefficients beyond those of log-probabilities. On 4 warps these spill 16 to 160 bytes.
     """
     if not vocabulary_contiguous:
         return 32, 64, 8 if options else 4
@@ -100,20 +99,20 @@ def softmax_rows_bwd_config(dtype: torch.dtype, vocabulary_contiguous: bool, opt
 
 
 def divergence_rows_config(dtype: torch.dtype) -> tuple[int, int, int]:
-    """``BLOCK_V, VEC, num_warps``: 16 bytes of either row per lane, since about ten numbers per logit are alive at once."""
+    """``BLOCK_V, VEC, num_warps``: 16 bytes of each row per lane, since about ten numbers per logit are alive at once."""
     return (1024, 4, 8) if dtype == torch.float32 else (2048, 8, 8)
 
 
 def scale_config() -> tuple[int, int, int]:
-    """``BLOCK``, ``num_warps``, programs per multiprocessor: 64 KiB of 16-bit loads in flight there, twice what its share of
-    4.3 TB/s at 0.7 µs takes."""
+    """``BLOCK``, ``num_warps``, programs per multiprocessor: 64 KiB of 16-bit loads in flight on each, twice what its share of
+    4.3 TB/s at 0.7 µs needs."""
     return 8192, 8, 4
 
 
 def odd_rows_config(splits: int = 1) -> MatrixTile:
-    """Where rows do not start at multiples of 16 elements each is read by itself: that takes the registers of a larger tile.
+    """If rows do not start at multiples of 16 elements, each element is loaded singly, with the registers of a larger tile.
 
-    128 rows on 8 warps spill 8 to 200 bytes so, 64 on 4 warps up to 272.
+    128 rows on 8 warps then spill 8 to 200 bytes, 64 on 4 warps up to 272.
     """
     return MatrixTile(64, 64, 32, 8, 3, splits=splits)
 
@@ -121,15 +120,15 @@ def odd_rows_config(splits: int = 1) -> MatrixTile:
 def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statistics: bool, odd_rows: bool) -> MatrixTile:
     """The streaming tile: the widest that compiles without a spill. The choice among those is reasoned, not yet measured.
 
-    With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: whole, it spills 192 bytes with
-    every option, and 120 plain. The low-rank product takes a stage of shared memory of its own, and on sm_100 a second
+    With the copy engine 128×256×64 over 4 stages, taken by the epilogue 64 columns at a time: all at once, it spills 192 bytes
+    with every option, 120 with none. The low-rank product takes a stage of shared memory of its own, and on sm_100 a second
     accumulator in tensor memory, which then holds two tiles of 128 columns but not two of 256. Without the copy engine
     128×128×32; all statistics take half the tile, which otherwise spills: 96 bytes on sm_80, 12 to 392 on gfx942, 120 on
     sm_100, and on sm_90 32 where logits are saved and 120 with bias, softcap and column weights and a vocabulary that is no
     multiple of 16; on sm_100 with the copy engine a quarter (192 bytes otherwise, with every option and logits saved). On
     gfx942 2 stages: with 64 of hidden at a time they spill 32 bytes where entropy is asked for and logits are saved.
 
-    It must depend neither on N nor on whether logits are saved, so that no token's numbers do.
+    The tile must depend neither on N nor on whether logits are saved, so that no token's numbers depend on these.
     """
     splits = SPLITS[arch]
     if arch == "interpreter":
@@ -149,10 +148,10 @@ def linear_softmax_fwd_config(arch: str, tma: bool, low_rank: bool, all_statisti
 
 
 def linear_softmax_d_logits_config(arch: str, tma: bool, options: bool, odd_rows: bool) -> MatrixTile:
-    """The recomputed tile, chosen as the streaming one is; ``options`` are bias, softcap, column weights and low rank.
+    """The tile for recomputed logits, chosen like the streaming one; ``options`` are bias, softcap, column weights, low rank.
 
     With the copy engine 128×256×64 over 3 stages, written 64 columns (128 bytes) at a time. With options it is half as wide:
-    it would spill (8 to 72 bytes on sm_80, sm_90 and sm_100, 32 to 260 on gfx942) or not fit tensor memory (sm_100).
+    otherwise it would spill (8 to 72 bytes on sm_80, sm_90 and sm_100, 32 to 260 on gfx942) or not fit tensor memory (sm_100).
     """
     if arch == "interpreter":
         return MatrixTile(16, 64, 32, 4, 2, parts=2 if tma else 1, group_n=2)

@@ -1,7 +1,7 @@
-"""A gradient that forward made, times the upstream gradient of its loss, multiplied in fp32 and rounded once.
+"""A gradient made in forward, times the upstream gradient of its loss, multiplied in fp32 and rounded once.
 
-In place there is nothing to do where that is 1, as ``loss.backward()`` has it: each program sees so for itself, and the host
-need not wait to know. Otherwise every element is read and written once.
+In place there is nothing to do if the upstream gradient is 1, as under ``loss.backward()``: each program checks that itself, so
+the host need not wait for the value. Otherwise every element is read and written once.
 """
 
 import torch

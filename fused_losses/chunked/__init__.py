@@ -1,4 +1,4 @@
 """The kernels' twins in plain PyTorch: same functions, same signatures, for devices that Triton does not serve.
 
-They go through the rows in chunks, so that what they hold beside inputs and outputs does not grow with the input.
+They process the rows in chunks, so that the memory they hold beside inputs and outputs does not grow with the input.
 """

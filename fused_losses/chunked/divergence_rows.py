@@ -1,4 +1,4 @@
-"""Divergence between rows of two logits, and its gradient, a chunk of rows at a time. See ``kernels/divergence_rows.py``."""
+"""Divergence between rows of two sets of logits, and its gradient, in chunks of rows. See ``kernels/divergence_rows.py``."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 from ..numerics import statistics_dtype, wide_dtype
 from .softmax_rows import exp_, finish_gradient, floor, row_chunks, rows_buffer, transform
 
-BUFFERS = 6  # copies of a chunk of rows
+BUFFERS = 6  # buffers of the size of a chunk of rows
 
 
 def of_kind(
     s: Tensor, t: Tensor, d: Tensor, buffers: Sequence[Tensor], beta: float, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Element by element: the term of the divergence, and ``s g`` and ``t h``, g and h each up to a constant of the row.
+    """Elementwise: the term of the divergence, ``s g`` and ``t h``, with g and h each up to a constant per row.
 
-    They are written over ``d = log(t/s)``, for cross_entropy ``−log s``, and three buffers. ``Σ a log(a/b)`` is summed as
-    ``a log(a/b) − (a − b) ≥ 0``, and neither part of that is a difference of nearly equal numbers.
+    They are written over ``d = log(t/s)`` (for cross_entropy ``−log s``) and three buffers. The terms of ``Σ a log(a/b)`` are
+    taken as ``a log(a/b) − (a − b) ≥ 0``, and neither part of that is computed as a difference of nearly equal numbers.
 
-    By arithmetic alone: a product takes 1/25 of the time of PyTorch's ``where``, 1/4 of that of a comparison.
+    The code uses arithmetic only: a product takes 1/25 of the time of PyTorch's ``where``, 1/4 of that of a comparison.
     """
     a, b, c = buffers
     if kind == "cross_entropy":
@@ -57,13 +57,13 @@ def of_kind(
 
 
 def _log_ratio(p: Tensor, m: Tensor, difference: Tensor, share: float, out: Tensor) -> Tensor:
-    """``± log(p/m)``, of the sign of the difference, for ``p − m = ± share · difference``; finite where p is 0."""
+    """``± log(p/m)`` with the sign of ``difference``, given ``p − m = ± share · difference``; finite where p is 0."""
     least = torch.minimum(p, m, out=out).clamp_(min=torch.finfo(p.dtype).tiny)
     return torch.div(difference, least, out=out).mul_(share).abs_().log1p_().copysign_(difference)
 
 
 def _shifted(z: Tensor, temperature: float, known: Tensor | None, out: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``(n, V)`` over the temperature, less their largest; and that ``(n, 1)``."""
+    """Rows ``(n, V)`` over the temperature, minus their maximum; and that maximum ``(n, 1)``."""
     z = z if temperature == 1 else torch.div(z, temperature, out=out)
     largest = z.amax(-1, keepdim=True).clamp_(min=floor(z.dtype)) if known is None else known[0, :, None].to(z.dtype)
     return torch.sub(z, largest, out=out), largest
@@ -82,17 +82,17 @@ def divergence_rows(
     *,
     kind: str,
     beta: float = 0.5,
-    temperature: float = 1.0,  # of the divergence, after all else; −log p does not see it
+    temperature: float = 1.0,  # of the divergence, applied last; not applied to −log p
     student_scale: float = 1.0,
     student_softcap: float | None = None,
     teacher_scale: float = 1.0,
     teacher_softcap: float | None = None,
     with_nll: bool = False,  # also return −log p of the student at ids
-    soft: Tensor | None = None,  # (N,) what the gradients of the divergence are multiplied by
-    hard: Tensor | None = None,  # (N,) and those of −log p
+    soft: Tensor | None = None,  # (N,) factors of the gradients of the divergence
+    hard: Tensor | None = None,  # (N,) and of those of −log p
     d_student: Tensor | None = None,  # (B, V, S) to write the gradient to; may be student itself
     d_teacher: Tensor | None = None,  # (B, V, S)
-    # For a slice of the vocabulary; "normalizers" and "sums" write what is the slice's, "gradients" takes those of the whole
+    # For a slice of the vocabulary: "normalizers" and "sums" write the slice's, "gradients" reads the whole vocabulary's
     step: str = "all",
     # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of the teacher, over the temperature;
     # (6, N) with −log p and a temperature: then of the student at temperature 1
@@ -105,7 +105,7 @@ def divergence_rows(
     N, dtype = student.shape[0] * student.shape[2], statistics_dtype(student.dtype)
     divergence = student.new_empty(N, dtype=dtype) if step == "all" else None
     nll = student.new_empty(N, dtype=dtype) if with_nll and step == "all" else None
-    if V == 0:  # a slice of nothing
+    if V == 0:  # an empty slice
         if step == "normalizers" and normalizers is not None:
             normalizers[::2], normalizers[1::2] = floor(dtype), -math.inf
         elif step == "sums" and sums is not None:
@@ -144,7 +144,7 @@ def divergence_rows(
             continue
         change = s_log_total - t_log_total
         d.add_((s_log_total if kind == "cross_entropy" else change).to(dtype))
-        for p, log_total in ((s, s_log_total), (t, t_log_total)):  # nan on one side is on both: 0·inf will count as 0
+        for p, log_total in ((s, s_log_total), (t, t_log_total)):  # spread a nan to both sides: 0·inf will count as 0
             p.mul_((0 * change - log_total).exp().to(dtype))
         value, sg, th = of_kind(s, t, d, free, beta, kind)
         total = value.sum(-1)
@@ -183,7 +183,7 @@ def divergence_rows(
                 mean = dz.sum(-1, keepdim=True) if sums is None else sums[2 + k, rows, None].to(dtype)
                 dz.addcmul_(weights, mean, value=-1).mul_(factor)
                 infinite = mean.isinf()
-                if infinite.device.type != "cpu" or infinite.any():  # elsewhere asking would wait
+                if infinite.device.type != "cpu" or infinite.any():  # on a GPU the check would wait
                     dz.masked_fill_(infinite, 0)  # an infinite divergence has no slope there
             if k == 0 and hard is not None and ids is not None:
                 dz.addcmul_(p, hard[rows, None])
@@ -191,5 +191,5 @@ def divergence_rows(
             else:
                 finish_gradient(dz, None, None, None, None, slope, skip)
             out.copy_(dz.view(out.shape))
-        del z_s, z_t, s_slope, t_slope, slope  # the next chunk needs their memory
+        del z_s, z_t, s_slope, t_slope, slope  # frees their memory for the next chunk
     return divergence, nll

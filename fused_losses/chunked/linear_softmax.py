@@ -1,4 +1,4 @@
-"""Statistics of the rows of logits that a head would make, and their gradient, a tile at a time.
+"""Statistics of the rows of logits that a head would make, and the gradient of those logits, a tile at a time.
 
 See ``kernels/linear_softmax.py``.
 """
@@ -16,11 +16,11 @@ from ..row_statistics import RowStatistics, part_of, skipped, slices, total_weig
 from .softmax_rows import floor, softmax_rows_bwd, transform
 
 LowRank = tuple[Tensor, Tensor]  # u (N, R), B (V, R)
-TILE = 768  # tokens and vocabulary entries of a tile: 2.25 MiB in fp32, of which a few are alive at once
+TILE = 768  # tokens, and vocabulary entries, of a tile: 2.25 MiB in fp32; a few tiles are alive at once
 
 
 def tile_side(device: torch.device) -> int:
-    """Tokens and entries of a tile; twice as many on a GPU whose heads PyTorch multiplies (T4): see ``rows_at_once``."""
+    """Tokens, and entries, of a tile; twice as many of each on a GPU where PyTorch multiplies (T4): see ``rows_at_once``."""
     return TILE if device.type == "cpu" else 2 * TILE
 
 
@@ -47,7 +47,7 @@ def linear_softmax_fwd(
     scale: float = 1.0,
     softcap: float | None = None,
     outputs: Collection[str],
-    saved_logits: Tensor | None = None,  # (N, v), written: the first v logits of each row
+    saved_logits: Tensor | None = None,  # (N, v), written to: the first v logits of each row
 ) -> RowStatistics:
     N, V, dtype, wide = hidden.shape[0], weight.shape[0], statistics_dtype(hidden.dtype), wide_dtype(hidden.device)
     largest = hidden.new_full((N,), floor(dtype), dtype=dtype)
@@ -86,7 +86,7 @@ def linear_softmax_fwd(
             if "log_sum_sq_probs" in outputs:
                 squares[rows] = decay * decay * squares[rows] + e.square_().sum(-1).to(wide)
             largest[rows] = after
-            del x, z, shifted, e  # the next tile needs their memory
+            del x, z, shifted, e  # frees their memory for the next tile
     log_total = total.log()
     skip = skipped(ids)
 
@@ -151,5 +151,5 @@ def linear_softmax_d_logits(
                 vocab_start=vocab_start + columns.start,
                 out=out[rows, columns].unsqueeze(-1),
             )
-            del tile  # the next needs its memory
+            del tile  # frees its memory for the next tile
     return out

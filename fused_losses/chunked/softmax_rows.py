@@ -13,18 +13,18 @@ from ..numerics import statistics_dtype, wide_dtype, wide_sums
 from ..row_statistics import RowStatistics, empty_statistics, label_weights, part_of, skipped, total_weight
 
 LOG2_E = 1 / math.log(2)
-CHUNK_ELEMENTS = 2**19  # of a chunk of rows in fp32, or of its copies: 2 MiB, which stays in a core's cache
+CHUNK_ELEMENTS = 2**19  # fp32 elements of a chunk of rows and its copies together: 2 MiB, which stays in a core's cache
 
 
 def copies_held(softcap: float | None, probabilities: bool = False) -> int:
-    """Of a chunk of rows that are held at once: the rows, softcap's slope, and their probabilities beside themselves."""
+    """How many copies of a chunk of rows are held at once: the rows, the softcap's slope, and the probabilities."""
     return 1 + (softcap is not None) + probabilities
 
 
 def labels_held(
     probabilities: Tensor | None, column_weight: Tensor | None, label_smoothing: float, dtype: torch.dtype
 ) -> int:
-    """Copies of a chunk of rows that :func:`label_weights` are made in."""
+    """How many copies of a chunk of rows it takes to make the :func:`label_weights`."""
     if probabilities is None:
         return 0
     return (probabilities.dtype != dtype) + (label_smoothing != 0) + (column_weight is not None)
@@ -33,7 +33,7 @@ def labels_held(
 def rows_at_once(rows: int, vocab: int, copies: int, device: torch.device) -> int:
     """How many rows a chunk has: all its copies together hold ``CHUNK_ELEMENTS``, or one row each.
 
-    A GPU without Triton takes four times as many: a launch is not to take longer than what it starts.
+    A GPU without Triton takes four times as many, so that a launch does not take longer than the work that it starts.
     """
     elements = CHUNK_ELEMENTS if device.type == "cpu" else 4 * CHUNK_ELEMENTS
     return max(1, math.ceil(min(rows, elements // max(vocab, 1)) / copies))
@@ -53,7 +53,7 @@ def row_chunks(logits: Tensor, *others: Tensor | None, copies: int = 1) -> Itera
 
 
 def rows_buffer(logits: Tensor, copies: int = 1) -> Tensor:
-    """``(n, V)``, written over by every chunk: fresh pages cost more than the arithmetic on them."""
+    """A buffer ``(n, V)`` that all chunks share: fresh memory pages cost more than the arithmetic on them."""
     B, V, S = logits.shape
     return logits.new_empty(
         min(B * S, rows_at_once(B * S, V, copies, logits.device)), V, dtype=statistics_dtype(logits.dtype)
@@ -61,18 +61,18 @@ def rows_buffer(logits: Tensor, copies: int = 1) -> Tensor:
 
 
 def upcast_rows(chunk: Tensor, buffer: Tensor) -> Tensor:
-    """The rows ``(n, V)`` of a chunk: themselves where they have the precision of ``buffer``, else copied there."""
+    """The rows ``(n, V)`` of a chunk in the dtype of ``buffer``: copied there unless they have that dtype already."""
     x = chunk.reshape(-1, chunk.shape[-1])
     return x if x.dtype == buffer.dtype else buffer[: len(x)].copy_(x)
 
 
 def exp_(x: Tensor) -> Tensor:
-    """``exp(x)`` over ``x``. PyTorch's exp is MKL's, which takes four times the time of its exp2 on an AMD CPU."""
+    """``exp(x)``, written over ``x``. PyTorch's exp is MKL's, which takes four times as long as its exp2 on an AMD CPU."""
     return x.mul_(LOG2_E).exp2_()
 
 
 def floor(dtype: torch.dtype) -> float:
-    """The running maximum of nothing: finite, so that −inf logits never meet −inf − −inf, and no finite logit is less."""
+    """The initial running maximum: finite, so that −inf logits never make −inf − −inf, and no finite logit is less."""
     return torch.finfo(dtype).min
 
 
@@ -86,7 +86,7 @@ def transform(
 ) -> tuple[Tensor, Tensor | float]:
     """``z = softcap·tanh(scale·x/softcap)/temperature`` of rows ``(n, V)``, and ``dz/dx`` if ``with_slope``.
 
-    ``z`` is ``x`` where there is nothing to do, else it is written to ``out``, which may be ``x``.
+    ``z`` is ``x`` itself if there is nothing to do; otherwise it is written to ``out``, which may be ``x``.
     """
     slope: Tensor | float = scale
     z = x
@@ -131,11 +131,11 @@ def softmax_rows_fwd(
 def row_statistics(
     z: Tensor, ids: Tensor | None, w: Tensor | None, outputs: Collection[str], buffer: Tensor | None = None
 ) -> RowStatistics:
-    """The statistics of logits ``(n, V)`` in their final form and precision; differentiable unless there is ``buffer``."""
+    """The statistics of final logits ``(n, V)`` in the precision of statistics; differentiable if there is no ``buffer``."""
     V, wide = z.shape[1], wide_dtype(z.device)
     max_logit = z.detach().amax(-1, keepdim=True)
     top = z.argmax(-1) if "is_top1" in outputs else None
-    # Cancels out of every statistic but logsumexp.
+    # The maximum cancels out of every statistic but logsumexp.
     largest = max_logit.clamp(min=floor(z.dtype))
     shifted = z - largest if buffer is None else torch.sub(z, largest, out=buffer[: len(z)])
     label_shifted = None if ids is None else shifted.gather(-1, ids.clamp(0, V - 1))
@@ -202,7 +202,7 @@ def softmax_rows_bwd(
     dtype = statistics_dtype(logits.dtype)
     out = torch.empty_like(logits) if out is None else out
     skip = skipped(ids)
-    # float64 once per row, not per logit: hi + lo is logsumexp.
+    # float64 arithmetic once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(dtype)
     lo = (logsumexp - hi.to(logsumexp.dtype)).to(dtype)
     labels = labels_held(probabilities, column_weight, label_smoothing, dtype)
@@ -215,7 +215,7 @@ def softmax_rows_bwd(
         z, slope = transform(x, part_of(temperature, rows), scale, softcap, out=logp)
         torch.sub(z, hi[rows, None], out=logp)
         if b is None and e is None:
-            # p·a alone: what is left of logsumexp goes into the row's factor.
+            # p·a alone: lo, the rest of logsumexp, goes into the row's factor.
             dz = exp_(logp).mul_(0.0 if a is None else (a[rows] * (-lo[rows]).exp())[:, None])
         else:
             p = logp.sub_(lo[rows, None]).exp()
@@ -225,14 +225,14 @@ def softmax_rows_bwd(
             if e is not None:
                 dz.addcmul_(e[rows, None], p)
             dz.mul_(p)
-            del p  # the next chunk needs its memory
+            del p  # frees its memory for the next chunk
         w = label_weights(column_weight, None if t is None else t.reshape(x.shape).to(dtype), label_smoothing, V)
         local = None if ids is None else ids[rows] - vocab_start
         d_, c_, skip_ = (part_of(t, rows) for t in (d, c, skip))
         finish_gradient(dz, w, d_, local, c_, slope, skip_)
         if dz.data_ptr() != grad.data_ptr():
             grad.copy_(dz.view(grad.shape))
-        del slope  # the next chunk needs its memory
+        del slope  # frees its memory for the next chunk
     return out
 
 
@@ -254,12 +254,12 @@ def finish_gradient(
             dz.scatter_add_(-1, ids[:, k : k + 1], values[:, k : k + 1])
     if isinstance(slope, Tensor) or slope != 1.0:
         dz *= slope
-    if skip is not None and (skip.device.type != "cpu" or skip.any()):  # elsewhere asking would wait
+    if skip is not None and (skip.device.type != "cpu" or skip.any()):  # on a GPU the check would wait
         dz.masked_fill_(skip[:, None], 0)
 
 
 def softmax_rows_fwd_bwd(
-    logits: Tensor,  # (N, V), over which their gradient is written
+    logits: Tensor,  # (N, V), overwritten with their gradient
     ids: Tensor,  # (N, 1) int64
     column_weight: Tensor | None,  # (V,)
     temperature: Tensor | None,  # (N,)
@@ -287,12 +287,12 @@ def softmax_rows_fwd_bwd(
             a = a - of_sum_log_probs[rows] * total_weight(column_weight, V)
         if of_square is not None:
             a = a + 2 * of_square[rows] * found.logsumexp
-        # x has become exp(z − max)
+        # x now holds exp(z − max)
         p_over_x = (found.max_logit.clamp(min=floor(dtype)) - found.logsumexp).exp()
         dz = x.mul_((a * p_over_x).to(dtype)[:, None])
         d = None if of_sum_log_probs is None else of_sum_log_probs[rows].to(dtype)
         finish_gradient(dz, column_weight, d, ids[rows], of_log_probs[rows, None].to(dtype), slope, skipped(ids[rows]))
         if dz.data_ptr() != chunk.data_ptr():
             chunk.copy_(dz.view(chunk.shape))
-        del slope  # the next chunk needs its memory
+        del slope  # frees its memory for the next chunk
     return out
