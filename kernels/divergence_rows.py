@@ -7,24 +7,24 @@ per row:
     jsd         β Σ t log(t/m) + (1 − β) Σ s log(s/m)                     tvd        ½ Σ |t − s|
     cross_entropy  −Σ t log s over the entries whose student logit is finite                 overlap    Σ min(t, s)
 
-One program per row goes over it twice, three times with gradients: both maxima and sums; then the divergence and the mean
-slope of either side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``. Of
-``forward_kl`` ``Σ s g`` is known, so that the student's gradient alone takes no third pass.
-Where ranks share the vocabulary these are three steps, and between them the ranks put together what each found in its slice.
+One program per row makes two passes over it, three with gradients: first both maxima and sums; then the divergence and the mean
+slope of each side; then the gradients, ``s_j (g_j − Σ s g)`` and ``t_j (h_j − Σ t h)`` with ``g = ∂/∂s`` and ``h = ∂/∂t``. For
+``forward_kl`` ``Σ s g`` is known in advance, so the student's gradient alone takes no third pass.
+Where ranks share the vocabulary, these are three steps, between which the ranks combine the results of their slices.
 
-In the code logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials, and what is negated is
-multiplied by −1: that costs nothing, and Triton's ``−x`` a subtraction.
+In the code logarithms of probabilities and ``d`` are to base 2, as the hardware takes exponentials. Negation is written as
+a multiplication by −1, which costs nothing, while Triton's ``−x`` costs a subtraction.
 
-The divergence is never negative, and accurate where ``t ≈ s``, by what is summed: ``Σ a log(a/b)`` as ``Σ (a r − a + b)`` with
+The divergence is never negative, and accurate where ``t ≈ s``, because ``Σ a log(a/b)`` is summed as ``Σ (a r − a + b)`` with
 ``r = log(a/b)``, the same number since both rows sum to 1. Each term is ≥ 0, and an error in a row's logsumexp cancels to
-first order; in ``jsd`` so does one in ``log m``. That of ``m`` over the larger of t and s, and ``d``, make ``log(m/t)`` and
-``log(m/s)`` without a difference of nearly equal numbers, for values and gradients alike.
+first order; in ``jsd`` so does one in ``log m``. The logarithm of ``m`` over the larger of t and s, and ``d``, give
+``log(m/t)`` and ``log(m/s)`` without a difference of nearly equal numbers, for values and gradients alike.
 
-An entry that is −inf on both sides counts as equal; −inf on one side gives 0·(−inf) = 0, or an infinite KL where the other
-side has mass there, whose gradient in the row with the mass is then 0.
+An entry that is −inf on both sides counts as equal. −inf on one side gives 0·(−inf) = 0, or an infinite KL if the other
+side has mass there; the gradient of the side with the mass is then 0 in that row.
 
-Bytes per row of V logits, b and c bytes each: V·(b + c) read in each pass, but for what L2 still has of the one before, and as
-much written with both gradients.
+Bytes per row of V logits, b and c bytes each: each pass reads V·(b + c), except what L2 still holds from the pass before; both
+gradients together write as much.
 """
 
 import torch
@@ -36,12 +36,12 @@ from .configurations import divergence_rows_config, on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FARTHEST = tl.constexpr(100.0)  # beyond it the smaller of t and s is as good as none
+FARTHEST = tl.constexpr(100.0)  # for a larger |d| the smaller of t and s is negligible
 
 
 @triton.jit
 def _log2(x):
-    """Of a normal positive x, in fewer instructions than ``tl.log2``; the polynomial's relative error is 3e-8."""
+    """log2 of a normal positive x, in fewer instructions than ``tl.log2``; the polynomial's relative error is 3e-8."""
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F3504F3) & -0x800000  # times 2²³; √½ ≤ 1 + f < √2
     f = (bits - exponent).to(tl.float32, bitcast=True) - 1
@@ -60,19 +60,19 @@ def _excess(a, b, u):
 
 @triton.jit
 def _unless_none(p, x):
-    """``x`` where p has mass, else a number: 0·∞ is 0."""
+    """``x`` where p has mass, elsewhere a finite number, so that 0·∞ becomes 0."""
     return tl.where(p == 0, 1.0, x)
 
 
 @triton.jit
 def _apart(d):
-    """``|d|``, finite also where one side is −inf, or both are and d is nan."""
+    """``|d|``, but finite where one side is −inf, or where both are and d is nan."""
     return tl.where(tl.abs(d) < FARTHEST, tl.abs(d), FARTHEST)
 
 
 @triton.jit
 def _below_one(u):
-    """``1 − 2⁻ᵘ``, u ≥ 0; a polynomial (relative error 1e-8) where that is small."""
+    """``1 − 2⁻ᵘ`` for u ≥ 0; a polynomial (relative error 1e-8) where that is small."""
     near = u * (0.69314717 - u * (0.24022564 - u * (0.05549041 - u * (0.00954128 - u * 0.00115445))))
     return tl.where(u < 0.5, near, 1 - tl.exp2(u * -1.0))
 
@@ -90,7 +90,7 @@ def _mixture(d, beta):
 
 @triton.jit
 def _term(s, t, log_s, d, beta, KIND: tl.constexpr):
-    """The term of the divergence, element by element."""
+    """The terms of the divergence, elementwise."""
     if KIND == "forward_kl":
         value = _excess(t, s, _unless_none(t, d * -1.0))
     if KIND == "reverse_kl":
@@ -112,7 +112,7 @@ def _term(s, t, log_s, d, beta, KIND: tl.constexpr):
 
 @triton.jit
 def _slopes(s, t, log_s, d, beta, KIND: tl.constexpr):
-    """g and h, element by element, each up to a constant of the row; as ``s g`` or ``t h`` where :func:`_gradient` is told."""
+    """g and h, elementwise, each up to a constant per row; or ``s g`` and ``t h`` for the kinds that the kernel marks so."""
     if KIND == "forward_kl":
         g = s - t
         h = _unless_none(t, d * LN2)
@@ -146,7 +146,7 @@ def _weighed(slope, p, WEIGHED: tl.constexpr):
 
 @triton.jit
 def _advance(z, largest, total, LANES: tl.constexpr, VEC: tl.constexpr):
-    """Take a tile ``(BLOCK_V,)`` into each lane's maximum and sum of exponentials."""
+    """Update each lane's maximum and sum of exponentials with a tile ``(BLOCK_V,)``."""
     z = tl.reshape(z, (LANES, VEC))
     now = tl.maximum(largest, tl.max(z, 1))
     total = total * exp(largest - now) + tl.sum(exp(z - now[:, None]), 1)
@@ -155,14 +155,14 @@ def _advance(z, largest, total, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _meet(largest, total):
-    """The lanes' maxima and sums become the row's maximum and the logarithm of its sum, in float64."""
+    """Combine the lanes' maxima and sums into the row's maximum and the logarithm of its sum, in float64."""
     row_largest = tl.max(largest, 0)
     return row_largest, tl.log(tl.sum((total * exp(largest - row_largest)).to(tl.float64), 0))
 
 
 @triton.jit
 def _log_softmax(z, largest, log_total):
-    """To base 2, from the row's maximum and float64 logarithm of its sum."""
+    """Log-softmax to base 2, from the row's maximum and the float64 logarithm of its sum."""
     log_total = log_total * LOG2E
     hi = log_total.to(tl.float32)
     lo = (log_total - hi.to(tl.float64)).to(tl.float32)
@@ -182,7 +182,7 @@ def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
 
 @triton.jit
 def _gradient(slope, p, mean, factor, WEIGHED: tl.constexpr, KIND: tl.constexpr):
-    """``factor p (g − Σ p g)`` from g, or from ``p g``; 0 where a KL is infinite, as its mean slope then is."""
+    """``factor p (g − Σ p g)`` from g, or from ``p g``; 0 where a KL is infinite, which shows in an infinite mean slope."""
     dz = factor * (slope - p * mean if WEIGHED else p * (slope - mean))
     if not WEIGHED and (KIND == "forward_kl" or KIND == "reverse_kl"):
         dz = tl.where(tl.abs(mean) == float("inf"), 0.0, dz)
@@ -241,8 +241,8 @@ def _divergence_rows_kernel(
     GRADIENTS: tl.constexpr = (D_STUDENT or D_TEACHER) and (STEP == "all" or STEP == "gradients")
     # The mean slope of forward_kl in the student is 0: the value and the gradient take one pass.
     AT_ONCE: tl.constexpr = STEP == "all" and KIND == "forward_kl" and D_STUDENT and not D_TEACHER
-    # Each pass goes back the way the one before it came: what was read last is still in L2, if what is read for the last time
-    # makes room for it.
+    # Each pass runs in the reverse direction of the one before: the tiles read last are still in L2, provided that tiles read
+    # for the last time are evicted first.
     SECOND: tl.constexpr = "" if GRADIENTS else "evict_first"
     row, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     y = row  # any number but SKIP
@@ -263,7 +263,7 @@ def _divergence_rows_kernel(
         student_temperature_ptr, rows, active, student_scale, student_softcap, HAS_STUDENT_SOFTCAP
     )
 
-    v_end = tl.where(active, V, 0)  # a skipped row reads nothing
+    v_end = tl.where(active, V, 0)  # a skipped row is not read
     if STEP == "sums" or STEP == "gradients":
         s_max = tl.load(normalizers_ptr + row).to(tl.float32)
         s_log_total = tl.load(normalizers_ptr + N + row)
@@ -307,7 +307,7 @@ def _divergence_rows_kernel(
             tl.store(normalizers_ptr + 4 * N + row, hard_max.to(tl.float64))
             tl.store(normalizers_ptr + 5 * N + row, hard_log_total)
 
-    # A nan on one side is on both.
+    # Spread a nan to both sides.
     s_log_total, t_log_total = s_log_total + 0 * t_log_total, t_log_total + 0 * s_log_total
     if STEP == "gradients":
         s_slope = tl.load(sums_ptr + 2 * N + row)
@@ -348,7 +348,7 @@ def _divergence_rows_kernel(
         found = (y >= 0) & (y < V)
         x_y = tl.load(student_row + y * student_stride_v, mask=found, other=0.0).to(tl.float32)
         z_y = final_logits(x_y, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
-        # Compilers fuse a tanh's products and sums as they like: it could exceed the maximum.
+        # Compilers may fuse the products and sums of a tanh differently here: z_y could exceed the maximum.
         nll = hard_log_total - tl.minimum(z_y - hard_max, 0.0).to(tl.float64)
         nll = tl.sum(tl.where(found, nll, 0.0), 0)
         if STEP == "all":
@@ -357,7 +357,7 @@ def _divergence_rows_kernel(
             tl.store(sums_ptr + N + row, nll)
 
     if GRADIENTS:
-        # All numbers of a skipped row are 0, and so is then its gradient.
+        # All numbers of a skipped row are set to 0, so its gradient is 0 too.
         soft = tl.load(soft_ptr + row, mask=active, other=0.0).to(tl.float32)
         s_max, s_log_total = tl.where(active, s_max, 0.0), tl.where(active, s_log_total, 0.0)
         t_max, t_log_total = tl.where(active, t_max, 0.0), tl.where(active, t_log_total, 0.0)
@@ -365,10 +365,10 @@ def _divergence_rows_kernel(
         if WITH_NLL:
             hard = tl.load(hard_ptr + row, mask=active, other=0.0).to(tl.float32)
             if temperature is not None:
-                hard *= temperature  # the slope of the logits has it in it
+                hard *= temperature  # s_scale is already divided by it
             hard_max, hard_log_total = tl.where(active, hard_max, 0.0), tl.where(active, hard_log_total, 0.0)
             label = tl.where((y >= 0) & (y < V), y, -1).to(tl.int32)
-        tl.debug_barrier()  # all have read what any will write over
+        tl.debug_barrier()  # every lane has read what any will overwrite
         for v_start in range(0, V, BLOCK_V):
             v = (tl.cdiv(V, BLOCK_V) * BLOCK_V - BLOCK_V - v_start if AT_ONCE else v_start) + tl.arange(0, BLOCK_V)
             inside = v < V
@@ -413,17 +413,17 @@ def divergence_rows(
     *,
     kind,
     beta=0.5,
-    temperature=1.0,  # of the divergence, after all else; −log p does not see it
+    temperature=1.0,  # of the divergence, applied last; not applied to −log p
     student_scale=1.0,
     student_softcap=None,
     teacher_scale=1.0,
     teacher_softcap=None,
     with_nll=False,  # also return −log p of the student at ids
-    soft=None,  # (N,) what the gradients of the divergence are multiplied by
-    hard=None,  # (N,) and those of −log p
+    soft=None,  # (N,) factors of the gradients of the divergence
+    hard=None,  # (N,) and of those of −log p
     d_student=None,  # (B, V, S) to write the gradient to; may be student itself
     d_teacher=None,  # (B, V, S)
-    # For a slice of the vocabulary; "normalizers" and "sums" write what is the slice's, "gradients" takes those of the whole
+    # For a slice of the vocabulary: "normalizers" and "sums" write the slice's, "gradients" reads the whole vocabulary's
     step="all",
     normalizers=None,  # (4, N) float64: largest logit and log Σ exp(z − largest) of the student, then of the teacher, over
     # the temperature; (6, N) with −log p and a temperature: then of the student at temperature 1
@@ -437,7 +437,7 @@ def divergence_rows(
     if N == 0:
         return divergence, nll
     if kind == "jsd":
-        beta = min(beta, 1 - 2**-24)  # in fp32 too the student has a share of the mixture
+        beta = min(beta, 1 - 2**-24)  # keeps the student's share of the mixture above 0 in fp32
     BLOCK_V, VEC, num_warps = divergence_rows_config(student.dtype)
     _divergence_rows_kernel[(N,)](
         student,

@@ -1,4 +1,4 @@
-"""Statistics of the rows of ``hidden weightᵀ`` without the logits, and their gradient a slice of the vocabulary at a time.
+"""Statistics of the rows of ``hidden weightᵀ`` without the logits, and the gradient of a slice of the vocabulary's logits.
 
 With ``x = h Wᵀ + u Bᵀ + bias`` (``u Bᵀ`` the head's low-rank term) and ``z =
 softcap·tanh(scale·x/softcap)/temperature``, the statistics and the one form of the gradient are those of
@@ -18,11 +18,11 @@ H 4096, 6 % at 2048. A row's maximum and sums stay within four lanes (two shuffl
 only in tiles that hold an id of their rows, and is written by the one tile that has it. Programs run side by side over
 GROUP_N row tiles × neighbouring splits, so hidden stays in L2 while the weight streams through it once per group.
 
-The same bits whatever else is in the batch: a row's splits of the vocabulary, their tiles and the order of every sum
+A row's bits do not depend on the rest of the batch: its splits of the vocabulary, their tiles and the order of every sum
 depend on V, H and the device alone; nothing is added atomically. Everything is kept relative to the running maximum, so
 that a constant added to a row costs no accuracy and ``logp = (z_y − max) − log s ≤ 0`` by construction: the maximum's
-own term in ``s`` is exactly 1, and nothing rests on the compiler fusing a multiplication with an addition. ``FLOOR``
-stands for the maximum of nothing; columns beyond V and true −inf logits are −inf and meet only finite maxima.
+own term in ``s`` is exactly 1, and nothing relies on the compiler fusing a multiplication with an addition. ``FLOOR`` is
+the initial maximum; columns beyond V and true −inf logits are −inf and are only compared with finite maxima.
 """
 
 import torch
@@ -58,7 +58,7 @@ def _load_tile(
     if TMA:
         tile = x.load([row, column])
     else:
-        # Rows beyond the last repeat it: their results are dropped, and the mask stays one per column.
+        # Rows beyond the last read the last row again: their results are dropped, and the mask needs only columns.
         r = tl.minimum(row + tl.arange(0, BLOCK_ROWS), rows - 1).to(tl.int64)
         c = column + tl.arange(0, BLOCK_K)
         pointers = x + r[:, None] * stride_row + c.to(tl.int64)[None, :] * stride_column
@@ -183,7 +183,7 @@ def _linear_softmax_fwd_kernel(
                 if low_rank_u is not None:
                     for r in tl.range(0, R, BLOCK_K, num_stages=1):
                         acc = _add_product(acc, h_low, w_low, row, v_start, r, BLOCK_K, TMA, UPCAST)
-                ids_here = 0  # row tile and vocabulary tile seldom share an id: one look spares the matching
+                ids_here = 0  # few tiles hold an id of their rows: one check spares the others the matching
                 if ids_ptr is not None:
                     for j in range(K):
                         y = tl.load(ids_ptr + n.to(tl.int64) * K + j, mask=inside, other=-1)
@@ -192,7 +192,7 @@ def _linear_softmax_fwd_kernel(
                     v, x = _with_bias(acc, bias_ptr, v_start, V, part, PARTS)
                     if SAVE_LOGITS:  # noqa: SIM102, a branch at compile time
                         if v_start < saved_columns:
-                            # One 64-bit address a tile; what is added to it fits 32 bits.
+                            # One 64-bit address per tile; the offsets within it fit 32 bits.
                             tile = saved_logits_ptr + row.to(tl.int64) * saved_stride_n
                             within = tl.arange(0, BLOCK_N)[:, None] * saved_stride_n + v[None, :]
                             tl.store(tile + within, x, mask=inside[:, None] & (v < saved_columns)[None, :])
@@ -210,10 +210,10 @@ def _linear_softmax_fwd_kernel(
                                     tl.store(logits_at_ids_ptr + at, tl.sum(tl.where(match, z, 0.0), 1), mask=here)
                     tile_largest = tl.max(z, 1)
                     now = tl.maximum(largest, tile_largest)
-                    moved = tl.maximum(largest - now, FLOOR)  # finite: it meets sums of 0
+                    moved = tl.maximum(largest - now, FLOOR)  # finite, since it multiplies sums of 0
                     rescale = exp(moved)
                     if ENTROPY:
-                        # The maximum keeps 0·(−inf) out, here and below; a nan it drops is in total already.
+                        # tl.maximum avoids 0·(−inf), here and below; a nan that it drops is in total already.
                         total_shifted = rescale * tl.maximum(total_shifted + moved * total, FLOOR)
                     shifted = z - now[:, None]
                     e = exp(shifted)
@@ -318,7 +318,7 @@ def _combine_splits_kernel(
 
 
 def _checked(hidden, weight, bias, low_rank):
-    """The head's matrices ``(hidden, weight, u, B)``, the last two None without ``low_rank``."""
+    """The head's checked matrices ``(hidden, weight, u, B)``, the last two None without ``low_rank``."""
     u, b = low_rank or (None, None)
     shapes = f"hidden {tuple(hidden.shape)} {hidden.dtype}, weight {tuple(weight.shape)} {weight.dtype}"
     if hidden.dtype not in (torch.bfloat16, torch.float16):
@@ -355,7 +355,7 @@ def _tma_fits(arch, *matrices):
 
 
 def _dense(*vectors):
-    """Each contiguous: a gradient that autograd expanded, for one, has stride 0."""
+    """The vectors, made contiguous: a gradient that autograd expanded, for example, has stride 0."""
     return [None if x is None else x.contiguous() for x in vectors]
 
 
@@ -382,7 +382,7 @@ def linear_softmax_fwd(
     scale=1.0,
     softcap=None,
     outputs,
-    saved_logits=None,  # (N, v) fp32, written: the first v logits of each row, before scale and softcap
+    saved_logits=None,  # (N, v) fp32, written to: the first v logits of each row, before scale and softcap
 ):
     hidden, weight, u, b = _checked(hidden, weight, bias, low_rank)
     out = empty_statistics(hidden, hidden.shape[0], ids, outputs)
@@ -517,8 +517,8 @@ def _linear_softmax_d_logits_kernel(
     row_tiles = tl.cdiv(N, BLOCK_N)
     v_tiles = tl.cdiv(V, BLOCK_V)
     k_tiles = tl.cdiv(H, BLOCK_K)
-    # Tile after tile, since a slice has few a row and shares of it would differ; all in one loop over K, so that the next
-    # tile's loads are under way in this one's epilogue.
+    # Programs take single tiles, since a slice has few per row and larger shares would be uneven; all tiles are in one loop
+    # over K, so that the next tile's loads run during this one's epilogue.
     item = tl.program_id(0) - tl.num_programs(0)
     k, row, v_start = H, 0, 0
     acc = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
@@ -537,15 +537,15 @@ def _linear_softmax_d_logits_kernel(
                     acc = _add_product(acc, h_low, w_low, row, v_start, r, BLOCK_K, TMA, UPCAST)
             n = row + tl.arange(0, BLOCK_N)
             inside = n < N
-            # All numbers of a skipped row are 0, and so is then its gradient.
+            # All numbers of a skipped row are set to 0, so its gradient is 0 too.
             active = inside
             if ids_ptr is not None:
                 active = inside & ~rows_skipped(ids_ptr, n, inside, K)
             inner, outer = row_scales(temperature_ptr, n, active, scale, softcap, HAS_SOFTCAP)
-            slope = inner  # but for what the softcap makes of it
+            slope = inner  # without the factor of the softcap's tanh
             if HAS_SOFTCAP:
                 slope = inner * outer
-            # logp = (z − hi) + lo; exp(lo) is folded into what is one number per row.
+            # logp = (z − hi) + lo; exp(lo) is folded into the per-row coefficients.
             logsumexp = tl.load(logsumexp_ptr + n, mask=active, other=0.0)
             hi = logsumexp.to(tl.float32)
             lo = (hi.to(tl.float64) - logsumexp).to(tl.float32)
@@ -571,7 +571,7 @@ def _linear_softmax_d_logits_kernel(
                 p = exp(logp)
                 bracket = tl.broadcast_to(a[:, None], (BLOCK_N, BLOCK_V // PARTS))
                 if b_ptr is not None:
-                    bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite: it meets a probability of 0
+                    bracket += b[:, None] * tl.maximum(logp, -1e30)  # finite, since p may be 0
                 if e_ptr is not None:
                     bracket += e[:, None] * p
                 dx = p * bracket
@@ -619,7 +619,7 @@ def linear_softmax_d_logits(
     scale=1.0,
     softcap=None,
     vocab_start=0,
-    out=None,  # (N, V) in hidden's dtype; best with 16-byte-aligned rows, as where it is left out
+    out=None,  # (N, V) in hidden's dtype; best with 16-byte-aligned rows, which None allocates
 ):
     hidden, weight, low_rank_u, low_rank_b = _checked(hidden, weight, bias, low_rank)
     (N, H), V = hidden.shape, weight.shape[0]

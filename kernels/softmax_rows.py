@@ -1,4 +1,4 @@
-"""Statistics of rows of logits that exist, and the gradient of any function of them.
+"""Statistics of rows of logits that exist, and the gradient of any function of those statistics.
 
 Forward, one read of the logits: with ``m = max_j z_j`` and ``s = Σ_j exp(z_j − m)``,
 
@@ -6,8 +6,8 @@ Forward, one read of the logits: with ``m = max_j z_j`` and ``s = Σ_j exp(z_j �
     Σ_j w_j logp_j = Σ_j w_j (z_j − m) − log s·Σ_j w_j             log Σ_j p_j² = log Σ_j exp(2(z_j − m)) − 2 log s
 
 Everything is kept relative to the running maximum, so ``logp ≤ 0`` holds by construction and a constant added to a row costs
-no accuracy. Each lane runs its own maximum, over its ``VEC`` logits of each tile, and the lanes meet once, at the end: no
-barrier and 1 + 1/VEC exponentials per logit in the loop. The finite ``FLOOR`` stands for the maximum of nothing, so that −inf
+no accuracy. Each lane keeps its own running maximum, over its ``VEC`` logits of each tile, and the lanes are combined once, at
+the end: no barrier and 1 + 1/VEC exponentials per logit in the loop. The initial maximum is the finite ``FLOOR``, so that −inf
 logits never make −inf − −inf.
 
 Backward, one read and one write (in place if asked): see ``fused_losses/row_statistics.py`` for the one form
@@ -16,12 +16,12 @@ Backward, one read and one write (in place if asked): see ``fused_losses/row_sta
 
 Class probabilities ``t`` enter through the weights, ``w_j = weight_j ((1 − ε) t_j + ε/V)``: their cross entropy is −Σ w logp.
 
-Both at once, for a loss that is linear in its statistics, so that the gradient waits for nothing outside its row: a program
+Both at once, for a loss that is linear in its statistics, so that the gradient depends on nothing outside its row: a program
 reads its row and then, from the end, reads it again and writes the gradient over it. The programs take row after row, and are
-few enough that their rows fit L2, or nearly: the second read is mostly from there.
+few enough that their rows fit L2, or nearly: the second read mostly hits L2.
 
-Bytes per row of V logits in b bytes each: V·b read forward, 2·V·b read and written backward, at once 2·V·b and what of the
-second read misses L2; everything else is O(K).
+Bytes per row of V logits in b bytes each: forward reads V·b; backward reads and writes 2·V·b; both at once 2·V·b and the part
+of the second read that misses L2; everything else is O(K).
 """
 
 import torch
@@ -67,7 +67,7 @@ def _lane_sums(
     weight_seen = tl.zeros((BLOCK_N, LANES), tl.float32)
     top = tl.zeros((BLOCK_N, LANES), tl.int32)
     nans = tl.zeros((BLOCK_N, LANES), tl.int32)
-    v_end = V * tl.max(active.to(tl.int32), 0)  # a block of skipped rows reads nothing
+    v_end = V * tl.max(active.to(tl.int32), 0)  # a block of skipped rows is not read
     for v_start in tl.range(0, v_end, BLOCK_V, num_stages=STAGES):
         v = v_start + tl.arange(0, BLOCK_V)
         inside = active[:, None] & (v < V)[None, :]
@@ -77,16 +77,16 @@ def _lane_sums(
             other=0.0,
         ).to(tl.float32)
         z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
-        z = tl.where(inside, z, float("-inf"))  # not before: a scale may be negative, a cap is finite
+        z = tl.where(inside, z, float("-inf"))  # only now: a scale may be negative, a cap is finite
         z = tl.reshape(z, (BLOCK_N, LANES, VEC))
         tile_largest = tl.max(z, 2)
         now_largest = tl.maximum(largest, tile_largest)
-        moved = tl.maximum(largest - now_largest, FLOOR)  # finite: it meets a total of 0
+        moved = tl.maximum(largest - now_largest, FLOOR)  # finite, since total may be 0
         shifted = z - now_largest[:, :, None]
         e = exp(shifted)
         rescale = exp(moved)
         if ENTROPY:
-            total_shifted += tl.maximum(moved * total, FLOOR)  # finite: it meets a rescale of 0
+            total_shifted += tl.maximum(moved * total, FLOOR)  # finite, since rescale may be 0
             total_shifted = rescale * total_shifted + tl.sum(e * tl.maximum(shifted, FLOOR), 2)
         total = total * rescale + tl.sum(e, 2)
         if LOG_SUM_SQ_PROBS:
@@ -116,7 +116,7 @@ def _lane_sums(
 
 @triton.jit
 def _row_total(largest, total):
-    """The lanes meet: their factors, and each row's maximum, ``Σ exp(z − max)`` and its logarithm, in float64."""
+    """Combine the lanes: their factors, and each row's maximum, ``Σ exp(z − max)`` and its logarithm, in float64."""
     row_largest = tl.max(largest, 1)
     moved = tl.maximum(largest - row_largest[:, None], FLOOR)
     rescale = exp(moved)
@@ -134,7 +134,7 @@ def _row_sum_log_probs(moved, weighted, weight_seen, log_total):
 
 @triton.jit
 def _log_prob(x, inner, outer, row_largest, log_total, HAS_SOFTCAP: tl.constexpr):
-    """Of one logit a row. Compilers fuse a tanh's products and sums as they like: it could exceed the maximum."""
+    """``logp`` of one logit per row. Compilers may fuse a tanh differently here: z could exceed the maximum."""
     z = final_logits(x, inner, outer, HAS_SOFTCAP)
     return (tl.minimum(z - row_largest, 0.0).to(tl.float64) - log_total).to(tl.float32)
 
@@ -195,7 +195,7 @@ def _softmax_rows_fwd_kernel(
         sum_log_probs_ptr is not None, max_logit_ptr is not None, is_top1_ptr is not None, BLOCK_N, BLOCK_V, VEC, 1,
     )  # fmt: skip
 
-    # From here on there are a few numbers per row, put together in float64 and rounded once.
+    # From here on there are a few numbers per row, combined in float64 and rounded once.
     moved, rescale, row_largest, row_total, log_total = _row_total(largest, total)
     logsumexp = row_largest.to(tl.float64) + log_total
     tl.store(logsumexp_ptr + row, tl.where(skipped, 0.0, logsumexp), mask=row_inside)
@@ -280,7 +280,7 @@ def softmax_rows_fwd(
 def _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP: tl.constexpr):
     """``logp`` and ``dz/dx`` of a tile ``(BLOCK_N, BLOCK_V)`` of logits, from its rows' scales and float64 logsumexp."""
     z, slope = final_logits_and_slope(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
-    # float64 once per row, not per logit: hi + lo is logsumexp.
+    # float64 arithmetic once per row, not per logit: hi + lo is logsumexp.
     hi = logsumexp.to(tl.float32)
     lo = (logsumexp - hi.to(tl.float64)).to(tl.float32)
     return (z - hi[:, None]) - lo[:, None], slope
@@ -336,7 +336,7 @@ def _softmax_rows_bwd_kernel(
         other=0.0,
     ).to(tl.float32)
     inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP)
-    # All numbers of a skipped row are 0, and so is then its gradient.
+    # All numbers of a skipped row are set to 0, so its gradient is 0 too.
     logsumexp = tl.load(logsumexp_ptr + row, mask=active, other=0.0)
     logp, slope = _log_softmax(x, inner, outer, logsumexp, HAS_SOFTCAP)
     p = exp(logp)
@@ -438,7 +438,7 @@ def softmax_rows_bwd(
 
 @triton.jit(do_not_specialize=["N"])
 def _softmax_rows_fwd_bwd_kernel(
-    logits_ptr,  # (N, V), over which the gradient is written, and anything between its rows
+    logits_ptr,  # (N, V), overwritten with the gradient; the padding between its rows is overwritten with anything
     ids_ptr,  # (N, 1) int64
     column_weight_ptr,  # (V,)
     temperature_ptr,  # (N,)
@@ -451,7 +451,7 @@ def _softmax_rows_fwd_bwd_kernel(
     is_top1_ptr,  # (N,) bool
     N,
     V,
-    logits_stride_n,  # V or more; what lies between is read and written over too
+    logits_stride_n,  # V or more; the padding between rows is read and overwritten too
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -472,7 +472,7 @@ def _softmax_rows_fwd_bwd_kernel(
             of_sum_log_probs_ptr is not None, False, is_top1_ptr is not None, 1, BLOCK_V, VEC, STAGES,
         )  # fmt: skip
         moved, _, row_largest, _, log_total = _row_total(largest, total)
-        # All numbers of a skipped row are 0, and so is then its gradient.
+        # All numbers of a skipped row are set to 0, so its gradient is 0 too.
         logsumexp = tl.where(active, row_largest.to(tl.float64) + log_total, 0.0)
         log_prob = _log_prob(x_y, inner, outer, row_largest, log_total, HAS_SOFTCAP)
         tl.store(log_probs_ptr + row, tl.where(found, log_prob, 0.0))
@@ -489,7 +489,7 @@ def _softmax_rows_fwd_bwd_kernel(
         if is_top1_ptr is not None:
             tl.store(is_top1_ptr + row, _row_is_top1(largest, row_largest, top, y, V) & active)
 
-        # The id's own gradient is stored last: to look for it among the others would cost each of them four instructions.
+        # The gradient at the id is stored last: to test for the id in the loop would cost four instructions per logit.
         logp_y, slope_y = _log_softmax(x_y[:, None], inner, outer, logsumexp, HAS_SOFTCAP)
         dz_y = exp(logp_y) * a[:, None] + c[:, None]
         if of_sum_log_probs_ptr is not None:
@@ -499,8 +499,8 @@ def _softmax_rows_fwd_bwd_kernel(
                 dz_y += d[:, None]
         dx_y = (dz_y * slope_y).to(logits_ptr.dtype.element_ty)
 
-        tl.debug_barrier()  # all have read what any will write over
-        # Backwards: what was read last is still in L2, which keeps it the longer for forgetting what was written over.
+        tl.debug_barrier()  # every lane has read what any will overwrite
+        # Backwards: the tiles read last are still in L2, and stay there longer since overwritten ones are evicted first.
         for v_end in tl.range(tl.cdiv(logits_stride_n, BLOCK_V) * BLOCK_V, 0, -BLOCK_V, num_stages=STAGES):
             v = v_end - BLOCK_V + tl.arange(0, BLOCK_V)
             inside = (v < logits_stride_n)[None, :]
@@ -525,7 +525,7 @@ def _softmax_rows_fwd_bwd_kernel(
 
 @on_its_device
 def softmax_rows_fwd_bwd(
-    logits,  # (N, V), the start of rows of one block of memory, over which the gradient and anything beyond V is written
+    logits,  # (N, V), rows of one block of memory; overwritten with the gradient, and with anything beyond column V
     ids,  # (N, 1) int64
     column_weight,  # (V,) or None
     temperature,  # (N,) or None
@@ -565,7 +565,7 @@ def softmax_rows_fwd_bwd(
         HAS_SOFTCAP=softcap is not None,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
-        STAGES=1 if options else 2,  # with options tiles are smaller and programs more
+        STAGES=1 if options else 2,  # with options there are smaller tiles and more programs
         num_warps=num_warps,
         enable_fp_fusion=True,
     )
