@@ -52,8 +52,8 @@ def token_loss(
 
     It equals ``fn(token_statistics(logits, index, statistics), *per_token).sum()`` over the tokens that have an index, and is
     cheaper: ``6NVH`` floating point operations for loss and gradients instead of ``8NVH``. Express a mean as a weight per
-    token. Recomputing the forward (activation checkpointing) doubles the cost. It falls back to :func:`token_statistics` if no
-    chunk fits the workspace and, when compiled, within a checkpoint or under ``detect_anomaly``.
+    token. It falls back to :func:`token_statistics` if no chunk fits the workspace, under saved-tensor hooks (activation
+    checkpointing) and, when compiled, under ``detect_anomaly``.
 
     Args:
         fn: ``fn(statistics, *per_token) -> (n,)``, or ``((n,), {name: (n,)})``: PyTorch on ``n`` tokens at a time, each token
