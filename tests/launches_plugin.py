@@ -1,4 +1,4 @@
-"""pytest's part of ``compile_launches.py``: the tests' tensors count as a GPU's, and what they launch is only compiled."""
+"""The pytest plugin of ``compile_launches.py``: the tests' tensors count as a GPU's, and launched kernels are only compiled."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.pop("TRITON_INTERPRET", None)  # xdist's workers inherit what conftest.py set
+os.environ.pop("TRITON_INTERPRET", None)  # xdist's workers inherit the value that conftest.py set
 
 import compile_only
 
@@ -17,7 +17,7 @@ reports: list[tuple[compile_only.Report, str]] = []
 
 @pytest.fixture(autouse=True, scope="session")
 def _pretended_gpu():
-    os.environ.pop("TRITON_INTERPRET", None)  # again: too late for the kernels, which are here already
+    os.environ.pop("TRITON_INTERPRET", None)  # conftest.py set it again, too late for the kernels imported above
 
     def keep(report):
         reports.append((report, os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]))

@@ -49,7 +49,7 @@ def arguments(tensors, bias=False, low_rank=False, **options):
 
 
 def numbers(result):
-    """What an operation returned, as a flat list of tensors."""
+    """An operation's result as a flat list of tensors."""
     if isinstance(result, torch.Tensor):
         return [result]
     if hasattr(result, "materialize"):
@@ -65,7 +65,7 @@ def gradients(results, tensors):
 
 
 def check(fn, options, lazy=True):
-    """``fn`` of a LinearLogits and of its reference: the same values and gradients, and nothing materialised."""
+    """``fn`` gives the same values and gradients for LinearLogits and for its reference, and materialises nothing."""
     tensors, same = leaves(), leaves()
     args, kwargs = arguments(tensors, **OPTIONS[options])
     with settings.strict():

@@ -1,6 +1,6 @@
-"""pytest's part of a test in ``test_memory.py``: a pretended GPU, on which kernels and products compute nothing.
+"""The pytest plugin of a test in ``test_memory.py``: a simulated GPU, on which kernels and products compute nothing.
 
-What is allocated for them is counted as on a CPU, and is what a GPU's allocator would be asked for.
+Their allocations are counted as on a CPU: they are those that a GPU's allocator would be asked for.
 """
 
 import os
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-os.environ.pop("TRITON_INTERPRET", None)  # xdist's workers inherit what conftest.py set
+os.environ.pop("TRITON_INTERPRET", None)  # xdist's workers inherit the value that conftest.py set
 
 import compile_only
 
@@ -17,7 +17,7 @@ from fused_losses.kernels import divergence_rows, linear_softmax, softmax_rows  
 
 
 def product(exact):
-    """Of CUDA's, which needs no copies of its factors."""
+    """A product like CUDA's, which needs no copies of its factors."""
 
     def multiply(*arguments, out=None, out_dtype=None, **named):
         if out is None and out_dtype is None:
@@ -29,7 +29,7 @@ def product(exact):
 
 @pytest.fixture(autouse=True, scope="session")
 def _pretended_gpu():
-    os.environ.pop("TRITON_INTERPRET", None)  # again: too late for the kernels, which are here already
+    os.environ.pop("TRITON_INTERPRET", None)  # conftest.py set it again, too late for the kernels imported above
     idle = {name: product(getattr(torch, name)) for name in ("mm", "addmm", "mul")}
     with (
         compile_only.pretended_gpu("sm_90", lambda run, fn, *args, **kwargs: None),

@@ -1,4 +1,4 @@
-"""What tests in several processes need beside ``fused_losses.bench.ranks``."""
+"""What tests in several processes need besides ``fused_losses.bench.ranks``."""
 
 import contextlib
 
@@ -13,7 +13,7 @@ needs_ranks = pytest.mark.skipif(
 
 
 def within(options):
-    """These settings, for the length of a ``with``."""
+    """Apply these settings for the length of a ``with``."""
     stack = contextlib.ExitStack()
     for name, value in options.items():
         stack.enter_context(getattr(settings, name)(value))

@@ -1,4 +1,4 @@
-"""A batch of sampled sequences that every clip, mask and weight does something to."""
+"""A batch of sampled sequences on which every clip, mask and weight has an effect."""
 
 import torch
 
@@ -11,7 +11,7 @@ LENGTHS = [7, 5, 0, 6, 3, 7]
 def batch(dtype=torch.float64, garbage=float("nan")):
     """Ratios of tokens and of sequences beyond the clip on both sides, under advantages of both signs.
 
-    Ragged rows, one of them fully masked; garbage wherever the mask hides.
+    Ragged rows, one of them fully masked; garbage at every masked position.
     """
     g = torch.Generator().manual_seed(1)
 
@@ -38,7 +38,7 @@ def batch(dtype=torch.float64, garbage=float("nan")):
         "token_weight": normal(B, S).exp(),
     }
     tokens["some_zero_advantages"] = tokens["token_advantages"].masked_fill(torch.arange(S) % 3 == 1, 0)
-    tokens["token_weight"][3, 0] = 0  # as a mask's
+    tokens["token_weight"][3, 0] = 0  # a weight of 0, like a mask's
     data = {name: x.masked_fill(mask == 0, garbage).to(dtype) for name, x in tokens.items()}
     data["mask"] = mask
     data["advantages"] = torch.tensor([1.3, -0.7, 0.9, -1.1, 0.4, -0.2], dtype=dtype)
@@ -50,7 +50,7 @@ DATA = batch()
 
 
 def pack(data):
-    """The same batch in one row, tokens beyond each length dropped (one stays masked), the empty row too."""
+    """The same batch packed into one row, without the tokens beyond each length (one masked token stays) and the empty row."""
     kept = torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
     present = torch.tensor(LENGTHS) > 0
     packed = {k: v[present] if v.dim() == 1 else v[kept].unsqueeze(0) for k, v in data.items()}

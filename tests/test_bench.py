@@ -34,7 +34,7 @@ def bench(name, *arguments, peers="none"):
 def test_every_case_is_checked_and_kept(name, tmp_path, capsys):
     file = tmp_path / "new folder" / "result.json"
     modes = ["forward", "full"] if name == "cross_entropy" else ["full"]
-    # On 6 tokens one right result in ten is twice as far from float64 as eager PyTorch.
+    # On 6 tokens one correct result in ten is twice as far from float64 as eager PyTorch's.
     assert bench(name, "--tokens", "192", "--json", str(file), "--mode", ",".join(modes)) == 0
     result = json.loads(file.read_text())
     assert result["complete"]
@@ -236,7 +236,7 @@ def test_where_eager_does_not_fit_fewer_rows_are_checked(tmp_path, monkeypatch):
 @pytest.mark.parametrize("skipped", [[], ["liger_kernel"]])
 @pytest.mark.parametrize("calls", [2, 13])
 def test_an_interrupted_run_keeps_its_rows_and_resumes(calls, skipped, tmp_path, monkeypatch, capsys):
-    """Interrupted while it checks, and while it times; a peer that is skipped has rows too."""
+    """Interrupted while it checks and while it times; a skipped peer has rows too."""
     count = 0
 
     def interrupt(x):
@@ -300,7 +300,7 @@ def test_an_interrupt_leaves_no_traceback(where, tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(sys.platform == "win32", reason="no terminals")
 @pytest.mark.parametrize("rich", [True, False])
 def test_in_a_terminal_a_bar_moves_and_a_pipe_gets_the_table(rich):
-    """The bar is on stderr, a terminal; the tables go where stdout goes."""
+    """The bar goes to stderr, which is a terminal; the tables go to stdout, which is a pipe."""
     import pty
 
     hide = "" if rich else "sys.modules['rich'] = None; import importlib.util as u; f = u.find_spec; "
@@ -323,7 +323,7 @@ def test_in_a_terminal_a_bar_moves_and_a_pipe_gets_the_table(rich):
 def read(terminal):
     try:
         return os.read(terminal, 65536)
-    except OSError:  # Linux's end of a terminal
+    except OSError:  # how Linux reports the end of a terminal
         return b""
 
 
@@ -499,7 +499,7 @@ def test_plan_prints_the_route_and_the_largest_batch(capsys):
     printed = capsys.readouterr().out
     assert "gradients_in_forward" in printed
     products = 6 * 8192 * 128256 * 4096 / 500e9
-    passes = 4 * 8192 * 128256 / 2e9  # in one chunk: the logits read and written
+    passes = 4 * 8192 * 128256 / 2e9  # in one chunk: the logits are read and written
     assert [line.split()[1] for line in printed.splitlines() if " ms " in line] == [
         f"{ms:.1f}" for ms in (products + passes, products, passes)
     ]
@@ -554,7 +554,7 @@ def test_check_pools_draws_where_plain_pytorch_is_exact_by_luck():
     from fused_losses.bench import check
 
     (one,) = (c for c in check.checks() if c.name == "logits (37, 129)")
-    assert check.verdict(one, torch.float32, "cpu", "torch")[-1] == ""  # of one draw d_logits is too far
+    assert check.verdict(one, torch.float32, "cpu", "torch")[-1] == ""  # from one draw d_logits would fail
 
     def wrong(x):
         return tuple(t * (1 + 1e-6) for t in one.ours(x))
@@ -606,7 +606,7 @@ def test_the_evidence_script_does_not_run_tests_again_that_ran_to_their_end(tmp_
         (["test_bad:", "1", "failed"], "1"),
         (["test_good:", "1", "passed"], "0"),
     ]
-    bad.write_text("")  # what ran to its end is not run again
+    bad.write_text("")  # a test file that ran to its end is not run again
     again = evidence(results, "tests", TESTS=f"{bad} {good}", FILES="1")
     assert again.returncode == 1
     assert "1 passed" in again.stdout
@@ -624,7 +624,7 @@ def test_the_evidence_script_runs_several_files_of_tests_at_a_time(tmp_path):
 
 
 def test_peaked_inputs_are_like_a_trained_models():
-    """Most targets likely, some not: a mean loss of a few nats, where random inputs give log V."""
+    """Most targets are likely, some are not: the mean loss is a few nats, where random inputs give log V."""
     problem = cli.Problem(cli.Shape("small", 5000, 64), 256, torch.float32, "peaked", "cpu")
     for name in ("cross_entropy", "linear_cross_entropy"):
         module = importlib.import_module(f"fused_losses.bench.{name}")

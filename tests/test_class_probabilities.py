@@ -1,4 +1,4 @@
-"""The operator behind the cross entropy of a head with class probabilities, of which every tensor may train."""
+"""The operator behind the cross entropy of a head with class probabilities; each of its tensors may train."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from fused_losses.reference.tolerance import assert_accurate
 from fused_losses.settings import gradient_filter
 
 N, C, H, R = 75, 29, 7, 3
-CHUNKS = 2**12  # bytes of workspace, which are several
+CHUNKS = 2**12  # bytes of workspace, which make several chunks
 TOKEN = torch.linspace(-1, 2, N)
 TEMPERATURE = torch.linspace(0.5, 1.5, N)
 
@@ -80,7 +80,7 @@ def test_small_gradients_of_float16_do_not_vanish(route):
 @pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
 def test_a_filter_leaves_small_columns_out_of_the_gradients(route):
     tensors = problem(torch.float32)
-    spread = torch.linspace(0, 20, C)[:, None]  # columns of small probability, and of a target of 0
+    spread = torch.linspace(0, 20, C)[:, None]  # some columns have a small probability, and a target of 0
     weight, hidden = (tensors["weight"] + spread).detach().requires_grad_(), torch.ones(N, H)
     target = (hidden @ weight.detach().T).softmax(-1).roll(1, 0)
 

@@ -1,6 +1,6 @@
 """Each row of docs/trainers.md, "Coming from another fused loss": our call gives the value and the gradients of theirs.
 
-Theirs runs as the row has it, on plain PyTorch below under their names and argument orders, and on Liger's own where installed.
+Their call runs as in the row, on the plain PyTorch below with their names and argument orders, and on Liger where installed.
 """
 
 import ast
@@ -34,7 +34,7 @@ def counted(loss, y, ignore_index=-100):
 
 
 def plain_cross_entropy(x, y, weight=None, z=0.0, smoothing=0.0, softcap=None, ignore_index=-100):
-    """Of each row; and the z-loss, and whether the label is the largest."""
+    """The loss of each row, its z-loss, and whether the label's logit is the largest."""
     x = x if softcap is None else softcap * (x / softcap).tanh()
     loss = F.cross_entropy(x, y, weight, ignore_index=ignore_index, reduction="none", label_smoothing=smoothing)
     kept = y != ignore_index
@@ -101,7 +101,7 @@ def CrossEntropyLoss(lse_square_scale, label_smoothing, logit_scale, process_gro
 
 def vocab_parallel_cross_entropy(x, y, label_smoothing=0.0, tp_group=None):
     nll = x.logsumexp(-1) - x.gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)
-    return nll.where(y != -100, 0)  # the mask is the caller's
+    return nll.where(y != -100, 0)  # the caller's part: the mask
 
 
 def fast_cross_entropy_loss(x, y, logit_softcapping=0, logit_scaling=0, n_items=None):
@@ -232,7 +232,7 @@ N, B, S, V, H = 12, 4, 3, 10, 8
 
 
 def arguments(theirs, dtype):
-    """What the page calls its arguments, those with gradients and others; (B, S, …) where it says so."""
+    """The arguments by their names on the page, those with gradients and the others; (B, S, …) where the row has sequences."""
     torch.manual_seed(0)
     sequences = PAIRED.search(theirs) or re.search("GRPOLoss|vocab_parallel_cross|fast_cross|shift=", theirs)
     shape = (B, S) if sequences else (N,)
@@ -259,7 +259,7 @@ def arguments(theirs, dtype):
 
 
 def run(statements, scope, dtype, theirs, blocks=()):
-    """What the last statement gives and the page goes on to use, and the leaves of its gradients."""
+    """The results of the last statement, which the page goes on to use, and the leaves of their gradients."""
     leaves, constants = arguments(theirs, dtype)
     scope = {"torch": torch, "F": F} | scope | leaves | constants
     torchtune = functools.partial(lambda W, h, y: F.cross_entropy(h @ W.T, y), leaves["W"])  # it was given the model
@@ -292,7 +292,7 @@ def compare(row, scope, dtype, **tolerance):
 
 
 def total(results, found):
-    """A number with an own weight for each entry of those that have a gradient here."""
+    """A weighted sum, with a different weight for each entry, of the results whose counterpart in ``found`` has a gradient."""
     return sum(
         (1.7 * x * torch.arange(1, 1 + x.numel(), dtype=x.dtype).view_as(x)).sum()
         for x, y in zip(results, found, strict=True)

@@ -115,7 +115,7 @@ def test_no_batch_is_a_batch_of_one(soft, backend, device):
 
 
 def test_softmax_of_shifted_and_peaked_rows(backend, device):
-    """A constant costs no accuracy, and a sure row's loss is 0 rather than a small negative number."""
+    """An added constant costs no accuracy, and the loss of a certain label is 0 rather than a small negative number."""
     x = torch.randn(8, 300, device=device)
     target = torch.randint(0, 300, (8,), device=device)
     check(x + 1e4, target, backend, label_smoothing=0.1)
@@ -136,7 +136,7 @@ def test_any_strides(layout, backend, device):
         "every_second": lambda: base[:, 0, ::2],
         "transposed": lambda: base[0].t(),
         "expanded": lambda: base[:, :1].expand(4, 6, 30).transpose(1, 2),
-        "two_strides": lambda: torch.randn(2, 9, 8, 8, device=device)[:, :, ::2, ::3],  # not collapsible
+        "two_strides": lambda: torch.randn(2, 9, 8, 8, device=device)[:, :, ::2, ::3],  # which do not collapse into one
     }[layout]()
     target = torch.randint(0, x.shape[1], x.shape[:1] + x.shape[2:], device=device)
     check(x, target, backend)
@@ -191,7 +191,7 @@ def test_op_db_samples(dtype, backend, device):
                 lambda s=sample: F.cross_entropy(s.input, *s.args, **s.kwargs),
                 (sample.input, *sample.args),
             )
-        else:  # PyTorch rounds in between: nearer to float64 than PyTorch is what to be
+        else:  # PyTorch rounds in between, so ours is compared with float64 instead
             check(sample.input, *(a.detach() for a in sample.args), backend, **sample.kwargs)
 
 
@@ -291,7 +291,7 @@ def test_targets_without_weight(reduction, smoothing, backend, device):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_special_logits(bad, backend, device):
-    """As PyTorch where a row counts; nowhere where it is ignored."""
+    """Where the row counts, the results are PyTorch's; in an ignored row, a special logit reaches nothing."""
     x = torch.randn(4, 9, device=device)
     x[1, 2] = bad
     x[3] = bad
@@ -415,7 +415,7 @@ def test_an_fp32_weight_of_classes_under_autocast(backend, device, options):
 
 
 def test_probabilities_and_weights_get_gradients(backend, device):
-    """PyTorch differentiates both with class probabilities, and so does this."""
+    """With class probabilities PyTorch differentiates both, and so do we."""
     x = torch.randn(3, 7, 2, device=device)
     t = torch.rand(3, 7, 2, device=device)
     w = torch.rand(7, device=device)
@@ -450,7 +450,7 @@ def test_inputs_are_left_alone_and_repeats_are_equal(backend, device):
 
 
 def test_masked_fill_on_the_result(backend, device):
-    """Nothing that backward reads is given away: writing into the losses changes only the losses."""
+    """The caller gets no tensor that backward reads: writing into the losses changes only the losses."""
     x = torch.randn(4, 9, device=device, requires_grad=True)
     target = torch.tensor([1, 2, 3, 4], device=device)
     losses = cross_entropy(x, target, reduction="none", backend=backend)
@@ -502,7 +502,7 @@ def test_batched_gradients():
 
 
 def test_forward_mode_derivative_for_class_weights():
-    """Of class probabilities as PyTorch's; of class indices an error, as in reverse mode, and not 0."""
+    """With class probabilities it is PyTorch's; with class indices it is an error, as in reverse mode, rather than 0."""
     x, t, u = (torch.randn(4, 5, dtype=torch.float64) for _ in range(3))
     weight, tangent = u[0].exp(), u[1]
     for options in ({}, {"label_smoothing": 0.2}):
@@ -611,7 +611,7 @@ def test_compiles_without_a_break(soft, backend, device):
             x.transpose(1, 2), target, weight, label_smoothing=0.1, z_loss=0.1, softcap=9.0, backend=backend
         )
 
-    # What inductor sees of the operator is the same for both backends and kinds of target.
+    # Inductor sees the same operator for both backends and both kinds of target.
     compiler = "inductor" if backend == "torch" and not soft else "aot_eager"
     compiled = torch.compile(loss, fullgraph=True, backend=compiler)(x)
     torch.testing.assert_close(compiled, loss(x))
@@ -658,7 +658,7 @@ def test_backend_that_cannot_run(monkeypatch):
 
 
 def test_backend_setting_reaches_the_operator(device):
-    """The setting is read where the call is, and an argument beats it."""
+    """The setting is read at the call, and an argument overrides it."""
     x, target = torch.randn(2, 5, device=device), torch.tensor([0, 1], device=device)
     with fused_losses.settings.backend("triton"), pytest.raises(RuntimeError, match="float64"):
         cross_entropy(x.double(), target)
@@ -683,7 +683,7 @@ def test_more_logits_than_int32_counts(backend):
 
 @pytest.mark.parametrize("target", [torch.rand(2, 8, 8).softmax(-1), torch.ones(2, 8, dtype=torch.long)])
 def test_classes_of_lazy_logits_at_the_end_are_refused(target):
-    """Of 8 tokens and 8 classes a tensor's would be taken for one another."""
+    """With 8 tokens and 8 classes, a tensor's tokens and classes would be taken for one another."""
     z = LinearLogits(torch.randn(2, 8, 4), torch.randn(8, 4))
     with pytest.raises(ValueError, match=r"of input \(2, 8, 8\) are to stand at dimension 1.*flatten\(0, -2\)"):
         cross_entropy(z, target)

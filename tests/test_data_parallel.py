@@ -21,10 +21,10 @@ from fused_losses.token_loss import token_loss
 from fused_losses.token_statistics import selective_log_softmax
 
 count_per_rank = data_parallel.count_per_rank
-pytestmark = [needs_ranks, pytest.mark.xdist_group("data_parallel")]  # its processes are started once
+pytestmark = [needs_ranks, pytest.mark.xdist_group("data_parallel")]  # so that its processes are started once
 
 STEPS, V, H, S = 3, 11, 6, 7
-# Sequences of each rank's micro-batches: uneven, and the last rank of four has nothing to train on.
+# The number of sequences in each rank's micro-batches: uneven, and the last rank of four has nothing to train on.
 SHARES = {2: [(3, 1), (2, 2)], 4: [(1, 2), (2, 1), (1, 1), (0, 0)]}
 
 
@@ -110,7 +110,7 @@ def grpo(**options):
 
 
 def with_dp_size(aggregation):
-    """verl's way: sums over ranks and the number of ranks."""
+    """As verl does it: counts summed over ranks, and the number of ranks."""
 
     def loss(logits, data, n):
         log_probs, ranks = selective_log_softmax(logits, data["ids"]), count_ranks()
@@ -128,7 +128,7 @@ def values(logits, data, n):
 
 
 def pairs(logits, data):
-    """Of each sequence, the tokens at even places as chosen and those at odd places as rejected answer."""
+    """The tokens at even places of each sequence are its chosen answer, those at odd places its rejected one."""
     token_logps = selective_log_softmax(logits, data["ids"])
     places = torch.arange(S) % 2 == 0
     sides = data["mask"] & places, data["mask"] & ~places
@@ -233,7 +233,7 @@ def split(x, rank, ranks, zigzag):
     return torch.cat([chunks[rank], chunks[-1 - rank]], -1) if zigzag else chunks[rank]
 
 
-LENGTHS = [5, 1, 10, 3, 4, 9]  # of packed documents, 32 in all: their ends fall on and beside the borders of chunks
+LENGTHS = [5, 1, 10, 3, 4, 9]  # of packed documents, 32 tokens in all: they end on and beside the borders of chunks
 
 
 def layouts():
@@ -282,7 +282,7 @@ def context_batch(step):
 
 
 def context_loss(model, step, options, device, group=None, zigzag=False, replicas=1):
-    """All sequences, or those of this replica in the part that this rank holds."""
+    """The loss of all sequences, or of the part of this replica's sequences that this rank holds."""
     ids, labels = context_batch(step)
     options = dict(options)
     if group is None:
@@ -323,7 +323,7 @@ def train_context(options, device=None, **how):
 
 
 def answers(rank, ranks):
-    """Uneven numbers of good and bad answers, and rows for the KL, of which all ranks have as many."""
+    """Uneven numbers of good and bad answers, and rows for the KL, of which every rank has the same number."""
     g = torch.Generator().manual_seed(7)
     chosen, rejected = torch.randn(2, ranks, 3, generator=g, dtype=torch.float64)
     kl = torch.rand(ranks, 2, generator=g, dtype=torch.float64)
@@ -363,7 +363,7 @@ def gradient(fn, device, rank, ranks):
 
 STATISTICS = {"kto": kto, "bco": bco}
 AVERAGES = ("token", "sequence")
-COUNTS = [  # whose sum over ranks is no number of their dtype, or has no sum in it
+COUNTS = [  # whose sum over ranks does not fit their dtype, or whose dtype has no sum
     torch.tensor(200, dtype=torch.uint8),
     torch.tensor(20000, dtype=torch.int16),
     torch.tensor(2**30, dtype=torch.int32),
@@ -437,7 +437,7 @@ def test_uneven_ranks_train_as_one_process_does(found, wrap, loss):
 
 
 def test_the_losses_differ():
-    """So that a normaliser that is not looked at would be seen."""
+    """So that a loss that ignored its normaliser would be seen."""
     trained = {loss: torch.cat([p.flatten() for p in expected(loss)]) for loss in LOSSES}
     same = {
         frozenset(pair) for pair in itertools.combinations(LOSSES, 2) if torch.allclose(*(trained[x] for x in pair))

@@ -49,7 +49,7 @@ class OutsideTheHead(Model):
 
 
 class Eager(Model):
-    """With logits."""
+    """The same model, but with a head that makes logits."""
 
     def __init__(self):
         super().__init__()
@@ -93,7 +93,7 @@ VARIANTS = {
     "then_evaluated": {},
     "eager": {},
 }
-# As it comes, ZeRO-3 keeps what a step needs again soon; with parameters this small that is all of them.
+# By default ZeRO-3 keeps the parameters that a step needs again soon; where they are as small as here, it keeps all.
 ZERO3 = {
     "freed": {
         "stage3_param_persistence_threshold": 0,
@@ -153,7 +153,7 @@ def train_sharded(case, device):
     left = []
     for ids in batches(torch.distributed.get_rank()):
         for part in ids.to(device).split(B // steps):
-            # CommDebugMode does not bear a second forward.
+            # CommDebugMode does not support a second forward.
             counting = CommDebugMode() if variant in ("bias", "eager") else contextlib.nullcontext()
             with counting, settings.strict():
                 parts = part.split(1) if variant == "two_forwards" else [part]
@@ -223,14 +223,14 @@ def test_trains_as_one_process_does(trained, loss, variant, zero3):
         found = found[loss, variant, zero3]
         assert not isinstance(found, str), found
         found, left, _ = found
-        assert left == (zero3 != "freed")  # behind each forward, loss and backward
+        assert left == (zero3 != "freed")  # whole parameters after a forward, loss or backward
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(found[name], parameter.detach(), msg=lambda m, name=name: f"{name}: {m}")
             assert torch.equal(found[name], start[name]) != parameter.requires_grad, name
 
 
 def test_gathers_once_more_than_a_head_that_makes_logits_for_each_pass(trained):
-    """The weight comes for the head's own forward, for each pass of the loss, and once for all of their backward."""
+    """The weight is gathered for the head's own forward, for each pass of the loss, and once for the backward of all passes."""
     for found, _ in trained:
         eager = found["several", "eager", "freed"][2]
         passes = {"mean": 1, "per_token": 1, "token_loss": 1, "several": 2}

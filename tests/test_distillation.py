@@ -42,7 +42,7 @@ OPTIONS = (
 
 
 def heads(device, dtype=torch.float32, tokens=(2, 4), V=40, teacher_V=None):
-    """Leaves, labels, and what makes lazy or whole logits of the leaves."""
+    """Leaves, labels, and functions that make lazy or whole logits from the leaves."""
     torch.manual_seed(2)
     leaves = [
         torch.randn(*tokens, 6, device=device),
@@ -144,7 +144,7 @@ def test_parts_are_what_they_say(device):
 @pytest.mark.parametrize("route", [None, "recompute"])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_statistics_for_metrics(reduction, route, backend, device):
-    """Neither weighted nor times the temperature's square, and without a gradient; the loss is as without them."""
+    """Neither weighted nor multiplied by the temperature's square, and without a gradient; they do not change the loss."""
     leaves, labels, lazy, whole = heads(device)
     logits = whole(leaves)
     how = {"temperature": 2.0, "scale_by_temperature_squared": True, "reduction": reduction}
@@ -217,7 +217,7 @@ def test_ignored_tokens_are_not_projected(device, monkeypatch):
     monkeypatch.setattr(Head, "write_logits", spy)
     leaves, labels, lazy, _ = heads(device)
     distillation_loss(*lazy(leaves), labels)
-    assert seen == [7, 7]  # of 8 tokens, once per side: student and teacher, both losses
+    assert seen == [7, 7]  # 7 of 8 tokens, once for the student and once for the teacher, for both losses
 
 
 def test_vocabularies_of_different_padded_size(backend, device):
@@ -232,7 +232,7 @@ def test_vocabularies_of_different_padded_size(backend, device):
 
 @pytest.mark.parametrize("trained", ["student", "teacher"])
 def test_float16_logits_keep_gradients_that_a_scaled_loss_lifts(trained, backend, device):
-    """Divided by the number of tokens alone they would be less than float16 has."""
+    """Divided by the number of tokens alone, they would be too small for float16."""
     dense, lazy = torch.randn(4, 40, device=device).half(), [torch.randn(n, 8, device=device) for n in (4, 40)]
     labels = torch.arange(4, device=device)
 
@@ -247,7 +247,7 @@ def test_float16_logits_keep_gradients_that_a_scaled_loss_lifts(trained, backend
 
 
 def test_twice_and_kept(backend, device):
-    """A second backward of a kept graph gives the same again: what was made in forward is not scaled twice."""
+    """A second backward of a kept graph gives the same gradients: those made in forward are not scaled twice."""
     leaves, labels, lazy, _ = heads(device)
     loss = distillation_loss(*lazy(leaves), labels, backend=backend) * 3
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
@@ -317,7 +317,7 @@ def test_memory_is_the_workspace(dtype):
 
 
 def openrlhf(logits, teacher_logits, label):
-    """The formula of its documentation, in fp32 as there."""
+    """The formula in OpenRLHF's documentation, in fp32 as there."""
     teacher = F.softmax(teacher_logits.float(), -1)
     product = torch.masked_fill(teacher * F.log_softmax(logits.float(), -1), torch.isinf(logits), 0)
     shown = (label != -100).view(-1)
@@ -443,7 +443,7 @@ def test_sparse_is_dense_when_all_ids_are_there(kind, tail, device):
 
 
 def test_sparse_bucket_of_a_peaked_teacher(device):
-    """What is left to the tail is small and is not rounded away."""
+    """The mass left to the tail is small and is not rounded away."""
     student, teacher = torch.randn(2, 6, 30, device=device) * 12
     student.requires_grad_()
     top = teacher_topk(teacher, 6)
@@ -462,7 +462,7 @@ def test_sparse_support_of_the_student(device):
     found = sparse_distillation_loss(student, ids, log_t, labels)
     exact, *_ = reference.sparse_distillation_loss(whole(leaves)[0].double(), ids, log_t.double(), labels)
     torch.testing.assert_close(found.loss.double(), exact.sum() / 7)
-    assert (torch.autograd.grad(found.loss, leaves[4])[0] != 0).any()  # the teacher asked for a gradient
+    assert (torch.autograd.grad(found.loss, leaves[4])[0] != 0).any()  # the teacher requires a gradient too
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
@@ -508,7 +508,7 @@ def test_sparse_is_not_negative_where_it_is_rounding(tail, kind, device):
 
 def test_weights_of_0_leave_their_term_out(device):
     student, teacher = torch.randn(2, 4, 9, device=device), torch.randn(2, 4, 9, device=device)
-    student[..., 7] = -math.inf  # of which the divergence is infinite
+    student[..., 7] = -math.inf  # which makes the divergence infinite
     labels = torch.randint(0, 7, (2, 4), device=device)
     hard = distillation_loss(student, teacher, labels, hard_weight=1.0, soft_weight=0.0, kind="forward_kl")
     torch.testing.assert_close(hard, F.cross_entropy(student.flatten(0, 1), labels.flatten()))
@@ -562,7 +562,7 @@ def test_wrong_sparse_input(change, message, device):
 
 
 def test_a_sparse_teacher_is_two_tensors_of_log_probs():
-    leaves, labels, lazy, _ = heads("cpu")  # where masses are looked at
+    leaves, labels, lazy, _ = heads("cpu")  # on a CPU, where masses are checked
     student, teacher = lazy(leaves)
     top = teacher_topk(teacher, 3)
     with pytest.raises(TypeError, match="teacher_ids must be a tensor, got TopK: unpack it"):
@@ -637,7 +637,7 @@ def test_an_infinite_divergence_that_weighs_nothing(reduction, backend, device):
 
 
 def test_ids_of_eight_bits(backend, device):
-    """Which −100 does not fit: a byte-level model's, with an id 156."""
+    """uint8 cannot hold −100: the ids of a byte-level model, with an id 156."""
     student = torch.randn(1, 4, 256, device=device)
     ids = torch.tensor([[[156, 3], [200, 156], [0, 1], [5, 6]]], dtype=torch.uint8, device=device)
     log_probs, labels = torch.full((1, 4, 2), -1.0, device=device), torch.tensor([[1, 2, -100, -100]], device=device)
@@ -679,7 +679,7 @@ def test_which_teachers_are_refused():
 @pytest.mark.parametrize("apart", [0.0, 1.0, 10.0])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_acceptance_rate(apart, temperature, backend, device):
-    """Of rates near 1, and of ones that a difference from 1 would not have."""
+    """Rates near 1, and rates that are lost when computed as a difference from 1."""
     student = torch.randn(4, 100, 33, device=device)
     teacher = torch.randn_like(student) + apart * torch.linspace(-1, 1, 33, device=device)
     student = teacher if apart == 0 else student - apart * torch.linspace(-1, 1, 33, device=device)
@@ -722,7 +722,7 @@ def test_acceptance_rate_of_heads(backend, device):
 def test_a_teacher_without_weight_is_not_read(lazy, reduction):
     h, w = torch.randn(6, 4).requires_grad_(), torch.randn(9, 4).requires_grad_()
     labels = torch.tensor([0, 3, -100, 7, 1, 2])
-    missing = torch.full((7, 4), torch.nan)  # of a smaller vocabulary, to which the student's is cut
+    missing = torch.full((7, 4), torch.nan)  # the teacher's vocabulary is smaller, and the student's is cut to it
     labels = labels.clamp(max=6)
     teacher = LinearLogits(torch.randn(6, 4), missing) if lazy else torch.full((6, 7), torch.nan)
     student = LinearLogits(h, w) if lazy else h @ w.T

@@ -72,7 +72,7 @@ def test_values_and_both_gradients(kind, temperature, dtype, backend, device):
     upstream = torch.randn(2, 3, device=device)
     options = {"kind": kind, "beta": BETA, "temperature": temperature}
     found = value_and_gradients(divergence, student, teacher, upstream, **options, backend=backend)
-    # The logits are data: what is exact is the maths on the rounded logits, and what eager does with them is fp32.
+    # The rounded logits are the input: the exact result is the float64 maths on them, and eager computes on them in fp32.
     theirs = value_and_gradients(eager, student.float(), teacher.float(), upstream, **options)
     exact = value_and_gradients(reference.divergence, student.double(), teacher.double(), upstream, **options)
     assert found[0].dtype == torch.float32
@@ -105,7 +105,7 @@ def test_ends_of_the_mixture(backend, device):
     ):
         assert all(torch.equal(a, b) for a, b in zip(run(**ours), run(**theirs), strict=True))
     assert all((x.abs() < 1e-6).all() for x in run(kind="skewed_kl", beta=1.0))
-    # Next to its ends the skewed KL is near them, and the jsd over its small weight too.
+    # With beta near an end, the skewed KL is near its value there, and the jsd divided by its small weight is near a KL.
     student, teacher = pair(device, apart=0.3)
     forward, reverse = (divergence(student, teacher, kind=k, backend=backend) for k in ("forward_kl", "reverse_kl"))
     near = divergence(student, teacher, kind="skewed_kl", beta=1e-4, backend=backend)
@@ -118,7 +118,7 @@ def test_ends_of_the_mixture(backend, device):
 
 @pytest.mark.parametrize("kind", ["jsd", "forward_kl", "reverse_kl", "skewed_kl", "tvd"])
 def test_nearly_equal_distributions(kind, backend, device):
-    """Where t ≈ s to one bf16 rounding a sum of plain terms is noise: negative values and wrong gradients elsewhere."""
+    """Where t ≈ s to one bf16 rounding, a sum of plain terms is noise: others give negative values and wrong gradients."""
     dtype = torch.float16 if backend == "triton" and INTERPRETED else torch.bfloat16
     student = (torch.randn(6, 900, device=device) * 3).to(dtype)
     step = torch.randint(-1, 2, student.shape, device=device) * torch.finfo(dtype).eps
@@ -167,7 +167,7 @@ def test_logits_of_minus_infinity(kind, backend, device):
     assert exact.isinf().nonzero().flatten().tolist() == ([] if infinite is None else [infinite])
     torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=1e-6)
     assert found[1][0, 3] == found[2][0, 3] == 0
-    # Every finite row has the gradients of the row without the entry.
+    # Every row with a finite divergence has the gradients that it has without the entry.
     for row, entry in ((0, 3), (1, 5), (2, 7)):
         if row == infinite or row:
             continue
@@ -220,7 +220,7 @@ def test_a_nan_on_one_side_is_seen(side, kind, backend, device):
 @pytest.mark.parametrize("kind", ["jsd", "skewed_kl"])
 @pytest.mark.parametrize("beta", [0.0, 1e-17, 1e-9, 1e-4, 0.9999, 1 - 1e-9, 1 - 1e-16, 1.0])
 def test_a_mixture_of_hardly_one_side(beta, kind, dtype, backend, device):
-    """Where that side has mass and the other has little or none."""
+    """Entries where the side of hardly any weight has mass and the other side has little or none."""
     if backend == "triton" and dtype == torch.float64:
         pytest.skip("float64 runs in PyTorch")
     student, teacher = pair(device, dtype, tokens=(2, 3), V=33)
@@ -249,7 +249,7 @@ def test_a_share_that_fp32_rounds_to_one(device):
 
 
 def test_logits_masked_with_the_least_number(backend, device):
-    """As trainers mask: no mass where one logit is, a uniform row where all are."""
+    """As trainers mask: a single masked logit has no mass, and a row of masked logits is uniform."""
     student, teacher = pair(device, tokens=(2,), V=33)
     student[0, 3] = teacher[0, 3] = torch.finfo(torch.float32).min
     student[1] = torch.finfo(torch.float32).min
@@ -277,7 +277,7 @@ def test_masked_tokens_are_not_read(backend, device):
 
 
 def test_vocabularies_of_different_padded_size(backend, device):
-    student, teacher = pair(device, V=48, teacher_V=64)  # multiples of 16: whole and cut, the same kernel reads them
+    student, teacher = pair(device, V=48, teacher_V=64)  # multiples of 16: the same kernel reads them whole and cut
     teacher[..., 48:] = 50.0  # where all the mass would be
     upstream = torch.randn(2, 3, device=device)
     for a, b in ((student, teacher), (teacher, student)):
@@ -309,7 +309,7 @@ def test_vocabularies_that_no_padding_makes_different(lazy):
 
 
 def test_gradients_written_over_the_logits(backend, device):
-    """As of a head's logits, among them the label's, which other warps may be about to write over."""
+    """As for a head's logits, among them the label's, which another warp may be about to overwrite."""
     (student, teacher), ids = pair(device, tokens=(9,), V=2500), torch.randint(0, 2500, (9,), device=device)
     soft, hard = torch.rand(2, 9, device=device)
     rows = divergence_module(backend).divergence_rows
@@ -344,7 +344,7 @@ def test_read_in_place_and_alone(backend, device):
     whole = divergence(student, teacher, kind="jsd", backend=backend)
     assert torch.equal(divergence(student[:, :-1], teacher[:, :-1], kind="jsd", backend=backend), whole[:, :-1])
     assert torch.equal(divergence(student[1, 3], teacher[1, 3], kind="jsd", backend=backend), whole[1, 3])
-    flipped = student.transpose(0, 2).contiguous().transpose(0, 2)  # the vocabulary far apart in memory
+    flipped = student.transpose(0, 2).contiguous().transpose(0, 2)  # entries of the vocabulary far apart in memory
     assert torch.equal(divergence(flipped, teacher, kind="jsd", backend=backend), whole)
 
 
@@ -361,7 +361,7 @@ def test_float64_takes_any_derivative(kind):
 
 
 def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, hard=None, gradients=(), **options):
-    """What ``divergence_rows`` gives for whole rows, from slices of the vocabulary as ranks hold them."""
+    """The results of ``divergence_rows`` for whole rows, computed from slices of the vocabulary as ranks hold them."""
     slices = [slice(*ends) for ends in itertools.pairwise(cuts)]
     N = student.shape[0] * student.shape[2]
     with_nll = options.get("with_nll", False)
@@ -429,7 +429,7 @@ def test_slices_of_the_vocabulary_make_the_whole(kind, everything, dtype, backen
     for name, ours, theirs, true in zip(names, found, whole(*given), exact, strict=True):
         if dtype == torch.float64:
             torch.testing.assert_close(ours, true)
-        elif copies == 1:  # so few rows are of one accuracy by luck alone: see the next test
+        elif copies == 1:  # on so few rows the accuracy is a matter of luck: see the next test
             torch.testing.assert_close(ours.to(theirs.dtype), true.to(theirs.dtype), rtol=2e-5, atol=2e-6)
         else:
             assert_accurate(ours.to(theirs.dtype), theirs, true, name)
@@ -454,7 +454,7 @@ def test_slices_are_as_accurate_as_eager_whole_rows(kind, backend, device):
     )  # fmt: skip
 
     def whole(of_logits, dtype):
-        # e^−9999 is 0 in float64 too, and unlike −inf times 0 it is.
+        # e^−9999 is 0 in float64 too, and −9999 times 0 is 0, which −inf times 0 is not.
         leaves = [x.to(dtype).clamp(min=-9999).requires_grad_() for x in (student, teacher)]
         if kind == "cross_entropy":
             log_s, log_t = ((x / 3.0).log_softmax(-1) for x in leaves)
@@ -471,7 +471,7 @@ def test_slices_are_as_accurate_as_eager_whole_rows(kind, backend, device):
 
 
 def test_slices_of_rows_masked_with_the_least_number(backend, device):
-    """Their log-sums are lost beside such a maximum, in float64 too: slices hand on both."""
+    """Added to such a maximum, their log-sums are lost, in float64 too: slices pass on both."""
     rows = divergence_module(backend).divergence_rows
     student = torch.full((1, 40, 1), torch.finfo(torch.float32).min, device=device)
     soft = torch.ones(1, device=device)
@@ -561,7 +561,7 @@ def test_two_heads(kind, dtype, backend, device, monkeypatch):
         value = fn(*logits, kind=kind, temperature=1.5, **how)
         return value, torch.autograd.grad(value, leaves, upstream.to(value.dtype))
 
-    # No workspace to speak of: three chunks.
+    # A workspace of one byte: three chunks.
     found = run(leaves, make(leaves), divergence, backend=backend, workspace=1)
     theirs = run(leaves, whole(leaves), eager)
     doubles = [x.detach().double().requires_grad_() for x in leaves]
@@ -575,7 +575,7 @@ def test_two_heads(kind, dtype, backend, device, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trained", [slice(5), slice(5, 10)], ids=["student", "teacher"])
 def test_two_heads_of_which_one_trains(kind, trained, backend, device):
-    """The kernels then do less, and find what they find when both train. The vocabulary fills no tile."""
+    """The kernels then do less work, and give the same results as when both train. The vocabulary fills no tile."""
     leaves, make, _ = heads(device)
 
     def outcome(trains):
@@ -588,7 +588,7 @@ def test_two_heads_of_which_one_trains(kind, trained, backend, device):
 
 @pytest.mark.parametrize("drop_ignored", [None, True, False])
 def test_one_side_a_head(drop_ignored, backend, device):
-    """``None``: there is nothing to drop."""
+    """``None``: there is no mask and nothing to drop."""
     leaves, make, _ = heads(device)
     student, teacher = make(leaves)
     upstream = torch.randn(7, device=device)
@@ -711,7 +711,7 @@ def test_a_nan_in_a_masked_tokens_upstream_gradient(kind, drop_ignored, backend,
     leaves, make, whole = heads(device)
     mask = torch.tensor([1, 0, 1, 1, 0, 1, 1], device=device).bool()
     value = divergence(*make(leaves), kind=kind, mask=mask, backend=backend, drop_ignored=drop_ignored)
-    ours = torch.autograd.grad(torch.where(mask, value.sqrt(), 0).sum(), leaves)  # of the others it is 0/0
+    ours = torch.autograd.grad(torch.where(mask, value.sqrt(), 0).sum(), leaves)  # of masked tokens it is 0/0
     doubles = [x.detach().double().requires_grad_() for x in leaves]
     exact = torch.autograd.grad(reference.divergence(*whole(doubles), kind=kind)[mask].sqrt().sum(), doubles)
     for a, b in zip(ours, exact, strict=True):
@@ -736,7 +736,7 @@ def test_float16_gradients_beside_one_that_is_not_finite(wrong, drop_ignored):
 
 
 def test_a_nan_in_an_infinite_rows_upstream_gradient(backend, device):
-    """Where the student has mass and the teacher has none; the caller takes such tokens out."""
+    """It is infinite as the student has mass where the teacher has none; the caller leaves such tokens out."""
     leaves, make, _ = heads(device)
     student, _ = make(leaves)
     bias = torch.zeros(student.shape[-1], device=device)
@@ -772,7 +772,7 @@ def test_checkpointing_under_a_workspace_that_has_ended(backend, device, monkeyp
 
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 def test_float16_gradients_of_heads_whose_scale_is_large(kind, backend, device):
-    """As of normalised hidden states and weights."""
+    """As with normalised hidden states and weights."""
     hidden, weight = (torch.nn.functional.normalize(torch.randn(n, 16, device=device), dim=-1) for n in (6, 50))
     noise = torch.randn(6, 16, device=device) * 0.05
 
@@ -801,7 +801,7 @@ def test_float16_gradients_of_heads_whose_scale_is_large(kind, backend, device):
 
 @pytest.mark.parametrize("upstream", [0.0, 0.01])
 def test_float16_gradients_of_a_token_that_hardly_counts(upstream, backend, device):
-    """However large its gradient is before the upstream gradient is known."""
+    """They are accurate, however large the token's gradient is before the upstream gradient is known."""
     N, V, H = 8, 50, 16
     hidden, weight = (torch.randn(n, H, device=device).half() for n in (N, V))
     teacher = torch.randn(N, V, device=device).half()
@@ -825,7 +825,7 @@ def test_float16_gradients_of_a_token_that_hardly_counts(upstream, backend, devi
 
 
 def test_head_operator_contract(device, monkeypatch):
-    leaves, _, _ = heads(device, N=4, V=16)  # whole words: what lies between rows is of no account
+    leaves, _, _ = heads(device, N=4, V=16)  # rows are whole words: there is no padding between them
     ids = torch.tensor([1, -100, 0, 2], device=device)
     student = Head(*leaves[:5], None, 0.7, 4.0, None, 2.0**-12)
     teacher = Head(*leaves[5:], torch.ones(4, device=device))
@@ -834,7 +834,7 @@ def test_head_operator_contract(device, monkeypatch):
     without = {"with_nll": True, "wanted": [False] * 10, "tokens": 0}
     torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, shared, without | how)
     wanted = [True] * 5 + [False] * 5
-    monkeypatch.setattr(two_heads, "read_again", lambda saved: True)  # opcheck compares outputs after a backward
+    monkeypatch.setattr(two_heads, "read_again", lambda saved: True)  # opcheck compares the outputs after a backward
     saving = {"with_nll": False, "wanted": wanted, "tokens": 4}
     torch.library.opcheck(torch.ops.fused_losses.two_heads_rows, shared, saving | how)
     torch.library.opcheck(
@@ -845,7 +845,7 @@ def test_head_operator_contract(device, monkeypatch):
 
 @pytest.mark.parametrize("loss", [divergence, acceptance_rate])
 def test_memory_does_not_grow_with_tokens_and_vocabulary(loss):
-    """A stated workspace, and the fixed temporaries of the row primitive: eager holds N·V several times over."""
+    """The peak is a stated workspace and the fixed temporaries of the row primitive: eager holds N·V several times over."""
     V, H, workspace = 4096, 16, 48 * 2**20
 
     def peak(N, fn):

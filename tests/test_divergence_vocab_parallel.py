@@ -14,9 +14,9 @@ from fused_losses.bench.ranks import run
 from fused_losses.divergence import KINDS
 from fused_losses.reference.tolerance import assert_accurate
 
-pytestmark = pytest.mark.xdist_group("divergence_vocab_parallel")  # its processes are started once
+pytestmark = pytest.mark.xdist_group("divergence_vocab_parallel")  # so that its processes are started once
 N, V, TEACHER_V, H, TEACHER_H, R = 45, 50, 61, 8, 11, 3
-SPLITS = {  # where each rank's part of the vocabulary begins; the last holds the rest of the teacher's too
+SPLITS = {  # where each rank's part of the vocabulary begins; the last rank also holds the rest of the teacher's
     2: {"even": (0, 25), "uneven": (0, 7), "empty": (0, 50)},
     4: {"uneven": (0, 1, 30, 33), "empty": (0, 0, 20, 50)},
 }
@@ -138,7 +138,7 @@ CASES = [
 
 
 def runs(count, split, number):
-    """The interpreter is slow, and 4 processes are many for 2 cores."""
+    """Whether a case runs: the interpreter is slow, and 4 processes are many for 2 cores."""
     _, dtype, kind, options = CASES[number]
     if options.get("backend") == "triton":
         return (count, split) == (2, "empty" if dtype == torch.float16 else "uneven")
@@ -146,7 +146,7 @@ def runs(count, split, number):
 
 
 def ranges(count, split, rank):
-    """What a rank holds of the student's and of the teacher's vocabulary."""
+    """The ranges of the student's and of the teacher's vocabulary that a rank holds."""
     starts = SPLITS[count][split]
     last = rank == count - 1
     start = starts[rank]
@@ -161,7 +161,7 @@ def of_shard(tensors, parts):
 
 
 def found_on_a_rank(device, count):
-    two_heads.FEWEST_TOKENS = 16  # so that a workspace of nothing makes several chunks
+    two_heads.FEWEST_TOKENS = 16  # so that a workspace of one byte makes several chunks
     rank = dist.get_rank()
     found = {}
     for split in SPLITS[count]:
@@ -171,7 +171,7 @@ def found_on_a_rank(device, count):
             if not runs(count, split, number):
                 continue
             tensors, x = ({n: t.to(device) for n, t in of.items()} for of in inputs(dtype))
-            if kind == "logits":  # of one vocabulary: there is one group=
+            if kind == "logits":  # with one vocabulary for both sides, as there is one group=
                 tensors, parts = (
                     {n: t[:V] if n.split()[1] in OF_VOCAB else t for n, t in tensors.items()},
                     parts[:1] * 2,
@@ -194,7 +194,7 @@ def on_ranks(count):
 
 @functools.cache
 def on_one_process(name, dtype, kind):
-    """What plain logits give in the case's dtype, and in float64 from the same inputs."""
+    """The results of plain logits in the case's dtype, and in float64 from the same inputs."""
     tensors, x = inputs(dtype)
     if kind == "logits":
         tensors = {n: t[:V] if n.split()[1] in OF_VOCAB else t for n, t in tensors.items()}
@@ -231,7 +231,7 @@ def test_equals_one_process(count, split, number):
         role = tensor.split()[-1]
         if role in OF_VOCAB:
             whole[tensor] = torch.cat(of_ranks)
-        elif role in OF_TOKENS and kind == "logits":  # each rank's own autograd saw its columns only
+        elif role in OF_TOKENS and kind == "logits":  # each rank's autograd saw only that rank's columns
             whole[tensor] = sum(g.double() for g in of_ranks).to(dtype)
         else:
             assert all(torch.equal(t, of_ranks[0]) for t in of_ranks), f"{tensor} differs between ranks"
@@ -269,7 +269,7 @@ def trained(tensors, x, group_of, steps=4):
 
 
 def counted(names, calls):
-    """Write down the bytes that each collective takes."""
+    """Record the bytes that each collective takes."""
     for name, of in names.items():
         original = getattr(dist, name)
 
@@ -291,7 +291,7 @@ def other_answers(device, count):
     }
     found = {"trained": trained(of_shard(tensors, parts), x, groups.get)}
 
-    # Top-k, of shards smaller than k too.
+    # Top-k, also of shards smaller than k.
     mine = of_shard(tensors, parts)
     whole = logits_of(tensors, x, "student").detach()
     for k in (1, 9, V):
@@ -305,7 +305,7 @@ def other_answers(device, count):
     with pytest.raises(ValueError, match=f"vocabulary {V} of"):
         fused_losses.teacher_topk(lazy(mine, x, "student", groups["student"]), V + 1)
 
-    # One side a head, the other its logits, padded beyond their ids.
+    # One side is a head, the other is logits, padded beyond their ids.
     teacher = logits_of(tensors, x, "teacher")[:, :V].detach()
     wanted = fused_losses.divergence(whole, teacher, kind="jsd")
     padded = F.pad(teacher[:, slice(*parts[0])], (0, 2), value=torch.nan).requires_grad_()
@@ -335,7 +335,7 @@ def other_answers(device, count):
     logits = whole[:0, slice(*parts[0])]
     assert fused_losses.divergence(logits, logits, group=groups["student"]).shape == (0,)
 
-    # Logits that are −inf for one rank, and an infinite divergence.
+    # Logits that are −inf in the whole shard of one rank, and an infinite divergence.
     s, t = whole[:2].clone(), teacher[:2].clone()
     s[0, slice(*ranges(count, "uneven", 1)[0])] = t[0, slice(*ranges(count, "uneven", 1)[0])] = -torch.inf
     s[1, 3] = -torch.inf
@@ -409,7 +409,7 @@ def compiled(mine, x, groups):
 
 
 def sent_of_a_step(world, count):
-    """What a rank puts on the wire in one step, over vocabularies of different sizes."""
+    """The collectives of one step on a rank and their bytes, over vocabularies of different sizes."""
     calls = []
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     others = ("broadcast", "all_gather", "reduce_scatter_tensor", "all_to_all_single")
@@ -452,7 +452,7 @@ def test_trains_as_one_process_does(count):
 @needs_ranks
 def test_bytes_on_the_wire_do_not_depend_on_the_vocabulary():
     header, counted_tokens = 8 * 8, N - len(range(0, N, 5))
-    # float64 numbers per token: normalizers, then sums; the per-token loss makes neither again, its gradient is saved
+    # float64 numbers per token: normalizers, then sums; the per-token loss makes neither again, as its gradient is saved
     gathered = {"mean": (6, 4), "kd": (4, 4), "forward_kl": (4, 4)}
     for of_rank in answers(2):
         for (vocab, name, dtype), calls in of_rank["sent"].items():
@@ -475,7 +475,7 @@ def test_a_mismatch_is_an_error_that_prints_both():
 
 
 def test_slices_are_not_taken_for_wholes():
-    """Without processes: what a group of one shares is the whole."""
+    """This needs no processes: a group of one holds the whole vocabulary."""
     student, teacher = torch.randn(2, 3, 7)
     with pytest.raises(ValueError, match="group is None"):
         fused_losses.divergence(student, teacher, group=VocabParallel(None))

@@ -56,11 +56,11 @@ def names_of(code):
 
 
 REFERENCES = {code: SPAN.findall(row[5]) for row in ROWS if len(row) == 7 for code in SPAN.findall(row[4])}
-OTHER_RESULTS = {"off_policy_mask", "sparse_distillation_loss", "token_loss"}  # the reference's are per token
+OTHER_RESULTS = {"off_policy_mask", "sparse_distillation_loss", "token_loss"}  # whose reference gives results per token
 
 
 def references(code):
-    """What the row's reference has under the names called, or nothing where it lacks one of them or its arguments."""
+    """The row's reference functions of the names called, or nothing where one of them, or an argument of it, is missing."""
     calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)]
     found = {}
     for file in REFERENCES.get(code, []):
@@ -77,7 +77,7 @@ def references(code):
 
 
 def arguments():
-    """What the page calls its arguments."""
+    """The arguments of the page's calls, by name."""
     B, S, V, H = 4, 6, 10, 8
     values = {name: -torch.rand(B) * 5 for name in ("w", "l", "ref_w", "ref_l", "kl", "ref_kl", "c", "r", "x", "d")}
     tokens = ("w_t", "l_t", "log_probs", "ref_log_probs", "old", "ref", "rollout", "sampling", "token_logps")
@@ -241,7 +241,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 @pytest.mark.parametrize("lazy", [True, False])
 def test_blocks_of_code_give_what_eager_does(lazy):
-    """One after the other, as the page has them, but for the step on top, which the examples are."""
+    """In the order of the page, without the training step at its top, which the examples are."""
     hidden, weight = torch.randn(2, 6, 4), torch.randn(10, 4)
     z = hidden @ weight.T
     labels = torch.tensor([[4, 1, 2, -100, 3, 9], [-100, 5, 6, 0, 0, 8]])
@@ -271,7 +271,7 @@ def test_blocks_of_code_give_what_eager_does(lazy):
     )
 
 
-# kl_estimate's reference has k1 to k3 by name; the metrics are means of what they are given, and topk's result is topk's.
+# kl_estimate's reference has k1 to k3 by name; the metrics are means of their inputs, and teacher_topk returns topk's result.
 NO_REFERENCE = {"k1", "k2", "k3", "preference_metrics", "reward_metrics", "teacher_topk"}
 
 
@@ -281,7 +281,7 @@ def test_every_function_appears(family):
     module = MODULES[family]
     functions = {n for n, f in vars(module).items() if inspect.isfunction(f) and f.__module__ == module.__name__}
     if module is preference:
-        functions -= set(preference.LOSS_TYPES)  # by name of loss type, below
+        functions -= set(preference.LOSS_TYPES)  # the next test has these, by the name of their loss type
     functions = {n for n in functions if not n.startswith("_")}
     assert functions <= set().union(*map(names_called, CALLS)), "docs/losses.md"
     assert functions <= set(fused_losses.__all__), "fused_losses/__init__.py"

@@ -1,4 +1,4 @@
-"""Each example is the step it says: the same loss and the same parameters as plain float64 PyTorch on whole logits."""
+"""Each example is the step that it claims: the same loss and the same parameters as plain float64 PyTorch on whole logits."""
 
 import copy
 import importlib
@@ -16,7 +16,7 @@ from ranks import needs_ranks
 from fused_losses.settings import strict
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
-# The tests of the integrations run those that need another library.
+# The integrations' tests run the examples that need another library.
 SCRIPTS = {"tiny_transformer", "distil", "demo", "gradient_filter"}
 OTHERS = {*SCRIPTS, *(path.stem for path in EXAMPLES.glob("train_with_*.py"))}
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem not in OTHERS)
@@ -69,7 +69,7 @@ def test_tensor_parallel_is_what_one_process_does():
 
 
 def load(name, **model):
-    """The example, its model in float64, and another such model a little way off."""
+    """The example, its model in float64, and a copy of that model with slightly different parameters."""
     example, tiny = importlib.import_module(name), importlib.import_module("tiny_transformer")
     policy = tiny.TinyTransformer(**model).double()
     other = copy.deepcopy(policy)
@@ -88,12 +88,12 @@ def whole_logits(model, ids, mask=None):
 
 
 def next_log_probs(model, ids, mask=None):
-    """``(B, S − 1)``: of each token after the first."""
+    """The log-probability of each token after the first, ``(B, S − 1)``."""
     return whole_logits(model, ids, mask)[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
 
 
 def assert_same_steps(model, lr, step, exact_loss, updates=1):
-    """``step(model, optimizer)`` gives the losses, and moves the parameters, that descent on ``exact_loss(model)`` does."""
+    """``step(model, optimizer)`` gives the same losses and the same parameters as descent on ``exact_loss(model)``."""
     ours, exact = copy.deepcopy(model), copy.deepcopy(model)
     with strict():
         losses = step(ours, sgd(ours, lr))
@@ -114,7 +114,7 @@ def test_sft():
     batch = example.make_batch()
     labels, next_position = batch["labels"][0, 1:], batch["position_ids"][0, 1:]
     counted = (labels != -100) & (next_position != 0)
-    assert counted.sum() < (labels != -100).sum()  # a label at a document's start
+    assert counted.sum() < (labels != -100).sum()  # some label is at a document's start
 
     def exact_loss(model):
         return -next_log_probs(model, batch["ids"])[0][counted].mean()
@@ -148,7 +148,7 @@ def test_kto():
     def ratios(model, ids):
         return (next_log_probs(model, ids) - next_log_probs(reference, ids).detach())[:, 3:].sum(1)
 
-    # The batch whose KL the clamp does not reach.
+    # Choose the policy whose KL the clamp does not reach.
     if ratios(policy, batch["kl_ids"]).mean() < 0:
         policy, reference = reference, policy
     kl = ratios(policy, batch["kl_ids"]).mean().detach()

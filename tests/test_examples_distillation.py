@@ -24,7 +24,7 @@ def test_student_improves(example, tmp_path):
         assert curve.steps[-1] == 40
         assert curve.loss[-1] < curve.loss[0] - 1.5
         assert curve.from_teacher[-1] < 0.6 * curve.from_teacher[0]
-        assert curve.from_teacher[-1] < alone.from_teacher[-1]  # it is the teacher that it learns from
+        assert curve.from_teacher[-1] < alone.from_teacher[-1]  # the student learns from the teacher
     assert dense.loss[-1] != sparse.loss[-1]
 
     pytest.importorskip("matplotlib")

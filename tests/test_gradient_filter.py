@@ -35,7 +35,7 @@ def test_the_rule():
     d = torch.zeros(2, 9)
     d[0, 1:5] = torch.tensor([1e-3, -4.0, 0.1, 2e-3])
     d[1, 1], d[1, 4] = -0.2, 1e-3
-    assert large(d, 0.05) == [1, 2]  # 0.2 is 0.05 of 4, and counts
+    assert large(d, 0.05) == [1, 2]  # 0.2 is 0.05 of 4: the column is multiplied
     assert large(d.bfloat16(), 0.01) == [1, 2, 3]
     assert large(d, 1e-9) == [1, 2, 3, 4]
     assert large(d, 0.0) is None
@@ -92,14 +92,14 @@ def test_what_is_small_in_all_rows_alike_is_exact():
 
 
 def test_small_columns_of_nothing_and_of_no_size():
-    """No division by zero, and no float16 number too small to be one."""
+    """No division by zero, and no number that is too small for float16."""
     d = torch.zeros(4, 20, dtype=torch.float16)
     d[:, 0] = 1
     few = few_columns(d, 0.5)
     assert few.columns.tolist() == [0]
     assert not few.shares.any()
     assert few.size == 0
-    d[:, 1:] = 6e-8  # the least there is
+    d[:, 1:] = 6e-8  # the smallest that float16 has
     d_hidden, ones = torch.empty(4, 3), torch.ones(20, 3, dtype=torch.float16)
     add_over_columns(d_hidden, d, ones, few_columns(d, 0.5), first=True)
     torch.testing.assert_close(d_hidden, (d.double() @ ones.double()).float(), rtol=1e-7, atol=0)
@@ -202,7 +202,7 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
         seen.clear()
         with gradient_filter(FILTER):
             loss = ours(lazy(inputs), target)
-        found = with_gradients(loss, inputs)  # what counts is the setting in forward
+        found = with_gradients(loss, inputs)  # the setting in forward is what counts
 
     z = (hidden @ weight.T + u @ B.T + bias).detach().requires_grad_()
     (dz,) = torch.autograd.grad(3 * plain(z, target), z)
@@ -217,7 +217,7 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
     assert 0.02 < multiplied < 0.75
     expected = (3 * plain(z, target), left @ weight, left.T @ hidden, dz.sum(0), left @ B, left.T @ u)
     assert torch.equal(found[0], exact[0]), "the loss is exact"
-    torch.testing.assert_close(found[3], exact[3])  # the bias's is exact, but for the order of chunks
+    torch.testing.assert_close(found[3], exact[3])  # the bias's gradient is exact, but for the order of chunks
     for i in (1, 2, 4, 5):
         torch.testing.assert_close(found[i], expected[i].detach(), rtol=2e-4, atol=2e-5)
         assert not torch.allclose(found[i], exact[i], rtol=1e-3, atol=1e-4), "the filter leaves something out"
@@ -226,7 +226,7 @@ def test_every_loss_multiplies_the_same_columns(name, pieces, backend, device, m
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("way", ["gradients_in_forward", "recompute"])
 def test_columns_without_gradient_change_nothing(way, dtype, backend, device):
-    """Where what is left out is 0, 16-bit gradients are as accurate as eager's."""
+    """Where the gradient left out is 0, 16-bit gradients are as accurate as eager's."""
     hidden, weight, bias, *_ = peaked(device, dtype)
     with torch.no_grad():
         bias[: V // 2] = -200
@@ -277,7 +277,7 @@ def test_the_products_shrink(monkeypatch):
     z = (hidden @ weight.T).detach().requires_grad_()
     (dz,) = torch.autograd.grad(F.cross_entropy(z, target), z)
     left = int((dz.abs().amax(0) >= FILTER * dz.abs().max()).sum())
-    assert sum(sizes) == 2 * N * left * H + N * V + V * H + N * H  # and what stands for the others
+    assert sum(sizes) == 2 * N * left * H + N * V + V * H + N * H  # and the term that stands for the other columns
 
 
 @pytest.mark.parametrize("drop", [True, False])
@@ -299,7 +299,7 @@ def test_ignored_tokens_are_none(way, drop, device):
 
 
 def _of_a_rank(device, hidden, weight, target):
-    """With the filter, one rank's half of the columns is all multiplied, the other's is not."""
+    """With the filter, one rank multiplies its half of the columns whole, the other does not."""
     half = slice(0, V // 2) if torch.distributed.get_rank() == 0 else slice(V // 2, V)
     hidden, mine = (t.detach().to(device).requires_grad_() for t in (hidden, weight[half]))
     found = []
@@ -338,7 +338,7 @@ def test_second_derivatives_are_of_the_exact_gradient():
 
 
 def test_sizes_beyond_fp32_squared():
-    """Neither inf nor nothing where the largest of a row times the largest of a column is beyond what fp32 holds."""
+    """Neither inf nor 0 where the largest entry of a row times the largest of a column is beyond the range of fp32."""
     d = torch.rand(6, 40)
     d[:, 8:] *= 1e-3
     weight, x = torch.randn(40, 5), torch.randn(6, 5)
@@ -376,7 +376,7 @@ def test_the_peak_is_as_planned(dtype, sizes, way, device):
     step()
     measured = peak_bytes(step, device)
     assert measured <= 1.05 * planned.peak
-    assert measured >= 0.65 * planned.peak  # columns are counted as if half of them were large
+    assert measured >= 0.65 * planned.peak  # the plan counts half of the columns as large
     assert planned.peak <= (n + v) * h * hidden.itemsize + room
 
 
@@ -429,7 +429,7 @@ def test_two_heads_stay_in_their_workspace(device):
 
 
 def test_a_compiler_knows_what_the_filter_changes_in_the_plan():
-    """With it there are so many chunks that they are summed in fp32, without it not."""
+    """With the filter there are so many chunks that they are summed in fp32; without it they are not."""
     n, v, h, room = 512, 4096, 64, 2**22
     hidden, weight = (torch.randn(k, h, dtype=torch.bfloat16, requires_grad=True) for k in (n, v))
     how = {"route": "gradients_in_forward", "workspace": room, "backend": "torch"}

@@ -1,4 +1,4 @@
-"""How gradients that forward made are scaled, and the operators that take them; their values: test_linear_cross_entropy.py."""
+"""How gradients made in forward are scaled, and the operators that take them; test_linear_cross_entropy.py has their values."""
 
 import itertools
 
@@ -40,7 +40,7 @@ def test_scaled_rounds_once(dtype, wider, backend, device):
     if not runs(backend, dtype):
         pytest.skip("runs in PyTorch" if dtype == torch.float64 else "the interpreter is wrong about bfloat16")
     stored = torch.promote_types(dtype, torch.float32) if wider else dtype
-    gradient = torch.randn(21000, 3, device=device).to(stored)  # several blocks, and a part of one, for each program
+    gradient = torch.randn(21000, 3, device=device).to(stored)  # several blocks and a partial one for each program
     scale = torch.tensor(1 / 3, dtype=torch.promote_types(dtype, torch.float32), device=device)
     expected = (gradient.double() * scale.double()).to(stored if wider and stored == dtype else dtype)
     out = scaled(gradient.clone(), scale, dtype, in_place=False, backend=backend)
@@ -49,7 +49,7 @@ def test_scaled_rounds_once(dtype, wider, backend, device):
     if dtype.itemsize == 2 and not wider:
         once = (gradient.float() * scale).to(dtype)
         assert torch.equal(out, once)
-        assert not torch.equal(out, gradient * scale.to(dtype))  # what a 0-dim factor would do
+        assert not torch.equal(out, gradient * scale.to(dtype))  # the result of a 0-dim factor in the gradient's dtype
 
 
 def test_scaled_needs_nothing_that_a_gpu_lacks(monkeypatch):
@@ -94,7 +94,7 @@ def test_nothing_is_multiplied_by_1(backend, device, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter alone can be stopped at the first of 4 GiB")
 def test_a_size_that_32_bits_just_hold_is_scaled(monkeypatch):
-    """524 287 tokens of 4096 hidden, say, which are 2**31 - 4096."""
+    """For example 524 287 tokens of hidden size 4096, which are 2**31 - 4096 entries."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from fused_losses.kernels.scale import _scale_kernel, scale_config
@@ -111,7 +111,7 @@ def test_a_size_that_32_bits_just_hold_is_scaled(monkeypatch):
 
 @pytest.fixture
 def upstream(monkeypatch):
-    """What backward multiplies gradients by that forward made."""
+    """The factors by which backward multiplies the gradients that forward made."""
     seen, scale_gradients = [], gradients_in_forward.scale_gradients
 
     def spy(gradients, dtypes, g, backend):
@@ -125,7 +125,7 @@ def upstream(monkeypatch):
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_mean_is_divided_in_forward(weighted, backend, device, upstream):
-    """So that of ``loss.backward()`` nothing is left to multiply."""
+    """So that ``loss.backward()`` has nothing left to multiply."""
     hidden, weight = (torch.randn(n, 8, device=device).requires_grad_() for n in (5, 7))
     class_weight = torch.rand(7, device=device) if weighted else None
     ids = torch.arange(5, device=device)
@@ -177,7 +177,7 @@ def test_add_product(first, out_dtype, monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU has none of these products")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_products_that_cuda_does_not_give_in_fp32(dtype, monkeypatch):
-    """Of float16 where PyTorch may sum in float16, of bfloat16 on a T4: they raise there, as on a CPU."""
+    """Products of float16 where PyTorch may sum in float16, and of bfloat16 on a T4: there they raise, as on a CPU."""
     a, b = torch.randn(13, 11).to(dtype), torch.randn(11, 3).to(dtype)
     out, exact = torch.randn(13, 3), a.double() @ b.double()
     before = out.double()
@@ -197,7 +197,7 @@ def test_products_that_cuda_does_not_give_in_fp32(dtype, monkeypatch):
 @pytest.mark.parametrize("keep", [None, torch.tensor([0, 2, 3])])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_opcheck_linear_loss(keep, dtype, monkeypatch):
-    # opcheck compares outputs after a backward, which writes over the gradients among them.
+    # opcheck compares the outputs after a backward, which overwrites the gradients among them.
     monkeypatch.setattr(gradients_in_forward, "read_again", lambda saved: True)
     hidden, weight = torch.randn(4, 7).to(dtype).requires_grad_(), torch.randn(9, 7).to(dtype).requires_grad_()
     ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.tensor([-1.0, 0.0, -1.0, 2.0])
@@ -208,7 +208,7 @@ def test_opcheck_linear_loss(keep, dtype, monkeypatch):
 
 
 def test_float16_chunks_are_summed_at_one_factor(small_pieces):
-    """Later ones are larger, and lower the factor of those before."""
+    """Later chunks have larger gradients, and lower the factor of the chunks before them."""
     inputs, target = [torch.randn(n, 8).half() for n in (32, 40)], torch.randint(0, 40, (32,))
     token_weights, found = torch.ones(32), []
     token_weights[16:] = 8
@@ -222,7 +222,7 @@ def test_float16_chunks_are_summed_at_one_factor(small_pieces):
 
 
 def test_the_loss_alone_has_a_gradient():
-    """What was found beside it is data: a gradient of that would be lost."""
+    """The other outputs are data: a gradient of theirs would be lost."""
     inputs = Head(*(torch.randn(n, 7).requires_grad_() for n in (4, 9)))
     ids, factors = torch.tensor([[1], [-100], [3], [8]]), torch.ones(4)
     of_tokens = {"ids": ids, "column_weight": None, **Factors(factors, factors, factors)._asdict(), "keep": None}
@@ -247,7 +247,7 @@ OPTIONS = {"plain": {}, "capped": {"scale": 2.0, "softcap": 3.0}, "negative": {"
 )
 def test_one_pass_is_statistics_then_gradient(V, weighted, options, backend, device):
     N, rows, options = 9, rows_module(backend), OPTIONS[options]
-    room = torch.full((N, planning.padded(V)), torch.nan, device=device)  # what lies beyond a row reaches nothing
+    room = torch.full((N, planning.padded(V)), torch.nan, device=device)  # the padding beyond a row reaches nothing
     logits = room[:, :V]
     logits.copy_(3 * torch.randn(N, V))
     ids = torch.randint(0, V, (N, 1), device=device)
@@ -279,7 +279,7 @@ def test_one_pass_is_statistics_then_gradient(V, weighted, options, backend, dev
     assert not logits[2].any()
     assert_accurate(logits, expected, exact, "d_logits")
     used = logits.clone()
-    for i in (3, 4, 5) if weighted else (3, 5):  # each factor counts
+    for i in (3, 4, 5) if weighted else (3, 5):  # each factor changes the gradient
         logits.copy_(whole)
         fewer = [torch.zeros_like(t) if k == i else t for k, t in enumerate(arguments)]
         rows.softmax_rows_fwd_bwd(logits, *fewer, outputs=names, **options)
@@ -299,7 +299,7 @@ def test_rows_of_logits_start_at_whole_words(V, backend, device, monkeypatch):
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "token_loss", "distillation_loss"])
 def test_gradients_made_in_forward_times_a_batch_of_upstream_gradients(loss, monkeypatch):
-    """``is_grads_batched=True`` differentiates once: nothing but a product for each."""
+    """``is_grads_batched=True`` differentiates once: each upstream gradient costs one product and no more."""
     monkeypatch.setattr("fused_losses.autodiff.SMALL", 0)
     torch.manual_seed(0)
     h, weight, ids = torch.randn(4, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True), torch.arange(4)

@@ -43,7 +43,7 @@ def llama():
 
 
 def stored_logits_only(logits, *_):
-    """As Axolotl's kernels, which read the logits through a pointer."""
+    """Like Axolotl's kernels, which read the logits through a pointer."""
     raise TypeError(f"{type(logits).__name__} has no storage")
 
 
@@ -68,7 +68,7 @@ def test_trl_gets_functions_that_take_lazy_logits():
     torch.testing.assert_close(log_probs, expected)
     torch.testing.assert_close(grads, grad(expected.sum(), (hidden, weight), retain_graph=True), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1))
-    torch.testing.assert_close(utils.selective_log_softmax((hidden @ weight.T), ids), expected)  # and stored ones
+    torch.testing.assert_close(utils.selective_log_softmax((hidden @ weight.T), ids), expected)  # and for stored logits
 
 
 @pytest.mark.usefixtures("_kernels_of_axolotl")

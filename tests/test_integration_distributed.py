@@ -39,7 +39,7 @@ def mean_of_log_probs(outputs, labels, num_items_in_batch=None):
 
 
 def trainer_of(name, path, **settings):
-    """TRL's of this name, or transformers' with this option."""
+    """TRL's trainer of this name, or transformers' trainer with this option."""
     settings["per_device_train_batch_size"] = 2
     if name in TRL:
         return getattr(single, name)(path, **settings)
@@ -79,7 +79,7 @@ def history(name, path, engine, fused):
 
 
 def shard_without_an_accelerator():
-    """accelerate has FSDP for accelerators alone: here on a CPU, by gloo."""
+    """accelerate offers FSDP on accelerators only: make it run on a CPU, with gloo."""
     from accelerate import state
 
     start = state.AcceleratorState.__init__
@@ -95,7 +95,7 @@ def shard_without_an_accelerator():
 
 def work(device, path, engine):
     os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1", DS_ACCELERATOR="cpu")
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", LOCAL_WORLD_SIZE=str(RANKS))  # asked for, not used
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="0", LOCAL_WORLD_SIZE=str(RANKS))  # required, but not used
     warnings.simplefilter("ignore")
     if engine == "FSDP":
         shard_without_an_accelerator()
@@ -114,7 +114,7 @@ def trained(folder):  # noqa: F811
 
     def on(engine):
         if engine not in known:
-            known[engine] = run(work, RANKS, folder, engine)[0]  # all metrics are gathered
+            known[engine] = run(work, RANKS, folder, engine)[0]  # one rank is enough: all metrics are gathered
         return known[engine]
 
     return on

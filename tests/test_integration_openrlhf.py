@@ -1,6 +1,6 @@
 """OpenRLHF's actor gives the same log-probs, entropies and gradients without logits: OpenRLHF 0.11 where it is installed.
 
-flash-attn, which needs a GPU to be installed, is stood in for by the few functions of it that move tokens about.
+flash-attn needs a GPU to be installed: stand-ins replace the few of its functions that move tokens about.
 """
 
 import copy
@@ -40,7 +40,7 @@ def pad_input(x, indices, batch, seqlen):
 
 
 class AllGather(torch.autograd.Function):
-    """Along the first dimension; what every rank makes of the whole has a gradient."""
+    """Gather along the first dimension; the gradient includes every rank's use of the whole tensor."""
 
     @staticmethod
     def forward(ctx, x, group):
@@ -112,7 +112,7 @@ def make_actor(actors, packing=False, temperature=1.0, kind="Llama", vocab=V):
 
 
 def step(actor, **options):
-    """What the actor returns, and the gradients of a loss of it."""
+    """The actor's results, and the gradients of a loss of them."""
     with torch.random.fork_rng():
         found = actor(IDS, attention_mask=MASK, **options)
     log_probs, output = found if isinstance(found, tuple) else (found, None)
@@ -148,7 +148,7 @@ def test_same_log_probs_entropies_and_gradients(actors, call, kind, temperature,
 
 
 def test_several_steps_of_training(actors):
-    """PPO on the log-probs with the loss class of either."""
+    """PPO on the log-probs, with OpenRLHF's loss class and with ours."""
     start, trained = make_actor(actors, temperature=0.8), []
     for ours in (False, True):
         loss_class = modules.PolicyLoss if ours else importlib.import_module("openrlhf.models.loss").PolicyLoss

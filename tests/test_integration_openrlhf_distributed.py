@@ -19,7 +19,7 @@ if torch.cuda.device_count() < 2:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 pytest.importorskip("torchdata")
 import test_integration_openrlhf as single
-from test_integration_openrlhf import actors as _importable  # noqa: F401  a fixture that skips where they are not
+from test_integration_openrlhf import actors as _importable  # noqa: F401  a fixture that skips where there are none
 
 from fused_losses import modules, strict
 from fused_losses.bench.ranks import run
@@ -30,7 +30,7 @@ RANKS, STEPS = 2, 3
 B, S, V = 2, 9, 41
 MASK = (torch.arange(S) < torch.tensor([9, 6])[:, None]).long()
 ACTIONS = MASK[:, -4:]
-# Of parameters as small as here ZeRO-3 keeps all whole.
+# Without these, ZeRO-3 would keep parameters as small as here whole.
 SHARDED = {
     "stage3_param_persistence_threshold": 0,
     "stage3_max_reuse_distance": 0,
@@ -56,7 +56,7 @@ def strategy_class():
     from openrlhf.utils.deepspeed import DeepspeedStrategy
 
     class Strategy(DeepspeedStrategy):
-        """OpenRLHF's, but for SGD, which shows a wrong scale as Adam does not."""
+        """OpenRLHF's strategy, but with SGD, which shows a wrong gradient scale where Adam does not."""
 
         def get_ds_train_config(self, *args, **options):
             config = super().get_ds_train_config(*args, **options)
@@ -73,7 +73,7 @@ def strategy_class():
 
 
 def made(actors, folder, stage, variant):
-    """A strategy, and an actor to train with it beside a frozen one."""
+    """A strategy, an actor to train with it, and a frozen actor."""
     ring = RANKS if variant == "ring" else 1
     ds = types.SimpleNamespace(param_dtype="bf16" if variant == "bf16" else "fp32", ring_attn_size=ring)
     args = types.SimpleNamespace(ds=ds, train=types.SimpleNamespace(dynamic_batch_enable=False))
@@ -93,7 +93,7 @@ def made(actors, folder, stage, variant):
 
 
 def step(loss, losses, actor, frozen, ids, group):
-    """A loss as OpenRLHF's trainer of this name computes it, and what it read of the actor."""
+    """A loss as OpenRLHF's trainer of this name computes it, and the actors' outputs that it reads."""
     options = {"attention_mask": MASK, "ring_attn_group": group, "return_output": True}
     if loss == "ppo":
         with torch.no_grad():
@@ -143,18 +143,18 @@ def whole(deepspeed, actor):
 
 
 def work(device, folder):
-    os.environ.update(HF_HUB_OFFLINE="1", MASTER_ADDR="localhost", MASTER_PORT="0")  # asked for, not used
+    os.environ.update(HF_HUB_OFFLINE="1", MASTER_ADDR="localhost", MASTER_PORT="0")  # required, but not used
     warnings.simplefilter("ignore")
     single.stand_in_for_flash_attn()
     actors = importlib.import_module("openrlhf.models.actor")
-    # Made for transformers 5.15: with it, ZeRO-3 loads no model in 5.23.
+    # The patch is made for transformers 5.15: with it, ZeRO-3 loads no model under 5.23.
     actors._patch_zero3_weight_mapping = lambda: None
-    # Ranks attend to their own part of the tokens: what is tested lies behind the model.
+    # Ranks attend only to their own part of the tokens: the tested code comes after the model.
     sys.modules["ring_flash_attn"] = types.SimpleNamespace(update_ring_flash_attn_params=lambda *_: None)
     utils = importlib.import_module("openrlhf.utils.utils")
     known = utils.convert_to_torch_dtype
     utils.convert_to_torch_dtype = lambda name: torch.float32 if name == "fp32" else known(name)
-    gc.freeze()  # of what was imported: ZeRO-3 collects garbage for each model
+    gc.freeze()  # skip all that was imported when ZeRO-3 collects garbage, for each model
     found = {}
     with torch.compiler.set_stance("force_eager"):  # OpenRLHF compiles its entropy
         for case in CASES:
@@ -182,4 +182,4 @@ def test_trains_as_without_apply(trained, stage, loss, variant):
         expected, fused = found
         tolerance = {"rtol": 5e-2, "atol": 5e-2} if variant == "bf16" else {"rtol": 1e-4, "atol": 1e-5}
         torch.testing.assert_close(fused, expected, **tolerance)
-        assert expected[0][0][-1] > 0  # the gradients' norm
+        assert expected[0][0][-1] > 0  # the gradient norm

@@ -53,7 +53,7 @@ T5 = {
     "dropout_rate": 0.0,
 }
 GPT2_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-# Class, what its config has beyond TINY, and the logits' scale and softcap that must come of it.
+# The class, its config's settings beyond TINY, and the scale and softcap that the logits must then have.
 MODELS = {
     "llama": ("Llama", {}, 1.0, None),
     "llama_tied": ("Llama", {"tie_word_embeddings": True}, 1.0, None),
@@ -103,7 +103,7 @@ def assert_same(eager, lazy):
 
 
 def assert_same_step(eager, lazy, step):
-    """``step(model)`` gives an output with one loss and the same gradients from both, and nothing was materialised."""
+    """``step(model)`` gives the same loss and the same gradients for both models, and nothing is materialised."""
     expected = step(eager)
     expected.loss.backward()
     with settings.strict():
@@ -154,7 +154,7 @@ def tiny_of(config_class, model_class):
                 loss = model(input_ids=IDS, labels=LABELS).loss
                 loss.backward()
                 return model, loss.detach()
-        except Exception:  # as many kinds as there are models
+        except Exception:  # as many kinds of exception as there are models
             continue
     return None
 
@@ -239,7 +239,7 @@ def test_scale_and_softcap_change_the_loss(name, option, value):
 
 
 def half_and_entropy(logits, labels, vocab_size, **_):
-    """A loss of one's own: every second token, and a bonus for entropy."""
+    """A custom loss: every second token, and a bonus for entropy."""
     logp = F.log_softmax(logits.float(), -1)
     entropy = -(logp.exp() * logp).sum(-1).mean()
     return F.cross_entropy(logits[:, :-1:2].reshape(-1, vocab_size), labels[:, 1::2].reshape(-1)) - 0.1 * entropy
@@ -292,7 +292,7 @@ def test_real_logits_where_no_loss_reads_them():
     eager = tiny("gemma2").eval()
     lazy = apply(copy.deepcopy(eager))
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-    with settings.strict():  # or equal() would make them
+    with settings.strict():  # otherwise equal() would materialise lazy logits
         assert torch.equal(lazy(IDS).logits, eager(IDS).logits)
         for training in (False, True):
             made, expected = (model.train(training).generate(IDS, **options) for model in (lazy, eager))
@@ -425,7 +425,7 @@ def of_two_ranks(device):
 
 @needs_ranks
 def test_wrapped_on_two_ranks():
-    """As many labels on each, so that the mean over ranks is that of one process with the whole batch."""
+    """Both ranks have as many labels, so that the mean over ranks is that of one process with the whole batch."""
     first, second = ranks.run(of_two_ranks, 2)
     for wrap in WRAPPED:
         eager = tiny("gemma2", tie_word_embeddings=wrap is not head_sharded_by_itself)
@@ -445,7 +445,7 @@ def test_unapply_restores():
     model, plain = tiny(), tiny()
     attributes = [set(vars(m)) for m in model.modules()]
     assert apply(model) is model
-    assert apply(model) is model  # twice is once
+    assert apply(model) is model  # a second call changes nothing
     twin = copy.deepcopy(model)
     assert model.state_dict().keys() == plain.state_dict().keys()
     assert unapply(model) is model
@@ -455,7 +455,7 @@ def test_unapply_restores():
     assert not model._forward_hooks_always_called
     assert not model._forward_pre_hooks_with_kwargs
     assert torch.equal(model(IDS, labels=LABELS).logits, plain(IDS, labels=LABELS).logits)
-    found = twin(IDS, labels=LABELS)  # a copy has its own
+    found = twin(IDS, labels=LABELS)  # a copy uses its own head
     assert found.logits.weight.data_ptr() == twin.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
     assert type(unapply(twin)(IDS, labels=LABELS).logits) is torch.Tensor
     unapply(twin)
@@ -482,7 +482,7 @@ def test_comes_back_from_a_pickle():
 
 
 class OwnForward(nn.Linear):
-    """As quantised layers have it."""
+    """A layer with a ``forward`` of its own, as quantised layers have."""
 
     def forward(self, input):
         return super().forward(input)
@@ -520,7 +520,7 @@ def quantised():
 
 
 def forward_from_elsewhere(self, input_ids=None, labels=None):
-    """As other packages put into a class of transformers."""
+    """A ``forward`` as other packages put into a class of transformers."""
 
 
 forward_from_elsewhere.__module__ = "elsewhere"
@@ -817,7 +817,7 @@ def test_trainer(case, tmp_path):
 
 
 def test_a_compiled_model_that_was_not_trained(tmp_path):
-    """Trained before, ``Trainer`` evaluates the model that is not compiled."""
+    """After training, ``Trainer`` would evaluate the model that is not compiled."""
     options = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
     trainers = [trainer_of(m, tmp_path, options, compute_metrics=accuracy) for m in (tiny(), apply(tiny()))]
     for data in (DATA[:4], DATA[:5]):
@@ -849,7 +849,7 @@ def test_a_loss_that_generates_in_evaluation(tmp_path):
 
 
 class WithReference(transformers.Trainer):
-    """As DPO's of other libraries: a reference answers without labels and without gradients."""
+    """Like the DPO trainers of other libraries: a reference model runs without labels and without gradients."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         ids = inputs["input_ids"]
@@ -930,7 +930,7 @@ def test_the_command_that_counts_before_and_after(rows, packages):
     done = subprocess.run(command + small, capture_output=True, text=True, cwd=pathlib.Path(__file__).parents[1])
     assert done.returncode == 0, done.stderr
     table = [[int(size) for size in re.findall(r"(\d+) MiB", line)] for line in done.stdout.splitlines()]
-    counted = [sizes[len(sizes) % 2 :] for sizes in table if sizes]  # in transformers' the logits stand first
+    counted = [sizes[len(sizes) % 2 :] for sizes in table if sizes]  # transformers' table has the logits first
     assert len(counted) == rows
     for sizes in counted:
         for before, after in zip(sizes[::2], sizes[1::2], strict=True):
@@ -961,7 +961,7 @@ PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "trainers.md").read_text(en
 
 
 def by_hand(model):
-    """As the page replaces a head."""
+    """Replace the head as the page does."""
     section = PAGE.partition("\n## `LinearHead` or `apply`?\n")[2].partition("\n## ")[0]
     exec(section.partition("```python\n")[2].partition("```")[0], {"model": model})
     return model

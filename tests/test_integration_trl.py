@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
     special = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(path)
     llama().save_pretrained(path)
-    gc.freeze()  # every run of a trainer collects garbage, which takes half a second while all modules are looked through
+    gc.freeze()  # every run of a trainer collects garbage, which takes half a second when it scans all modules
     yield path
     gc.unfreeze()
 
@@ -412,7 +412,7 @@ def test_same_when_compiled(folder, make):
     assert_same(make, folder, torch_compile=True, per_device_train_batch_size=2, rtol=1e-3)
 
 
-# The two functions of TRL's that are replaced, on their own.
+# The two functions of TRL that are replaced, on their own.
 
 N, V, H = 11, 37, 8
 OPTIONS = {
@@ -497,11 +497,11 @@ def test_gkd_loss(reduction, masked):
     torch.testing.assert_close([loss(), loss(7), loss(torch.tensor(7))], expected, rtol=1e-4, atol=1e-6)
 
 
-# What is held, what is put back, and what is said.
+# The memory that is held, the functions that are put back, and the messages.
 
 
 def step(trainer):
-    """One loss and its gradients, and how many tokens are projected."""
+    """The number of tokens that are projected, and a function that computes one loss and its gradients."""
     model = trainer.model.train()
     if hasattr(trainer, "_forward"):
         ids, mask = torch.randint(4, 320, (4, 24)), torch.ones(4, 24, dtype=torch.long)
@@ -530,7 +530,7 @@ def test_no_logits_are_held(folder, make, monkeypatch):
 
     monkeypatch.setitem(globals(), "llama", wide)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", wide)
-    own = {"teacher_model_kind": "live"} if make is sdft else {}  # no other is loaded
+    own = {"teacher_model_kind": "live"} if make is sdft else {}  # so that no other teacher is loaded
     trainer = make(folder, per_device_train_batch_size=rows, **own)
     tokens, call = step(trainer)
     call()
@@ -605,7 +605,7 @@ def test_versions(monkeypatch):
     assert utils._ChunkedLogProbFunction is before
     assert ChunkedDivergenceFunction is not None
     monkeypatch.undo()
-    monkeypatch.delattr("trl.experimental.gkd.gkd_trainer.GKDTrainer.generalized_jsd_loss")  # the last that is wrapped
+    monkeypatch.delattr("trl.experimental.gkd.gkd_trainer.GKDTrainer.generalized_jsd_loss")  # wrapped last
     with pytest.raises(AttributeError, match="generalized_jsd_loss"):
         integration.apply()
     assert utils._ChunkedLogProbFunction is before

@@ -157,7 +157,7 @@ def test_lora_on_the_head():
 
 @contextlib.contextmanager
 def patched(policy, backend="torch"):
-    """By verl, for the length of a ``with``."""
+    """Patch the model as verl does, for the length of a ``with``."""
     from verl.models.transformers.monkey_patch import patch_forward_with_backends
 
     owner = type(policy)
@@ -183,7 +183,7 @@ def test_verls_own_patch_takes_ours(backend):
 
 RANKS, STEPS, B, S = 2, 3, 2, 6
 ENGINES = [f"{engine}, {freed}" for engine in ("fsdp", "fsdp2") for freed in ("resharded", "kept")]
-TRAINED = {  # a model, and whether its embeddings are tied: a head that is not FSDP2 shards by itself
+TRAINED = {  # a model, and whether its embeddings are tied: FSDP2 shards an untied head by itself
     "Llama": ("Llama", False),
     "Llama, tied": ("Llama", True),
     "Llama, LoRA": ("Llama", False),
@@ -284,7 +284,7 @@ def test_trains_sharded_as_with_logits_in_one_process(sharded, name, engine):
     assert not isinstance(found, str), found
     torch.testing.assert_close(found, sharded()[name, None], rtol=1e-4, atol=1e-4)
     assert found[0][0] > 0
-    if name.startswith("Llama"):  # whose head is its weight
+    if name.startswith("Llama"):  # whose head is its weight alone
         theirs = sharded()[name, engine, False]
         if engine.startswith("fsdp2") and "tied" not in name:
             assert "mixed torch.Tensor and DTensor" in theirs  # verl does not gather a head that is sharded by itself

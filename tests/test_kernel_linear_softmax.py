@@ -112,7 +112,7 @@ class Head:
         )
 
     def gradient(self, dtype, coefficients):
-        """The gradient's one form from :mod:`fused_losses.row_statistics`, through autograd to what the head yields."""
+        """The gradient in the one form of :mod:`fused_losses.row_statistics`, through autograd to the head's raw output."""
         a, b, e, c, d = (None if t is None else t.to(dtype) for t in coefficients)
         z, x = self.logits(dtype)
         logp = z.detach().log_softmax(-1)
@@ -206,7 +206,7 @@ def test_each_coefficient_of_the_gradient(device, variant, dtype, option, names)
 @dtypes
 @pytest.mark.parametrize("names", ["a", "b", "e"])
 def test_each_coefficient_at_a_large_logsumexp(device, dtype, names):
-    """Where fp32 holds the logits exactly and logsumexp to 1/32: what is left of it is part of every factor."""
+    """Where fp32 holds the logits exactly but logsumexp only to 1/32: its remainder is part of every factor."""
     head = Head(device, dtype=dtype, N=19, V=99, K=1, bias=True, scale=16.0)
     head.hidden, head.weight = (head.hidden * 4).round() / 64, (head.weight * 4).round() / 4
     head.bias.fill_(2.0**15)
@@ -239,7 +239,7 @@ def test_column_weights_are_optional(device, variant):
 
 @variants
 def test_slices_of_the_vocabulary(device, variant):
-    """Ids stay global; a slice starts anywhere and its ids stand in other slices too."""
+    """Ids stay global; a slice starts anywhere, and some ids lie in other slices."""
     head = Head(device, variant, N=19, V=150, K=2, bias=True, low_rank=True)
     coefficients = random_coefficients(head)
     logsumexp = head.statistics(torch.float64).logsumexp
@@ -333,7 +333,7 @@ def test_infinite_and_nan_logits_give_nan(device, variant, value):
 @pytest.mark.parametrize("value", [-2e30, torch.finfo(torch.float32).min])
 def test_rows_of_what_trainers_mask_with(device, value):
     head = Head(device, V=130)
-    head.bias = torch.full((130,), value, device=device)  # beside which the products vanish: equal logits
+    head.bias = torch.full((130,), value, device=device)  # so large that the products vanish: equal logits
     ours = head.forward(("entropy", "max_logit"))
     exact = torch.full_like(ours.log_probs, 130).log()
     torch.testing.assert_close(ours.log_probs, -exact)
@@ -443,7 +443,7 @@ def test_runs_repeat_bit_for_bit_and_leave_their_inputs(device, variant):
 
 
 def test_expanded_vectors(device):
-    """A gradient that autograd made of one number has stride 0."""
+    """A gradient that autograd expanded from one number has stride 0."""
     head = Head(device, N=5, bias=True)
     head.bias, head.column_weight = head.bias[:1].expand(203), head.column_weight[:1].expand(203)
     head.temperature = torch.tensor([0.5], device=head.hidden.device).expand(5)
@@ -471,7 +471,7 @@ def test_strided_inputs(device):
 
 
 def test_programs_share_the_tiles_of_a_gradient_evenly(device, monkeypatch):
-    """A slice of the vocabulary has few tiles a row: a program takes them one by one, and no gradient depends on how many."""
+    """A slice of the vocabulary has few tiles a row: a program takes one at a time, and no gradient depends on how many."""
     grids, launched = [], kernel._linear_softmax_d_logits_kernel
 
     class Kernel:
@@ -497,7 +497,7 @@ def test_programs_share_the_tiles_of_a_gradient_evenly(device, monkeypatch):
 
 
 def test_launches_on_the_device_of_its_tensors(device, monkeypatch):
-    """Whichever is current; the other kernels' launchers share the decorator."""
+    """Whichever device is current; the other kernels' launchers share the decorator."""
     seen = []
     device_of = torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda x: seen.append(x) or device_of(x))

@@ -13,8 +13,8 @@ from conftest import python
 from fused_losses.kernels import configurations
 
 ROOT = Path(__file__).parent.parent
-# Instructions that sm_90 may spend on a logit (a pair of them in a divergence), how many of them a lane takes at a time, and in
-# how many passes over the row. The most of Triton 3.7 and 3.9.
+# Instructions that sm_90 may spend on a logit (a pair of them in a divergence), how many logits a lane takes at a time, and in
+# how many passes over the row. The larger figure of Triton 3.7 and 3.9.
 PER_LOGIT = {
     "softmax_rows_fwd log-probs": (10.5, 32, 1),
     "softmax_rows_fwd entropy": (13, 32, 1),
@@ -64,7 +64,7 @@ def test_as_many_rows_are_in_flight_as_l2_has_room_for(monkeypatch):
         V: configurations.rows_in_flight(torch.device("cuda"), 2 * V, 2**14) for V in (32000, 128256, 151936, 256000)
     }
     assert in_flight == {32000: 6 * 132, 128256: 3 * 132, 151936: 3 * 132, 256000: 2 * 132}
-    assert configurations.rows_in_flight(torch.device("cuda"), 2 * 256000, 2**12) == 8 * 132  # of smaller tiles more
+    assert configurations.rows_in_flight(torch.device("cuda"), 2 * 256000, 2**12) == 8 * 132  # smaller tiles: more
 
 
 def test_every_shipped_configuration_compiles_well(tmp_path):

@@ -1,7 +1,7 @@
 """What the compiler makes of the kernels for sm_80 and sm_90 is right, in bfloat16 too: their PTX runs on the CPU.
 
-In processes of their own: here kernels run in Triton's interpreter, which is wrong about bfloat16 and knows neither threads nor
-barriers. ``EMULATE=sm_90 pytest tests/test_divergence.py`` runs any other of the tests so.
+They run in processes of their own: here kernels run in Triton's interpreter, which is wrong about bfloat16 and knows neither
+threads nor barriers. ``EMULATE=sm_90 pytest tests/test_divergence.py`` runs any other test this way.
 """
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 from conftest import python
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which all tests run")
-# Each kernel forward and backward; on either way to load a matrix, with every option.
+# Each kernel's forward and backward, with either way to load a matrix and with every option.
 TESTS = """
 kernel_linear_softmax.py::test_statistics_under_each_option[descriptors-everything-torch.bfloat16]
 kernel_linear_softmax.py::test_statistics_under_each_option[pointers-everything-torch.bfloat16]

@@ -52,7 +52,7 @@ def test_no_two_configurations_agree():
         (kind, name): torch.stack(run(kl.kl_estimate, torch.float64, kind, **options))
         for kind, (name, options) in itertools.product(KINDS, VARIANTS.items())
     }
-    same = {("k2", "plain"): ("k2", "straight through")}  # the gradient of k2 is k2's own
+    same = {("k2", "plain"): ("k2", "straight through")}  # k2's straight-through gradient is its own
     for a, b in itertools.combinations(results, 2):
         if same.get(a) != b:
             assert not torch.allclose(results[a], results[b]), f"{a} and {b} give the same numbers"

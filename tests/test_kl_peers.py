@@ -5,7 +5,7 @@ import torch
 
 from fused_losses.kl import kl_estimate
 
-# Beyond every clamp on both sides, and equal somewhere.
+# Differences beyond every clamp on both sides, and one of 0.
 D = torch.cat([torch.linspace(-4, 4, 33), torch.tensor([-300.0, -30.0, -15.0, 11.0, 30.0, 300.0])])
 REF = -torch.linspace(0.1, 5, len(D))
 OLD = REF + D.roll(7).clamp(-4, 4)

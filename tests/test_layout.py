@@ -38,7 +38,7 @@ def test_every_family_has_its_partners(name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults_are_those_of_the_reference(name):
-    """But where a default has a meaning of its own here."""
+    """Except where a default has a meaning of its own here."""
     own = {("grpo_loss", "beta"), ("linear_cross_entropy", "ignore_index")}
     module, reference = (importlib.import_module(f"fused_losses.{prefix}{name}") for prefix in ("", "reference."))
     for function, plain in inspect.getmembers(reference, inspect.isfunction):
@@ -73,7 +73,7 @@ def test_the_tree_lists_every_file():
         )
     for folder in ("chunked", "integrations"):
         assert f"\n  {folder}/" in folders["fused_losses"]
-    # A reference has its module's name, which test_every_module_is_a_family_or_infrastructure sees to.
+    # A reference has its module's name: test_every_module_is_a_family_or_infrastructure checks that.
     assert "tolerance.py" in folders["reference"]
 
 
@@ -105,7 +105,7 @@ import fused_losses.kernels.configurations
 
 
 def test_a_package_named_kernels_is_still_found(tmp_path):
-    """Hugging Face publishes one, and transformers imports it: our root folder of that name must not stand before it."""
+    """Hugging Face publishes one, and transformers imports it: our root folder of that name must not shadow it."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text(
         "__version__ = '0.11.0'\ndef get_kernel(*a, **k): ...\n"
@@ -145,7 +145,7 @@ def test_built_packages_hold_the_whole_tree(kind, tmp_path):
 
 
 def test_what_runs_on_either_backend_says_where_its_tensors_are():
-    """Triton's takes those of the GPU, where there is one."""
+    """The Triton backend takes tensors on the GPU, where there is one."""
     for file in (ROOT / "tests").glob("test_*.py"):
         for test in ast.walk(ast.parse(file.read_text())):
             if isinstance(test, ast.FunctionDef) and "backend" in (names := [a.arg for a in test.args.args]):

@@ -30,7 +30,7 @@ def jensen_shannon(z, t, p):
 
 
 def in_place(z, t, p):
-    """As DistiLLM writes it, and a teacher's probabilities beside."""
+    """As DistiLLM writes it, with a teacher's probabilities as well."""
     s, infinite = z.softmax(-1), t.isinf() | (p > 0.03)
     product = (s * p.log()).masked_fill(infinite, 0)
     kept, alias = product + p.sqrt(), product
@@ -119,7 +119,7 @@ def eager_head(hidden, weight, bias, softcap=None, scale=1.0, temperature=None):
 
 
 def outcome(loss, head, inputs, p, wanted=None, options=None, workspace=20000):
-    """The loss of each token, and the gradients of a weighted sum; lazy logits are not to be made."""
+    """The loss of each token, and the gradients of a weighted sum; to materialise lazy logits is an error."""
     with settings.workspace(workspace), settings.strict():
         found = loss(head(*inputs[:3], **options or {}), head(*inputs[3:], **options or {}), p)
         weighed = (found * torch.linspace(0.5, 1.5, found.numel()).view_as(found).to(found.dtype)).sum()
@@ -148,7 +148,7 @@ def test_values_and_gradients(name, trained, options, workspace):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", LOSSES)
 def test_accuracy(name, dtype):
-    """Of ten draws together, for one alone may round well or badly."""
+    """Over ten draws together, as one alone may round well or badly."""
     p, drawn = probabilities(torch.float64).to(dtype), []
     for seed in range(10):
         inputs = leaves(dtype, seed)
@@ -269,7 +269,7 @@ def test_what_stands_beside_it_may_change_or_says_so():
 @pytest.mark.filterwarnings("ignore:.*materialises")
 @pytest.mark.parametrize("steps", [15, 40])
 def test_what_is_used_again_and_again_is_computed_once(steps):
-    """Not 3 to the power of the steps times; the elements are made where Python's stack would end."""
+    """Not 3 to the power of the steps times; the elements are materialised where recursion would exhaust Python's stack."""
     inputs, found = leaves()[:3], []
     for head in (LinearLogits, eager_head):
         x = head(*inputs).softmax(-1) + 0.5
@@ -350,7 +350,7 @@ def test_where_all_rows_fit_logits_are_made_once_for_all_sums(made, monkeypatch)
 
 
 def test_products_with_the_head(monkeypatch):
-    """A few rows at a time, forward makes the logits of each head once, backward those of both for each head that trains."""
+    """A few rows at a time: forward makes each head's logits once, backward makes both heads' for each head that trains."""
     made = []
     real = Head.write_logits
     monkeypatch.setattr(Head, "write_logits", lambda head, out: made.append(len(out)) or real(head, out))
@@ -404,7 +404,7 @@ def test_a_second_derivative_beside_a_frozen_head():
 
 
 def test_gradients_of_fp16_logits_beyond_their_range():
-    """Those of the hidden states are within it."""
+    """The gradients of the hidden states are within that range."""
     hidden, weight, found = torch.randn(2 * B, S, H) * 1e4, torch.randn(V, H) * 1e-4, []
     for head, dtype in ((LinearLogits, torch.float16), (F.linear, torch.float64)):
         h, w = hidden.half().to(dtype).requires_grad_(), weight.half().to(dtype)
@@ -425,7 +425,7 @@ def test_gradients_of_fp16_logits_beyond_their_range():
     ],
 )
 def test_shapes_that_do_not_stand_entry_by_entry(fn):
-    """As many tokens as entries, one token for all, and a dimension more."""
+    """As many tokens as entries, one token for all, and one dimension more."""
     hidden, weight = torch.randn(V, H), torch.randn(V, H)
     p = torch.rand(V, V)
     with settings.workspace(1000):
@@ -505,7 +505,7 @@ def test_a_checkpoint_frees_hidden_states():
 @pytest.mark.parametrize("workspace", [20000, None])
 @pytest.mark.parametrize("name", ["norm", "norm_of_all", "variance"])
 def test_gradients_of_rows_of_equal_entries(name, workspace):
-    """As of padding whose hidden states are 0: that of a norm or of a deviation of 0 is 0."""
+    """As of padding whose hidden states are 0: the gradient of a norm or a standard deviation of 0 is 0."""
     inputs, p, results = leaves(), probabilities(torch.float64), []
     with torch.no_grad():
         for x in inputs[0][:, 0], inputs[2], inputs[3][:, 0], inputs[5]:

@@ -25,7 +25,7 @@ from fused_losses.linear_logits import LinearLogits
 )
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 def test_ranks_count_no_entry_above_itself(count, mode):
-    """What was gathered and what is compared come from other products, which round otherwise."""
+    """The gathered entry and the compared logits come from different products, which round differently."""
     hidden, weight, bias = torch.randn(64, 96, requires_grad=True), torch.randn(4000, 96) / 10, torch.randn(4000)
     with mode():
         eager = F.linear(hidden, weight, bias)
@@ -91,7 +91,7 @@ def test_ids_that_changed_since_are_not_compared():
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
 def test_other_numbers_are_compared_as_they_are():
-    """Which 16 bits and a large entry would not tell from an entry."""
+    """In 16 bits and beside a large entry, they could be taken for entries."""
     weight = torch.tensor([[20.0], [19.5], [18.0], [1.0], [0.25], [-1e4], [-20.0]]).bfloat16()
     z = LinearLogits(torch.ones(1, 1).bfloat16(), weight)
     assert (z > torch.tensor([[0.0]]).bfloat16()).sum() == 5
@@ -201,7 +201,7 @@ P = PROBS.float()
 )
 @pytest.mark.parametrize("banned", [0.0, -torch.inf])
 def test_masks_that_have_no_answer_are_as_eager_has_them(fn, banned):
-    """Beside a nan, and with an entry that a bias bans."""
+    """With a token of nan, and with an entry that a bias bans."""
     hidden, weight = torch.randn(B, S, H), torch.randn(V, H)
     bias = torch.zeros(V).index_fill(0, torch.tensor(4), banned) if banned else None
     hidden[1, 2, 0] = torch.nan

@@ -59,7 +59,7 @@ def flattened(s, t):
 
 
 def viewed(s, t):
-    """What is one head's before a view is one head's after it."""
+    """A product of one head alone is still one head's after a view."""
     p = s.softmax(-1)
     return (p * s.log_softmax(-1) - p * t.log_softmax(-1)).view(-1, V).sum(-1).mean()
 
@@ -70,7 +70,7 @@ def masked_and_viewed(s, t):
 
 
 def against_another(s, t):
-    """Not a KL: neither of the two is the softmax's own."""
+    """Not a KL: neither log_softmax is that of the softmax's logits."""
     return (t.softmax(-1) * (s.log_softmax(-1) - (s / 2).log_softmax(-1))).sum(-1).mean()
 
 
@@ -129,7 +129,7 @@ def jensen_shannon_with_a_share(s, t):
 
 
 def a_sum_of_both(s, t):
-    """Whose weights do not make 1."""
+    """A mixture whose weights do not sum to 1."""
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
     m = torch.logaddexp(log_s - 1, log_t - 0.3) + 1
     forward, backward = t.softmax(-1) * (log_t - m), s.softmax(-1) * (log_s - m)
@@ -256,7 +256,7 @@ def stabilised(s, t):
 
 
 def read_at_ids(s, t):
-    """An ensemble's likelihood, by its probabilities and by their logarithms, and a log-ratio as an implicit reward is."""
+    """An ensemble's likelihood, from probabilities and from their logarithms, and a log-ratio as in an implicit reward."""
     ids, log_s, log_t = IDS[..., None], s.log_softmax(-1), t.log_softmax(-1)
     mixed = (0.3 * s.softmax(-1) + 0.7 * t.softmax(-1)).gather(-1, ids).log() + log_s.logaddexp(log_t)[..., 3, None]
     ratio = (0.1 * (log_s - log_t) * MASK[..., None]).gather(-1, ids)
@@ -323,8 +323,8 @@ def test_accuracy(loss, dtype):
         (jensen_shannon_of_logs, ["jsd"]),
         (jensen_shannon_of_a_mean, ["jsd"]),
         (jensen_shannon_with_a_share, ["jsd"]),
-        (entropy_of_a_mixture, ["skewed_kl", "skewed_kl"]),  # summed apart
-        (a_sum_of_both, ["skewed_kl", "skewed_kl", "jsd"]),  # only the second in the shares of the mixture
+        (entropy_of_a_mixture, ["skewed_kl", "skewed_kl"]),  # the two products are summed separately
+        (a_sum_of_both, ["skewed_kl", "skewed_kl", "jsd"]),  # only the second sum has the mixture's shares
         (total_variation, ["tvd", "tvd"]),
         (symmetric, ["forward_kl", "forward_kl"]),
         (reverse_against_dense, ["reverse_kl"] * 3),
@@ -408,7 +408,7 @@ def test_a_stack_with_what_exists(first):
     z, p = LinearLogits(*inputs[:3]), PROBS.clone()
     stack = torch.stack([p, z.softmax(-1)] if first else [z.softmax(-1), p])
     torch.testing.assert_close(stack.materialize()[1 - first], p)
-    p += 1  # of which eager has copied the numbers
+    p += 1  # eager's stack would hold a copy of its numbers
     with pytest.raises(RuntimeError, match="modified in place"):
         stack.sum(0)
 
@@ -418,7 +418,7 @@ def test_a_stack_of_both():
     s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
     log_s = s.log_softmax(-1)
     stack = torch.stack([log_s, t.log_softmax(-1).float()], dim=-1)
-    log_s *= 0  # which a stack has copied
+    log_s *= 0  # the stack holds a copy of it
     assert (stack.shape, stack.dtype, stack.requires_grad) == ((B, S, V, 2), torch.float64, True)
     assert (stack.size(-1), stack.dim(), stack.numel(), len(repr(stack)) < 500) == (2, 4, B * S * V * 2, True)
     assert (stack.device, stack.is_cuda, stack.is_meta) == (s.device, False, False)
@@ -637,7 +637,7 @@ def test_elements_where_a_teacher_has_no_mass():
     ids=["products", "expression", "mixture"],
 )
 def test_in_place_beside_a_view_is_refused(make, of):
-    """Which would have to change with it."""
+    """The view would have to change with it."""
     inputs = leaves()
     s, t = LinearLogits(*inputs[:3]), LinearLogits(*inputs[3:])
     viewed = make(s, t)
@@ -670,7 +670,7 @@ def test_a_tensor_among_them_may_not_change():
 @pytest.mark.parametrize("reduction", ["none", "sum"])
 @pytest.mark.filterwarnings("ignore:.*materialises")
 def test_targets_that_do_not_fit(target, reduction):
-    """As PyTorch has it, or an error that says what to do."""
+    """PyTorch's result, or an error that says what to do."""
     lazy = LinearLogits(*leaves()[:3])
     try:
         expected = F.kl_div(lazy.materialize().log_softmax(-1), target, reduction=reduction)
@@ -855,7 +855,7 @@ def test_heads_that_do_not_fit_materialise():
 
 
 def test_entries_that_a_mask_names():
-    """Of terms with probabilities that exist, as ROLL and DistiLLM write them."""
+    """They belong to terms with probabilities that exist, as ROLL and DistiLLM write them."""
     inputs, probs, entries = leaves(bias=False), PROBS.clone().requires_grad_(), PROBS.gt(PROBS.mean())
     results = []
     for head in (LinearLogits, F.linear):
@@ -982,7 +982,7 @@ def test_changes_in_place_that_make_the_elements():
         changed_by_a_mask(s, s)
     product, softmax = s.softmax(-1) * PROBS, s.softmax(-1)
     for x in (product, product.view(-1, V), softmax, softmax.detach()):
-        with strict(), pytest.raises(RuntimeError, match="keeps no view in step"):  # before any element is made
+        with strict(), pytest.raises(RuntimeError, match="keeps no view in step"):  # before any element is materialised
             x.masked_fill_(PROBS.view(x.shape) > 0.04, 0.0)
     product = s.softmax(-1) * PROBS
     with torch.no_grad(), pytest.raises(RuntimeError, match="would lose its gradient"):
@@ -997,7 +997,7 @@ def kl(s, t):
 
 
 def per_sequence(s, t):
-    """A sequence without tokens is nan, and its rows, left out by hand, spoil no gradient."""
+    """The loss of a sequence without tokens is nan; its rows, left out by hand, spoil no gradient."""
     each = (kl(s, t).masked_fill(~EMPTY[..., None], 0) / EMPTY.sum(-1)[:, None, None]).sum((-1, -2))
     return each[EMPTY.any(-1)].sum() + each.detach().isnan().sum()
 
@@ -1204,7 +1204,7 @@ def test_a_product_crosses_the_border_of_compiled_code(fn):
     h, w = torch.randn(B, S, H, dtype=torch.float64), torch.randn(V, H, dtype=torch.float64)
     expected = fn(F.linear(h, w)).sum(-1)
     torch._dynamo.reset()
-    # Before, Dynamo cannot return what is made in it.
+    # Before 2.12, Dynamo cannot return an object made in compiled code.
     if torch.torch_version.TorchVersion(torch.__version__) >= (2, 12):
         made = torch.compile(fn, backend="eager")(LinearLogits(h, w))
         torch.testing.assert_close(made.sum(-1), expected)

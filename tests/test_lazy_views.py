@@ -368,6 +368,6 @@ def test_views_keep_the_vocabulary_where_tokens_are_as_many(shape):
 
 
 def test_type_checkers_see_every_operator():
-    """They are set in a loop; those in place are read as ``x = x + 1``."""
+    """The operators are set in a loop; type checkers read those in place as ``x = x + 1``."""
     declared = inspect.getsource(lazy_tensor.LazyTensor).partition("TYPE_CHECKING")[2].partition("\n\n")[0]
     assert set(re.findall(r"__\w+__", declared)) == set(lazy_tensor._OPERATORS) - lazy_tensor._ASSIGNED

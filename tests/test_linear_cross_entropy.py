@@ -357,7 +357,7 @@ def test_a_second_backward_gives_the_same_gradients(route, dtype, backend, devic
 
 @pytest.mark.parametrize("options", [{"scale": 100.0}, {"temperature": 0.01}], ids=str)
 def test_fp16_heads_whose_scale_is_large(options, backend, device):
-    """As of normalised hidden states and weights: the gradient of a logit is far larger than that of the loss."""
+    """As with normalised hidden states and weights: the gradient of a logit is far larger than that of the loss."""
     hidden, weight, _, target = problem(torch.float16, device, tokens=33, size=1.0)
     hidden, weight = (F.normalize(x.detach().float(), dim=-1).half() for x in (hidden, weight))
     options = options | {"backend": backend, "route": "gradients_in_forward", "out_dtype": torch.float32}
@@ -396,7 +396,7 @@ def test_fp16_under_a_loss_scale(route, reduction, backend, device):
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_fp16_under_small_token_weights(route, backend, device):
-    """Those of a mean over many tokens, say, which a loss scale makes up for."""
+    """Such as those of a mean over many tokens, for which a loss scale makes up."""
     hidden, weight, _, target = problem(torch.float16, device, tokens=33, size=1.0)
     small = torch.full((33,), 2.0**-40, device=device)
 
@@ -612,7 +612,7 @@ def test_nothing_left(drop_ignored, route, backend, device):
         total = linear_cross_entropy(hidden, weight, target, reduction="sum", **how)
         assert total == 0
         assert all(not g.any() for g in torch.autograd.grad(total, leaves, retain_graph=True))
-        # As PyTorch's, where what it is divided by counts nothing.
+        # As PyTorch's, where the loss is divided by a count of 0.
         assert all(not g.any() for g in torch.autograd.grad(total / (target != -100).sum(), leaves))
         mean = linear_cross_entropy(hidden, weight, target, **how)
         assert mean.isnan()
@@ -635,7 +635,7 @@ def test_class_probabilities_of_no_token(route, reduction, backend, device):
     loss = linear_cross_entropy(hidden, weight, target, **how)
     expected = F.cross_entropy(F.linear(hidden, weight, bias), target, reduction=reduction)
     torch.testing.assert_close(loss, expected, equal_nan=True)
-    for factor in (1, math.inf):  # of a caller who divides by a count
+    for factor in (1, math.inf):  # inf: a caller divides by a count of 0
         found = torch.autograd.grad(loss * factor, leaves, retain_graph=True)
         for g, e in zip(found, torch.autograd.grad(expected, leaves, retain_graph=True), strict=True):
             assert torch.equal(g, e)

@@ -68,7 +68,7 @@ class Doubled(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """As PEFT's: not an nn.Linear, with the attributes of one."""
+    """Like PEFT's: not an nn.Linear, but with the attributes of one."""
 
     in_features, out_features = H, V
 
@@ -108,7 +108,7 @@ def test_a_head_shows_its_options():
 
 
 class Sharded(nn.Module):
-    """What FSDP2 does to a module, in one process: the weight's storage is empty but between unshard and reshard."""
+    """What FSDP2 does to a module, in one process: the weight's storage is empty except between unshard and reshard."""
 
     def __init__(self):
         super().__init__()
@@ -152,7 +152,7 @@ def test_the_weight_is_gathered_in_forward_and_in_backward(name):
     if not found.requires_grad:
         return
     found.sum().backward()
-    # In backward FSDP2 reshards, after it reduced the gradient. The row of one entry is a copy.
+    # In backward, FSDP2 itself reshards, after it has reduced the gradient. The weight's row for one entry is a copy.
     assert module.calls[-1] == ("reshard" if name == "one_entry" else "unshard")
     same, weight = hidden.detach().requires_grad_(), module.whole.clone().requires_grad_()
     numbers(NUMBERS[name](linear_logits(same, weight)))[0].sum().backward()
