@@ -381,6 +381,9 @@ def work(device):
     found["count", "dtypes"] = [count_per_rank(x.to(device)) for x in COUNTS]
     mixed = torch.tensor(3, dtype=(torch.int64, torch.float32)[dist.get_rank() % 2], device=device)
     found["count", "mixed"] = count_per_rank(mixed)
+    wide = torch.tensor(3.0, dtype=torch.float64, device=device)
+    count_per_rank(wide)
+    assert wide == 3
     for wrap, loss in TRAINED:
         found[wrap, loss] = train(loss, WRAPS[wrap], device)
     for how, group in (("whole", dist.group.WORLD), ("halves", halves)):

@@ -583,6 +583,11 @@ def test_versions(monkeypatch):
         warnings.simplefilter("error", UserWarning)
         integration.apply()
     integration.unapply()
+    installed(lambda name: integration.TESTED)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        integration.apply()
+    integration.unapply()
     installed(lambda name: "9.9")
     with pytest.warns(UserWarning, match=r"trl 9\.9 is untested"):
         integration.apply()
@@ -619,6 +624,30 @@ def test_a_head_of_another_kind_keeps_its_logits(folder):
         assert isinstance(model(ids).logits, torch.Tensor)
 
 
+def test_a_head_whose_forward_was_replaced_keeps_it():
+    model, ids = llama(), torch.arange(4, 12)[None]
+    own = model.lm_head.forward = lambda x: 2 * x @ model.lm_head.weight.T
+    with pytest.warns(UserWarning, match="LlamaForCausalLM"), patching.lazy_logits(model):
+        assert isinstance(model(ids).logits, torch.Tensor)
+    assert model.lm_head.forward is own
+
+
+def test_a_model_without_a_head_stays_as_it_is(monkeypatch):
+    model, ids = llama(), torch.arange(4, 12)[None]
+    monkeypatch.setattr(model, "get_output_embeddings", lambda: None)
+    with pytest.warns(UserWarning, match="NoneType"), patching.lazy_logits(model):
+        assert isinstance(model(ids).logits, torch.Tensor)
+
+
+def test_no_warning_for_a_linear_head():
+    model = llama()
+    model.lm_head = fused_losses.LinearHead.from_linear(model.lm_head)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with patching.lazy_logits(model):
+            assert isinstance(model(torch.arange(4, 12)[None]).logits, fused_losses.LinearLogits)
+
+
 def test_no_warning_for_an_adapted_head_that_is_lazy_already():
     from fused_losses.integrations.transformers import apply
 
@@ -644,11 +673,28 @@ def test_a_lazy_head_is_put_back_and_keeps_a_bias_and_a_softcap():
     model, ids = transformers.Gemma2ForCausalLM(config), torch.arange(4, 12)[None]
     model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 64))
     with patching.lazy_logits(torch.nn.Sequential(model)), fused_losses.strict():
-        lazy = model(ids).logits.log_softmax(-1).gather(-1, ids[..., None])
+        lazy = model(ids).logits
+        assert lazy.module is model.lm_head  # which gathers the weight where it is sharded
+        lazy = lazy.log_softmax(-1).gather(-1, ids[..., None])
     logits = model(ids).logits
     assert isinstance(logits, torch.Tensor)
     assert "forward" not in vars(model.lm_head)
     torch.testing.assert_close(lazy, logits.log_softmax(-1).gather(-1, ids[..., None]))
+
+
+def test_a_forward_that_a_trainer_waits_for_is_told_from_others():
+    def of_a_trainer(num_items_in_batch):
+        return patching.trainer_drops_logits()
+
+    def of_another(batch):
+        return patching.trainer_drops_logits()
+
+    for step in (of_a_trainer, of_another):
+        step.__code__ = step.__code__.replace(co_name="training_step")
+    assert of_a_trainer(1) is None  # with gradients
+    with torch.no_grad():
+        assert of_a_trainer(1) is True
+        assert of_another(1) is None
 
 
 def test_the_example_trains(monkeypatch):

@@ -194,3 +194,8 @@ def test_a_step_while_another_thread_makes_heads(monkeypatch):
     torch.optim.SGD(head.parameters(), lr=0.1).step()
     with pytest.raises(RuntimeError, match="weight was modified in place"):
         logits.logsumexp(-1)
+
+
+def test_a_head_of_no_features_is_whole():
+    logits = LinearLogits(torch.empty(B, 0), torch.empty(V, 0))
+    torch.testing.assert_close(logits.logsumexp(-1), torch.zeros(B, V).logsumexp(-1))

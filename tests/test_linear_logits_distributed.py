@@ -20,6 +20,7 @@ from fused_losses import distillation_loss, divergence, settings
 from fused_losses.bench.ranks import run
 from fused_losses.linear_head import LinearHead
 from fused_losses.linear_logits import LinearLogits
+from fused_losses.sharded_weight import is_whole
 from fused_losses.token_loss import token_loss
 
 pytestmark = [needs_ranks, pytest.mark.xdist_group("linear_logits_distributed")]  # its processes are started once
@@ -422,6 +423,31 @@ def message(ids):
     return said(lambda: step_loss("mean", model(ids), ids))
 
 
+def without_module(ids):
+    """What is said of logits that do not know whose weight they have, once that is sharded again."""
+    model = shard_head(prepare(""))
+    model.head.unshard()
+    hidden = torch.randn(B, S, H, dtype=torch.float64, device=ids.device)
+    logits = LinearLogits(hidden, model.head.weight, model.head.bias)
+    value = logits.logsumexp(-1).sum()
+    model.head.reshard()
+    return [said(logits.materialize), said(value.backward)]
+
+
+def differentiated_again(ids):
+    """Gradients to be differentiated again, which a loss makes anew, where FSDP2 leaves the gathers to the losses."""
+    found = []
+    for sharded in (False, True):
+        model = Model().to(ids.device).requires_grad_(False)
+        if sharded:
+            shard_head(model, reshard_after_forward=True).head.set_unshard_in_backward(False)
+        hidden = torch.linspace(-1, 1, ids.numel() * H, dtype=torch.float64, device=ids.device).requires_grad_()
+        with settings.route("gradients_in_forward"):
+            value = reading("mean", model.head(hidden.view(*ids.shape, H)), ids)
+        found += torch.autograd.grad(value, hidden, create_graph=True)
+    return [t.detach() for t in found]
+
+
 # Gradients of several micro-batches, summed in fp32
 
 
@@ -484,6 +510,8 @@ def work(device):
     found["apart"] = apart(mine[0])
     found["after a step"] = after_a_step(mine[0])
     found["message"] = message(mine[0])
+    found["differentiated again"] = differentiated_again(mine[0])
+    found["without module"] = without_module(mine[0])
     found["fsdp sum"] = accumulate_in_fsdp(mine)
     found["main_grad"] = main_grad_of(Model(), mine)
     return found
@@ -586,6 +614,21 @@ def test_a_weight_that_no_unit_gathers_is_an_error_that_says_so(trained):
     for found in trained:
         assert "no FSDP2 unit around LinearHead" in found["message"]
         assert f"LinearLogits {(B * (S - 1), V)}" in found["message"]
+
+
+def test_a_weight_that_was_sharded_again_asks_for_its_module(trained):
+    for found in trained:
+        assert all("pass module=" in message for message in found["without module"])
+
+
+def test_gradients_to_be_differentiated_again_gather_the_weight(trained):
+    for found in trained:
+        expected, grad = found["differentiated again"]
+        torch.testing.assert_close(grad, expected)
+
+
+def test_what_zero3_leaves_of_a_weight_is_not_whole():
+    assert not is_whole(torch.empty(0))
 
 
 @pytest.mark.parametrize("variant", ["", "bias_alone", "fused"])

@@ -105,6 +105,13 @@ def local_gradients(device):
         leaf = tensors["hidden"].chunk(4 if layout.is_shard() else 1)[dist.get_rank() if layout.is_shard() else 0]
         gradients = gradients_of_head(head, leaf, target)
         found["head", str(layout)] = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
+
+    # A parameter that there is not, and one that is a DTensor already.
+    head = LinearHead(H, V, bias=False, device=device)
+    head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(1)]))
+    parallelize_module(head, mesh, VocabParallelHead())
+    assert head.bias is None
+    assert head.weight.placements == (Shard(1),)
     return found
 
 

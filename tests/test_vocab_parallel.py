@@ -369,6 +369,8 @@ def bad_ranges(device):
         messages.append(str(error.value))
     with pytest.raises(ValueError, match="holds 5 rows"):
         LinearLogits(hidden, weight, group=VocabParallel(group, (0, 7), 10))
+    with pytest.raises(ValueError, match="holds 5 rows"):
+        LinearLogits(hidden, weight, group=VocabParallel(group, (6, 4), 10))
     with pytest.raises(ValueError, match="vocab_size"):
         LinearLogits(hidden, weight, group=VocabParallel(group, (0, 5)))
     logits = LinearLogits(hidden, weight, group=group)

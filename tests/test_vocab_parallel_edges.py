@@ -271,6 +271,11 @@ def tokens_on_meshes(device):
         compare(log_probs, square, [cut, cut], [Replicate(), Shard(0)], part=lambda t, d=cut.dim: half(t, d, square, 0))
         compare(log_probs, square, [cut, cut], [Shard(0), Replicate()], part=lambda t, d=cut.dim: half(t, d, square, 1))
 
+    # Of tokens that are shared out unevenly, as many labels as even shares would have.
+    some = ids[:, :6].clone()
+    some[:, :2] = -100
+    compare(lambda make, part: F.cross_entropy(make().mT, part(some)), line, [Shard(1)], [Shard(0)], hidden[:, :6])
+
     # A low-rank update whose input has other placements than hidden.
     u, B_of = randn(B, S, 3, seed=5), randn(TOKENS, 3, seed=6)
     for of_hidden, of_u in ((Shard(1), Replicate()), (Replicate(), Shard(1)), (Shard(0), Shard(1))):
