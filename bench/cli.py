@@ -74,65 +74,79 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("bench", run_bench, "check and time ours, eager PyTorch and every peer installed, with the floor")
+    sub = command(
+        "bench",
+        run_bench,
+        "check and time this package, eager PyTorch and each installed peer, with the floor",
+    )
     sub.add_argument("case", nargs="+", choices=[*CASES, "all"], metavar="CASE", help=", ".join([*CASES, "all"]))
     head_arguments(sub)
     sub.add_argument(
-        "--dtype", help="bfloat16, float16, float32, several with commas; default bfloat16, on a CPU float32"
+        "--dtype", help="bfloat16, float16 or float32, several with commas; default bfloat16, on a CPU float32"
     )
-    sub.add_argument("--mode", help=f"of {', '.join(MODES)}; default forward,full; memory is full without timing")
-    sub.add_argument("--inputs", default="random,peaked", help=", ".join(DISTRIBUTIONS))
+    sub.add_argument(
+        "--mode", help=f"{', '.join(MODES)}, with commas; default forward,full; memory is full without timing"
+    )
+    sub.add_argument(
+        "--inputs", default="random,peaked", help=f"{', '.join(DISTRIBUTIONS)}, with commas; default random,peaked"
+    )
     sub.add_argument("--peers", default="all", help="all, none, or names with commas")
-    sub.add_argument("--backend", choices=("triton", "torch"), help="of ours; default what serves the device")
-    sub.add_argument("--device", choices=("cuda", "cpu"), help="default cuda where there is one")
-    sub.add_argument("--seconds", type=float, help="of timing per mode; default 10, 1 with --quick")
-    sub.add_argument("--quick", action="store_true", help="little work, but real: under a minute at its own shapes")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="keep the rows, and what they depend on")
-    sub.add_argument("--resume", action="store_true", help="skip what --json FILE has already")
-    sub.add_argument("--plot", type=Path, metavar="FILE", help="picture of time and memory, PNG")
+    sub.add_argument(
+        "--backend", choices=("triton", "torch"), help="this package's; default triton on a GPU, torch elsewhere"
+    )
+    sub.add_argument("--device", choices=("cuda", "cpu"), help="default cuda if there is a GPU")
+    sub.add_argument("--seconds", type=float, help="seconds of timing per mode; default 10, with --quick 1")
+    sub.add_argument(
+        "--quick", action="store_true", help="a short run with few tokens: under a minute at the default shapes"
+    )
+    sub.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results, with command, commit, device and versions"
+    )
+    sub.add_argument("--resume", action="store_true", help="skip what --json FILE already has")
+    sub.add_argument("--plot", type=Path, metavar="FILE", help="draw time and memory, PNG")
 
     sub = command(
-        "check", run_check, "every primitive on this device against float64, over dtypes, odd shapes and options"
+        "check", run_check, "compare every primitive on this device with float64, over dtypes, odd shapes and options"
     )
-    sub.add_argument("--backend", choices=("triton", "torch"), help="default all that run here")
-    sub.add_argument("--primitive", choices=CASES[:4], help="default all")
+    sub.add_argument("--backend", choices=("triton", "torch"), help="default: all that run here")
+    sub.add_argument("--primitive", choices=CASES[:4], help="default: all")
     sub.add_argument(
         "--largest",
         type=int,
         metavar="N",
-        help="leave out checks of more than N logits, and draw inputs fewer times: for sanitizers",
+        help="skip checks of more than N logits and draw fewer inputs: for sanitizers",
     )
 
     sub = command(
-        "plan", run_plan, "route, chunk, predicted memory and time of a head, and the largest batch that fits"
+        "plan", run_plan, "show route, chunk, predicted memory and time of a head, and the largest batch that fits"
     )
     head_arguments(sub)
     sub.add_argument("--dtype", default="bfloat16")
-    sub.add_argument("--budget", metavar="4GiB", help="memory above the inputs that there is, gradients included")
+    sub.add_argument("--budget", metavar="4GiB", help="memory available above the inputs, gradients included")
     sub.add_argument("--per-token", action="store_true", help="log-probabilities per token, as in policy training")
-    sub.add_argument("--backend", choices=("triton", "torch"), default="triton", help="default triton, a GPU's")
-    sub.add_argument(
-        "--tflops", type=float, help="rate of the device's products; default measured, without a GPU an H200's"
-    )
-    sub.add_argument("--gbps", type=float, help="rate of its copies, bytes read and written; default likewise")
+    sub.add_argument("--backend", choices=("triton", "torch"), default="triton", help="default triton, the GPU's")
+    sub.add_argument("--tflops", type=float, help="rate of matrix products; default: measured, without a GPU an H200's")
+    sub.add_argument("--gbps", type=float, help="rate of copies, bytes read plus written; default: likewise")
 
     sub = command("report", run_report, "render results into Markdown and PNG")
     sub.add_argument("results", nargs="+", type=Path, help="JSON files of bench, or folders of them")
     sub.add_argument("--out", type=Path, help="folder for report.md and pictures; default beside the results")
     sub.add_argument("--into", type=Path, metavar="README.md", help="replace the text between its report markers")
 
-    sub = command("compare", run_compare, "two result files: what became slower or larger, or is missing")
+    sub = command("compare", run_compare, "compare two result files: what became slower, larger, or is missing")
     sub.add_argument("before", type=Path)
     sub.add_argument("after", type=Path)
-    sub.add_argument("--threshold", type=float, default=0.05, help="largest tolerated growth; default 0.05, 5 %%")
+    sub.add_argument("--threshold", type=float, default=0.05, help="largest growth tolerated; default 0.05, 5 %%")
     return top
 
 
 def head_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--shape", help=f"heads by model, with commas: {', '.join([*shapes.ALIASES, *shapes.SHAPES])}")
+    sub.add_argument(
+        "--shape", help=f"heads by model, several with commas: {', '.join([*shapes.ALIASES, *shapes.SHAPES])}"
+    )
     sub.add_argument("--vocab", type=int, help="with --hidden: a head of your own")
     sub.add_argument("--hidden", type=int)
-    sub.add_argument("--tokens", help="several with commas; default the shape's own")
+    sub.add_argument("--tokens", help="several with commas; default: the shape's own")
 
 
 def heads(args: argparse.Namespace, default: str) -> list[Shape]:

@@ -115,8 +115,8 @@ def on_paper(shape: Shape) -> list[str]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (("tokens", 512), ("vocab", 32768), ("hidden", 64)):
-        parser.add_argument(f"--{name}", type=int, default=default, help="of what is measured")
-    parser.add_argument("--shape", default="llama3-8b", choices=SHAPES, help="of what is worked out on paper")
+        parser.add_argument(f"--{name}", type=int, default=default, help="of the measured call")
+    parser.add_argument("--shape", default="llama3-8b", choices=SHAPES, help="of the table computed by formula")
     options = parser.parse_args(argv)
     N, V, H = options.tokens, options.vocab, options.hidden
     print(made_on("cuda" if torch.cuda.device_count() > 1 else "cpu", "torch") + "\n")

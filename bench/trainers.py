@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("library", nargs="?", choices=LIBRARIES, default="transformers")
     parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--vocab", type=int, help=f"default: {LLAMA3}, with transformers that of each model")
+    parser.add_argument("--vocab", type=int, help=f"default: {LLAMA3}; with transformers, each model's own")
     parser.add_argument("--workspace", default="64MiB")
     options = parser.parse_args(argv)
     integration = importlib.import_module(f"fused_losses.integrations.{options.library}")

@@ -78,8 +78,8 @@ class Dense:
     def elements(self) -> Tensor:
         if self.made.changed(tensor=self.tensor) is not None:
             raise RuntimeError(
-                f"a tensor {tuple(self.tensor.shape)} was modified in place after a product or sum of it with lazy logits was "
-                "made, which would have kept its values. Make that anew."
+                f"a tensor {tuple(self.tensor.shape)} was modified in place after it was multiplied with lazy logits, or "
+                "added to them; eager PyTorch's result would keep the old values. Compute that product or sum again."
             )
         return self.tensor
 

@@ -39,7 +39,7 @@ def part_of_vocabulary(mesh: DeviceMesh, at: int | None, vocab: int) -> VocabSha
 
 def refuse_group(group: Any) -> None:
     if group is not None:
-        raise ValueError(f"DTensors know the ranks that share their vocabulary: leave group={group} away")
+        raise ValueError(f"DTensors know the ranks that share their vocabulary: leave group={group} out")
 
 
 def local_head(
