@@ -144,17 +144,15 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
         tables.append(
             f"{device}, {made}. Peaks are above the inputs and include the gradients. The least peak is that of the "
             "smallest workspace tried, or of a gradient written over the logits. Times are of the default settings. The floor "
-            "is the time of the fewest operations, or bytes, at the rate that the same run measured, without the exponentials; "
-            '"of the floor" is the floor over our time, 1 at best.'
+            "is the least number of operations (or bytes) over the rate measured in the same run, without exponentials; "
+            '"of the floor" is the floor divided by our time, 1 at best.'
         )
         weighed = [line[:4] for key, line in lines.items() if key[0] == device and not line[4]]
         timed = [line for key, line in lines.items() if key[0] == device and line[4]]
         tables += [markdown_table(columns[:4], weighed)] if weighed else []
         tables += [markdown_table(columns[:2] + columns[3:], [line[:2] + line[3:] for line in timed])] if timed else []
     if not any("clocks" in result for result in results):
-        tables.append(
-            f"On a GPU: {WAITING}. On a CPU times are ratios to eager in the same run, never figures of their own."
-        )
+        tables.append(f"On a GPU: {WAITING}. On a CPU times are given only as ratios to eager PyTorch in the same run.")
     return "\n\n".join(tables)
 
 
