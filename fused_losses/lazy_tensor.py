@@ -455,9 +455,9 @@ def _changed(func: Callable[..., Any], x: LazyTensor, args: tuple[Any, ...], kwa
     done = x.become_changed(name, lambda t: func(t, *materialised(name, args), **materialised(name, kwargs)))
     if done is not NotImplemented:
         return done
-    why = "has no elements to write to and keeps no view in step"
+    why = "has no elements to write to, so its views would not follow"
     if x.requires_grad and no_gradient():
-        why = "would lose its gradient, as this is under no_grad"
+        why = "would lose its gradient under no_grad"
     if torch.compiler.is_compiling():
         why = "a compiled function cannot follow"
     raise RuntimeError(
@@ -521,15 +521,15 @@ def is_lazy(x: Any) -> bool:
 
 def _called(x: LazyTensor) -> str:
     """The name of ``x`` in messages, whose readers know no class but LinearLogits."""
-    return "what was made of LinearLogits" if isinstance(x, Derived) else "LinearLogits"
+    return "a tensor made of LinearLogits" if isinstance(x, Derived) else "LinearLogits"
 
 
 def report(name: str, x: LazyTensor) -> None:
     # Dynamic sizes have no values while a function is compiled.
     size = "" if torch.compiler.is_compiling() else f" {tuple(x.shape)}: {x.nbytes:,} bytes"
     message = (
-        f"{name} materialises {_called(x)}{size}. Reduce over the vocabulary with an operation that it answers "
-        "('Lazy or not' in docs/losses.md has what to write instead), or call materialize() where this is meant."
+        f"{name} materialises {_called(x)}{size}. Reduce over the vocabulary with an operation that stays lazy ('Lazy or not' "
+        "in docs/losses.md says what to write instead), or call materialize() if this is intended."
     )
     if settings.strict.value:
         raise RuntimeError(message)

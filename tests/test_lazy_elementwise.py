@@ -204,10 +204,10 @@ def test_counts_masks_and_other_uses():
         assert "log of LinearLogits" in repr(x)
     torch.testing.assert_close(copy.deepcopy(x).materialize(), (eager + p).log())
     assert x.float().dtype == torch.float32
-    with pytest.warns(UserWarning, match="sort materialises what was made of LinearLogits"):
+    with pytest.warns(UserWarning, match="sort materialises a tensor made of LinearLogits"):
         torch.testing.assert_close(x.sort(-1).values, (eager + p).log().sort(-1).values)
     x.clamp_(max=-1)
-    with pytest.warns(UserWarning, match="__setitem__ materialises what was made of LinearLogits"):
+    with pytest.warns(UserWarning, match="__setitem__ materialises a tensor made of LinearLogits"):
         x[:, 0] = -3.0
     expected = (eager + p).log().clamp(max=-1)
     expected[:, 0] = -3.0
@@ -285,7 +285,7 @@ def test_a_change_in_place_beside_a_view_is_refused():
     z = LinearLogits(*leaves()[:3])
     x = (z.softmax(-1) + 0.1).log()
     view = x.view(-1, V)
-    with pytest.raises(RuntimeError, match=r"__imul__ would change what was made of LinearLogits .*view"):
+    with pytest.raises(RuntimeError, match=r"__imul__ would change a tensor made of LinearLogits .*view"):
         x *= 2
     del view
     x *= 2

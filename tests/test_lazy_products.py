@@ -436,9 +436,9 @@ def test_a_stack_of_both():
         lambda x: torch.stack([*x.unbind(-1), *x.unbind(-1)]).logsumexp(0),
         lambda x: F.kl_div(s.log_softmax(-1)[..., None], x[..., :1], log_target=True),
     ):
-        with pytest.warns(UserWarning, match="materialises what was made of LinearLogits"):
+        with pytest.warns(UserWarning, match="materialises a tensor made of LinearLogits"):
             torch.testing.assert_close(fn(stack), fn(eager))
-    with pytest.warns(UserWarning, match="logsumexp materialises what was made of LinearLogits"):
+    with pytest.warns(UserWarning, match="logsumexp materialises a tensor made of LinearLogits"):
         three = torch.stack([s.log_softmax(-1)] * 3).logsumexp(0)
     torch.testing.assert_close(three, s.materialize().log_softmax(-1) + math.log(3))
 
@@ -643,7 +643,7 @@ def test_in_place_beside_a_view_is_refused(make, of):
     viewed = make(s, t)
     view = of(viewed)
     for x in (viewed, view):
-        with pytest.raises(RuntimeError, match=r"__imul__ would change what was made of LinearLogits .*view"):
+        with pytest.raises(RuntimeError, match=r"__imul__ would change a tensor made of LinearLogits .*view"):
             x *= 2
     copy = viewed[torch.arange(B)]
     copy *= 2
@@ -764,7 +764,7 @@ def test_what_it_is_and_its_elements():
         assert (lazy.shape, lazy.dtype) == (expected.shape, expected.dtype)
         torch.testing.assert_close(lazy.materialize(), expected)
         assert lazy.float().dtype == torch.float32
-    with pytest.warns(UserWarning, match="sort materialises what was made of LinearLogits"):
+    with pytest.warns(UserWarning, match="sort materialises a tensor made of LinearLogits"):
         torch.testing.assert_close(made["products"][0].sort(), made["products"][1](eager_s, eager_t).sort())
     infinite = s.isinf()
     assert infinite.to("cpu") is infinite
@@ -978,11 +978,11 @@ def test_changes_in_place_that_make_the_elements():
         results.append([loss, *torch.autograd.grad(loss, inputs[:3])])
     torch.testing.assert_close(*results)
     s = LinearLogits(*inputs[:3])
-    with strict(), pytest.raises(RuntimeError, match="__setitem__ materialises what was made of LinearLogits"):
+    with strict(), pytest.raises(RuntimeError, match="__setitem__ materialises a tensor made of LinearLogits"):
         changed_by_a_mask(s, s)
     product, softmax = s.softmax(-1) * PROBS, s.softmax(-1)
     for x in (product, product.view(-1, V), softmax, softmax.detach()):
-        with strict(), pytest.raises(RuntimeError, match="keeps no view in step"):  # before any element is materialised
+        with strict(), pytest.raises(RuntimeError, match="its views would not follow"):  # before any element is materialised
             x.masked_fill_(PROBS.view(x.shape) > 0.04, 0.0)
     product = s.softmax(-1) * PROBS
     with torch.no_grad(), pytest.raises(RuntimeError, match="would lose its gradient"):
@@ -1128,7 +1128,7 @@ def test_copies_of_products_with_a_tensor():
 def test_a_mask_changed_in_place():
     s = LinearLogits(*leaves(bias=False)[:2])
     mask = s.isinf()
-    with pytest.warns(UserWarning, match="__setitem__ materialises what was made of LinearLogits"):
+    with pytest.warns(UserWarning, match="__setitem__ materialises a tensor made of LinearLogits"):
         mask[..., 3] = True
     mask.logical_or_(PROBS > 0.045)
     expected = PROBS > 0.045
@@ -1140,7 +1140,7 @@ def test_a_mask_changed_in_place():
     torch.testing.assert_close(found, (PROBS * s.log_softmax(-1)).materialize().masked_fill(expected, 0).sum(-1))
     mask = s.isinf()
     view = mask[:1]
-    with pytest.raises(RuntimeError, match="keeps no view in step"):
+    with pytest.raises(RuntimeError, match="its views would not follow"):
         mask[..., 3] = True
     assert not view.materialize().any()
 
