@@ -424,7 +424,7 @@ def message(ids):
 
 
 def without_module(ids):
-    """What is said of logits that do not know whose weight they have, once that is sharded again."""
+    """The errors of logits made without ``module=``, once their weight is sharded again."""
     model = shard_head(prepare(""))
     model.head.unshard()
     hidden = torch.randn(B, S, H, dtype=torch.float64, device=ids.device)
@@ -435,7 +435,7 @@ def without_module(ids):
 
 
 def differentiated_again(ids):
-    """Gradients to be differentiated again, which a loss makes anew, where FSDP2 leaves the gathers to the losses."""
+    """Gradients with ``create_graph``, which a loss computes anew, where FSDP2 leaves the gathers to the losses."""
     found = []
     for sharded in (False, True):
         model = Model().to(ids.device).requires_grad_(False)

@@ -106,7 +106,7 @@ def local_gradients(device):
         gradients = gradients_of_head(head, leaf, target)
         found["head", str(layout)] = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
 
-    # A parameter that there is not, and one that is a DTensor already.
+    # A parameter that is None, and one that is already a DTensor.
     head = LinearHead(H, V, bias=False, device=device)
     head.weight = nn.Parameter(distribute_tensor(head.weight, mesh, [Shard(1)]))
     parallelize_module(head, mesh, VocabParallelHead())

@@ -271,7 +271,7 @@ def tokens_on_meshes(device):
         compare(log_probs, square, [cut, cut], [Replicate(), Shard(0)], part=lambda t, d=cut.dim: half(t, d, square, 0))
         compare(log_probs, square, [cut, cut], [Shard(0), Replicate()], part=lambda t, d=cut.dim: half(t, d, square, 1))
 
-    # Of tokens that are shared out unevenly, as many labels as even shares would have.
+    # Tokens split unevenly, with as many labels as an even split would have.
     some = ids[:, :6].clone()
     some[:, :2] = -100
     compare(lambda make, part: F.cross_entropy(make().mT, part(some)), line, [Shard(1)], [Shard(0)], hidden[:, :6])
