@@ -1,4 +1,4 @@
-# make demo | make test | make test-all; with PY=python3 they run in the environment one is in (a CUDA machine with its own torch).
+# make demo | make test | make test-all; with PY=python3 they run in the current environment (a CUDA machine with its own torch).
 VENV := .venv
 ifdef PY
 READY :=
@@ -9,11 +9,11 @@ endif
 
 .PHONY: demo test test-all integrations lint types gate bench report gpu-wheels gpu-evidence
 
-# One thread: on cores that others use too, each of the chunked path's many small operations waits for the slowest of several.
+# One thread: on shared cores each of the chunked path's many small operations would wait for the slowest of several threads.
 demo: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) examples/demo.py
 
-# The kernels run in Triton's interpreter where there is no GPU, so a test process each core is what takes the time.
+# Without a GPU the kernels run in Triton's interpreter, which takes most of the time: hence one test process per core.
 test: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(PY) -m pytest -q -n auto --dist loadgroup -m "not slow"
 
@@ -46,7 +46,7 @@ report: $(READY)
 gpu-wheels: $(READY)
 	$(PY) -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 -d .wheels -r bench/peers.txt
 
-# Each step runs under eight minutes and goes on where it stopped; STEPS="check tests" chooses.
+# Each step runs under eight minutes and continues where it stopped; STEPS="check tests" chooses.
 gpu-evidence:
 	PY=$(PY) bench/gpu_evidence.sh $(STEPS)
 

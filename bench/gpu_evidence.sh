@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Evidence on a GPU: one command per step, each under eight minutes, none of which needs a network.
+# Evidence on a GPU: one command per step, each under eight minutes and without a network.
 #
-#   bench/gpu_evidence.sh              every step that has no result yet
+#   bench/gpu_evidence.sh              every step without a result
 #   bench/gpu_evidence.sh tests dpo    those steps
 #   bench/gpu_evidence.sh list         the steps, and which are done
 #
 # PY        the Python with torch (default python3)
 # RESULTS   where results go (default bench/results/<device>)
 # TESTS     files of the step "tests" (default all)
-# FILES     how many of them at a time, on eight processes with pytest-xdist (default 10 where it is installed, else 1)
+# FILES     how many files at a time, on eight processes with pytest-xdist (default 10 if it is installed, else 1)
 # WHEELS    folder of peers' wheels, at most 60 MiB (default .wheels; bench/peers.txt says which); without it they are skipped
 #
-# A step that is cut off keeps what it has and goes on from there next time. The script fails if a step failed.
+# A step that is cut off keeps its results so far and continues next time. The script fails if a step failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-python3}

@@ -1,4 +1,4 @@
-"""Losses of language-model training that never hold ``tokens × vocabulary`` logits.
+"""Language-model training losses that never hold ``tokens × vocabulary`` logits.
 
 :class:`LinearLogits` is a logits tensor that is never materialised: write a loss against logits, get the fused one. Three
 primitives stand beneath every loss: :func:`token_statistics`, :func:`cross_entropy` and :func:`divergence`; the losses are
