@@ -982,7 +982,8 @@ def test_changes_in_place_that_make_the_elements():
         changed_by_a_mask(s, s)
     product, softmax = s.softmax(-1) * PROBS, s.softmax(-1)
     for x in (product, product.view(-1, V), softmax, softmax.detach()):
-        with strict(), pytest.raises(RuntimeError, match="its views would not follow"):  # before any element is materialised
+        # Before any element is materialised.
+        with strict(), pytest.raises(RuntimeError, match="its views would not follow"):
             x.masked_fill_(PROBS.view(x.shape) > 0.04, 0.0)
     product = s.softmax(-1) * PROBS
     with torch.no_grad(), pytest.raises(RuntimeError, match="would lose its gradient"):
