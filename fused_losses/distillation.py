@@ -36,7 +36,16 @@ from .divergence import (
     token_divergence,
 )
 from .linear_logits import LinearLogits
-from .numerics import check_reduction, check_scaling, full_precision, log1mexp, statistics_dtype, upcast, wide_dtype
+from .numerics import (
+    check_reduction,
+    check_scaling,
+    full_precision,
+    log1mexp,
+    on_device,
+    statistics_dtype,
+    upcast,
+    wide_dtype,
+)
 from .row_divergence import Divergence, of_log_probs
 from .row_statistics import slices
 from .sequences import at_least_one, check_tensors
@@ -251,8 +260,9 @@ def _counted(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.where(integer_ids(labels).reshape(-1) != ignore_index, 0, -100)  # in uint8 −100 would be 156
 
 
-def _count(counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor | int:
-    return at_least_one(counted.sum() if num_items_in_batch is None else num_items_in_batch)
+def _count(counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    given = None if num_items_in_batch is None else on_device(num_items_in_batch, counted.device)
+    return at_least_one(counted.sum() if given is None else given.reshape(()))  # raises for several numbers
 
 
 class TopK(NamedTuple):

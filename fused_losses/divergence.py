@@ -333,6 +333,7 @@ def summed_divergence(
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
     learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights that may require grad
+    learned = learned or (isinstance(divisor, Tensor) and divisor.requires_grad)
     recompute = route_setting.chosen(route) == "recompute" or unknown(math.prod(student.shape[:-1]))
     if tensors or learned or recompute or transforms_active():
         found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)

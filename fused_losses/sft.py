@@ -21,7 +21,8 @@ from .linear_cross_entropy import linear_logits_cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import on_device, statistics_dtype, upcast
 from .sequences import at_least_one, shift_labels, sums_and_counts
-from .token_statistics import selective_log_softmax, target_ids
+from .token_statistics import check_vocab_last, selective_log_softmax, target_ids
+from .vocab_parallel import local_target
 
 
 def dft(log_probs: Tensor) -> Tensor:
@@ -109,6 +110,8 @@ def sft_loss(
         raise ValueError(f"average is 'token' or 'sequence', loss_type 'nll' or 'dft', got {average!r}, {loss_type!r}")
     if context_group is not None and average == "sequence" and (cu_seqlens is not None or position_ids is not None):
         raise ValueError("average='sequence' of packed rows that are split over a context_group is not supported")
+    check_vocab_last("logits", logits)
+    labels = local_target(labels)
     target = shift_labels(
         labels,
         ignore_index,
@@ -120,15 +123,16 @@ def sft_loss(
     counted = target != ignore_index
     count = counted.sum()
     if num_items_in_batch is not None:
-        count = on_device(num_items_in_batch, target.device)
+        count = on_device(num_items_in_batch, target.device).reshape(())  # raises for several numbers
     elif context_group is not None and average == "token":
         dist.all_reduce(count, group=context_group)
     if average == "token" and loss_type == "nll" and not isinstance(logits, Tensor):
         # A sum over tokens makes its gradients in forward and divides them there. fp32 costs lazy logits nothing.
         wide = logits.to(statistics_dtype(logits.dtype))
         share = at_least_one(count).to(wide.dtype).reciprocal().expand(target.shape)
-        how: dict[str, Any] = {"ignore_index": ignore_index, "reduction": "sum", "token_weights": share}
-        loss = linear_logits_cross_entropy(wide, target, **how)
+        loss = linear_logits_cross_entropy(
+            wide, target, ignore_index=ignore_index, reduction="sum", token_weights=share
+        )
     else:
         log_probs = selective_log_softmax(logits, target_ids(target, logits.shape[-1], ignore_index))
         losses = dft(log_probs) if loss_type == "dft" else -log_probs
@@ -138,6 +142,7 @@ def sft_loss(
             if context_group is not None:
                 dist.all_reduce(counts, group=context_group)
             losses = sums / counts.clamp(min=1)
-            count = count if num_items_in_batch is not None else (counts > 0).sum()
+            if num_items_in_batch is None:
+                count = (counts > 0).sum()
         loss = losses.sum() / at_least_one(count)
     return loss.masked_fill(count == 0, torch.nan) if nan_when_empty else loss

@@ -152,6 +152,21 @@ def logits_of(z):
     return z if isinstance(z, torch.Tensor) else z.materialize()
 
 
+@pytest.mark.parametrize("lazy", [False, True])
+@pytest.mark.parametrize("loss", [sft_loss, lambda z, ids, **how: distillation_loss(z, z.detach() * 2, ids, **how)])
+def test_a_count_of_items_is_one_number(loss, lazy):
+    """It weighs every token alike, as a tensor of any shape, and keeps a gradient of its own."""
+    z, ids = LinearLogits(torch.randn(5, 8), torch.randn(7, 8)), torch.tensor([3, -100, 0, 6, 2])
+    z = z if lazy else z.materialize()
+    expected = loss(z, ids, num_items_in_batch=7)
+    count = torch.tensor([7.0], requires_grad=True)
+    found = loss(z, ids, num_items_in_batch=count)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, count)[0], -expected[None] / 7)
+    with pytest.raises(RuntimeError, match="invalid for input of size 5"):
+        loss(z, ids, num_items_in_batch=torch.arange(1, 6))
+
+
 @pytest.mark.parametrize("loss", MEANS.values(), ids=MEANS)
 def test_means_of_trainers_are_divided_in_forward(loss, device, upstream):
     hidden, weight = (torch.randn(n, 8, device=device).requires_grad_() for n in (5, 7))

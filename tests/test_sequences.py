@@ -268,9 +268,10 @@ def test_shift_labels_of_rows():
     torch.testing.assert_close(ours, sequences.sums_and_counts(x, position_ids=rows))
     torch.testing.assert_close(ours, sequences.sums_and_counts(x.view(1, -1), **flat))
     # Empty documents in front, in the middle and at the end change nothing; a tail after the last border stands alone.
-    assert sequences.shift_labels(labels[:1, :5], cu_seqlens=torch.tensor([0, 0, 2, 2, 4, 4])).tolist() == [
-        [labels[0, 1].item(), -100, labels[0, 3].item(), -100, -100]
-    ]
+    for borders in ([0, 0, 2, 2, 4], [0, 0, 2, 2, 4, 4]):
+        assert sequences.shift_labels(labels[:1, :5], cu_seqlens=torch.tensor(borders)).tolist() == [
+            [labels[0, 1].item(), -100, labels[0, 3].item(), -100, -100]
+        ]
 
 
 def test_shift_labels_takes_no_fractions():

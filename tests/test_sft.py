@@ -244,6 +244,10 @@ def test_refuses():
         sft.sft_loss(torch.zeros(2, 2, 4, V), torch.zeros(2, 2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"\(2, 5, 11\) and \(2, 4\)"):
         sft.sft_loss(torch.zeros(2, 5, V), torch.zeros(2, 4, dtype=torch.long))
+    square = LinearLogits(torch.zeros(2, V, 4), torch.zeros(V, 4)).mT  # whose shape fits either way round
+    for average in ("token", "sequence"):
+        with pytest.raises(ValueError, match="must stand last, it is dimension 1"):
+            sft.sft_loss(square, torch.zeros(2, V, dtype=torch.long), average=average)
     both = {"cu_seqlens": torch.tensor([0, 4]), "position_ids": torch.arange(4)[None]}
     with pytest.raises(ValueError, match="cu_seqlens or position_ids"):
         sft.sft_loss(torch.zeros(1, 4, V), torch.zeros(1, 4, dtype=torch.long), **both)

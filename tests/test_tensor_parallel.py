@@ -99,6 +99,11 @@ def local_gradients(device):
         loss.backward()
         found[str(placement)] = {"logits": leaf.grad.full_tensor().movedim(classes, 2), "loss": loss.detach()}
 
+    # Labels that are DTensors.
+    logits, wrapped = LinearLogits(tensors["hidden"], tensors["weight"]), distribute_tensor(target, mesh, [Replicate()])
+    for how in ({}, {"num_items_in_batch": 7}, {"average": "sequence"}):
+        assert torch.equal(fused_losses.sft_loss(logits, wrapped, **how), fused_losses.sft_loss(logits, target, **how))
+
     for layout in (Replicate(), Shard(0)):
         head = parallelize_module(updated_head().to(device), mesh, VocabParallelHead(input_layouts=layout))
         assert head.lora_A.placements == (Replicate(),)
