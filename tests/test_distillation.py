@@ -680,10 +680,11 @@ def test_which_teachers_are_refused():
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_acceptance_rate(apart, temperature, backend, device):
     """Rates near 1, and rates that are lost when computed as a difference from 1."""
-    student = torch.randn(4, 100, 33, device=device)
+    tokens = 4, 20 if backend == "triton" and device == "cpu" else 100
+    student = torch.randn(*tokens, 33, device=device)
     teacher = torch.randn_like(student) + apart * torch.linspace(-1, 1, 33, device=device)
     student = teacher if apart == 0 else student - apart * torch.linspace(-1, 1, 33, device=device)
-    upstream = torch.randn(4, 100, device=device)
+    upstream = torch.randn(tokens, device=device)
 
     def run(fn, dtype, **options):
         leaves = [x.to(dtype).requires_grad_() for x in (student.detach(), teacher.detach())]
