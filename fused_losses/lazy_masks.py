@@ -59,6 +59,14 @@ class LazyMask(_Booleans):
         masks += [] if self.dense is None else [self.dense.elements()]
         return functools.reduce(torch.logical_or, masks)
 
+    def values_at(self, ids: Tensor) -> Any:
+        if self.nan:
+            return NotImplemented  # a nan anywhere in a row makes all that is gathered from it nan
+        masks = [z.detach().values_at(ids).isinf() for z in self.infinite]
+        if self.dense is not None:
+            masks.append(self.dense.elements().expand(self.shape).movedim(self.vocab_dim, -1).gather(-1, ids))
+        return functools.reduce(torch.logical_or, masks)
+
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
         infinite, nan = (tuple(z.mapped(fn, vocab_dim, view=view) for z in of) for of in (self.infinite, self.nan))
         dense = None if self.dense is None else Dense(fn(self.dense.elements()))
@@ -93,24 +101,28 @@ class LazyMask(_Booleans):
 
 @dataclass(eq=False, repr=False)
 class LazyCondition(_Booleans):
-    """True where ``base`` is a number, not nan (``x == x``), or a finite one."""
+    """True where ``x``, logits or an expression of them, is a number, not nan (``x == x``), or a finite one."""
 
-    base: Any
+    x: Any
     finite: bool
 
+    @property
+    def base(self) -> LinearLogits:
+        return self.x if isinstance(self.x, LinearLogits) else self.x.base
+
     def __repr__(self) -> str:
-        return f"LazyCondition({tuple(self.shape)}, where {'finite' if self.finite else 'a number'}, {self.base})"
+        return f"LazyCondition({tuple(self.shape)}, where {'finite' if self.finite else 'a number'}, {self.x})"
 
     def materialize(self) -> Tensor:
-        x = self.base.materialize()
+        x = self.x.materialize()
         return x.isfinite() if self.finite else ~x.isnan()
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyCondition:
-        return self.aliasing(replace(self, base=self.base.mapped(fn, vocab_dim, view=view)), view)
+        return self.aliasing(replace(self, x=self.x.mapped(fn, vocab_dim, view=view)), view)
 
     def everywhere(self) -> Any:
         """Whether all entries of a token meet the condition, ``token_shape``."""
-        x = self.base
+        x = self.x
         if self.finite:  # only logits come here; topk takes a nan for the largest
             largest, smallest = (x.topk_ids(1, largest)[0].squeeze(-1) for largest in (True, False))
             return largest.isfinite() & smallest.isfinite()

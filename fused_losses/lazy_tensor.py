@@ -224,6 +224,9 @@ class LazyTensor:
     __array_priority__ = 1000  # as a Tensor's: NumPy's numbers leave operations with a lazy tensor to it
 
     def __iter__(self) -> Iterator[Any]:
+        if self.ndim == 1 and self.dtype == torch.bool:
+            # p[mask] gets here: PyTorch would take a mask's entries for a tuple of masks, and select something else.
+            raise TypeError(f"a lazy mask {tuple(self.shape)} cannot index a tensor: materialize() it before")
         return iter(torch.unbind(self))  # type: ignore[arg-type]
 
     @property

@@ -171,6 +171,24 @@ def test_guards_that_take_elements_materialise(options):
     assert torch.equal(mask.materialize(), torch.zeros(B, S, V) == 1)
 
 
+@pytest.mark.parametrize("own", [lambda z: z.isinf(), lambda z: z.isinf() | (PROBS > 0.1)], ids=["own", "and_given"])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_values_where_infinite_logits_are_masked(own, transpose):
+    """As MiniLLM gathers its log-probabilities."""
+    hidden, weight = torch.randn(B, S, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+    bias = torch.zeros(V).index_fill(0, torch.tensor(3), -torch.inf)
+    ids, results = torch.stack([IDS, IDS.roll(1)], -1), []
+    for head in (LinearLogits, F.linear):
+        z = head(hidden, weight, bias)
+        with settings.strict():
+            filled = z.log_softmax(-1).masked_fill(own(z), -9.0)
+            found = filled.mT.gather(1, ids.mT).mT if transpose else filled.gather(-1, ids)
+        results.append((found, *torch.autograd.grad(found.sum(), (hidden, weight))))
+    assert (results[1][0] == -9).any()
+    assert (results[1][0] > -9).any()
+    torch.testing.assert_close(*results)
+
+
 P = PROBS.float()
 
 
@@ -184,6 +202,8 @@ P = PROBS.float()
         lambda z: ((p := (z.softmax(-1) + P).log()) == p).all(-1),
         lambda z: (z == z).all(-1),
         lambda z: ((y := z + 1) == y).all(-1),
+        lambda z: ((y := z.softmax(-1)) == y).sum(-1),
+        lambda z: (~((y := z.log_softmax(-1)) == y) & (P > 0.1)).sum(),
         lambda z: ((y := z.log_softmax(-1) * torch.tensor([1.0, torch.nan] * 5).view(B, S, 1)) == y).all(-1),
         lambda z: z.masked_fill(z.flip(0).isinf() | z.flip(0).isnan(), 0.0),
         lambda z: z.masked_fill(z.isinf() | z.isnan() | (P > 0.1), 0.0),
@@ -208,6 +228,18 @@ def test_masks_that_have_no_answer_are_as_eager_has_them(fn, banned):
     found, expected = fn(LinearLogits(hidden, weight, bias)), fn(F.linear(hidden, weight, bias))
     found = found if isinstance(found, torch.Tensor) else found.materialize()
     torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("mask", [lambda z: z.isinf(), lambda z: z == z, lambda z: z.softmax(-1) > 0.1])
+def test_a_mask_indexes_a_tensor_or_says_that_it_cannot(mask):
+    """PyTorch takes a short sequence of tensors, such as the entries of a mask (V,), for a tuple of indices."""
+    lazy, eager, _ = make(bias=True)
+    assert torch.equal(P[mask(lazy)], P[mask(eager)])
+    for one in (mask(lazy[0, 0]), mask(lazy)[0, 0]):
+        with pytest.raises(TypeError, match="materialize"):
+            P[0, 0][one]
+        assert torch.equal(P[0, 0][one.materialize()], P[0, 0][mask(eager)[0, 0]])
 
 
 def test_a_condition_that_is_no_mask_is_refused():
