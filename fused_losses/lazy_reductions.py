@@ -22,6 +22,9 @@ from .numerics import statistics_dtype, wide_sum
 
 @answers("gather")
 def gather(x: LazyTensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    if index.ndim == 0 and x.ndim == 1:  # PyTorch takes it for (1,)
+        found = gather(x, dim, index[None])
+        return found if found is NotImplemented else found.squeeze(0)
     if index.ndim != x.ndim:
         raise RuntimeError(
             f"gather from {tuple(x.shape)} needs an index with as many dimensions, got {tuple(index.shape)}: write "
@@ -85,9 +88,16 @@ def logsumexp(x: LazyTensor, dim: Any, keepdim: bool = False) -> Any:
     return with_dim(lse, x, keepdim)
 
 
+def _truncates(x: LazyTensor, dtype: Any) -> bool:
+    """Whether a sum in ``dtype`` casts each entry to an integer."""
+    return dtype is not None and x.dtype.is_floating_point and not dtype.is_floating_point
+
+
 @answers("sum")
 def sum_(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     dims = _dims(x, dim)
+    if _truncates(x, dtype):
+        return NotImplemented
     if isinstance(x, LazyStack):
         found = x.reduced(torch.add, dims, keepdim)
         return found if found is NotImplemented or dtype is None else found.to(dtype)
@@ -107,14 +117,14 @@ def _rest_of_sum(x: LazyTensor, total: Tensor, dims: list[int], keepdim: bool, d
 def nansum(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """The sum without tokens whose hidden states have a nan, and so all their logits; a nan in the head stays in the sum."""
     dims = _dims(x, dim)
-    if not isinstance(x, LinearLogits) or x.vocab_dim not in dims:
+    if not isinstance(x, LinearLogits) or x.vocab_dim not in dims or _truncates(x, dtype):
         return NotImplemented
     return _rest_of_sum(x, x.vocab_sum().masked_fill(x.hidden.isnan().any(-1), 0), dims, keepdim, dtype)
 
 
 @answers("mean")
 def mean(x: LazyTensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
-    if dtype is None and not x.dtype.is_floating_point:
+    if not (dtype or x.dtype).is_floating_point:
         return NotImplemented  # PyTorch refuses that
     total = sum_(x, dim, keepdim, dtype=statistics_dtype(dtype or x.dtype))
     count = math.prod([x.shape[d] for d in _dims(x, dim)])

@@ -54,6 +54,32 @@ def test_argmax_holds_no_more_than_a_workspace_of_logits(workspace, monkeypatch)
     assert (max(sizes) == whole) == (workspace is None)
 
 
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda z: z.sum(-1, dtype=torch.int64),
+        lambda z: torch.sum(z.log_softmax(-1), dtype=torch.int32),
+        lambda z: z.nansum(dtype=torch.int64),
+        lambda z: (z.softmax(-1) + 1.5).sqrt().sum(-1, dtype=torch.int64),
+    ],
+)
+@torch.no_grad()
+def test_a_sum_of_integers_is_of_integers(fn):
+    lazy, eager, _ = make(bias=True)
+    assert torch.equal(fn(lazy), fn(eager))
+    with pytest.raises(RuntimeError, match="dtype"):
+        lazy.mean(-1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("made", [lambda z: z, lambda z: z.log_softmax(-1)])
+def test_a_number_as_an_index_gathers_from_one_token(made):
+    lazy, eager, _ = make(bias=True)
+    with settings.strict():
+        found = made(lazy[0, 1]).gather(0, torch.tensor(3))
+    torch.testing.assert_close(found, made(eager[0, 1]).gather(0, torch.tensor(3)))
+
+
 EXTREMES = {
     "max": lambda z: z.max(-1),
     "min": lambda z: z.min(-1),
