@@ -67,9 +67,8 @@ class LazyElementwise(Elementwise):
         """The elements themselves, differentiable, in ``dtype``; nothing is rounded to 16 bits on the way."""
 
         def elements(x: Any) -> Tensor:
-            if isinstance(x, Dense):  # wide too: before PyTorch 2.13 the backward of mse_loss does not mix dtypes
-                t = x.elements()
-                return t.to(torch.promote_types(t.dtype, self.wide)) if t.is_floating_point() else t
+            if isinstance(x, Dense):
+                return self._widened(x.elements())
             if isinstance(x, LinearLogits):  # made once for all that read them
                 return x.elements().to(torch.promote_types(x.dtype, self.wide))
             mask = x.dtype == torch.bool
@@ -97,13 +96,17 @@ class LazyElementwise(Elementwise):
             if not isinstance(x, Dense):
                 return x.values_at(ids)
             t = vocab_last(x, self)
-            return t.gather(-1, ids) if t.ndim and t.shape[-1] == self.shape[self.vocab_dim] else t
+            return self._widened(t.gather(-1, ids) if t.ndim and t.shape[-1] == self.shape[self.vocab_dim] else t)
 
         def value(x: LazyElementwise, args: Any, kwargs: Any) -> Any:
             known = not any(y is NotImplemented for y in tree_leaves((args, kwargs)))
             return _value(x, args, kwargs) if known else NotImplemented
 
         return _fold(self, read, value)
+
+    def _widened(self, t: Tensor) -> Tensor:
+        """``t``, wide if it is floating-point: lerp does not mix dtypes, nor does the backward of some losses."""
+        return t.to(torch.promote_types(t.dtype, self.wide)) if t.is_floating_point() else t
 
     def _detached(self) -> LazyElementwise:
         return _fold(

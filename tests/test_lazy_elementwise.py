@@ -238,6 +238,30 @@ def test_values_at_ids(fn, K):
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda q, p: q.lerp(p, 0.3),
+        lambda q, p: torch.lerp(p, q, torch.linspace(0, 1, B, dtype=p.dtype)[:, None, None]),
+        lambda q, p: F.huber_loss(q, p, reduction="none"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_at_ids_beside_a_16_bit_tensor(fn, dtype):
+    """These functions take one dtype, and the values of a 16-bit head are fp32."""
+    inputs, p = leaves(dtype)[:2], probabilities(torch.float64).to(dtype)
+    ids = torch.randint(V, (B, S, 2), generator=torch.Generator().manual_seed(0))
+    with settings.strict():
+        found = fn(LinearLogits(*inputs).softmax(-1), p).gather(-1, ids)
+    assert found.dtype == dtype
+    exact = [t.detach().double().requires_grad_() for t in inputs]
+    expected = fn(F.linear(*exact).softmax(-1), p.double()).gather(-1, ids)
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-3)
+    pairs = zip(*(torch.autograd.grad(t.sum(), of) for t, of in ((found, inputs), (expected, exact))), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours.double(), theirs, rtol=2e-2, atol=2e-2)
+
+
 def test_tensors_of_its_size():
     z = LinearLogits(*leaves()[:3])
     with settings.strict():
