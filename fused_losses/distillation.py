@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import traced, transforms_active
+from .autodiff import same_sizes, traced, transforms_active
 from .chunked.softmax_rows import transform
 from .divergence import (
     as_head,
@@ -420,12 +420,12 @@ def sparse_distillation_loss(
     check_reduction(reduction)
     check_tensors(teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
     tokens = student_logits.shape[:-1]
-    if teacher_ids.shape != teacher_log_probs.shape or teacher_ids.shape[:-1] != tokens:
+    if not same_sizes(teacher_ids.shape, teacher_log_probs.shape) or not same_sizes(teacher_ids.shape[:-1], tokens):
         raise ValueError(
             f"student_logits {tuple(student_logits.shape)} need teacher_ids and teacher_log_probs {with_ids(tokens)}, got "
             f"{tuple(teacher_ids.shape)} and {tuple(teacher_log_probs.shape)}"
         )
-    if labels is not None and labels.shape != tokens:
+    if labels is not None and not same_sizes(labels.shape, tokens):
         raise ValueError(f"labels must be {tuple(tokens)}, got {tuple(labels.shape)}")
     which = chosen_divergence(kind, beta, temperature)
     ids = integer_ids(teacher_ids)
@@ -474,7 +474,7 @@ def sparse_distillation_loss(
 def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> Tensor:
     """Divergence ``(…)`` of log-probabilities ``(…, K)``."""
     if tail == "renormalize":
-        log_s, log_t = (x - x.logsumexp(-1, keepdim=True) for x in (log_s, log_t))
+        log_s, log_t = log_s.log_softmax(-1), log_t.log_softmax(-1)
     elif tail == "bucket":
         log_s, log_t = (torch.cat([x, _log_tail(x)], -1) for x in (log_s, log_t))
     value = of_log_probs(log_s, log_t, which.kind, which.beta)
@@ -486,4 +486,7 @@ def _on_support(log_s: Tensor, log_t: Tensor, which: Divergence, tail: Tail) -> 
 
 def _log_tail(log_p: Tensor) -> Tensor:
     """``log(1 − Σ p)``, ``(…, 1)``."""
-    return log1mexp(log_p.logsumexp(-1, keepdim=True).clamp(max=LARGEST_LOG_MASS))
+    # Not logsumexp, which does not compile for tokens that a mask takes. The sum is at least 1 unless all p are 0.
+    top = log_p.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(log_p.dtype).min)
+    log_mass = (log_p - top).exp().sum(-1, keepdim=True).clamp(min=1).log() + top
+    return log1mexp(log_mass.clamp(max=LARGEST_LOG_MASS))

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autodiff import unknown
 from .lazy_tensor import LazyTensor, answers, from_front, is_lazy, materialised, numel, wrap_dim
 
 
@@ -34,7 +35,9 @@ def reshape(x: LazyTensor, *shape: Any, **kwargs: Any) -> Any:
     before, after = math.prod(x.shape[: x.vocab_dim]), math.prod(x.shape[x.vocab_dim + 1 :])
     V = x.shape[x.vocab_dim]
     places = [
-        d for d, n in enumerate(new) if n == V and (math.prod(new[:d]), math.prod(new[d + 1 :])) == (before, after)
+        d
+        for d, n in enumerate(new)
+        if not unknown(n) and n == V and (math.prod(new[:d]), math.prod(new[d + 1 :])) == (before, after)
     ]
     if places:
         at = places[0]

@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import traced, transforms_active
+from .autodiff import same_sizes, traced, transforms_active
 from .numerics import check_masks, on_device, upcast, wide_dtype
 from .token_statistics import integer_ids
 
@@ -34,8 +34,8 @@ def same_shape(**tensors: Tensor | None) -> None:
         ValueError: chosen and rejected must have one shape, got (3,) and (3, 1)
     """
     given = {name: x.shape for name, x in tensors.items() if x is not None}
-    first = next(iter(given.values()), None)
-    if any(shape != first for shape in given.values()):
+    sizes = list(given.values())
+    if any(not same_sizes(shape, sizes[0]) for shape in sizes):
         shapes = " and ".join(str(tuple(shape)) for shape in given.values())
         raise ValueError(f"{' and '.join(given)} must have one shape, got {shapes}")
     check_masks(**{name: x for name, x in tensors.items() if name.endswith("mask")})
@@ -371,12 +371,8 @@ def shift_labels(
     """
     _one_packing(cu_seqlens, position_ids)
     labels = integer_ids(labels)  # in uint8 −100 would be 156
-    if labels.shape[-1] == 0:
-        if context_group is not None:  # the others would wait for this rank's first label
-            raise ValueError(
-                f"each rank of a context_group holds a token of every row, got labels {tuple(labels.shape)}"
-            )
-        return labels
+    if context_group is not None and labels.shape[-1] == 0:  # the others would wait for this rank's first label
+        raise ValueError(f"each rank of a context_group holds a token of every row, got labels {tuple(labels.shape)}")
     rank, ranks = (
         (0, 1) if context_group is None else (dist.get_rank(context_group), dist.get_world_size(context_group))
     )
@@ -397,7 +393,7 @@ def shift_labels(
         place = place + whole * torch.arange(rows, device=labels.device).view(*labels.shape[:-1], 1, 1)
         starts = torch.isin(place, checked_borders(cu_seqlens, rows * whole))
         chunks = chunks.masked_fill(starts, ignore_index)
-    following = torch.full_like(chunks[..., 0], ignore_index)  # (B, chunks)
+    following = chunks.new_full(chunks.shape[:-1], ignore_index)  # (B, chunks)
     if ranks > 1:
         firsts = [torch.empty_like(following) for _ in range(ranks)]
         dist.all_gather(firsts, chunks[..., 0].contiguous(), context_group)
@@ -405,7 +401,8 @@ def shift_labels(
         in_order += [firsts[r][..., 1] for r in reversed(range(ranks))] if zigzag else []
         in_order.append(following[..., 0])
         following = torch.stack([in_order[chunk + 1] for chunk in mine], -1)
-    return torch.cat([chunks[..., 1:], following.unsqueeze(-1)], -1).flatten(-2)
+    # Joined, then cut, so that a row without tokens stays empty: a compiled function may not know whether it has any.
+    return torch.cat([chunks, following.unsqueeze(-1)], -1)[..., 1:].flatten(-2).contiguous()
 
 
 def concatenate_pairs(

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .autodiff import same_sizes
 from .linear_cross_entropy import linear_logits_cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import on_device, statistics_dtype, upcast
@@ -102,7 +103,7 @@ def sft_loss(
         >>> sft_loss(torch.zeros(1, 4, 10), torch.tensor([[7, 8, -100, 9]]))
         tensor(2.3026)
     """
-    if labels.dim() not in (1, 2) or logits.shape[:-1] != labels.shape:
+    if labels.dim() not in (1, 2) or not same_sizes(logits.shape[:-1], labels.shape):
         raise ValueError(
             f"logits (B, S, V) need labels (B, S), got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
         )

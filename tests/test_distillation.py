@@ -494,6 +494,20 @@ def test_sparse_minus_infinity(device):
             assert torch.autograd.grad(found.loss.sum(), student)[0].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_sparse_gradient_where_the_student_has_none_of_the_ids(kind, device):
+    student = torch.randn(2, 9, device=device)
+    student[0, :3] = -math.inf
+    student.requires_grad_()
+    ids, log_t = torch.tensor([[0, 1, 2], [3, 4, 5]], device=device), torch.full((2, 3), -2.0, device=device)
+    found = sparse_distillation_loss(student, ids, log_t, kind=kind, reduction="none").loss
+    assert found.isfinite().all()
+    of_each = [torch.autograd.grad(x, student, retain_graph=True)[0] for x in found]
+    assert (of_each[0] == 0).all()  # the tail has all of the student's mass
+    assert of_each[1][1].any()
+    assert of_each[1].isfinite().all()
+
+
 @pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
 def test_sparse_is_not_negative_where_it_is_rounding(tail, kind, device):

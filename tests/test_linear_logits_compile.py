@@ -12,7 +12,17 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import distillation_loss, divergence, selective_log_softmax, settings, token_loss, token_statistics
+from fused_losses import (
+    distillation_loss,
+    divergence,
+    masked_mean,
+    selective_log_softmax,
+    settings,
+    sft_loss,
+    sparse_distillation_loss,
+    token_loss,
+    token_statistics,
+)
 from fused_losses.linear_head import LinearHead
 from fused_losses.linear_logits import _HELD, LinearLogits
 
@@ -291,7 +301,17 @@ OF_TOKENS = {
     "kl_div": lambda z, t, ids: F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="batchmean"),
     "divergence": lambda z, t, ids: divergence(z, t, kind="jsd").sum(),
     "distillation_loss": lambda z, t, ids: distillation_loss(z, t, ids),
+    "masked_mean": lambda z, t, ids: masked_mean(z.logsumexp(-1), ids % 2),
+    "sparse": lambda z, t, ids: sparse_distillation_loss(z, *rivals(ids), ids).loss,
+    "sparse_renormalized": lambda z, t, ids: sparse_distillation_loss(z, *rivals(ids), ids, tail="renormalize").loss,
+    "sft_loss": lambda z, t, ids: sft_loss(z, ids),
+    "sft_loss_dft": lambda z, t, ids: sft_loss(z, ids, loss_type="dft"),
 }
+
+
+def rivals(ids):
+    """Two of a teacher's ids and their log-probabilities."""
+    return torch.stack([ids.clamp(min=0), (ids + 5) % V], -1), -torch.stack([1 + ids % 2, 2 + ids % 3], -1).float()
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -335,3 +355,24 @@ def test_compiles_of_tokens_that_equal_masks_take(name):
         found = torch.compile(functools.partial(loss, LinearLogits), fullgraph=True, backend="aot_eager")(*inputs, ids)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs))
+
+
+@pytest.mark.parametrize(
+    "reshaped", [lambda z: z.view(-1, z.shape[-1]), lambda z: z[None].flatten(0, 1)], ids=["view", "flatten"]
+)
+def test_compiles_a_new_shape_of_tokens_that_a_mask_takes(reshaped):
+    """There are more tokens than ids, so that as many may be taken as there are ids."""
+    torch._dynamo.reset()
+    h, weight = torch.randn(B, S, H, requires_grad=True), torch.randn(V - 4, H)
+
+    def loss(head, h, mask):
+        return F.cross_entropy(reshaped(head(h, weight)[mask]), IDS[mask] % len(weight))
+
+    compiled = torch.compile(functools.partial(loss, LinearLogits), fullgraph=True, backend="aot_eager")
+    for taken in (len(weight), 3):
+        mask = (torch.arange(B * S) < taken).view(B, S)
+        expected = loss(F.linear, h, mask)
+        with settings.strict():
+            found = compiled(h, mask)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found, h), torch.autograd.grad(expected, h))

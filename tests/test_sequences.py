@@ -252,6 +252,8 @@ def test_shift_labels_never_crosses_a_document(lengths):
 def test_shift_labels_of_rows():
     labels = torch.randint(0, 50, (3, 7))
     assert torch.equal(sequences.shift_labels(labels, -1), reference.shift_labels(labels, -1))
+    assert torch.equal(sequences.shift_labels(labels, -1).view(-1), reference.shift_labels(labels, -1).reshape(-1))
+    assert sequences.shift_labels(labels[:, :0]).shape == (3, 0)
     assert torch.equal(
         sequences.shift_labels(labels, -1, zigzag=True), reference.shift_labels(labels, -1)
     )  # on one rank zigzag changes nothing
