@@ -62,6 +62,13 @@ def differentiated(t: Tensor | None) -> bool:
     return dual or trains(t)
 
 
+def constant(name: str, t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``t`` as the operators take what has no derivative: detached, in ``dtype``, contiguous. Raises where one is wanted."""
+    if t is not None and differentiated(t):
+        raise RuntimeError(f"the derivative for {name} {tuple(t.shape)} is not implemented; detach it")
+    return None if t is None else t.detach().to(dtype).contiguous()
+
+
 def no_gradient() -> bool:
     """Whether results made now have no gradient. ``no_grad`` does not stop forward-mode AD, and ``detach`` drops tangents."""
     return not torch.is_grad_enabled() and (torch.compiler.is_compiling() or forward_ad._current_level < 0)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .autodiff import (
+    constant,
     differentiable_gradients,
     for_inputs,
     in_plain_pytorch,
@@ -56,13 +57,12 @@ def label_statistics(
 
     Differentiable in the head's inputs, the column weights and the probabilities.
     """
-    head, _ = ready(head, None)
     if column_weight is not None:
         column_weight = column_weight.to(statistics_dtype(head.hidden.dtype)).contiguous()
     if transforms_active():
         refuse_shard(packed(head.shard), (head.hidden.shape[0], head.weight.shape[0]))
         return _differentiable(head, column_weight, probabilities, label_smoothing)
-    backend = resolve_backend(head.hidden, backend)
+    head, backend = ready(head), resolve_backend(head.hidden, backend)
     # Fixed in forward: settings may have changed by the time backward runs.
     room = head.plan(route="gradients_in_forward", workspace=workspace, backend=backend).budget
     sum_log_probs, weight_sum, logsumexp = linear_probabilities(
@@ -89,8 +89,8 @@ def label_loss(
 ) -> tuple[Tensor, Tensor]:
     """``Σ_n of_sum_log_probs·sum_log_probs + of_square·logsumexp²``, with gradients for the head's inputs; and ``logsumexp``
     ``(N,)``."""
-    head, column_weight = ready(head, column_weight)
     dtype, wanted = statistics_dtype(head.hidden.dtype), head.trained
+    column_weight, head = constant("weight", column_weight, dtype), ready(head)
     chunks = _Chunks(column_weight, probabilities, label_smoothing, backend)
     found = empty_statistics(head.hidden, head.hidden.shape[0], None, OUTPUTS)
     assert found.sum_log_probs is not None

@@ -189,7 +189,7 @@ def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> H
         rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
         return Head(rows, None, shard=shard)  # type: ignore[arg-type]
     head = head_of(logits)
-    return ready(head._replace(shard=shard and shard.of_head(head.hidden, head.u)), None)[0]
+    return ready(head._replace(shard=shard and shard.of_head(head.hidden, head.u)))
 
 
 Shards = tuple[VocabShard | None, VocabShard | None]

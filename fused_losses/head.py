@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autodiff import check_differentiable, host_may_read, trains
+from .autodiff import check_differentiable, constant, host_may_read, trains
 from .chunked.linear_softmax import TILE, logits_tile
 from .chunked.softmax_rows import row_statistics, transform
 from .numerics import full_precision, statistics_dtype
@@ -181,16 +181,11 @@ def check_head(head: Head) -> None:
         raise RuntimeError(f"expected floating point input, got {hidden.dtype} {tuple(hidden.shape)}")
 
 
-def ready(head: Head, column_weight: Tensor | None) -> tuple[Head, Tensor | None]:
-    """The head and the column weights as the operators need them: contiguous, constants detached and upcast."""
-    for name, constant in (("weight", column_weight), ("temperature", head.temperature)):
-        if constant is not None and trains(constant):
-            raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
-    dtype = statistics_dtype(head.hidden.dtype)
-    temperature = None if head.temperature is None else head.temperature.detach().to(dtype).contiguous()
-    column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
+def ready(head: Head) -> Head:
+    """The head as the operators need it: contiguous, and its temperature a constant."""
+    temperature = constant("temperature", head.temperature, statistics_dtype(head.hidden.dtype))
     inputs = (None if t is None else t.contiguous() for t in head.inputs)
-    return head.with_inputs(inputs)._replace(temperature=temperature), column_weight
+    return head.with_inputs(inputs)._replace(temperature=temperature)
 
 
 def kept_tokens(ids: Tensor | None, drop_ignored: bool | None) -> tuple[Tensor | None, bool]:

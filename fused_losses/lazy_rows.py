@@ -270,7 +270,7 @@ def of_rows(function: Callable[..., Tensor], x: LazyTensor, *others: LazyTensor 
     with ExitStack() as stack:
         for z in logits:
             stack.enter_context(z.gathered())
-        heads = [ready(head_of(z), None)[0] for z in logits]
+        heads = [ready(head_of(z)) for z in logits]
         N, backend = len(heads[0].hidden), resolve_backend(heads[0].hidden)
         # One half for the functions, one for a chunk's gradient.
         room = heads[0].plan(per_token=True, backend=backend).budget // 2

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .autodiff import differentiable_again, differentiated, same_sizes, trains, transforms_active
+from .autodiff import constant, differentiable_again, differentiated, same_sizes, trains, transforms_active
 from .class_probabilities import label_loss, label_statistics
 from .cross_entropy import (
     CrossEntropyStatistics,
@@ -514,7 +514,7 @@ def _hard(
         known = known and promised is not None and (wanted[0] or any(wanted[2:]))
     known = known and not transforms_active()
     if chosen.route == "gradients_in_forward" and known and any(wanted):
-        head, column_weight = ready(head, column_weight)
+        column_weight, head = constant("weight", column_weight, shares.dtype), ready(head)
         keep, zero_ignored = kept_tokens(ids, drop_ignored)
         tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
         tau = tau / divisor  # divided now, so that the upstream gradient is 1 and backward has nothing to multiply

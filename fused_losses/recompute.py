@@ -17,6 +17,7 @@ from torch import Tensor
 from . import library_tiles
 from .autodiff import (
     absent,
+    constant,
     differentiable_gradients,
     for_inputs,
     in_plain_pytorch,
@@ -334,7 +335,8 @@ def linear_statistics(
     if transforms_active():
         refuse_shard(packed(head.shard), head.hidden.shape)
         return differentiable_statistics(head, ids, column_weight, outputs)
-    head, column_weight = ready(head, column_weight)
+    column_weight = constant("weight", column_weight, statistics_dtype(head.hidden.dtype))
+    head = ready(head)
     keep, zero_ignored = kept or kept_tokens(ids, None)
     backend = resolve_backend(head.hidden, backend)
     outputs = with_weight_sum(outputs, head.shard)

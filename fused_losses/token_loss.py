@@ -115,7 +115,7 @@ def token_loss(
             in_forward = planned.route == "gradients_in_forward" and not exporting() and not hooks_on_saved()
             in_forward = in_forward and not (torch.compiler.is_compiling() and seeks_nan())
             if in_forward:
-                head, _ = ready(head, None)
+                head = ready(head)
                 loss = _made_in_forward(loss_of, head, keep, zero_ignored, workspace, accumulate, backend)
             else:
                 found = token_statistics(logits, index, statistics, backend=backend, workspace=workspace)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .autodiff import (
     check_differentiable,
+    constant,
     differentiable_gradients,
     differentiated,
     for_inputs,
@@ -372,15 +373,12 @@ def rows_statistics(
         w = None if column_weight is None else column_weight[:, None]
         probabilities = label_weights(w, probabilities, label_smoothing, vocab)
         column_weight, label_smoothing = None, 0.0
-    for name, constant in (("column_weight", column_weight), ("temperature", temperature)):
-        if constant is not None and differentiated(constant):
-            raise RuntimeError(f"the derivative for {name} {tuple(constant.shape)} is not implemented; detach it")
+    dtype = statistics_dtype(logits.dtype)
+    column_weight = constant("column_weight", column_weight, dtype)
+    temperature = constant("temperature", temperature, dtype)
     outputs = with_weight_sum(outputs, shard) if probabilities is None else (*outputs, "weight_sum")
     if shard is not None:
         ids = None if ids is None else shard.local(ids)
-    dtype = statistics_dtype(logits.dtype)
-    column_weight = None if column_weight is None else column_weight.detach().to(dtype).contiguous()
-    temperature = None if temperature is None else temperature.detach().to(dtype).contiguous()
     if transforms_active():
         refuse_shard(packed(shard), logits.shape)
         return differentiable_softmax_rows(

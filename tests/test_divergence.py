@@ -363,6 +363,17 @@ def test_float64_takes_any_derivative(kind):
     assert torch.autograd.gradgradcheck(fn, (student, teacher))
 
 
+def test_a_tangent_of_the_temperature_is_refused():
+    """It would be dropped."""
+    hidden, weight, temperature = torch.randn(3, 4), torch.randn(5, 4), torch.rand(3) + 0.5
+
+    def fn(t):
+        return divergence(LinearLogits(hidden, weight, temperature=t), torch.zeros(3, 5))
+
+    with pytest.raises(RuntimeError, match=r"derivative for temperature \(3,\)"):
+        torch.func.jvp(fn, (temperature,), (temperature,))
+
+
 def rows_by_slices(rows, student, teacher, ids, cuts, *temperatures, soft=None, hard=None, gradients=(), **options):
     """The results of ``divergence_rows`` for whole rows, computed from slices of the vocabulary as ranks hold them."""
     slices = [slice(*ends) for ends in itertools.pairwise(cuts)]

@@ -818,6 +818,22 @@ def test_transforms_and_forward_mode():
     torch.testing.assert_close(torch.func.hessian(ours)(hidden), torch.func.hessian(plain)(hidden))
 
 
+@pytest.mark.parametrize("probabilities", [False, True])
+def test_a_tangent_of_the_temperature(probabilities):
+    hidden, weight, _, target = problem(torch.float64)
+    target = F.one_hot(target.clamp(min=0), len(weight)).double() if probabilities else target
+    temperature = torch.rand(len(hidden), dtype=torch.float64) + 0.5
+
+    def ours(t):
+        return linear_cross_entropy(hidden, weight, target, temperature=t)
+
+    def plain(t):
+        return F.cross_entropy(hidden @ weight.T / t[:, None], target)
+
+    found, expected = (torch.func.jvp(fn, (temperature,), (temperature.cos(),)) for fn in (ours, plain))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_meta_tensors(reduction):
     hidden, weight = (torch.empty(s, H, device="meta", requires_grad=True) for s in (9, C))
