@@ -159,8 +159,9 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
         refuse_shard(ctx.how["shard"], student.shape)
         which = Divergence(*(ctx.how[name] for name in Divergence._fields))
 
-        def fn(student: Tensor, teacher: Tensor) -> list[Tensor]:
-            found, nll = _differentiable(student, teacher, ids, ctx.with_nll, which)
+        def fn(*sides: Tensor) -> list[Tensor]:
+            first, second = (as_head(x.transpose(1, 2)) for x in sides)
+            found, nll = differentiable_two_heads(first, second, ids, ctx.with_nll, which)
             return [found, present(nll, found)]
 
         return for_inputs(ctx, *differentiable_gradients(fn, [student, teacher], (d_divergence, d_nll)))
@@ -171,13 +172,6 @@ def _backward(ctx: Any, d_divergence: Tensor | None, d_nll: Tensor | None) -> tu
 
 
 divergence_rows.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _differentiable(
-    student: Tensor, teacher: Tensor, ids: Tensor | None, with_nll: bool, which: Divergence
-) -> tuple[Tensor, Tensor | None]:
-    first, second = (as_head(x.transpose(1, 2)) for x in (student, teacher))
-    return differentiable_two_heads(first, second, ids, with_nll, which)
 
 
 # Tensors or lazy logits on either side.
@@ -282,20 +276,17 @@ def token_divergence(
     """Divergences ``(N,)`` and, with ``with_nll``, the student's ``−log p`` at ids; differentiable in both sides."""
     if transforms_active():
         refuse_shard(packed(shards[0]), student.shape)
+        with gathered(student), gathered(teacher):
+            return differentiable_two_heads(as_head(student), as_head(teacher), ids, with_nll, which)
     if isinstance(student, Tensor) and isinstance(teacher, Tensor):
-        rows = (rows_of(student), rows_of(teacher))
-        if transforms_active():
-            return _differentiable(*rows, ids, with_nll, which)
         found, nll = divergence_rows(
-            *rows, ids, with_nll=with_nll, **which._asdict(), backend=resolve_backend(student, backend),
-            shard=packed(shards[0]),
+            rows_of(student), rows_of(teacher), ids, with_nll=with_nll, **which._asdict(),
+            backend=resolve_backend(student, backend), shard=packed(shards[0]),
         )  # fmt: skip
         return found, nll if with_nll else None
     keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
-        if transforms_active():
-            return differentiable_two_heads(*heads, ids, with_nll, which)
         problem, wanted = Problem(*heads, ids, keep, zero_ignored, which), heads[0].trained + heads[1].trained
         how: dict[str, Any] = {
             "with_nll": with_nll,
