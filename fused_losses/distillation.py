@@ -130,24 +130,23 @@ def distillation_loss(
     check_reduction(reduction)
     route, workspace = route_setting.parse(route), workspace_setting.parse(workspace)
     which = chosen_divergence(kind, beta, temperature)
-    if left_out(soft_weight):  # 0 times an infinite divergence is nan; total variation is bounded
+    without_soft, with_nll = left_out(soft_weight), not left_out(hard_weight)
+    if without_soft:  # 0 times an infinite divergence is nan; total variation is bounded
         which = which._replace(kind="tvd")
     check_sides(student_logits, teacher_logits, labels.shape)
     shards = shared_vocabulary(student_logits, teacher_logits, group)
-    if left_out(soft_weight) and not teacher_logits.requires_grad:  # any logits will do: zeros that take no memory
+    if without_soft and not teacher_logits.requires_grad:  # any logits will do: zeros that take no memory
         columns = teacher_logits.shape[-1] if shards[1] is None else shards[1].size
         like = student_logits if isinstance(student_logits, Tensor) else student_logits.hidden
         teacher_logits = like.detach().new_zeros(()).expand(*labels.shape, columns)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
     ids = _counted(labels, ignore_index)
-    if not left_out(hard_weight):
+    if with_nll:
         vocab = min(student_logits.shape[-1], teacher_logits.shape[-1]) if shards[0] is None else shards[0].vocab
         ids = target_ids(labels.reshape(-1), vocab, ignore_index)
     if reduction == "none":
-        found, nll = token_divergence(
-            student_logits, teacher_logits, ids, not left_out(hard_weight), which, shards, **how
-        )
+        found, nll = token_divergence(student_logits, teacher_logits, ids, with_nll, which, shards, **how)
         loss = (soft * found if nll is None else soft * found + hard_weight * nll).view(labels.shape)
     else:
         divisor = _count(ids != -100, num_items_in_batch) if reduction == "mean" else 1
@@ -156,7 +155,7 @@ def distillation_loss(
         )
     if not return_statistics:
         return loss
-    parts = (None if left_out(soft_weight) else found, nll)
+    parts = (None if without_soft else found, nll)
     return loss, DistillationStatistics(*(None if t is None else t.detach().view(labels.shape) for t in parts))
 
 
