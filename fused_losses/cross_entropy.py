@@ -43,9 +43,10 @@ def denominators(
     return total, z_loss
 
 
-def hard_label_statistics(label_smoothing: float) -> tuple[str, ...]:
-    """The row statistics that :func:`hard_label_loss` reads besides ``logsumexp``."""
-    return ("log_probs", "sum_log_probs") if label_smoothing else ("log_probs",)
+def hard_label_statistics(label_smoothing: float, top1: bool) -> tuple[str, ...]:
+    """The row statistics that :func:`hard_label_loss` reads besides ``logsumexp``; and ``is_top1``, for metrics."""
+    outputs = ("log_probs", "sum_log_probs") if label_smoothing else ("log_probs",)
+    return (*outputs, "is_top1") if top1 else outputs
 
 
 def hard_label_loss(
@@ -175,22 +176,15 @@ def cross_entropy(
             out_dtype=out_dtype or result_dtype(input, target, weight),
             **options,
         )
-    if not _understood(input, target, weight, shard, **options):
+    positions = input.shape[:class_dim] + input.shape[class_dim + 1 :]
+    if not _understood(input, target, weight, shard, positions, **options):
         extras = z_loss != 0 or softcap is not None or out_dtype is not None or return_statistics
         return _pytorchs_own(input, target, weight, shard, extras, **options)
 
     C = input.shape[class_dim] if shard is None else shard.vocab
     of_columns = weight if weight is None or shard is None else summed_in_backward(weight, shard)[shard.part]
-    probabilities = None
-    positions = target.shape
-    if target.shape == input.shape:
-        probabilities = flatten_positions(target)
-        positions = input.shape[:-1] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
-        ids = None
-        outputs: tuple[str, ...] = ("sum_log_probs",)
-    else:
-        ids = target_ids(target.reshape(-1, 1), C, ignore_index)
-        outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if return_statistics else ())
+    probabilities = flatten_positions(target) if target.shape == input.shape else None
+    ids = target_ids(target.reshape(-1, 1), C, ignore_index) if probabilities is None else None
     statistics = rows_statistics(
         flatten_positions(input),
         ids,
@@ -198,7 +192,7 @@ def cross_entropy(
         probabilities=probabilities,
         label_smoothing=label_smoothing if ids is None else 0.0,
         softcap=softcap,
-        outputs=outputs,
+        outputs=("sum_log_probs",) if ids is None else hard_label_statistics(label_smoothing, return_statistics),
         inplace_backward=inplace_backward,
         backend=backend,
         shard=shard,
@@ -240,6 +234,7 @@ def _understood(
     target: Tensor,
     weight: Tensor | None,
     shard: VocabShard | None,
+    positions: torch.Size,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -249,13 +244,11 @@ def _understood(
         return False
     if input.ndim == 0 or not input.is_floating_point() or input.device != target.device:
         return False
-    C = input.shape[0 if input.ndim == 1 else 1]
-    classes = C if shard is None else shard.vocab
+    classes = input.shape[0 if input.ndim == 1 else 1] if shard is None else shard.vocab
     if classes == 0 or (weight is not None and (weight.shape != (classes,) or weight.device != input.device)):
         return False
     if target.shape == input.shape:
         return target.is_floating_point() and ignore_index < 0
-    positions = input.shape[:0] if input.ndim == 1 else input.shape[:1] + input.shape[2:]
     # Under autocast PyTorch accepts an fp32 weight with 16-bit logits.
     same_dtype = weight is None or result_dtype(weight, target) == result_dtype(input, target)
     return same_sizes(target.shape, positions) and target.dtype in (torch.int64, torch.uint8) and same_dtype

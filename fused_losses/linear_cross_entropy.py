@@ -308,6 +308,7 @@ def heads_cross_entropy(
         token_weights = token_weights.to(dtype).reshape(N, D)
     if isinstance(grad_scale, (int, float)) and grad_scale == 0:
         grad_scale = None  # the loss, multiplied by it, could not be divided by it again
+    asked = route_setting.chosen(route) == "gradients_in_forward"
 
     how: dict[str, Any] = {"backend": backend, "workspace": workspace}
     if probabilities:
@@ -315,8 +316,8 @@ def heads_cross_entropy(
             heads, target, weight, label_smoothing, z_loss, token_weights, reduction, route, accumulate, **how
         )
         statistics = CrossEntropyStatistics(None, logsumexp.detach().to(dtype).view(positions), None)
-        made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
-        return loss.view(positions) if reduction == "none" else loss, statistics if return_statistics else None, made
+        loss = loss.view(positions) if reduction == "none" else loss
+        return loss, statistics if return_statistics else None, in_forward and asked
     if weight is not None and differentiated(weight):
         raise RuntimeError(
             f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
@@ -360,11 +361,10 @@ def heads_cross_entropy(
         loss = loss.view(positions)
     else:  # without tokens 0 or nan, with gradient 0 and not 0·∞: callers divide by a count
         loss = torch.where(some, loss.sum(), torch.nan if reduction == "mean" else 0)
-    made = in_forward and route_setting.chosen(route) == "gradients_in_forward"
     if not return_statistics:
-        return loss, None, made
+        return loss, None, in_forward and asked
     log_probs, logsumexp, is_top1 = (torch.stack(list(part), -1).view(positions) for part in zip(*found, strict=True))
-    return loss, CrossEntropyStatistics(log_probs.detach(), logsumexp.detach().to(dtype), is_top1), made
+    return loss, CrossEntropyStatistics(log_probs.detach(), logsumexp.detach().to(dtype), is_top1), in_forward and asked
 
 
 def _check_arguments(
@@ -547,12 +547,11 @@ def _hard(
             log_probs, logsumexp, is_top1 = found.log_probs, found.logsumexp, found.is_top1
         assert log_probs is not None
         return loss, (log_probs[:, 0], logsumexp, is_top1), True
-    outputs = hard_label_statistics(label_smoothing) + (("is_top1",) if top1 else ())
     statistics = linear_statistics(
         head,
         ids,
         column_weight,
-        outputs=outputs,
+        outputs=hard_label_statistics(label_smoothing, top1),
         kept=kept_tokens(ids, drop_ignored),
         workspace=workspace,
         backend=backend,
