@@ -205,7 +205,8 @@ def loss_and_gradients(
     planned = head.plan(keep, zero_ignored, route="gradients_in_forward", **how)
     wanted = [want and (i != 1 or main_grad is None) for i, want in enumerate(wanted)]
     gradients = HeadGradients(head, wanted, total_dtypes(head, planned.accumulate), M == N > 0, M > 0, main_grad)
-    summed = [gradients.totals[i] for i in (1, 2, 4)]  # over tokens
+    _, d_weight, d_bias, _, d_B = gradients.totals
+    summed = [t for t in (d_weight, d_bias, d_B) if t is not None]  # over tokens
     logits_buffer = head.hidden.new_empty(min(planned.chunk, M), padded(V))[:, :V]
     factor: Tensor | None = None  # of the chunks so far, fp16 only: their gradients carry it
     local_ids = ids if ids is None or head.shard is None else head.shard.local(ids)
@@ -223,14 +224,12 @@ def loss_and_gradients(
         before, factor = factor, over_logits(logits, chunk, of_ids, rows, factor)
         if before is not None and factor is not None:  # rescale the sums so far to the new factor
             for total in summed:
-                if total is not None:
-                    total *= factor / before
+                total *= factor / before
         gradients.add(logits, chunk, rows, part.start == 0, factor)
         del chunk  # frees its copy of the tokens before the next chunk makes one
     if factor is not None:
         for total in summed:
-            if total is not None:
-                total /= factor
+            total /= factor
     return gradients.finished()
 
 

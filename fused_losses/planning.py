@@ -350,10 +350,7 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
     beside_gradients = d_hidden_sum + rounded if wide != dtype or sizes.ignored else 0
     at_end = budget - numbers - beside_gradients
     free = budget - numbers - (d_hidden_sum - d_hidden) - copied - at_a_time(V)
-    if wide == dtype:
-        most = min(free, at_end) // max(N * dtype.itemsize, 1)
-    else:
-        most = min(free, RECOMPUTE_BUDGET) // max(N * dtype.itemsize, 1)
+    most = min(free, at_end if wide == dtype else RECOMPUTE_BUDGET) // max(N * dtype.itemsize, 1)
     fits = most >= min(V, FEWEST_COLUMNS)
     most = max(most, FEWEST_COLUMNS)
     if wide == dtype:  # one buffer: it holds the first slice's logits from forward on, then every slice's gradient

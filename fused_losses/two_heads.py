@@ -376,7 +376,7 @@ def multiply_rows(x: Tensor, by: Tensor) -> Tensor:
 def saved_tokens(
     heads: tuple[Head, Head], M: int, wanted: Sequence[bool], with_nll: bool, workspace: int, backend: str
 ) -> int:
-    """For how many tokens forward saves the gradient of the logits. None if a row has two upstream gradients, if no backward
+    """For how many tokens forward saves the gradient of the logits: 0 if a row has two upstream gradients, if no backward
     follows, if that gradient is itself a result, or in float16, which can be kept in range only with the upstream gradient
     known."""
     if with_nll or not any(wanted) or not may_save(heads[0].hidden):
