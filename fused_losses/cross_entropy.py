@@ -149,11 +149,7 @@ def cross_entropy(
     target = local_target(target)
     if shard is not None and group is not None and target.shape == given:  # padded like the input
         target = target.narrow(class_dim, 0, shard.size)
-    options: dict[str, Any] = {
-        "ignore_index": ignore_index,
-        "reduction": reduction,
-        "label_smoothing": label_smoothing,
-    }
+    options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     if not isinstance(input, Tensor):
         from .linear_cross_entropy import linear_logits_cross_entropy
 

@@ -499,23 +499,16 @@ def _hard(
 
     ``promised``: the upstream gradient of the loss, if the caller promises it.
     """
-    C = head.vocab
-    wanted = head.trained
-    chosen_backend = resolve_backend(head.hidden, backend)
-    chosen = head.plan(
-        per_token=not summed,
-        route=route,
-        workspace=workspace,
-        accumulate=accumulate,
-        backend=chosen_backend,
-    )
+    C, wanted, backend = head.vocab, head.trained, resolve_backend(head.hidden, backend)
+    # For all tokens: the route may not depend on the number of ignored ones, which differs between ranks.
+    chosen = head.plan(per_token=not summed, route=route, workspace=workspace, accumulate=accumulate, backend=backend)
+    keep, zero_ignored = kept_tokens(ids, drop_ignored)
     known = token_weights is None or not token_weights.requires_grad
     if main_grad is not None:  # if only the weight trains, no gradient would be left for backward
         known = known and promised is not None and (wanted[0] or any(wanted[2:]))
     known = known and not transforms_active()
     if chosen.route == "gradients_in_forward" and known and any(wanted):
         column_weight, head = constant("weight", column_weight, shares.dtype), ready(head)
-        keep, zero_ignored = kept_tokens(ids, drop_ignored)
         tau = (ids[:, 0] != -100).to(shares.dtype) if token_weights is None else token_weights.detach()
         tau = tau / divisor  # divided now, so that the upstream gradient is 1 and backward has nothing to multiply
         of = Factors(
@@ -523,8 +516,7 @@ def _hard(
             -label_smoothing / C * tau if label_smoothing else None,
             z_loss * tau if isinstance(z_loss, Tensor) or z_loss else None,
         )
-        # The route was chosen before this: it may not depend on the number of ignored tokens, which differs between ranks.
-        room = head.plan(keep, zero_ignored, route=chosen.route, workspace=workspace, backend=chosen_backend).budget
+        room = head.plan(keep, zero_ignored, route=chosen.route, workspace=workspace, backend=backend).budget
         how: dict[str, Any] = {
             "ids": ids.contiguous(),
             "column_weight": column_weight,
@@ -534,7 +526,7 @@ def _hard(
             "wanted": wanted,
             "workspace": room,
             "accumulate": accumulate,
-            "backend": chosen_backend,
+            "backend": backend,
         }
         if main_grad is None:
             loss, log_probs, logsumexp, is_top1, *_ = linear_loss(**head.packed(), **of._asdict(), **how)
@@ -543,7 +535,7 @@ def _hard(
             with torch.no_grad():
                 of = Factors(*(None if t is None else t * promised for t in of))  # type: ignore[arg-type]
                 value, found, gradients = loss_of_head(head.detached(), of, **how, main_grad=main_grad)
-            loss = with_gradients(value, gradients, head.inputs, chosen_backend) / promised
+            loss = with_gradients(value, gradients, head.inputs, backend) / promised
             log_probs, logsumexp, is_top1 = found.log_probs, found.logsumexp, found.is_top1
         assert log_probs is not None
         return loss, (log_probs[:, 0], logsumexp, is_top1), True
@@ -552,7 +544,7 @@ def _hard(
         ids,
         column_weight,
         outputs=hard_label_statistics(label_smoothing, top1),
-        kept=kept_tokens(ids, drop_ignored),
+        kept=(keep, zero_ignored),
         workspace=workspace,
         backend=backend,
         main_grad=main_grad,

@@ -63,11 +63,7 @@ class _Form(NamedTuple):
 
 _FORMS = {
     "logits": _Form(lambda z, dim: z, LinearLogits.values_at, LinearLogits.vocab_sum),
-    "log_softmax": _Form(
-        lambda z, dim: z.log_softmax(dim),
-        LinearLogits.log_probs_at,
-        LinearLogits.sum_log_probs,
-    ),
+    "log_softmax": _Form(lambda z, dim: z.log_softmax(dim), LinearLogits.log_probs_at, LinearLogits.sum_log_probs),
     "finite": _Form(lambda z, dim: z.log_softmax(dim).clamp(min=torch.finfo(z.dtype).min), None, None),
     "softmax": _Form(
         lambda z, dim: z.softmax(dim),

@@ -91,10 +91,7 @@ def _column_sizes(x: Tensor) -> tuple[Tensor, Tensor]:
     """The largest element of each column of ``|x|``, and the column's sum in fp32 or wider."""
     wide = statistics_dtype(x.dtype)
     if x.is_cuda:
-        return (
-            torch.linalg.vector_norm(x, float("inf"), dim=0),
-            torch.linalg.vector_norm(x, 1, dim=0, dtype=wide),
-        )
+        return (torch.linalg.vector_norm(x, float("inf"), dim=0), torch.linalg.vector_norm(x, 1, dim=0, dtype=wide))
     largest, sizes = x.new_empty(x.shape[1]), x.new_empty(x.shape[1], dtype=wide)
     width = max(16, BLOCK * BLOCK // (len(x) * x.itemsize))  # a MiB at a time stays in cache
     for columns in slices(x.shape[1], width):

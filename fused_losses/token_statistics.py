@@ -219,22 +219,9 @@ def softmax_rows_grad(
     out: Tensor,  # (B, V, S), may be logits itself
 ) -> None:
     rows_module(backend).softmax_rows_bwd(
-        logits,
-        ids,
-        column_weight,
-        temperature,
-        logsumexp,
-        a,
-        b,
-        e,
-        c,
-        d,
-        probabilities=probabilities,
-        label_smoothing=label_smoothing,
-        scale=scale,
-        softcap=softcap,
-        out=out,
-    )
+        logits, ids, column_weight, temperature, logsumexp, a, b, e, c, d, probabilities=probabilities,
+        label_smoothing=label_smoothing, scale=scale, softcap=softcap, out=out,
+    )  # fmt: skip
 
 
 def differentiable_softmax_rows(
