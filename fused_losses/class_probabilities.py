@@ -278,11 +278,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any
 
 
 def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | None) -> tuple[Tensor | None, ...]:
-    grads = (g_sum, g_logsumexp)
     if g_sum is None and g_logsumexp is None:
         return for_inputs(ctx)
     *inputs, temperature, weight_sum, logsumexp = ctx.saved_tensors
-    if in_plain_pytorch(*(g for g in grads if g is not None)):
+    if in_plain_pytorch(g_sum, g_logsumexp):
         refuse_shard(ctx.how["shard"], (inputs[0].shape[0], inputs[1].shape[0]))
 
         def fn(*of: Any) -> list[Tensor]:
@@ -290,7 +289,7 @@ def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | Non
             found = _differentiable(head, of[-2], of[-1], ctx.how["label_smoothing"])
             return [found.sum_log_probs, found.logsumexp]  # type: ignore[list-item]
 
-        return for_inputs(ctx, *differentiable_gradients(fn, inputs, grads))
+        return for_inputs(ctx, *differentiable_gradients(fn, inputs, (g_sum, g_logsumexp)))
     g_sum = torch.zeros_like(weight_sum) if g_sum is None else g_sum
     upstream = RowStatistics(sum_log_probs=g_sum, logsumexp=g_logsumexp)
     terms = coefficients(upstream, RowStatistics(weight_sum=weight_sum), 0, None, statistics_dtype(inputs[0].dtype))

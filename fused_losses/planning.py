@@ -335,7 +335,7 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
     return _plan(sizes, budget, "gradients_in_forward", n, chunks, accumulated, (forward, loss, backward), why), ""
 
 
-def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
+def _recompute(sizes: _Sizes, budget: int, why: str) -> Plan:
     N, V, dtype = sizes.tokens, sizes.vocab, sizes.dtype
     wide = sizes.statistics_dtype
     d_hidden, d_hidden_sum = sizes.d_hidden(sizes.all_tokens, dtype), sizes.d_hidden(N, wide)
@@ -383,7 +383,7 @@ def _recompute(sizes: _Sizes, budget: int, *why: str) -> Plan:
         "numbers per token": numbers,
     }
     chunks = max(1, -(-V // max(v, 1)))
-    return _plan(sizes, budget, "recompute", v, chunks, None, (slices, end, forward), why, saved)
+    return _plan(sizes, budget, "recompute", v, chunks, None, (slices, end, forward), [why], saved)
 
 
 def _even(total: int, most: int) -> int:

@@ -79,6 +79,13 @@ def begin_sums(shard: VocabShard, *tensors: Tensor | None) -> list[Callable[[], 
     return [shard.begin_sum(t) for t in tensors if t is not None]
 
 
+def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
+    """The head and the ids of the tokens whose logits are made; see :func:`kept_tokens`."""
+    if keep is not None:
+        return head.tokens(keep), part_of(ids, keep)
+    return (head.tokens(slice(None), skipped(ids)) if zero_ignored else head), ids
+
+
 @torch.library.custom_op("fused_losses::linear_rows", mutates_args=())
 def linear_rows(
     hidden: Tensor,  # (N, H)
@@ -136,12 +143,6 @@ def linear_rows(
             *(None if s is None else s.new_zeros(N, *s.shape[1:]).index_copy_(0, keep, s) for s in found)
         )
     return tuple(present(s, hidden) for s in (*found, saved_logits))  # type: ignore[return-value]
-
-
-def _projected(head: Head, ids: Tensor | None, keep: Tensor | None, zero_ignored: bool) -> tuple[Head, Tensor | None]:
-    if keep is not None:
-        return head.tokens(keep), part_of(ids, keep)
-    return (head.tokens(slice(None), skipped(ids)) if zero_ignored else head), ids
 
 
 @linear_rows.register_fake

@@ -126,7 +126,7 @@ OF_BOTH = 2 * INPUTS
 
 
 class Chunks(NamedTuple):
-    tokens: int  # in a chunk
+    tokens: int  # in a chunk, at most all of them
     sums: tuple[torch.dtype, torch.dtype]  # in which each side's weight gradient is summed over the chunks
 
 
@@ -280,7 +280,7 @@ class BothHeads:
         V, cut = compared_vocab(*heads), chunks_of(heads, M, wanted, workspace, backend)
         self.parts = [*slices(M, max(cut.tokens, 1))]
         sides = zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), cut.sums, strict=True)
-        self.sides = [_Side(head, V, min(cut.tokens, M), of_inputs, sums) for head, of_inputs, sums in sides]
+        self.sides = [_Side(head, V, cut.tokens, of_inputs, sums) for head, of_inputs, sums in sides]
         # The results: the divergence and the student's −log p (N,).
         self.divergence = hidden.new_zeros(hidden.shape[0], dtype=statistics_dtype(hidden.dtype))
         self.nll = torch.zeros_like(self.divergence) if with_nll else None
@@ -384,7 +384,7 @@ def saved_tokens(
     trained = [head for head, side in zip(heads, (wanted[:INPUTS], wanted[INPUTS:]), strict=True) if any(side)]
     if any(head.weight is None or head.hidden.dtype == torch.float16 for head in trained):
         return 0
-    return min(M, chunks_of(heads, M, wanted, workspace, backend).tokens)
+    return chunks_of(heads, M, wanted, workspace, backend).tokens
 
 
 def differentiable_two_heads(
