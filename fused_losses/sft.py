@@ -113,14 +113,8 @@ def sft_loss(
         raise ValueError("average='sequence' of packed rows that are split over a context_group is not supported")
     check_vocab_last("logits", logits)
     labels = local_target(labels)
-    target = shift_labels(
-        labels,
-        ignore_index,
-        cu_seqlens=cu_seqlens,
-        position_ids=position_ids,
-        context_group=context_group,
-        zigzag=zigzag,
-    )
+    packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
+    target = shift_labels(labels, ignore_index, **packing, context_group=context_group, zigzag=zigzag)
     counted = target != ignore_index
     count = counted.sum()
     if num_items_in_batch is not None:
@@ -138,7 +132,6 @@ def sft_loss(
         log_probs = selective_log_softmax(logits, target_ids(target, logits.shape[-1], ignore_index))
         losses = dft(log_probs) if loss_type == "dft" else -log_probs
         if average == "sequence":
-            packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
             sums, counts = sums_and_counts(losses, counted, **packing, num_sequences=num_sequences)
             if context_group is not None:
                 dist.all_reduce(counts, group=context_group)
