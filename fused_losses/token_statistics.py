@@ -339,7 +339,6 @@ def rows_statistics(
     *,
     probabilities: Tensor | None = None,
     label_smoothing: float = 0.0,
-    scale: float = 1.0,
     softcap: float | None = None,
     outputs: Sequence[str],
     inplace_backward: bool = False,
@@ -369,7 +368,7 @@ def rows_statistics(
     if transforms_active():
         refuse_shard(packed(shard), logits.shape)
         return differentiable_softmax_rows(
-            logits, ids, column_weight, temperature, probabilities, label_smoothing, scale, softcap, outputs
+            logits, ids, column_weight, temperature, probabilities, label_smoothing, 1.0, softcap, outputs
         )
     found = softmax_rows(
         logits,
@@ -378,7 +377,7 @@ def rows_statistics(
         temperature,
         probabilities,
         label_smoothing,
-        scale,
+        1.0,  # scale
         softcap,
         ",".join(outputs),
         inplace_backward and not torch.compiler.is_compiling(),
