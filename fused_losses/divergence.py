@@ -307,12 +307,12 @@ def left_out(weight: float | Tensor) -> bool:
 def summed_divergence(
     student: Tensor | LinearLogits,
     teacher: Tensor | LinearLogits,
-    ids: Tensor | None,
-    soft: float,
-    hard: float,
+    ids: Tensor,  # (N,) int64, −100: skipped
+    soft: float | Tensor,
+    hard: float | Tensor,
     which: Divergence,
     shards: Shards,
-    divisor: Tensor | int = 1,
+    divisor: Tensor | int,
     *,
     backend: Backend | None = None,
     workspace: int | str | None = None,
@@ -330,7 +330,7 @@ def summed_divergence(
         found, nll = token_divergence(student, teacher, ids, not left_out(hard), which, shards, **how)
         loss = soft * found.sum() if nll is None else (soft * found + hard * nll).sum()
         return loss / divisor, found, nll
-    keep, zero_ignored = kept_tokens(None if ids is None else ids[:, None], drop_ignored)
+    keep, zero_ignored = kept_tokens(ids[:, None], drop_ignored)
     with gathered(student), gathered(teacher):
         heads = (as_head(student, shards[0]), as_head(teacher, shards[1]))
         # Divided now, so that the upstream gradient is 1 and backward has nothing to multiply; but not in float16, where the
