@@ -107,7 +107,7 @@ def of_log_probs(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> Tensor
 
 
 def differentiable_rows(
-    z_student: Tensor,  # (n, V): final logits, before the divergence's temperature; finite in skipped rows
+    z_student: Tensor,  # (n, V): final logits, before the divergence's temperature
     z_teacher: Tensor,  # (n, V)
     ids: Tensor | None,  # (n,)
     *,
@@ -117,13 +117,16 @@ def differentiable_rows(
     with_nll: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence and ``−log p`` in plain PyTorch, which has every derivative."""
+    skip = None if ids is None else ids == -100
+    if skip is not None:  # before, too: 0 times the slope of an infinite divergence is nan
+        z_student, z_teacher = (z.masked_fill(skip[:, None], 0) for z in (z_student, z_teacher))
     log_s, log_t = ((z / temperature).log_softmax(-1) for z in (z_student, z_teacher))
     value = of_log_probs(log_s, log_t, kind, beta)
-    if ids is None:
+    if ids is None or skip is None:
         return value, None
-    value = value.masked_fill(ids == -100, 0)
+    value = value.masked_fill(skip, 0)
     if not with_nll:
         return value, None
     y = ids.clamp(0, z_student.shape[1] - 1)
     nll = -z_student.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    return value, nll.masked_fill(ids == -100, 0)
+    return value, nll.masked_fill(skip, 0)
