@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def row_shares(ids: Tensor, weight: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The weight ``(N,)`` of each row under ``mean``: that of its target class, or 1; 0 where the id is −100."""
+    """The weight of each id under ``mean``: that of its target class, or 1; 0 where the id is −100."""
     counted = ids != -100
     if weight is None:
         return counted.to(dtype)

@@ -323,7 +323,7 @@ def heads_cross_entropy(
             f"the derivative for weight {tuple(weight.shape)} is not implemented with class indices; detach it"
         )
     ids = target_ids(target.reshape(N, D), C, ignore_index)
-    shares = row_shares(ids.reshape(-1), weight, dtype).view(N, D)
+    shares = row_shares(ids, weight, dtype)
     counted = ids != -100
     total, square = denominators(shares, counted, weight, z_loss, reduction)
     divisor: Tensor | int = 1

@@ -800,8 +800,7 @@ def cat(tensors: Sequence[Any], dim: int = 0) -> Any:
     if not all(isinstance(x, LinearLogits) and x.ndim == first.ndim for x in tensors):
         return NotImplemented
     at = wrap_dim(first, dim)
-    same = all(x.vocab_dim == first.vocab_dim and x.shape[x.vocab_dim] == first.shape[first.vocab_dim] for x in tensors)
-    if at == first.vocab_dim or not same or not all(_one_head(first, x) for x in tensors):
+    if at == first.vocab_dim or not all(x.vocab_dim == first.vocab_dim and _one_head(first, x) for x in tensors):
         return NotImplemented
     for x in tensors:
         x.check()
