@@ -56,6 +56,14 @@ def test_each_trains_alone(name):
     torch.testing.assert_close(*(torch.autograd.grad(f(**tensors), tensors[name]) for f in (ours, plain)))
 
 
+@pytest.mark.parametrize("route", ["gradients_in_forward", "recompute"])
+def test_class_weights_of_any_stride(route, backend, device):
+    hidden, weight = torch.randn(N, H, device=device, requires_grad=True), torch.randn(C, H, device=device)
+    target, class_weight = torch.randn(N, C, device=device).softmax(-1), torch.rand(2 * C, device=device)[::2]
+    found = linear_cross_entropy(hidden, weight, target, weight=class_weight, route=route, backend=backend)
+    torch.testing.assert_close(found, F.cross_entropy(hidden @ weight.T, target, class_weight))
+
+
 def test_the_statistics_may_be_written_into():
     tensors = problem()
     head = Head(tensors["hidden"], tensors["weight"])

@@ -47,6 +47,8 @@ LOSSES = {
     "in_place": in_place,
     "guarded_entropy": lambda z, t, p: -(z.softmax(-1) * (z.softmax(-1) + 1e-9).log()).sum(-1),
     "clamped": lambda z, t, p: (z.softmax(-1) * z.softmax(-1).clamp(min=1e-3).log()).sum(-1),
+    "clamped_logs": lambda z, t, p: (t.softmax(-1) * z.log_softmax(-1).clamp(min=-3)).sum(-1),
+    "clamped_logs_at_both_ends": lambda z, t, p: z.log_softmax(-1).clamp(torch.finfo(z.dtype).min, -3.0).sum(-1),
     "hellinger": lambda z, t, p: (z.softmax(-1).sqrt() - t.softmax(-1).sqrt()).square().sum(-1),
     "expectation": lambda z, t, p: (p.log() * z.softmax(-1)).sum(-1),
     "total_variation": lambda z, t, p: 0.5 * (p - z.softmax(-1)).abs().sum(-1),
@@ -75,10 +77,14 @@ LOSSES = {
         (p + z.softmax(-1)).log(), z.log_softmax(-1), reduction="sum", log_target=True
     ),
     "kl_div_mean": lambda z, t, p: F.kl_div(z.log_softmax(-1), t.softmax(-1).clamp(min=0.01), size_average=True),
+    "kl_div_of_probabilities_as_logs": lambda z, t, p: F.kl_div(
+        z.log_softmax(-1), t.softmax(-1), reduction="sum", log_target=True
+    ),
     "kl_div_of_two_teachers": lambda z, t, p: F.kl_div(
         z.log_softmax(-1), 0.5 * (t.softmax(-1) + p), reduction="batchmean"
     ),
     "mixture": lambda z, t, p: (0.3 * z.softmax(-1) + 0.7 * t.softmax(-1) + 1e-9).sqrt().sum(-1),
+    "mixture_with_one_share_per_token": lambda z, t, p: (z.softmax(-1) + TOKEN * t.softmax(-1)).log().sum(-1),
     "logaddexp": lambda z, t, p: torch.logaddexp(z.log_softmax(-1) - 1, p.log()).sum(-1),
     "mask_of_both": lambda z, t, p: (z.softmax(-1) * p).masked_fill(t.softmax(-1) > z.softmax(-1), 0).sum(-1),
     "logits_mse": lambda z, t, p: F.mse_loss(z, t),
@@ -542,3 +548,8 @@ def test_gradients_of_rows_of_equal_entries(name, workspace):
             )
     assert all(g is None or g.isfinite().all() for g in results[1])
     torch.testing.assert_close(*results)
+
+
+def test_what_is_detached_gives_a_tensor_in_it_no_gradient():
+    p, z = probabilities(torch.float32).requires_grad_(), LinearLogits(torch.randn(B, S, H), torch.randn(V, H))
+    assert not (z.softmax(-1) + p).sqrt().detach().sum(-1).requires_grad

@@ -138,6 +138,13 @@ def test_where_logits_are_numbers_and_finite():
     assert not (finite + torch.zeros(V).index_fill(0, torch.tensor([3]), -torch.inf)).isfinite().all()
 
 
+def test_where_logits_were_finite_before_they_changed():
+    z = make()[0].detach()
+    finite = z.isfinite()
+    z.mul_(torch.inf)
+    assert finite.all()
+
+
 def test_tokens_of_nan_emptied():
     """As DSKD guards its logits."""
     hidden, weight = torch.randn(B, S, H, requires_grad=True), torch.randn(V, H, requires_grad=True)

@@ -142,6 +142,15 @@ def total_variation(s, t):
     return (distance.sum(-1).view(-1) * MASK.view(-1)).sum() / MASK.sum() + (s.softmax(-1) - t.softmax(-1)).abs().mean()
 
 
+def total_variation_of_halves(s, t):
+    return (0.5 * s.softmax(-1) - 0.5 * t.softmax(-1)).abs().sum(-1).square().mean()
+
+
+def of_a_cap(s, t):
+    """Logits and their capped ones are of one head, but not the same."""
+    return ((2 * torch.tanh(s / 2)).softmax(-1) * s.log_softmax(-1)).sum(-1).mean() + t.logsumexp(-1).mean()
+
+
 def acceptance(s, t):
     """As speculators write it."""
     p, q = s.softmax(-1), t.softmax(-1)
@@ -157,6 +166,7 @@ LOSSES = [forward_kl, reverse_kl, difference, difference_of_logs, elementwise, e
 LOSSES += [flattened, viewed, masked_and_viewed, against_another, symmetric, several_terms, gaps]
 LOSSES += [jensen_shannon, skewed, entropy_of_a_mixture, jensen_shannon_of_logs, jensen_shannon_of_a_mean]
 LOSSES += [jensen_shannon_with_a_share, a_sum_of_both, total_variation, acceptance]
+LOSSES += [total_variation_of_halves, of_a_cap]
 
 
 PROBS = torch.linspace(-3, 3, B * S * V, dtype=torch.float64).sin().mul(3).view(B, S, V).softmax(-1)

@@ -55,8 +55,10 @@ VIEWS = {
     "flatten": lambda z: z.flatten(0, 1),
     "flatten_function": lambda z: torch.flatten(z, 0, -2),
     "unflatten": lambda z: z.flatten(0, 1).unflatten(0, (-1, S)),
+    "unflatten_last": lambda z: z.unflatten(-1, (-1, 1)),
     "squeeze": lambda z: z[:1].squeeze(),
     "squeeze_dim": lambda z: z[:, :1].squeeze(1),
+    "squeeze_several": lambda z: z[:1, :1].squeeze((0, 1)),
     "squeeze_nothing": lambda z: z.squeeze(0),
     "unsqueeze": lambda z: z.unsqueeze(1),
     "unsqueeze_last": lambda z: z.unsqueeze(-1),
@@ -371,3 +373,10 @@ def test_type_checkers_see_every_operator():
     """The operators are set in a loop; type checkers read those in place as ``x = x + 1``."""
     declared = inspect.getsource(lazy_tensor.LazyTensor).partition("TYPE_CHECKING")[2].partition("\n\n")[0]
     assert set(re.findall(r"__\w+__", declared)) == set(lazy_tensor._OPERATORS) - lazy_tensor._ASSIGNED
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_vocabularies_in_two_places_are_not_joined_as_one():
+    hidden, weight = torch.randn(2, V, H), torch.randn(V, H)
+    found, expected = (torch.cat([z, z.mT]).sum(-1) for z in (LinearLogits(hidden, weight), hidden @ weight.T))
+    torch.testing.assert_close(found, expected)

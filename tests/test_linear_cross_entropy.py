@@ -963,6 +963,12 @@ def test_module_is_pytorchs():
             LinearCrossEntropyLoss(H, C, **wrong)
 
 
+def test_module_on_a_device_in_a_dtype():
+    head = LinearCrossEntropyLoss(H, C, device="meta", dtype=torch.float64).linear
+    assert head.weight.is_meta
+    assert head.weight.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

@@ -126,6 +126,9 @@ MATERIALISED = {
     "less": lambda z: z < 0.5,
     "times_vocabulary": lambda z: z * torch.linspace(0, 1, V),
     "where": lambda z: torch.where(z > 0, z, 0.0),
+    "softmax_over_what_is_not_named": lambda z: F.softmax(z),
+    "softmax_of_probabilities": lambda z: z.softmax(-1).log_softmax(-1),
+    "logsumexp_of_probabilities": lambda z: z.softmax(-1).logsumexp(-1),
     "softmax_over_tokens": lambda z: z.softmax(1),
     "view_merging_the_vocabulary": lambda z: z.view(-1),
     "view_after_contiguous": lambda z: z.transpose(1, 2).contiguous().view(V * B, S),
@@ -140,6 +143,7 @@ MATERIALISED = {
     "cat_with_a_tensor": lambda z: torch.cat([z, torch.zeros(B, 1, V)], 1),
     "roll_vocabulary": lambda z: z.roll(1, -1),
     "cross_entropy_over_tokens": lambda z: F.cross_entropy(z, torch.ones(B, V, dtype=torch.long)),
+    "nll_loss_shifted": lambda z: F.nll_loss((z.log_softmax(-1) + TEMPERATURE[..., None].float()).mT, IDS),
     "kl_div_broadcast": lambda z: F.kl_div(z.log_softmax(-1), PROBS[0, 0].float(), reduction="sum"),
     "as_the_second": lambda z: F.pairwise_distance(torch.ones(B, S, V), z),
     "tensor_plus": lambda z: torch.ones(B, S, V) + z,
@@ -153,6 +157,7 @@ MATERIALISED = {
     "trained_temperature": lambda z: z / torch.ones(1, requires_grad=True),
     "numpy": lambda z: torch.as_tensor(z.detach().numpy()),
     "entries_by_mask": lambda z: z[[0, 1], [1, 2], torch.arange(V) < 2],
+    "columns_of_p_log_p": lambda z: (z.softmax(-1) * z.log_softmax(-1))[..., [0, 3]],
     "slices_of_probabilities": lambda z: z.softmax(-1)[..., :3],
 }
 
@@ -368,6 +373,14 @@ def test_a_bias_added_after_what_is_not_linear(options):
         logp = (z + bias).log_softmax(-1).gather(-1, FEW)
         found.append([logp, *torch.autograd.grad(logp.square().sum(), (tensors["weight"], bias))])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize("fn", [lambda z: 0 * z, lambda z: 3 * torch.tanh(z / 3)])
+@pytest.mark.parametrize("options", [{"softcap": 2.0}, {"temperature": TEMPERATURE.float()}])
+def test_a_zero_or_a_cap_after_what_is_not_linear(fn, options):
+    lazy, eager, _ = make(**options)
+    torch.testing.assert_close(fn(lazy).logsumexp(-1), fn(eager).logsumexp(-1))
 
 
 def test_a_vocabulary_of_one_beside_numbers_per_token():

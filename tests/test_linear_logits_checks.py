@@ -34,6 +34,21 @@ def test_a_change_of_what_it_stands_for_raises(name, use):
             uses[use](z)
 
 
+def test_a_change_of_what_is_joined_raises():
+    weight, hidden, other = torch.randn(V, H), torch.randn(B, S, H), torch.randn(B, S, H)
+    parts = [LinearLogits(h, weight) for h in (hidden, other)]
+    other.add_(1)
+    with pytest.raises(RuntimeError, match="hidden was modified in place"):
+        torch.cat(parts)
+
+
+def test_a_temperature_that_changes_later_is_not_that_of_the_logits():
+    temperature, hidden, weight = torch.full((B, S), 2.0), torch.randn(B, S, H), torch.randn(V, H)
+    logits = LinearLogits(hidden, weight, temperature=temperature)
+    temperature.zero_()
+    torch.testing.assert_close(logits.materialize(), hidden @ weight.T / 2)
+
+
 def test_a_change_of_hidden_before_a_head_of_inference_mode_raises():
     with torch.inference_mode():
         weight = torch.randn(V, H)

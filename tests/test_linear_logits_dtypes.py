@@ -184,6 +184,19 @@ def test_temperatures_keep_their_digits_side_by_side():
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
 
 
+def test_a_temperature_of_capped_16_bit_logits_keeps_its_digits():
+    h, w = (leaves(torch.bfloat16)[name].detach() for name in ("hidden", "weight"))
+    found = LinearLogits(h, w, softcap=2.0, temperature=1.3).float().logsumexp(-1)
+    expected = linear_logits(h.double(), w.double(), softcap=2.0, temperature=1.3).logsumexp(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_cross_entropy_of_log_probs_has_their_dtype():
+    tensors = leaves(torch.bfloat16)
+    logp = LinearLogits(tensors["hidden"], tensors["weight"]).log_softmax(-1, dtype=torch.float32)
+    assert F.cross_entropy(logp.flatten(0, 1), IDS.flatten()).dtype == torch.float32
+
+
 @pytest.mark.filterwarnings("ignore:.*materialises")
 @pytest.mark.parametrize(
     "keep", [np.linspace(0, 1, V), np.linspace(0, 1, B * S).reshape(B, S, 1)], ids=["entry", "token"]

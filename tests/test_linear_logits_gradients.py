@@ -182,6 +182,15 @@ def test_frozen_inputs_get_no_gradient(frozen):
     assert tensors[frozen].grad is None
 
 
+def test_tokens_that_train_joined_to_frozen_ones_get_their_gradient():
+    tensors, found = leaves(), []
+    h, w = tensors["hidden"], tensors["weight"]
+    for kind in (LinearLogits, linear_logits):
+        loss = torch.cat([kind(h.detach(), w), kind(h, w)]).logsumexp(-1).square().sum()
+        found.append(torch.autograd.grad(loss, (h, w)))
+    torch.testing.assert_close(*found)
+
+
 def test_checkpointing_without_reentry_works_and_with_it_raises():
     from torch.utils.checkpoint import checkpoint
 

@@ -267,6 +267,8 @@ def test_reentrant_checkpointing_refuses_logits_alone():
     lazy = LinearHead.from_linear(head)(hidden)
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
         checkpoint(loss, lazy, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        checkpoint(loss, lazy, torch.ones(()), use_reentrant=True)
     assert_same_training(lambda z, _: checkpoint(loss, z, use_reentrant=False), ids)
     scale = torch.ones((), requires_grad=True)  # its gradient makes the checkpoint run the loss again
     assert_same_training(lambda z, _: checkpoint(loss, z, scale, use_reentrant=True), ids)

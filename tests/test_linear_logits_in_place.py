@@ -23,6 +23,14 @@ def test_arithmetic_in_place_keeps_the_dtype():
     torch.testing.assert_close(lazy.materialize(), expected)
 
 
+@pytest.mark.parametrize("of", [lambda z: z, lambda z: z.log_softmax(-1)])
+def test_what_becomes_another_kind_in_place_keeps_the_dtype(of):
+    tensors = leaves(torch.bfloat16)
+    z = of(LinearLogits(tensors["hidden"], tensors["weight"]))
+    assert z.add_(TEMPERATURE[..., None]).dtype == torch.bfloat16
+    assert z.add_(torch.ones(B, S, V)).dtype == torch.bfloat16
+
+
 def test_log_probs_changed_in_place_keep_the_dtype():
     tensors = leaves(torch.bfloat16)
     for z in (LinearLogits(tensors["hidden"], tensors["weight"]), F.linear(tensors["hidden"], tensors["weight"])):

@@ -52,6 +52,18 @@ def by_a_normalizer_with_a_hook(z):
     return (z - total).gather(-1, IDS[..., None]).sum()
 
 
+def by_a_normalizer_that_keeps_its_gradient(z):
+    total = z.logsumexp(-1, keepdim=True)
+    total.retain_grad()
+    loss = (z - total).gather(-1, IDS[..., None]).sum()
+    torch.autograd.grad(loss, total, retain_graph=True)
+    return loss
+
+
+def by_the_normalizer_of_the_first(z):
+    return (z - z.logsumexp(-1, keepdim=True)[:1]).gather(-1, IDS[..., None]).sum()
+
+
 def by_a_transposed_normalizer(z):
     square = z[:, :2]
     logp = (square - square.logsumexp(-1, keepdim=True).transpose(0, 1)).gather(-1, IDS[:, :2, None])
@@ -84,6 +96,8 @@ def repeated(z):
         by_a_normalizer_without_gradient,
         by_a_normalizer_detached_in_place,
         by_a_normalizer_with_a_hook,
+        by_a_normalizer_that_keeps_its_gradient,
+        by_the_normalizer_of_the_first,
         by_a_transposed_normalizer,
         by_the_normalizer_of_others,
         stabilised_in_place,
