@@ -22,6 +22,18 @@ def rows_skipped(
 
 
 @triton.jit
+def by_lane(x, VEC: tl.constexpr, SINGLY: tl.constexpr):
+    """A tile ``(BLOCK_N, BLOCK_V)`` as ``(BLOCK_N, LANES, VEC)``, with the VEC columns of a lane in one thread: adjacent ones,
+    as a thread loads 16 bytes at once, or LANES apart where it loads logits singly."""
+    LANES: tl.constexpr = x.shape[1] // VEC
+    if SINGLY:
+        x = tl.permute(tl.reshape(x, (x.shape[0], VEC, LANES)), (0, 2, 1))
+    else:
+        x = tl.reshape(x, (x.shape[0], LANES, VEC))
+    return x
+
+
+@triton.jit
 def exp(x):
     """exp, but 0 for results below 2⁻¹²⁶, which change no sum here; for those tl.exp spends three more instructions."""
     return tl.exp2(x * 1.4426950408889634)

@@ -44,6 +44,19 @@ def multiplies_matrices(device: torch.device) -> bool:
     return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def all_registers(device: torch.device) -> dict[str, int]:
+    """The launch option that lets NVIDIA's assembler use every register a thread can have. Without it, it saves registers for
+    more programs per multiprocessor, and issues each load of a tile only when the one before has arrived."""
+    return {} if architecture(device) in ("interpreter", "gfx942") else {"maxnreg": 255}
+
+
+def loaded_singly(logits: torch.Tensor) -> bool:
+    """Whether Triton loads each logit of ``(B, V, S)`` by itself: those of a row are not adjacent, or it cannot know that every
+    row starts at a multiple of 16 bytes."""
+    starts = (logits.data_ptr(), logits.stride(0), logits.stride(2) if logits.shape[2] > 1 else 0)
+    return logits.stride(1) != 1 or any(x % 16 for x in starts)
+
+
 def on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Make the first argument's device current: Triton launches on the current device, wherever the tensors are."""
 
@@ -77,9 +90,9 @@ def softmax_rows_fwd_config(
     """``BLOCK_N, BLOCK_V, VEC, num_warps``, also for the kernel that does forward and backward at once; ``options``: weights,
     or statistics beyond log-probabilities and entropy.
 
-    One row per program if its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any. With
-    options such a tile would spill on unaligned rows (112 to 1352 bytes); they take 8 logits per lane. If rows are adjacent
-    instead (``(N, C, d)`` input), 32 rows side by side keep the loads coalesced; with every option, 4 warps spill 368 bytes.
+    One row per program if its logits are adjacent: each lane loads 16 bytes (VEC logits) four times before it uses any (see
+    :func:`all_registers`), or 8 logits with options. If rows are adjacent instead (``(N, C, d)`` input), 32 rows side by side
+    keep the loads coalesced; with every option, 4 warps spill 368 bytes.
     """
     if not vocabulary_contiguous:
         return 32, 64, 8, 8

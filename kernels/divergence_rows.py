@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 
 from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, row_scales
-from .configurations import divergence_rows_config, on_its_device
+from .configurations import divergence_rows_config, loaded_singly, on_its_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -145,9 +145,19 @@ def _weighed(slope, p, WEIGHED: tl.constexpr):
 
 
 @triton.jit
-def _advance(z, largest, total, LANES: tl.constexpr, VEC: tl.constexpr):
+def _by_lane(x, VEC: tl.constexpr, SINGLY: tl.constexpr):
+    """A tile ``(BLOCK_V,)`` as ``(LANES, VEC)``: see :func:`~.common.by_lane`."""
+    if SINGLY:
+        x = tl.trans(tl.reshape(x, (VEC, x.shape[0] // VEC)))
+    else:
+        x = tl.reshape(x, (x.shape[0] // VEC, VEC))
+    return x
+
+
+@triton.jit
+def _advance(z, largest, total, VEC: tl.constexpr, SINGLY: tl.constexpr):
     """Update each lane's maximum and sum of exponentials with a tile ``(BLOCK_V,)``."""
-    z = tl.reshape(z, (LANES, VEC))
+    z = _by_lane(z, VEC, SINGLY)
     now = tl.maximum(largest, tl.max(z, 1))
     total = total * exp(largest - now) + tl.sum(exp(z - now[:, None]), 1)
     return now, total
@@ -176,8 +186,8 @@ def _load(row_ptr, stride_v, v, inside, EVICTION: tl.constexpr):
 
 
 @triton.jit
-def _folded(x, LANES: tl.constexpr, VEC: tl.constexpr):
-    return tl.sum(tl.reshape(x, (LANES, VEC)), 1)
+def _folded(x, VEC: tl.constexpr, SINGLY: tl.constexpr):
+    return tl.sum(_by_lane(x, VEC, SINGLY), 1)
 
 
 @triton.jit
@@ -233,6 +243,7 @@ def _divergence_rows_kernel(
     D_TEACHER: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    SINGLY: tl.constexpr,
 ):
     LANES: tl.constexpr = BLOCK_V // VEC
     HARD_APART: tl.constexpr = WITH_NLL and temperature is not None  # −log p has a softmax of its own
@@ -285,14 +296,14 @@ def _divergence_rows_kernel(
             inside = v < V
             x = _load(student_row, student_stride_v, v, inside, "")
             z = final_logits(x, s_inner, s_outer, HAS_STUDENT_SOFTCAP)
-            s_largest, s_total = _advance(tl.where(inside, z, float("-inf")), s_largest, s_total, LANES, VEC)
+            s_largest, s_total = _advance(tl.where(inside, z, float("-inf")), s_largest, s_total, VEC, SINGLY)
             if HARD_APART:
                 z = final_logits(x, hard_inner, hard_outer, HAS_STUDENT_SOFTCAP)
                 z = tl.where(inside, z, float("-inf"))
-                hard_largest, hard_total = _advance(z, hard_largest, hard_total, LANES, VEC)
+                hard_largest, hard_total = _advance(z, hard_largest, hard_total, VEC, SINGLY)
             x = _load(teacher_row, teacher_stride_v, v, inside, "")
             z = final_logits(x, t_inner, t_outer, HAS_TEACHER_SOFTCAP)
-            t_largest, t_total = _advance(tl.where(inside, z, float("-inf")), t_largest, t_total, LANES, VEC)
+            t_largest, t_total = _advance(tl.where(inside, z, float("-inf")), t_largest, t_total, VEC, SINGLY)
         s_max, s_log_total = _meet(s_largest, s_total)
         t_max, t_log_total = _meet(t_largest, t_total)
         hard_max, hard_log_total = s_max, s_log_total
@@ -329,12 +340,12 @@ def _divergence_rows_kernel(
             z = final_logits(x, t_inner, t_outer, HAS_TEACHER_SOFTCAP)
             log_t = tl.where(inside, _log_softmax(z, t_max, t_log_total), float("-inf"))
             s, t, d = tl.exp2(log_s), tl.exp2(log_t), log_t - log_s
-            values += _folded(_term(s, t, log_s, d, beta, KIND), LANES, VEC)
+            values += _folded(_term(s, t, log_s, d, beta, KIND), VEC, SINGLY)
             g, h = _slopes(s, t, log_s, d, beta, KIND)
             if D_STUDENT:
-                s_slopes += _folded(_weighed(g, s, G_WEIGHED), LANES, VEC)
+                s_slopes += _folded(_weighed(g, s, G_WEIGHED), VEC, SINGLY)
             if D_TEACHER:
-                t_slopes += _folded(_weighed(h, t, H_WEIGHED), LANES, VEC)
+                t_slopes += _folded(_weighed(h, t, H_WEIGHED), VEC, SINGLY)
         s_slope = tl.sum(s_slopes.to(tl.float64), 0)
         t_slope = tl.sum(t_slopes.to(tl.float64), 0)
         divergence = tl.sum(values.to(tl.float64), 0)
@@ -382,7 +393,7 @@ def _divergence_rows_kernel(
                 log_s, log_t = tl.where(inside, log_s, float("-inf")), tl.where(inside, log_t, float("-inf"))
             s, t, d = tl.exp2(log_s), tl.exp2(log_t), log_t - log_s
             if AT_ONCE:
-                values += _folded(_term(s, t, log_s, d, beta, KIND), LANES, VEC)
+                values += _folded(_term(s, t, log_s, d, beta, KIND), VEC, SINGLY)
             g, h = _slopes(s, t, log_s, d, beta, KIND)
             if D_STUDENT:
                 dx = _gradient(g, s, s_mean, soft * s_scale, G_WEIGHED, KIND)
@@ -474,6 +485,7 @@ def divergence_rows(
         D_TEACHER=d_teacher is not None or slopes[1],
         BLOCK_V=BLOCK_V,
         VEC=VEC,
+        SINGLY=loaded_singly(student),
         num_warps=num_warps,
         enable_fp_fusion=True,
     )

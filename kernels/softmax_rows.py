@@ -29,8 +29,15 @@ import triton
 import triton.language as tl
 
 from ..row_statistics import empty_statistics
-from .common import FLOOR, SKIP, exp, final_logits, final_logits_and_slope, row_scales, rows_skipped
-from .configurations import on_its_device, rows_in_flight, softmax_rows_bwd_config, softmax_rows_fwd_config
+from .common import FLOOR, SKIP, by_lane, exp, final_logits, final_logits_and_slope, row_scales, rows_skipped
+from .configurations import (
+    all_registers,
+    loaded_singly,
+    on_its_device,
+    rows_in_flight,
+    softmax_rows_bwd_config,
+    softmax_rows_fwd_config,
+)
 
 
 @triton.jit
@@ -55,6 +62,7 @@ def _lane_sums(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    SINGLY: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Read rows once; each lane's sums ``(BLOCK_N, LANES)``, relative to its own maximum."""
@@ -78,7 +86,7 @@ def _lane_sums(
         ).to(tl.float32)
         z = final_logits(x, inner[:, None], outer[:, None], HAS_SOFTCAP)
         z = tl.where(inside, z, float("-inf"))  # only now: a scale may be negative, a cap is finite
-        z = tl.reshape(z, (BLOCK_N, LANES, VEC))
+        z = by_lane(z, VEC, SINGLY)
         tile_largest = tl.max(z, 2)
         now_largest = tl.maximum(largest, tile_largest)
         moved = tl.maximum(largest - now_largest, FLOOR)  # finite, since total may be 0
@@ -100,12 +108,12 @@ def _lane_sums(
                 w *= (1 - label_smoothing) * t + label_smoothing / V
             if column_weight_ptr is not None:
                 w *= tl.load(column_weight_ptr + v, mask=v < V, other=0.0).to(tl.float32)[None, :]
-            inside3 = tl.reshape(inside, (BLOCK_N, LANES, VEC))
-            w = tl.reshape(w, (BLOCK_N, LANES, VEC))
+            inside3 = by_lane(inside, VEC, SINGLY)
+            w = by_lane(w, VEC, SINGLY)
             weighted += moved * weight_seen + tl.sum(tl.where(inside3, w * shifted, 0.0), 2)
             weight_seen += tl.sum(w, 2)
         if IS_TOP1:
-            column = tl.reshape(tl.broadcast_to(v[None, :], (BLOCK_N, BLOCK_V)), (BLOCK_N, LANES, VEC))
+            column = by_lane(tl.broadcast_to(v[None, :], (BLOCK_N, BLOCK_V)), VEC, SINGLY)
             first = tl.min(tl.where(z == tile_largest[:, :, None], column, V), 2)
             top = tl.where(tile_largest > largest, first, top)
         if MAX_LOGIT:
@@ -176,6 +184,7 @@ def _softmax_rows_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     VEC: tl.constexpr,
+    SINGLY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = row < N
@@ -192,7 +201,7 @@ def _softmax_rows_fwd_kernel(
     largest, total, total_shifted, total_sq, weighted, weight_seen, top, nans = _lane_sums(
         row_ptr, logits_stride_v, active, inner, outer, column_weight_ptr, t_row_ptr, probabilities_stride_v, V, V,
         label_smoothing, HAS_SOFTCAP, entropy_ptr is not None, log_sum_sq_probs_ptr is not None,
-        sum_log_probs_ptr is not None, max_logit_ptr is not None, is_top1_ptr is not None, BLOCK_N, BLOCK_V, VEC, 1,
+        sum_log_probs_ptr is not None, max_logit_ptr is not None, is_top1_ptr is not None, BLOCK_N, BLOCK_V, VEC, SINGLY, 1,
     )  # fmt: skip
 
     # From here on there are a few numbers per row, combined in float64 and rounded once.
@@ -270,8 +279,10 @@ def softmax_rows_fwd(
         BLOCK_N=BLOCK_N,
         BLOCK_V=BLOCK_V,
         VEC=VEC,
+        SINGLY=BLOCK_N == 1 and loaded_singly(logits),
         num_warps=num_warps,
         enable_fp_fusion=True,
+        **all_registers(logits.device),
     )
     return out
 
@@ -469,7 +480,7 @@ def _softmax_rows_fwd_bwd_kernel(
         inner, outer = row_scales(temperature_ptr, row, active, scale, softcap, HAS_SOFTCAP)
         largest, total, _, _, weighted, weight_seen, top, _ = _lane_sums(
             row_ptr, 1, active, inner, outer, column_weight_ptr, None, 1, V, logits_stride_n, 0.0, HAS_SOFTCAP, False, False,
-            of_sum_log_probs_ptr is not None, False, is_top1_ptr is not None, 1, BLOCK_V, VEC, STAGES,
+            of_sum_log_probs_ptr is not None, False, is_top1_ptr is not None, 1, BLOCK_V, VEC, False, STAGES,
         )  # fmt: skip
         moved, _, row_largest, _, log_total = _row_total(largest, total)
         # All numbers of a skipped row are set to 0, so its gradient is 0 too.

@@ -36,11 +36,10 @@ from fused_losses.row_statistics import RowStatistics
 ALLOWED = {
     ("linear_softmax_fwd entropy, saving logits", "sm_90"): 8,
     ("linear_softmax_fwd all, bias softcap weights low-rank, saving logits", "sm_90"): 8,
-    ("softmax_rows_fwd rows, every option", "sm_90"): 16,
     ("softmax_rows_bwd columns, every option", "sm_75"): 8,
     ("softmax_rows_bwd columns, every option", "sm_120"): 16,
     ("divergence_rows jsd, 32 bits, gradients of both, every option", "sm_75"): 8,
-    ("divergence_rows jsd, 32 bits, normalizers of a slice", "sm_80"): 8,
+    ("divergence_rows reverse_kl, gradients of both, every option", "sm_100"): 8,
     ("divergence_rows skewed_kl, gradients of both, every option", "sm_120"): 8,
 }
 

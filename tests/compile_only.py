@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fused_losses.kernels import linear_softmax
+from fused_losses.kernels import configurations, linear_softmax
 
 os.environ["TRITON_DISABLE_LINE_INFO"] = "1"  # quicker, and the same machine code
 
@@ -121,6 +121,7 @@ def pretended_gpu(target: str, launch: Callable[..., Any]) -> Iterator[Driver]:
         with (
             patch.object(JITFunction, "run", lambda fn, *args, **kwargs: launch(run, fn, *args, **kwargs)),
             patch.multiple(linear_softmax, **device),
+            patch.object(configurations, "architecture", device["architecture"]),
             patch.object(torch.Tensor, "is_cuda", property(lambda tensor: True)),
             patch.multiple(torch, mm=_product(torch.mm), addmm=_product(torch.addmm)),
             patch.multiple(torch.cuda, is_current_stream_capturing=lambda: False, synchronize=lambda: None),

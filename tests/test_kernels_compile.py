@@ -20,9 +20,11 @@ PER_LOGIT = {
     "softmax_rows_fwd entropy": (13, 32, 1),
     "softmax_rows_fwd_bwd log-probs": (23, 32, 2),
     "softmax_rows_bwd ac": (18, 32, 1),
+    "softmax_rows_fwd rows": (38, 32, 1),
     "softmax_rows_bwd rows": (50, 32, 1),
     "divergence_rows forward_kl, gradients of student": (57, 8, 2),
     "divergence_rows jsd, gradients of student": (136, 8, 3),
+    "divergence_rows forward_kl, gradients of both, every option": (256, 8, 3),
 }
 FAULTY = """
 import os, tempfile
@@ -56,6 +58,23 @@ compile_only.TARGETS["sm_80"] = compile_only.TARGETS["sm_80"]._replace(matrix_in
 trouble("sm_80", num_stages=3)
 """
 
+LOADS = """
+import os, re, tempfile
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()
+import compile_gate as gate, compile_only
+
+def places(run, fn, *args, **kwargs):
+    kernel = run(fn, *args, **kwargs)
+    code = compile_only._cuobjdump("--dump-sass", kernel.asm["cubin"])
+    lines = re.findall(r"/\\*[0-9a-f]{4,}\\*/\\s+(.*?);", code)
+    print(*(i for i, line in enumerate(lines) if "LDG.E.128" in line))
+
+cases = dict(gate.cases("sm_90"))
+with compile_only.pretended_gpu("sm_90", places):
+    cases["softmax_rows_fwd log-probs"]()
+    cases["softmax_rows_fwd entropy"]()
+"""
+
 
 def test_as_many_rows_are_in_flight_as_l2_has_room_for(monkeypatch):
     h200 = SimpleNamespace(multi_processor_count=132, L2_cache_size=60 * 2**20)
@@ -78,6 +97,14 @@ def test_every_shipped_configuration_compiles_well(tmp_path):
     assert all(spent[kernel] <= allowed for kernel, (allowed, *_) in PER_LOGIT.items()), spent
     matrix = [report["target"] for report in reports if report["matrix_instruction"] != "-"]
     assert all(matrix.count(target) >= 12 for target in ("sm_80", "sm_90", "sm_100", "gfx942")), matrix
+
+
+def test_the_loads_of_a_tile_are_under_way_together():
+    done = python("-c", LOADS)
+    for line in done.stdout.splitlines() or [done.stderr]:
+        places = [int(place) for place in line.split()]
+        assert len(places) == 4, line
+        assert places[-1] - places[0] < 32, line
 
 
 @pytest.mark.slow
