@@ -160,6 +160,8 @@ def _linear_softmax_fwd_kernel(
     k_tiles = tl.cdiv(H, BLOCK_K)
     for item in range(tl.program_id(0), row_tiles * SPLITS, tl.num_programs(0)):
         row_tile, split = _place(item, row_tiles, SPLITS, GROUP_N)
+        # Each group of row tiles starts at another split: otherwise the same programs would get the longer ones every time.
+        split = (split + item // (GROUP_N * SPLITS)) % SPLITS
         first_tile, end_tile = split * v_tiles // SPLITS, (split + 1) * v_tiles // SPLITS
         row = row_tile * BLOCK_N
         n = row + tl.arange(0, BLOCK_N)
