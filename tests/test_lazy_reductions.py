@@ -60,7 +60,13 @@ def test_argmax_holds_no_more_than_a_workspace_of_logits(workspace, monkeypatch)
     [
         lambda z: z.sum(-1, dtype=torch.int64),
         lambda z: torch.sum(z.log_softmax(-1), dtype=torch.int32),
-        lambda z: z.nansum(dtype=torch.int64),
+        pytest.param(
+            lambda z: z.nansum(dtype=torch.int64),
+            marks=pytest.mark.skipif(
+                torch.torch_version.TorchVersion(torch.__version__) < (2, 12),
+                reason="PyTorch 2.11 has no nansum of integers",
+            ),
+        ),
         lambda z: (z.softmax(-1) + 1.5).sqrt().sum(-1, dtype=torch.int64),
     ],
 )
