@@ -114,7 +114,7 @@ def test_lazy_logits(name, dtype, backend, device):
     if backend == "triton" and (dtype == torch.float64 or name in ("cispo", "dft")):
         pytest.skip("Triton computes in fp32, and reads what grpo reads")
     fn, statistics = LOSSES[name]
-    problems = [problem(dtype, device)[:3] for _ in range(12)]
+    problems = [problem(dtype, device)[:3] for _ in range(6 if backend == "triton" and device == "cpu" else 12)]
     index = problem(dtype, device)[3]
     per_token = {id(p[0]): per_token_of(name, capped(*p), index) for p in problems}
     current = iter([p for p in problems for _ in range(3)])  # each problem for ours, plain, and plain in float64
