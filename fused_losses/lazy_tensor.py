@@ -226,7 +226,9 @@ class LazyTensor:
     def __iter__(self) -> Iterator[Any]:
         if self.ndim == 1 and self.dtype == torch.bool:
             # p[mask] gets here: PyTorch would take a mask's entries for a tuple of masks, and select something else.
-            raise TypeError(f"a lazy mask {tuple(self.shape)} cannot index a tensor or be iterated over: materialize() it")
+            raise TypeError(
+                f"a lazy mask {tuple(self.shape)} cannot index a tensor or be iterated over: materialize() it"
+            )
         return iter(torch.unbind(self))  # type: ignore[arg-type]
 
     @property
