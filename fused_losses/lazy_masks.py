@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autodiff import host_may_read
 from .lazy_products import Dense, alike, as_products, fit
 from .lazy_tensor import (
     Derived,
@@ -62,7 +63,10 @@ class LazyMask(_Booleans):
     def values_at(self, ids: Tensor) -> Any:
         if self.nan:
             return NotImplemented  # a nan anywhere in a row makes all that is gathered from it nan
-        masks = [z.detach().values_at(ids).isinf() for z in self.infinite]
+        gathered = [z.detach().values_at(ids) for z in self.infinite]
+        if any(not host_may_read(x) or x.isnan().any() for x in gathered):
+            return NotImplemented  # so does a logit of +∞, and a row of −∞ alone
+        masks = [x.isinf() for x in gathered]
         if self.dense is not None:
             masks.append(self.dense.elements().expand(self.shape).movedim(self.vocab_dim, -1).gather(-1, ids))
         return functools.reduce(torch.logical_or, masks)

@@ -52,8 +52,11 @@ def all_registers(device: torch.device) -> dict[str, int]:
 
 def loaded_singly(logits: torch.Tensor) -> bool:
     """Whether Triton loads each logit of ``(B, V, S)`` by itself: those of a row are not adjacent, or it cannot know that every
-    row starts at a multiple of 16 bytes."""
-    starts = (logits.data_ptr(), logits.stride(0), logits.stride(2) if logits.shape[2] > 1 else 0)
+    row starts at a multiple of 16 bytes. Rows a multiple of V apart are summed like those that are V apart: they may be a
+    slice of them, or one row expanded, and a row's bits do not depend on the rows beside it."""
+    B, V, S = logits.shape
+    apart = logits.stride(2) if S > 1 else logits.stride(0)
+    starts = (logits.data_ptr(), logits.stride(0) if B > 1 else 0, apart, V if apart % max(V, 1) == 0 else 0)
     return logits.stride(1) != 1 or any(x % 16 for x in starts)
 
 

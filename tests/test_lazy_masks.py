@@ -178,6 +178,19 @@ def test_guards_that_take_elements_materialise(options):
     assert torch.equal(mask.materialize(), torch.zeros(B, S, V) == 1)
 
 
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    "infinite", [{3: torch.inf}, {3: torch.inf, 5: -torch.inf}, dict.fromkeys(range(V), -torch.inf)]
+)
+def test_infinite_logits_at_ids_where_the_logsumexp_is_infinite(infinite):
+    """There every logit that is gathered is nan."""
+    hidden, weight, bias = torch.randn(B, S, H), torch.randn(V, H), torch.zeros(V)
+    bias[list(infinite)] = torch.tensor(list(infinite.values()))
+    ids, z = torch.tensor([3, 5, 0]).expand(B, S, 3), F.linear(hidden, weight, bias)
+    assert torch.equal(LinearLogits(hidden, weight, bias).isinf().gather(-1, ids), z.isinf().gather(-1, ids))
+    assert torch.equal(LinearLogits(hidden, weight, bias).isinf()[..., 5], z.isinf()[..., 5])
+
+
 @pytest.mark.parametrize("own", [lambda z: z.isinf(), lambda z: z.isinf() | (PROBS > 0.1)], ids=["own", "and_given"])
 @pytest.mark.parametrize("transpose", [False, True])
 def test_values_where_infinite_logits_are_masked(own, transpose):
@@ -246,6 +259,8 @@ def test_a_mask_indexes_a_tensor_or_says_that_it_cannot(mask):
     for one in (mask(lazy[0, 0]), mask(lazy)[0, 0]):
         with pytest.raises(TypeError, match="materialize"):
             P[0, 0][one]
+        with pytest.raises(TypeError, match="iterated over"):
+            any(one)
         assert torch.equal(P[0, 0][one.materialize()], P[0, 0][mask(eager)[0, 0]])
 
 

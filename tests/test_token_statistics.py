@@ -81,6 +81,21 @@ def test_shifted_logits_are_read_in_place(backend, device):
         torch.testing.assert_close(getattr(found, name).double(), expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("V", [515, 1032])
+def test_a_row_is_summed_alike_in_slices_and_alone(V, backend, device):
+    """Rows may start at multiples of 16 bytes in a slice, and not in the tensor that it is taken from."""
+    x, ids = torch.randn(3, 16, V, device=device) * 3, torch.randint(V, (3, 16), device=device)
+    names = ("log_probs", "logsumexp", "entropy")
+
+    def found(x, ids):
+        return torch.stack([getattr(token_statistics(x, ids, names, backend=backend), name) for name in names])
+
+    whole = found(x, ids)
+    for part in (slice(None), slice(0, 1)), (slice(0, 1), slice(0, 1)), (slice(None), slice(None, None, 2)), (1, slice(3, 4)):
+        assert torch.equal(found(x[part], ids[part]), whole[(slice(None), *part)]), part
+    assert torch.equal(found(x[0, :1].expand(5, V), ids[0, :1].expand(5)), whole[:, 0, :1].expand(3, 5))
+
+
 def test_what_was_not_asked_for_is_none(backend, device):
     x, ids = logits_and_ids(device)
     found = token_statistics(x, ids, ("entropy", "max_logit"), backend=backend)
