@@ -91,7 +91,12 @@ def test_a_row_is_summed_alike_in_slices_and_alone(V, backend, device):
         return torch.stack([getattr(token_statistics(x, ids, names, backend=backend), name) for name in names])
 
     whole = found(x, ids)
-    for part in (slice(None), slice(0, 1)), (slice(0, 1), slice(0, 1)), (slice(None), slice(None, None, 2)), (1, slice(3, 4)):
+    for part in (
+        (slice(None), slice(0, 1)),
+        (slice(0, 1), slice(0, 1)),
+        (slice(None), slice(None, None, 2)),
+        (1, slice(3, 4)),
+    ):
         assert torch.equal(found(x[part], ids[part]), whole[(slice(None), *part)]), part
     assert torch.equal(found(x[0, :1].expand(5, V), ids[0, :1].expand(5)), whole[:, 0, :1].expand(3, 5))
 
