@@ -354,6 +354,7 @@ def test_a_softcap_is_positive(softcap):
         ((3, 5), torch.zeros(3, dtype=torch.long), {"label_smoothing": 1.5}),
         ((3, 5), torch.zeros(3, dtype=torch.long), {"reduction": "average"}),
         ((3, 5), torch.rand(3, 5), {"ignore_index": 2}),
+        ((3, 5), torch.rand(3, 5), {"ignore_index": 0}),
         ((3, 5), torch.zeros(3, dtype=torch.long), {"weight": torch.ones(5).requires_grad_()}),
         ((2, 5, 3), torch.zeros(2, 4, dtype=torch.long), {}),
     ],
@@ -370,6 +371,19 @@ def test_wrong_input_raises_as_pytorch_does(input, target, kwargs, backend, devi
 def test_extras_on_what_only_pytorch_accepts(device):
     with pytest.raises((ValueError, RuntimeError)):
         cross_entropy(torch.randn(3, 5, device=device), torch.zeros(3, dtype=torch.int32, device=device), z_loss=0.1)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{"z_loss": 0.1}, {"softcap": 3.0}, {"out_dtype": torch.float64}, {"return_statistics": True}],
+    ids="+".join,
+)
+def test_an_extra_without_classes(extra, device):
+    """PyTorch takes such logits, and has no such option."""
+    x = torch.zeros(3, 0, device=device)
+    assert cross_entropy(x, x).isnan()
+    with pytest.raises(ValueError, match=r"need logits .* got input \(3, 0\) torch.float32"):
+        cross_entropy(x, x, **extra)
 
 
 def test_legacy_reductions(backend, device):
@@ -538,6 +552,20 @@ def test_statistics_for_metrics(backend, device):
     assert statistics.is_top1.tolist() == [[False, True, True], [True, False, True]]
     assert not statistics.logsumexp.requires_grad
     assert not statistics.log_probs.requires_grad
+
+
+def test_a_sum_of_many_rows_is_rounded_once(device):
+    x, target = torch.randn(5000, 7, device=device), torch.randint(0, 7, (5000,), device=device)
+    rows, total = (cross_entropy(x, target, reduction=r) for r in ("none", "sum"))
+    assert torch.equal(total, rows.double().sum().float())
+
+
+def test_statistics_of_class_probabilities(backend, device):
+    x = torch.randn(2, 11, 3, device=device)
+    target = torch.rand(2, 11, 3, device=device).softmax(1)
+    loss, statistics = cross_entropy(x, target, return_statistics=True, backend=backend)
+    torch.testing.assert_close(loss, F.cross_entropy(x, target))
+    torch.testing.assert_close(statistics, (None, x.logsumexp(1), None))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

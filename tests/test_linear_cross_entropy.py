@@ -322,6 +322,35 @@ def test_a_softcap_of_lazy_logits(reduction, backend, device):
     check(ours, plain, (hidden, weight, bias))
 
 
+def test_a_second_bound_of_lazy_logits():
+    hidden, weight, _, target = problem()
+    with pytest.raises(ValueError, match=r"already have a softcap of 3\.0; got another, 2\.0"):
+        cross_entropy(LinearLogits(hidden, weight, softcap=3.0), target, softcap=2.0)
+    with pytest.raises(ValueError, match="a softcap after a temperature"):
+        cross_entropy(LinearLogits(hidden, weight, temperature=torch.ones(N)), target, softcap=2.0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_target_that_does_not_fit_lazy_logits(reduction):
+    hidden, weight, _, target = problem()
+    for wrong in (target[:, None], target[1:]):
+        with pytest.raises(ValueError, match=r"class indices \(13,\) or of class probabilities"):
+            cross_entropy(LinearLogits(hidden, weight), wrong, reduction=reduction)
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("options", [{"z_loss": 0.1}, {"return_statistics": True}], ids="+".join)
+def test_extras_of_lazy_logits(options, reduction, soft):
+    hidden, weight, bias, target = problem()
+    target = torch.rand(N, C).softmax(-1) if soft else target
+    found, expected = (
+        cross_entropy(z, target, reduction=reduction, **options)
+        for z in (LinearLogits(hidden, weight, bias), F.linear(hidden, weight, bias))
+    )
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_lazy_logits_with_the_vocabulary_anywhere(route):
     hidden, weight, bias, target = problem(tokens=12, dtype=torch.float64)
@@ -487,6 +516,18 @@ def test_main_grad_of_a_weight_that_trains_alone(route):
     torch.testing.assert_close(main_grad, torch.autograd.grad(F.cross_entropy(hidden @ weight.T, target), weight)[0])
 
 
+def test_a_promised_number_is_added_in_forward(backend, device):
+    hidden, weight, _, target = problem(device=device)
+    leaves, main_grad = [x.requires_grad_() for x in (hidden, weight)], torch.zeros(C, H, device=device)
+    how = {"route": "gradients_in_forward", "backend": backend}
+    loss = linear_cross_entropy(hidden, weight, target, main_grad=main_grad, grad_scale=2.0, **how)
+    d_hidden, d_weight = torch.autograd.grad(2 * F.cross_entropy(hidden @ weight.T, target), leaves)
+    torch.testing.assert_close(main_grad, d_weight)
+    (2 * loss).backward()
+    torch.testing.assert_close(hidden.grad, d_hidden)
+    torch.testing.assert_close(main_grad, d_weight)
+
+
 def test_a_promise_of_0(backend, device):
     hidden, weight, _, target = problem(device=device)
     leaves = [x.requires_grad_() for x in (hidden, weight)]
@@ -639,6 +680,14 @@ def test_class_probabilities_of_no_token(route, reduction, backend, device):
         found = torch.autograd.grad(loss * factor, leaves, retain_graph=True)
         for g, e in zip(found, torch.autograd.grad(expected, leaves, retain_graph=True), strict=True):
             assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_class_probabilities_that_are_all_0(reduction, route, backend, device):
+    hidden, weight, _, _ = problem(device=device)
+    how = {"reduction": reduction, "route": route, "backend": backend}
+    assert linear_cross_entropy(hidden.requires_grad_(), weight, torch.zeros(N, C, device=device), **how) == 0
 
 
 @pytest.mark.parametrize("drop_ignored", [True, False])
@@ -885,6 +934,34 @@ def test_token_weights_of_class_probabilities(reduction, route, dims):
     torch.testing.assert_close(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (found, expected)))
 
 
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_z_loss_under_token_weights_of_class_probabilities(reduction, route):
+    hidden, weight, _, _ = problem()
+    target, token_weights = torch.rand(N, C).softmax(1), torch.rand(N) + 0.5
+
+    def ours(h, w):
+        how = {"reduction": reduction, "route": route}
+        return linear_cross_entropy(h, w, target, token_weights=token_weights, z_loss=0.1, **how)
+
+    def plain(h, w):
+        z, t = h @ w.T, target.to(h.dtype)
+        each = F.cross_entropy(z, t, reduction="none") + 0.1 * z.logsumexp(-1).square()
+        return getattr(each * token_weights.to(h.dtype), reduction)()
+
+    check(ours, plain, (hidden, weight))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_bf16_mean_over_class_probabilities_is_divided_in_fp32(route):
+    hidden, weight, _, _ = problem(torch.bfloat16)
+    hidden.requires_grad_()
+    target = torch.rand(N, C).softmax(-1).bfloat16()
+    how = {"route": route, "out_dtype": torch.float32}
+    mean, total = (linear_cross_entropy(hidden, weight, target, reduction=r, **how) for r in ("mean", "sum"))
+    torch.testing.assert_close(mean, total / N)
+
+
 def test_probabilities_leave_the_random_state_alone(monkeypatch):
     hidden, weight, _, _ = problem()
     monkeypatch.setattr(torch, "get_rng_state", lambda: pytest.fail("read the random state"))
@@ -913,6 +990,7 @@ def test_statistics_come_along(route):
     assert found.is_top1.any()
     assert not found.is_top1.all()
     assert not found.log_probs.requires_grad
+    assert not found.logsumexp.requires_grad
     hidden.grad = None
     loss.backward()
     assert hidden.grad.any()
@@ -945,6 +1023,20 @@ def test_result_dtypes():
         assert promoted.dtype == torch.float32
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_result_dtypes_of_lazy_logits(reduction):
+    hidden, weight, _, target = problem(torch.bfloat16)
+    target, probabilities, class_weights = target.clamp(min=0), torch.rand(N, C).softmax(-1), torch.rand(C)
+    for t, u in ((target, None), (probabilities.double(), None), (probabilities.bfloat16(), class_weights)):
+        found, expected = (
+            cross_entropy(z, t, u, reduction=reduction) for z in (LinearLogits(hidden, weight), hidden @ weight.T)
+        )
+        assert found.dtype == expected.dtype
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
+    with pytest.raises(RuntimeError, match="cast one"):
+        cross_entropy(LinearLogits(hidden, weight), target, class_weights)
+
+
 def test_module_is_pytorchs():
     if not hasattr(torch.nn, "LinearCrossEntropyLoss"):
         pytest.skip("this PyTorch has no LinearCrossEntropyLoss")
@@ -967,6 +1059,7 @@ def test_module_on_a_device_in_a_dtype():
     head = LinearCrossEntropyLoss(H, C, device="meta", dtype=torch.float64).linear
     assert head.weight.is_meta
     assert head.weight.dtype == torch.float64
+    assert head.bias is None
 
 
 @pytest.mark.parametrize(

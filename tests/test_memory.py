@@ -385,6 +385,13 @@ def test_class_probabilities_are_within_the_workspace(reduction, dtype, label_sm
     assert peak_bytes(call) <= hidden.nbytes + weight.nbytes + 16.5 * MiB
 
 
+def test_class_probabilities_are_within_a_workspace_of_their_own():
+    hidden, weight = (torch.randn(n, 512).requires_grad_() for n in (1024, 8192))
+    p, how = torch.rand(1024, 8192).softmax(-1), {"route": "gradients_in_forward", "workspace": "16MiB"}
+    peak = peak_bytes(lambda: linear_cross_entropy(hidden, weight, p, **how).backward(), DEVICE)
+    assert peak <= hidden.nbytes + weight.nbytes + 16.5 * MiB
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_class_probabilities_train_a_few_rows_at_a_time(dtype):
     """The fp32 and float64 copies of their gradient hold a few rows, not a chunk."""

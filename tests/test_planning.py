@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from fused_losses import settings
-from fused_losses.planning import NUMBERS_IN_FORWARD, MiB, plan
+from fused_losses.chunked.linear_softmax import TILE
+from fused_losses.planning import CHUNK_ELEMENTS, NUMBERS_IN_FORWARD, MiB, plan
 
 LLAMA, GEMMA, QWEN = (8192, 128256, 4096), (8192, 256000, 2304), (16384, 151936, 2048)
 
@@ -112,6 +113,7 @@ def test_fp32_sums_fit_the_budget(part, dtype, accumulate, shape):
 def test_fp16_gradients_wait_for_their_scale_in_fp32():
     p = plan(2048, 65536, 64, torch.float16)
     assert (p.route, p.chunks, p.accumulate) == ("gradients_in_forward", 1, torch.float32)
+    assert "overflow" not in str(p)  # a reason for sums over chunks, of which there is one
     assert "overflow float16" in str(plan(2048, 65536, 64, torch.float16, workspace="100MiB"))
     assert p.peak >= (2048 + 65536) * 64 * (2 + 4)
 
@@ -124,6 +126,38 @@ def test_blocks_of_fp32_sums_are_counted():
     assert on_gpu.peak == forward.peak - 4 * 1024 * (1024 + 16)
     backward = plan(8192, 4096, 4096, torch.float16, backend="torch", **how)
     assert backward.parts["rows at a time"] == 4 * 1024 * 4096
+    assert plan(8192, 4096, 4096, torch.float16, backend="triton", **how).peak == backward.peak - 4 * 1024 * 4096
+    of_weight = plan(8192, 4096, 16, torch.bfloat16, backend="torch", accumulate="fp32", **how)
+    assert of_weight.parts["at a time"] == 4 * 1024 * (1024 + 16)
+    scaled = plan(1, 8, 2**18, torch.bfloat16, backend="torch", route="gradients_in_forward")
+    assert scaled.parts["rows at a time"] == 2 * 4 * 256 * 1024  # a copy in fp32 and its factors
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(64, 64), (4096, 65)])
+def test_a_tile_of_fp32_logits_is_counted(tokens, rows):
+    """On a GPU forward holds at most 32 MiB of them where it saves none."""
+    how = {"per_token": True, "workspace": 0}
+    assert plan(tokens, 128256, 4, torch.float32, backend="triton", **how).parts["logits of a tile"] == (
+        rows * 128256 * 4
+    )
+    assert "logits of a tile" not in plan(tokens, 128256, 4, torch.float32, backend="torch", **how).parts
+
+
+def test_rows_on_a_cpu_are_counted():
+    """Of a slice made again a tile of logits and its upcast factors, of saved logits the rows that are reduced at once."""
+    shape, how = (1024, 65536, 1024), {"per_token": True, "backend": "torch"}
+    assert plan(*shape, workspace=0, **how).parts["at a time"] == 4 * (TILE * 512 + (TILE + 512) * 1024)
+    saved = plan(*shape, torch.float32, workspace="4GiB", **how)
+    assert (saved.saved, saved.parts["at a time"]) == (65536, 4 * CHUNK_ELEMENTS)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ignored", "bytes"),
+    [(torch.bfloat16, 0, 4), (torch.bfloat16, 8192, 4 + 2), (torch.float32, 0, 0), (torch.float32, 8192, 4)],
+)
+def test_a_gradient_of_hidden_that_is_made_from_its_sum_is_counted(dtype, ignored, bytes):
+    p = plan(8192, 512, 4096, dtype, per_token=True, workspace=0, ignored=ignored, backend="triton")
+    assert p.parts.get("d_hidden before it", 0) == 8192 * 4096 * bytes
 
 
 def test_fp32_heads_sum_exactly_in_any_number_of_chunks():
@@ -205,6 +239,8 @@ def test_unknown_choices_raise():
     for sizes, name in (((-1, 8, 8), "tokens"), ((8, 8.0, 8), "vocab"), ((8, 8, -8), "hidden")):
         with pytest.raises(ValueError, match=f"{name} must be an integer of at least 0, got"):
             plan(*sizes)
+    with pytest.raises(ValueError, match="ignored must be an integer of at least 0, got -1"):
+        plan(8, 8, 8, ignored=-1)
     for setting in (settings.drop_ignored, settings.strict):
         with pytest.raises(TypeError, match=f"{setting.__name__} is True or False, got 'no'"):
             setting("no")
