@@ -386,8 +386,9 @@ def test_class_probabilities_are_within_the_workspace(reduction, dtype, label_sm
 
 
 def test_class_probabilities_are_within_a_workspace_of_their_own():
-    hidden, weight = (torch.randn(n, 512).requires_grad_() for n in (1024, 8192))
-    p, how = torch.rand(1024, 8192).softmax(-1), {"route": "gradients_in_forward", "workspace": "16MiB"}
+    hidden, weight = (torch.randn(n, 512, device=DEVICE).requires_grad_() for n in (1024, 8192))
+    p = torch.rand(1024, 8192, device=DEVICE).softmax(-1)
+    how = {"route": "gradients_in_forward", "workspace": "16MiB"}
     peak = peak_bytes(lambda: linear_cross_entropy(hidden, weight, p, **how).backward(), DEVICE)
     assert peak <= hidden.nbytes + weight.nbytes + 16.5 * MiB
 
