@@ -265,8 +265,10 @@ def _pytorchs_own(
     loss = F.cross_entropy(input, target, weight, **options)
     if extras:
         raise ValueError(
-            "z_loss, softcap, out_dtype and return_statistics need logits (C), (N, C) or (N, C, d1, …) and a matching target; "
-            f"got input {tuple(input.shape)} {input.dtype} and target {tuple(target.shape)} {target.dtype}"
+            "z_loss, softcap, out_dtype and return_statistics need logits (C), (N, C) or (N, C, d1, …), a matching target, a "
+            f"weight (C) if any and label_smoothing in [0, 1]; got input {tuple(input.shape)} {input.dtype}, target "
+            f"{tuple(target.shape)} {target.dtype}, weight {None if weight is None else tuple(weight.shape)} and "
+            f"label_smoothing {options['label_smoothing']}"
         )
     return loss
 

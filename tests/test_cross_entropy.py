@@ -386,6 +386,18 @@ def test_an_extra_without_classes(extra, device):
         cross_entropy(x, x, **extra)
 
 
+@pytest.mark.parametrize(
+    ("option", "shown"),
+    [({"weight": torch.ones(4, 1)}, r"weight \(4, 1\)"), ({"label_smoothing": math.nan}, "label_smoothing nan")],
+)
+def test_an_extra_where_an_option_does_not_fit(option, shown):
+    """PyTorch takes both; the message shows which it is."""
+    x, target = torch.zeros(2, 4, 3), torch.zeros(2, 3, dtype=torch.long)
+    assert cross_entropy(x, target, **option).ndim == 0
+    with pytest.raises(ValueError, match=shown):
+        cross_entropy(x, target, **option, z_loss=0.1)
+
+
 def test_legacy_reductions(backend, device):
     x, target = torch.randn(3, 5, device=device), torch.tensor([0, 1, 2], device=device)
     for size_average, reduce in itertools.product([None, True, False], repeat=2):
