@@ -260,8 +260,9 @@ def _counted(labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def _count(counted: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    given = None if num_items_in_batch is None else on_device(num_items_in_batch, counted.device)
-    return at_least_one(counted.sum() if given is None else given.reshape(()))  # raises for several numbers
+    if num_items_in_batch is None:
+        return at_least_one(counted.sum())
+    return at_least_one(on_device(num_items_in_batch, counted.device).reshape(()))  # raises for several numbers
 
 
 class TopK(NamedTuple):

@@ -118,15 +118,14 @@ def differentiable_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence and ``−log p`` in plain PyTorch, which has every derivative."""
     skip = None if ids is None else ids == -100
-    if skip is not None:  # before, too: 0 times the slope of an infinite divergence is nan
+    if skip is not None:
         z_student, z_teacher = (z.masked_fill(skip[:, None], 0) for z in (z_student, z_teacher))
     log_s, log_t = ((z / temperature).log_softmax(-1) for z in (z_student, z_teacher))
     value = of_log_probs(log_s, log_t, kind, beta)
-    if ids is None or skip is None:
-        return value, None
-    value = value.masked_fill(skip, 0)
-    if not with_nll:
-        return value, None
-    y = ids.clamp(0, z_student.shape[1] - 1)
-    nll = -z_student.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
-    return value, nll.masked_fill(skip, 0)
+    nll = None
+    if with_nll and ids is not None:
+        y = ids.clamp(0, z_student.shape[1] - 1)
+        nll = -z_student.log_softmax(-1).gather(-1, y[:, None]).squeeze(-1)
+    if skip is not None:
+        value, nll = value.masked_fill(skip, 0), None if nll is None else nll.masked_fill(skip, 0)
+    return value, nll
