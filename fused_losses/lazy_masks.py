@@ -68,7 +68,7 @@ class LazyMask(_Booleans):
             return NotImplemented  # so does a logit of +∞, and a row of −∞ alone
         masks = [x.isinf() for x in gathered]
         if self.dense is not None:
-            masks.append(self.dense.elements().expand(self.shape).movedim(self.vocab_dim, -1).gather(-1, ids))
+            masks.append(self.dense.elements().movedim(self.vocab_dim, -1).gather(-1, ids))
         return functools.reduce(torch.logical_or, masks)
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMask:
