@@ -146,7 +146,8 @@ def _weighed(slope, p, WEIGHED: tl.constexpr):
 
 @triton.jit
 def _by_lane(x, VEC: tl.constexpr, SINGLY: tl.constexpr):
-    """A tile ``(BLOCK_V,)`` as ``(LANES, VEC)``: see :func:`~.common.by_lane`."""
+    """A tile ``(BLOCK_V,)`` as ``(LANES, VEC)``: see :func:`~.common.by_lane`, which would take it as one row, and move that
+    through shared memory (933 instructions for 561 in the first pass of ``forward_kl``, sm_90)."""
     if SINGLY:
         x = tl.trans(tl.reshape(x, (VEC, x.shape[0] // VEC)))
     else:
