@@ -314,14 +314,8 @@ def rivals(ids):
     return torch.stack([ids.clamp(min=0), (ids + 5) % V], -1), -torch.stack([1 + ids % 2, 2 + ids % 3], -1).float()
 
 
-QUICK = ("cross_entropy", "temperature", "token_loss", "divergence", "sft_loss")
-
-
-@pytest.mark.parametrize(
-    ("name", "dynamic"),
-    [(name, None) for name in OF_TOKENS]
-    + [pytest.param(name, True, marks=() if name in QUICK else pytest.mark.slow) for name in OF_TOKENS],
-)
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", OF_TOKENS)
 def test_compiles_of_tokens_that_a_mask_takes(name, dynamic):
     """Their number is known only at run time: one graph serves all masks."""
     torch._dynamo.reset()
