@@ -31,6 +31,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(PY) -m mypy -p fused_losses
+	$(PY) -m mypy tests/test_types.py
 
 gate: $(READY)
 	PYTHONPATH=. $(PY) tests/compile_gate.py

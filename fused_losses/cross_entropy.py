@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .autodiff import same_sizes
+from .lazy_tensor import check_is_logits, is_lazy
 from .numerics import autocast_dtype, check_scaling, reduction_of, statistics_dtype, wide_dtype
 from .row_statistics import RowStatistics
 from .settings import Backend
@@ -144,13 +145,14 @@ def cross_entropy(
     """
     reduction = reduction_of(reduction, size_average, reduce)
     check_scaling(softcap)
+    check_is_logits("input", input)
     class_dim, given = 0 if input.ndim == 1 else 1, input.shape
     input, shard = local_part(input, group, class_dim)
     target = local_target(target)
     if shard is not None and group is not None and target.shape == given:  # padded like the input
         target = target.narrow(class_dim, 0, shard.size)
     options: dict[str, Any] = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-    if not isinstance(input, Tensor):
+    if is_lazy(input):
         from .linear_cross_entropy import linear_logits_cross_entropy
 
         if input.vocab_dim != class_dim:

@@ -35,6 +35,7 @@ from .divergence import (
     summed_divergence,
     token_divergence,
 )
+from .lazy_tensor import check_is_logits, is_lazy
 from .linear_logits import LinearLogits
 from .numerics import (
     check_reduction,
@@ -137,7 +138,7 @@ def distillation_loss(
     shards = shared_vocabulary(student_logits, teacher_logits, group)
     if without_soft and not teacher_logits.requires_grad:  # any logits will do: zeros that take no memory
         columns = teacher_logits.shape[-1] if shards[1] is None else shards[1].size
-        like = student_logits if isinstance(student_logits, Tensor) else student_logits.hidden
+        like = student_logits.hidden if is_lazy(student_logits) else student_logits
         teacher_logits = like.detach().new_zeros(()).expand(*labels.shape, columns)
     soft = soft_weight * temperature**2 if scale_by_temperature_squared else soft_weight
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
@@ -311,7 +312,7 @@ def teacher_topk(
     if not 1 <= k <= V:
         raise ValueError(f"k must be between 1 and the vocabulary {V} of logits {tuple(logits.shape)}, got {k}")
     with torch.no_grad(), gathered(logits), full_precision(logits.device):
-        if isinstance(logits, Tensor):
+        if not is_lazy(logits):
             mine = logits.detach() if shard is None else logits.detach()[..., : shard.size]
             _, found = _top(mine.reshape(tokens.numel(), mine.shape[-1]), k, shard)
             found = found.view(*tokens, k)
@@ -419,6 +420,7 @@ def sparse_distillation_loss(
         )
     check_reduction(reduction)
     check_tensors(teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
+    check_is_logits("student_logits", student_logits)
     tokens = student_logits.shape[:-1]
     if not same_sizes(teacher_ids.shape, teacher_log_probs.shape) or not same_sizes(teacher_ids.shape[:-1], tokens):
         raise ValueError(

@@ -40,6 +40,7 @@ from .autodiff import (
     unknown,
 )
 from .head import Head, head_of, kept_tokens, ready
+from .lazy_tensor import is_lazy
 from .numerics import check_masks, check_scaling, on_device, statistics_dtype
 from .row_divergence import Divergence, compare_rows
 from .settings import Backend, Route, resolve_backend
@@ -179,7 +180,7 @@ divergence_rows.register_autograd(_backward, setup_context=_setup_context)
 
 def as_head(logits: Tensor | LinearLogits, shard: VocabShard | None = None) -> Head:
     """Logits as a :class:`Head`; with a ``shard``, they are the columns of that shard."""
-    if isinstance(logits, Tensor):
+    if not is_lazy(logits):
         rows = logits.reshape(logits.shape[:-1].numel(), logits.shape[-1])
         return Head(rows, None, shard=shard)  # type: ignore[arg-type]
     head = head_of(logits)
@@ -192,8 +193,8 @@ Shards = tuple[VocabShard | None, VocabShard | None]
 def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, group: Any) -> Shards:
     """The shard of the vocabulary that each side holds, cut to the smaller vocabulary; None where they hold all of it."""
     sides = (student, teacher)
-    some_tensor = isinstance(student, Tensor) or isinstance(teacher, Tensor)
-    found = [local_part(x, group if isinstance(x, Tensor) or not some_tensor else None)[1] for x in sides]
+    both_lazy = is_lazy(student) and is_lazy(teacher)
+    found = [local_part(x, group if both_lazy or not is_lazy(x) else None)[1] for x in sides]
     first, second = found
     if first is None and second is None:
         V, W = student.shape[-1], teacher.shape[-1]
@@ -234,6 +235,7 @@ def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
 
 
 def check_logits(name: str, logits: Any) -> None:
+    check_vocab_last(name, logits)
     if not logits.ndim or not logits.dtype.is_floating_point:
         raise ValueError(f"{name} must be floating point (…, V), got {logits.dtype} {tuple(logits.shape)}")
     if is_dtensor(logits):
@@ -241,7 +243,6 @@ def check_logits(name: str, logits: Any) -> None:
             f"{name} {tuple(logits.shape)} is a DTensor, {logits.placements}: pass to_local(), and group= where the "
             "vocabulary is shared"
         )
-    check_vocab_last(name, logits)
 
 
 def check_sides(
@@ -278,7 +279,7 @@ def token_divergence(
         refuse_shard(packed(shards[0]), student.shape)
         with gathered(student), gathered(teacher):
             return differentiable_two_heads(as_head(student), as_head(teacher), ids, with_nll, which)
-    if isinstance(student, Tensor) and isinstance(teacher, Tensor):
+    if not (is_lazy(student) or is_lazy(teacher)):
         found, nll = divergence_rows(
             rows_of(student), rows_of(teacher), ids, with_nll=with_nll, **which._asdict(),
             backend=resolve_backend(student, backend), shard=packed(shards[0]),
@@ -322,7 +323,7 @@ def summed_divergence(
     """``Σ_n soft·divergence + hard·(−log p)`` over ``divisor``, for a head with gradients made in forward; the divergences
     ``(N,)``; and −log p ``(N,)``, None where it has no weight."""
     how: dict[str, Any] = {"backend": backend, "workspace": workspace, "drop_ignored": drop_ignored}
-    tensors = isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    tensors = not (is_lazy(student) or is_lazy(teacher))
     learned = isinstance(soft, Tensor) or isinstance(hard, Tensor)  # weights that may require grad
     learned = learned or (isinstance(divisor, Tensor) and divisor.requires_grad)
     recompute = route_setting.chosen(route) == "recompute" or unknown(math.prod(student.shape[:-1]))
@@ -349,12 +350,12 @@ def summed_divergence(
 
 
 def gathered(logits: Tensor | LinearLogits) -> Any:
-    return contextlib.nullcontext() if isinstance(logits, Tensor) else logits.gathered()
+    return logits.gathered() if is_lazy(logits) else contextlib.nullcontext()
 
 
 def _gather_in_backward(output: Tensor, *sides: Tensor | LinearLogits, made: bool = False) -> Tensor:
     for logits in sides:
-        if not isinstance(logits, Tensor):
+        if is_lazy(logits):
             output = logits.gather_in_backward(output, made)
     return output
 

@@ -190,7 +190,9 @@ def recorded(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwa
     def operand(y: Any) -> Any:  # a copy; a tensor of the full shape is not copied, and must not change
         if isinstance(y, Tensor):
             return Dense(y if y.shape == x.shape else y.clone())
-        return y.as_copy() if isinstance(y, LinearLogits) else copy_with(y, lambda t: t) if is_lazy(y) else y
+        if isinstance(y, LinearLogits):
+            return y.as_copy()
+        return copy_with(y, lambda t: t) if isinstance(y, Derived) else y
 
     with torch.no_grad():  # for the dtype
         one = function(*tree_map(entry, args, is_leaf=is_lazy), **tree_map(entry, kwargs, is_leaf=is_lazy))

@@ -145,7 +145,7 @@ class LazyMixture(Elementwise):
         return self.parts[0][1]
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return any(z.requires_grad for _, z in self.parts)
 
     def __repr__(self) -> str:
@@ -252,7 +252,7 @@ class LazyProducts(Elementwise):
         return first if isinstance(first, LinearLogits) else first.base
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         trained = any(term.requires_grad for term in self.terms)
         return trained or (isinstance(self.factor, Tensor) and self.factor.requires_grad)
 
@@ -639,23 +639,23 @@ class LazyStack(Derived):
         return next(x for x in self.parts if is_lazy(x))
 
     @property
-    def vocab_dim(self) -> int:  # type: ignore[override]
+    def vocab_dim(self) -> int:
         return self.base.vocab_dim + (self.at <= self.base.vocab_dim)
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return torch.Size([*self.base.shape[: self.at], len(self.parts), *self.base.shape[self.at :]])
 
     @property
-    def token_shape(self) -> torch.Size:  # type: ignore[override]
+    def token_shape(self) -> torch.Size:
         return torch.Size([n for d, n in enumerate(self.shape) if d != self.vocab_dim])
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return functools.reduce(torch.promote_types, (x.dtype if is_lazy(x) else x.tensor.dtype for x in self.parts))
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return any(x.requires_grad for x in self.parts)
 
     def __repr__(self) -> str:
@@ -675,8 +675,8 @@ class LazyStack(Derived):
 def stack(tensors: Sequence[Any], dim: int = 0) -> Any:
     if all(isinstance(x, LinearLogits) for x in tensors):
         return torch.cat([x.unsqueeze(dim) for x in tensors], dim)
-    lazy, exist = [x for x in tensors if is_lazy(x)], [x for x in tensors if not is_lazy(x)]
-    first = lazy[0]
+    lazy: list[Any] = [x for x in tensors if is_lazy(x)]
+    first, exist = lazy[0], [x for x in tensors if not is_lazy(x)]
     if not all(isinstance(x, LazyExpression) and fit(first.base, x.base) for x in lazy):
         return NotImplemented
     # A function of an expression and a tensor is recorded, which does not work in a compiled function.

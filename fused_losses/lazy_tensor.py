@@ -19,7 +19,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,15 @@ _WARNED: set[tuple[str, int, str]] = set()
 _INTERNAL = tuple(os.path.dirname(os.path.realpath(m.__file__ or "")) + os.sep for m in (torch, settings))
 
 
-class LazyTensor:
+if TYPE_CHECKING:  # type checkers take it for a tensor: what is written against logits needs no change
+    from torch import Tensor as _Tensor
+
+    from .linear_logits import LinearLogits
+else:
+    _Tensor = object
+
+
+class LazyTensor(_Tensor):
     """Shape, metadata and dispatch; a subclass adds the tokens and the numbers."""
 
     vocab_dim: int
@@ -67,13 +75,6 @@ class LazyTensor:
     requires_grad: bool
     wide: torch.dtype  # the dtype its numbers are computed in, whatever its own dtype
     answered: frozenset[str] | None = None  # the names it answers; None: all in HANDLERS
-    if TYPE_CHECKING:  # all of _OPERATORS, which are set below
-        __getitem__ = __setitem__ = __len__ = __contains__ = __array__ = cast(Any, None)
-        __bool__ = __int__ = __float__ = __index__ = __lt__ = __le__ = __gt__ = __ge__ = cast(Any, None)
-        __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = cast(Any, None)
-        __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = cast(Any, None)
-        __matmul__ = __rmatmul__ = __neg__ = __pos__ = __abs__ = __invert__ = cast(Any, None)
-        __and__ = __or__ = __xor__ = cast(Any, None)
 
     def materialize(self) -> Tensor:
         """The tensor itself, differentiable, in ``dtype``."""
@@ -229,7 +230,7 @@ class LazyTensor:
             raise TypeError(
                 f"a lazy mask {tuple(self.shape)} cannot index a tensor or be iterated over: materialize() it"
             )
-        return iter(torch.unbind(self))  # type: ignore[arg-type]
+        return iter(torch.unbind(self))
 
     @property
     def ndim(self) -> int:
@@ -257,7 +258,7 @@ class LazyTensor:
 
     @property
     def data(self) -> Any:
-        return torch.detach(self)  # type: ignore[arg-type]
+        return torch.detach(self)
 
     @property
     def real(self) -> Any:
@@ -269,11 +270,11 @@ class LazyTensor:
 
     @property
     def T(self) -> Any:
-        return torch.permute(self, tuple(range(self.ndim))[::-1])  # type: ignore[arg-type]
+        return torch.permute(self, tuple(range(self.ndim))[::-1])
 
     @property
     def mT(self) -> Any:
-        return torch.transpose(self, -2, -1)  # type: ignore[arg-type]
+        return torch.transpose(self, -2, -1)
 
     @property
     def mH(self) -> Any:
@@ -336,23 +337,23 @@ class Derived(LazyTensor):
         return self
 
     @property
-    def vocab_dim(self) -> int:  # type: ignore[override]
+    def vocab_dim(self) -> int:
         return self.base.vocab_dim
 
     @property
-    def wide(self) -> torch.dtype:  # type: ignore[override]
+    def wide(self) -> torch.dtype:
         return self.base.wide
 
     @property
-    def token_shape(self) -> torch.Size:  # type: ignore[override]
+    def token_shape(self) -> torch.Size:
         return self.base.token_shape
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         return self.base.shape
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.base.device
 
     @property
@@ -520,8 +521,15 @@ def from_front(x: LazyTensor, ids: Tensor, dim: int | None = None) -> Tensor:
     return torch.where(ids < 0, ids + x.shape[x.vocab_dim if dim is None else dim], ids)
 
 
-def is_lazy(x: Any) -> bool:
+def is_lazy(x: Any) -> TypeGuard[LinearLogits]:
     return isinstance(x, LazyTensor)
+
+
+def check_is_logits(name: str, x: Any) -> None:
+    """Raise TypeError unless ``x`` is a tensor or a LinearLogits."""
+    if not isinstance(x, Tensor) and (not is_lazy(x) or isinstance(x, Derived)):
+        made = f" {tuple(x.shape)}, made of one: materialize() it" if is_lazy(x) else ""
+        raise TypeError(f"{name} must be a Tensor or a LinearLogits, got a {type(x).__name__}{made}")
 
 
 def _called(x: LazyTensor) -> str:

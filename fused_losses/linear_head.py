@@ -88,7 +88,7 @@ class LinearHead(nn.Linear):
         named = [f"{name}={value}" for name, (value, default) in options.items() if value != default]
         return ", ".join([super().extra_repr(), *named])
 
-    def forward(self, input: Tensor, *, temperature: float | Tensor = 1.0) -> LinearLogits:  # type: ignore[override]
+    def forward(self, input: Tensor, *, temperature: float | Tensor = 1.0) -> LinearLogits:
         low_rank = None
         if self.lora_A is not None and self.lora_B is not None:
             u = F.linear(F.dropout(input, self.dropout, self.training), self.lora_A)

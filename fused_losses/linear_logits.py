@@ -348,32 +348,32 @@ class LinearLogits(LazyTensor):
         return self.rest.module
 
     @property
-    def vocab_dim(self) -> int:  # type: ignore[override]
+    def vocab_dim(self) -> int:
         return self.rest.vocab_dim
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return self.rest.dtype
 
     @property
-    def wide(self) -> torch.dtype:  # type: ignore[override]
+    def wide(self) -> torch.dtype:
         return statistics_dtype(self.hidden.dtype)
 
     @property
-    def token_shape(self) -> torch.Size:  # type: ignore[override]
+    def token_shape(self) -> torch.Size:
         return self.hidden.shape[:-1]
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         tokens = self.token_shape
         return torch.Size([*tokens[: self.vocab_dim], self.rest.vocab, *tokens[self.vocab_dim :]])
 
     @property
-    def device(self) -> torch.device:  # type: ignore[override]
+    def device(self) -> torch.device:
         return self.hidden.device
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return self.hidden.requires_grad
 
     @property

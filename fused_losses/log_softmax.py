@@ -101,11 +101,11 @@ class LazyExpression(Elementwise):
             self.factor, self.offset = (t.detach() if isinstance(t, Tensor) else t for t in (self.factor, self.offset))
 
     @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
+    def dtype(self) -> torch.dtype:
         return self.label or self.base.dtype
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         return any(isinstance(t, (Tensor, LinearLogits)) and t.requires_grad for t in self._parts())
 
     def _parts(self) -> tuple[Any, ...]:

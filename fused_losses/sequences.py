@@ -362,8 +362,8 @@ def shift_labels(
 
     Raises:
         TypeError: ``labels`` are not integers.
-        ValueError: ``position_ids`` are not shaped like ``labels``, wrong ``cu_seqlens`` as for :func:`sums_and_counts`, both
-            are given, a zigzag part has an odd length, or a part has no tokens.
+        ValueError: ``labels`` of no dimension, ``position_ids`` not shaped like them, wrong ``cu_seqlens`` as for
+            :func:`sums_and_counts`, both are given, a zigzag part has an odd length, or a part has no tokens.
 
     Example:
         >>> shift_labels(torch.tensor([[1, 2, 3, 4, 5]]), cu_seqlens=torch.tensor([0, 3, 5]))
@@ -371,6 +371,8 @@ def shift_labels(
     """
     _one_packing(cu_seqlens, position_ids)
     labels = integer_ids(labels)  # in uint8 −100 would be 156
+    if labels.ndim == 0:
+        raise ValueError("labels must be (B, S) or (1, total), got ()")
     if context_group is not None and labels.shape[-1] == 0:  # the others would wait for this rank's first label
         raise ValueError(f"each rank of a context_group holds a token of every row, got labels {tuple(labels.shape)}")
     rank, ranks = (

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .autodiff import same_sizes
+from .lazy_tensor import is_lazy
 from .linear_cross_entropy import linear_logits_cross_entropy
 from .linear_logits import LinearLogits
 from .numerics import on_device, statistics_dtype, upcast
@@ -103,6 +104,7 @@ def sft_loss(
         >>> sft_loss(torch.zeros(1, 4, 10), torch.tensor([[7, 8, -100, 9]]))
         tensor(2.3026)
     """
+    check_vocab_last("logits", logits)
     if labels.dim() not in (1, 2) or not same_sizes(logits.shape[:-1], labels.shape):
         raise ValueError(
             f"logits (B, S, V) need labels (B, S), got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
@@ -111,7 +113,6 @@ def sft_loss(
         raise ValueError(f"average is 'token' or 'sequence', loss_type 'nll' or 'dft', got {average!r}, {loss_type!r}")
     if context_group is not None and average == "sequence" and (cu_seqlens is not None or position_ids is not None):
         raise ValueError("average='sequence' of packed rows that are split over a context_group is not supported")
-    check_vocab_last("logits", logits)
     labels = local_target(labels)
     packing: dict[str, Any] = {"cu_seqlens": cu_seqlens, "position_ids": position_ids}
     target = shift_labels(labels, ignore_index, **packing, context_group=context_group, zigzag=zigzag)
@@ -121,9 +122,9 @@ def sft_loss(
         count = on_device(num_items_in_batch, target.device).reshape(())  # raises for several numbers
     elif context_group is not None and average == "token":
         dist.all_reduce(count, group=context_group)
-    if average == "token" and loss_type == "nll" and not isinstance(logits, Tensor):
+    if average == "token" and loss_type == "nll" and is_lazy(logits):
         # A sum over tokens makes its gradients in forward and divides them there. fp32 costs lazy logits nothing.
-        wide = logits.to(statistics_dtype(logits.dtype))
+        wide: Any = logits.to(statistics_dtype(logits.dtype))
         share = at_least_one(count).to(wide.dtype).reciprocal().expand(target.shape)
         loss = linear_logits_cross_entropy(
             wide, target, ignore_index=ignore_index, reduction="sum", token_weights=share

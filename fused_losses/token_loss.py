@@ -15,6 +15,7 @@ from torch import Tensor
 from .autodiff import exporting, hooks_on_saved, same_sizes, seeks_nan, trains, transforms_active
 from .gradients_in_forward import by_coefficients, loss_and_gradients, with_gradients
 from .head import Head, head_of, kept_tokens, ready
+from .lazy_tensor import is_lazy
 from .linear_logits import LinearLogits
 from .numerics import full_precision, sum_of_losses
 from .row_statistics import Coefficients, RowStatistics, coefficients, empty_statistics, without_ignored
@@ -106,7 +107,7 @@ def token_loss(
     keep, zero_ignored = kept_tokens(ids, drop_ignored)
     loss_of = _PerToken(fn, flat, ids, zero_ignored, single, statistics, V)
 
-    if not isinstance(logits, Tensor) and logits.requires_grad and torch.is_grad_enabled() and not transforms_active():
+    if is_lazy(logits) and logits.requires_grad and torch.is_grad_enabled() and not transforms_active():
         with logits.gathered():
             head = head_of(logits)
             backend = resolve_backend(head.hidden, backend)
@@ -123,7 +124,7 @@ def token_loss(
             asked = route_setting.value == "gradients_in_forward"  # otherwise a rank with more tokens may plan another
             return logits.gather_in_backward(loss, made=asked), loss_of.aux_at(tokens)
     else:
-        group = shard if isinstance(logits, Tensor) else None
+        group = None if is_lazy(logits) else shard
         found = token_statistics(logits, index, statistics, group=group, backend=backend, workspace=workspace)
     part: slice | Tensor = slice(None) if keep is None else keep
     parts = (None if s is None else s.reshape(len(ids), *s.shape[len(tokens) :])[part] for s in found)

@@ -25,6 +25,7 @@ from .autodiff import (
     transforms_active,
 )
 from .chunked import softmax_rows as chunked_softmax_rows
+from .lazy_tensor import check_is_logits, is_lazy
 from .numerics import check_masks, check_scaling, on_device, statistics_dtype
 from .row_statistics import (
     RowStatistics,
@@ -103,7 +104,8 @@ def ids_of(index: Tensor, logits: Any, vocab: int) -> Tensor:
 
 
 def check_vocab_last(name: str, logits: Tensor | LinearLogits) -> None:
-    if not isinstance(logits, Tensor) and logits.vocab_dim != logits.ndim - 1:
+    check_is_logits(name, logits)
+    if is_lazy(logits) and logits.vocab_dim != logits.ndim - 1:
         raise ValueError(
             f"the vocabulary of {name} {tuple(logits.shape)} must stand last, it is dimension {logits.vocab_dim}"
         )
@@ -452,7 +454,7 @@ def token_statistics(
         raise ValueError(f"log_probs and is_top1 need an index, {tuple(tokens)} or {with_ids(tokens)}; got None")
     logits, per_token = _at_temperature(logits, temperature, tokens)
     ids = None if index is None else ids_of(index, logits, V)
-    if isinstance(logits, Tensor):
+    if not is_lazy(logits):
         found = rows_statistics(
             rows_of(logits), ids, None, per_token, outputs=row_names(outputs), backend=backend, shard=shard
         )
@@ -522,7 +524,7 @@ def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size
             )
     elif not isinstance(temperature, Tensor) and temperature == 1.0:
         return logits, None
-    if not isinstance(logits, Tensor):
+    if is_lazy(logits):
         return logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature), None
     return logits, on_device(temperature, logits.device, statistics_dtype(logits.dtype)).expand(tokens).reshape(-1)
 

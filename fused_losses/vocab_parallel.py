@@ -92,11 +92,6 @@ def local_part(logits: Any, group: Any, dim: int = -1) -> tuple[Any, VocabShard 
     ``dim`` is the dimension of the classes; ``group`` or a DTensor's placements say which ranks share it.
     """
     if not isinstance(logits, Tensor):
-        if not hasattr(logits, "rest"):
-            raise TypeError(
-                f"logits are a Tensor or a LinearLogits, got a {type(logits).__name__} {tuple(getattr(logits, 'shape', ()))}, "
-                "made of one: materialize() it"
-            )
         if group is not None:
             raise ValueError(
                 "a LinearLogits knows the group that shares its vocabulary: give group= to its constructor"

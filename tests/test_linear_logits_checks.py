@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from lazy_logits import IDS, B, H, S, V, make
 from torch import nn
 
+import fused_losses
 from fused_losses import linear_logits_checks, settings
 from fused_losses.linear_head import LinearHead
 from fused_losses.linear_logits import LinearLogits
@@ -95,6 +97,27 @@ def test_logits_of_before_a_step_raise_where_it_changed_their_head(optimizer, fr
         else:
             with pytest.raises(RuntimeError, match=r"weight was modified in place.*before optimizer.step\(\)"):
                 z.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: fused_losses.cross_entropy(z, IDS),
+        lambda z: fused_losses.token_statistics(z, IDS),
+        lambda z: fused_losses.token_loss(lambda found: found.log_probs, z, IDS),
+        lambda z: fused_losses.sft_loss(z, IDS),
+        lambda z: fused_losses.divergence(z, torch.zeros(B, S, V)),
+        lambda z: fused_losses.divergence(torch.zeros(B, S, V), z),
+        lambda z: fused_losses.teacher_topk(z, 2),
+        lambda z: fused_losses.sparse_distillation_loss(z, IDS[..., None], torch.zeros(B, S, 1)),
+    ],
+)
+def test_losses_take_logits_alone(loss):
+    """Not a model's output, a list, or log-probabilities that are lazy."""
+    with pytest.raises(TypeError, match=r"(logits|input) must be a Tensor or a LinearLogits, got a SimpleNamespace$"):
+        loss(SimpleNamespace(logits=torch.zeros(B, S, V)))
+    with pytest.raises(TypeError, match=rf"got a LazyExpression \({B}, {S}, {V}\), made of one: materialize\(\) it"):
+        loss(make()[0].log_softmax(-1))
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,11 @@ def test_shift_labels_takes_no_fractions():
         sequences.shift_labels(torch.tensor([[1.0, 2.9, 3.0]]))
 
 
+def test_shift_labels_needs_a_sequence():
+    with pytest.raises(ValueError, match=r"labels must be \(B, S\) or \(1, total\), got \(\)"):
+        sequences.shift_labels(torch.tensor(3))
+
+
 def test_shift_labels_is_int64():
     """In uint8, which byte-level models keep their ids in, −100 would be 156, and a token."""
     labels = torch.tensor([[3, 156, 7, 200]])
