@@ -27,5 +27,9 @@ def test_a_loss_typed_for_tensors_takes_lazy_logits() -> None:
     eager = assert_type(logits.materialize(), Tensor)
     losses = assert_type([fn(logits) for fn in (entropies, lambda z: causal_loss(z, labels))], list[Tensor])
     torch.testing.assert_close(losses, [entropies(eager), causal_loss(eager, labels)])
+    z: Tensor = logits
+    z = z[:, :-1].float() - 1
+    z /= 2
+    torch.testing.assert_close(z.sum(-1), ((eager[:, :-1] - 1) / 2).sum(-1))
     torch.testing.assert_close(divergence(logits, eager), torch.zeros(2, 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(selective_log_softmax(logits, labels), selective_log_softmax(eager, labels))
