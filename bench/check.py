@@ -26,7 +26,7 @@ from ..reference import token_statistics as token_statistics_specification
 from ..reference.tolerance import assert_accurate
 from ..token_statistics import token_statistics
 from .measure import relative_error
-from .problem import Inputs
+from .problem import Inputs, reason
 
 Function = Callable[[Inputs], Any]
 STATISTICS = ("log_probs", "entropy", "logsumexp", "log_sum_sq_probs")
@@ -271,7 +271,7 @@ def verdict(
                 of_draw = (value, yardstick[name].to(value.dtype), exact[name])
                 pooled.setdefault(name, []).append(tuple(t.flatten() for t in of_draw))
     except Exception as failure:
-        return float("nan"), float("nan"), f"{type(failure).__name__}: {failure}".splitlines()[0]
+        return float("nan"), float("nan"), reason(failure)
     found = {name: [torch.cat(part) for part in zip(*draws, strict=True)] for name, draws in pooled.items()}
     error, plain_error = (max(relative_error(parts[i], parts[2]) for parts in found.values()) for i in (0, 1))
     try:

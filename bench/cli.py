@@ -23,7 +23,7 @@ from .console import Progress, show_table
 from .environment import device_name, environment
 from .measure import MODES, Row, is_ours, measure, measured_rates
 from .peers import PEERS
-from .problem import Contender, Problem
+from .problem import Contender, Problem, reason
 from .report import COLUMNS, cells, compare, reasons, report
 from .shapes import Shape
 
@@ -75,9 +75,7 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command(
-        "bench",
-        run_bench,
-        "check and time this package, eager PyTorch and each installed peer, with the floor",
+        "bench", run_bench, "check and time this package, eager PyTorch and each installed peer, with the floor"
     )
     sub.add_argument("case", nargs="+", choices=[*CASES, "all"], metavar="CASE", help=", ".join([*CASES, "all"]))
     head_arguments(sub)
@@ -249,10 +247,8 @@ def run_bench(args: argparse.Namespace) -> int:
             except KeyboardInterrupt:
                 interrupted = True
             except torch.OutOfMemoryError:
-                rows.append(problem.as_row() | {"case": name, "mode": "", "contender": "all", "status": "oom"})
-            for peer, reason in skipped:
-                row = {"case": name, **problem.as_row(), "mode": "", "contender": peer, "status": "skipped"}
-                rows.append(row | {"reason": reason})
+                rows.append(problem.row(name, "", "all", "oom"))
+            rows += [problem.row(name, "", peer, "skipped") | {"reason": why} for peer, why in skipped]
             if interrupted:
                 result["unfinished"] = len(rows) - start  # kept, and measured again by --resume
             with progress.away():
@@ -319,7 +315,7 @@ def lineup(
         try:
             contenders.append(Contender(peer.name, peer.build(), peer.destroys))
         except Exception as failure:  # an import may fail in any way
-            skipped.append((peer.name, f"{type(failure).__name__}: {failure}".splitlines()[0][:200]))
+            skipped.append((peer.name, reason(failure)))
     return contenders, skipped
 
 

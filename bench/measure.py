@@ -27,7 +27,7 @@ from torch import Tensor
 from ..reference.tolerance import assert_accurate
 from .environment import clocks
 from .memory import peak_bytes
-from .problem import Contender, Inputs, Problem, Row, Work
+from .problem import Contender, Inputs, Problem, Row, Work, reason
 from .timing import Run, Sample, interleave, quartiles
 
 # Relative error in the norm, of every result and gradient, beyond which a peer computes something else.
@@ -65,13 +65,7 @@ def measure(
         runs = []
         for contender in contenders:
             progress(f"{mode}: {contender.name}")
-            row: Row = {
-                "case": case.__name__.rpartition(".")[2],
-                **problem.as_row(),
-                "mode": mode,
-                "contender": contender.name,
-                "status": "ok",
-            }
+            row = problem.row(case.__name__.rpartition(".")[2], mode, contender.name, "ok")
             rows.append(row)
             group.append(row)
             run = runnable(case, contender, x, with_gradients)
@@ -96,7 +90,7 @@ def measure(
                 row |= {"status": "interrupted", "reason": "interrupted while it was checked"}
                 raise
             except Exception as failure:  # a peer may fail in any way; the others go on
-                row |= {"status": "error", "reason": f"{type(failure).__name__}: {failure}".splitlines()[0][:200]}
+                row |= {"status": "error", "reason": reason(failure)}
         if mode != "memory":
             time_rows(case, problem, runs, group, seconds, progress)
 

@@ -51,6 +51,14 @@ class Problem:
             "inputs": self.distribution,
         }
 
+    def row(self, case: str, mode: str, contender: str, status: str) -> Row:
+        return {"case": case, **self.as_row(), "mode": mode, "contender": contender, "status": status}
+
+
+def reason(failure: Exception) -> str:
+    """The first line of what went wrong."""
+    return f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+
 
 class Contender(NamedTuple):
     name: str

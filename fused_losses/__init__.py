@@ -43,14 +43,7 @@ from .preference import (
     vanilla_kto_loss,
     wpo_weight,
 )
-from .reward import (
-    divergence_pairwise_loss,
-    end_scores,
-    log_exp_loss,
-    pairwise_reward_loss,
-    prm_loss,
-    reward_metrics,
-)
+from .reward import divergence_pairwise_loss, end_scores, log_exp_loss, pairwise_reward_loss, prm_loss, reward_metrics
 from .rollouts import entropy_mask, group_advantages, mismatch_weight, off_policy_mask, optimal_values
 from .sequences import (
     concatenate_pairs,

@@ -93,12 +93,9 @@ def label_loss(
     column_weight, head = constant("weight", column_weight, dtype), ready(head)
     chunks = _Chunks(column_weight, probabilities, label_smoothing, backend)
     found = empty_statistics(head.hidden, head.hidden.shape[0], None, OUTPUTS)
-    assert found.sum_log_probs is not None
-    assert found.logsumexp is not None
 
     def over_logits(logits: Tensor, chunk: Head, _: Any, rows: Any, factor: Tensor | None) -> Tensor | None:
         statistics = chunks.statistics(logits, chunk, rows)
-        assert statistics.logsumexp is not None
         found.put(statistics, rows)
         upstream = RowStatistics(sum_log_probs=of_sum_log_probs[rows])
         if of_square is not None:
@@ -192,16 +189,13 @@ def linear_probabilities(
 
     with full_precision(hidden.device):
         loss_and_gradients(head, None, None, False, over_logits, [False] * INPUTS, workspace, None, backend)
-    assert found.sum_log_probs is not None
-    assert found.weight_sum is not None
-    assert found.logsumexp is not None
     return found.sum_log_probs, found.weight_sum, found.logsumexp
 
 
 @linear_probabilities.register_fake
 def _(hidden: Tensor, *_tensors: Any, **_: Any) -> tuple[Tensor, ...]:
     found = empty_statistics(hidden, hidden.shape[0], None, OUTPUTS)
-    return found.sum_log_probs, found.weight_sum, found.logsumexp  # type: ignore[return-value]
+    return found.sum_log_probs, found.weight_sum, found.logsumexp
 
 
 @torch.library.custom_op("fused_losses::linear_probabilities_grad", mutates_args=())
@@ -287,7 +281,7 @@ def _backward(ctx: Any, g_sum: Tensor | None, _: None, g_logsumexp: Tensor | Non
         def fn(*of: Any) -> list[Tensor]:
             head = Head(*of[:INPUTS], temperature, ctx.how["scale"], ctx.how["softcap"])  # type: ignore[call-arg]
             found = _differentiable(head, of[-2], of[-1], ctx.how["label_smoothing"])
-            return [found.sum_log_probs, found.logsumexp]  # type: ignore[list-item]
+            return [found.sum_log_probs, found.logsumexp]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, (g_sum, g_logsumexp)))
     g_sum = torch.zeros_like(weight_sum) if g_sum is None else g_sum

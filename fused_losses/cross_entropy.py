@@ -57,10 +57,8 @@ def hard_label_loss(
 
     .. math:: (1-ε)\,w_y·(-\log p_y) - \tfrac{ε}{C}\sum_c w_c \log p_c + z\_loss·lse^2
     """
-    assert statistics.log_probs is not None
     loss = -statistics.log_probs[:, 0] * shares
     if label_smoothing:
-        assert statistics.sum_log_probs is not None
         loss = (1 - label_smoothing) * loss - label_smoothing / classes * statistics.sum_log_probs.to(loss.dtype)
     return plus_z_loss(loss, statistics, z_loss)
 
@@ -68,7 +66,6 @@ def hard_label_loss(
 def plus_z_loss(loss: Tensor, statistics: RowStatistics, z_loss: float | Tensor) -> Tensor:
     if isinstance(z_loss, float | int) and z_loss == 0:
         return loss
-    assert statistics.logsumexp is not None
     return loss + z_loss * statistics.logsumexp.to(loss.dtype).square()
 
 
@@ -197,7 +194,6 @@ def cross_entropy(
     )
     dtype = statistics_dtype(input.dtype)
     if ids is None:
-        assert statistics.sum_log_probs is not None
         loss = plus_z_loss(-statistics.sum_log_probs.to(dtype), statistics, z_loss)
         total: Tensor | int = loss.numel()
     else:
@@ -212,7 +208,6 @@ def cross_entropy(
     loss = loss.to(out_dtype or result_dtype(input, target, weight))
     if not return_statistics:
         return loss
-    assert statistics.logsumexp is not None
     return loss, CrossEntropyStatistics(
         None if statistics.log_probs is None else statistics.log_probs.detach().view(positions),
         statistics.logsumexp.detach().to(dtype).view(positions),

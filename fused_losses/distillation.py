@@ -38,6 +38,7 @@ from .divergence import (
 from .lazy_tensor import check_is_logits, is_lazy
 from .linear_logits import LinearLogits
 from .numerics import (
+    check_choice,
     check_reduction,
     check_scaling,
     full_precision,
@@ -413,11 +414,8 @@ def sparse_distillation_loss(
         >>> sparse_distillation_loss(torch.zeros(1, 3), top.ids, top.log_probs)
         SparseDistillation(loss=tensor(0.2662), student_mass=tensor([0.6667]), teacher_mass=tensor([0.9100]))
     """
-    if kind not in ("forward_kl", "reverse_kl", "jsd") or tail not in ("bucket", "renormalize", "ignore"):
-        raise ValueError(
-            "kind is 'forward_kl', 'reverse_kl' or 'jsd', tail 'bucket', 'renormalize' or 'ignore'; got "
-            f"{kind!r} and {tail!r}"
-        )
+    check_choice(("forward_kl", "reverse_kl", "jsd"), kind=kind)
+    check_choice(("bucket", "renormalize", "ignore"), tail=tail)
     check_reduction(reduction)
     check_tensors(teacher_ids=teacher_ids, teacher_log_probs=teacher_log_probs)
     check_is_logits("student_logits", student_logits)

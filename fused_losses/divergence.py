@@ -41,7 +41,7 @@ from .autodiff import (
 )
 from .head import Head, head_of, kept_tokens, ready
 from .lazy_tensor import is_lazy
-from .numerics import check_masks, check_scaling, on_device, statistics_dtype
+from .numerics import check_choice, check_masks, check_scaling, on_device, statistics_dtype
 from .row_divergence import Divergence, compare_rows
 from .settings import Backend, Route, resolve_backend
 from .settings import route as route_setting
@@ -222,8 +222,7 @@ def shared_vocabulary(student: Tensor | LinearLogits, teacher: Tensor | LinearLo
 
 def chosen_divergence(kind: str, beta: float, temperature: float) -> Divergence:
     """The divergence, checked; at the ends of its mixture ``jsd`` becomes one of the KLs."""
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    check_choice(KINDS, kind=kind)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta is the teacher's share of the mixture, in [0, 1], got {beta}")
     check_scaling(temperature=temperature)

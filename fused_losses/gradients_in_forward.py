@@ -79,7 +79,6 @@ def by_coefficients(
         names = with_weight_sum(outputs, chunk.shard)
         found = softmax_rows(*seen, *transform, ",".join(names), False, backend, packed(chunk.shard))
         statistics = only(found, names, ids is not None)
-        assert statistics.logsumexp is not None
         terms = of_chunk(statistics, rows)
         if in_float16:
             terms, factor = times_factor(terms, chunk, factor)
@@ -279,7 +278,6 @@ def loss_of_head(
         if of_sum_log_probs is not None:
             upstream = upstream._replace(sum_log_probs=of_sum_log_probs[rows])
         if of_square is not None:
-            assert statistics.logsumexp is not None
             upstream = upstream._replace(logsumexp=2 * of_square[rows] * statistics.logsumexp.to(dtype))
         return coefficients(upstream, statistics, head.vocab, column_weight, dtype)
 
@@ -292,11 +290,8 @@ def loss_of_head(
         gradients = loss_and_gradients(
             head, ids, keep, zero_ignored, over_logits, wanted, workspace, accumulate, backend, main_grad
         )
-    assert found.log_probs is not None
-    assert found.logsumexp is not None
     loss = of_log_probs.to(wide_dtype(of_log_probs.device)) * found.log_probs[:, 0]
     if of_sum_log_probs is not None:
-        assert found.sum_log_probs is not None
         loss += of_sum_log_probs * found.sum_log_probs
     if of_square is not None:
         loss += of_square * found.logsumexp.to(dtype).square()
@@ -394,11 +389,11 @@ def _linear_loss_backward(ctx: Any, g: Tensor | None, *_: Tensor | None) -> tupl
             head = Head(*of, temperature, ctx.how["scale"], ctx.how["softcap"])  # type: ignore[call-arg]
             outputs = ["log_probs", "sum_log_probs"]
             s = differentiable_statistics(head, ids, column_weight, outputs)
-            total = (of_log_probs * s.log_probs[:, 0]).sum()  # type: ignore[index]
+            total = (of_log_probs * s.log_probs[:, 0]).sum()
             if of_sum_log_probs is not None:
                 total = total + (of_sum_log_probs * s.sum_log_probs).sum()
             if of_square is not None:
-                total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()  # type: ignore[union-attr]
+                total = total + (of_square * s.logsumexp.to(total.dtype).square()).sum()
             return [total]
 
         return for_inputs(ctx, *differentiable_gradients(fn, inputs, [g]))

@@ -32,7 +32,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .numerics import upcast
+from .numerics import check_choice, upcast
 from .sequences import masked_mean, same_shape
 
 
@@ -96,10 +96,8 @@ def kl_estimate(
         >>> kl_estimate(policy, reference, "k3")
         tensor([0.3679, 0.7183])
     """
-    if kind not in ESTIMATORS:
-        raise ValueError(f"kind must be one of {', '.join(ESTIMATORS)}, got {kind!r}")
-    if gradient not in ("own", "k2"):
-        raise ValueError(f"gradient must be 'own' or 'k2', got {gradient!r}")
+    check_choice(ESTIMATORS, kind=kind)
+    check_choice(("own", "k2"), gradient=gradient)
     if old_log_probs is not None and gradient == "own":
         raise ValueError("old_log_probs weights the gradient of k2: pass gradient='k2', or leave old_log_probs out")
     same_shape(log_probs=log_probs, ref_log_probs=ref_log_probs, mask=mask, old_log_probs=old_log_probs)
@@ -192,6 +190,5 @@ def kl_penalty(
         tensor(1.)
     """
     penalties = {"unbiased": kl_unbiased, "biased": kl_biased}
-    if mode not in penalties:
-        raise ValueError(f"mode must be 'unbiased' or 'biased', got {mode!r}")
+    check_choice(penalties, mode=mode)
     return penalties[mode](log_probs, ref_log_probs, mask)

@@ -132,13 +132,12 @@ def changed_elements(x: LazyTensor, name: str, change: Callable[[Tensor], Any]) 
 class LazyMixture(Elementwise):
     """``w softmax(a) + v softmax(b)``."""
 
-    parts: tuple[tuple[float, LinearLogits], tuple[float, LinearLogits]]
+    parts: tuple[tuple[float, LinearLogits], ...]  # two
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
         if no_gradient():
-            (w, a), (v, b) = self.parts
-            self.parts = (w, a.detach()), (v, b.detach())
+            self.parts = tuple((w, z.detach()) for w, z in self.parts)
 
     @property
     def base(self) -> LinearLogits:
@@ -160,8 +159,7 @@ class LazyMixture(Elementwise):
         return self.elements().to(self.dtype)
 
     def each(self, fn: Callable[[LinearLogits], LinearLogits]) -> Any:
-        (w, a), (v, b) = self.parts
-        return replace(self, parts=((w, fn(a)), (v, fn(b))))
+        return replace(self, parts=tuple((w, fn(z)) for w, z in self.parts))
 
     def mapped(self, fn: Callable[[Tensor], Tensor], vocab_dim: int, *, view: bool = True) -> LazyMixture:
         return self.aliasing(self.each(lambda z: z.mapped(fn, vocab_dim, view=view)), view)
@@ -176,8 +174,7 @@ class LazyMixture(Elementwise):
         number = number_of(coefficient(self, factor))
         if number is NotImplemented or not abs(number) < math.inf:
             return NotImplemented
-        (w, a), (v, b) = self.parts
-        return replace(self, parts=((w * number, a), (v * number, b)))
+        return replace(self, parts=tuple((w * number, z) for w, z in self.parts))
 
     def values_at(self, ids: Tensor) -> Tensor:
         (w, a), (v, b) = self.parts
@@ -596,7 +593,7 @@ def mixture(x: Any, y: Any, sign: float) -> Any:
 
 def _mixed(weighed: list[tuple[float, Any]]) -> LazyMixture:
     (_, x), (_, y) = weighed
-    return LazyMixture(tuple((w, e.base) for w, e in weighed), torch.promote_types(x.dtype, y.dtype))  # type: ignore[arg-type]
+    return LazyMixture(tuple((w, e.base) for w, e in weighed), torch.promote_types(x.dtype, y.dtype))
 
 
 @answers("abs", "absolute", "__abs__")

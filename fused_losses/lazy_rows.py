@@ -28,6 +28,7 @@ from .lazy_products import Dense
 from .lazy_tensor import Derived, LazyTensor
 from .linear_logits import LinearLogits, same_logits
 from .numerics import full_precision, statistics_dtype, wide_dtype
+from .row_statistics import slices
 from .settings import resolve_backend
 
 COPIES = 2  # of a few rows of logits, for each function of them: its result, and what autograd holds
@@ -145,14 +146,11 @@ class _OfRows(NamedTuple):
         heads = [head.with_inputs(t) for head, t in zip(self.heads, inputs, strict=True)]
         return heads, list(tensors[INPUTS * len(heads) :])
 
-    def pieces(self, start: int, stop: int) -> list[slice]:
-        return [slice(i, min(i + self.at_once, stop)) for i in range(start, stop, self.at_once)]
-
     def value(self, tensors: Sequence[Any]) -> Tensor:
         heads, others = self.split(tensors)
         parts = [
-            self.of([_logits(head, _raw(head, rows), rows) for head in heads], [_of_rows(t, rows) for t in others])
-            for rows in self.pieces(0, len(heads[0].hidden))
+            self.of([_logits(head, _raw(head, rows), rows) for head in heads], [_part(t, rows) for t in others])
+            for rows in slices(len(heads[0].hidden), self.at_once)
         ]
         return torch.cat(parts) if parts else heads[0].hidden.new_zeros(0, dtype=wide_dtype(heads[0].hidden.device))
 
@@ -168,12 +166,12 @@ class _OfRows(NamedTuple):
         trained = [i for i, want in enumerate(of_heads) if any(want)]
         last = trained[-1] if trained else None
 
-        def of_rows(i: int | None, rows: slice) -> Tensor | None:
+        def d_logits(i: int | None, rows: slice) -> Tensor | None:
             """The gradient of head ``i``'s logits ``(n, V)``, before scale, softcap and temperature."""
             totals = of_others if i == last else [None] * len(others)
             raw = [_raw(head, rows).requires_grad_(i == j) for j, head in enumerate(heads)]
             parts = [
-                _of_rows(t, rows).detach().requires_grad_(total is not None)
+                _part(t, rows).detach().requires_grad_(total is not None)
                 for t, total in zip(others, totals, strict=True)
             ]
             with torch.enable_grad():
@@ -185,18 +183,18 @@ class _OfRows(NamedTuple):
             of_logits = None if i is None else grads.pop(0)
             for total, grad in zip([t for t in totals if t is not None], grads, strict=True):
                 if grad is not None:
-                    _of_rows(total, rows).add_(grad)
+                    _part(total, rows).add_(grad)
             return of_logits
 
         for i in trained:
             backend = resolve_backend(heads[i].hidden, None)
-            over_logits = self.by_rows(functools.partial(of_rows, i))
+            over_logits = self.by_rows(functools.partial(d_logits, i))
             found[i * INPUTS : (i + 1) * INPUTS] = loss_and_gradients(
                 heads[i], None, None, False, over_logits, of_heads[i], self.room, None, backend, with_logits=False
             )
         if not trained:
-            for rows in self.pieces(0, len(heads[0].hidden)):
-                of_rows(None, rows)
+            for rows in slices(len(heads[0].hidden), self.at_once):
+                d_logits(None, rows)
         return found + of_others
 
     def by_rows(self, gradient: Callable[[slice], Tensor | None]) -> OverLogits:
@@ -205,21 +203,22 @@ class _OfRows(NamedTuple):
         def over_logits(
             logits: Tensor, chunk: Head, ids: Tensor | None, rows: Any, factor: Tensor | None
         ) -> Tensor | None:
-            pieces = self.pieces(rows.start, rows.stop)
-            grads: Iterable[Tensor | None] = map(gradient, pieces)  # one at a time
+            pieces = [*slices(len(logits), self.at_once)]
+            among_all = (slice(rows.start + piece.start, rows.start + piece.stop) for piece in pieces)
+            grads: Iterable[Tensor | None] = map(gradient, among_all)  # one at a time
             if logits.dtype == torch.float16:
                 grads = list(grads)  # all of them, to find the factor
                 alone = in_range([logits.new_ones(1, dtype=torch.float32), *grads])
                 factor = alone if factor is None else torch.minimum(alone, factor)
             for piece, grad in zip(pieces, grads, strict=True):
-                place = logits[piece.start - rows.start : piece.stop - rows.start]
+                place = logits[piece]
                 place.zero_() if grad is None else place.copy_(grad if factor is None else grad * factor)
             return factor
 
         return over_logits
 
 
-def _of_rows(t: Tensor, rows: slice) -> Tensor:
+def _part(t: Tensor, rows: slice) -> Tensor:
     return t[rows] if t.ndim > 0 else t
 
 

@@ -232,53 +232,18 @@ class LazyTensor(_Tensor):
             )
         return iter(torch.unbind(self))
 
-    @property
-    def ndim(self) -> int:
-        return len(self.token_shape) + 1
-
-    @property
-    def is_cuda(self) -> bool:
-        return self.device.type == "cuda"
-
-    @property
-    def is_cpu(self) -> bool:
-        return self.device.type == "cpu"
-
-    @property
-    def is_meta(self) -> bool:
-        return self.device.type == "meta"
-
-    @property
-    def itemsize(self) -> int:
-        return self.dtype.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return numel(self) * self.dtype.itemsize
-
-    @property
-    def data(self) -> Any:
-        return torch.detach(self)
-
-    @property
-    def real(self) -> Any:
-        return self
-
-    @property
-    def is_leaf(self) -> bool:
-        return not self.requires_grad
-
-    @property
-    def T(self) -> Any:
-        return torch.permute(self, tuple(range(self.ndim))[::-1])
-
-    @property
-    def mT(self) -> Any:
-        return torch.transpose(self, -2, -1)
-
-    @property
-    def mH(self) -> Any:
-        return self.mT
+    ndim = property(lambda self: len(self.token_shape) + 1)
+    is_cuda = property(lambda self: self.device.type == "cuda")
+    is_cpu = property(lambda self: self.device.type == "cpu")
+    is_meta = property(lambda self: self.device.type == "meta")
+    itemsize = property(lambda self: self.dtype.itemsize)
+    nbytes = property(lambda self: numel(self) * self.dtype.itemsize)
+    data = property(lambda self: torch.detach(self))
+    real = property(lambda self: self)
+    is_leaf = property(lambda self: not self.requires_grad)
+    T = property(lambda self: torch.permute(self, tuple(range(self.ndim))[::-1]))
+    mT = property(lambda self: torch.transpose(self, -2, -1))
+    mH = property(lambda self: self.mT)
 
 
 def held(x: Any) -> dict[str, Any]:
@@ -336,29 +301,12 @@ class Derived(LazyTensor):
             setattr(self, field.name, getattr(new, field.name))
         return self
 
-    @property
-    def vocab_dim(self) -> int:
-        return self.base.vocab_dim
-
-    @property
-    def wide(self) -> torch.dtype:
-        return self.base.wide
-
-    @property
-    def token_shape(self) -> torch.Size:
-        return self.base.token_shape
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.base.shape
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.device
-
-    @property
-    def grad_fn(self) -> Any:
-        return self.base.grad_fn
+    vocab_dim = property(lambda self: self.base.vocab_dim)
+    wide = property(lambda self: self.base.wide)
+    token_shape = property(lambda self: self.base.token_shape)
+    shape = property(lambda self: self.base.shape)
+    device = property(lambda self: self.base.device)
+    grad_fn = property(lambda self: self.base.grad_fn)
 
 
 def _method(name: str) -> Callable[..., Any]:

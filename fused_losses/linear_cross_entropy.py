@@ -458,8 +458,6 @@ def _of_probabilities(
             )  # fmt: skip
         else:
             found = label_statistics(of_head, t, weight, label_smoothing, workspace=workspace, backend=backend)
-            assert found.sum_log_probs is not None
-            assert found.logsumexp is not None
             loss, logsumexp = plus_z_loss(-found.sum_log_probs, found, z_loss) * tau, found.logsumexp
             loss = loss if reduction == "none" else loss.sum()
         losses.append(loss)
@@ -537,7 +535,6 @@ def _hard(
                 value, found, gradients = loss_of_head(head.detached(), of, **how, main_grad=main_grad)
             loss = with_gradients(value, gradients, head.inputs, backend) / promised
             log_probs, logsumexp, is_top1 = found.log_probs, found.logsumexp, found.is_top1
-        assert log_probs is not None
         return loss, (log_probs[:, 0], logsumexp, is_top1), True
     statistics = linear_statistics(
         head,
@@ -552,7 +549,6 @@ def _hard(
     loss = hard_label_loss(statistics, shares, C, label_smoothing, z_loss)
     if token_weights is not None:
         loss = loss * token_weights
-    assert statistics.log_probs is not None
     loss = sum_of_losses(loss) / divisor if summed else loss
     return loss, (statistics.log_probs[:, 0], statistics.logsumexp, statistics.is_top1), False
 

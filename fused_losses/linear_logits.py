@@ -26,15 +26,7 @@ from .autodiff import exporting, no_gradient, transforms_active
 from .chunked.linear_softmax import logits_tile
 from .chunked.softmax_rows import transform
 from .head import Head, head_of, kept_tokens, whole_logits
-from .lazy_tensor import (
-    LazyTensor,
-    answers,
-    is_number,
-    numel,
-    per_entry_number,
-    per_token_number,
-    wrap_dim,
-)
+from .lazy_tensor import LazyTensor, answers, is_number, numel, per_entry_number, per_token_number, wrap_dim
 from .linear_logits_checks import (
     Snapshot,
     autocast,
@@ -776,10 +768,7 @@ def _of_leaf(leaves: Any, rest: _Rest) -> Any:
 
 # Compiled, the whole LinearLogits is one output; elsewhere hooks and sinks may touch hidden only.
 pytree.register_pytree_node(
-    LinearLogits,
-    lambda x: ([x.hidden], x.rest),
-    _of_leaf,
-    serialized_type_name="fused_losses.LinearLogits",
+    LinearLogits, lambda x: ([x.hidden], x.rest), _of_leaf, serialized_type_name="fused_losses.LinearLogits"
 )
 
 
@@ -840,9 +829,6 @@ def same_logits(a: LinearLogits, b: LinearLogits) -> bool:
     return one and _equal(a.temperature, b.temperature) and u is v
 
 
-from . import lazy_losses as _lazy_losses  # noqa: E402, F401  the other handlers
-from . import lazy_masks as _lazy_masks  # noqa: E402, F401
-from . import lazy_reductions as _lazy_reductions  # noqa: E402, F401
-from . import lazy_views as _lazy_views  # noqa: E402, F401
+from . import lazy_losses, lazy_masks, lazy_reductions, lazy_views  # noqa: E402, F401  the other handlers
 from .lazy_products import changed_elements  # noqa: E402  it imports LinearLogits
 from .log_softmax import LazyExpression  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .aggregation import aggregate
 from .distillation import kd_loss
 from .linear_logits import LinearLogits
-from .numerics import upcast
+from .numerics import check_choice, upcast
 from .policy import grpo_loss, value_loss
 from .preference import dpo_loss, kto_loss, vanilla_kto_loss
 from .reward import log_exp_loss, pairwise_reward_loss, prm_loss
@@ -155,11 +155,7 @@ class VanillaKTOLoss(nn.Module):
         reference_rejected_logps: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return vanilla_kto_loss(
-            policy_chosen_logps,
-            policy_rejected_logps,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            beta=self.beta,
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=self.beta
         )
 
 
@@ -316,24 +312,18 @@ class PolicyLoss(nn.Module):
         low_high: Any = is_correction_threshold
         if enable_vllm_is_correction is not None:
             kinds = {"tis": ("token", "clip"), "icepop": ("token", "mask"), "seq-mask-tis": ("seq", "mask")}
-            if vllm_is_correction_type not in kinds:
-                raise ValueError(f"vllm_is_correction_type must be one of {', '.join(kinds)}")
+            check_choice(kinds, vllm_is_correction_type=vllm_is_correction_type)
             is_correction_level, is_correction_mode = kinds[vllm_is_correction_type]
             low_high = vllm_is_truncated_threshold
             low_high = low_high if isinstance(low_high, Sequence) else (None, low_high)
-        if policy_loss_type not in ("ppo", "gspo"):
-            raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}")
+        check_choice(("ppo", "gspo"), policy_loss_type=policy_loss_type)
         if dual_clip is not None and dual_clip <= 1:
             raise ValueError(f"dual_clip bounds the ratio from above and must be more than 1, got {dual_clip}")
         levels = {"off": "token", "token": "token", "seq": "sequence_mean"}
         modes = {"mask": "mask", "clip": "truncate"}
-        gates = ("ratio", "binary_kl", "tv")
-        if is_correction_level not in levels or is_correction_mode not in modes or is_correction_gating not in gates:
-            raise ValueError(
-                f"is_correction_level must be one of {', '.join(levels)}, is_correction_mode of {', '.join(modes)} and "
-                f"is_correction_gating of {', '.join(gates)}, got {is_correction_level!r}, {is_correction_mode!r} and "
-                f"{is_correction_gating!r}"
-            )
+        check_choice(levels, is_correction_level=is_correction_level)
+        check_choice(modes, is_correction_mode=is_correction_mode)
+        check_choice(("ratio", "binary_kl", "tv"), is_correction_gating=is_correction_gating)
         if is_correction_mode == "clip" and (is_correction_level == "seq" or is_correction_gating != "ratio"):
             raise ValueError(
                 "is_correction_mode='clip' clips the ratio of a token, not with "

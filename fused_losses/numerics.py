@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -112,6 +113,13 @@ def check_between(low: float, high: float, /, **options: float | None) -> None:
     for name, x in options.items():
         if x is not None and not isinstance(x, Tensor) and not low <= x <= high:
             raise ValueError(f"{name} must be between {low} and {high}, got {x}")
+
+
+def check_choice(choices: Collection[str], /, **options: str) -> None:
+    """Raise if an option is none of the choices."""
+    for name, x in options.items():
+        if x not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {x!r}")
 
 
 def on_device(x: Tensor | float, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

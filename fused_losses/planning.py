@@ -330,8 +330,7 @@ def _gradients_in_forward(sizes: _Sizes, budget: int, accumulate: str | None, as
     }
     loss = {"gradients": made(sums), "numbers per token": sizes.all_tokens * NUMBERS_PER_TOKEN}
     backward = {"gradients": sizes.gradients, "fp32 sums": rounded, "rows at a time": scaled}
-    written_once = chunks == 1 and sums == dtype
-    accumulated = None if written_once else sums
+    accumulated = None if chunks == 1 and sums == dtype else sums
     return _plan(sizes, budget, "gradients_in_forward", n, chunks, accumulated, (forward, loss, backward), why), ""
 
 
@@ -410,17 +409,6 @@ def _plan(
     parts = {} if torch.compiler.is_compiling() else max(phases, key=lambda phase: sum(phase.values()))
     if sum(parts.values()) > sizes.gradients + budget:
         why = (*why, "the workspace does not hold the least that this needs, which is taken anyway")
-    return Plan(
-        sizes.tokens,
-        sizes.vocab,
-        sizes.hidden,
-        sizes.dtype,
-        route,
-        chunk,
-        chunks,
-        saved,
-        accumulate,
-        budget,
-        {part: size for part, size in parts.items() if size},
-        tuple(why),
-    )
+    head = (sizes.tokens, sizes.vocab, sizes.hidden, sizes.dtype)
+    held = {part: size for part, size in parts.items() if size}
+    return Plan(*head, route, chunk, chunks, saved, accumulate, budget, held, tuple(why))

@@ -72,11 +72,12 @@ from torch import Tensor
 from .aggregation import aggregate
 from .autodiff import trains
 from .kl import kl_estimate
-from .numerics import check_between, upcast, wide_dtype
+from .numerics import check_between, check_choice, upcast, wide_dtype
 from .rollouts import entropy_mask, off_policy_mask
 from .sequences import Sequences, masked_mean
 
 Level = Literal["token", "sequence", "sequence_token", "sequence_sum"]
+LEVELS = get_args(Level)
 Bounds = tuple[float | None, float | None] | None
 
 
@@ -129,8 +130,7 @@ def _log_ratio(
         return rho, sequences.spread(sequences.mean(rho)), True
     if level == "sequence_sum":
         return rho, _clamp(sequences.spread(sequences.sum(rho)), bounds), True
-    if level != "token":
-        raise ValueError(f"importance_sampling_level must be one of {', '.join(get_args(Level))}, got {level!r}")
+    check_choice(LEVELS, importance_sampling_level=level)
     return rho, rho, False
 
 
@@ -346,8 +346,7 @@ def _check_options(
     off_policy_mask_threshold: float | None,
     rollout_log_probs: Tensor | None,
 ) -> None:
-    if loss_type not in LOSS_TYPES:
-        raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {loss_type!r}")
+    check_choice(LOSS_TYPES, loss_type=loss_type)
     surrogate = LOSS_TYPES[loss_type].surrogate
     ignored = {
         "delta": delta is not None and surrogate not in _USE_DELTA,
@@ -615,11 +614,7 @@ def grpo_loss(
 
 
 def ppo_loss(
-    log_probs: Tensor,
-    old_log_probs: Tensor | None,
-    advantages: Tensor,
-    mask: Tensor | None = None,
-    **options: Any,
+    log_probs: Tensor, old_log_probs: Tensor | None, advantages: Tensor, mask: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, dict[str, Tensor]]:
     r"""The actor's loss in PPO: :func:`grpo_loss` with ``loss_type="ppo"``, whose ``options`` it takes.
 

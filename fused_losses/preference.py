@@ -45,7 +45,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .numerics import check_between, check_reduction, log1mexp, upcast
+from .numerics import check_between, check_choice, check_reduction, log1mexp, upcast
 from .sequences import check_tensors, if_logits, masked_mean, same_shape, sums_and_counts
 from .sharded_weight import is_distributed
 from .token_statistics import TokenStatistics
@@ -473,16 +473,12 @@ def dpo_loss(
 
 
 def _check_options(
-    types: list[str],
-    loss_weights: list[float],
-    smoothing: list[float],
-    f_divergence_type: str,
-    weight: Tensor | None,
+    types: list[str], loss_weights: list[float], smoothing: list[float], f_divergence_type: str, weight: Tensor | None
 ) -> None:
     if not types:
         raise ValueError("loss_type needs the name of one loss type or more, got []")
-    if unknown := [t for t in types if t not in LOSS_TYPES]:
-        raise ValueError(f"loss_type must be among {', '.join(LOSS_TYPES)}, got {', '.join(unknown)}")
+    for name in types:
+        check_choice(LOSS_TYPES, loss_type=name)
     if not len(types) == len(loss_weights) == len(smoothing):
         raise ValueError(
             f"loss_weights and label_smoothing need one number per loss type, got {len(loss_weights)} and "
@@ -497,11 +493,8 @@ def _check_options(
             raise ValueError(f"exo_pair takes the logarithm of label_smoothing: it must lie in (0, 1), got {e}")
         if name == "robust" and not 0 <= e < 0.5:
             raise ValueError(f"robust divides by 1 − 2·label_smoothing: it must lie in [0, 0.5), got {e}")
-    if f_divergence_type not in ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"):
-        raise ValueError(
-            "f_divergence_type must be reverse_kl, forward_kl, js_divergence or alpha_divergence, got "
-            f"{f_divergence_type!r}"
-        )
+    f_divergences = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+    check_choice(f_divergences, f_divergence_type=f_divergence_type)
     if f_divergence_type != "reverse_kl" and (others := sorted(set(types) - _ALLOW_F_DIVERGENCE)):
         raise ValueError(f"f_divergence_type={f_divergence_type!r} is not defined for {', '.join(others)}")
     if weight is not None and {"aot", "aot_unpaired"} & set(types):
@@ -667,8 +660,7 @@ def cpo_loss(
         >>> cpo_loss(chosen, rejected, beta=1.0)
         (tensor(1.8133), tensor([-3.]), tensor([-4.]))
     """
-    if loss_type not in ("sigmoid", "hinge", "ipo", "simpo"):
-        raise ValueError(f"loss_type must be sigmoid, hinge, ipo or simpo, got {loss_type!r}")
+    check_choice(("sigmoid", "hinge", "ipo", "simpo"), loss_type=loss_type)
     if label_smoothing and loss_type in ("hinge", "ipo"):
         raise ValueError(f"label_smoothing has no effect on {loss_type}: leave it at 0")
     check_between(0, 1, label_smoothing=label_smoothing)
@@ -806,14 +798,6 @@ def orpo_loss(
     )
 
 
-def _group_mean(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    if is_distributed():
-        x = x.clone()
-        dist.all_reduce(x, group=group)
-        x = x / dist.get_world_size(group)
-    return x
-
-
 def kto_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -865,23 +849,22 @@ def kto_loss(
         >>> kto_loss(chosen + 1, rejected, chosen + 0.5, chosen, rejected, chosen, beta=1.0)
         (tensor(0.3775), tensor([1.]), tensor([0., 0.]), tensor(0.5000))
     """
+    check_choice(("kto", "apo_zero_unpaired"), loss_type=loss_type)
     _check_scalars(beta=beta)
     chosen = _log_ratio(policy_chosen_logps, reference_chosen_logps)
     rejected = _log_ratio(policy_rejected_logps, reference_rejected_logps)
     if loss_type == "kto":
         if policy_KL_logps is None or reference_KL_logps is None:
             raise ValueError("kto needs policy_KL_logps and reference_KL_logps; apo_zero_unpaired does without")
-        moved = _log_ratio(policy_KL_logps, reference_KL_logps).detach()
-        kl = _group_mean(moved.mean(), group).clamp(min=0)
-    elif loss_type == "apo_zero_unpaired":
-        kl = chosen.new_zeros(())
+        kl = _log_ratio(policy_KL_logps, reference_KL_logps).detach().mean()
+        if is_distributed():
+            dist.all_reduce(kl, group=group)
+            kl = kl / dist.get_world_size(group)
+        kl = kl.clamp(min=0)
     else:
-        raise ValueError(f"loss_type must be 'kto' or 'apo_zero_unpaired', got {loss_type!r}")
+        kl = chosen.new_zeros(())
     losses = torch.cat(
-        [
-            desirable_weight * (beta * (kl - chosen)).sigmoid(),
-            undesirable_weight * (beta * (rejected - kl)).sigmoid(),
-        ]
+        [desirable_weight * (beta * (kl - chosen)).sigmoid(), undesirable_weight * (beta * (rejected - kl)).sigmoid()]
     )
     return _reduce(losses, reduction), beta * chosen.detach(), beta * rejected.detach(), kl
 

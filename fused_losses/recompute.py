@@ -364,6 +364,5 @@ def linear_logits_statistics(logits: LinearLogits, ids: Tensor | None, **options
     """:class:`RowStatistics` of the tokens of a :class:`LinearLogits`, on route ``recompute``; ids ``(N, K)``."""
     with logits.gathered():
         found = linear_statistics(head_of(logits), ids, **options)
-    assert found.logsumexp is not None
     logits.gather_in_backward(found.logsumexp)  # all outputs come from the same autograd node
     return found

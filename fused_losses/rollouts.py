@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .numerics import check_between, on_device, upcast, wide_dtype
+from .numerics import check_between, check_choice, on_device, upcast, wide_dtype
 from .sequences import Sequences, same_shape
 from .sharded_weight import is_distributed
 
@@ -62,8 +62,7 @@ def group_advantages(
         >>> group_advantages(torch.tensor([1.0, 0.0, 5.0, 5.0]), 2, scale="none")
         tensor([ 0.5000, -0.5000,  0.0000,  0.0000])
     """
-    if scale not in ("group", "batch", "none", "normalize_then_sum"):
-        raise ValueError(f"scale must be 'group', 'batch', 'none' or 'normalize_then_sum', got {scale!r}")
+    check_choice(("group", "batch", "none", "normalize_then_sum"), scale=scale)
     if scale == "normalize_then_sum" and leave_one_out:
         raise ValueError("leave_one_out is about the mean of a group, which normalize_then_sum takes before the sum")
     if rewards.dim() not in (1, 2) or num_generations < 1 or len(rewards) % num_generations:
@@ -168,11 +167,7 @@ def off_policy_mask(
 
 
 def entropy_mask(
-    entropy: Tensor,
-    top_entropy_quantile: float,
-    mask: Tensor | None = None,
-    *,
-    group: dist.ProcessGroup | None = None,
+    entropy: Tensor, top_entropy_quantile: float, mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Keep the tokens where the policy was least certain: the given share of them, over all ranks.
 

@@ -11,7 +11,7 @@ with one number per row for each of ``a, b, e, d`` and one per id for ``c``.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ def slices(total: int, size: int) -> Iterator[slice]:
         yield slice(i * size, min((i + 1) * size, total))
 
 
+Statistic = Any  # a Tensor, or None where not asked for
+
+
 class RowStatistics(NamedTuple):
     """Statistics of ``N`` rows; ``None`` where not asked for.
 
@@ -37,14 +40,14 @@ class RowStatistics(NamedTuple):
     |logsumexp|·6e-8 in every probability of the row.
     """
 
-    log_probs: Tensor | None = None  # (N, K) fp32 (float64 for float64 logits): logp at each id, never positive
-    logsumexp: Tensor | None = None  # (N,) float64
-    entropy: Tensor | None = None  # (N,) float64, −Σ p logp
-    log_sum_sq_probs: Tensor | None = None  # (N,) float64, log Σ p²
-    sum_log_probs: Tensor | None = None  # (N,) float64, Σ w logp, w the column weights or 1; see label_weights
-    weight_sum: Tensor | None = None  # (N,) float64, Σ w, where it differs by row or ranks share the vocabulary
-    max_logit: Tensor | None = None  # (N,) fp32 (float64 for float64 logits)
-    is_top1: Tensor | None = None  # (N,) bool: ids[:, 0] is the first of the largest logits
+    log_probs: Statistic = None  # (N, K) fp32 (float64 for float64 logits): logp at each id, never positive
+    logsumexp: Statistic = None  # (N,) float64
+    entropy: Statistic = None  # (N,) float64, −Σ p logp
+    log_sum_sq_probs: Statistic = None  # (N,) float64, log Σ p²
+    sum_log_probs: Statistic = None  # (N,) float64, Σ w logp, w the column weights or 1; see label_weights
+    weight_sum: Statistic = None  # (N,) float64, Σ w, where it differs by row or ranks share the vocabulary
+    max_logit: Statistic = None  # (N,) fp32 (float64 for float64 logits)
+    is_top1: Statistic = None  # (N,) bool: ids[:, 0] is the first of the largest logits
 
     def put(self, found: RowStatistics, rows: slice | Tensor) -> None:
         """Write the statistics ``found`` for the given rows."""
@@ -142,10 +145,8 @@ def coefficients(
     if (g := upstream.logsumexp) is not None:
         a = plus(a, g)
     if (g := upstream.entropy) is not None:
-        assert statistics.entropy is not None
         a, b = plus(a, -g * statistics.entropy), -g
     if (g := upstream.log_sum_sq_probs) is not None:
-        assert statistics.log_sum_sq_probs is not None
         a, e = plus(a, -2 * g), 2 * g * torch.exp(-statistics.log_sum_sq_probs)
     if (g := upstream.sum_log_probs) is not None:
         total: Tensor | float | None = statistics.weight_sum

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autodiff import same_sizes, traced, transforms_active
-from .numerics import check_masks, on_device, upcast, wide_dtype
+from .numerics import check_choice, check_masks, on_device, upcast, wide_dtype
 from .token_statistics import integer_ids
 
 
@@ -436,8 +436,7 @@ def concatenate_pairs(
         raise ValueError(
             f"chosen and rejected must be (B, S) with the same B, got {tuple(chosen.shape)} and {tuple(rejected.shape)}"
         )
-    if padding_side not in ("right", "left"):
-        raise ValueError(f"padding_side must be 'right' or 'left', got {padding_side!r}")
+    check_choice(("right", "left"), padding_side=padding_side)
     length = max(chosen.shape[1], rejected.shape[1])
 
     def padded(x: Tensor) -> Tensor:

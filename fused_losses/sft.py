@@ -21,7 +21,7 @@ from .autodiff import same_sizes
 from .lazy_tensor import is_lazy
 from .linear_cross_entropy import linear_logits_cross_entropy
 from .linear_logits import LinearLogits
-from .numerics import on_device, statistics_dtype, upcast
+from .numerics import check_choice, on_device, statistics_dtype, upcast
 from .sequences import at_least_one, shift_labels, sums_and_counts
 from .token_statistics import check_vocab_last, selective_log_softmax, target_ids
 from .vocab_parallel import local_target
@@ -109,8 +109,8 @@ def sft_loss(
         raise ValueError(
             f"logits (B, S, V) need labels (B, S), got {tuple(logits.shape)} and {tuple(labels.shape)}; do not shift them"
         )
-    if average not in ("token", "sequence") or loss_type not in ("nll", "dft"):
-        raise ValueError(f"average is 'token' or 'sequence', loss_type 'nll' or 'dft', got {average!r}, {loss_type!r}")
+    check_choice(("token", "sequence"), average=average)
+    check_choice(("nll", "dft"), loss_type=loss_type)
     if context_group is not None and average == "sequence" and (cu_seqlens is not None or position_ids is not None):
         raise ValueError("average='sequence' of packed rows that are split over a context_group is not supported")
     labels = local_target(labels)

@@ -218,8 +218,6 @@ class _PerToken:
 
     def coefficients(self, found: RowStatistics, rows: slice | Tensor) -> Coefficients:
         """The coefficients of the gradient of a chunk's logits; keeps the loss and aux."""
-        assert found.logsumexp is not None
-        assert found.log_probs is not None
         dtype = found.log_probs.dtype
         seen = TokenStatistics(**of_rows(found, self.statistics, self.vocab, dtype))
         if seen.log_probs is not None and self.single:

@@ -82,8 +82,6 @@ def of_rows(found: RowStatistics, names: Collection[str], vocab: int, dtype: tor
     def value(name: str) -> Tensor:
         if name != "mean_logits":
             return getattr(found, name)
-        assert found.sum_log_probs is not None
-        assert found.logsumexp is not None
         return (found.sum_log_probs / vocab + found.logsumexp).detach()  # mean logit = mean log-probability + logsumexp
 
     values = {name: value(name) for name in names}

@@ -314,7 +314,6 @@ def merged_statistics(
     needed -= {"weight_sum"} if weight_sum is not None else set()
     mine = of_mine(sorted(needed)) if shard.size else _statistics_of_nothing(like, rows, ids, needed)
     lse = mine.logsumexp
-    assert lse is not None
     if mine.log_probs is not None and ids is not None:
         mine = mine._replace(log_probs=mine.log_probs.masked_fill(ids >= shard.size, -torch.inf))
     if mine.sum_log_probs is not None and weight_sum is not None:

@@ -324,7 +324,7 @@ def test_pairs_that_do_not_match():
         sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(2))
     with pytest.raises(ValueError, match=r"\(3, 2\)"):
         sequences.split_pairs(torch.zeros(3, 2))
-    with pytest.raises(ValueError, match="'right' or 'left', got 'rigth'"):
+    with pytest.raises(ValueError, match="must be one of right, left, got 'rigth'"):
         sequences.concatenate_pairs(torch.zeros(2, 3), torch.zeros(2, 4), padding_side="rigth")
 
 
