@@ -70,7 +70,7 @@ def nll_loss(
 ) -> Any:
     log_probs = isinstance(x, LazyExpression) and x.form == "log_softmax"
     if not log_probs or not is_number(x.factor) or not is_number(x.offset) or x.offset != 0:
-        return NotImplemented
+        return _nll_from_entries(x, target, weight, ignore_index, reduction_of(reduction, size_average, reduce))
     if target.is_floating_point():  # cross_entropy would take them for soft labels
         raise RuntimeError(
             f"nll_loss of {tuple(x.shape)} expects int64 or uint8 class indices, got {target.dtype} {tuple(target.shape)}; "
@@ -78,6 +78,23 @@ def nll_loss(
         )
     loss = cross_entropy(x.base.with_dtype(x.dtype), target, weight, size_average, ignore_index, reduce, reduction)
     return loss if loss is NotImplemented else loss * x.factor
+
+
+def _nll_from_entries(x: LazyTensor, target: Tensor, weight: Any, ignore_index: int, reduction: str) -> Any:
+    """``−x`` at the targets, where ``x`` is something else, such as the log of a mixture of softmaxes."""
+    check_reduction(reduction)
+    if x.vocab_dim != (0 if x.ndim == 1 else 1) or target.shape != x.token_shape or target.is_floating_point():
+        return NotImplemented
+    ignored = target == ignore_index
+    ids = target.long().masked_fill(ignored, 0)
+    found = x.with_dtype(x.wide).value_at(ids)
+    if found is NotImplemented:
+        return found
+    weights = torch.ones_like(found) if weight is None else weight[ids].to(found.dtype)
+    weights = weights.masked_fill(ignored, 0)
+    loss = (-found * weights).masked_fill(ignored, 0)
+    reduced = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / weights.sum()}
+    return reduced[reduction].to(x.dtype)
 
 
 @answers("kl_div", anywhere=True)

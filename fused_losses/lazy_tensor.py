@@ -207,10 +207,10 @@ class LazyTensor(_Tensor):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}; {instead}")
         return lambda *args, **kwargs: dispatch(function, (self, *args), kwargs)
 
-    def __eq__(self, other: object) -> Any:
+    def __eq__(self, other: object) -> Tensor:
         return self._compared("eq", Tensor.__eq__, other)
 
-    def __ne__(self, other: object) -> Any:
+    def __ne__(self, other: object) -> Tensor:
         return self._compared("ne", Tensor.__ne__, other)
 
     def _compared(self, name: str, function: Callable[..., Any], other: Any) -> Any:
@@ -224,7 +224,7 @@ class LazyTensor(_Tensor):
     is_sparse = is_nested = is_quantized = False
     __array_priority__ = 1000  # as a Tensor's: NumPy's numbers leave operations with a lazy tensor to it
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Tensor]:
         if self.ndim == 1 and self.dtype == torch.bool:
             # p[mask] gets here: PyTorch would take a mask's entries for a tuple of masks, and select something else.
             raise TypeError(
@@ -232,18 +232,19 @@ class LazyTensor(_Tensor):
             )
         return iter(torch.unbind(self))
 
-    ndim = property(lambda self: len(self.token_shape) + 1)
-    is_cuda = property(lambda self: self.device.type == "cuda")
-    is_cpu = property(lambda self: self.device.type == "cpu")
-    is_meta = property(lambda self: self.device.type == "meta")
-    itemsize = property(lambda self: self.dtype.itemsize)
-    nbytes = property(lambda self: numel(self) * self.dtype.itemsize)
-    data = property(lambda self: torch.detach(self))
-    real = property(lambda self: self)
-    is_leaf = property(lambda self: not self.requires_grad)
-    T = property(lambda self: torch.permute(self, tuple(range(self.ndim))[::-1]))
-    mT = property(lambda self: torch.transpose(self, -2, -1))
-    mH = property(lambda self: self.mT)
+    if not TYPE_CHECKING:  # type checkers read Tensor's own
+        ndim = property(lambda self: len(self.token_shape) + 1)
+        is_cuda = property(lambda self: self.device.type == "cuda")
+        is_cpu = property(lambda self: self.device.type == "cpu")
+        is_meta = property(lambda self: self.device.type == "meta")
+        itemsize = property(lambda self: self.dtype.itemsize)
+        nbytes = property(lambda self: numel(self) * self.dtype.itemsize)
+        data = property(lambda self: torch.detach(self))
+        real = property(lambda self: self)
+        is_leaf = property(lambda self: not self.requires_grad)
+        T = property(lambda self: torch.permute(self, tuple(range(self.ndim))[::-1]))
+        mT = property(lambda self: torch.transpose(self, -2, -1))
+        mH = property(lambda self: self.mT)
 
 
 def held(x: Any) -> dict[str, Any]:
@@ -383,6 +384,8 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     found = recorded(func, name, args, kwargs) if "out" not in kwargs else NotImplemented
     if found is not NotImplemented:
         return found
+    if func is Tensor.matmul and not is_lazy(first) and torch.compiler.is_compiling():  # Dynamo calls it for z @ t too
+        raise RuntimeError("compiled code cannot tell z @ t from t @ z where z is lazy: write torch.matmul")
     if name in COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))
     return func(*materialised(name, args), **materialised(name, kwargs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -103,3 +103,7 @@ class LinearHead(nn.Linear):
             low_rank=low_rank,
             module=self,
         )
+
+    if TYPE_CHECKING:  # nn.Module's returns Any
+
+        def __call__(self, input: Tensor, *, temperature: float | Tensor = 1.0) -> LinearLogits: ...

@@ -48,13 +48,14 @@ if TYPE_CHECKING:
 class TokenStatistics(NamedTuple):
     """Each field has one number per token (``log_probs``: one per id), or is ``None`` where not asked for."""
 
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    logsumexp: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    mean_logits: Tensor | None = None
-    max_logit: Tensor | None = None
-    is_top1: Tensor | None = None
+    # Any, not None, which callers would have to rule out although they named the fields they read.
+    log_probs: Tensor | Any = None
+    entropy: Tensor | Any = None
+    logsumexp: Tensor | Any = None
+    log_sum_sq_probs: Tensor | Any = None
+    mean_logits: Tensor | Any = None
+    max_logit: Tensor | Any = None
+    is_top1: Tensor | Any = None
 
 
 def check_names(argument: str, names: Collection[str]) -> None:

@@ -171,6 +171,10 @@ NUMBERS = {
     "nll_loss": lambda z: F.nll_loss(F.log_softmax(z.view(-1, V), -1), IGNORED.view(-1), WEIGHT),
     "nll_loss_transposed": lambda z: nn.NLLLoss(reduction="none")(z.transpose(1, 2).log_softmax(1), IGNORED),
     "nll_loss_scaled": lambda z: F.nll_loss(F.log_softmax(z.view(-1, V), -1) * 0.3, IDS.view(-1), reduction="sum"),
+    "nll_loss_of_a_mixture": lambda z: F.nll_loss(
+        ((z.softmax(-1) + (z / 2).softmax(-1)) / 2).log().view(-1, V), IGNORED.view(-1), WEIGHT
+    ),
+    "nll_loss_shifted": lambda z: F.nll_loss((z.log_softmax(-1) + TEMPERATURE[..., None]).mT, IDS),
     "kl_div": lambda z: F.kl_div(F.log_softmax(z, -1), PROBS, reduction="batchmean"),
     "kl_div_sum": lambda z: nn.KLDivLoss(reduction="sum")(z.log_softmax(-1), PROBS),
     "kl_div_mean": lambda z: F.kl_div(F.log_softmax(z, -1), PROBS, reduction="mean"),

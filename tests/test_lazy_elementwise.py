@@ -83,6 +83,7 @@ LOSSES = {
     "kl_div_of_two_teachers": lambda z, t, p: F.kl_div(
         z.log_softmax(-1), 0.5 * (t.softmax(-1) + p), reduction="batchmean"
     ),
+    "nll_loss": lambda z, t, p: F.nll_loss((z.softmax(-1) + p).log().mT, torch.where(MASK == 1, MASK + 3, -100)),
     "mixture": lambda z, t, p: (0.3 * z.softmax(-1) + 0.7 * t.softmax(-1) + 1e-9).sqrt().sum(-1),
     "mixture_with_one_share_per_token": lambda z, t, p: (z.softmax(-1) + TOKEN * t.softmax(-1)).log().sum(-1),
     "logaddexp": lambda z, t, p: torch.logaddexp(z.log_softmax(-1) - 1, p.log()).sum(-1),

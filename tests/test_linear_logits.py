@@ -143,7 +143,6 @@ MATERIALISED = {
     "cat_with_a_tensor": lambda z: torch.cat([z, torch.zeros(B, 1, V)], 1),
     "roll_vocabulary": lambda z: z.roll(1, -1),
     "cross_entropy_over_tokens": lambda z: F.cross_entropy(z, torch.ones(B, V, dtype=torch.long)),
-    "nll_loss_shifted": lambda z: F.nll_loss((z.log_softmax(-1) + TEMPERATURE[..., None].float()).mT, IDS),
     "kl_div_broadcast": lambda z: F.kl_div(z.log_softmax(-1), PROBS[0, 0].float(), reduction="sum"),
     "as_the_second": lambda z: F.pairwise_distance(torch.ones(B, S, V), z),
     "tensor_plus": lambda z: torch.ones(B, S, V) + z,

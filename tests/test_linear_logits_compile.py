@@ -376,3 +376,14 @@ def test_compiles_a_new_shape_of_tokens_that_a_mask_takes(reshaped):
             found = compiled(h, mask)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found, h), torch.autograd.grad(expected, h))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_a_compiled_product_has_its_operands_in_their_order():
+    torch._dynamo.reset()
+    h, w, square = torch.randn(V, H), torch.randn(V, H), torch.randn(V, V)
+    compiled = torch.compile(lambda: torch.matmul(LinearLogits(h, w), square), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), h @ w.T @ square)
+    operator = torch.compile(lambda: LinearLogits(h, w).softmax(-1) @ square, fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match=r"write torch\.matmul"):
+        operator()

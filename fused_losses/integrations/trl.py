@@ -179,7 +179,7 @@ def _log_probs_and_entropy(
 ) -> tuple[Any, Any]:
     index = index if row_mask is None else index.masked_fill(row_mask == 0, -100)
     found = token_statistics(logits, index, ("log_probs", "entropy"), temperature=temperature)
-    return found.log_probs, found.entropy if entropy_requires_grad else found.entropy.detach()  # type: ignore[union-attr]
+    return found.log_probs, found.entropy if entropy_requires_grad else found.entropy.detach()
 
 
 def _generalized_jsd_loss(original: Callable[..., Any]) -> Any:
