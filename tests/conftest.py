@@ -3,6 +3,7 @@
 ``EMULATE=sm_90 pytest …`` (or ``sm_80``) runs only Triton, as emulated code of that GPU: see ``emulated_gpu.py``.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -24,6 +25,10 @@ EMULATED = os.environ.get("EMULATE")
 INTERPRETED = DEVICE == "cpu" and not EMULATED
 if INTERPRETED:
     interpret()
+    if importlib.util.find_spec("triton"):
+        from interpreter_bounds import check_bounds
+
+        check_bounds()
 
 
 def python(*arguments, folder=Path(__file__).parent.parent, **environment):

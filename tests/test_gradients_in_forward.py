@@ -109,6 +109,15 @@ def test_a_size_that_32_bits_just_hold_is_scaled(monkeypatch):
         _scale_kernel[(1,)](gradient, torch.tensor(2.0), gradient, 2**31 - 4096, IN_PLACE=True, BLOCK=BLOCK)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU it would be an illegal access")
+def test_the_interpreter_refuses_what_lies_outside_the_tensors():
+    from fused_losses.kernels.scale import _scale_kernel
+
+    gradient = torch.ones(8)
+    with pytest.raises(Exception, match="outside every tensor"):
+        _scale_kernel[(1,)](gradient, torch.tensor(2.0), gradient, 9, IN_PLACE=True, BLOCK=16)
+
+
 @pytest.fixture
 def upstream(monkeypatch):
     """The factors by which backward multiplies the gradients that forward made."""
