@@ -409,6 +409,7 @@ def test_sparse(options, backend, device):
         torch.testing.assert_close(found.loss.double(), exact.sum() / count, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.student_mass.double(), student_mass, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.teacher_mass.double(), teacher_mass, rtol=1e-5, atol=1e-6)
+        assert not found.student_mass.requires_grad
         for a, b in zip(torch.autograd.grad(found.loss * 3, leaves[:3]), exact_grads, strict=True):
             torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
         each = sparse_distillation_loss(logits, *top, labels, reduction="none", **options, backend=backend)
@@ -425,6 +426,15 @@ def test_sparse_options_change_the_number(device):
     assert (
         len({sparse_distillation_loss(student, *teacher_topk(teacher, k), labels).loss.item() for k in (1, 5, 40)}) == 3
     )
+
+
+def test_sparse_makes_a_head_its_gradients_in_forward(device, monkeypatch):
+    leaves, labels, lazy, _ = heads(device)
+    student, teacher = lazy(leaves)
+    top = teacher_topk(teacher, 5)
+    expected = sparse_distillation_loss(student, *top, labels, reduction="none").loss.sum()
+    monkeypatch.setattr("fused_losses.distillation.selective_log_softmax", None)
+    torch.testing.assert_close(sparse_distillation_loss(student, *top, labels, reduction="sum").loss, expected)
 
 
 @pytest.mark.parametrize("tail", ["bucket", "renormalize", "ignore"])
@@ -581,9 +591,14 @@ def test_a_sparse_teacher_is_two_tensors_of_log_probs():
     top = teacher_topk(teacher, 3)
     with pytest.raises(TypeError, match="teacher_ids must be a tensor, got TopK: unpack it"):
         sparse_distillation_loss(student, top, labels)
-    for wrong in (top.log_probs.exp(), top.log_probs + 3):
+    for wrong in (top.log_probs.exp(), top.log_probs + 3, top.log_probs - top.log_probs[..., :1]):
         with pytest.raises(ValueError, match=r"log-probabilities.* of at most 1, got"):
             sparse_distillation_loss(student, top.ids, wrong, labels)
+    unread = top.log_probs + 3 * (labels == -100)[..., None]
+    assert torch.equal(
+        sparse_distillation_loss(student, top.ids, unread, labels).loss,
+        sparse_distillation_loss(student, *top, labels).loss,
+    )
 
 
 def test_a_batch_of_no_items_divides_by_nothing(device):

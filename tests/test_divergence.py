@@ -341,6 +341,18 @@ def test_frozen_side(only, backend, device):
     assert all(torch.equal(a, b) for a, b in zip(leaves, both, strict=True))  # inputs unmutated
 
 
+def test_the_student_alone_over_several_tiles(backend, device):
+    """Value and gradient of ``forward_kl`` take one pass, backwards."""
+    student, teacher = pair(device, tokens=(9,), V=2500)
+    upstream, leaf = torch.randn(9, device=device), student.clone().requires_grad_()
+    value = divergence(leaf, teacher, kind="forward_kl", backend=backend)
+    found = value.detach(), torch.autograd.grad(value, leaf, upstream)[0]
+    theirs = value_and_gradients(eager, student, teacher, upstream, kind="forward_kl")
+    exact = value_and_gradients(reference.divergence, student.double(), teacher.double(), upstream, kind="forward_kl")
+    for name, ours, yardstick, true in zip(("value", "d_student"), found, theirs, exact, strict=False):
+        assert_accurate(ours, yardstick, true, name)
+
+
 def test_read_in_place_and_alone(backend, device):
     """Shifted views are read where they are, and a row's numbers depend on the row alone."""
     student, teacher = pair(device, tokens=(2, 5), V=1500)

@@ -257,6 +257,16 @@ def test_slices_of_the_vocabulary(device, variant):
         assert (room[:, 3 + out.shape[1] :] == 7).all()
 
 
+def test_tiles_without_a_rest(device):
+    """As heads have them: rows, vocabulary and hidden size are multiples of a tile's."""
+    head = Head(device, N=32, V=128)
+    head.hidden, head.weight = torch.randn(32, 128).to(head.hidden), torch.randn(128, 128).to(head.weight) / 4
+    ours, coefficients = head.forward(), random_coefficients(head)
+    assert_statistics(head, ours)
+    exact, eager = head.gradient(torch.float64, coefficients), head.gradient(torch.float32, coefficients)
+    assert_accurate(head.d_logits(ours.logsumexp, coefficients), eager.half(), exact)
+
+
 @variants
 def test_skipped_rows_are_zero_and_reach_nothing(device, variant):
     head = Head(device, variant, temperature=True)

@@ -69,6 +69,7 @@ def test_the_clamp_bounds_value_and_gradient_and_survives_overflow(kind):
     assert grad[1] != 0
     unclamped = kl.kl_estimate(policy, ref, kind)
     assert unclamped.abs().max() > 100
+    assert kl.kl_estimate(policy, ref, kind, clamp=100)[0].abs() == 100
 
 
 def test_straight_through_value_is_exactly_the_estimate():

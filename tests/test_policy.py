@@ -766,6 +766,21 @@ def test_dppo_kl_of_a_token_that_is_certain():
 def test_no_advantage_is_held_by_no_dual_clip():
     x = torch.zeros(1, 2)
     assert grpo_loss(x + 1, x, torch.zeros(1), loss_type="ppo", dual_clip=1.1)[1]["clip_ratio/dual_mean"] == 0
+    at_its_bound = {"loss_type": "ppo", "delta": 3.0, "dual_clip": 3.0}
+    assert grpo_loss(x + 2, x, -torch.ones(1), **at_its_bound)[1]["clip_ratio/dual_mean"] == 0
+
+
+def test_the_off_policy_mask_averages_over_the_tokens_that_count():
+    log_probs, old = torch.full((1, 4), -1.0), torch.full((1, 4), -0.9)
+    mask, options = torch.tensor([[1, 0, 0, 0]]), {"off_policy_mask_threshold": 0.05}
+    assert grpo_loss(log_probs, old, -torch.ones(1), mask, **options)[0] == 0
+    assert grpo_loss(log_probs, old, -torch.ones(1), mask)[0] > 0
+
+
+def test_a_reference_that_weighs_nothing_is_not_read():
+    options = {"loss_type": "ppo", "beta": 0.0}
+    plain = run(grpo_loss, DATA, **options)
+    assert_same(run(grpo_loss, DATA, ref_log_probs=DATA["ref_log_probs"] * NAN, **options), plain)
 
 
 @pytest.mark.parametrize(
@@ -848,6 +863,20 @@ def test_vespo_bounds_a_sequence_that_moved_far():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("weight", [None, [[1e-12, 1e12]], [0.0], [1e12]])
+@pytest.mark.parametrize("moved", [(30.0, -19.0), (-30.0, 20.5), (-15.0, -15.0), (19.0, -19.5)])
+def test_vespo_bounds_each_token_weight_and_sequence(moved, weight):
+    """With k and λ so small that all these bounds show in the loss."""
+    log_probs = torch.tensor([[-1.0, -2.0]], dtype=torch.float64, requires_grad=True)
+    tokens = log_probs, (log_probs - log_probs.new_tensor(moved)).detach(), torch.ones(1, dtype=torch.float64)
+    options = {"loss_type": "vespo", "vespo_pos": (0.1, 0.0)}
+    if weight is not None:
+        options["mismatch_weight"] = torch.tensor(weight, dtype=torch.float64)
+    ours, expected = (f(*tokens, **options)[0] for f in (grpo_loss, reference.grpo_loss))
+    torch.testing.assert_close(ours, expected, check_dtype=False)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, log_probs) for loss in (ours, expected)))
+
+
 def test_vespo_takes_no_step_on_a_weight_that_is_not_a_number():
     weight = DATA["sequence_weight"].clone()
     weight[0] = float("nan")
@@ -896,6 +925,15 @@ def test_value_loss(name):
     assert half[0].dtype == torch.float32
     compiled = torch.compile(value_loss, fullgraph=True, backend="eager")
     assert_same(value_case(compiled, **VALUES[name]), ours)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_value_loss_of_packed_rows(aggregation):
+    packed, borders, _ = pack(DATA)
+    args = ("log_probs", "old_log_probs", "token_advantages", "mask")
+    options = {"clip_eps": 0.3, "aggregation": aggregation, "loss_scale_factor": 7.0}
+    ours = value_loss(*(packed[k] for k in args), cu_seqlens=borders, **options)
+    torch.testing.assert_close(ours, value_loss(*(DATA[k] for k in args), count_empty=False, **options))
 
 
 def test_the_values_alone_take_gradient():

@@ -272,6 +272,7 @@ def test_rewards():
     without = preference.dpo_loss(policy_w, policy_l, reference_free=True)
     assert torch.equal(with_ref[0], without[0])
     torch.testing.assert_close(with_ref[1], 0.1 * (policy_w - ref_w))
+    torch.testing.assert_close(without[1], 0.1 * policy_w)
     torch.testing.assert_close(without[2], 0.1 * policy_l)
     # A divergence changes the loss, not the rewards.
     mapped = preference.dpo_loss(policy_w, policy_l, ref_w, ref_l, f_divergence_type="forward_kl")
@@ -540,6 +541,9 @@ def test_running_mean_takes_rewards_in_training_only_and_is_saved():
     other.eval()
     assert torch.equal(other(torch.full((4,), 100.0)), delta.eval()(torch.zeros(2)))
     assert preference.RunningMean()(torch.zeros(0)) == 0
+    third = preference.RunningMean()(torch.tensor([2.0**24, 1.0, -(2.0**24)]))
+    assert third == torch.tensor(1 / 3)  # summed in float64, and kept in it
+    assert preference.RunningMean()(torch.tensor([0.1], dtype=torch.float64)) == 0.1
     alone = preference.RunningMean()
     first = alone(torch.tensor([3.0]).double())
     assert first == 3
@@ -564,6 +568,7 @@ def test_a_model_that_is_cast_leaves_its_running_mean_exact(cast):
     other.load_state_dict(model.state_dict())
     assert torch.equal(other["delta"](seen), same(seen))
     assert other["delta"].to("meta").mean.is_meta
+    assert preference.RunningMean().to("meta", torch.float16).mean.is_meta
     assert other["delta"].to_empty(device="cpu").count.dtype == torch.float64
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from fused_losses import linear_cross_entropy, planning, recompute
+from fused_losses import library_tiles, linear_cross_entropy, planning, recompute
 from fused_losses.head import Head, kept_tokens
 from fused_losses.recompute import linear_rows, linear_rows_grad, linear_statistics
 from fused_losses.reference.tolerance import assert_accurate
@@ -136,6 +136,28 @@ def test_where_triton_has_no_matrix_instructions_the_library_multiplies(monkeypa
         monkeypatch.setattr(configurations, "multiplies_matrices", lambda device: False)
         assert recompute.linear_module("triton", torch.empty(1).half()) is recompute.chunked_linear_softmax
         torch.testing.assert_close(statistics("triton"), statistics("torch"))
+
+
+@torch.no_grad()
+def test_a_32_bit_head_takes_its_tokens_a_tile_at_a_time(device, monkeypatch):
+    pytest.importorskip("triton")
+    h, ids, weights = head(device=device, softcap=3.0), some_ids(device), torch.rand(V, device=device)
+
+    def statistics(columns):
+        saved = torch.zeros(N, columns, device=device) if columns else None
+        found = library_tiles.linear_softmax_fwd(
+            h.hidden, h.weight, h.bias, h.low_rank, ids, weights, h.temperature, softcap=h.softcap, outputs=OUTPUTS,
+            saved_logits=saved,
+        )  # fmt: skip
+        return [s for s in found if s is not None], saved
+
+    whole, logits = statistics(V)
+    monkeypatch.setattr(library_tiles, "tile_rows", lambda *_: 8)  # of 19
+    for columns in (0, 16, V):
+        found, saved = statistics(columns)
+        torch.testing.assert_close(found, whole)
+        if columns:
+            torch.testing.assert_close(saved, logits[:, :columns])
 
 
 @pytest.mark.parametrize(("saved", "made"), [(0, 41), (16, 25), (32, 9), (41, 0)])

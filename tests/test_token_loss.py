@@ -97,6 +97,7 @@ LOSSES = {
     "cispo": (cispo, ("log_probs",)),
     "dft": (dft, ("log_probs",)),
     "entropy bonus": (entropy_bonus, ("log_probs", "entropy")),
+    "entropy alone": (lambda s: s.entropy.square(), ("entropy",)),
     "everything": (everything, ALL),
 }
 
@@ -105,7 +106,7 @@ def per_token_of(name, logits, index):
     a = advantages(logits.device)
     if name in ("grpo", "cispo"):
         return a, old_log_probs(logits, index), torch.full_like(a, 1 / 17)
-    return () if name == "dft" else (a,)
+    return () if name in ("dft", "entropy alone") else (a,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
@@ -167,7 +168,9 @@ def test_logits_that_exist(name, backend, device):
         return reference.token_loss(fn, z, index, *(x.to(z.dtype) for x in per_token))
 
     check(ours, plain, problems)
-    assert not with_gradients(ours, *problems[0])[0][1][index == -100].any()
+    (_, gradient), aux = with_gradients(ours, *problems[0])
+    assert not gradient[index == -100].any()
+    assert not any(x.requires_grad for x in aux.values())
 
 
 def test_losses_are_told_apart():
@@ -181,8 +184,9 @@ def test_losses_are_told_apart():
     assert len(set(numbers)) == len(numbers)
 
 
+@pytest.mark.parametrize("drop_ignored", [True, False])
 @pytest.mark.parametrize("K", [1, 3])
-def test_several_ids_per_token(K, backend, device):
+def test_several_ids_per_token(K, drop_ignored, backend, device):
     hidden, weight, bias, index = problem(K=K, device=device)
     index[0, -1] = -100  # beside other ids where K > 1
     targets = torch.rand(N, K, device=device)
@@ -190,13 +194,19 @@ def test_several_ids_per_token(K, backend, device):
     def fn(s, t):
         return -(t * s.log_probs).sum(-1) + s.log_probs[:, 0].exp()
 
+    how = {"backend": backend, "workspace": 5 * V * 4, "drop_ignored": drop_ignored}
+
     def ours(h, w, b):
-        return token_loss(fn, LinearLogits(h, w, b), index, targets, backend=backend, workspace=5 * V * 4)
+        return token_loss(fn, LinearLogits(h, w, b), index, targets, **how)
+
+    def on_logits(h, w, b):
+        return token_loss(fn, h @ w.T + b, index, targets, **how)
 
     def plain(h, w, b):
         return reference.token_loss(fn, h @ w.T + b, index, targets.to(h.dtype))
 
     check(ours, plain, [(hidden, weight, bias)])
+    check(on_logits, plain, [(hidden, weight, bias)])
 
 
 @pytest.mark.parametrize("workspace", [1, 60_000, 17_000_000, None])
@@ -257,6 +267,20 @@ def test_ignored_rows_reach_nothing(drop_ignored, backend, device):
         assert x.isfinite().all()
         assert torch.equal(x, y)
     assert set(sizes) == {int((index != -100).sum()) if drop_ignored else N}
+
+
+def test_an_ignored_row_does_not_scale_float16_gradients(backend, device):
+    hidden, weight, bias, index = problem(torch.float16, device=device)
+
+    def gradients(drop_ignored):
+        logits = LinearLogits(hidden.requires_grad_(), weight, bias)
+        loss, _ = token_loss(
+            lambda s: 1 / (1e-15 - s.log_probs), logits, index, backend=backend, drop_ignored=drop_ignored
+        )  # its derivative is 1e30 where a row is ignored
+        return torch.autograd.grad(loss, hidden)[0]
+
+    torch.testing.assert_close(gradients(False), gradients(True))
+    assert gradients(True).any()
 
 
 def test_all_ignored_and_empty(backend, device):
@@ -331,9 +355,11 @@ def test_a_compiled_checkpoint():
 def test_where_no_chunk_fits_it_is_token_statistics_after_all(monkeypatch):
     hidden, weight, bias, index = problem()
     monkeypatch.setattr(module, "loss_and_gradients", None)
+    fn, statistics = LOSSES["everything"]
     with settings.route(None):
-        loss, _ = token_loss(dft, LinearLogits(hidden.requires_grad_(), weight, bias), index, workspace=1)
-    expected, _ = reference.token_loss(dft, hidden @ weight.T + bias, index)
+        logits = LinearLogits(hidden.requires_grad_(), weight, bias)
+        loss, _ = token_loss(fn, logits, index, advantages(), statistics=statistics, workspace=1)
+    expected, _ = reference.token_loss(fn, hidden @ weight.T + bias, index, advantages())
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(torch.autograd.grad(loss, hidden), torch.autograd.grad(expected, hidden))
 
