@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autodiff import differentiated
 from .cross_entropy import cross_entropy as fused_cross_entropy
 from .cross_entropy import result_dtype
 from .lazy_elementwise import DISTANCES, recorded
@@ -83,10 +84,17 @@ def nll_loss(
 def _nll_from_entries(x: LazyTensor, target: Tensor, weight: Any, ignore_index: int, reduction: str) -> Any:
     """``−x`` at the targets, where ``x`` is something else, such as the log of a mixture of softmaxes."""
     check_reduction(reduction)
-    if x.vocab_dim != (0 if x.ndim == 1 else 1) or target.shape != x.token_shape or target.is_floating_point():
+    indices = target.shape == x.token_shape and target.dtype in (torch.int64, torch.uint8)
+    if x.vocab_dim != (0 if x.ndim == 1 else 1) or not x.dtype.is_floating_point or not indices:
         return NotImplemented
-    ignored = target == ignore_index
-    ids = target.long().masked_fill(ignored, 0)
+    dtype = result_dtype(x, target)
+    if weight is not None:
+        fits = weight.shape == (x.shape[x.vocab_dim],) and weight.is_floating_point()
+        if not fits or result_dtype(weight, target) != dtype or differentiated(weight):
+            return NotImplemented  # PyTorch raises
+    ids = target.long()  # in uint8 −100 would be 156
+    ignored = ids == ignore_index
+    ids = ids.masked_fill(ignored, 0)
     found = x.with_dtype(x.wide).value_at(ids)
     if found is NotImplemented:
         return found
@@ -94,7 +102,7 @@ def _nll_from_entries(x: LazyTensor, target: Tensor, weight: Any, ignore_index: 
     weights = weights.masked_fill(ignored, 0)
     loss = (-found * weights).masked_fill(ignored, 0)
     reduced = {"none": loss, "sum": loss.sum(), "mean": loss.sum() / weights.sum()}
-    return reduced[reduction].to(x.dtype)
+    return reduced[reduction].to(dtype)
 
 
 @answers("kl_div", anywhere=True)

@@ -139,6 +139,7 @@ def test_losses_between_dtypes(name, other, autocast):
     torch.testing.assert_close(*results, rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.filterwarnings("ignore:.*materialises")
 def test_class_weights_of_another_dtype():
     tensors = leaves(torch.bfloat16)
     weight = torch.linspace(0.5, 2, V)
@@ -147,12 +148,34 @@ def test_class_weights_of_another_dtype():
         for loss in (
             lambda z: F.cross_entropy(z, IDS.flatten(), weight),
             lambda z: F.nll_loss(z.log_softmax(-1), IDS.flatten(), weight),
+            lambda z: F.nll_loss((z.log_softmax(-1) - 1).bfloat16(), IDS.flatten(), weight),
         ):
             with pytest.raises(RuntimeError, match=r"expected scalar type|cast one"):
                 loss(z)
             with torch.autocast("cpu", torch.bfloat16):
                 assert loss(z).dtype == torch.float32
         assert F.cross_entropy(z, PROBS.flatten(0, 1).float(), weight).dtype == torch.float32
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+@pytest.mark.parametrize(
+    ("function", "target", "weight"),
+    [
+        (torch.softmax, IDS.int(), None),
+        (torch.softmax, IDS.bool(), None),
+        (torch.softmax, torch.full_like(IDS, 156, dtype=torch.uint8), None),  # −100 in uint8
+        (torch.softmax, IDS, torch.ones(V + 1)),
+        (torch.softmax, IDS, torch.ones(V, dtype=torch.long)),
+        (torch.softmax, IDS, torch.ones(V, requires_grad=True)),
+        (lambda z, dim: z.isinf(), IDS, None),
+    ],
+)
+def test_nll_loss_of_what_else_refuses_what_pytorch_refuses(function, target, weight):
+    tensors = leaves(torch.float32)
+    for kind in (LinearLogits, F.linear):
+        z = kind(tensors["hidden"], tensors["weight"])
+        with pytest.raises((RuntimeError, IndexError, UnicodeDecodeError)):  # PyTorch takes 156 for a character
+            F.nll_loss(function(z, -1).mT, target, weight)
 
 
 def test_a_cast_of_outputs_reaches_the_label_only():
