@@ -107,7 +107,7 @@ def of_log_probs(log_s: Tensor, log_t: Tensor, kind: str, beta: float) -> Tensor
 
 
 def differentiable_rows(
-    z_student: Tensor,  # (n, V): final logits, before the divergence's temperature; finite in skipped rows
+    z_student: Tensor,  # (n, V): final logits, before the divergence's temperature
     z_teacher: Tensor,  # (n, V)
     ids: Tensor | None,  # (n,)
     *,
@@ -118,6 +118,8 @@ def differentiable_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """The divergence and ``−log p`` in plain PyTorch, which has every derivative."""
     skip = None if ids is None else ids == -100
+    if skip is not None:  # before, too: a bias of −∞ may make them infinite, and 0 times that is nan
+        z_student, z_teacher = (z.masked_fill(skip[:, None], 0) for z in (z_student, z_teacher))
     log_s, log_t = ((z / temperature).log_softmax(-1) for z in (z_student, z_teacher))
     value = of_log_probs(log_s, log_t, kind, beta)
     nll = None

@@ -601,6 +601,20 @@ def test_a_sparse_teacher_is_two_tensors_of_log_probs():
     )
 
 
+def test_an_ignored_row_that_diverges_without_bound_has_no_gradient_under_transforms():
+    """A token that the teacher's bias bans has no probability in the rows that count, and some where hidden states are 0."""
+    hidden, weight, labels = torch.rand(3, 4) + 0.5, torch.randn(5, 4), torch.tensor([1, -100, 3])
+    weight[2] = -3000
+    teacher = LinearLogits(torch.rand(3, 4), torch.randn(5, 4), torch.tensor([0, 0, -torch.inf, 0, 0]))
+
+    def loss(h, w):
+        return distillation_loss(LinearLogits(h, w), teacher, labels, hard_weight=0.0, kind="reverse_kl")
+
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1))(hidden.detach(), weight.detach()), expected)
+
+
 def test_a_batch_of_no_items_divides_by_nothing(device):
     leaves, labels, lazy, _ = heads(device)
     student, teacher = lazy(leaves)
