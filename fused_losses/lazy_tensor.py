@@ -384,7 +384,7 @@ def dispatch(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     found = recorded(func, name, args, kwargs) if "out" not in kwargs else NotImplemented
     if found is not NotImplemented:
         return found
-    if func is Tensor.matmul and not is_lazy(first) and torch.compiler.is_compiling():  # Dynamo calls it for z @ t too
+    if func is Tensor.matmul and not is_lazy(first) and torch.compiler.is_dynamo_compiling():  # it does so for z @ t
         raise RuntimeError("compiled code cannot tell z @ t from t @ z where z is lazy: write torch.matmul")
     if name in COMPARISONS and not kwargs:
         return func(*_comparable(name, *args))

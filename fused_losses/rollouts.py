@@ -270,13 +270,11 @@ def mismatch_weight(
         >>> mismatch_weight(old, rollout, mode="mask", high=2.0)[0]
         tensor([[1., 0.]])
     """
-    if (
-        level not in ("token", "sequence_sum", "sequence_mean")
-        or mode not in ("truncate", "mask")
-        or gate not in ("ratio", "binary_kl", "tv")
-        or (mode == "truncate" and (gate != "ratio" or level == "sequence_mean"))
-        or (gate != "ratio" and level == "sequence_sum")
-    ):
+    check_choice(("token", "sequence_sum", "sequence_mean"), level=level)
+    check_choice(("truncate", "mask"), mode=mode)
+    check_choice(("ratio", "binary_kl", "tv"), gate=gate)
+    no_truncation = gate != "ratio" or level == "sequence_mean"
+    if (mode == "truncate" and no_truncation) or (gate != "ratio" and level == "sequence_sum"):
         raise ValueError(
             f"level={level!r}, mode={mode!r}, gate={gate!r} do not go together: only a ratio that is itself the weight "
             "can be truncated, and a divergence is a token's or a sequence_mean"

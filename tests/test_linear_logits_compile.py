@@ -387,3 +387,13 @@ def test_a_compiled_product_has_its_operands_in_their_order():
     operator = torch.compile(lambda: LinearLogits(h, w).softmax(-1) @ square, fullgraph=True, backend="aot_eager")
     with pytest.raises(Exception, match=r"write torch\.matmul"):
         operator()
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_an_exported_product_has_its_operands_in_their_order():
+    h, w, square = torch.randn(V, H), torch.randn(V, H), torch.randn(V, V)
+    for product in (torch.Tensor.matmul, lambda t, z: t @ z, lambda t, z: z @ t):
+        module = nn.Module()
+        module.forward = lambda h, product=product: product(square, LinearLogits(h, w))
+        exported = torch.export.export(module, (h,), strict=False).module()
+        torch.testing.assert_close(exported(h), product(square, h @ w.T))
