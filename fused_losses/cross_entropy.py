@@ -135,6 +135,7 @@ def cross_entropy(
     Raises:
         IndexError: a class index outside ``[0, C)``, on a CPU; on a GPU the device's next synchronisation fails.
         RuntimeError, ValueError: as PyTorch does for shapes and dtypes that do not fit.
+        TypeError: an input that is neither a tensor nor a :class:`LinearLogits`.
 
     Example:
         >>> cross_entropy(torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]]), torch.tensor([0, -100]))
@@ -274,6 +275,8 @@ def result_dtype(input: Any, target: Any, weight: Tensor | None = None) -> torch
     """The dtype that PyTorch returns: the promoted one, where autocast upcasts 16-bit tensors to fp32 first."""
     autocast = autocast_dtype(input.device) is not None
     dtypes = [t.dtype for t in (input, target, weight) if t is not None and t.is_floating_point()]
+    if not dtypes:
+        return input.dtype  # a weight of integers, which PyTorch refuses
     return functools.reduce(torch.promote_types, (statistics_dtype(d) if autocast else d for d in dtypes))
 
 

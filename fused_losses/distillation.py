@@ -122,6 +122,7 @@ def distillation_loss(
 
     Raises:
         IndexError: a label outside the vocabulary, on a CPU, with a hard weight.
+        TypeError: logits that are neither a tensor nor a :class:`LinearLogits`, or a DTensor.
         ValueError: shapes or options that do not fit.
 
     Example:
@@ -237,6 +238,7 @@ def acceptance_rate(
         ``(…)`` in [0, 1], fp32, or float64 for a float64 student, differentiable in both.
 
     Raises:
+        TypeError: as for :func:`divergence`.
         ValueError: shapes, devices or shares of the vocabulary that do not fit, a temperature that is not positive.
 
     Example:
@@ -300,6 +302,7 @@ def teacher_topk(
         :class:`TopK`. Among equal logits any may be taken.
 
     Raises:
+        TypeError: as for :func:`divergence`.
         ValueError: ``k`` outside ``[1, V]``, or a temperature that is not positive.
 
     Example:

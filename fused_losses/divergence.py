@@ -403,6 +403,7 @@ def divergence(
         second side's logit is −inf where the first has mass; then the gradient of the first side is 0 in that row.
 
     Raises:
+        TypeError: logits that are neither a tensor nor a :class:`LinearLogits`, or a DTensor.
         ValueError: shapes, devices or shards that do not fit each other, an unknown kind, ``beta`` outside [0, 1].
 
     Example:

@@ -89,8 +89,8 @@ def _nll_from_entries(x: LazyTensor, target: Tensor, weight: Any, ignore_index: 
         return NotImplemented
     dtype = result_dtype(x, target)
     if weight is not None:
-        fits = weight.shape == (x.shape[x.vocab_dim],) and weight.is_floating_point()
-        if not fits or result_dtype(weight, target) != dtype or differentiated(weight):
+        fits = weight.shape == (x.shape[x.vocab_dim],) and result_dtype(weight, target) == dtype
+        if not fits or differentiated(weight):
             return NotImplemented  # PyTorch raises
     ids = target.long()  # in uint8 −100 would be 156
     ignored = ids == ignore_index

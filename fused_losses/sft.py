@@ -98,6 +98,7 @@ def sft_loss(
         Scalar, fp32 (float64 for float64), differentiable in ``logits``.
 
     Raises:
+        TypeError: ``logits`` are neither a tensor nor a :class:`LinearLogits`.
         ValueError: ``labels`` are not shaped like the tokens of ``logits``, an unknown name, or as for :func:`shift_labels`.
 
     Example:

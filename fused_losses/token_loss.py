@@ -73,7 +73,8 @@ def token_loss(
         entry ``(…)`` with 0 where there is no index.
 
     Raises:
-        TypeError: an index or ``per_token`` that is not a tensor, or an ``fn`` that does not return one.
+        TypeError: an index or ``per_token`` that is not a tensor, ``logits`` that are neither one nor a :class:`LinearLogits`,
+            or an ``fn`` that does not return a tensor.
         ValueError: ``per_token`` of another shape, or that requires grad; an ``fn`` that reads another tensor that does.
 
     Example:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from lazy_logits import FEW, IDS, NUMBERS, PROBS, TEMPERATURE, B, H, S, V, leaves, make, numbers
 
-from fused_losses import settings
+from fused_losses import cross_entropy, settings
 from fused_losses.linear_head import LinearHead
 from fused_losses.linear_logits import LinearLogits
 from fused_losses.reference.linear_logits import linear_logits
@@ -155,6 +155,12 @@ def test_class_weights_of_another_dtype():
             with torch.autocast("cpu", torch.bfloat16):
                 assert loss(z).dtype == torch.float32
         assert F.cross_entropy(z, PROBS.flatten(0, 1).float(), weight).dtype == torch.float32
+        for autocast in (False, True):
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+                pytest.raises(RuntimeError, match=r"expected scalar type|cast one"),
+            ):
+                cross_entropy(z, IDS.flatten(), weight.long())
 
 
 @pytest.mark.filterwarnings("ignore:.*materialises")
