@@ -463,6 +463,15 @@ def test_sparse_bucket_of_a_peaked_teacher(device):
     assert (sparse_distillation_loss(student, *top).teacher_mass > 0.99).all()
 
 
+def test_sparse_bucket_of_a_teacher_without_a_rest(device):
+    """1e-7 is left to it."""
+    student, ids = torch.randn(2, 9, device=device), torch.tensor([[0, 3], [1, 2]], device=device)
+    log_t = torch.tensor([[0.5, 0.5], [1.0, 0.0]], device=device).log()
+    exact, *_ = reference.sparse_distillation_loss(student.double(), ids, log_t.double(), kind="reverse_kl")
+    found = sparse_distillation_loss(student, ids, log_t, kind="reverse_kl", reduction="none").loss
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-6)
+
+
 def test_sparse_support_of_the_student(device):
     leaves, labels, lazy, whole = heads(device)
     student, teacher = lazy(leaves)

@@ -281,3 +281,10 @@ def test_inputs_stay_as_they_were():
     torch.testing.assert_close(value_and_grad(lambda z: sft.sft_loss(z, labels), logits), contiguous)
     assert torch.equal(logits, before)
     assert torch.equal(labels, LABELS)
+
+
+def test_a_float64_mean_of_lazy_logits_is_not_rounded_to_fp32():
+    hidden, weight = torch.randn(1, 4, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
+    labels = torch.tensor([[0, 1, 2, 3]])  # of which 3 count: 1/3 is inexact
+    found = sft.sft_loss(LinearLogits(hidden, weight), labels)
+    torch.testing.assert_close(found, sft.sft_loss(hidden @ weight.T, labels), rtol=1e-12, atol=0)

@@ -219,6 +219,18 @@ def test_answers_and_copies():
     assert run(answers, 2) == [True, True]
 
 
+@needs_ranks
+def test_a_teacher_sends_no_padding(one_rank):
+    hidden, weight, group = randn(N, H), randn(V, H, seed=1), VocabParallel(dist.group.WORLD, vocab_size=V - 2)
+    expected = fused_losses.teacher_topk(F.linear(hidden, weight[: V - 2]), 3)
+    weight[V - 2 :] = torch.nan
+    for sent in (
+        fused_losses.teacher_topk(F.linear(hidden, weight), 3, group=group),
+        fused_losses.teacher_topk(LinearLogits(hidden, weight, group=group), 3),
+    ):
+        torch.testing.assert_close(sent, expected)
+
+
 def subgroup(device):
     """Ranks 1 and 3 share the vocabulary."""
     hidden, weight = randn(5, H), randn(V, H, seed=1)
