@@ -208,10 +208,10 @@ class LazyTensor(_Tensor):
         return lambda *args, **kwargs: dispatch(function, (self, *args), kwargs)
 
     def __eq__(self, other: object) -> Tensor:
-        return self._compared("eq", Tensor.__eq__, other)
+        return self._compared("eq", torch.eq, other)
 
     def __ne__(self, other: object) -> Tensor:
-        return self._compared("ne", Tensor.__ne__, other)
+        return self._compared("ne", torch.ne, other)
 
     def _compared(self, name: str, function: Callable[..., Any], other: Any) -> Any:
         other = _unboxed(other)

@@ -108,6 +108,7 @@ class _Rest:
     dtype: torch.dtype
     frozen: bool  # hidden got a grad_fn for DDP's sake only
     detached: bool
+    constant: tuple[str, ...]  # the parts that needed no gradient when made, whatever their requires_grad says since
     shards: dict[str, Tensor]  # of weight, bias and low_rank, where an optimizer changes only their shards or DTensors
     gathers: bool  # the weight is sharded and gathered for each use: equally often on all ranks, whatever their tokens
     made: Snapshot  # of parts()
@@ -269,6 +270,7 @@ class LinearLogits(LazyTensor):
                 dtype=hidden.dtype,
                 frozen=frozen,
                 detached=detached,
+                constant=() if plain or exporting() else _constant(weight=weight, bias=bias, u=u, B=B),
                 shards=sharded | dtensors,
                 gathers=len(sharded) > 0 or hasattr(weight, "ds_id"),
                 views=[0],
@@ -284,19 +286,19 @@ class LinearLogits(LazyTensor):
         self.rest = rest
         self._set_hidden(hidden)
 
-    def _part(self, t: Tensor) -> Tensor:
-        """A part of the head: detached if the logits are, tied to ``hidden`` if that is frozen."""
-        if self.rest.detached:
+    def _part(self, name: str, t: Tensor) -> Tensor:
+        """A part of the head: detached if it or the logits are constant, tied to ``hidden`` if that is frozen."""
+        if self.rest.detached or (name in self.rest.constant and t.requires_grad):
             return t.detach()
         return _Tie.apply(t, self.hidden) if self.rest.frozen and t.requires_grad and is_distributed() else t
 
     @property
     def weight(self) -> Tensor:
-        return self._part(self.rest.weight)
+        return self._part("weight", self.rest.weight)
 
     @property
     def bias(self) -> Tensor | None:
-        return None if self.rest.bias is None else self._part(self.rest.bias)
+        return None if self.rest.bias is None else self._part("bias", self.rest.bias)
 
     @property
     def scale(self) -> float:
@@ -316,7 +318,7 @@ class LinearLogits(LazyTensor):
         if self.rest.low_rank is None:
             return None
         u, B = self.rest.low_rank
-        return self._part(u), self._part(B)
+        return self._part("u", u), self._part("B", B)
 
     @property
     def shard(self) -> VocabShard | None:
@@ -630,7 +632,8 @@ class LinearLogits(LazyTensor):
         if rest.detached:
             weight, low_rank = weight.detach(), low_rank and (low_rank[0], low_rank[1].detach())
         low_rank = low_rank and (times(low_rank[0]), low_rank[1])
-        changes = {"weight": weight, "low_rank": low_rank, "detached": False, "frozen": False}
+        constant = tuple([name for name in rest.constant if name != "u"])
+        changes = {"weight": weight, "low_rank": low_rank, "detached": False, "frozen": False, "constant": constant}
         return self._but(times(self.hidden), **changes)
 
     def shifted(self, offset: Any) -> Any:
@@ -648,7 +651,8 @@ class LinearLogits(LazyTensor):
         hidden = self.hidden if apart else _WithParameters.apply(self.hidden, bias)
         with self.gathered():
             bias = bias if self.bias is None else self.bias + bias
-        return self._but(hidden, bias=bias)
+        constant = tuple([name for name in self.rest.constant if name != "bias"])
+        return self._but(hidden, bias=bias, constant=constant)
 
     def _keeps_digits(self, dtype: torch.dtype) -> bool:
         """Whether a bias of ``dtype``, cast to the dtype of ``hidden``, keeps the digits that eager would keep. If that has 16
@@ -755,6 +759,10 @@ class LinearLogits(LazyTensor):
         return values.view(*self.token_shape, k), ids.view(*self.token_shape, k)
 
 
+def _constant(**parts: Tensor | None) -> tuple[str, ...]:
+    return tuple([name for name, t in parts.items() if t is not None and not t.requires_grad])
+
+
 def _rebuild(hidden: Tensor, rest: _Rest) -> LinearLogits:
     rest.record()
     return LinearLogits(hidden, rest=rest)
@@ -819,7 +827,8 @@ def _one_head(a: LinearLogits, b: LinearLogits) -> bool:
     x, y = a.rest, b.rest
     B, other = (r.low_rank and r.low_rank[1] for r in (x, y))
     same = x.weight is y.weight and x.bias is y.bias and _equal(x.scale, y.scale) and _equal(x.softcap, y.softcap)
-    return same and B is other and x.shard == y.shard and x.detached == y.detached
+    same = same and B is other and x.shard == y.shard
+    return same and x.detached == y.detached and x.constant == y.constant
 
 
 def same_logits(a: LinearLogits, b: LinearLogits) -> bool:

@@ -397,3 +397,14 @@ def test_an_exported_product_has_its_operands_in_their_order():
         module.forward = lambda h, product=product: product(square, LinearLogits(h, w))
         exported = torch.export.export(module, (h,), strict=False).module()
         torch.testing.assert_close(exported(h), product(square, h @ w.T))
+
+
+@pytest.mark.filterwarnings("ignore:.*materialises")
+def test_compiles_equality():
+    torch._dynamo.reset()
+    lazy, eager, _ = make()
+
+    def fn(z):
+        return z == 2, z != z.log_softmax(-1), z / 2 == z
+
+    torch.testing.assert_close(torch.compile(fn, fullgraph=True, backend="aot_eager")(lazy), fn(eager))

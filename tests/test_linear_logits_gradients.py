@@ -408,3 +408,29 @@ def test_what_is_known_keeps_its_tangent_under_no_grad(asked):
         h = tensors["hidden"].detach()
         results.append(torch.func.jvp(lambda h: twice(kind, h), (h,), (h.cos(),)))  # noqa: B023
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("frozen", [("weight",), ("bias",), ("u",), ("B",), ("hidden", "weight", "bias", "u", "B")])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_what_was_frozen_when_made_gets_no_gradient(frozen, compiled):
+    """As where a model, frozen for the moment, is its own teacher."""
+    torch._dynamo.reset()
+    of_each = []
+    for make_logits in (LinearLogits, linear_logits):
+        tensors = leaves()
+        args, kwargs = arguments(tensors, bias=True, low_rank=True)
+        for name in frozen:
+            tensors[name].requires_grad_(False)
+        teacher = make_logits(*args, **kwargs)
+        for name in frozen:
+            tensors[name].requires_grad_(True)
+        student = make_logits(*args, **kwargs)
+
+        def loss(z, t):
+            return (
+                F.kl_div(z.log_softmax(-1), (t[1:] / 2).softmax(-1), reduction="sum") + t[..., 1:3].logsumexp(-1).sum()
+            )
+
+        fn = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        of_each.append(torch.autograd.grad(fn(student[1:], teacher), list(tensors.values())))
+    torch.testing.assert_close(*of_each)
