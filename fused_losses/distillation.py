@@ -447,7 +447,6 @@ def sparse_distillation_loss(
             )
 
     def of_token(found: TokenStatistics, log_t: Tensor, there: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        assert found.log_probs is not None
         log_s = found.log_probs.masked_fill(~there, -math.inf)
         # A token without ids gets log-probabilities of 0, so that nothing about it is infinite or nan.
         some = there.any(-1, keepdim=True)

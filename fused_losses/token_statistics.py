@@ -29,6 +29,7 @@ from .lazy_tensor import check_is_logits, is_lazy
 from .numerics import check_masks, check_scaling, on_device, statistics_dtype
 from .row_statistics import (
     RowStatistics,
+    Statistic,
     coefficients,
     empty_statistics,
     label_weights,
@@ -48,14 +49,13 @@ if TYPE_CHECKING:
 class TokenStatistics(NamedTuple):
     """Each field has one number per token (``log_probs``: one per id), or is ``None`` where not asked for."""
 
-    # Any, not None, which callers would have to rule out although they named the fields they read.
-    log_probs: Tensor | Any = None
-    entropy: Tensor | Any = None
-    logsumexp: Tensor | Any = None
-    log_sum_sq_probs: Tensor | Any = None
-    mean_logits: Tensor | Any = None
-    max_logit: Tensor | Any = None
-    is_top1: Tensor | Any = None
+    log_probs: Statistic = None
+    entropy: Statistic = None
+    logsumexp: Statistic = None
+    log_sum_sq_probs: Statistic = None
+    mean_logits: Statistic = None
+    max_logit: Statistic = None
+    is_top1: Statistic = None
 
 
 def check_names(argument: str, names: Collection[str]) -> None:
@@ -507,11 +507,9 @@ def selective_log_softmax(
         check_masks(row_mask=row_mask)
         keep = row_mask != 0
         index = integer_ids(index).masked_fill(~(keep if index.ndim == keep.ndim else keep[..., None]), -100)
-    found = token_statistics(
+    return token_statistics(
         logits, index, ("log_probs",), temperature=temperature, group=group, backend=backend, workspace=workspace
-    )
-    assert found.log_probs is not None
-    return found.log_probs
+    ).log_probs
 
 
 def _at_temperature(logits: Any, temperature: float | Tensor, tokens: torch.Size) -> tuple[Any, Tensor | None]:
